@@ -1,0 +1,44 @@
+"""The exceptions of moezoo; everything a user or a checkpoint can get wrong.
+
+Arguments that no exception here describes raise `ValueError`.
+"""
+
+
+class MoEZooError(Exception):
+    """Base class of every error that moezoo raises on purpose."""
+
+
+class CheckpointError(MoEZooError):
+    """A checkpoint cannot be read or does not hold what the model needs; names the file and the tensor."""
+
+
+class UnsupportedArchitectureError(MoEZooError):
+    """The config names an architecture, or a setting inside one, that moezoo does not do; names the field."""
+
+
+class ExpertMapError(MoEZooError):
+    """The placement of experts over ranks contradicts itself or the model."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"Expert map mismatch: {message}")
+
+
+class QuantizationError(MoEZooError):
+    """A quantisation scheme or a quantised tensor is wrong or not supported."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"Quantization error: {message}")
+
+
+class MoEOutOfMemoryError(MoEZooError):
+    """A device has too little memory; says what was asked, what is free and what would fit."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"Out of memory during MoE: {message}")
+
+
+class LoadImbalanceWarning(UserWarning):
+    """Some ranks or experts get far more tokens than others."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"Load imbalance detected: {message}")
