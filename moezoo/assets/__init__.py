@@ -1,0 +1,8 @@
+"""The small trained model that `make demo`, the notebooks and the tests use."""
+
+from pathlib import Path
+
+
+def tiny_model() -> Path:
+    """Folder of the trained Qwen3-MoE checkpoint that ships with the package (14 MB; see its README)."""
+    return Path(__file__).parent / "tiny-qwen3-moe"
