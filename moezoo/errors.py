@@ -9,11 +9,11 @@ class MoEZooError(Exception):
 
 
 class CheckpointError(MoEZooError):
-    """A checkpoint cannot be read or does not hold what the model needs; names the file and the tensor."""
+    """A checkpoint cannot be read or lacks what the model needs; names the file and the tensor."""
 
 
 class UnsupportedArchitectureError(MoEZooError):
-    """The config names an architecture, or a setting inside one, that moezoo does not do; names the field."""
+    """The config names an architecture or a setting that moezoo does not do; names the field."""
 
 
 class ExpertMapError(MoEZooError):

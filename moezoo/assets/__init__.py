@@ -4,5 +4,5 @@ from pathlib import Path
 
 
 def tiny_model() -> Path:
-    """Folder of the trained Qwen3-MoE checkpoint that ships with the package (14 MB; see its README)."""
+    """Folder of the trained Qwen3-MoE checkpoint in the package (14 MB; its README is the card)."""
     return Path(__file__).parent / "tiny-qwen3-moe"

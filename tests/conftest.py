@@ -1,0 +1,30 @@
+"""Settings for every test: one thread, no gpu tests without a GPU, NaN in fresh buffers."""
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("moezoo", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("moezoo")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(no_gpu)
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_buffers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """`torch.empty` gives NaN, so that memory nobody wrote cannot pass for a result (CPU tests)."""
+    if "gpu" in request.keywords:
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
