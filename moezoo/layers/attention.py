@@ -1,0 +1,162 @@
+"""Causal attention with grouped queries (Ainslie et al., 2023), and what every kind of attention shares.
+
+Legend: B batch, T new tokens, S keys (cached and new), Hq query heads, Hk key heads, D head width.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from moezoo.layers.linear import FusedLinear
+from moezoo.layers.norm import RMSNorm
+from moezoo.layers.rope import Rotation, rotate_half
+
+
+class LayerCache(Protocol):
+    """What attention asks of a KV cache; every `transformers.Cache` has it."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append [B, heads, T, D] keys and values; return those that the new queries may see."""
+        ...
+
+
+class CausalMask:
+    """Which keys the T newest tokens may see; one tensor for each window, built when first asked for.
+
+    `past` tokens came before. `visible` is bool [B, past + T], False where a token is padding, or
+    None; or a 4-D mask that is taken as it is: bool, or float to be added to the scores.
+    """
+
+    def __init__(
+        self, past: int, length: int, device: torch.device, visible: torch.Tensor | None = None
+    ) -> None:
+        self.past = past
+        self.length = length
+        self.device = device
+        self.visible = visible
+        self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
+
+    def is_plain(self, num_keys: int, window: int | None) -> bool:
+        """Whether causality alone decides and the keys are exactly the T new tokens."""
+        fits = window is None or self.length <= window
+        return self.visible is None and num_keys == self.length and fits
+
+    def __call__(self, num_keys: int, window: int | None) -> torch.Tensor | None:
+        """Mask broadcastable to [B, heads, T, S], or None where every query may see every key."""
+        key = (num_keys, window)
+        if key not in self._masks:
+            self._masks[key] = self._build(num_keys, window)
+        return self._masks[key]
+
+    def _build(self, num_keys: int, window: int | None) -> torch.Tensor | None:
+        total = self.past + self.length
+        # A cache hands out the newest keys (sliding windows) or room for more than there are (static).
+        first = max(total - num_keys, 0)
+        if self.visible is not None and self.visible.dim() == 4:
+            return self.visible[..., first : first + num_keys]
+        sees_all = self.length == 1 and num_keys <= total and (window is None or num_keys <= window)
+        if self.visible is None and sees_all:
+            return None
+        queries = torch.arange(self.past, total, device=self.device)[:, None]
+        keys = torch.arange(first, first + num_keys, device=self.device)
+        mask = keys <= queries
+        if window is not None:
+            mask &= keys > queries - window
+        if self.visible is None:
+            return mask[None, None]
+        visible = self.visible[:, first : first + num_keys]
+        if visible.shape[1] < num_keys:
+            visible = F.pad(visible, (0, num_keys - visible.shape[1]))
+        # A padding token sees itself, so that its row is not empty: softmax of nothing is NaN.
+        return (mask & visible[:, None, None]) | (keys == queries)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: CausalMask,
+    *,
+    window: int | None = None,
+    scale: float,
+) -> torch.Tensor:
+    """Softmax attention: q [B, Hq, T, D], k [B, Hk, S, D], v [B, Hk, S, Dv] -> [B, Hq, T, Dv].
+
+    Query head h reads key head h // (Hq / Hk). A query sees the `window` newest keys up to its own.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if mask.is_plain(k.shape[2], window):
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=groups > 1
+        )
+    allowed = mask(k.shape[2], window)
+    if q.shape[2] == 1:
+        # One query a head: the heads that share keys become the rows of one product.
+        rows = q.unflatten(1, (-1, groups)).squeeze(3)
+        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=allowed, scale=scale)
+        return out.flatten(1, 2).unsqueeze(2)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
+
+
+class GroupedQueryAttention(nn.Module):
+    """Attention whose query heads share key and value heads.
+
+    `q_norm` and `k_norm` normalise each head (width `head_dim`) or all heads at once (width
+    heads * `head_dim`) before the rotation. `window` limits a query to that many newest keys, its own
+    included. `clip` bounds queries, keys and values to [-clip, clip] before the rotation.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        *,
+        head_dim: int,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        q_norm: RMSNorm | None = None,
+        k_norm: RMSNorm | None = None,
+        window: int | None = None,
+        clip: float | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
+        self.qkv = FusedLinear(hidden_size, sizes, qkv_bias)
+        self.o = nn.Linear(num_heads * head_dim, hidden_size, bias=out_bias)
+        self.q_norm = q_norm
+        self.k_norm = k_norm
+        self.head_dim = head_dim
+        self.window = window
+        self.clip = clip
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotation: Rotation,
+        mask: CausalMask,
+        *,
+        cache: LayerCache | None,
+        layer_idx: int,
+    ) -> torch.Tensor:
+        """x [B, T, H] -> [B, T, H]; the new keys and values go to `cache` under `layer_idx`."""
+        q, k, v = self.qkv.parts(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            q = self.q_norm(q.unflatten(-1, (-1, self.q_norm.dim)))
+            k = self.k_norm(k.unflatten(-1, (-1, self.k_norm.dim)))
+        if self.clip is not None:
+            q, k, v = (part.clamp(-self.clip, self.clip) for part in (q, k, v))
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = rotate_half(q.reshape(heads), rotation).transpose(1, 2)
+        k = rotate_half(k.reshape(heads), rotation).transpose(1, 2)
+        v = v.reshape(heads).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(k, v, layer_idx)
+        out = attend(q, k, v, mask, window=self.window, scale=self.head_dim**-0.5)
+        return self.o(out.transpose(1, 2).flatten(2))

@@ -1,0 +1,89 @@
+"""The decoder that every architecture is: embedding, layers, norm and head.
+
+Legend: B batch, T new tokens, H hidden, V vocabulary.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from moezoo.layers.attention import CausalMask, LayerCache
+from moezoo.layers.norm import RMSNorm
+from moezoo.layers.rope import RotaryEmbedding, Rotation
+
+
+class DecoderLayer(nn.Module):
+    """x + attn(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self, attn_norm: nn.Module, attn: nn.Module, mlp_norm: nn.Module, mlp: nn.Module
+    ) -> None:
+        super().__init__()
+        self.attn_norm = attn_norm
+        self.attn = attn
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotation: Rotation,
+        mask: CausalMask,
+        *,
+        cache: LayerCache | None,
+        layer_idx: int,
+    ) -> torch.Tensor:
+        x = x + self.attn(self.attn_norm(x), rotation, mask, cache=cache, layer_idx=layer_idx)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nn.Module):
+    """Token ids or embeddings to hidden states, and hidden states to logits.
+
+    `tied` uses the embedding as the head: there is then no parameter `lm_head.weight`.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        layers: list[DecoderLayer],
+        *,
+        norm: RMSNorm,
+        rope: RotaryEmbedding,
+        tied: bool,
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, hidden_size)
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+        self.rope = rope
+        self.lm_head = None if tied else nn.Linear(hidden_size, vocab_size, bias=False)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        mask: CausalMask,
+        *,
+        cache: LayerCache | None = None,
+        states: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Embeddings x [B, T, H] at `positions` int [B or 1, T] -> normalised hidden states [B, T, H].
+
+        The input of each layer, and last the result, are appended to `states`.
+        """
+        rotation = self.rope(positions, x.dtype)
+        for layer_idx, layer in enumerate(self.layers):
+            if states is not None:
+                states.append(x)
+            x = layer(x, rotation, mask, cache=cache, layer_idx=layer_idx)
+        x = self.norm(x)
+        if states is not None:
+            states.append(x)
+        return x
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states [.., H] -> logits [.., V] in the model's dtype."""
+        head = self.embed if self.lm_head is None else self.lm_head
+        return F.linear(x, head.weight)

@@ -1,0 +1,140 @@
+"""Multi-head latent attention (DeepSeek-V2, 2024).
+
+Legend: B batch, T new tokens, S keys (cached and new), N heads, C latent width, R rotated width.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from moezoo.layers.attention import CausalMask, LayerCache, attend
+from moezoo.layers.linear import FusedLinear
+from moezoo.layers.norm import RMSNorm
+from moezoo.layers.rope import Rotation
+
+
+def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [B, T, N, i] times each head's own weight [N, i, o] -> [B, T, N, o]."""
+    out = torch.bmm(x.flatten(0, 1).transpose(0, 1), weight)
+    return out.transpose(0, 1).unflatten(0, x.shape[:2])
+
+
+class LowRankLinear(nn.Module):
+    """b(norm(a(x))): a projection through a bottleneck of `rank`, as MLA's queries take."""
+
+    def __init__(
+        self, in_features: int, rank: int, out_features: int, *, norm: RMSNorm, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.a = nn.Linear(in_features, rank, bias=bias)
+        self.norm = norm
+        self.b = nn.Linear(rank, out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.norm(self.a(x)))
+
+
+def yarn_softmax_factor(rope_parameters: dict[str, Any]) -> float:
+    """What YaRN multiplies the softmax scale by in DeepSeek's models: its mscale, squared."""
+    mscale = rope_parameters.get("mscale_all_dim") or 0.0
+    factor = rope_parameters.get("factor") or 1.0
+    if rope_parameters.get("rope_type", "default") == "default" or factor <= 1:
+        return 1.0
+    return (0.1 * mscale * math.log(factor) + 1.0) ** 2
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Attention whose keys and values of all heads are linear in one latent vector a token.
+
+    The cache holds the latent and the rotated key that all heads share: C + R numbers a token.
+    With few new tokens the heads' key and value projections are absorbed into the query and the
+    output, so that attention runs over the latents themselves; with many, keys and values are expanded.
+    `q` projects [B, T, H] to [B, T, N * (nope_dim + rope_dim)].
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        q: nn.Module,
+        *,
+        kv_norm: RMSNorm,
+        nope_dim: int,
+        rope_dim: int,
+        v_dim: int,
+        rotate: Callable[[torch.Tensor, Rotation], torch.Tensor],
+        scale: float,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        latent_dim = kv_norm.dim
+        self.q = q
+        self.kv_a = FusedLinear(hidden_size, (latent_dim, rope_dim), bias)
+        self.kv_norm = kv_norm
+        self.kv_b = nn.Linear(latent_dim, num_heads * (nope_dim + v_dim), bias=False)
+        self.o = nn.Linear(num_heads * v_dim, hidden_size, bias=bias)
+        self.num_heads = num_heads
+        self.nope_dim = nope_dim
+        self.rope_dim = rope_dim
+        self.v_dim = v_dim
+        self.rotate = rotate
+        self.scale = scale
+        # Per key and head, expanding costs C * (nope + v) products once and nope + R + v a query;
+        # absorbing costs 2C + R a query. Below this many queries absorbing is cheaper.
+        extra = 2 * latent_dim - nope_dim - v_dim
+        self.absorb_below = latent_dim * (nope_dim + v_dim) / extra if extra > 0 else math.inf
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotation: Rotation,
+        mask: CausalMask,
+        *,
+        cache: LayerCache | None,
+        layer_idx: int,
+    ) -> torch.Tensor:
+        """x [B, T, H] -> [B, T, H]; latents and rotated keys go to `cache` as keys [B, 1, T, C + R]."""
+        q = self.q(x).unflatten(-1, (self.num_heads, -1))
+        q_nope, q_rope = q.split_with_sizes((self.nope_dim, self.rope_dim), -1)
+        q_rope = self.rotate(q_rope, rotation)
+        latent, k_rope = self.kv_a.parts(x)
+        k_rope = self.rotate(k_rope.unsqueeze(2), rotation)
+        stored = torch.cat((self.kv_norm(latent).unsqueeze(2), k_rope), -1).transpose(1, 2)
+        if cache is not None:
+            stored, _ = cache.update(stored, stored[..., :0], layer_idx)
+        if x.shape[1] < self.absorb_below:
+            out = self._attend_to_latents(q_nope, q_rope, stored, mask)
+        else:
+            out = self._attend_to_heads(q_nope, q_rope, stored, mask)
+        return self.o(out.flatten(2))
+
+    def _projections(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of `kv_b` as key and value projections, [N, nope_dim, C] and [N, v_dim, C]."""
+        key, value = self.kv_b.weight.unflatten(0, (self.num_heads, -1)).split_with_sizes(
+            (self.nope_dim, self.v_dim), 1
+        )
+        return key, value
+
+    def _attend_to_latents(
+        self, q_nope: torch.Tensor, q_rope: torch.Tensor, stored: torch.Tensor, mask: CausalMask
+    ) -> torch.Tensor:
+        """q [B, T, N, ..], stored [B, 1, S, C + R] -> [B, T, N, v_dim]."""
+        key, value = self._projections()
+        q = torch.cat((_per_head(q_nope, key), q_rope), -1).transpose(1, 2)
+        # The values are the latents; the rotated part rides along, as fused kernels want equal widths.
+        out = attend(q, stored, stored, mask, scale=self.scale)[..., : -self.rope_dim]
+        return _per_head(out.transpose(1, 2), value.transpose(1, 2))
+
+    def _attend_to_heads(
+        self, q_nope: torch.Tensor, q_rope: torch.Tensor, stored: torch.Tensor, mask: CausalMask
+    ) -> torch.Tensor:
+        """q [B, T, N, ..], stored [B, 1, S, C + R] -> [B, T, N, v_dim]."""
+        latent, k_rope = stored.squeeze(1).split_with_sizes((self.kv_norm.dim, self.rope_dim), -1)
+        kv = self.kv_b(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k_nope, v = kv.split_with_sizes((self.nope_dim, self.v_dim), -1)
+        k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, self.num_heads, -1, -1)), -1)
+        q = torch.cat((q_nope, q_rope), -1).transpose(1, 2)
+        return attend(q, k, v, mask, scale=self.scale).transpose(1, 2)

@@ -1,0 +1,34 @@
+"""Dense feed-forward layers: the first layers of many models, and shared experts."""
+
+import torch
+from torch import nn
+
+from moezoo.layers.linear import FusedLinear
+from moezoo.layers.moe.experts import ACTIVATIONS
+
+
+class GatedMLP(nn.Module):
+    """down(activation(gate(x)) * up(x)), x [.., H] -> [.., H]; rows of `gate_up` are gate, then up."""
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, *, activation: str, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.gate_up = FusedLinear(hidden_size, (intermediate_size, intermediate_size), bias)
+        self.down = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up.parts(x)
+        return self.down(self.activation(gate) * up)
+
+
+class SigmoidGatedMLP(GatedMLP):
+    """A shared expert with its own gate: sigmoid(x @ gate.T) * mlp(x), as in Qwen2-MoE."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, activation: str) -> None:
+        super().__init__(hidden_size, intermediate_size, activation=activation)
+        self.gate = nn.Linear(hidden_size, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.gate(x)) * super().forward(x)

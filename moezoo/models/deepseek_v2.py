@@ -1,0 +1,113 @@
+"""DeepSeek-V2 (DeepSeek-AI, 2024): latent attention, shared experts, groups of experts chosen by maximum."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import DeepseekV2Config, DeepseekV3Config
+
+from moezoo.layers.decoder import Decoder, DecoderLayer
+from moezoo.layers.mla import LowRankLinear, MultiHeadLatentAttention, yarn_softmax_factor
+from moezoo.layers.mlp import GatedMLP
+from moezoo.layers.moe import ACTIVATIONS, FusedMoE
+from moezoo.layers.moe.routing import grouped_topk
+from moezoo.layers.norm import RMSNorm
+from moezoo.layers.rope import RotaryEmbedding, Rotation, rotate_interleaved
+from moezoo.models.names import DECODER, DENSE_MLP, EXPERTS, MLA, gated_mlp
+
+ASSUMES = {
+    "hidden_act": tuple(ACTIVATIONS),
+    "topk_method": ("greedy", "group_limited_greedy"),
+    "scoring_func": ("softmax",),
+    "moe_layer_freq": (1,),
+}
+
+LATENT_NORM_EPS = 1e-6
+
+
+def latent_attention(
+    config: DeepseekV2Config | DeepseekV3Config,
+    rotate: Callable[[torch.Tensor, Rotation], torch.Tensor],
+) -> MultiHeadLatentAttention:
+    head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+    width = config.num_attention_heads * head_dim
+    q: nn.Module
+    if config.q_lora_rank is None:
+        q = nn.Linear(config.hidden_size, width, bias=False)
+    else:
+        q = LowRankLinear(
+            config.hidden_size,
+            config.q_lora_rank,
+            width,
+            norm=RMSNorm(config.q_lora_rank, LATENT_NORM_EPS),
+            bias=config.attention_bias,
+        )
+    return MultiHeadLatentAttention(
+        config.hidden_size,
+        config.num_attention_heads,
+        q,
+        kv_norm=RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS),
+        nope_dim=config.qk_nope_head_dim,
+        rope_dim=config.qk_rope_head_dim,
+        v_dim=config.v_head_dim,
+        rotate=rotate,
+        scale=head_dim**-0.5 * yarn_softmax_factor(config.rope_parameters),
+        bias=config.attention_bias,
+    )
+
+
+def build(config: DeepseekV2Config) -> Decoder:
+    grouped = config.topk_method == "group_limited_greedy"
+    route = partial(
+        grouped_topk,
+        k=config.num_experts_per_tok,
+        num_groups=config.n_group if grouped else 1,
+        topk_groups=config.topk_group if grouped else 1,
+        scoring="softmax",
+        renormalize=False,
+        scaling=config.routed_scaling_factor,
+    )
+
+    def mlp(width: int) -> GatedMLP:
+        return GatedMLP(
+            config.hidden_size, width, activation=config.hidden_act, bias=config.mlp_bias
+        )
+
+    def feed_forward(layer_idx: int) -> nn.Module:
+        if layer_idx < config.first_k_dense_replace:
+            return mlp(config.intermediate_size)
+        return FusedMoE(
+            config.hidden_size,
+            config.moe_intermediate_size,
+            config.n_routed_experts,
+            route,
+            activation=config.hidden_act,
+            shared=mlp(config.moe_intermediate_size * config.n_shared_experts),
+        )
+
+    def layer(layer_idx: int) -> DecoderLayer:
+        return DecoderLayer(
+            RMSNorm(config.hidden_size, config.rms_norm_eps),
+            latent_attention(config, rotate_interleaved),
+            RMSNorm(config.hidden_size, config.rms_norm_eps),
+            feed_forward(layer_idx),
+        )
+
+    return Decoder(
+        config.vocab_size,
+        config.hidden_size,
+        [layer(layer_idx) for layer_idx in range(config.num_hidden_layers)],
+        norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
+        rope=RotaryEmbedding(config),
+        tied=config.tie_word_embeddings,
+    )
+
+
+CHECKPOINT = (
+    *DECODER,
+    *MLA,
+    *DENSE_MLP,
+    *EXPERTS,
+    *gated_mlp("layers.{L}.mlp.shared", "model.layers.{L}.mlp.shared_experts"),
+)

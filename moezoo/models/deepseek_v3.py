@@ -1,0 +1,82 @@
+"""DeepSeek-V3 (DeepSeek-AI, 2024), and Kimi K2: sigmoid scores, and a bias that steers the choice of experts."""
+
+from functools import partial
+
+from torch import nn
+from transformers import DeepseekV3Config
+
+from moezoo.layers.decoder import Decoder, DecoderLayer
+from moezoo.layers.mlp import GatedMLP
+from moezoo.layers.moe import ACTIVATIONS, BiasedRoute, FusedMoE
+from moezoo.layers.moe.routing import grouped_topk
+from moezoo.layers.norm import RMSNorm
+from moezoo.layers.rope import RotaryEmbedding, rotate_half, rotate_interleaved
+from moezoo.loaders.mapping import Rule, Skip
+from moezoo.models.deepseek_v2 import latent_attention
+from moezoo.models.names import DECODER, DENSE_MLP, EXPERTS, MLA, gated_mlp
+
+ASSUMES = {
+    "hidden_act": tuple(ACTIVATIONS),
+    "topk_method": ("noaux_tc",),
+    "scoring_func": ("sigmoid",),
+    "moe_layer_freq": (1,),
+}
+
+
+def build(config: DeepseekV3Config) -> Decoder:
+    rotate = rotate_interleaved if config.rope_interleave else rotate_half
+    route = partial(
+        grouped_topk,
+        k=config.num_experts_per_tok,
+        num_groups=config.n_group,
+        topk_groups=config.topk_group,
+        scoring="sigmoid",
+        renormalize=config.norm_topk_prob,
+        scaling=config.routed_scaling_factor,
+    )
+
+    def mlp(width: int) -> GatedMLP:
+        return GatedMLP(config.hidden_size, width, activation=config.hidden_act)
+
+    def feed_forward(layer_idx: int) -> nn.Module:
+        if layer_idx < config.first_k_dense_replace:
+            return mlp(config.intermediate_size)
+        return FusedMoE(
+            config.hidden_size,
+            config.moe_intermediate_size,
+            config.n_routed_experts,
+            BiasedRoute(config.n_routed_experts, route),
+            activation=config.hidden_act,
+            shared=mlp(config.moe_intermediate_size * config.n_shared_experts),
+        )
+
+    def layer(layer_idx: int) -> DecoderLayer:
+        return DecoderLayer(
+            RMSNorm(config.hidden_size, config.rms_norm_eps),
+            latent_attention(config, rotate),
+            RMSNorm(config.hidden_size, config.rms_norm_eps),
+            feed_forward(layer_idx),
+        )
+
+    return Decoder(
+        config.vocab_size,
+        config.hidden_size,
+        [layer(layer_idx) for layer_idx in range(config.num_hidden_layers)],
+        norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
+        rope=RotaryEmbedding(config),
+        tied=config.tie_word_embeddings,
+    )
+
+
+CHECKPOINT = (
+    *DECODER,
+    *MLA,
+    *DENSE_MLP,
+    *EXPERTS,
+    Rule(
+        "layers.{L}.mlp.route.correction_bias",
+        "model.layers.{L}.mlp.gate.e_score_correction_bias",
+    ),
+    *gated_mlp("layers.{L}.mlp.shared", "model.layers.{L}.mlp.shared_experts"),
+    Skip("model.layers.{L}.{*}", "multi-token prediction", beyond_depth=True),
+)

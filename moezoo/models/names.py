@@ -1,0 +1,87 @@
+"""Checkpoint names that many architectures share; each model file puts its own table together from them."""
+
+from moezoo.loaders.mapping import Rule, Skip
+
+DECODER = (
+    Rule("embed.weight", "model.embed_tokens.weight"),
+    Rule("layers.{L}.attn_norm.weight", "model.layers.{L}.input_layernorm.weight"),
+    Rule("layers.{L}.mlp_norm.weight", "model.layers.{L}.post_attention_layernorm.weight"),
+    Rule("norm.weight", "model.norm.weight"),
+    Rule("lm_head.weight", "lm_head.weight"),
+    Skip(
+        "model.layers.{L}.self_attn.rotary_emb.inv_freq",
+        "rotary frequencies are computed from the config",
+    ),
+)
+
+ATTENTION = (
+    Rule(
+        "layers.{L}.attn.qkv.weight",
+        "model.layers.{L}.self_attn.q_proj.weight",
+        "model.layers.{L}.self_attn.k_proj.weight",
+        "model.layers.{L}.self_attn.v_proj.weight",
+    ),
+    Rule(
+        "layers.{L}.attn.qkv.bias",
+        "model.layers.{L}.self_attn.q_proj.bias",
+        "model.layers.{L}.self_attn.k_proj.bias",
+        "model.layers.{L}.self_attn.v_proj.bias",
+    ),
+    Rule("layers.{L}.attn.o.weight", "model.layers.{L}.self_attn.o_proj.weight"),
+    Rule("layers.{L}.attn.o.bias", "model.layers.{L}.self_attn.o_proj.bias"),
+)
+
+QK_NORM = (
+    Rule("layers.{L}.attn.q_norm.weight", "model.layers.{L}.self_attn.q_norm.weight"),
+    Rule("layers.{L}.attn.k_norm.weight", "model.layers.{L}.self_attn.k_norm.weight"),
+)
+
+MLA = (
+    Rule("layers.{L}.attn.q.weight", "model.layers.{L}.self_attn.q_proj.weight"),
+    Rule("layers.{L}.attn.q.a.weight", "model.layers.{L}.self_attn.q_a_proj.weight"),
+    Rule("layers.{L}.attn.q.a.bias", "model.layers.{L}.self_attn.q_a_proj.bias"),
+    Rule("layers.{L}.attn.q.norm.weight", "model.layers.{L}.self_attn.q_a_layernorm.weight"),
+    Rule("layers.{L}.attn.q.b.weight", "model.layers.{L}.self_attn.q_b_proj.weight"),
+    Rule("layers.{L}.attn.kv_a.weight", "model.layers.{L}.self_attn.kv_a_proj_with_mqa.weight"),
+    Rule("layers.{L}.attn.kv_a.bias", "model.layers.{L}.self_attn.kv_a_proj_with_mqa.bias"),
+    Rule("layers.{L}.attn.kv_norm.weight", "model.layers.{L}.self_attn.kv_a_layernorm.weight"),
+    Rule("layers.{L}.attn.kv_b.weight", "model.layers.{L}.self_attn.kv_b_proj.weight"),
+    Rule("layers.{L}.attn.o.weight", "model.layers.{L}.self_attn.o_proj.weight"),
+    Rule("layers.{L}.attn.o.bias", "model.layers.{L}.self_attn.o_proj.bias"),
+)
+
+
+def gated_mlp(target: str, source: str) -> tuple[Rule, ...]:
+    """The rules of a dense gated feed-forward layer that is `target` here and `source` there."""
+    return tuple(
+        rule
+        for kind in ("weight", "bias")
+        for rule in (
+            Rule(
+                f"{target}.gate_up.{kind}",
+                f"{source}.gate_proj.{kind}",
+                f"{source}.up_proj.{kind}",
+            ),
+            Rule(f"{target}.down.{kind}", f"{source}.down_proj.{kind}"),
+        )
+    )
+
+
+DENSE_MLP = gated_mlp("layers.{L}.mlp", "model.layers.{L}.mlp")
+
+EXPERTS = (
+    Rule("layers.{L}.mlp.gate", "model.layers.{L}.mlp.gate.weight"),
+    Rule(
+        "layers.{L}.mlp.w13",
+        "model.layers.{L}.mlp.experts.{E}.gate_proj.weight",
+        "model.layers.{L}.mlp.experts.{E}.up_proj.weight",
+        shard="expert",
+    ),
+    Rule("layers.{L}.mlp.w13", "model.layers.{L}.mlp.experts.gate_up_proj", shard="expert"),
+    Rule(
+        "layers.{L}.mlp.w2",
+        "model.layers.{L}.mlp.experts.{E}.down_proj.weight",
+        shard="expert",
+    ),
+    Rule("layers.{L}.mlp.w2", "model.layers.{L}.mlp.experts.down_proj", shard="expert"),
+)

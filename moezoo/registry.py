@@ -1,0 +1,56 @@
+"""Which module holds which architecture, by the `model_type` of its config."""
+
+from importlib import import_module
+from types import ModuleType
+
+from transformers import PreTrainedConfig
+
+from moezoo.errors import UnsupportedArchitectureError
+from moezoo.layers.decoder import Decoder
+
+ARCHITECTURES = {
+    "deepseek_v2": "deepseek_v2",
+    "deepseek_v3": "deepseek_v3",
+    "kimi_k2": "deepseek_v3",
+    "mixtral": "mixtral",
+    "olmoe": "olmoe",
+    "qwen2_moe": "qwen2_moe",
+    "qwen3_moe": "qwen3_moe",
+}
+"""`model_type` of a config -> name of the module in `moezoo.models`."""
+
+
+def list_architectures() -> list[str]:
+    """The model types that moezoo runs, sorted."""
+    return sorted(ARCHITECTURES)
+
+
+def architecture(model_type: str) -> ModuleType:
+    """The module of a model type: `build(config)`, `CHECKPOINT` and `ASSUMES`.
+
+    Raises `UnsupportedArchitectureError` for a model type that is not in the table.
+    """
+    if model_type not in ARCHITECTURES:
+        raise UnsupportedArchitectureError(
+            f"model_type {model_type!r} is not supported; supported are {', '.join(list_architectures())}."
+            " transformers may run it: AutoModelForCausalLM.from_pretrained(...)"
+        )
+    return import_module(f"moezoo.models.{ARCHITECTURES[model_type]}")
+
+
+def build(config: PreTrainedConfig) -> Decoder:
+    """The decoder that `config` describes; under `torch.device("meta")` no memory is taken.
+
+    Raises `UnsupportedArchitectureError` naming the model type, or the field whose value moezoo does
+    not do.
+    """
+    module = architecture(config.model_type)
+    for field, supported in module.ASSUMES.items():
+        value = getattr(config, field, supported[0])
+        if value not in supported:
+            raise UnsupportedArchitectureError(
+                f"{config.model_type}: config.{field} is {value!r}; supported is"
+                f" {' or '.join(map(repr, supported))}"
+            )
+    decoder: Decoder = module.build(config)
+    return decoder
