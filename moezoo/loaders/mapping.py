@@ -1,21 +1,24 @@
 """The checkpoint language: which tensors of a checkpoint make which parameters of a model.
 
-A model file holds a table of `Rule` and `Skip`; `plan` matches it with the names and shapes of a checkpoint and of a
-model, refuses what does not fit before a byte of weights is read, and returns the copies to make. `layout` is the
-inverse for writing: the tensors that the first rule of every target names. Nothing here opens a file.
+A model file holds a table of `Rule` and `Skip`; `plan` matches it with the names and shapes of a
+checkpoint and of a model, refuses what does not fit before a byte of weights is read, and returns
+the copies to make. `layout` is the inverse for writing: the tensors that the first rule of every
+target names. Nothing here opens a file.
 
-Templates are dotted names in which `{L}` stands for the layer and `{E}` for the expert:
+Templates are dotted names in which `{L}` stands for the layer and `{E}` for the expert. The last
+two of these rules are two layouts of one parameter [E, H, I]: a tensor an expert, and one for all.
 
     Rule("embed.weight", "model.embed_tokens.weight")
-    Rule("layers.{L}.attn.qkv.weight", "model.layers.{L}.self_attn.q_proj.weight", ...)  # rows one after another
-    Rule("layers.{L}.mlp.w2", "model.layers.{L}.mlp.experts.{E}.down_proj.weight", shard="expert")  # stacked: [E, H, I]
-    Rule("layers.{L}.mlp.w2", "model.layers.{L}.mlp.experts.down_proj", shard="expert")  # the same, stored stacked
+    Rule("layers.{L}.mlp.gate_up.weight", "model.layers.{L}.mlp.gate_proj.weight",
+         "model.layers.{L}.mlp.up_proj.weight")
+    Rule("layers.{L}.mlp.w2", "model.layers.{L}.mlp.experts.{E}.down_proj.weight", shard="expert")
+    Rule("layers.{L}.mlp.w2", "model.layers.{L}.mlp.experts.down_proj", shard="expert")
 """
 
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -23,6 +26,7 @@ import torch
 
 from moezoo.errors import CheckpointError
 
+Index = tuple[slice | int, ...]
 View = Literal["transpose", "deinterleave", "unflatten"]
 
 _NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
@@ -51,7 +55,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """What a model says of one parameter; `part_sizes` are the rows of each concatenated source where not equal."""
+    """What a model says of one parameter.
+
+    `part_sizes` are the rows of each source that is concatenated in it, where they are not equal.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -62,17 +69,18 @@ class ParameterInfo:
 class Rule:
     """One or many parameters and the checkpoint tensors that make them.
 
-    `{L}` in the target is the layer and appears in every source too. Several sources are concatenated along dim 0.
-    `{E}` in the sources stacks the experts on a new leading axis; sources are then concatenated along dim 1, as they
-    are when `shard` says that dim 0 of a stored tensor is the experts. Only parameters that `shard="expert"` marks are
-    split over ranks.
+    `{L}` in the target is the layer and appears in every source too. Several sources are
+    concatenated along dim 0. `{E}` in the sources stacks the experts on a new leading axis; sources
+    are then concatenated along dim 1, as they are when `shard` says that dim 0 of a stored tensor
+    is the experts. Only parameters that `shard="expert"` marks are split over ranks.
 
-    `view` is applied to each source before it is put in place, from left to right when it is a tuple: "transpose"
-    swaps the last two dims, "deinterleave" turns rows g0, u0, g1, u1, ... into gate rows then up rows, "unflatten"
-    turns [E * N, K] into [E, N, K].
+    `view` is applied to each source before it is put in place, from left to right when it is a
+    tuple: "transpose" swaps the last two dims, "deinterleave" turns rows g0, u0, g1, u1, ... into
+    gate rows then up rows, "unflatten" turns [E * N, K] into [E, N, K].
 
-    Several rules may name one target: other layouts of the same weights. A checkpoint holds the sources of exactly
-    one of them for each parameter; the first is the one that is written. Raises `ValueError` for a malformed rule.
+    Several rules may name one target: other layouts of the same weights. A checkpoint holds the
+    sources of exactly one of them for each parameter; the first is the one that is written. Raises
+    `ValueError` for a malformed rule.
     """
 
     target: str
@@ -99,18 +107,28 @@ class Rule:
         for name in (target, *sources):
             rest = re.sub(r"(?<![^.])\{[LE]\}(?![^.])", "", name)
             if "{" in rest or "}" in rest or name.count("{L}") > 1 or name.count("{E}") > 1:
-                raise ValueError(f"Rule({target!r}): {name!r} may have {{L}} and {{E}}, each once between dots")
+                raise ValueError(
+                    f"Rule({target!r}): {name!r} may have {{L}} and {{E}}, each once between dots"
+                )
         if "{E}" in target:
-            raise ValueError(f"Rule({target!r}): experts are stacked, so {{E}} belongs into the sources only")
+            raise ValueError(
+                f"Rule({target!r}): experts are stacked, so {{E}} belongs into the sources only"
+            )
         if any(("{L}" in source) != ("{L}" in target) for source in sources):
-            raise ValueError(f"Rule({target!r}): {{L}} must be in the target and every source, or in none")
+            raise ValueError(
+                f"Rule({target!r}): {{L}} must be in the target and every source, or in none"
+            )
         if len({"{E}" in source for source in sources}) > 1:
             raise ValueError(f"Rule({target!r}): {{E}} must be in every source, or in none")
         order = ("unflatten", "transpose", "deinterleave")
         if list(views) != [step for step in order if step in views]:
-            raise ValueError(f"Rule({target!r}): view is {views}, expected some of {order}, in this order")
+            raise ValueError(
+                f"Rule({target!r}): view is {views}, expected some of {order}, in this order"
+            )
         if "unflatten" in views and ("{E}" in sources[0] or shard is None):
-            raise ValueError(f"Rule({target!r}): 'unflatten' is for experts stored in one tensor, with shard='expert'")
+            raise ValueError(
+                f"Rule({target!r}): 'unflatten' is for the experts in one tensor: shard='expert'"
+            )
 
     @property
     def stacks(self) -> bool:
@@ -122,17 +140,19 @@ class Rule:
 class Skip:
     """Checkpoint tensors that are known and not loaded, and why.
 
-    `pattern` is a template in which `{*}` stands for any rest of a name. With `beyond_depth` only layers that the model
-    does not have are skipped.
+    `pattern` is a template in which `{*}` stands for any rest of a name. With `beyond_depth` only
+    layers that the model does not have are skipped.
     """
 
     pattern: str
     reason: str
-    beyond_depth: bool = False
+    beyond_depth: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if "{*}" in self.pattern[:-3]:
-            raise ValueError(f"Skip({self.pattern!r}): {{*}} stands for the rest of a name and comes last")
+            raise ValueError(
+                f"Skip({self.pattern!r}): {{*}} stands for the rest of a name and comes last"
+            )
         if self.beyond_depth and "{L}" not in self.pattern:
             raise ValueError(f"Skip({self.pattern!r}): beyond_depth needs {{L}} in the pattern")
 
@@ -140,12 +160,13 @@ class Skip:
 class Copy(NamedTuple):
     """One contiguous piece of a stored tensor and its place in a parameter.
 
-    `rows` are the rows (dim 0) of the stored tensor to read, all of them when None; `index` is the place in the
-    parameter. `stored_order(parameter[index], view)` runs through the elements in the order in which they are stored.
+    `rows` are the rows (dim 0) of the stored tensor to read, all of them when None; `target_index` is the
+    place in the parameter. `stored_order(parameter[target_index], view)` runs through the elements in the
+    order in which they are stored.
     """
 
     target: str
-    index: tuple[slice | int, ...]
+    target_index: Index
     source: str
     rows: slice | None
     view: tuple[View, ...]
@@ -153,20 +174,21 @@ class Copy(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The copies that fill every parameter once, and the tensors left out on purpose, by the `Skip` that says so."""
+    """The copies that fill every parameter once, and the tensors that each `Skip` leaves out."""
 
     copies: tuple[Copy, ...]
     skipped: Mapping[Skip, tuple[str, ...]]
 
 
 def stored_order(part: torch.Tensor, view: Sequence[View]) -> torch.Tensor:
-    """The view of `part` (a parameter's piece) whose row-major order is the order of the stored tensor.
+    """A view of `part`, a piece of a parameter, that runs in the order of the stored tensor.
 
-    Its shape may have more dims than the stored tensor ([I, 2, H] for the interleaved rows [2 * I, H]).
+    Its shape may have more dims than the stored tensor: [I, 2, H] for interleaved rows [2 * I, H].
     """
     interleaved = "deinterleave" in view
     if interleaved:
-        part = part.unflatten(-2, (2, part.shape[-2] // 2)).transpose(-3, -2)
+        *lead, rows, cols = part.shape
+        part = part.view(*lead, 2, rows // 2, cols).transpose(-3, -2)
     if "transpose" in view:
         part = part.movedim(-1, -3 if interleaved else -2)
     return part
@@ -191,17 +213,17 @@ def plan(
 ) -> Plan:
     """The copies that make `parameters` from `checkpoint` by `rules`.
 
-    `experts` are the ids that this rank owns, in the order of the rows of its parameters; None means all.
-    Raises `CheckpointError` that names every unknown or missing tensor, every one claimed twice, every wrong shape and
-    every dtype that is not a plain float.
+    `experts` are the ids that this rank owns, in the order of the rows of its parameters; None
+    means all. Raises `CheckpointError` that names every unknown or missing tensor, every one
+    claimed twice, every wrong shape and every dtype that is not a plain float.
     """
     return _Planner(rules, checkpoint, parameters, experts).run()
 
 
 def layout(rules: Sequence[Rule | Skip], parameters: Mapping[str, ParameterInfo]) -> list[Copy]:
-    """The tensors to write for `parameters`, in the layout of the first rule of each; `rows` is None in all of them.
+    """The tensors to write for `parameters`, in the layout of the first rule of each.
 
-    Raises `ValueError` for a parameter that no rule names.
+    `rows` is None in all of them. Raises `ValueError` for a parameter that no rule names.
     """
     table = _by_target(rules)
     copies = []
@@ -209,20 +231,22 @@ def layout(rules: Sequence[Rule | Skip], parameters: Mapping[str, ParameterInfo]
         rule, layer = _candidates(table, name)[0]
         parts = _parts(rule, parameter)
         if parts is None:
-            raise ValueError(f"{name} {list(parameter.shape)} does not split into {len(rule.sources)} equal parts")
+            raise ValueError(
+                f"{name} {list(parameter.shape)} is not {len(rule.sources)} equal parts"
+            )
         for source, part in zip(rule.sources, parts, strict=True):
             if rule.stacks:
                 for expert in range(parameter.shape[0]):
-                    index = (expert, *part)
-                    copies.append(Copy(name, index, fill(source, layer, expert), None, rule.view))
+                    stored = fill(source, layer, expert)
+                    copies.append(Copy(name, (expert, *part), stored, None, rule.view))
             else:
-                index = (slice(None), *part) if rule.shard else part
+                index: Index = (slice(None), *part) if rule.shard else part
                 copies.append(Copy(name, index, fill(source, layer), None, rule.view))
     return copies
 
 
 class _Template(NamedTuple):
-    """A template as a skeleton, in which every number is "#", and what each number is: "L", "E" or itself."""
+    """A template taken apart: the name with "#" for numbers, and what each is: L, E or itself."""
 
     skeleton: str
     slots: tuple[str, ...]
@@ -240,7 +264,10 @@ class _Template(NamedTuple):
 @lru_cache(maxsize=4096)
 def _template(name: str) -> _Template:
     slots = {"{L}": "L", "{E}": "E"}
-    parts = [(part, slots.get(part) or (part if _NUMBER.fullmatch(part) else None)) for part in name.split(".")]
+    parts = [
+        (part, slots.get(part) or (part if _NUMBER.fullmatch(part) else None))
+        for part in name.split(".")
+    ]
     return _Template(
         ".".join(part if slot is None else "#" for part, slot in parts),
         tuple(slot for _, slot in parts if slot is not None),
@@ -277,7 +304,9 @@ def _candidates(table: Mapping[str, list[Rule]], name: str) -> list[tuple[Rule, 
 
 
 def _parts(rule: Rule, parameter: ParameterInfo) -> list[tuple[slice, ...]] | None:
-    """The index of each source on the axis of concatenation, or None when the rows do not split equally."""
+    """The index of each source on the axis of concatenation, or None when the rows do not split
+    equally.
+    """
     if len(rule.sources) == 1:
         return [()]
     axis = _concat_axis(rule)
@@ -287,7 +316,10 @@ def _parts(rule: Rule, parameter: ParameterInfo) -> list[tuple[slice, ...]] | No
         if rest:
             return None
         sizes = (each,) * len(rule.sources)
-    assert len(sizes) == len(rule.sources) and sum(sizes) == parameter.shape[axis], (rule, parameter)
+    assert len(sizes) == len(rule.sources) and sum(sizes) == parameter.shape[axis], (
+        rule,
+        parameter,
+    )
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     return [(slice(end - size, end),) for end, size in zip(ends, sizes, strict=True)]
 
@@ -363,20 +395,27 @@ class _Planner:
         present = {rule: self._present(rule, layer) for rule, layer in candidates}
         there = [rule for rule in present if present[rule]]
         if not there:
-            layouts = (", ".join(fill(source, layer) for source in rule.sources) for rule, layer in candidates)
+            layouts = (
+                ", ".join(fill(source, layer) for source in rule.sources)
+                for rule, layer in candidates
+            )
             self.missing.append(f"{' or '.join(layouts)} (for {name})")
             return None
         best = max(there, key=lambda rule: len(present[rule]))
         everything = set().union(*present.values())
         if everything != present[best]:
-            self.double.append(f"{name} is given by {' and by '.join(min(present[rule]) for rule in there)}")
+            self.double.append(
+                f"{name} is given by {' and by '.join(min(present[rule]) for rule in there)}"
+            )
             self.claims.update(dict.fromkeys(everything, name))
             return None
         return best
 
     def _present(self, rule: Rule, layer: int | None) -> set[str]:
         if rule.stacks:
-            return {name for source in rule.sources for name in self._experts_of(source, layer).values()}
+            return {
+                name for source in rule.sources for name in self._experts_of(source, layer).values()
+            }
         return {name for source in rule.sources if (name := fill(source, layer)) in self.checkpoint}
 
     def _experts_of(self, source: str, layer: int | None) -> Mapping[int, str]:
@@ -394,7 +433,8 @@ class _Planner:
     def _fill(self, name: str, parameter: ParameterInfo, rule: Rule, layer: int | None) -> None:
         parts = _parts(rule, parameter)
         if parts is None:
-            self.shapes.append(f"{name} {list(parameter.shape)} does not split equally into {', '.join(rule.sources)}")
+            sources = ", ".join(rule.sources)
+            self.shapes.append(f"{name} {list(parameter.shape)} is not equal parts of {sources}")
             return
         for source, part in zip(rule.sources, parts, strict=True):
             shape = list(parameter.shape)
@@ -407,23 +447,28 @@ class _Planner:
                 self._fill_from_one(place, fill(source, layer))
 
     def _fill_from_experts(self, place: _Place, source: str) -> None:
-        """One tensor per expert, stacked on dim 0 of the parameter; those of other ranks' experts are only claimed."""
+        """One tensor per expert, stacked on dim 0; those of other ranks are only claimed."""
         found = self._experts_of(source, place.layer)
         sharded = self.experts is not None and place.rule.shard is not None
         owned = self.experts if self.experts is not None and sharded else range(place.shape[0])
         for row, expert in enumerate(owned):
             name = found.get(expert)
             if name is None:
-                self.missing.append(
-                    f"{_which(expert, place.layer)}: {fill(source, place.layer, expert)} (for {place.target})"
-                )
+                absent = fill(source, place.layer, expert)
+                self.missing.append(f"{_which(expert, place)}: {absent} (for {place.target})")
             elif self._claim(name, place) and self._fits(name, place, place.shape[1:]):
-                self.copies.append(Copy(place.target, (row, *place.part), name, None, place.rule.view))
+                self.copies.append(
+                    Copy(place.target, (row, *place.part), name, None, place.rule.view)
+                )
         if sharded:
-            self.claims.update((found[expert], place.target) for expert in found.keys() - set(owned))
+            self.claims.update(
+                (found[expert], place.target) for expert in found.keys() - set(owned)
+            )
 
     def _fill_from_one(self, place: _Place, name: str) -> None:
-        """One tensor for the piece; if it holds all experts and this rank owns some, those rows of it."""
+        """One tensor for the piece; if it holds all experts and this rank owns some, those rows of
+        it.
+        """
         if name not in self.checkpoint:
             self.missing.append(f"{name} (for {place.target})")
         elif self._claim(name, place):
@@ -437,13 +482,15 @@ class _Planner:
         expected = stored_shape((1, *place.shape[1:]), place.rule.view)
         stored = self.checkpoint[name].shape
         if stored[1:] != expected[1:] or stored[0] % expected[0]:
-            self.shapes.append(f"{name} is {list(stored)}, {place.target} takes {list(expected)} for each expert of it")
+            takes = f"{place.target} takes {list(expected)} of it for each expert"
+            self.shapes.append(f"{name} is {list(stored)}, {takes}")
             return
         total = stored[0] // expected[0]
         beyond = [expert for expert in owned if expert >= total]
         if beyond:
             self.missing.extend(
-                f"{_which(expert, place.layer)}: {name} holds {total} experts (for {place.target})" for expert in beyond
+                f"{_which(expert, place)}: {name} holds {total} experts (for {place.target})"
+                for expert in beyond
             )
             return
         for row, first, count in _runs(owned):
@@ -459,7 +506,9 @@ class _Planner:
         self.claims[name] = place.target
         stored = self.checkpoint[name].dtype
         if stored != place.dtype and not (stored in _FLOATS and place.dtype in _FLOATS):
-            self.dtypes.append(f"{name} is {_short(stored)}, {place.target} is {_short(place.dtype)}")
+            self.dtypes.append(
+                f"{name} is {_short(stored)}, {place.target} is {_short(place.dtype)}"
+            )
             return False
         return True
 
@@ -467,7 +516,9 @@ class _Planner:
         expected = stored_shape(shape, place.rule.view)
         stored = self.checkpoint[name].shape
         if stored != expected:
-            self.shapes.append(f"{name} is {list(stored)}, {place.target} takes {list(expected)} of it")
+            self.shapes.append(
+                f"{name} is {list(stored)}, {place.target} takes {list(expected)} of it"
+            )
         return stored == expected
 
     def _skip(self, depth: int) -> dict[Skip, tuple[str, ...]]:
@@ -475,8 +526,14 @@ class _Planner:
         for skip in self.rules:
             if isinstance(skip, Skip):
                 pattern = _pattern(skip)
-                found = [(name, match) for name in self.checkpoint if (match := pattern.fullmatch(name))]
-                names = [name for name, match in found if not (skip.beyond_depth and int(match["L"]) < depth)]
+                found = [
+                    (name, match) for name in self.checkpoint if (match := pattern.fullmatch(name))
+                ]
+                names = [
+                    name
+                    for name, match in found
+                    if not (skip.beyond_depth and int(match["L"]) < depth)
+                ]
                 self.double.extend(
                     f"{name} is wanted by {self.claims[name]} and skipped by {skip.pattern}"
                     for name in names
@@ -490,8 +547,8 @@ class _Planner:
     def _explain(self, unknown: str) -> str:
         """The unknown name, and which parameter it would have been if a rule knows it."""
         skeleton, numbers = _skeleton(unknown)
-        for rule in self.rules:
-            for source in rule.sources if isinstance(rule, Rule) else ():
+        for rule in (rule for rule in self.rules if isinstance(rule, Rule)):
+            for source in rule.sources:
                 template = _template(source)
                 slots = template.match(numbers) if template.skeleton == skeleton else None
                 if slots is not None:
@@ -503,7 +560,11 @@ class _Planner:
 
     def _quantised(self) -> str:
         """A first sentence for a checkpoint that somebody quantised, or nothing."""
-        methods = [method for end, method in _QUANTISED_NAMES if any(name.endswith(end) for name in self.checkpoint)]
+        methods = [
+            method
+            for end, method in _QUANTISED_NAMES
+            if any(name.endswith(end) for name in self.checkpoint)
+        ]
         integer = [self.checkpoint[line.split(" ", 1)[0]].dtype for line in self.dtypes]
         if not methods and not integer:
             return ""
@@ -518,13 +579,19 @@ def _message(problems: Mapping[str, list[str]]) -> str:
             rest = len(offenders) - _SHOWN
             more = [f"and {rest} more"] if rest > 0 else []
             noun = "tensor" if len(offenders) == 1 else "tensors"
-            lines.append("\n  ".join([f"{len(offenders)} {noun} {kind}:", *offenders[:_SHOWN], *more]))
+            lines.append(
+                "\n  ".join([f"{len(offenders)} {noun} {kind}:", *offenders[:_SHOWN], *more])
+            )
     return "the checkpoint does not fit the model: " + "\n".join(lines)
 
 
 def _pattern(skip: Skip) -> re.Pattern[str]:
     known = {"{L}": "(?P<L>[0-9]+)", "{E}": "[0-9]+", "{*}": ".+"}
-    return re.compile("".join(known.get(part) or re.escape(part) for part in re.split(r"(\{[LE*]\})", skip.pattern)))
+    return re.compile(
+        "".join(
+            known.get(part) or re.escape(part) for part in re.split(r"(\{[LE*]\})", skip.pattern)
+        )
+    )
 
 
 def _runs(ids: Iterable[int]) -> Iterator[tuple[int, int, int]]:
@@ -541,8 +608,9 @@ def _runs(ids: Iterable[int]) -> Iterator[tuple[int, int, int]]:
         yield row, first, count
 
 
-def _which(expert: int, layer: int | None) -> str:
-    return f"expert {expert}" if layer is None else f"expert {expert} of layer {layer}"
+def _which(expert: int, place: _Place) -> str:
+    of = "" if place.layer is None else f" of layer {place.layer}"
+    return f"expert {expert}{of}"
 
 
 def _short(dtype: torch.dtype) -> str:
