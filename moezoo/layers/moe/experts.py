@@ -1,0 +1,276 @@
+"""The experts: two grouped matrix products with the gated activation between.
+
+    y[t] = sum over k of topk_weights[t, k] * w2[e] @ (act(gate) * up),  e = topk_ids[t, k]
+    gate, up = the halves of w13[e] @ x[t]
+
+Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per token.
+
+Rounding points: products accumulate in fp32; the gated activation is computed in fp32 and rounded
+once to x's dtype, so is each expert's output row; weighting and the sum over K are fp32 and rounded
+once. On CPU, where torch has no 16-bit product with an fp32 result, gate and up are rounded too.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moezoo.layers.moe.permute import combine, permute
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+"""What may stand for `activation`, by the names that transformers' `hidden_act` uses."""
+
+CHUNK_TOKENS = 8192
+"""Tokens worked on at a time: enough to fill a GPU, and the bound of `workspace_bytes`."""
+
+
+def workspace_bytes(
+    num_tokens: int, k: int, hidden_size: int, *, intermediate_size: int, element_size: int
+) -> int:
+    """Bytes of the buffers that `fused_experts` allocates on a GPU for `num_tokens`, at most.
+
+    Per chosen row: its activation [I], its output [H] and 12 bytes of index; its result [H] per
+    token. Beyond `CHUNK_TOKENS` tokens only the result grows. The buffers come from torch's caching
+    allocator, the one workspace per device that every layer shares: they are freed in stream order
+    when the layer returns, so the next layer gets the same memory, in CUDA graphs too.
+    """
+    rows = min(num_tokens, CHUNK_TOKENS) * k
+    row_bytes = (intermediate_size + hidden_size) * element_size + 12
+    return rows * row_bytes + num_tokens * hidden_size * element_size
+
+
+def fused_experts(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    activation: str = "silu",
+    bias13: Tensor | None = None,
+    bias2: Tensor | None = None,
+    expert_map: Tensor | None = None,
+) -> Tensor:
+    """The weighted sum of each token's chosen experts: [T, H] in x's dtype.
+
+    x [T, H]; w13 [E, 2I, H] (gate rows, then up rows) and w2 [E, H, I] in x's dtype, one of fp32,
+    bf16, fp16; topk_weights [T, K] fp32; topk_ids [T, K] int32; bias13 [E, 2I] and bias2 [E, H] in
+    x's dtype. With expert_map (int32 [E'] -> row of w13 and w2, or -1) topk_ids are positions in
+    the map. An id of -1, or one that the map sends to -1, contributes nothing.
+
+    Triton on CUDA, torch on CPU and wherever a gradient is asked for. `torch.compile` and CUDA
+    graphs work through it: while compiling it is the operator `moezoo::fused_experts`.
+
+    Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit, and for
+    an activation that is not in `ACTIVATIONS`.
+    """
+    _validate(x, w13, w2, topk_weights, topk_ids, activation, bias13, bias2, expert_map)
+    args = (x, w13, w2, topk_weights, topk_ids, activation, bias13, bias2, expert_map)
+    if torch.is_grad_enabled() and _requires_grad(x, w13, w2, topk_weights, bias13, bias2):
+        return _fused_experts_autograd(*args)
+    if torch.compiler.is_compiling():
+        result: Tensor = _fused_experts_op(*args)
+        return result
+    return _fused_experts_cuda(*args) if x.is_cuda else _fused_experts_torch(*args)
+
+
+def _fused_experts_torch(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activation: str,
+    bias13: Tensor | None,
+    bias2: Tensor | None,
+    expert_map: Tensor | None,
+) -> Tensor:
+    if expert_map is not None:
+        local = expert_map[topk_ids.clamp(min=0)]
+        topk_ids = local.where(topk_ids >= 0, -1)
+    if x.shape[0] <= CHUNK_TOKENS:
+        return _chunk_torch(x, w13, w2, topk_weights, topk_ids, activation, bias13, bias2)
+    return torch.cat(
+        [
+            _chunk_torch(x_, w13, w2, weights_, ids_, activation, bias13, bias2)
+            for x_, weights_, ids_ in zip(
+                x.split(CHUNK_TOKENS),
+                topk_weights.split(CHUNK_TOKENS),
+                topk_ids.split(CHUNK_TOKENS),
+                strict=True,
+            )
+        ]
+    )
+
+
+def _chunk_torch(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activation: str,
+    bias13: Tensor | None,
+    bias2: Tensor | None,
+) -> Tensor:
+    num_tokens, k = topk_ids.shape
+    if num_tokens == 1:
+        # One row per expert: no grouping, and the host's list of ids is all the bookkeeping.
+        chosen = [(i, e) for i, e in enumerate(topk_ids[0].tolist()) if e >= 0]
+        experts, sizes = [e for _, e in chosen], [1] * len(chosen)
+        order = None if len(chosen) == k else torch.tensor([i for i, _ in chosen], device=x.device)
+        rows: Sequence[Tensor] = [x] * len(chosen)
+    else:
+        flat_order, offsets = permute(topk_ids, w13.shape[0])
+        bounds = offsets.tolist()
+        counts = [end - start for start, end in pairwise(bounds)]
+        experts = [e for e, count in enumerate(counts) if count]
+        sizes = [counts[e] for e in experts]
+        order = flat_order[: bounds[-1]].long()
+        rows = x.index_select(0, order // k).split(sizes)
+    if not experts:
+        return torch.zeros_like(x)
+    h = _gate(_grouped_linear(rows, w13, experts, bias13), activation)
+    y = _grouped_linear(h.split(sizes), w2, experts, bias2)
+    if order is not None:
+        if len(order) < num_tokens * k:
+            topk_weights = topk_weights.masked_fill(topk_ids < 0, 0.0)
+            y = y.new_zeros(num_tokens * k, y.shape[-1]).index_copy_(0, order, y)
+        else:
+            y = torch.empty_like(y).index_copy_(0, order, y)
+    return combine(y.view(num_tokens, k, -1), topk_weights)
+
+
+def _grouped_linear(
+    rows: Sequence[Tensor], w: Tensor, experts: list[int], bias: Tensor | None
+) -> Tensor:
+    """rows[i] [n_i, H] through w[experts[i]] [N, H] -> [sum n_i, N]."""
+    biases = [None] * len(experts) if bias is None else [bias[e] for e in experts]
+    return torch.cat([F.linear(r, w[e], b) for r, e, b in zip(rows, experts, biases, strict=True)])
+
+
+def _gate(gate_up: Tensor, activation: str) -> Tensor:
+    """[S, 2I] -> act(gate) * up [S, I], in fp32 and rounded once."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (ACTIVATIONS[activation](gate) * up).to(gate_up.dtype)
+
+
+def _fused_experts_cuda(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activation: str,
+    bias13: Tensor | None,
+    bias2: Tensor | None,
+    expert_map: Tensor | None,
+) -> Tensor:
+    # Triton is not installed where there is no CUDA.
+    from moezoo.layers.kernels.fused_experts import fused_experts as kernels
+
+    return kernels(x, w13, w2, topk_weights, topk_ids, activation, bias13, bias2, expert_map)
+
+
+# Under a gradient the loop over experts is for autograd to see, not for a compiler to trace.
+_fused_experts_autograd = torch.compiler.disable(_fused_experts_torch)
+
+
+@torch.library.custom_op("moezoo::fused_experts", mutates_args=(), device_types="cpu")
+def _fused_experts_op(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activation: str,
+    bias13: Tensor | None,
+    bias2: Tensor | None,
+    expert_map: Tensor | None,
+) -> Tensor:
+    return _fused_experts_torch(
+        x, w13, w2, topk_weights, topk_ids, activation, bias13, bias2, expert_map
+    )
+
+
+_fused_experts_op.register_kernel("cuda", _fused_experts_cuda)
+
+
+@_fused_experts_op.register_fake
+def _(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activation: str,
+    bias13: Tensor | None,
+    bias2: Tensor | None,
+    expert_map: Tensor | None,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _requires_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _validate(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activation: str,
+    bias13: Tensor | None,
+    bias2: Tensor | None,
+    expert_map: Tensor | None,
+) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
+    if x.ndim != 2 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"x must be [T, H] in float32, bfloat16 or float16, got {_describe(x)}")
+    if w2.ndim != 3 or topk_ids.ndim != 2:
+        raise ValueError(
+            "w2 must be [E, H, I] and topk_ids [T, K], "
+            f"got {_describe(w2)} and {_describe(topk_ids)}"
+        )
+    (num_tokens, hidden_size), dtype, device = x.shape, x.dtype, x.device
+    num_experts, _, intermediate_size = w2.shape
+    k = topk_ids.shape[1]
+    if topk_ids.dtype != torch.int32 and topk_ids.dtype != torch.int64:
+        raise ValueError(f"topk_ids must be int32 or int64, got {_describe(topk_ids)}")
+    for name, tensor, shape, dtype_ in (
+        ("w13", w13, (num_experts, 2 * intermediate_size, hidden_size), dtype),
+        ("w2", w2, (num_experts, hidden_size, intermediate_size), dtype),
+        ("topk_ids", topk_ids, (num_tokens, k), topk_ids.dtype),
+        ("topk_weights", topk_weights, (num_tokens, k), torch.float32),
+        ("bias13", bias13, (num_experts, 2 * intermediate_size), dtype),
+        ("bias2", bias2, (num_experts, hidden_size), dtype),
+        ("expert_map", expert_map, None, torch.int32),
+    ):
+        if tensor is None:
+            continue
+        if (
+            (shape is not None and tensor.shape != shape)
+            or tensor.dtype != dtype_
+            or tensor.device != device
+        ):
+            raise ValueError(
+                f"{name} must be {list(shape) if shape else '[E]'} {dtype_} on {device} to go with "
+                f"x {_describe(x)} and w2 {_describe(w2)}, got {_describe(tensor)}"
+            )
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"

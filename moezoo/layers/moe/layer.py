@@ -1,0 +1,123 @@
+"""The MoE layer: a gate, the stacked experts, and what runs beside them.
+
+Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per token.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moezoo.layers.moe.experts import fused_experts
+
+Route = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Dispatcher(Protocol):
+    """Carries tokens to the ranks that hold their experts, and their outputs back."""
+
+    expert_map: Tensor | None
+    """int32 [E] -> row of this rank's w13 and w2, or -1; None if this rank holds all."""
+
+    def dispatch(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows x [T', H], topk_ids and topk_weights [T', K] that this rank works on."""
+
+    def combine(self, y: Tensor) -> Tensor:
+        """y [T', H], this rank's share of the dispatched rows -> [T, H], summed over ranks."""
+
+
+class BiasedRoute(nn.Module):
+    """A route with a correction bias: `fn(logits, correction_bias=self.correction_bias)`.
+
+    The bias [E] stays fp32 whatever the model's dtype: its steps are finer than 16 bit resolve.
+    """
+
+    keep_dtype: ClassVar[tuple[str, ...]] = ("correction_bias",)
+
+    def __init__(self, num_experts: int, fn: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.fn = fn
+        self.correction_bias = nn.Parameter(
+            torch.empty(num_experts, dtype=torch.float32), requires_grad=False
+        )
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.correction_bias)
+
+    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fn(logits, correction_bias=self.correction_bias)
+
+
+class FusedMoE(nn.Module):
+    """K of E gated experts for each token, plus `shared`, if there is one, for every token.
+
+    Parameters: gate [E, H]; w13 [E, 2I, H], gate rows then up rows; w2 [E, H, I].
+
+    `route` maps fp32 logits [T, E] to (topk_weights [T, K] fp32, topk_ids [T, K] int32): a partial
+    of a function in `moezoo.layers.moe.routing`, or a module where the router has parameters.
+    `shared` is a module [T, H] -> [T, H] whose output is added. `dispatcher` is None where this
+    process holds all the experts.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        route: Route,
+        *,
+        activation: str = "silu",
+        shared: nn.Module | None = None,
+        dispatcher: Dispatcher | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.route = route
+        self.shared = shared
+        self.dispatcher = dispatcher
+        self.gate = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.w13 = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
+        self.w2 = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+
+    def reset_parameters(self) -> None:
+        for parameter in (self.gate, self.w13, self.w2):
+            nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., H] -> [..., H] of the same dtype."""
+        tokens = x.reshape(-1, x.shape[-1])
+        topk_weights, topk_ids = self.route(self.router_logits(tokens))
+        y = self.experts(tokens, topk_weights, topk_ids)
+        if self.shared is not None:
+            y = y + self.shared(tokens)
+        return y.view(x.shape)
+
+    def router_logits(self, x: Tensor) -> Tensor:
+        """x [T, H] -> [T, E] fp32, computed in fp32: 16-bit logits would swap close experts."""
+        return F.linear(x.float(), self.gate.float())
+
+    def experts(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """The weighted sum of the chosen experts: x [T, H] -> [T, H]."""
+        if self.dispatcher is None:
+            return fused_experts(
+                x, self.w13, self.w2, topk_weights, topk_ids, activation=self.activation
+            )
+        x, topk_ids, topk_weights = self.dispatcher.dispatch(x, topk_ids, topk_weights)
+        y = fused_experts(
+            x,
+            self.w13,
+            self.w2,
+            topk_weights,
+            topk_ids,
+            activation=self.activation,
+            expert_map=self.dispatcher.expert_map,
+        )
+        return self.dispatcher.combine(y)
+
+    def extra_repr(self) -> str:
+        num_experts, hidden_size, intermediate_size = self.w2.shape
+        return f"H={hidden_size}, I={intermediate_size}, E={num_experts}, {self.activation}"

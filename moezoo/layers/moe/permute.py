@@ -1,0 +1,25 @@
+"""Grouping the T*K chosen rows by expert, and summing the experts' outputs per token."""
+
+import torch
+from torch import Tensor
+
+
+def permute(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """topk_ids [T, K] integer -> order [T*K] int32, offsets [E+1] int32.
+
+    order[offsets[e]:offsets[e+1]] are the flat positions t*K + k at which expert e was chosen, in
+    rising order. Positions with a negative id come last, from offsets[E] on: nobody computes them.
+    """
+    ids = topk_ids.flatten()
+    ids = ids.where(ids >= 0, num_experts)
+    sorted_ids, order = ids.sort(stable=True)
+    experts = torch.arange(num_experts + 1, device=ids.device, dtype=ids.dtype)
+    return order.int(), torch.searchsorted(sorted_ids, experts, out_int32=True)
+
+
+def combine(y: Tensor, topk_weights: Tensor) -> Tensor:
+    """y [T, K, H], topk_weights [T, K] fp32 -> [T, H] in y's dtype: sum over K of weight * row.
+
+    Products and sum are fp32 and rounded once.
+    """
+    return (y * topk_weights.unsqueeze(-1)).sum(1, dtype=torch.float32).to(y.dtype)

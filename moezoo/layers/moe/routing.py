@@ -1,0 +1,113 @@
+"""Routers: which experts a token goes to, and how much each of them counts.
+
+One pure function per published router, from the logits [T, E] of the gate to
+
+    topk_weights [T, K] fp32, what each chosen expert's output is multiplied with
+    topk_ids     [T, K] int32, the chosen experts, best first
+
+Scores are computed in fp32 and weights stay fp32 until the combine, also for the architectures
+(Qwen, OLMoE) whose published code rounds them to the model's dtype in between.
+
+Equal scores go to the lower id. NaN counts as the largest score, so a row with NaN or Inf keeps its
+ids in range, and no row looks at another one. The legend of the dimensions: T tokens, E experts,
+K experts per token.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def softmax_topk(logits: Tensor, k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """The k largest of softmax(logits), divided by their sum if `renormalize`.
+
+    logits [T, E] of any float dtype -> topk_weights [T, K] fp32, topk_ids [T, K] int32.
+    The router of Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and, without groups, of DeepSeek-V2.
+    """
+    _require_k(k, logits.shape[-1])
+    weights, ids = _largest(torch.softmax(logits, -1, dtype=torch.float32), k)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights, ids.int()
+
+
+def grouped_topk(
+    logits: Tensor,
+    k: int,
+    *,
+    num_groups: int,
+    topk_groups: int,
+    scoring: Literal["softmax", "sigmoid"] = "softmax",
+    correction_bias: Tensor | None = None,
+    renormalize: bool,
+    scaling: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The k best experts of the `topk_groups` best out of `num_groups` groups of neighbours.
+
+    logits [T, E] of any float dtype, correction_bias [E] or None
+    -> topk_weights [T, K] fp32, topk_ids [T, K] int32.
+
+    Without a correction bias (DeepSeek-V2) a group is worth its best score, and the experts outside
+    the chosen groups score 0. With one (DeepSeek-V3) the bias is added to the scores for the choice
+    alone: a group is worth the sum of its two best biased scores, the experts outside the chosen
+    groups score -inf, and the weights are the unbiased scores. `renormalize` divides the weights by
+    their sum + 1e-20; `scaling` multiplies them last.
+
+    Raises ValueError if the groups do not divide the experts, or k or topk_groups is out of range.
+    """
+    num_experts = logits.shape[-1]
+    _require_k(k, num_experts)
+    if num_experts % num_groups or not 1 <= topk_groups <= num_groups:
+        raise ValueError(
+            f"num_groups must divide the {num_experts} experts and topk_groups be in "
+            f"1..num_groups, got num_groups={num_groups}, topk_groups={topk_groups}"
+        )
+    if scoring == "softmax":
+        scores = torch.softmax(logits, -1, dtype=torch.float32)
+    elif scoring == "sigmoid":
+        scores = logits.float().sigmoid()
+    else:
+        raise ValueError(f"scoring must be 'softmax' or 'sigmoid', got {scoring!r}")
+
+    if correction_bias is None:
+        if topk_groups < num_groups:
+            group_scores = scores.unflatten(-1, (num_groups, -1)).amax(-1)
+            scores = _keep_groups(scores, group_scores, topk_groups, fill=0.0)
+        weights, ids = _largest(scores, k)
+    else:
+        biased = scores + correction_bias
+        if topk_groups < num_groups:
+            grouped = biased.unflatten(-1, (num_groups, -1))
+            group_scores = grouped.topk(min(2, grouped.shape[-1])).values.sum(-1)
+            biased = _keep_groups(biased, group_scores, topk_groups, fill=float("-inf"))
+        ids = _largest(biased, k)[1]
+        weights = scores.gather(-1, ids)
+
+    if renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    if scaling != 1.0:
+        weights = weights * scaling
+    return weights, ids.int()
+
+
+def _require_k(k: int, num_experts: int) -> None:
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k must be in 1..{num_experts}, the number of experts, got {k}")
+
+
+def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of the last dimension and their positions; ties to the lower one.
+
+    `torch.topk` leaves open which of equal scores it takes; a stable sort does not.
+    """
+    values, ids = scores.sort(dim=-1, descending=True, stable=True)
+    return values[..., :k], ids[..., :k]
+
+
+def _keep_groups(scores: Tensor, group_scores: Tensor, topk_groups: int, *, fill: float) -> Tensor:
+    """scores [T, E] with `fill` outside the `topk_groups` best groups by group_scores [T, G]."""
+    dropped = torch.ones_like(group_scores, dtype=torch.bool)
+    dropped = dropped.scatter(-1, _largest(group_scores, topk_groups)[1], False)
+    grouped = scores.unflatten(-1, (group_scores.shape[-1], -1))
+    return grouped.masked_fill(dropped.unsqueeze(-1), fill).flatten(-2)
