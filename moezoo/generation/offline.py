@@ -1,0 +1,414 @@
+"""Offline generation: many prompts in, one completion each out, in input order.
+
+Legend: B prompts of a batch, T prompt tokens, V vocabulary.
+"""
+
+import copy
+import json
+import random
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import islice
+from typing import Any, Literal
+
+import jinja2
+import torch
+from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+
+Messages = Sequence[Mapping[str, Any]]
+
+DEFAULT_MAX_NEW_TOKENS = 256
+
+# Sampling settings as a greedy run has them; others make transformers warn that they go unused.
+_NEUTRAL = {
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one completion starts from: a text, or chat messages with `role` and `content`."""
+
+    id: int | str
+    prompt: str | Messages
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], default_id: int) -> "Prompt":
+        """Read `{"id": ..., "prompt": ...}` or `{"id": ..., "messages": [...]}`.
+
+        Other keys are ignored.
+
+        Raises:
+            ValueError: a key is missing, given twice or of the wrong type.
+        """
+        id = default_id if record.get("id") is None else record["id"]
+        if isinstance(id, bool) or not isinstance(id, int | str):
+            raise ValueError(f"id must be a string or an integer, got {id!r}")
+        prompt, messages = record.get("prompt"), record.get("messages")
+        if (prompt is None) == (messages is None):
+            raise ValueError(
+                f'one of "prompt" and "messages" is needed, got the keys {sorted(record)}'
+            )
+        if messages is None:
+            if not isinstance(prompt, str):
+                raise ValueError(f'"prompt" must be a string, got {type(prompt).__name__}')
+            return cls(id, prompt)
+        if not (
+            isinstance(messages, list | tuple)
+            and messages
+            and all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages)
+        ):
+            raise ValueError('"messages" must be a non-empty list of objects with a "role"')
+        return cls(id, messages)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The completion of one prompt.
+
+    `token_ids` end before the end-of-sequence token; `text` ends before the stop string.
+    `finish_reason` is "stop" (the model ended, or a stop string came), "length" (`max_new_tokens`
+    or the model's context is used up) or "error": this prompt alone failed, `error` says why.
+    """
+
+    id: int | str
+    prompt: str | Messages
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["stop", "length", "error"]
+    num_prompt_tokens: int
+    error: str | None = None
+
+
+class SeededDraw(LogitsProcessor):
+    """Sample from a table of uniform numbers instead of the global random state.
+
+    Applies the warpers of `config`, draws by inverting the cumulative distribution in float64, and
+    leaves the drawn token as the only one with a finite score, so that a greedy loop picks it.
+
+    Args:
+        config: resolved sampling settings.
+        uniforms: float64 [B, steps] in [0, 1), on the device of the scores.
+        prompt_length: number of columns of `input_ids` at the first step, padding included.
+    """
+
+    def __init__(
+        self, config: GenerationConfig, uniforms: torch.Tensor, prompt_length: int
+    ) -> None:
+        self.warpers = _warpers(config, uniforms.device)
+        self.uniforms = uniforms
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [B, V] -> [B, V], zero at the drawn token and -inf elsewhere."""
+        cumulative = self.warpers(input_ids, scores).softmax(-1, dtype=torch.float64).cumsum(-1)
+        step = input_ids.shape[1] - self.prompt_length
+        target = self.uniforms[:, step, None] * cumulative[:, -1:]
+        # right=True: the first token whose cumulative probability exceeds the target, so never one
+        # of probability zero
+        token = torch.searchsorted(cumulative, target, right=True).clamp_(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[str | Mapping[str, Any] | Prompt],
+    *,
+    generation_config: GenerationConfig | None = None,
+    batch_size: int = 8,
+    seed: int | None = None,
+    chat: bool = False,
+    streamer: BaseStreamer | None = None,
+    **overrides: Any,
+) -> Iterator[Completion]:
+    """Complete every prompt and yield the results in the order of the prompts.
+
+    Prompts are read as they are needed, `batch_size` at a time. A prompt that cannot be completed
+    (longer than the model's context, empty without a token to begin with, refused by the chat
+    template) gives a completion with `finish_reason="error"`; the others go on.
+
+    Args:
+        model: any transformers causal language model.
+        tokenizer: its tokenizer.
+        prompts: texts, records as `Prompt.from_record` reads them (the position is the default
+            id), or `Prompt`s. Messages go through the tokenizer's chat template.
+        generation_config: as in transformers; what it leaves unset comes from
+            `model.generation_config`. `max_new_tokens` is 256 where neither sets it.
+        seed: makes sampling repeatable: each prompt draws from its own stream of random numbers,
+            which depends on the seed and the prompt's id alone, not on the batch it is in. (The
+            logits themselves may differ in the last bit between batches, which can tip a draw.)
+            None samples from torch's global random state.
+        chat: wrap texts as the user's message of a chat.
+        streamer: receives tokens as they come; needs `batch_size=1`.
+        **overrides: fields of `GenerationConfig`, such as `max_new_tokens`, `do_sample`,
+            `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `stop_strings`.
+
+    Raises:
+        ValueError: an option is unknown, out of range or contradicts another, a prompt is
+            malformed, or `chat` is asked of a tokenizer without a chat template.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if streamer is not None and batch_size != 1:
+        raise ValueError(f"a streamer needs batch_size=1, got batch_size={batch_size}")
+    if chat and tokenizer.chat_template is None:
+        raise ValueError(
+            f"the tokenizer of {model.config.name_or_path!r} has no chat template; "
+            "leave chat off, or set tokenizer.chat_template"
+        )
+    config = _resolve(model, tokenizer, generation_config, overrides)
+    if seed is not None and config.do_sample and config.num_beams > 1:
+        raise ValueError(f"seed needs num_beams=1, got num_beams={config.num_beams}")
+    batch = _BatchGenerator(model, tokenizer, config, seed, chat, streamer)
+    return batch.run((_as_prompt(item, index) for index, item in enumerate(prompts)), batch_size)
+
+
+@dataclass(frozen=True)
+class _BatchGenerator:
+    """`generate` after its arguments are checked."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    config: GenerationConfig
+    seed: int | None
+    chat: bool
+    streamer: BaseStreamer | None
+
+    def run(self, prompts: Iterator[Prompt], batch_size: int) -> Iterator[Completion]:
+        while batch := list(islice(prompts, batch_size)):
+            yield from self._complete(batch)
+
+    def _complete(self, prompts: list[Prompt]) -> list[Completion]:
+        completions: dict[int, Completion] = {}
+        encoded: dict[int, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            try:
+                encoded[row] = self._encode(prompt)
+            except (ValueError, jinja2.TemplateError) as error:
+                completions[row] = Completion(
+                    prompt.id, prompt.prompt, "", (), "error", 0, error=str(error)
+                )
+        limits = {row: self._num_new_tokens(ids) for row, ids in encoded.items()}
+        # Rows that would run over the context stop earlier, so each limit is a batch of its own.
+        for limit in sorted(set(limits.values()), reverse=True):
+            rows = [row for row in encoded if limits[row] == limit]
+            if limit < 1:
+                for row in rows:
+                    completions[row] = self._too_long(prompts[row], len(encoded[row]))
+                continue
+            new_ids = self._generate(
+                [prompts[row].id for row in rows], [encoded[row] for row in rows], limit
+            )
+            for row, ids in zip(rows, new_ids, strict=True):
+                completions[row] = self._decode(prompts[row], encoded[row], ids)
+        return [completions[row] for row in range(len(prompts))]
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        messages: Messages
+        if isinstance(prompt.prompt, str):
+            if not self.chat:
+                ids: list[int] = self.tokenizer(prompt.prompt, verbose=False).input_ids
+                return ids or [self._first_token()]
+            messages = [{"role": "user", "content": prompt.prompt}]
+        elif self.tokenizer.chat_template is None:
+            raise ValueError("the prompt holds messages but the tokenizer has no chat template")
+        else:
+            messages = prompt.prompt
+        text = self.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=False
+        )
+        # the template writes the special tokens itself
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def _first_token(self) -> int:
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        raise ValueError(
+            "the prompt is empty and the tokenizer has no beginning- or end-of-text token"
+        )
+
+    def _num_new_tokens(self, ids: list[int]) -> int:
+        limit: int = self.config.max_new_tokens
+        context = _context_length(self.model)
+        return limit if context is None else min(limit, context - len(ids))
+
+    def _too_long(self, prompt: Prompt, num_tokens: int) -> Completion:
+        error = (
+            f"the prompt has {num_tokens} tokens and the model's context is "
+            f"{_context_length(self.model)}; shorten it to leave room for at least one more"
+        )
+        return Completion(prompt.id, prompt.prompt, "", (), "error", num_tokens, error=error)
+
+    def _generate(
+        self, prompt_ids: list[int | str], rows: list[list[int]], num_new_tokens: int
+    ) -> list[list[int]]:
+        """The new tokens of each row, whatever follows the end of a row still among them."""
+        length = max(len(row) for row in rows)
+        input_ids = torch.full((len(rows), length), self.config.pad_token_id or 0)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, ids in enumerate(rows):
+            input_ids[row, length - len(ids) :] = torch.tensor(ids)
+            attention_mask[row, length - len(ids) :] = 1
+        config = copy.deepcopy(self.config)
+        config.max_new_tokens = num_new_tokens
+        arguments: dict[str, Any] = {}
+        if config.stop_strings is not None:
+            arguments["tokenizer"] = self.tokenizer
+        if self.streamer is not None:
+            arguments["streamer"] = self.streamer
+        if config.do_sample and self.seed is not None:
+            uniforms = torch.tensor(
+                [_uniforms(self.seed, id, num_new_tokens) for id in prompt_ids],
+                dtype=torch.float64,
+                device=self.model.device,
+            )
+            draw = SeededDraw(self.config, uniforms, length)
+            arguments["logits_processor"] = LogitsProcessorList([draw])
+            config.update(do_sample=False, **_NEUTRAL)
+        output = self.model.generate(
+            input_ids=input_ids.to(self.model.device),
+            attention_mask=attention_mask.to(self.model.device),
+            generation_config=config,
+            **arguments,
+        )
+        new_ids: list[list[int]] = output[:, length:].tolist()
+        return new_ids
+
+    def _decode(self, prompt: Prompt, ids: list[int], new_ids: list[int]) -> Completion:
+        ends = {self.config.pad_token_id, *_as_list(self.config.eos_token_id)}
+        stop = next((i for i, token in enumerate(new_ids) if token in ends), None)
+        new_ids = new_ids[:stop]
+        text = self._text(ids, new_ids)
+        stop_strings = _as_list(self.config.stop_strings)
+        if cuts := [text.index(string) for string in stop_strings if string in text]:
+            # the fewest tokens whose text holds a stop string
+            stop = bisect_left(
+                range(len(new_ids)),
+                True,
+                key=lambda n: any(s in self._text(ids, new_ids[:n]) for s in stop_strings),
+            )
+            new_ids, text = new_ids[:stop], text[: min(cuts)]
+        return Completion(
+            id=prompt.id,
+            prompt=prompt.prompt,
+            text=text,
+            token_ids=tuple(new_ids),
+            finish_reason="length" if stop is None else "stop",
+            num_prompt_tokens=len(ids),
+        )
+
+    def _text(self, ids: list[int], new_ids: list[int]) -> str:
+        # Decoded alone, a sentencepiece tokenizer would drop the space before the first new word.
+        before: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        whole: str = self.tokenizer.decode([*ids, *new_ids], skip_special_tokens=True)
+        if whole.startswith(before):
+            return whole[len(before) :]
+        return str(self.tokenizer.decode(new_ids, skip_special_tokens=True))
+
+
+def _as_prompt(item: str | Mapping[str, Any] | Prompt, index: int) -> Prompt:
+    if isinstance(item, Prompt):
+        return item
+    if isinstance(item, str):
+        return Prompt(index, item)
+    if isinstance(item, Mapping):
+        try:
+            return Prompt.from_record(item, default_id=index)
+        except ValueError as error:
+            raise ValueError(f"prompt {index}: {error}") from None
+    raise ValueError(f"prompt {index} must be a string, a mapping or a Prompt, got {type(item)}")
+
+
+def _resolve(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    generation_config: GenerationConfig | None,
+    overrides: dict[str, Any],
+) -> GenerationConfig:
+    """Every field set: from the overrides, else the config given, else the model's own."""
+    given = GenerationConfig() if generation_config is None else generation_config
+    if given.max_length is not None or overrides.get("max_length") is not None:
+        raise ValueError("max_length counts prompt and completion together; use max_new_tokens")
+    config, _ = model._prepare_generation_config(given)
+    if unknown := config.update(**overrides):
+        raise ValueError(f"unknown generation options: {', '.join(sorted(unknown))}")
+    config.max_length = None
+    if config.max_new_tokens is None:
+        config.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
+    if config.num_return_sequences != 1:
+        raise ValueError(
+            "num_return_sequences must be 1, every prompt gets one completion; "
+            f"got {config.num_return_sequences}"
+        )
+    if config.pad_token_id is None:
+        known = [tokenizer.pad_token_id, *_as_list(config.eos_token_id)]
+        config.pad_token_id = next((token for token in known if token is not None), None)
+    if config.do_sample:
+        _warpers(
+            config, model.device
+        )  # raises on a value out of range before anything is generated
+    return config
+
+
+def _warpers(config: GenerationConfig, device: torch.device) -> LogitsProcessorList:
+    """What transformers applies to the logits of a sampled step, in its order."""
+    warpers: list[LogitsProcessor] = []
+    if config.temperature not in (None, 1.0):
+        warpers.append(TemperatureLogitsWarper(config.temperature))
+    if config.top_h is not None:
+        warpers.append(TopHLogitsWarper(config.top_h))
+    if config.top_k:
+        warpers.append(TopKLogitsWarper(config.top_k))
+    if config.top_p not in (None, 1.0):
+        warpers.append(TopPLogitsWarper(config.top_p))
+    if config.min_p is not None:
+        warpers.append(MinPLogitsWarper(config.min_p))
+    if config.typical_p not in (None, 1.0):
+        warpers.append(TypicalLogitsWarper(config.typical_p))
+    if config.epsilon_cutoff:
+        warpers.append(EpsilonLogitsWarper(config.epsilon_cutoff))
+    if config.eta_cutoff:
+        warpers.append(EtaLogitsWarper(config.eta_cutoff, device=str(device)))
+    return LogitsProcessorList(warpers)
+
+
+def _uniforms(seed: int, prompt_id: int | str, steps: int) -> list[float]:
+    digest = sha256(json.dumps([seed, prompt_id]).encode()).digest()
+    draw = random.Random(digest)
+    return [draw.random() for _ in range(steps)]
+
+
+def _context_length(model: PreTrainedModel) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, int | str) else list(value)

@@ -1,0 +1,106 @@
+"""JSON lines in and out of offline generation, so that a run that was killed can go on.
+
+A completion is one line, written and flushed whole; only the last line of a file can be half there.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from moezoo.generation.offline import Completion, Prompt
+
+
+def read_prompts(lines: Iterable[bytes], name: str) -> tuple[list[Prompt], list[str]]:
+    """Read prompts, one JSON object a line, as `Prompt.from_record` understands them.
+
+    A record without an id takes its line's number. Empty lines are passed over.
+
+    Returns:
+        The prompts, and one message for each line that is none: `name`, the line's number and what
+        is wrong.
+    """
+    prompts: list[Prompt] = []
+    problems: list[str] = []
+    first_line: dict[int | str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            prompt = Prompt.from_record(_json_object(line), default_id=number)
+            if prompt.id in first_line:
+                raise ValueError(f"id {prompt.id!r} is taken by line {first_line[prompt.id]}")
+        except ValueError as error:
+            problems.append(f"{name}:{number}: {error}")
+            continue
+        first_line[prompt.id] = number
+        prompts.append(prompt)
+    return prompts, problems
+
+
+def completion_line(completion: Completion, run: str) -> bytes:
+    """The completion as one line; `run` is the fingerprint of the model and the settings."""
+    source = "prompt" if isinstance(completion.prompt, str) else "messages"
+    record = {
+        "id": completion.id,
+        source: completion.prompt,
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "num_prompt_tokens": completion.num_prompt_tokens,
+        "num_tokens": len(completion.token_ids),
+        "run": run,
+    }
+    if completion.error is not None:
+        record["error"] = completion.error
+    # a lone surrogate has no UTF-8; backslashreplace writes it as JSON's own escape
+    return json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+
+
+def resume(path: Path, prompts: Sequence[Prompt], run: str) -> dict[int | str, bool]:
+    """Which prompts a file of completions has finished, and whether each of them failed.
+
+    Cuts off a half-written last line. A file that does not exist has finished none.
+
+    Raises:
+        ValueError: the file holds something else than completions of these prompts in this run.
+    """
+    if not path.exists():
+        return {}
+    other_file = "; choose another output file or start it anew (--overwrite)"
+    by_id = {prompt.id: prompt.prompt for prompt in prompts}
+    finished: dict[int | str, bool] = {}
+    with path.open("r+b") as file:
+        end = 0
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                file.truncate(end)
+                break
+            end += len(line)
+            where = f"{path}:{number}: "
+            try:
+                record = _json_object(line)
+                prompt = Prompt.from_record(record, default_id=-1)
+                failed = record["finish_reason"] == "error"
+                record_run = record["run"]
+            except (ValueError, KeyError):
+                raise ValueError(f"{where}not a completion of moezoo{other_file}") from None
+            if record_run != run:
+                raise ValueError(
+                    f"{where}written by a run with another model or other settings{other_file}"
+                )
+            if by_id.get(prompt.id) != prompt.prompt:
+                raise ValueError(f"{where}id {prompt.id!r} is not this prompt's{other_file}")
+            finished[prompt.id] = failed
+    return finished
+
+
+def _json_object(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON object is expected, got {type(record).__name__}")
+    return record
