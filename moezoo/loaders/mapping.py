@@ -160,9 +160,9 @@ class Skip:
 class Copy(NamedTuple):
     """One contiguous piece of a stored tensor and its place in a parameter.
 
-    `rows` are the rows (dim 0) of the stored tensor to read, all of them when None; `target_index` is the
-    place in the parameter. `stored_order(parameter[target_index], view)` runs through the elements in the
-    order in which they are stored.
+    `rows` are the rows (dim 0) of the stored tensor to read, all of them when None; `target_index`
+    is the place in the parameter. `stored_order(parameter[target_index], view)` runs through the
+    elements in the order in which they are stored.
     """
 
     target: str

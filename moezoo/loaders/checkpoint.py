@@ -1,0 +1,448 @@
+"""A checkpoint on disk or on the hub: its config, and the name, shape, dtype and place of each
+tensor.
+
+Opening one reads the config, the index and the headers of the safetensors files, never a weight; of
+a hub repository the headers come over the network in range requests. `Checkpoint.fetch` then
+downloads the files that hold the tensors asked for. Only safetensors are read, never pickle.
+"""
+
+import json
+import logging
+import os
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from huggingface_hub import HfApi, errors, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
+from moezoo.errors import CheckpointError
+from moezoo.loaders.mapping import TensorInfo
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The dtypes of the safetensors format by its own names."""
+
+_log = logging.getLogger(__name__)
+_MAX_HEADER = 100_000_000
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_CONNECTIONS = 16
+
+
+@dataclass(frozen=True)
+class StoredTensor(TensorInfo):
+    """A tensor of a checkpoint: shape, dtype, its file's name and its first byte in the file's
+    data.
+    """
+
+    file: str
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class Location(NamedTuple):
+    """Where on this machine the bytes of a tensor are: from `offset` on in `path`."""
+
+    path: Path
+    offset: int
+
+
+class _Files(Protocol):
+    """A local folder or a hub repository."""
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+
+    def listing(self) -> Collection[str]: ...
+
+    def local(self, file: str) -> Path | None:
+        """The file's path if it is on this machine."""
+
+    def tensors(self, file: str) -> dict[str, StoredTensor]:
+        """The header of a safetensors file."""
+
+    def download(self, files: Iterable[str], *, progress: bool) -> dict[str, Path]: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint; `name` is the folder or hub id that messages use."""
+
+    name: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    files: _Files = field(repr=False)
+
+    @property
+    def config_folder(self) -> Path:
+        """A local folder with config.json and, where the checkpoint has one,
+        generation_config.json.
+        """
+        if GENERATION_CONFIG in self.files.listing():
+            self.files.download([GENERATION_CONFIG], progress=False)
+        path = self.files.local(CONFIG)
+        assert path is not None, "config.json was read when the checkpoint was opened"
+        return path.parent
+
+    def fetch(self, names: Collection[str], *, progress: bool = False) -> dict[str, Location]:
+        """Where each of the named tensors is on this machine, after downloading the files that are
+        not.
+
+        Raises `CheckpointError` if a download fails or a downloaded file is not what its header
+        said on the hub.
+        """
+        wanted: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            wanted[self.tensors[name].file].append(name)
+        locations = {}
+        for file, path in self.files.download(wanted, progress=progress).items():
+            start, stored = read_header(path)
+            for name in wanted[file]:
+                if stored.get(name) != self.tensors[name]:
+                    raise CheckpointError(
+                        f"{path}: {name} is {stored.get(name)}, the header read before said "
+                        f"{self.tensors[name]}; the file changed, load again"
+                    )
+                locations[name] = Location(path, start + stored[name].start)
+        return locations
+
+
+def open_checkpoint(
+    model_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Checkpoint:
+    """The checkpoint in a local folder or in a hub repository, its headers read.
+
+    A folder is taken before a hub id of the same name. Raises `CheckpointError` for what cannot be
+    found, reached or read, naming the file and the tensor.
+    """
+    name = os.fspath(model_id)
+    files: _Files
+    if os.path.isdir(name):
+        files = _Folder(name)
+    elif os.path.exists(name) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name[0] == ".":
+        kind = "is a file, not a folder" if os.path.exists(name) else "does not exist"
+        raise CheckpointError(
+            f"{name} {kind}; expected a folder with {CONFIG} and {WEIGHTS} (or {INDEX} and its "
+            "shards), or a hub id such as Qwen/Qwen3-30B-A3B"
+        )
+    else:
+        files = _Repository(name, revision, cache_dir, token, local_files_only)
+    config_path = files.local(CONFIG)
+    if config_path is None:
+        raise CheckpointError(f"{name} has no {CONFIG}, so it is not known which model this is")
+    return Checkpoint(name, _read_json(config_path), _read_tensors(files), files)
+
+
+def read_header(path: Path) -> tuple[int, dict[str, StoredTensor]]:
+    """The offset of the data in a safetensors file, and its tensors.
+
+    Raises `CheckpointError` if the header is malformed or the file is shorter than it says.
+    """
+    with _naming(path), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise CheckpointError(
+                f"{path}: {size} bytes with a header of {length}; the file is truncated or not "
+                "in the safetensors format"
+            )
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: the header is not JSON ({error})") from error
+    start = 8 + length
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the header is not a JSON object")
+    header.pop("__metadata__", None)
+    tensors = _parse(header, path, path.name)
+    end = _check_cover(tensors, path)
+    if start + end != size:
+        what = "the file is truncated" if start + end > size else "the file has bytes of no tensor"
+        cut = [name for name, t in tensors.items() if start + t.start + t.nbytes > size]
+        which = f", {len(cut)} tensors are not whole, such as {cut[0]}" if cut else ""
+        raise CheckpointError(f"{path}: {what}: {size} bytes, expected {start + end}{which}")
+    return start, tensors
+
+
+def _parse(header: Mapping[str, Any], path: Path | str, file: str) -> dict[str, StoredTensor]:
+    tensors = {}
+    for name, entry in header.items():
+        try:
+            shape = tuple(entry["shape"])
+            start, end = entry["data_offsets"]
+            dtype = DTYPES.get(entry["dtype"])
+            whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+        except (TypeError, KeyError, ValueError):
+            whole = False
+        if not whole:
+            raise CheckpointError(f"{path}: the header's entry of {name} is malformed: {entry}")
+        if dtype is None:
+            raise CheckpointError(
+                f"{path}: {name} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}"
+            )
+        tensor = StoredTensor(shape, dtype, file, start)
+        if end - start != tensor.nbytes:
+            raise CheckpointError(
+                f"{path}: {name} {list(shape)} of {entry['dtype']} takes {tensor.nbytes} bytes, "
+                f"its offsets {start}:{end} are {end - start}"
+            )
+        tensors[name] = tensor
+    return tensors
+
+
+def _check_cover(tensors: Mapping[str, StoredTensor], path: Path) -> int:
+    """The end of the data; raises where two tensors overlap or leave a hole."""
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if tensor.start != end:
+            what = "overlaps the tensor before it" if tensor.start < end else "leaves a hole before"
+            raise CheckpointError(f"{path}: {name} at {tensor.start} {what}, which ends at {end}")
+        end += tensor.nbytes
+    return end
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with _naming(path):
+        try:
+            content = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return content
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _read_tensors(files: _Files) -> dict[str, StoredTensor]:
+    listing = files.listing()
+    if WEIGHTS in listing:
+        return files.tensors(WEIGHTS)
+    if INDEX not in listing:
+        raise CheckpointError(_no_weights(files.name, listing))
+    index_path = files.local(INDEX) or files.download([INDEX], progress=False)[INDEX]
+    weight_map = _read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) and shard == os.path.basename(shard) for shard in weight_map.values()
+    ):
+        raise CheckpointError(f"{index_path}: weight_map is not a table of tensor names to files")
+    shards: dict[str, set[str]] = defaultdict(set)
+    for name, shard in weight_map.items():
+        shards[shard].add(name)
+    absent = [
+        f"{shard} ({_some(shards[shard])})" for shard in sorted(shards) if shard not in listing
+    ]
+    if absent:
+        raise CheckpointError(
+            f"{files.name} lacks {len(absent)} of the {len(shards)} files that {INDEX} names: "
+            f"{'; '.join(absent)}"
+        )
+    tensors: dict[str, StoredTensor] = {}
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        for shard, stored in zip(shards, pool.map(files.tensors, shards), strict=True):
+            if stored.keys() != shards[shard]:
+                lost, more = shards[shard] - stored.keys(), stored.keys() - shards[shard]
+                raise CheckpointError(
+                    f"{files.name}: {INDEX} and {shard} disagree"
+                    + (f"; the file lacks {_some(lost)}" if lost else "")
+                    + (f"; the index lacks {_some(more)}" if more else "")
+                )
+            tensors.update(stored)
+    return tensors
+
+
+def _some(names: Collection[str]) -> str:
+    shown = sorted(names)[:3]
+    rest = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {rest} more" if rest else "")
+
+
+def _no_weights(name: str, listing: Collection[str]) -> str:
+    pickles = sorted(file for file in listing if file.endswith(_PICKLES))
+    if pickles:
+        return (
+            f"{name} has only pickled weights ({_some(pickles)}); moezoo reads safetensors alone, "
+            "since unpickling runs code. Convert them once with transformers: "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
+        )
+    others = sorted(file for file in listing if file.endswith(".safetensors"))
+    found = f"; it has {_some(others)}" if others else ""
+    return f"{name} has neither {WEIGHTS} nor {INDEX}{found}"
+
+
+class _Folder:
+    """A folder on this machine."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.path = Path(name)
+
+    def listing(self) -> Collection[str]:
+        with _naming(self.path):
+            return os.listdir(self.path)
+
+    def local(self, file: str) -> Path | None:
+        path = self.path / file
+        return path if path.exists() else None
+
+    def tensors(self, file: str) -> dict[str, StoredTensor]:
+        return read_header(self.path / file)[1]
+
+    def download(self, files: Iterable[str], *, progress: bool) -> dict[str, Path]:
+        return {file: self.path / file for file in files}
+
+
+class _Silent(tqdm):
+    """A progress bar that shows nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "disable": True})
+
+
+class _Repository:
+    """A repository of the hub at one commit, so that all files come from the same one."""
+
+    def __init__(
+        self,
+        repo_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        token: str | bool | None,
+        local_files_only: bool,
+    ) -> None:
+        self.repo_id = repo_id
+        self.cache_dir = cache_dir
+        self.token = token
+        self.offline = local_files_only
+        # By the name of the branch first: so the cache learns at which commit the branch is.
+        self.revision = revision
+        self.snapshot = self._download(CONFIG).parent
+        self.revision = self.snapshot.name
+        self._listing = self._list()
+
+    @property
+    def name(self) -> str:
+        return f"{self.repo_id} as cached on this machine" if self.offline else self.repo_id
+
+    def listing(self) -> Collection[str]:
+        return self._listing
+
+    def _list(self) -> Collection[str]:
+        if not self.offline:
+            try:
+                return HfApi(token=self.token).list_repo_files(self.repo_id, revision=self.revision)
+            except (ConnectionError, HTTPError) as error:
+                _log.warning("%s: the hub cannot be asked (%s), the cache is", self.repo_id, error)
+                self.offline = True
+        return os.listdir(self.snapshot)
+
+    def local(self, file: str) -> Path | None:
+        path = try_to_load_from_cache(self.repo_id, file, self.cache_dir, self.revision)
+        return Path(path) if isinstance(path, str) else None
+
+    def tensors(self, file: str) -> dict[str, StoredTensor]:
+        path = self.local(file)
+        if path is not None:
+            return read_header(path)[1]
+        with self._explained(file):
+            header = HfApi(token=self.token).parse_safetensors_file_metadata(
+                self.repo_id, file, revision=self.revision
+            )
+        entries = {
+            name: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets}
+            for name, t in header.tensors.items()
+        }
+        return _parse(entries, f"{self.repo_id}/{file}", file)
+
+    def download(self, files: Iterable[str], *, progress: bool) -> dict[str, Path]:
+        files = list(files)
+        with ThreadPoolExecutor(min(_CONNECTIONS // 2, len(files) or 1)) as pool:
+            paths = pool.map(lambda file: self._download(file, progress=progress), files)
+            return dict(zip(files, paths, strict=True))
+
+    def _download(self, file: str, *, progress: bool = False) -> Path:
+        with self._explained(file):
+            path = hf_hub_download(
+                self.repo_id,
+                file,
+                revision=self.revision,
+                cache_dir=self.cache_dir,
+                token=self.token,
+                local_files_only=self.offline,
+                tqdm_class=None if progress else _Silent,
+            )
+        return Path(path)
+
+    @contextmanager
+    def _explained(self, file: str) -> Iterator[None]:
+        try:
+            yield
+        except errors.LocalEntryNotFoundError as error:
+            why = "local_files_only is set" if self.offline else "the hub cannot be reached"
+            raise CheckpointError(
+                f"{self.repo_id} is not a folder here, its {file} is not in the hub's cache on this "
+                f"machine, and {why}"
+            ) from error
+        except errors.EntryNotFoundError as error:
+            at = f"revision {self.revision or 'main'}"
+            raise CheckpointError(f"{self.repo_id} has no {file} at {at}") from error
+        except errors.GatedRepoError as error:
+            raise CheckpointError(
+                f"{self.repo_id} is gated: accept its terms on its hub page, then pass token= or "
+                "log in with `hf auth login`"
+            ) from error
+        except errors.RepositoryNotFoundError as error:
+            raise CheckpointError(
+                f"{self.repo_id} is neither a folder here nor a repository that the hub shows; if "
+                "it is private, pass token= or log in with `hf auth login`"
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise CheckpointError(f"{self.repo_id} has no revision {self.revision}") from error
+        except errors.HFValidationError as error:
+            raise CheckpointError(f"{self.repo_id} is neither a folder nor a hub id") from error
+        except (HTTPError, errors.SafetensorsParsingError, OSError) as error:
+            raise CheckpointError(f"{self.repo_id}: {file} cannot be read: {error}") from error
