@@ -3,6 +3,8 @@
 Arguments that no exception here describes raise `ValueError`.
 """
 
+from typing import Any
+
 
 class MoEZooError(Exception):
     """Base class of every error that moezoo raises on purpose."""
@@ -14,6 +16,12 @@ class CheckpointError(MoEZooError):
 
 class UnsupportedArchitectureError(MoEZooError):
     """The config names an architecture or a setting that moezoo does not do; names the field."""
+
+    @classmethod
+    def of_field(cls, config: Any, field: str, supported: str) -> "UnsupportedArchitectureError":
+        """The error for a field of a transformers config: what it is, and what is supported."""
+        value = getattr(config, field, None)
+        return cls(f"{config.model_type}: config.{field} is {value!r}; supported is {supported}")
 
 
 class ExpertMapError(MoEZooError):

@@ -32,7 +32,8 @@ def architecture(model_type: str) -> ModuleType:
     """
     if model_type not in ARCHITECTURES:
         raise UnsupportedArchitectureError(
-            f"model_type {model_type!r} is not supported; supported are {', '.join(list_architectures())}."
+            f"model_type {model_type!r} is not supported; supported are"
+            f" {', '.join(list_architectures())}."
             " transformers may run it: AutoModelForCausalLM.from_pretrained(...)"
         )
     return import_module(f"moezoo.models.{ARCHITECTURES[model_type]}")
@@ -41,16 +42,15 @@ def architecture(model_type: str) -> ModuleType:
 def build(config: PreTrainedConfig) -> Decoder:
     """The decoder that `config` describes; under `torch.device("meta")` no memory is taken.
 
-    Raises `UnsupportedArchitectureError` naming the model type, or the field whose value moezoo does
-    not do.
+    Raises `UnsupportedArchitectureError` naming the model type, or the field whose value moezoo
+    does not do.
     """
     module = architecture(config.model_type)
     for field, supported in module.ASSUMES.items():
         value = getattr(config, field, supported[0])
         if value not in supported:
-            raise UnsupportedArchitectureError(
-                f"{config.model_type}: config.{field} is {value!r}; supported is"
-                f" {' or '.join(map(repr, supported))}"
+            raise UnsupportedArchitectureError.of_field(
+                config, field, " or ".join(map(repr, supported))
             )
     decoder: Decoder = module.build(config)
     return decoder

@@ -1,4 +1,4 @@
-"""Causal attention with grouped queries (Ainslie et al., 2023), and what every kind of attention shares.
+"""Causal attention with grouped queries (Ainslie et al., 2023), and what all attention shares.
 
 Legend: B batch, T new tokens, S keys (cached and new), Hq query heads, Hk key heads, D head width.
 """
@@ -25,7 +25,7 @@ class LayerCache(Protocol):
 
 
 class CausalMask:
-    """Which keys the T newest tokens may see; one tensor for each window, built when first asked for.
+    """Which keys the T newest tokens may see; one tensor a window, built when first asked for.
 
     `past` tokens came before. `visible` is bool [B, past + T], False where a token is padding, or
     None; or a 4-D mask that is taken as it is: bool, or float to be added to the scores.
@@ -54,7 +54,7 @@ class CausalMask:
 
     def _build(self, num_keys: int, window: int | None) -> torch.Tensor | None:
         total = self.past + self.length
-        # A cache hands out the newest keys (sliding windows) or room for more than there are (static).
+        # A cache hands out the newest keys (sliding window) or room for more than it has (static).
         first = max(total - num_keys, 0)
         if self.visible is not None and self.visible.dim() == 4:
             return self.visible[..., first : first + num_keys]
@@ -108,8 +108,8 @@ class GroupedQueryAttention(nn.Module):
     """Attention whose query heads share key and value heads.
 
     `q_norm` and `k_norm` normalise each head (width `head_dim`) or all heads at once (width
-    heads * `head_dim`) before the rotation. `window` limits a query to that many newest keys, its own
-    included. `clip` bounds queries, keys and values to [-clip, clip] before the rotation.
+    heads * `head_dim`) before the rotation. `window` limits a query to that many newest keys, its
+    own included. `clip` bounds queries, keys and values to [-clip, clip] before the rotation.
     """
 
     def __init__(

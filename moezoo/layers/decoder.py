@@ -3,10 +3,14 @@
 Legend: B batch, T new tokens, H hidden, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 
+from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import CausalMask, LayerCache
 from moezoo.layers.norm import RMSNorm
 from moezoo.layers.rope import RotaryEmbedding, Rotation
@@ -69,7 +73,7 @@ class Decoder(nn.Module):
         cache: LayerCache | None = None,
         states: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Embeddings x [B, T, H] at `positions` int [B or 1, T] -> normalised hidden states [B, T, H].
+        """Embeddings x [B, T, H] at `positions` int [B or 1, T] -> hidden states [B, T, H].
 
         The input of each layer, and last the result, are appended to `states`.
         """
@@ -87,3 +91,41 @@ class Decoder(nn.Module):
         """Hidden states [.., H] -> logits [.., V] in the model's dtype."""
         head = self.embed if self.lm_head is None else self.lm_head
         return F.linear(x, head.weight)
+
+
+def pre_norm_decoder(
+    config: PreTrainedConfig,
+    attention: Callable[[int], nn.Module],
+    feed_forward: Callable[[int], nn.Module],
+) -> Decoder:
+    """The usual decoder: an RMSNorm before `attention(layer_idx)` and `feed_forward(layer_idx)`.
+
+    Raises `UnsupportedArchitectureError` where `config.layer_types` or `config.sliding_window` says
+    other than the layers do: a cache keeps what the config says.
+    """
+
+    def norm() -> RMSNorm:
+        return RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    layers = [
+        DecoderLayer(norm(), attention(layer_idx), norm(), feed_forward(layer_idx))
+        for layer_idx in range(config.num_hidden_layers)
+    ]
+    windows = [getattr(layer.attn, "window", None) for layer in layers]
+    if any(window is not None and window < 1 for window in windows):
+        raise UnsupportedArchitectureError.of_field(config, "sliding_window", "1 or more")
+    slides = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    if getattr(config, "layer_types", None) is not None:
+        if config.layer_types != slides:
+            raise UnsupportedArchitectureError.of_field(config, "layer_types", str(slides))
+    elif getattr(config, "sliding_window", None) is not None and None in windows:
+        raise UnsupportedArchitectureError.of_field(config, "sliding_window", "None")
+
+    return Decoder(
+        config.vocab_size,
+        config.hidden_size,
+        layers,
+        norm=norm(),
+        rope=RotaryEmbedding(config),
+        tied=config.tie_word_embeddings,
+    )

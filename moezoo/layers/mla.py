@@ -51,7 +51,8 @@ class MultiHeadLatentAttention(nn.Module):
 
     The cache holds the latent and the rotated key that all heads share: C + R numbers a token.
     With few new tokens the heads' key and value projections are absorbed into the query and the
-    output, so that attention runs over the latents themselves; with many, keys and values are expanded.
+    output, so that attention runs over the latents themselves; with many, keys and values are
+    expanded.
     `q` projects [B, T, H] to [B, T, N * (nope_dim + rope_dim)].
     """
 
@@ -96,7 +97,7 @@ class MultiHeadLatentAttention(nn.Module):
         cache: LayerCache | None,
         layer_idx: int,
     ) -> torch.Tensor:
-        """x [B, T, H] -> [B, T, H]; latents and rotated keys go to `cache` as keys [B, 1, T, C + R]."""
+        """x [B, T, H] -> [B, T, H]; `cache` gets latents and rotated keys as keys [B, 1, T, C + R]."""
         q = self.q(x).unflatten(-1, (self.num_heads, -1))
         q_nope, q_rope = q.split_with_sizes((self.nope_dim, self.rope_dim), -1)
         q_rope = self.rotate(q_rope, rotation)
@@ -124,7 +125,7 @@ class MultiHeadLatentAttention(nn.Module):
         """q [B, T, N, ..], stored [B, 1, S, C + R] -> [B, T, N, v_dim]."""
         key, value = self._projections()
         q = torch.cat((_per_head(q_nope, key), q_rope), -1).transpose(1, 2)
-        # The values are the latents; the rotated part rides along, as fused kernels want equal widths.
+        # The values are the latents; the rotated part rides along: fused kernels want equal widths.
         out = attend(q, stored, stored, mask, scale=self.scale)[..., : -self.rope_dim]
         return _per_head(out.transpose(1, 2), value.transpose(1, 2))
 

@@ -8,7 +8,7 @@ from moezoo.layers.moe.experts import ACTIVATIONS
 
 
 class GatedMLP(nn.Module):
-    """down(activation(gate(x)) * up(x)), x [.., H] -> [.., H]; rows of `gate_up` are gate, then up."""
+    """down(activation(gate(x)) * up(x)), x [.., H] -> [.., H]; `gate_up` has gate rows, then up."""
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, *, activation: str, bias: bool = False

@@ -10,47 +10,51 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moezoo.errors import UnsupportedArchitectureError
 
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "longrope", "yarn")
+
 Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosine and signed sine, each [B or 1, T, 1, D] in the model's dtype."""
 
 
 def default_frequencies(config: PreTrainedConfig) -> torch.Tensor:
-    """theta^(-2i/D) for i < D/2, fp32 [D/2], D the head's width times `partial_rotary_factor`."""
-    parameters = config.rope_parameters
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
-    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
-    return 1.0 / parameters["rope_theta"] ** exponents
+    """theta^(-2i/D) for i < D/2, fp32 [D/2], D the head's width."""
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    return 1.0 / config.rope_parameters["rope_theta"] ** exponents
 
 
 class RotaryEmbedding(nn.Module):
     """Cosines and sines for given positions.
 
-    The frequencies are transformers' own functions of the config. Those of two scalings depend on the
-    length of the sequence, and are computed from it on the device, without a synchronisation:
-    "longrope" takes its long factors beyond the original context, "dynamic" stretches theta with the
-    length. Nothing is remembered between calls, so the same input always gives the same output.
+    The frequencies are transformers' own functions of the config. Those of two scalings depend on
+    the length of the sequence, and are computed from it on the device, without a synchronisation:
+    "longrope" takes its long factors beyond the original context, "dynamic" stretches theta with
+    the length. Nothing is remembered between calls: the same input always gives the same output.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         self.config = config
         self.kind = config.rope_parameters.get("rope_type", "default")
+        partial = config.rope_parameters.get("partial_rotary_factor", 1) != 1
+        if self.kind not in ROPE_TYPES or partial:
+            raise UnsupportedArchitectureError.of_field(
+                config,
+                "rope_parameters",
+                f"one rope_type of {', '.join(ROPE_TYPES)}, and no partial_rotary_factor",
+            )
         self.scale = 1.0
         # Frequencies are plain tensors on the CPU, so that a model built on meta has them too.
         with torch.device("cpu"):
             if self.kind == "default":
                 self.inv_freq = default_frequencies(config)
-            elif self.kind in ("linear", "dynamic", "llama3", "longrope", "yarn"):
-                self.inv_freq, self.scale = ROPE_INIT_FUNCTIONS[self.kind](config)
             else:
-                raise UnsupportedArchitectureError(
-                    f"rope_parameters.rope_type is {self.kind!r}; supported are 'default', 'linear',"
-                    " 'dynamic', 'llama3', 'longrope' and 'yarn'"
-                )
+                self.inv_freq, self.scale = ROPE_INIT_FUNCTIONS[self.kind](config)
             if self.kind == "longrope":
                 self.context = config.rope_parameters["original_max_position_embeddings"]
-                self.long_inv_freq, _ = ROPE_INIT_FUNCTIONS["longrope"](config, seq_len=self.context + 1)
+                self.long_inv_freq, _ = ROPE_INIT_FUNCTIONS["longrope"](
+                    config, seq_len=self.context + 1
+                )
 
     def _frequencies(self, positions: torch.Tensor) -> torch.Tensor:
         device = positions.device
@@ -75,12 +79,9 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate_half(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Rotate x [B, T, heads, D]; dimensions i and i + D/2 are a pair. Further dimensions are left."""
+    """Rotate x [B, T, heads, D]; dimensions i and i + D/2 are a pair."""
     cos, sin = rotation
-    dim = cos.shape[-1]
-    if dim == x.shape[-1]:
-        return torch.addcmul(x * cos, x.roll(dim // 2, -1), sin)
-    return torch.cat((rotate_half(x[..., :dim], rotation), x[..., dim:]), -1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def rotate_interleaved(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""DeepSeek-V2 (DeepSeek-AI, 2024): latent attention, shared experts, groups of experts chosen by maximum."""
+"""DeepSeek-V2 (DeepSeek-AI, 2024): latent attention, shared experts, groups chosen by maximum."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,29 +7,57 @@ import torch
 from torch import nn
 from transformers import DeepseekV2Config, DeepseekV3Config
 
-from moezoo.layers.decoder import Decoder, DecoderLayer
+from moezoo.errors import UnsupportedArchitectureError
+from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.mla import LowRankLinear, MultiHeadLatentAttention, yarn_softmax_factor
 from moezoo.layers.mlp import GatedMLP
 from moezoo.layers.moe import ACTIVATIONS, FusedMoE
 from moezoo.layers.moe.routing import grouped_topk
 from moezoo.layers.norm import RMSNorm
-from moezoo.layers.rope import RotaryEmbedding, Rotation, rotate_interleaved
+from moezoo.layers.rope import Rotation, rotate_interleaved
 from moezoo.models.names import DECODER, DENSE_MLP, EXPERTS, MLA, gated_mlp
 
 ASSUMES = {
     "hidden_act": tuple(ACTIVATIONS),
     "topk_method": ("greedy", "group_limited_greedy"),
     "scoring_func": ("softmax",),
-    "moe_layer_freq": (1,),
+    "moe_layer_freq": (1, None),
+    "output_router_logits": (False,),
 }
 
 LATENT_NORM_EPS = 1e-6
+
+
+def check_routing(config: DeepseekV2Config | DeepseekV3Config, *, grouped: bool) -> None:
+    """Raise `UnsupportedArchitectureError` for numbers of experts and groups that do not fit."""
+    experts, chosen = config.n_routed_experts, config.num_experts_per_tok
+    if grouped:
+        groups, kept = config.n_group, config.topk_group
+        if not groups or experts % groups:
+            raise UnsupportedArchitectureError.of_field(
+                config, "n_group", f"a divisor of {experts}"
+            )
+        if not kept or kept > groups:
+            raise UnsupportedArchitectureError.of_field(config, "topk_group", f"1 to {groups}")
+        experts = kept * experts // groups
+    if not chosen or chosen > experts:
+        raise UnsupportedArchitectureError.of_field(
+            config, "num_experts_per_tok", f"1 to {experts}"
+        )
 
 
 def latent_attention(
     config: DeepseekV2Config | DeepseekV3Config,
     rotate: Callable[[torch.Tensor, Rotation], torch.Tensor],
 ) -> MultiHeadLatentAttention:
+    if config.num_key_value_heads != config.num_attention_heads:
+        raise UnsupportedArchitectureError.of_field(
+            config, "num_key_value_heads", f"num_attention_heads, {config.num_attention_heads}"
+        )
+    if config.head_dim != config.qk_rope_head_dim:
+        raise UnsupportedArchitectureError.of_field(
+            config, "head_dim", f"qk_rope_head_dim, {config.qk_rope_head_dim}"
+        )
     head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
     width = config.num_attention_heads * head_dim
     q: nn.Module
@@ -59,6 +87,7 @@ def latent_attention(
 
 def build(config: DeepseekV2Config) -> Decoder:
     grouped = config.topk_method == "group_limited_greedy"
+    check_routing(config, grouped=grouped)
     route = partial(
         grouped_topk,
         k=config.num_experts_per_tok,
@@ -86,22 +115,10 @@ def build(config: DeepseekV2Config) -> Decoder:
             shared=mlp(config.moe_intermediate_size * config.n_shared_experts),
         )
 
-    def layer(layer_idx: int) -> DecoderLayer:
-        return DecoderLayer(
-            RMSNorm(config.hidden_size, config.rms_norm_eps),
-            latent_attention(config, rotate_interleaved),
-            RMSNorm(config.hidden_size, config.rms_norm_eps),
-            feed_forward(layer_idx),
-        )
+    def attention(layer_idx: int) -> MultiHeadLatentAttention:
+        return latent_attention(config, rotate_interleaved)
 
-    return Decoder(
-        config.vocab_size,
-        config.hidden_size,
-        [layer(layer_idx) for layer_idx in range(config.num_hidden_layers)],
-        norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
-        rope=RotaryEmbedding(config),
-        tied=config.tie_word_embeddings,
-    )
+    return pre_norm_decoder(config, attention, feed_forward)
 
 
 CHECKPOINT = (

@@ -1,29 +1,36 @@
-"""DeepSeek-V3 (DeepSeek-AI, 2024), and Kimi K2: sigmoid scores, and a bias that steers the choice of experts."""
+"""DeepSeek-V3 (DeepSeek-AI, 2024) and Kimi K2: sigmoid scores, a bias that steers the choice."""
 
 from functools import partial
 
 from torch import nn
 from transformers import DeepseekV3Config
 
-from moezoo.layers.decoder import Decoder, DecoderLayer
+from moezoo.errors import UnsupportedArchitectureError
+from moezoo.layers.decoder import Decoder, pre_norm_decoder
+from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.mlp import GatedMLP
 from moezoo.layers.moe import ACTIVATIONS, BiasedRoute, FusedMoE
 from moezoo.layers.moe.routing import grouped_topk
-from moezoo.layers.norm import RMSNorm
-from moezoo.layers.rope import RotaryEmbedding, rotate_half, rotate_interleaved
+from moezoo.layers.rope import rotate_half, rotate_interleaved
 from moezoo.loaders.mapping import Rule, Skip
-from moezoo.models.deepseek_v2 import latent_attention
+from moezoo.models.deepseek_v2 import check_routing, latent_attention
 from moezoo.models.names import DECODER, DENSE_MLP, EXPERTS, MLA, gated_mlp
 
 ASSUMES = {
     "hidden_act": tuple(ACTIVATIONS),
     "topk_method": ("noaux_tc",),
     "scoring_func": ("sigmoid",),
-    "moe_layer_freq": (1,),
+    "moe_layer_freq": (1, None),
+    "output_router_logits": (False,),
 }
 
 
 def build(config: DeepseekV3Config) -> Decoder:
+    check_routing(config, grouped=True)
+    if config.n_routed_experts // config.n_group < 2:
+        raise UnsupportedArchitectureError.of_field(
+            config, "n_group", "two experts a group or more"
+        )
     rotate = rotate_interleaved if config.rope_interleave else rotate_half
     route = partial(
         grouped_topk,
@@ -50,22 +57,10 @@ def build(config: DeepseekV3Config) -> Decoder:
             shared=mlp(config.moe_intermediate_size * config.n_shared_experts),
         )
 
-    def layer(layer_idx: int) -> DecoderLayer:
-        return DecoderLayer(
-            RMSNorm(config.hidden_size, config.rms_norm_eps),
-            latent_attention(config, rotate),
-            RMSNorm(config.hidden_size, config.rms_norm_eps),
-            feed_forward(layer_idx),
-        )
+    def attention(layer_idx: int) -> MultiHeadLatentAttention:
+        return latent_attention(config, rotate)
 
-    return Decoder(
-        config.vocab_size,
-        config.hidden_size,
-        [layer(layer_idx) for layer_idx in range(config.num_hidden_layers)],
-        norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
-        rope=RotaryEmbedding(config),
-        tied=config.tie_word_embeddings,
-    )
+    return pre_norm_decoder(config, attention, feed_forward)
 
 
 CHECKPOINT = (

@@ -1,4 +1,4 @@
-"""Checkpoint names that many architectures share; each model file puts its own table together from them."""
+"""Checkpoint names that many architectures share; a model file's own table is made of them."""
 
 from moezoo.loaders.mapping import Rule, Skip
 
@@ -8,10 +8,8 @@ DECODER = (
     Rule("layers.{L}.mlp_norm.weight", "model.layers.{L}.post_attention_layernorm.weight"),
     Rule("norm.weight", "model.norm.weight"),
     Rule("lm_head.weight", "lm_head.weight"),
-    Skip(
-        "model.layers.{L}.self_attn.rotary_emb.inv_freq",
-        "rotary frequencies are computed from the config",
-    ),
+    Skip("model.layers.{L}.self_attn.rotary_emb.inv_freq", "computed from the config"),
+    Skip("model.rotary_emb.inv_freq", "computed from the config"),
 )
 
 ATTENTION = (

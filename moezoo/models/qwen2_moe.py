@@ -1,25 +1,26 @@
 """Qwen2-MoE and Qwen1.5-MoE (Alibaba, 2024): a shared expert with a sigmoid gate of its own."""
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import nn
 from transformers import Qwen2MoeConfig, Qwen3MoeConfig
 
 from moezoo.layers.attention import GroupedQueryAttention
-from moezoo.layers.decoder import Decoder, DecoderLayer
+from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.mlp import GatedMLP, SigmoidGatedMLP
 from moezoo.layers.moe import ACTIVATIONS, FusedMoE
 from moezoo.layers.moe.routing import softmax_topk
-from moezoo.layers.norm import RMSNorm
-from moezoo.layers.rope import RotaryEmbedding
 from moezoo.loaders.mapping import Rule
 from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, EXPERTS, gated_mlp
 
-ASSUMES = {"hidden_act": tuple(ACTIVATIONS)}
+ASSUMES = {"hidden_act": tuple(ACTIVATIONS), "output_router_logits": (False,)}
 
 
 def feed_forward(
-    config: Qwen2MoeConfig | Qwen3MoeConfig, layer_idx: int, shared: nn.Module | None
+    config: Qwen2MoeConfig | Qwen3MoeConfig,
+    shared_expert: Callable[[], nn.Module | None],
+    layer_idx: int,
 ) -> nn.Module:
     """Every `decoder_sparse_step`-th layer is a mixture, but for `mlp_only_layers`."""
     if layer_idx in config.mlp_only_layers or (layer_idx + 1) % config.decoder_sparse_step:
@@ -30,43 +31,29 @@ def feed_forward(
         config.num_experts,
         partial(softmax_topk, k=config.num_experts_per_tok, renormalize=config.norm_topk_prob),
         activation=config.hidden_act,
-        shared=shared,
+        shared=shared_expert(),
     )
 
 
 def build(config: Qwen2MoeConfig) -> Decoder:
-    def layer(layer_idx: int) -> DecoderLayer:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def attention(layer_idx: int) -> GroupedQueryAttention:
         slides = config.layer_types[layer_idx] == "sliding_attention"
-        return DecoderLayer(
-            RMSNorm(config.hidden_size, config.rms_norm_eps),
-            GroupedQueryAttention(
-                config.hidden_size,
-                config.num_attention_heads,
-                config.num_key_value_heads,
-                head_dim=config.hidden_size // config.num_attention_heads,
-                qkv_bias=config.qkv_bias,
-                window=config.sliding_window if slides else None,
-            ),
-            RMSNorm(config.hidden_size, config.rms_norm_eps),
-            feed_forward(
-                config,
-                layer_idx,
-                SigmoidGatedMLP(
-                    config.hidden_size,
-                    config.shared_expert_intermediate_size,
-                    activation=config.hidden_act,
-                ),
-            ),
+        return GroupedQueryAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            head_dim=head_dim,
+            qkv_bias=config.qkv_bias,
+            window=config.sliding_window if slides else None,
         )
 
-    return Decoder(
-        config.vocab_size,
-        config.hidden_size,
-        [layer(layer_idx) for layer_idx in range(config.num_hidden_layers)],
-        norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
-        rope=RotaryEmbedding(config),
-        tied=config.tie_word_embeddings,
-    )
+    def shared_expert() -> SigmoidGatedMLP:
+        width = config.shared_expert_intermediate_size
+        return SigmoidGatedMLP(config.hidden_size, width, activation=config.hidden_act)
+
+    return pre_norm_decoder(config, attention, partial(feed_forward, config, shared_expert))
 
 
 CHECKPOINT = (

@@ -1,47 +1,36 @@
 """Qwen3-MoE (Alibaba, 2025): queries and keys normalised head by head, no shared expert."""
 
+from functools import partial
+
 from transformers import Qwen3MoeConfig
 
 from moezoo.layers.attention import GroupedQueryAttention
-from moezoo.layers.decoder import Decoder, DecoderLayer
+from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.moe import ACTIVATIONS
 from moezoo.layers.norm import RMSNorm
-from moezoo.layers.rope import RotaryEmbedding
 from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, EXPERTS, QK_NORM
 from moezoo.models.qwen2_moe import feed_forward
 
-ASSUMES = {"hidden_act": tuple(ACTIVATIONS)}
+ASSUMES = {"hidden_act": tuple(ACTIVATIONS), "output_router_logits": (False,)}
 
 
 def build(config: Qwen3MoeConfig) -> Decoder:
-    head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
-    def layer(layer_idx: int) -> DecoderLayer:
-        return DecoderLayer(
-            RMSNorm(config.hidden_size, config.rms_norm_eps),
-            GroupedQueryAttention(
-                config.hidden_size,
-                config.num_attention_heads,
-                config.num_key_value_heads,
-                head_dim=head_dim,
-                qkv_bias=config.attention_bias,
-                out_bias=config.attention_bias,
-                q_norm=RMSNorm(head_dim, config.rms_norm_eps),
-                k_norm=RMSNorm(head_dim, config.rms_norm_eps),
-                window=config.sliding_window,
-            ),
-            RMSNorm(config.hidden_size, config.rms_norm_eps),
-            feed_forward(config, layer_idx, shared=None),
+    def attention(layer_idx: int) -> GroupedQueryAttention:
+        return GroupedQueryAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            head_dim=head_dim,
+            qkv_bias=config.attention_bias,
+            out_bias=config.attention_bias,
+            q_norm=RMSNorm(head_dim, config.rms_norm_eps),
+            k_norm=RMSNorm(head_dim, config.rms_norm_eps),
+            window=config.sliding_window,
         )
 
-    return Decoder(
-        config.vocab_size,
-        config.hidden_size,
-        [layer(layer_idx) for layer_idx in range(config.num_hidden_layers)],
-        norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
-        rope=RotaryEmbedding(config),
-        tied=config.tie_word_embeddings,
-    )
+    return pre_norm_decoder(config, attention, partial(feed_forward, config, lambda: None))
 
 
 CHECKPOINT = (*DECODER, *ATTENTION, *QK_NORM, *DENSE_MLP, *EXPERTS)

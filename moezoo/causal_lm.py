@@ -1,0 +1,201 @@
+"""The shell around a decoder that transformers, and all that is written for it, can use."""
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from moezoo.generation.cache import growing_cache
+from moezoo.generation.decode import decode
+from moezoo.layers.attention import CausalMask
+from moezoo.layers.decoder import Decoder
+
+ENGINE_KWARGS = {
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+}
+
+
+class MoECausalLM(PreTrainedModel, GenerationMixin):
+    """A `transformers` causal language model with moezoo's layers; `decoder` holds the weights.
+
+    Greedy search and sampling run on moezoo's token loop, other ways to generate on transformers'.
+    An instance's class is a subclass named as transformers' class for the config is, since
+    pipelines and others look at that name.
+    """
+
+    config_class = PreTrainedConfig
+    base_model_prefix = "decoder"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _no_split_modules = ("DecoderLayer",)
+    _skip_keys_device_placement = ("cache",)
+
+    def __new__(cls, config: PreTrainedConfig | None = None, *args: Any) -> "MoECausalLM":
+        if cls is MoECausalLM and config is not None:
+            name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+            cls = type(name, (cls,), {"__module__": __name__, "config_class": type(config)})
+        model: MoECausalLM = super().__new__(cls)
+        return model
+
+    def __init__(self, config: PreTrainedConfig, decoder: Decoder) -> None:
+        super().__init__(config)
+        self.decoder = decoder
+        self.vocab_size = config.vocab_size
+        self.loss_type = "ForCausalLM"
+        self.all_tied_weights_keys: dict[str, str] = {}
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError("load models with moezoo.from_pretrained(...)")
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.decoder.embed
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder.lm_head or self.decoder.embed
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, max_shard_size: int | str = "5GB", **kwargs: Any
+    ) -> None:
+        """Write config, generation config and weights in the hub's layout; see `loaders.save`."""
+        from moezoo.loaders.save import save_pretrained
+
+        save_pretrained(self, save_directory, max_shard_size=max_shard_size)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
+        """Logits [B, T, V] of input_ids int [B, T] or inputs_embeds [B, T, H].
+
+        attention_mask is [B, past + T], 0 at padding on either side, or a 4-D mask. position_ids
+        [B, T] default to counting on from the cache. `logits_to_keep` keeps the last n positions
+        (0: all), or those of a 1-D index tensor. Raises `ValueError` for what the layers do not
+        return: attentions and router logits.
+        """
+        for option in ("output_attentions", "output_router_logits"):
+            if kwargs.pop(option, False):
+                raise ValueError(f"{option}=True: moezoo's layers do not return them")
+        kwargs.pop("cache_position", None)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.decoder.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if position_ids is None:
+            position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
+        states: list[torch.Tensor] | None = [] if output_hidden_states else None
+        hidden = self.decoder(
+            x,
+            position_ids,
+            CausalMask(past, x.shape[1], x.device, _visible(attention_mask)),
+            cache=past_key_values,
+            states=states,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.decoder.logits(hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.vocab_size, **kwargs)
+        elif kwargs:
+            raise TypeError(f"forward() got unexpected arguments: {', '.join(sorted(kwargs))}")
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=None if states is None else tuple(states),
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs: Any,
+    ) -> GenerateDecoderOnlyOutput | torch.Tensor:
+        """What `generate` calls for greedy search and sampling."""
+        cache = model_kwargs.get("past_key_values")
+        asks_more = (
+            synced_gpus
+            or set(model_kwargs) - ENGINE_KWARGS
+            or not isinstance(cache, DynamicCache)
+            or generation_config.is_assistant
+            or generation_config.output_attentions
+            or generation_config.output_hidden_states
+            or generation_config.prefill_chunk_size
+        )
+        if asks_more:
+            return super()._sample(
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus,
+                streamer,
+                **model_kwargs,
+            )
+        if cache.get_seq_length() == 0 and not getattr(cache, "_is_user_defined", False):
+            cache = growing_cache(self.config)
+        decoded = decode(
+            self.decoder,
+            input_ids,
+            cache,
+            attention_mask=model_kwargs.get("attention_mask"),
+            position_ids=model_kwargs.get("position_ids"),
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            streamer=streamer,
+        )
+        if not generation_config.return_dict_in_generate:
+            return decoded.sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=decoded.sequences,
+            scores=tuple(decoded.scores) or None,
+            logits=tuple(decoded.logits) or None,
+            past_key_values=cache,
+        )
+
+
+def _visible(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A 2-D mask as bool, or None where it hides nothing; a 4-D mask as it is."""
+    if attention_mask is None or attention_mask.dim() == 4:
+        return attention_mask
+    visible = attention_mask.bool()
+    return None if visible.all() else visible
