@@ -1,6 +1,7 @@
 """The MoE layer as four verbs: route, permute, experts, combine."""
 
-from moezoo.layers.moe.experts import ACTIVATIONS, fused_experts, workspace_bytes
+from moezoo.layers.kernels.activations import ACTIVATIONS
+from moezoo.layers.moe.experts import fused_experts, workspace_bytes
 from moezoo.layers.moe.layer import BiasedRoute, Dispatcher, FusedMoE
 from moezoo.layers.moe.permute import combine, permute
 from moezoo.layers.moe.routing import grouped_topk, softmax_topk

@@ -17,18 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moezoo.layers.kernels.activations import ACTIVATIONS
 from moezoo.layers.moe.permute import combine, permute
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
-"""What may stand for `activation`, by the names that transformers' `hidden_act` uses."""
 
 CHUNK_TOKENS = 8192
 """Tokens worked on at a time: enough to fill a GPU, and the bound of `workspace_bytes`."""
@@ -95,60 +85,35 @@ def _fused_experts_torch(
     bias2: Tensor | None,
     expert_map: Tensor | None,
 ) -> Tensor:
-    if expert_map is not None:
-        local = expert_map[topk_ids.clamp(min=0)]
-        topk_ids = local.where(topk_ids >= 0, -1)
-    if x.shape[0] <= CHUNK_TOKENS:
-        return _chunk_torch(x, w13, w2, topk_weights, topk_ids, activation, bias13, bias2)
-    return torch.cat(
-        [
-            _chunk_torch(x_, w13, w2, weights_, ids_, activation, bias13, bias2)
-            for x_, weights_, ids_ in zip(
-                x.split(CHUNK_TOKENS),
-                topk_weights.split(CHUNK_TOKENS),
-                topk_ids.split(CHUNK_TOKENS),
-                strict=True,
-            )
-        ]
-    )
-
-
-def _chunk_torch(
-    x: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    activation: str,
-    bias13: Tensor | None,
-    bias2: Tensor | None,
-) -> Tensor:
-    num_tokens, k = topk_ids.shape
-    if num_tokens == 1:
-        # One row per expert: no grouping, and the host's list of ids is all the bookkeeping.
-        chosen = [(i, e) for i, e in enumerate(topk_ids[0].tolist()) if e >= 0]
-        experts, sizes = [e for _, e in chosen], [1] * len(chosen)
-        order = None if len(chosen) == k else torch.tensor([i for i, _ in chosen], device=x.device)
-        rows: Sequence[Tensor] = [x] * len(chosen)
-    else:
-        flat_order, offsets = permute(topk_ids, w13.shape[0])
-        bounds = offsets.tolist()
-        counts = [end - start for start, end in pairwise(bounds)]
-        experts = [e for e, count in enumerate(counts) if count]
-        sizes = [counts[e] for e in experts]
-        order = flat_order[: bounds[-1]].long()
-        rows = x.index_select(0, order // k).split(sizes)
-    if not experts:
-        return torch.zeros_like(x)
-    h = _gate(_grouped_linear(rows, w13, experts, bias13), activation)
-    y = _grouped_linear(h.split(sizes), w2, experts, bias2)
-    if order is not None:
-        if len(order) < num_tokens * k:
-            topk_weights = topk_weights.masked_fill(topk_ids < 0, 0.0)
-            y = y.new_zeros(num_tokens * k, y.shape[-1]).index_copy_(0, order, y)
+    def chunk(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        num_tokens, k = topk_ids.shape
+        order: Tensor | None = None
+        if num_tokens == 1:
+            # One row for each expert: no grouping needed, and the fewest torch calls.
+            chosen = topk_ids[0].tolist()
+            experts = [e for e in chosen if e >= 0]
+            sizes, rows = [1] * len(experts), [x] * len(experts)
+            if len(experts) < k:
+                order = torch.tensor([i for i, e in enumerate(chosen) if e >= 0], device=x.device)
         else:
-            y = torch.empty_like(y).index_copy_(0, order, y)
-    return combine(y.view(num_tokens, k, -1), topk_weights)
+            order, offsets = permute(topk_ids, w13.shape[0])
+            bounds = offsets.tolist()
+            counts = [end - start for start, end in pairwise(bounds)]
+            experts = [e for e, count in enumerate(counts) if count]
+            sizes = [counts[e] for e in experts]
+            order = order[: bounds[-1]]
+            rows = x.index_select(0, order // k).split(sizes)
+        if not experts:
+            return torch.zeros_like(x)
+        h = _gate(_grouped_linear(rows, w13, experts, bias13), activation)
+        y = _grouped_linear(h.split(sizes), w2, experts, bias2)
+        if order is not None:
+            if len(order) < num_tokens * k:
+                topk_weights = topk_weights.masked_fill(topk_ids < 0, 0.0)
+            y = y.new_zeros(num_tokens * k, y.shape[-1]).index_copy(0, order.long(), y)
+        return combine(y.view(num_tokens, k, -1), topk_weights)
+
+    return _in_chunks(chunk, x, topk_weights, _local_ids(topk_ids, expert_map))
 
 
 def _grouped_linear(
@@ -177,9 +142,41 @@ def _fused_experts_cuda(
     expert_map: Tensor | None,
 ) -> Tensor:
     # Triton is not installed where there is no CUDA.
-    from moezoo.layers.kernels.fused_experts import fused_experts as kernels
+    from moezoo.layers.kernels.combine import combine
+    from moezoo.layers.kernels.down import down
+    from moezoo.layers.kernels.gated_up import gated_up
+    from moezoo.layers.kernels.permute import permute
+    from moezoo.layers.kernels.tiles import row_tile
 
-    return kernels(x, w13, w2, topk_weights, topk_ids, activation, bias13, bias2, expert_map)
+    def chunk(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        num_tokens, k = topk_ids.shape
+        tile_rows = row_tile(topk_ids.numel(), w13.shape[0], x.dtype)
+        tiles = permute(topk_ids, w13.shape[0], tile_rows)
+        h = gated_up(x, w13, *tiles, k=k, tile_rows=tile_rows, activation=activation, bias13=bias13)
+        y = down(h, w2, *tiles, tile_rows=tile_rows, bias2=bias2)
+        return combine(y.view(num_tokens, k, -1), topk_weights, topk_ids)
+
+    with torch.cuda.device_of(x):
+        return _in_chunks(chunk, x, topk_weights, _local_ids(topk_ids, expert_map))
+
+
+def _local_ids(topk_ids: Tensor, expert_map: Tensor | None) -> Tensor:
+    """topk_ids as rows of this process' w13 and w2, -1 where another one has the expert."""
+    if expert_map is None:
+        return topk_ids
+    return expert_map[topk_ids.clamp(min=0)].where(topk_ids >= 0, -1)
+
+
+def _in_chunks(
+    chunk: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+) -> Tensor:
+    if x.shape[0] <= CHUNK_TOKENS:
+        return chunk(x, topk_weights, topk_ids)
+    parts = (tensor.split(CHUNK_TOKENS) for tensor in (x, topk_weights, topk_ids))
+    return torch.cat([chunk(*part) for part in zip(*parts, strict=True)])
 
 
 # Under a gradient the loop over experts is for autograd to see, not for a compiler to trace.
