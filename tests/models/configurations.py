@@ -1,0 +1,283 @@
+"""Tiny odd-shaped configurations of every architecture, and weights that make each part matter.
+
+Sequences in the tests have up to 13 tokens; windows and original contexts here are shorter.
+"""
+
+import math
+from typing import Any
+
+import torch
+import transformers
+
+Config = dict[str, Any]
+
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0}
+ROPE: dict[str, Config] = {
+    "linear": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.5},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 3.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 500.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 40,
+    },
+    "yarn": YARN | {"original_max_position_embeddings": 24},
+    "yarn-exact": YARN
+    | {
+        "original_max_position_embeddings": 24,
+        "truncate": False,
+        "beta_fast": 8,
+        "beta_slow": 2,
+        "attention_factor": 1.3,
+    },
+    "yarn-mscale": YARN
+    | {"original_max_position_embeddings": 24, "mscale": 0.7, "mscale_all_dim": 1.2},
+    "yarn-mscale-all": YARN | {"original_max_position_embeddings": 24, "mscale_all_dim": 0.9},
+}
+
+
+def longrope(pairs: int, **more: Any) -> Config:
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 100.0,
+        "short_factor": [1.0 + 0.1 * i for i in range(pairs)],
+        "long_factor": [2.0 + 0.7 * i for i in range(pairs)],
+        "original_max_position_embeddings": 8,
+    } | more
+
+
+COMMON = {"vocab_size": 61, "max_position_embeddings": 64, "eos_token_id": None}
+
+MIXTRAL = COMMON | {
+    "hidden_size": 20,
+    "intermediate_size": 14,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "bos_token_id": None,
+}
+QWEN3 = COMMON | {
+    "hidden_size": 20,
+    "intermediate_size": 18,
+    "moe_intermediate_size": 10,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+}
+QWEN2 = COMMON | {
+    "hidden_size": 24,
+    "intermediate_size": 18,
+    "moe_intermediate_size": 10,
+    "shared_expert_intermediate_size": 14,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+}
+OLMOE = COMMON | {
+    "hidden_size": 24,
+    "intermediate_size": 10,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_experts": 9,
+    "num_experts_per_tok": 4,
+    "pad_token_id": None,
+}
+LATENT = COMMON | {
+    "hidden_size": 20,
+    "intermediate_size": 18,
+    "moe_intermediate_size": 10,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 7,
+    "q_lora_rank": 11,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 5,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 3,
+    "bos_token_id": None,
+}
+# transformers turns this rope into complex numbers, for which the rank has to be even.
+DEEPSEEK_V2 = LATENT | {"topk_method": "greedy", "n_shared_experts": 2, "kv_lora_rank": 6}
+DEEPSEEK_V3 = LATENT | {"n_shared_experts": 1, "n_group": 3, "topk_group": 2}
+
+CONFIGURATIONS: dict[str, dict[str, Config]] = {
+    "mixtral": {
+        "gqa": MIXTRAL,
+        "window": MIXTRAL | {"sliding_window": 5, "num_hidden_layers": 3, "rms_norm_eps": 1e-2},
+        "tied-k1": MIXTRAL | {"tie_word_embeddings": True, "num_experts_per_tok": 1},
+        "all-experts-gelu": MIXTRAL | {"num_experts_per_tok": 5, "hidden_act": "gelu"},
+        "head-dim-linear": MIXTRAL | {"head_dim": 6, "rope_parameters": ROPE["linear"]},
+        "dynamic": MIXTRAL
+        | {"head_dim": 8, "max_position_embeddings": 6, "rope_parameters": ROPE["dynamic"]},
+        "longrope-window": MIXTRAL
+        | {"head_dim": 6, "sliding_window": 7, "rope_parameters": longrope(3)},
+        "llama3": MIXTRAL | {"rope_parameters": ROPE["llama3"]},
+        "partial-ignored": MIXTRAL | {"partial_rotary_factor": 0.5, "router_jitter_noise": 0.1},
+    },
+    "qwen2_moe": {
+        "gated-shared": QWEN2 | {"norm_topk_prob": True},
+        "window": QWEN2 | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+        "layer-types": QWEN2
+        | {
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+        "sparse-step-tied": QWEN2
+        | {"decoder_sparse_step": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-2},
+        "mlp-only": QWEN2 | {"mlp_only_layers": [0, 2], "hidden_act": "gelu_pytorch_tanh"},
+        "no-bias-k1": QWEN2 | {"qkv_bias": False, "num_experts_per_tok": 1},
+        "head-dim-yarn": QWEN2 | {"head_dim": 10, "rope_parameters": ROPE["yarn-mscale"]},
+        "dynamic": QWEN2 | {"max_position_embeddings": 7, "rope_parameters": ROPE["dynamic"]},
+        "all-dense": QWEN2 | {"num_experts": 0},
+    },
+    "qwen3_moe": {
+        "wide-heads": QWEN3 | {"norm_topk_prob": True},
+        "bias-raw-weights": QWEN3 | {"attention_bias": True, "rms_norm_eps": 1e-2},
+        "window": QWEN3 | {"use_sliding_window": True, "sliding_window": 4, "norm_topk_prob": True},
+        "sparse-step-tied": QWEN3 | {"decoder_sparse_step": 2, "tie_word_embeddings": True},
+        "mlp-only-k1": QWEN3
+        | {"mlp_only_layers": [1], "num_experts_per_tok": 1, "norm_topk_prob": True},
+        "all-experts": QWEN3 | {"num_experts_per_tok": 7, "hidden_act": "relu"},
+        "yarn": QWEN3 | {"rope_parameters": ROPE["yarn"]},
+        "yarn-exact": QWEN3 | {"rope_parameters": ROPE["yarn-exact"]},
+        "dynamic-window": QWEN3
+        | {
+            "max_position_embeddings": 9,
+            "rope_parameters": ROPE["dynamic"],
+            "use_sliding_window": True,
+            "sliding_window": 6,
+        },
+        "longrope": QWEN3 | {"rope_parameters": longrope(4, factor=3.0)},
+    },
+    "olmoe": {
+        "full-width-norm": OLMOE,
+        "clip": OLMOE | {"clip_qkv": 0.9, "norm_topk_prob": True},
+        "gqa-bias": OLMOE
+        | {"num_key_value_heads": 2, "attention_bias": True, "rms_norm_eps": 1e-2},
+        "mqa-bias-clip": OLMOE
+        | {"num_key_value_heads": 1, "attention_bias": True, "clip_qkv": 1.1},
+        "tied-all-experts": OLMOE | {"tie_word_embeddings": True, "num_experts_per_tok": 9},
+        "k1-yarn": OLMOE | {"num_experts_per_tok": 1, "rope_parameters": ROPE["yarn"]},
+        "longrope": OLMOE | {"rope_parameters": longrope(3, attention_factor=1.4)},
+        "llama3": OLMOE | {"rope_parameters": ROPE["llama3"], "hidden_act": "gelu"},
+    },
+    "deepseek_v2": {
+        "greedy": DEEPSEEK_V2,
+        "lite-yarn": DEEPSEEK_V2
+        | {"q_lora_rank": None, "rope_parameters": ROPE["yarn-mscale"], "norm_topk_prob": True},
+        "groups": DEEPSEEK_V2
+        | {
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 3.5,
+        },
+        "bias-tied": DEEPSEEK_V2
+        | {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-2,
+        },
+        "k1-wide-values": DEEPSEEK_V2
+        | {"num_experts_per_tok": 1, "v_head_dim": 17, "kv_lora_rank": 20, "q_lora_rank": None},
+        "all-sparse-dynamic": DEEPSEEK_V2
+        | {
+            "first_k_dense_replace": 0,
+            "max_position_embeddings": 6,
+            "rope_parameters": ROPE["dynamic"],
+        },
+        "longrope-gelu": DEEPSEEK_V2
+        | {
+            "hidden_act": "gelu",
+            "rope_parameters": longrope(4, factor=2.0, mscale_all_dim=1.0),
+        },
+        "linear-mscale": DEEPSEEK_V2
+        | {"rope_parameters": ROPE["linear"] | {"mscale_all_dim": 0.8}, "n_shared_experts": 1},
+    },
+    "deepseek_v3": {
+        "groups": DEEPSEEK_V3,
+        "no-groups": DEEPSEEK_V3
+        | {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "routed_scaling_factor": 1.7},
+        "half-rotated": DEEPSEEK_V3 | {"rope_interleave": False, "q_lora_rank": None},
+        "yarn-bias": DEEPSEEK_V3
+        | {"rope_parameters": ROPE["yarn-mscale-all"], "attention_bias": True},
+        "tied-all-dense": DEEPSEEK_V3 | {"tie_word_embeddings": True, "first_k_dense_replace": 5},
+        "k1-wide": DEEPSEEK_V3
+        | {
+            "num_experts_per_tok": 1,
+            "n_group": 6,
+            "topk_group": 1,
+            "kv_lora_rank": 24,
+            "qk_nope_head_dim": 3,
+            "v_head_dim": 19,
+            "rms_norm_eps": 1e-2,
+        },
+        "shared3-dynamic": DEEPSEEK_V3
+        | {
+            "n_shared_experts": 3,
+            "max_position_embeddings": 6,
+            "rope_parameters": ROPE["dynamic"],
+            "hidden_act": "gelu",
+        },
+        "all-experts-llama3": DEEPSEEK_V3
+        | {"num_experts_per_tok": 12, "topk_group": 3, "rope_parameters": ROPE["llama3"]},
+    },
+    "kimi_k2": {
+        "one-group": DEEPSEEK_V3
+        | {
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 2.827,
+            "num_nextn_predict_layers": 0,
+            "rope_parameters": ROPE["yarn"] | {"mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    },
+}
+"""`model_type` -> name -> what its transformers config is made from."""
+
+TRANSFORMERS_TYPE = {"kimi_k2": "deepseek_v3"}
+"""Model types that transformers does not know -> the type whose class it uses for them."""
+
+
+def reference(model_type: str, config: Config, seed: int = 0) -> transformers.PreTrainedModel:
+    """transformers' model of a configuration in fp32, with exact attention and random weights."""
+    config = transformers.AutoConfig.for_model(
+        TRANSFORMERS_TYPE.get(model_type, model_type), **config
+    )
+    config.pad_token_id = 0
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    randomize(model, seed)
+    return model.eval()
+
+
+@torch.no_grad()
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Weights with which no norm is the identity, no bias small and no expert like another."""
+    generator = torch.Generator().manual_seed(seed)
+    buffers = ((name, x) for name, x in model.named_buffers() if "correction_bias" in name)
+    for name, x in (*model.named_parameters(), *buffers):
+        noise = torch.randn(x.shape, generator=generator)
+        if name.endswith("norm.weight"):
+            x.copy_(1 + 0.3 * noise)
+        elif x.dim() == 1:
+            x.copy_(0.5 * noise)
+        elif "embed_tokens" in name:
+            x.copy_(noise)
+        else:
+            x.copy_(noise * 1.5 / math.sqrt(x.shape[-1]))

@@ -1,0 +1,139 @@
+"""The checkpoint tables against the tensor names, shapes and dtypes of published checkpoints.
+
+`names/*.json` holds, for each, its config and its tensors: a name in which `{0-31}` stands for a run
+of numbers, then dtype and shape. `parameters` is the size on the checkpoint's page, by dtype.
+"""
+
+import itertools
+import json
+import math
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from moezoo.errors import CheckpointError
+from moezoo.layers.linear import FusedLinear
+from moezoo.loaders.mapping import ParameterInfo, Plan, TensorInfo, plan
+from moezoo.registry import architecture, build
+
+NAMES = Path(__file__).parent / "names"
+STEMS = sorted(path.stem for path in NAMES.glob("*.json"))
+SMALL = ["deepseek-v2-lite", "mixtral-8x7b-v0.1", "olmoe-1b-7b-0924", "qwen1.5-moe-a2.7b"]
+DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
+RUN = re.compile(r"\{(\d+)-(\d+)\}")
+
+Tensors = dict[str, TensorInfo]
+
+
+@cache
+def read(stem: str) -> dict[str, Any]:
+    return json.loads((NAMES / f"{stem}.json").read_text())
+
+
+def expand(template: str) -> list[str]:
+    runs = [range(int(first), int(last) + 1) for first, last in RUN.findall(template)]
+    holes = RUN.sub("{}", template)
+    return [holes.format(*numbers) for numbers in itertools.product(*runs)]
+
+
+def tensors(stem: str) -> Tensors:
+    return {
+        name: TensorInfo(tuple(shape), DTYPES[dtype])
+        for template, (dtype, *shape) in read(stem)["tensors"].items()
+        for name in expand(template)
+    }
+
+
+@cache
+def unquantised(stem: str) -> Tensors:
+    """The same checkpoint as somebody who dequantises it would write it."""
+    return {
+        name: TensorInfo(info.shape, torch.bfloat16) if info.dtype.itemsize == 1 else info
+        for name, info in tensors(stem).items()
+        if not name.endswith("weight_scale_inv")
+    }
+
+
+@cache
+def parameters(stem: str) -> dict[str, ParameterInfo]:
+    fields = dict(read(stem)["config"])
+    model_type = fields.pop("model_type")
+    known = {"kimi_k2": "deepseek_v3"}.get(model_type, model_type)
+    config = transformers.AutoConfig.for_model(known, **fields)
+    with torch.device("meta"):
+        decoder = build(config)
+    part_sizes = {
+        f"{name}.{kind}": module.part_sizes
+        for name, module in decoder.named_modules()
+        if isinstance(module, FusedLinear)
+        for kind in ("weight", "bias")
+    }
+    return {
+        name: ParameterInfo(tuple(p.shape), p.dtype, part_sizes.get(name))
+        for name, p in decoder.named_parameters()
+    }
+
+
+def plan_of(stem: str, checkpoint: Tensors) -> Plan:
+    module = architecture(read(stem)["config"]["model_type"])
+    return plan(module.CHECKPOINT, checkpoint, parameters(stem))
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_names_add_up_to_the_published_size(stem: str) -> None:
+    record = read(stem)
+    sizes = dict.fromkeys(record["parameters"], 0)
+    for template, (dtype, *shape) in record["tensors"].items():
+        sizes[dtype] += math.prod(shape) * len(expand(template))
+    assert sizes == record["parameters"]
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_tensor_is_used_or_skipped_by_name(stem: str) -> None:
+    checkpoint = unquantised(stem)
+    made = plan_of(stem, checkpoint)
+    used = {copy.source for copy in made.copies}
+    skipped = {name: skip for skip, names in made.skipped.items() for name in names}
+    assert used | skipped.keys() == checkpoint.keys()
+    if stem == "deepseek-v3":
+        assert {name for name in checkpoint if name.startswith("model.layers.61.")} == set(skipped)
+        assert all("multi-token" in skip.reason for skip in skipped.values())
+    else:
+        assert not skipped
+
+
+@pytest.mark.parametrize("stem", ["deepseek-v3", "kimi-k2-instruct"])
+def test_block_quantised_checkpoint_is_refused_as_such(stem: str) -> None:
+    with pytest.raises(CheckpointError, match="quantised") as error:
+        plan_of(stem, tensors(stem))
+    assert "weight_scale_inv" in str(error.value)
+    assert len(str(error.value)) < 10_000
+
+
+@pytest.mark.parametrize("stem", SMALL)
+def test_old_exports_carry_rotary_frequencies(stem: str) -> None:
+    frequencies = TensorInfo((64,), torch.float32)
+    extra = ["model.rotary_emb.inv_freq", "model.layers.1.self_attn.rotary_emb.inv_freq"]
+    made = plan_of(stem, unquantised(stem) | dict.fromkeys(extra, frequencies))
+    assert set(extra) == {name for names in made.skipped.values() for name in names}
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+@pytest.mark.parametrize("stem", SMALL)
+def test_what_does_not_fit_is_named(stem: str, change: str) -> None:
+    checkpoint = dict(unquantised(stem))
+    name = next(n for n in checkpoint if re.search(r"layers\.5\..*experts\.3\.", n))
+    if change == "missing":
+        del checkpoint[name]
+    elif change == "unknown":
+        name = name.replace("experts.3.", "experts.3000.")
+        checkpoint[name] = TensorInfo((1,), torch.bfloat16)
+    else:
+        checkpoint[name] = TensorInfo((7, 9), torch.bfloat16)
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        plan_of(stem, checkpoint)
