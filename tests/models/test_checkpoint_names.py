@@ -1,7 +1,7 @@
 """The checkpoint tables against the tensor names, shapes and dtypes of published checkpoints.
 
-`names/*.json` holds, for each, its config and its tensors: a name in which `{0-31}` stands for a run
-of numbers, then dtype and shape. `parameters` is the size on the checkpoint's page, by dtype.
+`names/*.json` holds, for each, its config and its tensors: a name in which `{0-31}` stands for a
+run of numbers, then dtype and shape. `parameters` is the size on the checkpoint's page, by dtype.
 """
 
 import itertools
