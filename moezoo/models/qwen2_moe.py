@@ -23,7 +23,8 @@ def feed_forward(
     layer_idx: int,
 ) -> nn.Module:
     """Every `decoder_sparse_step`-th layer is a mixture, but for `mlp_only_layers`."""
-    if layer_idx in config.mlp_only_layers or (layer_idx + 1) % config.decoder_sparse_step:
+    sparse = config.num_experts > 0 and (layer_idx + 1) % config.decoder_sparse_step == 0
+    if layer_idx in config.mlp_only_layers or not sparse:
         return GatedMLP(config.hidden_size, config.intermediate_size, activation=config.hidden_act)
     return FusedMoE(
         config.hidden_size,

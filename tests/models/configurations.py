@@ -123,8 +123,7 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
         | {"head_dim": 8, "max_position_embeddings": 6, "rope_parameters": ROPE["dynamic"]},
         "longrope-window": MIXTRAL
         | {"head_dim": 6, "sliding_window": 7, "rope_parameters": longrope(3)},
-        "llama3": MIXTRAL | {"rope_parameters": ROPE["llama3"]},
-        "partial-ignored": MIXTRAL | {"partial_rotary_factor": 0.5, "router_jitter_noise": 0.1},
+        "llama3": MIXTRAL | {"rope_parameters": ROPE["llama3"], "router_jitter_noise": 0.1},
     },
     "qwen2_moe": {
         "gated-shared": QWEN2 | {"norm_topk_prob": True},
@@ -233,8 +232,8 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
             "rope_parameters": ROPE["dynamic"],
             "hidden_act": "gelu",
         },
-        "all-experts-llama3": DEEPSEEK_V3
-        | {"num_experts_per_tok": 12, "topk_group": 3, "rope_parameters": ROPE["llama3"]},
+        "whole-groups-llama3": DEEPSEEK_V3
+        | {"num_experts_per_tok": 8, "topk_group": 2, "rope_parameters": ROPE["llama3"]},
     },
     "kimi_k2": {
         "one-group": DEEPSEEK_V3
@@ -275,6 +274,8 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
         noise = torch.randn(x.shape, generator=generator)
         if name.endswith("norm.weight"):
             x.copy_(1 + 0.3 * noise)
+        elif name.endswith("correction_bias"):
+            x.copy_(0.2 * noise)
         elif x.dim() == 1:
             x.copy_(0.5 * noise)
         elif "embed_tokens" in name:
