@@ -424,8 +424,8 @@ class _Repository:
         except errors.LocalEntryNotFoundError as error:
             why = "local_files_only is set" if self.offline else "the hub cannot be reached"
             raise CheckpointError(
-                f"{self.repo_id} is not a folder here, its {file} is not in the hub's cache on this "
-                f"machine, and {why}"
+                f"{self.repo_id} is not a folder here, its {file} is not in the hub's cache here, "
+                f"and {why}"
             ) from error
         except errors.EntryNotFoundError as error:
             at = f"revision {self.revision or 'main'}"

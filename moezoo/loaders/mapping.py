@@ -23,6 +23,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
+from torch import nn
 
 from moezoo.errors import CheckpointError
 
@@ -178,6 +179,30 @@ class Plan:
 
     copies: tuple[Copy, ...]
     skipped: Mapping[Skip, tuple[str, ...]]
+
+
+def parameter_infos(
+    module: nn.Module, dtype: torch.dtype | None = None
+) -> dict[str, ParameterInfo]:
+    """The parameters and persistent buffers of `module`, each once under its first name.
+
+    Floating ones count as `dtype` if one is given, but for those that their own module names in
+    `keep_dtype`. `part_sizes` are the own module's.
+    """
+    infos = {}
+    seen = set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            owner_name, _, attribute = name.rpartition(".")
+            owner = module.get_submodule(owner_name)
+            fixed = attribute in getattr(owner, "keep_dtype", ()) or not tensor.is_floating_point()
+            infos[name] = ParameterInfo(
+                tuple(tensor.shape),
+                tensor.dtype if fixed or dtype is None else dtype,
+                getattr(owner, "part_sizes", None),
+            )
+    return infos
 
 
 def stored_order(part: torch.Tensor, view: Sequence[View]) -> torch.Tensor:

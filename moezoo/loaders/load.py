@@ -1,0 +1,401 @@
+"""From a checkpoint to a model: build on meta, plan, allocate, stream the weights in.
+
+Memory beyond the final weights does not grow with the model.
+"""
+
+import logging
+import mmap
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from copy import deepcopy
+from math import prod
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
+
+from moezoo import registry
+from moezoo.causal_lm import MoECausalLM
+from moezoo.errors import (
+    CheckpointError,
+    MoEOutOfMemoryError,
+    QuantizationError,
+)
+from moezoo.loaders.checkpoint import (
+    CONFIG,
+    GENERATION_CONFIG,
+    Checkpoint,
+    Location,
+    open_checkpoint,
+)
+from moezoo.loaders.mapping import (
+    Copy,
+    ParameterInfo,
+    Rule,
+    Skip,
+    parameter_infos,
+    plan,
+    stored_order,
+)
+from moezoo.loaders.stream import Piece, cut, stream
+
+_log = logging.getLogger(__name__)
+
+_MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_HUGE_PAGE = 2 << 20
+_CHUNK = 16 << 20
+
+
+def from_pretrained(
+    model_id: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    quantization: object = None,
+    parallel: object = None,
+    eplb: object = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    progress: bool = True,
+) -> MoECausalLM:
+    """The model of a local folder or hub id, ready to generate.
+
+    `dtype` is a `torch.dtype`, its name, or "auto" for the checkpoint's own; `device` is "cuda",
+    "cuda:1" or "cpu", by default a GPU if there is one. `quantization`, `parallel` and `eplb` are
+    None in this release. `revision`, `cache_dir`, `token` and `local_files_only` mean what they do
+    in huggingface_hub. `progress` shows a bar where stderr is a terminal.
+
+    Raises `CheckpointError` for a checkpoint that cannot be found, read or fitted,
+    `UnsupportedArchitectureError`, `QuantizationError`, `MoEOutOfMemoryError` before anything is
+    allocated, and `ValueError` for other arguments.
+    """
+    _refuse_later_options(quantization, parallel, eplb)
+    target_device = _device(device)
+    asked_dtype = _dtype(dtype)
+    checkpoint = open_checkpoint(
+        model_id,
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
+    )
+    config = _config(checkpoint)
+    config.dtype = asked_dtype or _own_dtype(config, checkpoint)
+    rules = _tie(registry.architecture(config.model_type).CHECKPOINT, config, checkpoint)
+    with torch.device("meta"):
+        decoder = registry.build(config)
+    load_weights(
+        decoder, checkpoint, rules, device=target_device, dtype=config.dtype, progress=progress
+    )
+    model = MoECausalLM(config, decoder).eval()
+    if GENERATION_CONFIG in checkpoint.files.listing():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.config_folder)
+    return model
+
+
+def from_config(
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    quantization: object = None,
+    parallel: object = None,
+    eplb: object = None,
+) -> MoECausalLM:
+    """The model that `config` describes with random weights, made on `device`.
+
+    Matrices are normal with deviation `config.initializer_range`, norms one, biases zero;
+    `torch.manual_seed` decides them. "auto" is the config's dtype, or float32. Arguments and errors
+    otherwise as in `from_pretrained`.
+    """
+    _refuse_later_options(quantization, parallel, eplb)
+    if not isinstance(config, PreTrainedConfig):
+        raise ValueError(f"config is a {type(config).__name__}, expected a transformers config")
+    target_device = _device(device)
+    config = deepcopy(config)
+    _refuse_quantised(getattr(config, "quantization_config", None), "the config")
+    config.dtype = _dtype(dtype) or config.dtype or torch.float32
+    with torch.device("meta"):
+        decoder = registry.build(config)
+    wanted = parameter_infos(decoder, config.dtype)
+    check_memory(wanted, target_device, f"this {config.model_type}")
+    tensors = _allocate(wanted, target_device)
+    for name, tensor in tensors.items():
+        _initialise(name, tensor, config.initializer_range)
+    _place(decoder, tensors)
+    return MoECausalLM(config, decoder).eval()
+
+
+def load_weights(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    rules: Sequence[Rule | Skip],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    experts: Sequence[int] | None = None,
+    progress: bool = False,
+) -> None:
+    """Give `module`, built on the meta device, the weights of `checkpoint` by `rules`.
+
+    Parameters and persistent buffers come to `device`, floating ones as `dtype` but for those that
+    their module names in `keep_dtype`. `experts` are the ids that this rank owns, in the order of
+    its rows. Weights that the module shares are loaded once and stay shared.
+
+    Raises `CheckpointError` for what does not fit or cannot be read and `MoEOutOfMemoryError`
+    before any allocation; the module is then still on meta, and no memory is held.
+    """
+    wanted = parameter_infos(module, dtype)
+    chosen = plan(rules, checkpoint.tensors, wanted, experts=experts)
+    for skip, names in chosen.skipped.items():
+        _log.warning("%s: %d tensors not loaded: %s", skip.pattern, len(names), skip.reason)
+    check_memory(wanted, device, checkpoint.name)
+    locations = checkpoint.fetch({copy.source for copy in chosen.copies}, progress=progress)
+    try:
+        tensors = _read_copies(checkpoint, chosen.copies, locations, wanted, device, progress)
+    except BaseException as error:
+        # The frames of the traceback hold the tensors for as long as anybody keeps the error.
+        _clear_frames(error)
+        raise
+    _place(module, tensors)
+
+
+def check_memory(wanted: Mapping[str, ParameterInfo], device: torch.device, name: str) -> None:
+    """Raise `MoEOutOfMemoryError` if `device` has too little free memory for these weights."""
+    free = _free_memory(device)
+    if free is None or _nbytes(wanted) <= free:
+        return
+    need, slim = _nbytes(wanted), _nbytes(wanted, 2)
+    host = _free_memory(torch.device("cpu"))
+    if slim <= free:
+        advice = f"with dtype=torch.bfloat16 they take {_gib(slim)} and fit"
+    elif device.type == "cuda" and host is not None and need <= host:
+        advice = f"device='cpu' has {_gib(host)} free and would fit them"
+    else:
+        advice = f"in 16 bit they fit a device with {_gib(slim)} free"
+    raise MoEOutOfMemoryError(
+        f"the weights of {name} take {_gib(need)}, {device} has {_gib(free)} free; {advice}"
+    )
+
+
+def _nbytes(wanted: Mapping[str, ParameterInfo], widest: int = 8) -> int:
+    return sum(prod(info.shape) * min(info.dtype.itemsize, widest) for info in wanted.values())
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / (1 << 30):.2f} GiB"
+
+
+def _free_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + cached
+    with suppress(OSError), open("/proc/meminfo") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _allocate(wanted: Mapping[str, ParameterInfo], device: torch.device) -> dict[str, torch.Tensor]:
+    try:
+        return {name: _empty(info, device) for name, info in wanted.items()}
+    except (torch.OutOfMemoryError, OSError) as error:
+        raise MoEOutOfMemoryError(
+            f"the weights take {_gib(_nbytes(wanted))} on {device}: {error}"
+        ) from error
+
+
+def _empty(info: ParameterInfo, device: torch.device) -> torch.Tensor:
+    """Uninitialised memory; large tensors on the CPU lie in huge pages.
+
+    Most of the time to fill fresh memory goes into page faults, and huge pages need 512 times
+    fewer.
+    """
+    nbytes = prod(info.shape) * info.dtype.itemsize
+    if device.type != "cpu" or nbytes < _HUGE_PAGE or sys.platform != "linux":
+        return torch.empty(info.shape, dtype=info.dtype, device=device)
+    memory = mmap.mmap(-1, nbytes)
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=info.dtype).view(info.shape)
+
+
+def _read_copies(
+    checkpoint: Checkpoint,
+    copies: Sequence[Copy],
+    locations: Mapping[str, Location],
+    wanted: Mapping[str, ParameterInfo],
+    device: torch.device,
+    progress: bool,
+) -> dict[str, torch.Tensor]:
+    """The wanted tensors on `device`, read from the files."""
+    tensors = _allocate(wanted, device)
+    pieces: list[Piece] = []
+    for copy in copies:
+        stored = checkpoint.tensors[copy.source]
+        path, offset = locations[copy.source]
+        if copy.rows is not None:
+            offset += copy.rows.start * prod(stored.shape[1:]) * stored.dtype.itemsize
+        target = stored_order(tensors[copy.target][copy.target_index], copy.view)
+        pieces.extend(cut(copy.source, Location(path, offset), stored.dtype, target))
+    stream(pieces, device, progress=progress)
+    return tensors
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _place(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put `tensors` where `module` has the parameters and buffers of these names."""
+    placed: dict[int, torch.Tensor] = {}
+    for name, old in module.state_dict(keep_vars=True).items():
+        if id(old) not in placed:
+            tensor = tensors[name]
+            if isinstance(old, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
+            placed[id(old)] = tensor
+        owner, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, placed[id(old)])
+    for name, buffer in module.named_buffers():
+        assert not buffer.is_meta, f"{name} is not persistent, so nothing says what is in it"
+
+
+@torch.no_grad()
+def _initialise(name: str, tensor: torch.Tensor, deviation: float) -> None:
+    if name.endswith("bias"):
+        tensor.zero_()
+    elif tensor.dim() == 1:
+        tensor.fill_(1)  # a norm's weight
+    else:
+        tensor.normal_(std=deviation)
+
+
+def _config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """The checkpoint's transformers config, if it is of an architecture that moezoo has."""
+    raw = dict(checkpoint.config)
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"{checkpoint.name}: {CONFIG} names no model_type")
+    registry.architecture(model_type)
+    _refuse_quantised(raw.get("quantization_config"), checkpoint.name)
+    if model_type not in CONFIG_MAPPING:
+        raw["model_type"] = model_type = registry.ARCHITECTURES[model_type]
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(raw)
+    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
+        raise CheckpointError(f"{checkpoint.name}: {CONFIG} is not valid: {error}") from error
+    config.name_or_path = checkpoint.name
+    return config
+
+
+def _refuse_quantised(quantization_config: object, name: str) -> None:
+    if quantization_config:
+        method = (
+            quantization_config.get("quant_method")
+            if isinstance(quantization_config, Mapping)
+            else getattr(quantization_config, "quant_method", None)
+        )
+        raise QuantizationError(
+            f"{name} is quantised (quantization_config.quant_method is {method!r}), which this "
+            "release does not load; take the 16-bit checkpoint of the model"
+        )
+
+
+def _own_dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that the config names, or else that of the first floating tensor."""
+    if config.dtype in _MODEL_DTYPES:
+        return config.dtype
+    stored = (tensor.dtype for tensor in checkpoint.tensors.values())
+    return next((dtype for dtype in stored if dtype in _MODEL_DTYPES), torch.float32)
+
+
+def _tie(
+    rules: Sequence[Rule | Skip], config: PreTrainedConfig, checkpoint: Checkpoint
+) -> tuple[Rule | Skip, ...]:
+    """The rules for a checkpoint whose config ties the head to the embedding.
+
+    As in transformers, one of the two tensors is enough, a head equal to the embedding is left
+    out, and a head that differs unties the model: the weights are right and the config is wrong.
+    """
+    sources = {rule.target: rule.sources[0] for rule in rules if isinstance(rule, Rule)}
+    head, embedding = sources["lm_head.weight"], sources["embed.weight"]
+    if not config.tie_word_embeddings or head not in checkpoint.tensors:
+        return tuple(rules)
+    if embedding not in checkpoint.tensors:
+        return (*rules, Rule("embed.weight", head))
+    if _same_bytes(checkpoint, head, embedding):
+        return (*rules, Skip(head, "tied to the embedding"))
+    _log.warning(
+        "%s: tie_word_embeddings is set, but %s and %s differ; they stay apart",
+        checkpoint.name,
+        head,
+        embedding,
+    )
+    config.tie_word_embeddings = False
+    return tuple(rules)
+
+
+def _same_bytes(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    a, b = checkpoint.tensors[first], checkpoint.tensors[second]
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    locations = checkpoint.fetch((first, second))
+    with open(locations[first].path, "rb") as left, open(locations[second].path, "rb") as right:
+        left.seek(locations[first].offset)
+        right.seek(locations[second].offset)
+        sizes = (min(_CHUNK, a.nbytes - start) for start in range(0, a.nbytes, _CHUNK))
+        return all(left.read(size) == right.read(size) for size in sizes)
+
+
+def _refuse_later_options(quantization: object, parallel: object, eplb: object) -> None:
+    if quantization is not None:
+        raise QuantizationError(
+            f"quantization={quantization!r} is not in this release; leave it None"
+        )
+    for name, value in (("parallel", parallel), ("eplb", eplb)):
+        if value is not None:
+            raise ValueError(f"{name}={value!r} is not in this release; leave it None")
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device is {device!r}, expected 'cuda', 'cuda:1' or 'cpu'") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}, expected 'cuda', 'cuda:1' or 'cpu'")
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device is {device!r}, but torch sees no CUDA device; use 'cpu'")
+        if chosen.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
+        if chosen.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"device is {device!r}, but there are {torch.cuda.device_count()} CUDA devices"
+            )
+    return chosen
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype | None:
+    """The dtype asked for; None for "auto"."""
+    if dtype == "auto":
+        return None
+    names = {str(known).removeprefix("torch."): known for known in _MODEL_DTYPES}
+    chosen = names.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen not in _MODEL_DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected 'auto' or one of {', '.join(names)}")
+    return chosen

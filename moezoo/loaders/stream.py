@@ -1,0 +1,221 @@
+"""Bytes from files into tensors, on the CPU or on a GPU.
+
+Reader threads bring the bytes of many tensors with one system call. On the CPU a tensor that needs
+no cast goes straight from the file into its place; everything else passes through a few staging
+buffers of fixed size, pinned ones on the way to a GPU, where casts happen.
+"""
+
+import os
+import queue
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from moezoo.errors import CheckpointError
+from moezoo.loaders.checkpoint import Location
+
+# A batch is what one system call reads, and the size of a staging buffer.
+_BATCH = 16 << 20
+_MAX_BUFFERS = 512
+
+
+class Piece(NamedTuple):
+    """Consecutive bytes of one stored tensor; `target` runs through its elements in their order."""
+
+    source: str
+    path: Path
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    target: torch.Tensor
+    direct: bool
+
+
+class _Stage:
+    """A staging buffer in host memory; `copied` is when the GPU has taken what is in it."""
+
+    def __init__(self, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.buffer = torch.empty(_BATCH, dtype=torch.uint8, device="cpu", pin_memory=on_gpu)
+        self.copied = torch.cuda.Event() if on_gpu else None
+
+
+def cut(
+    source: str, location: Location, dtype: torch.dtype, target: torch.Tensor
+) -> Iterator[Piece]:
+    """A stored tensor in pieces that fit a staging buffer."""
+    nbytes = target.numel() * dtype.itemsize
+    if nbytes <= _BATCH:
+        if nbytes:
+            direct = (
+                target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous()
+            )
+            yield Piece(source, *location, nbytes, dtype, target, direct)
+        return
+    row = nbytes // target.shape[0]
+    offset = location.offset
+    for rows in target.split(max(1, _BATCH // row)):
+        yield from cut(source, Location(location.path, offset), dtype, rows)
+        offset += rows.shape[0] * row
+
+
+def stream(pieces: Iterable[Piece], device: torch.device, *, progress: bool) -> None:
+    """Read every piece into its target on `device`, several batches at a time.
+
+    Raises `CheckpointError` naming the file and the tensor that cannot be read.
+    """
+    pieces = sorted(pieces, key=lambda piece: (piece.path, piece.offset))
+    on_gpu = device.type == "cuda"
+    num_threads = min(8, max(4, os.cpu_count() or 4))
+    stages: queue.SimpleQueue[_Stage] = queue.SimpleQueue()
+    if not all(piece.direct for piece in pieces):
+        for _ in range(num_threads + 2 * on_gpu):
+            stages.put(_Stage(device))
+    with ExitStack() as stack:
+        files = {path: _open(path, stack) for path in {piece.path for piece in pieces}}
+        side = torch.cuda.Stream(device) if on_gpu else None
+        if side is not None:
+            # Earlier work on the current stream may still use the memory of the targets.
+            side.wait_stream(torch.cuda.current_stream(device))
+            stack.callback(side.synchronize)
+
+        def transfer(batch: Sequence[Piece]) -> int:
+            if all(piece.direct for piece in batch):
+                _read(batch, [_memory(piece.target) for piece in batch], files)
+            else:
+                stage = stages.get()
+                try:
+                    _read_staged(batch, stage, files, side)
+                finally:
+                    stages.put(stage)
+            return sum(piece.nbytes for piece in batch)
+
+        advance = stack.enter_context(_bar(sum(piece.nbytes for piece in pieces), progress))
+        pool = stack.enter_context(ThreadPoolExecutor(num_threads))
+        for nbytes in pool.map(transfer, _batches(pieces)):
+            advance(nbytes)
+
+
+def _batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Neighbours together, as many as fit a staging buffer and one system call."""
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if batch and (size + _padded(piece.nbytes) > _BATCH or len(batch) == _MAX_BUFFERS):
+            yield batch
+            batch, size = [], 0
+        batch.append(piece)
+        size += _padded(piece.nbytes)
+    if batch:
+        yield batch
+
+
+def _padded(nbytes: int) -> int:
+    """Room for a tensor in a staging buffer, so that the next one is aligned for every dtype."""
+    return -(-nbytes // 16) * 16
+
+
+def _read_staged(
+    batch: Sequence[Piece],
+    stage: _Stage,
+    files: Mapping[Path, int],
+    side: torch.cuda.Stream | None,
+) -> None:
+    """Read a batch, what is not direct by way of a staging buffer."""
+    if stage.copied is not None:
+        stage.copied.synchronize()
+    buffers = []
+    staged = []
+    start = 0
+    for piece in batch:
+        if piece.direct:
+            buffers.append(_memory(piece.target))
+        else:
+            buffer = stage.buffer[start : start + piece.nbytes]
+            start += _padded(piece.nbytes)
+            buffers.append(_memory(buffer))
+            staged.append((piece.target, buffer.view(piece.dtype).view(piece.target.shape)))
+    _read(batch, buffers, files)
+    with torch.cuda.stream(side) if side is not None else nullcontext():
+        for target, stored in staged:
+            if side is not None and (target.dtype != stored.dtype or not target.is_contiguous()):
+                stored = stored.to(target.device, non_blocking=True)  # cast there, not on the host
+            target.copy_(stored, non_blocking=True)
+        if stage.copied is not None:
+            stage.copied.record(side)
+
+
+def _memory(tensor: torch.Tensor) -> Any:
+    """The bytes of a contiguous tensor on the CPU, for a system call to write into."""
+    return tensor.view(-1).view(torch.uint8).numpy()
+
+
+def _read(batch: Sequence[Piece], buffers: Sequence[Any], files: Mapping[Path, int]) -> None:
+    """Fill the buffers, those that are neighbours in the file with one system call."""
+    start = 0
+    for end in range(1, len(batch) + 1):
+        before, after = batch[end - 1], batch[end] if end < len(batch) else None
+        if (
+            after is None
+            or after.path != before.path
+            or after.offset != before.offset + before.nbytes
+        ):
+            _read_run(batch[start:end], buffers[start:end], files[before.path])
+            start = end
+
+
+def _read_run(pieces: Sequence[Piece], buffers: Sequence[Any], file: int) -> None:
+    try:
+        if os.preadv(file, buffers, pieces[0].offset) == sum(piece.nbytes for piece in pieces):
+            return
+        for piece, buffer in zip(pieces, buffers, strict=True):
+            done = 0
+            while done < piece.nbytes:
+                count = os.preadv(file, [buffer[done:]], piece.offset + done)
+                if count == 0:
+                    raise CheckpointError(
+                        f"{piece.path} ends within {piece.source}: the file was cut while loading"
+                    )
+                done += count
+    except OSError as error:
+        raise CheckpointError(
+            f"{pieces[0].path} cannot be read at {pieces[0].source}: {error.strerror}"
+        ) from error
+
+
+def _open(path: Path, stack: ExitStack) -> int:
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be opened: {error.strerror}") from error
+    stack.callback(os.close, file)
+    return file
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar in bytes on stderr, if that is a terminal."""
+    columns = (
+        TextColumn("loading"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bar:
+        task = bar.add_task("loading", total=total)
+        yield lambda nbytes: bar.advance(task, nbytes)
