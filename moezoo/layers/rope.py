@@ -35,7 +35,7 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         self.config = config
-        self.kind = config.rope_parameters.get("rope_type", "default")
+        self.kind = config.rope_parameters.get("rope_type")
         partial = config.rope_parameters.get("partial_rotary_factor", 1) != 1
         if self.kind not in ROPE_TYPES or partial:
             raise UnsupportedArchitectureError.of_field(

@@ -6,6 +6,7 @@ from functools import partial
 from torch import nn
 from transformers import Qwen2MoeConfig, Qwen3MoeConfig
 
+from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.mlp import GatedMLP, SigmoidGatedMLP
@@ -23,6 +24,8 @@ def feed_forward(
     layer_idx: int,
 ) -> nn.Module:
     """Every `decoder_sparse_step`-th layer is a mixture, but for `mlp_only_layers`."""
+    if config.decoder_sparse_step < 1:
+        raise UnsupportedArchitectureError.of_field(config, "decoder_sparse_step", "1 or more")
     sparse = config.num_experts > 0 and (layer_idx + 1) % config.decoder_sparse_step == 0
     if layer_idx in config.mlp_only_layers or not sparse:
         return GatedMLP(config.hidden_size, config.intermediate_size, activation=config.hidden_act)

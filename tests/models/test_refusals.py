@@ -1,0 +1,165 @@
+"""What a config asks for and moezoo does not do is refused, naming the field."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from configurations import (
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    MIXTRAL,
+    OLMOE,
+    QWEN2,
+    QWEN3,
+    TRANSFORMERS_TYPE,
+    longrope,
+)
+
+from moezoo.errors import UnsupportedArchitectureError
+from moezoo.registry import architecture, build, list_architectures
+
+BASE = {
+    "mixtral": MIXTRAL,
+    "qwen2_moe": QWEN2,
+    "qwen3_moe": QWEN3,
+    "olmoe": OLMOE,
+    "deepseek_v2": DEEPSEEK_V2,
+    "deepseek_v3": DEEPSEEK_V3,
+    "kimi_k2": DEEPSEEK_V3,
+}
+
+EVERYWHERE: dict[str, dict[str, Any]] = {
+    "hidden_act": {"hidden_act": "mish"},
+    "output_router_logits": {"output_router_logits": True},
+}
+ROPE: dict[str, dict[str, Any]] = {
+    "axial": {"rope_type": "axial"},
+    "unknown": {"rope_type": "spiral", "factor": 2.0},
+    "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.5},
+    "partial": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5},
+    "partial-longrope": longrope(2, partial_rotary_factor=0.5),
+}
+FIELDS = [
+    ("mixtral", "sliding_window", {"sliding_window": 0}),
+    ("mixtral", "layer_types", {"layer_types": ["sliding_attention", "full_attention"]}),
+    ("qwen2_moe", "layer_types", {"layer_types": ["chunked_attention"] * 3}),
+    ("qwen2_moe", "sliding_window", {"layer_types": ["sliding_attention"] * 3}),
+    ("qwen2_moe", "layer_types", {"use_sliding_window": True, "sliding_window": None}),
+    (
+        "qwen3_moe",
+        "layer_types",
+        {
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "use_sliding_window": True,
+            "sliding_window": 4,
+        },
+    ),
+    ("olmoe", "sliding_window", {"sliding_window": 4}),
+    ("olmoe", "head_dim", {"head_dim": 8}),
+    ("deepseek_v2", "sliding_window", {"sliding_window": 4}),
+    ("deepseek_v2", "topk_method", {"topk_method": "noaux_tc"}),
+    ("deepseek_v2", "scoring_func", {"scoring_func": "sigmoid"}),
+    ("deepseek_v2", "moe_layer_freq", {"moe_layer_freq": 2}),
+    ("deepseek_v2", "num_key_value_heads", {"num_key_value_heads": 2}),
+    ("deepseek_v2", "num_experts_per_tok", {"num_experts_per_tok": None}),
+    ("deepseek_v2", "n_group", {"topk_method": "group_limited_greedy"}),
+    ("deepseek_v2", "n_group", {"topk_method": "group_limited_greedy", "n_group": 5}),
+    (
+        "deepseek_v2",
+        "topk_group",
+        {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 5},
+    ),
+    ("deepseek_v3", "sliding_window", {"sliding_window": 4}),
+    ("deepseek_v3", "topk_method", {"topk_method": "greedy"}),
+    ("deepseek_v3", "scoring_func", {"scoring_func": "softmax"}),
+    ("deepseek_v3", "moe_layer_freq", {"moe_layer_freq": 2}),
+    ("deepseek_v3", "num_key_value_heads", {"num_key_value_heads": 128}),
+    ("deepseek_v3", "n_group", {"n_group": 5}),
+    ("deepseek_v3", "n_group", {"n_group": None}),
+    ("deepseek_v3", "topk_group", {"topk_group": 4}),
+    ("deepseek_v3", "head_dim", {"head_dim": 16}),
+]
+
+
+def refusal(model_type: str, **changes: Any) -> str:
+    config = transformers.AutoConfig.for_model(
+        TRANSFORMERS_TYPE.get(model_type, model_type), **BASE[model_type] | changes
+    )
+    with torch.device("meta"), pytest.raises(UnsupportedArchitectureError) as error:
+        build(config)
+    return str(error.value)
+
+
+def test_every_architecture_is_here() -> None:
+    assert set(BASE) == set(list_architectures())
+
+
+@pytest.mark.parametrize("field", EVERYWHERE)
+@pytest.mark.parametrize("model_type", BASE)
+def test_everywhere(model_type: str, field: str) -> None:
+    message = refusal(model_type, **EVERYWHERE[field])
+    assert field in message
+    assert str(EVERYWHERE[field][field]) in message
+
+
+@pytest.mark.parametrize("rope", ROPE)
+@pytest.mark.parametrize("model_type", BASE)
+def test_rope(model_type: str, rope: str) -> None:
+    # transformers' own check of a longrope needs to know the head's width.
+    width = {"head_dim": 10} if model_type == "mixtral" else {}
+    message = refusal(model_type, **width, rope_parameters=ROPE[rope] | {"rope_theta": 10.0})
+    assert "rope_parameters" in message
+    assert str(ROPE[rope]["rope_type"]) in message
+
+
+def test_rope_for_each_kind_of_layer() -> None:
+    kinds = {name: {"rope_type": "default"} for name in ("sliding_attention", "full_attention")}
+    window = {"use_sliding_window": True, "sliding_window": 4}
+    assert "rope_parameters" in refusal("qwen2_moe", **window, rope_parameters=kinds)
+
+
+@pytest.mark.parametrize(("model_type", "field", "changes"), FIELDS)
+def test_field(model_type: str, field: str, changes: dict[str, Any]) -> None:
+    message = refusal(model_type, **changes)
+    assert model_type in message
+    assert field in message
+    assert str(changes.get(field)) in message or field not in changes
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe"])
+def test_sparse_step_of_zero(model_type: str) -> None:
+    assert "decoder_sparse_step is 0" in refusal(model_type, decoder_sparse_step=0)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3"])
+def test_more_experts_a_token_than_there_are(model_type: str) -> None:
+    assert "num_experts_per_tok" in refusal(model_type, num_experts_per_tok=20)
+
+
+def test_unknown_model_type() -> None:
+    with pytest.raises(UnsupportedArchitectureError, match="'gpt_neox' is not supported") as error:
+        architecture("gpt_neox")
+    assert all(model_type in str(error.value) for model_type in list_architectures())
+    assert "AutoModelForCausalLM" in str(error.value)
+
+
+def test_what_has_no_effect_is_no_reason_to_refuse() -> None:
+    """Fields of real configs that only matter in training, or name what is done anyway."""
+    harmless = {
+        "aux_loss_alpha": 0.001,
+        "attention_dropout": 0.1,
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+        "ep_size": 1,
+        "initializer_range": 0.5,
+        "max_window_layers": 1,
+        "moe_layer_freq": 1,
+        "pretraining_tp": 2,
+        "router_aux_loss_coef": 0.5,
+        "router_jitter_noise": 0.3,
+        "seq_aux": True,
+    }
+    for model_type, base in BASE.items():
+        kind = TRANSFORMERS_TYPE.get(model_type, model_type)
+        with torch.device("meta"):
+            build(transformers.AutoConfig.for_model(kind, **base | harmless))
