@@ -1,0 +1,163 @@
+"""From a model to a checkpoint in the layout of the hub: the inverse of each target's first rule.
+
+Tensors are written one at a time, so a save takes the memory of the largest one. Files are written
+in a folder beside their final names and moved when all are whole.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig
+
+from moezoo import registry
+from moezoo.loaders.checkpoint import CONFIG, DTYPES, GENERATION_CONFIG, INDEX, WEIGHTS
+from moezoo.loaders.mapping import (
+    Copy,
+    Rule,
+    Skip,
+    layout,
+    parameter_infos,
+    stored_order,
+    stored_shape,
+)
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+class _Model(Protocol):
+    """What is saved of a `MoECausalLM`."""
+
+    decoder: nn.Module
+    config: PreTrainedConfig
+    generation_config: GenerationConfig | None
+
+
+def save_pretrained(
+    model: _Model, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
+) -> None:
+    """Write config, generation config and weights of `model` into `folder`.
+
+    moezoo reads them back bit for bit, and transformers to the same logits. Other files in the
+    folder stay; shards of an earlier save that are not overwritten go. A save that fails or is
+    interrupted leaves the folder as it was. Raises `ValueError` for a malformed `max_shard_size`.
+    """
+    rules = registry.architecture(model.config.model_type).CHECKPOINT
+    config = deepcopy(model.config)
+    config.architectures = config.architectures or [type(model).__name__]
+    with _moved_at_end(Path(folder)) as draft:
+        write_weights(model.decoder, rules, draft, max_shard_size=max_shard_size)
+        config.to_json_file(draft / CONFIG)
+        if model.generation_config is not None:
+            model.generation_config.to_json_file(draft / GENERATION_CONFIG)
+
+
+def write_weights(
+    module: nn.Module,
+    rules: Sequence[Rule | Skip],
+    folder: Path,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write the parameters and persistent buffers of `module` as safetensors.
+
+    More than one file comes with an index.
+    """
+    limit = _bytes(max_shard_size)
+    infos = parameter_infos(module)
+    tensors = {name: tensor for name, tensor in module.state_dict().items() if name in infos}
+    shards: list[list[Copy]] = [[]]
+    size = 0
+    for copy in sorted(layout(rules, infos), key=lambda copy: copy.source):
+        nbytes = _part(tensors, copy).nbytes
+        if shards[-1] and size + nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(copy)
+        size += nbytes
+    if len(shards) == 1:
+        _write(folder / WEIGHTS, shards[0], tensors)
+        return
+    weight_map: dict[str, str] = {}
+    for i, copies in enumerate(shards, start=1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        _write(folder / file, copies, tensors)
+        weight_map.update((copy.source, file) for copy in copies)
+    total = sum(_part(tensors, copy).nbytes for copies in shards for copy in copies)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _part(tensors: Mapping[str, torch.Tensor], copy: Copy) -> torch.Tensor:
+    """The piece of a parameter that one stored tensor holds, in the order in which it is stored."""
+    return stored_order(tensors[copy.target][copy.target_index], copy.view)
+
+
+def _write(path: Path, copies: Sequence[Copy], tensors: Mapping[str, torch.Tensor]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for copy in copies:
+        shape = tensors[copy.target][copy.target_index].shape
+        part = _part(tensors, copy)
+        header[copy.source] = {
+            "dtype": _DTYPE_NAMES[part.dtype],
+            "shape": list(stored_shape(shape, copy.view)),
+            "data_offsets": [end, end + part.nbytes],
+        }
+        end += part.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for copy in copies:
+            whole = _part(tensors, copy).contiguous().cpu()
+            file.write(whole.view(-1).view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def _moved_at_end(folder: Path) -> Iterator[Path]:
+    """A new folder inside `folder` whose files move into it if the block succeeds."""
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    done = False
+    try:
+        yield draft
+        new = {path.name for path in draft.iterdir()}
+        # Without an index or weights the folder is no checkpoint, so nobody reads half of a move.
+        for stale in (INDEX, WEIGHTS):
+            (folder / stale).unlink(missing_ok=True)
+        for path in folder.iterdir():
+            if _SHARD.fullmatch(path.name) and path.name not in new:
+                path.unlink()
+        for name in sorted(new, key=lambda name: name in (INDEX, WEIGHTS)):
+            (draft / name).replace(folder / name)
+        done = True
+    finally:
+        shutil.rmtree(draft)
+        if not done and not existed:
+            shutil.rmtree(folder)
+
+
+def _bytes(size: int | str) -> int:
+    """5_000_000_000 from "5GB"."""
+    if isinstance(size, str):
+        match = re.fullmatch(r"(\d+) ?([KMGT]I?B)", size.upper())
+        if match:
+            return int(match[1]) * _UNITS[match[2]]
+    elif size > 0:
+        return size
+    raise ValueError(f"max_shard_size is {size!r}, expected bytes or a string such as '5GB'")
