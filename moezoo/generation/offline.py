@@ -232,8 +232,7 @@ class _BatchGenerator:
         messages: Messages
         if isinstance(prompt.prompt, str):
             if not self.chat:
-                ids: list[int] = self.tokenizer(prompt.prompt, verbose=False).input_ids
-                return ids or [self._first_token()]
+                return self._ids(prompt.prompt) or [self._first_token()]
             messages = [{"role": "user", "content": prompt.prompt}]
         elif self.tokenizer.chat_template is None:
             raise ValueError("the prompt holds messages but the tokenizer has no chat template")
@@ -243,7 +242,12 @@ class _BatchGenerator:
             list(messages), add_generation_prompt=True, tokenize=False
         )
         # the template writes the special tokens itself
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        return self._ids(text, add_special_tokens=False)
+
+    def _ids(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        text.encode()  # a lone surrogate raises here, and names itself
+        encoding = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+        return list(encoding.input_ids)
 
     def _first_token(self) -> int:
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):

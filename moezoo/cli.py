@@ -1,0 +1,508 @@
+"""The command line: `moezoo generate` and `moezoo inspect`.
+
+Exit codes: 0 all done; 1 a failure while running; 2 wrong options or bad input; 3 finished, but
+some prompts or input lines failed, or (inspect) moezoo cannot run the model; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from hashlib import sha256
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import moezoo
+from moezoo.errors import MoEZooError
+
+if TYPE_CHECKING:
+    from moezoo.generation.offline import Completion, Prompt
+
+DONE, FAILED, USAGE, PARTLY, INTERRUPTED = 0, 1, 2, 3, 130
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+PLAIN_PROGRESS_SECONDS = 5.0
+
+EXIT_CODES = """\
+exit codes:
+  0    all done
+  1    a failure while running (the model cannot be loaded, out of memory, disk full)
+  2    wrong options or bad input; nothing was generated
+  3    finished, but some prompts or input lines failed (each is named on stderr);
+       inspect: moezoo cannot run the model (the report says why)
+  130  interrupted; the same command goes on where it stopped
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # whoever read our output has gone; keep the interpreter from flushing into it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (MoEZooError, ValueError, OSError) as error:
+        if arguments.debug:
+            traceback.print_exc()
+        _say(f"error: {error}")
+        return USAGE if isinstance(error, ValueError) else FAILED
+
+
+def _say(message: str) -> None:
+    print(f"moezoo: {message}", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moezoo",
+        description="Run Mixture-of-Experts language models from Hugging Face checkpoints.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show versions and the GPU")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_inspect(commands)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import torch
+
+        print(f"moezoo {moezoo.__version__}")
+        print(f"torch {torch.__version__}")
+        for package in ("triton", "transformers"):
+            try:
+                print(f"{package} {metadata.version(package)}")
+            except metadata.PackageNotFoundError:
+                print(f"{package} not installed")
+        for index in range(torch.cuda.device_count()):
+            print(f"GPU {index} {torch.cuda.get_device_name(index)}")
+        if not torch.cuda.is_available():
+            print("GPU none")
+        parser.exit()
+
+
+def _add_command(
+    commands: Any, name: str, run: Any, *, help: str, description: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--revision", help="branch, tag or commit of a hub model")
+    parser.add_argument(
+        "--local-files-only", action="store_true", help="use the hub cache, never the network"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_generate(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "generate",
+        _generate,
+        help="complete prompts",
+        description=(
+            "Complete prompts. One --prompt is printed as text; several, and those of --input, as "
+            "JSON lines.\nWith --output, a run that was stopped goes on where it stopped: finished "
+            "prompts are kept, none is done twice."
+        ),
+    )
+    parser.add_argument(
+        "model", nargs="?", help="hub id or folder (default: the small model in the package)"
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated")
+    source.add_argument(
+        "--input",
+        metavar="FILE",
+        help='JSON lines with "prompt" or "messages" and, if wished, "id"; - is stdin',
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON lines, appended to")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="start --output anew instead of going on"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="stop before generating if an input line is bad"
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="wrap prompts with the tokenizer's chat template"
+    )
+    sampling = parser.add_argument_group(
+        "sampling", "what is not given comes from the checkpoint's generation_config.json"
+    )
+    at_least_1, fraction = _number(int, 1), _number(float, 0, 1)
+    not_negative = _number(float, 0)
+    sampling.add_argument("--max-new-tokens", type=at_least_1, metavar="N", help="default 256")
+    sampling.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    sampling.add_argument("--temperature", type=not_negative, metavar="T", help="0 is --greedy")
+    sampling.add_argument("--top-k", type=_number(int, 0), metavar="K", help="0 is off")
+    sampling.add_argument("--top-p", type=fraction, metavar="P")
+    sampling.add_argument("--min-p", type=fraction, metavar="P")
+    sampling.add_argument("--repetition-penalty", type=not_negative, metavar="R")
+    sampling.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
+    )
+    sampling.add_argument("--seed", type=int, help="the same seed gives the same completions")
+    running = parser.add_argument_group("running")
+    running.add_argument("--batch-size", type=at_least_1, default=8, metavar="N", help="default 8")
+    running.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as stored")
+    running.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is one")
+    running.add_argument("--quiet", action="store_true", help="no progress, only errors")
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "inspect",
+        _inspect,
+        help="tell what a checkpoint holds and needs, before downloading it",
+        description=(
+            "Tell what a checkpoint holds and needs, from its config and the headers of its "
+            "files; no weight is read.\nA model that moezoo cannot run is reported too, with the "
+            "reason, and exit code 3."
+        ),
+    )
+    parser.add_argument("model", help="hub id or folder")
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+
+
+def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        number = kind(text)
+        if not low <= number <= high:
+            bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
+        return number
+
+    parse.__name__ = kind.__name__  # argparse names it when kind refuses the text
+    return parse
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from moezoo.generation import prompt_files
+
+    options = _sampling_options(arguments)
+    if arguments.overwrite and arguments.output is None:
+        raise ValueError("--overwrite needs --output")
+    prompts, problems = _prompts(arguments)
+    for problem in problems:
+        _say(problem if arguments.strict else f"skipped {problem}")
+    if problems and arguments.strict:
+        raise ValueError(f"{len(problems)} bad input lines and --strict: nothing was generated")
+    if not prompts:
+        raise ValueError("there is no prompt to complete")
+    model_id = _model_id(arguments)
+    run = _fingerprint(model_id, arguments, options)
+
+    finished: dict[int | str, bool] = {}
+    if arguments.output is not None and not arguments.overwrite:
+        finished = prompt_files.resume(arguments.output, prompts, run)
+    num_finished_before = len(finished)
+    # Batches are made of the same prompts as in a run that was never stopped, so that resuming
+    # changes no bit of a completion; what a half-finished batch had written is not written again.
+    batches = (
+        prompts[start : start + arguments.batch_size]
+        for start in range(0, len(prompts), arguments.batch_size)
+    )
+    pending = [
+        prompt
+        for batch in batches
+        if any(prompt.id not in finished for prompt in batch)
+        for prompt in batch
+    ]
+    with _output(arguments) as write:
+        if pending:
+            completions = _completions(model_id, arguments, pending, options)
+            with _progress(arguments, len(prompts), num_finished_before) as advance:
+                for completion in completions:
+                    if completion.id in finished:
+                        continue
+                    finished[completion.id] = completion.error is not None
+                    write(completion, run)
+                    advance(len(completion.token_ids))
+                    if completion.error is not None:
+                        _say(f"prompt {completion.id!r} failed: {completion.error}")
+    num_failed = sum(finished.values())
+    if arguments.output is not None and not arguments.quiet:
+        _say(
+            f"{arguments.output}: {len(finished)} completions, {num_failed} of them failed, "
+            f"{num_finished_before} were there before"
+        )
+    return PARTLY if num_failed or problems else DONE
+
+
+def _sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `GenerationConfig` that the command line sets."""
+    given = {
+        "max_new_tokens": arguments.max_new_tokens,
+        "temperature": arguments.temperature or None,
+        "top_k": arguments.top_k,
+        "top_p": arguments.top_p,
+        "min_p": arguments.min_p,
+        "repetition_penalty": arguments.repetition_penalty,
+        "stop_strings": arguments.stop,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    samples = options.keys() & {"temperature", "top_k", "top_p", "min_p"}
+    if arguments.greedy or arguments.temperature == 0:
+        if samples:
+            raise ValueError(f"greedy generation does not use {', '.join(sorted(samples))}")
+        options["do_sample"] = False
+    elif samples:
+        options["do_sample"] = True
+    return options
+
+
+def _prompts(arguments: argparse.Namespace) -> tuple[list[Prompt], list[str]]:
+    from moezoo.generation.offline import Prompt
+    from moezoo.generation.prompt_files import read_prompts
+
+    if arguments.prompt is not None:
+        return [Prompt(id, text) for id, text in enumerate(arguments.prompt, start=1)], []
+    if arguments.input == "-":
+        return read_prompts(sys.stdin.buffer, "stdin")
+    try:
+        with open(arguments.input, "rb") as lines:
+            return read_prompts(lines, arguments.input)
+    except OSError as error:
+        raise ValueError(f"--input cannot be read: {error}") from error
+
+
+def _model_id(arguments: argparse.Namespace) -> str:
+    if arguments.model is None:
+        from moezoo.assets import tiny_model
+
+        if not arguments.quiet:
+            _say("no model given, using the small one inside the package")
+        return str(tiny_model())
+    return str(arguments.model)
+
+
+def _fingerprint(model_id: str, arguments: argparse.Namespace, options: dict[str, Any]) -> str:
+    """Short hash of all that decides what a prompt's completion is."""
+    folder = Path(model_id)
+    identity = [
+        str(folder.resolve()) if folder.is_dir() else model_id,
+        arguments.revision,
+        arguments.chat,
+        arguments.dtype,
+        arguments.seed,
+        options,
+    ]
+    return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _completions(
+    model_id: str,
+    arguments: argparse.Namespace,
+    prompts: list[Prompt],
+    options: dict[str, Any],
+) -> Iterator[Completion]:
+    """Load the model, then complete the prompts one batch after the other as they are asked for."""
+    import torch
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers import TextStreamer
+    from transformers.utils import logging
+
+    from moezoo.errors import MoEOutOfMemoryError
+    from moezoo.generation.offline import generate
+    from moezoo.loaders.load import from_pretrained
+
+    if not arguments.debug:
+        logging.set_verbosity_error()
+        hub_logging.set_verbosity_error()
+    hub = {"revision": arguments.revision, "local_files_only": arguments.local_files_only}
+    tokenizer = _tokenizer(model_id, hub)
+    if arguments.chat and tokenizer.chat_template is None:
+        raise ValueError(f"{model_id} has no chat template: leave --chat out")
+    started = time.perf_counter()
+    model = from_pretrained(
+        model_id,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        progress=not arguments.quiet and sys.stderr.isatty(),
+        **hub,
+    )
+    if not arguments.quiet:
+        dtype = str(model.dtype).removeprefix("torch.")
+        seconds = time.perf_counter() - started
+        _say(f"loaded {model_id} as {dtype} on {model.device} in {seconds:.1f} s")
+    streamer = None
+    if _prints_text(arguments) and sys.stdout.isatty():
+        streamer = TextStreamer(tokenizer, skip_prompt=arguments.chat, skip_special_tokens=True)
+    completions = generate(
+        model,
+        tokenizer,
+        prompts,
+        batch_size=arguments.batch_size if streamer is None else 1,
+        seed=arguments.seed,
+        chat=arguments.chat,
+        streamer=streamer,
+        **options,
+    )
+
+    def out_of_memory_explained() -> Iterator[Completion]:
+        try:
+            yield from completions
+        except torch.OutOfMemoryError as error:
+            raise MoEOutOfMemoryError(
+                f"{error}\nTry a --batch-size smaller than {arguments.batch_size}."
+            ) from error
+
+    return out_of_memory_explained()
+
+
+def _tokenizer(model_id: str, hub: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    from moezoo.errors import CheckpointError
+    from moezoo.loaders.checkpoint import open_checkpoint
+
+    open_checkpoint(model_id, **hub)  # says best why there is no model, and before anything else
+    try:
+        return AutoTokenizer.from_pretrained(model_id, **hub)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model_id}: its tokenizer cannot be loaded: {error}") from error
+
+
+def _prints_text(arguments: argparse.Namespace) -> bool:
+    return arguments.output is None and arguments.prompt is not None and len(arguments.prompt) == 1
+
+
+@contextmanager
+def _output(arguments: argparse.Namespace) -> Iterator[Callable[[Completion, str], None]]:
+    """Where completions go: appended to --output, or to stdout as JSON lines or as text."""
+    from moezoo.generation.prompt_files import completion_line
+
+    def write_text(completion: Completion, run: str) -> None:
+        if completion.error is None and not sys.stdout.isatty():
+            print(completion.text if arguments.chat else f"{completion.prompt}{completion.text}")
+
+    def write_line(completion: Completion, run: str) -> None:
+        sys.stdout.buffer.write(completion_line(completion, run))
+        sys.stdout.flush()
+
+    if arguments.output is None:
+        yield write_text if _prints_text(arguments) else write_line
+        return
+    with open(arguments.output, "ab") as file:
+        fresh = arguments.overwrite
+
+        def append(completion: Completion, run: str) -> None:
+            nonlocal fresh
+            if fresh:  # only now, when there is something to take the place of what was there
+                file.truncate(0)
+                fresh = False
+            file.write(completion_line(completion, run))
+            file.flush()
+
+        yield append
+
+
+@contextmanager
+def _progress(
+    arguments: argparse.Namespace, total: int, finished: int
+) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, a line every few seconds elsewhere, nothing for a single prompt."""
+    if arguments.quiet or _prints_text(arguments):
+        yield lambda num_tokens: None
+    elif sys.stderr.isatty():
+        with _bar(total, finished) as advance:
+            yield advance
+    else:
+        yield _Lines(total, finished).advance
+
+
+@contextmanager
+def _bar(total: int, finished: int) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    started, num_tokens = time.perf_counter(), 0
+    columns = (
+        TextColumn("generating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.0f} tokens/s"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total, completed=finished, rate=0.0)
+
+        def advance(new_tokens: int) -> None:
+            nonlocal num_tokens
+            num_tokens += new_tokens
+            bar.update(task, advance=1, rate=num_tokens / (time.perf_counter() - started))
+
+        yield advance
+
+
+class _Lines:
+    """Progress for logs."""
+
+    def __init__(self, total: int, finished: int) -> None:
+        self.total, self.before, self.finished, self.num_tokens = total, finished, finished, 0
+        self.started = self.said = time.perf_counter()
+
+    def advance(self, num_tokens: int) -> None:
+        self.finished += 1
+        self.num_tokens += num_tokens
+        now = time.perf_counter()
+        if now - self.said < PLAIN_PROGRESS_SECONDS and self.finished < self.total:
+            return
+        self.said = now
+        elapsed = now - self.started
+        left = elapsed / (self.finished - self.before) * (self.total - self.finished)
+        _say(
+            f"{self.finished}/{self.total} prompts, {self.num_tokens / elapsed:.0f} tokens/s, "
+            f"{timedelta(seconds=round(left))} left"
+        )
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from moezoo.tools.inspect import inspect
+
+    report = inspect(
+        arguments.model,
+        revision=arguments.revision,
+        local_files_only=arguments.local_files_only,
+    )
+    if arguments.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        Console().print(report)
+    return DONE if report.supported else PARTLY

@@ -1,0 +1,357 @@
+"""What a checkpoint holds and needs, from its config and the headers of its files.
+
+Legend: H hidden, I expert intermediate, E experts, K experts per token.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from math import ceil, prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from transformers import PreTrainedConfig
+
+from moezoo import registry
+from moezoo.errors import MoEZooError
+from moezoo.layers.attention import GroupedQueryAttention
+from moezoo.layers.decoder import Decoder
+from moezoo.layers.mla import MultiHeadLatentAttention
+from moezoo.layers.moe import BiasedRoute, FusedMoE, workspace_bytes
+from moezoo.layers.moe.experts import CHUNK_TOKENS
+from moezoo.loaders.checkpoint import Checkpoint, open_checkpoint
+from moezoo.loaders.load import _config, _own_dtype, _refuse_quantised
+from moezoo.loaders.mapping import Rule, Skip, parameter_infos, plan
+
+EXPERT_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
+"""Sizes that memory is reported for, as far as there are experts for every rank."""
+
+_OF_EXPERT = re.compile(r"(^|\.)experts\.")
+_FP8_BLOCK = 128
+_MXFP4_GROUP = 32
+_INT4_GROUPS = (128, 64, 32)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts, which are the same in every MoE layer."""
+
+    num_experts: int
+    per_token: int
+    intermediate_size: int
+    router: str
+    shared_parameters: int
+    """Of what runs beside the routed experts of one layer."""
+    workspace_bytes: int
+    """What one MoE layer allocates on a GPU for the longest chunk of tokens, at most."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `inspect` found; None and empty stand for what could not be found."""
+
+    model: str
+    model_type: str | None
+    architecture: str | None
+    checkpoint_bytes: int
+    checkpoint_dtypes: Mapping[str, int]
+    """Bytes on disk by dtype."""
+    checkpoint_files: int
+    expert_bytes_on_disk: int
+    """Bytes of the tensors whose names say that they belong to routed experts."""
+    supported: bool = False
+    reason: str | None = None
+    """Why moezoo does not run it."""
+    dtype: str | None = None
+    hidden_size: int | None = None
+    vocab_size: int | None = None
+    context_length: int | None = None
+    num_layers: int | None = None
+    num_moe_layers: int | None = None
+    experts: Experts | None = None
+    parameters: int | None = None
+    active_parameters: int | None = None
+    """What a token passes through: all but the experts that it is not sent to."""
+    kv_cache_bytes_per_token: int | None = None
+    sliding_windows: Mapping[int, int] = field(default_factory=dict)
+    """Window -> number of layers whose cache stops growing there."""
+    weight_bytes: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    """Quantisation -> expert-parallel size -> bytes of the weights on the fullest rank."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in types that JSON knows (whose object keys are strings)."""
+        return asdict(self)
+
+    def __rich__(self) -> RenderableType:
+        return Group(_facts(self), *([_memory(self)] if self.weight_bytes else []))
+
+
+def inspect(
+    model_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Report:
+    """Report on the checkpoint in a folder or a hub repository without reading a weight.
+
+    A model that moezoo cannot run is reported too: `supported` is False and `reason` says why.
+    `weight_bytes` counts experts in the format with its scales, and everything else in the model's
+    dtype and on every rank. A format that does not fit the experts' shapes is left out.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or its config or headers cannot be read.
+    """
+    checkpoint = open_checkpoint(
+        model_id,
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
+    )
+    report = _on_disk(checkpoint)
+    quantised = checkpoint.config.get("quantization_config")
+    # quantised or not, the modules are the same
+    bare = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    try:
+        config = _config(replace(checkpoint, config=bare))
+        dtype = _own_dtype(config, checkpoint)
+        with torch.device("meta"):
+            decoder = registry.build(config)
+        report = _of_decoder(report, decoder, dtype)
+        report = replace(report, context_length=config.max_position_embeddings)
+        _refuse_quantised(quantised, checkpoint.name)
+        rules = registry.architecture(config.model_type).CHECKPOINT
+        plan(
+            _without_tied_head(rules, config, checkpoint),
+            checkpoint.tensors,
+            parameter_infos(decoder, dtype),
+        )
+    except MoEZooError as error:
+        return replace(report, reason=str(error))
+    return replace(report, supported=True)
+
+
+def _without_tied_head(
+    rules: Sequence[Rule | Skip], config: PreTrainedConfig, checkpoint: Checkpoint
+) -> Sequence[Rule | Skip]:
+    """The rules of a loader that takes one of the two tensors that the config says are the same."""
+    head = "lm_head.weight"
+    sources = {rule.target: rule.sources[0] for rule in rules if isinstance(rule, Rule)}
+    if not config.tie_word_embeddings or sources[head] not in checkpoint.tensors:
+        return rules
+    if sources["embed.weight"] in checkpoint.tensors:
+        return (*rules, Skip(sources[head], "tied to the embedding"))
+    return (*rules, Rule("embed.weight", sources[head]))
+
+
+def _on_disk(checkpoint: Checkpoint) -> Report:
+    dtypes: Counter[str] = Counter()
+    for tensor in checkpoint.tensors.values():
+        dtypes[_name(tensor.dtype)] += tensor.nbytes
+    architectures = checkpoint.config.get("architectures") or [None]
+    return Report(
+        model=checkpoint.name,
+        model_type=checkpoint.config.get("model_type"),
+        architecture=architectures[0],
+        checkpoint_bytes=dtypes.total(),
+        checkpoint_dtypes=dict(dtypes.most_common()),
+        checkpoint_files=len({tensor.file for tensor in checkpoint.tensors.values()}),
+        expert_bytes_on_disk=sum(
+            tensor.nbytes for name, tensor in checkpoint.tensors.items() if _OF_EXPERT.search(name)
+        ),
+    )
+
+
+def _of_decoder(report: Report, decoder: Decoder, dtype: torch.dtype) -> Report:
+    """Add what the modules say, which were built on the meta device."""
+    infos = parameter_infos(decoder, dtype).values()
+    parameters = sum(prod(info.shape) for info in infos)
+    all_bytes = sum(prod(info.shape) * info.dtype.itemsize for info in infos)
+    moe_layers = [layer.mlp for layer in decoder.layers if isinstance(layer.mlp, FusedMoE)]
+    in_experts = sum(moe.w13.numel() + moe.w2.numel() for moe in moe_layers)
+    experts = _experts(moe_layers[0], dtype) if moe_layers else None
+    active, weight_bytes = parameters, {}
+    if experts is not None:
+        idle = in_experts // experts.num_experts * (experts.num_experts - experts.per_token)
+        active = parameters - idle
+        weight_bytes = _weight_bytes(moe_layers, rest=all_bytes - in_experts * dtype.itemsize)
+    attentions = [layer.attn for layer in decoder.layers]
+    windows = Counter(
+        attention.window
+        for attention in attentions
+        if isinstance(attention, GroupedQueryAttention) and attention.window is not None
+    )
+    return replace(
+        report,
+        dtype=_name(dtype),
+        hidden_size=decoder.embed.embedding_dim,
+        vocab_size=decoder.embed.num_embeddings,
+        num_layers=len(decoder.layers),
+        num_moe_layers=len(moe_layers),
+        experts=experts,
+        parameters=parameters,
+        active_parameters=active,
+        kv_cache_bytes_per_token=sum(map(_kv_width, attentions)) * dtype.itemsize,
+        sliding_windows=dict(windows),
+        weight_bytes=weight_bytes,
+    )
+
+
+def _experts(moe: FusedMoE, dtype: torch.dtype) -> Experts:
+    num_experts, hidden_size, intermediate_size = moe.w2.shape
+    route = moe.route.fn if isinstance(moe.route, BiasedRoute) else moe.route
+    assert isinstance(route, partial), "model files give routes as partial(function, k=..., ...)"
+    settings = dict(route.keywords)
+    per_token = settings.pop("k")
+    if isinstance(moe.route, BiasedRoute):
+        settings["correction_bias"] = True
+    described = ", ".join(f"{name}={value}" for name, value in settings.items())
+    return Experts(
+        num_experts=num_experts,
+        per_token=per_token,
+        intermediate_size=intermediate_size,
+        router=f"{route.func.__name__}({described})",
+        shared_parameters=sum(p.numel() for p in moe.shared.parameters()) if moe.shared else 0,
+        workspace_bytes=workspace_bytes(
+            CHUNK_TOKENS,
+            per_token,
+            hidden_size,
+            intermediate_size=intermediate_size,
+            element_size=dtype.itemsize,
+        ),
+    )
+
+
+def _kv_width(attention: object) -> int:
+    """Numbers cached a token."""
+    if isinstance(attention, GroupedQueryAttention):
+        _, keys, values = attention.qkv.part_sizes
+        return keys + values
+    assert isinstance(attention, MultiHeadLatentAttention)
+    return sum(attention.kv_a.part_sizes)
+
+
+def _weight_bytes(moe_layers: list[FusedMoE], rest: int) -> dict[str, dict[int, int]]:
+    num_experts, hidden_size, intermediate_size = moe_layers[0].w2.shape
+    table: dict[str, dict[int, int]] = {}
+    for name, matrix_bytes in FORMATS.items():
+        gate_or_up = matrix_bytes(intermediate_size, hidden_size)
+        down = matrix_bytes(hidden_size, intermediate_size)
+        if gate_or_up is None or down is None:
+            continue
+        expert = (2 * gate_or_up + down) * len(moe_layers)
+        table[name] = {
+            size: rest + ceil(num_experts / size) * expert
+            for size in EXPERT_PARALLEL_SIZES
+            if size <= num_experts
+        }
+    return table
+
+
+def _bf16(rows: int, columns: int) -> int:
+    return 2 * rows * columns
+
+
+def _fp8_w8a8(rows: int, columns: int) -> int:
+    """One fp32 scale a block of 128 x 128; gate and up have grids of their own."""
+    return rows * columns + 4 * ceil(rows / _FP8_BLOCK) * ceil(columns / _FP8_BLOCK)
+
+
+def _int8_w8a16(rows: int, columns: int) -> int:
+    """A 16-bit scale an output channel."""
+    return rows * columns + 2 * rows
+
+
+def _int4_w4a16(rows: int, columns: int) -> int | None:
+    """A 16-bit scale a group of the largest size that divides the columns."""
+    for group in _INT4_GROUPS:
+        if columns % group == 0:
+            return rows * columns // 2 + 2 * rows * columns // group
+    return None
+
+
+def _mxfp4(rows: int, columns: int) -> int | None:
+    """An 8-bit exponent a group of 32 columns."""
+    if columns % _MXFP4_GROUP:
+        return None
+    return rows * columns // 2 + rows * columns // _MXFP4_GROUP
+
+
+FORMATS: dict[str, Callable[[int, int], int | None]] = {
+    "bf16": _bf16,
+    "fp8_w8a8": _fp8_w8a8,
+    "int8_w8a16": _int8_w8a16,
+    "int4_w4a16": _int4_w4a16,
+    "mxfp4": _mxfp4,
+}
+"""Bytes of an expert's matrix of rows x columns in each format; None where it does not fit."""
+
+
+def _facts(report: Report) -> Table:
+    table = Table(title=report.model, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+
+    def row(name: str, value: object) -> None:
+        if value is not None:
+            table.add_row(name, str(value))
+
+    row("architecture", f"{report.architecture} (model_type {report.model_type})")
+    row("supported", "yes" if report.supported else f"no: {report.reason}")
+    dtypes = ", ".join(f"{_size(n)} {dtype}" for dtype, n in report.checkpoint_dtypes.items())
+    files = "1 file" if report.checkpoint_files == 1 else f"{report.checkpoint_files} files"
+    row("on disk", f"{_size(report.checkpoint_bytes)} in {files}: {dtypes}")
+    row("of which experts", _size(report.expert_bytes_on_disk))
+    if report.parameters is not None and report.active_parameters is not None:
+        row("parameters", f"{report.parameters:,}, {report.active_parameters:,} active per token")
+        dense = (report.num_layers or 0) - (report.num_moe_layers or 0)
+        row("layers", f"{report.num_layers}: {report.num_moe_layers} MoE, {dense} dense")
+        row("hidden size", report.hidden_size)
+        row("vocabulary", report.vocab_size)
+        row("context", report.context_length)
+    if (experts := report.experts) is not None:
+        row("experts", f"{experts.per_token} of {experts.num_experts}")
+        row("expert width", experts.intermediate_size)
+        row("router", experts.router)
+        if experts.shared_parameters:
+            row("shared experts", f"{experts.shared_parameters:,} parameters a layer")
+        row("layer workspace", f"{_size(experts.workspace_bytes)} per {CHUNK_TOKENS} tokens")
+    if report.kv_cache_bytes_per_token is not None:
+        row("KV cache", f"{report.kv_cache_bytes_per_token:,} bytes per token")
+    for window, layers in report.sliding_windows.items():
+        row("sliding window", f"{window} tokens in {layers} layers")
+    return table
+
+
+def _memory(report: Report) -> Table:
+    sizes = list(next(iter(report.weight_bytes.values())))
+    table = Table(title="bytes of weights per GPU, by number of expert-parallel GPUs")
+    table.add_column("experts as")
+    for size in sizes:
+        table.add_column(str(size), justify="right")
+    for name, per_rank in report.weight_bytes.items():
+        table.add_row(name, *(_size(per_rank[size]) for size in sizes))
+    return table
+
+
+def _size(nbytes: int) -> str:
+    if nbytes < 1_000:
+        return f"{nbytes} B"
+    value = float(nbytes)
+    for unit in ("kB", "MB", "GB"):
+        value /= 1000
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+    return f"{value / 1000:.3g} TB"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

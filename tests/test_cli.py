@@ -1,0 +1,379 @@
+"""The command line as a script sees it: stdout, stderr, files and exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from io import BytesIO, TextIOWrapper
+
+import pytest
+import torch
+from transformers import AutoTokenizer, TextStreamer
+
+import moezoo
+from moezoo import cli
+from moezoo.assets import tiny_model
+from moezoo.generation import offline
+
+GREEDY = ("--greedy", "--max-new-tokens", "6", "--dtype", "float32", "--device", "cpu")
+
+
+def run(capsys, *arguments):
+    """Exit code, stdout, stderr of `moezoo ...`."""
+    try:
+        code = cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def write_lines(path, *lines):
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def prompts_file(path, *texts):
+    return write_lines(path, *(json.dumps({"prompt": text}) for text in texts))
+
+
+def records(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_one_prompt_is_printed_as_text(capsys):
+    code, out, err = run(capsys, "generate", tiny_model(), "--prompt", "Once upon a time", *GREEDY)
+    assert code == 0
+    assert out.startswith("Once upon a time")
+    assert len(out) > len("Once upon a time\n")
+    assert err.startswith("moezoo: loaded ")
+    assert "as float32 on cpu" in err
+
+
+def test_several_prompts_are_printed_as_records(capsys):
+    code, out, _ = run(capsys, "generate", "--prompt", "The dog", "--prompt", "A cat", *GREEDY)
+    assert code == 0
+    first, second = records(out)
+    assert (first["id"], first["prompt"]) == (1, "The dog")
+    assert (second["id"], second["prompt"]) == (2, "A cat")
+    assert first["num_tokens"] == 6
+    assert first["finish_reason"] == "length"
+
+
+def test_without_a_model_the_one_in_the_package_runs_and_quiet_says_nothing(capsys):
+    _, named, _ = run(capsys, "generate", tiny_model(), "--prompt", "The dog", *GREEDY)
+    _, default, err = run(capsys, "generate", "--prompt", "The dog", *GREEDY)
+    assert default == named
+    assert "no model given" in err
+    _, _, err = run(capsys, "generate", "--prompt", "The dog", "--quiet", *GREEDY)
+    assert err == ""
+
+
+def test_input_from_stdin(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b'{"id": "a", "prompt": "The dog"}')))
+    code, out, _ = run(capsys, "generate", "--input", "-", *GREEDY)
+    assert code == 0
+    assert [record["id"] for record in records(out)] == ["a"]
+
+
+def test_bad_lines_are_named_and_skipped(capsys, tmp_path):
+    lines = write_lines(
+        tmp_path / "in.jsonl",
+        '{"id": "a", "prompt": "The dog"}',
+        "",
+        "not json",
+        '{"id": "a", "prompt": "again"}',
+        '{"prompt": "A cat"}',
+        '{"id": "b"}',
+    )
+    output = tmp_path / "out.jsonl"
+    code, out, err = run(capsys, "generate", "--input", lines, "--output", output, *GREEDY)
+    assert code == 3
+    assert out == ""
+    assert [record["id"] for record in records(output.read_text())] == ["a", 5]
+    assert f"skipped {lines}:3: not JSON" in err
+    assert f"skipped {lines}:4: id 'a' is taken by line 1" in err
+    assert f'skipped {lines}:6: one of "prompt" and "messages" is needed' in err
+
+
+def test_strict_stops_before_generating(capsys, tmp_path):
+    lines = write_lines(tmp_path / "in.jsonl", '{"prompt": "The dog"}', "{")
+    output = tmp_path / "out.jsonl"
+    code, out, err = run(
+        capsys, "generate", "--input", lines, "--output", output, "--strict", *GREEDY
+    )
+    assert code == 2
+    assert out == ""
+    assert not output.exists()
+    assert f"{lines}:2: not JSON" in err
+    assert "1 bad input lines and --strict: nothing was generated" in err
+
+
+def test_a_failing_prompt_does_not_stop_the_others(capsys, tmp_path):
+    lines = prompts_file(tmp_path / "in.jsonl", "The dog", "word " * 600, "A cat", "\ud800")
+    output = tmp_path / "out.jsonl"
+    code, _, err = run(capsys, "generate", "--input", lines, "--output", output, *GREEDY)
+    assert code == 3
+    assert "prompt 2 failed: the prompt has 602 tokens" in err
+    reasons = [record["finish_reason"] for record in records(output.read_text())]
+    assert reasons == ["length", "error", "length", "error"]
+    # a finished failure is kept like a finished completion, and told again
+    again = run(capsys, "generate", "--input", lines, "--output", output, *GREEDY)
+    assert again[0] == 3
+    assert "4 completions, 2 of them failed, 4 were there before" in again[2]
+
+
+def test_resuming_after_a_kill_loses_and_repeats_nothing(capsys, tmp_path):
+    texts = [f"The {animal} number {n}" for n in range(20) for animal in ("dog", "cat", "goat")]
+    lines = prompts_file(tmp_path / "in.jsonl", *texts)
+    options = ("--seed", "3", "--batch-size", "4", "--max-new-tokens", "12", "--device", "cpu")
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    assert run(capsys, "generate", "--input", lines, "--output", whole, *options)[0] == 0
+
+    command = ["generate", "--input", str(lines), "--output", str(killed), *options]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moezoo", *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    while not (killed.exists() and killed.read_bytes().count(b"\n") >= 5):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    written = killed.read_bytes()
+    num_whole = written.count(b"\n") - 1
+    assert 4 <= num_whole < len(texts)
+    # whether or not the kill tore a line, tear one
+    killed.write_bytes(written[: written.rindex(b"\n") - 7])
+
+    code, _, err = run(capsys, *command)
+    assert code == 0
+    assert f"{num_whole} were there before" in err
+    assert sorted(killed.read_bytes().splitlines()) == sorted(whole.read_bytes().splitlines())
+    # once more there is nothing to do, and no model is loaded for it
+    code, _, err = run(capsys, *command)
+    assert code == 0
+    assert "loaded" not in err
+
+
+def test_an_interrupted_run_says_so_and_resumes(capsys, tmp_path, monkeypatch):
+    lines = prompts_file(tmp_path / "in.jsonl", "The dog", "A cat", "One day")
+    output = tmp_path / "out.jsonl"
+    command = ("generate", "--input", lines, "--output", output, "--batch-size", 1, *GREEDY)
+    generate = offline.generate
+
+    def interrupted(*args, **kwargs):
+        completions = generate(*args, **kwargs)
+        yield next(completions)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(offline, "generate", interrupted)
+    code, _, err = run(capsys, *command)
+    assert code == 130
+    assert "moezoo: interrupted" in err
+    assert len(records(output.read_text())) == 1
+    monkeypatch.undo()
+    assert run(capsys, *command)[0] == 0
+    assert [record["id"] for record in records(output.read_text())] == [1, 2, 3]
+
+
+def test_output_of_another_run_is_left_alone_unless_overwritten(capsys, tmp_path):
+    lines = prompts_file(tmp_path / "in.jsonl", "The dog")
+    output = tmp_path / "out.jsonl"
+    command = ("generate", "--input", lines, "--output", output)
+    assert run(capsys, *command, *GREEDY)[0] == 0
+    before = output.read_text()
+
+    code, _, err = run(capsys, *command, *GREEDY, "--stop", ".")
+    assert code == 2
+    assert f"{output}:1: written by a run with another model or other settings" in err
+    prompts_file(lines, "Another prompt on line 1")
+    code, _, err = run(capsys, *command, *GREEDY)
+    assert code == 2
+    assert "id 1 is not this prompt's" in err
+    assert output.read_text() == before
+
+    code, _, _ = run(capsys, *command, *GREEDY, "--overwrite")
+    assert code == 0
+    assert [record["prompt"] for record in records(output.read_text())] == [
+        "Another prompt on line 1"
+    ]
+    output.write_text("my notes\n")
+    code, _, err = run(capsys, *command, *GREEDY)
+    assert code == 2
+    assert f"{output}:1: not a completion of moezoo" in err
+    assert output.read_text() == "my notes\n"
+
+
+def test_overwrite_keeps_the_old_file_until_there_is_something_new(capsys, tmp_path):
+    lines = prompts_file(tmp_path / "in.jsonl", "The dog")
+    output = tmp_path / "out.jsonl"
+    output.write_text("old\n")
+    command = ("generate", tmp_path, "--input", lines, "--output", output, "--overwrite")
+    code, _, err = run(capsys, *command)
+    assert code == 1
+    assert "no config.json" in err
+    assert output.read_text() == "old\n"
+
+
+def test_chat(capsys, tmp_path):
+    folder = tmp_path / "chatty"
+    folder.mkdir()
+    for file in tiny_model().iterdir():
+        (folder / file.name).symlink_to(file)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+    tokenizer.save_pretrained(folder)
+
+    _, plain, _ = run(capsys, "generate", folder, "--prompt", "user: hello\n", *GREEDY)
+    code, chat, _ = run(capsys, "generate", folder, "--prompt", "hello", "--chat", *GREEDY)
+    assert code == 0
+    assert plain == f"user: hello\n{chat}"
+    hello = [{"role": "user", "content": "hello"}]
+    lines = write_lines(tmp_path / "in.jsonl", json.dumps({"messages": hello}))
+    _, out, _ = run(capsys, "generate", folder, "--input", lines, "--chat", *GREEDY)
+    (record,) = records(out)
+    assert record["messages"] == hello
+    assert record["text"] + "\n" == chat
+
+    code, _, err = run(capsys, "generate", "--prompt", "hello", "--chat", *GREEDY)
+    assert code == 2
+    assert "has no chat template: leave --chat out" in err
+
+
+def test_seed_and_sampling_options_reach_generation(capsys):
+    def sampled(*options):
+        code, out, _ = run(capsys, "generate", "--prompt", "The dog", "--quiet", *options)
+        assert code == 0
+        return out
+
+    options = ("--max-new-tokens", "12", "--dtype", "float32")
+    assert sampled("--seed", 1, *options) == sampled("--seed", 1, *options)
+    assert len({sampled("--seed", seed, *options) for seed in range(4)}) > 1
+    greedy = sampled("--greedy", *options)
+    assert sampled("--temperature", 0, *options) == greedy
+    assert sampled("--top-k", 1, *options) == greedy
+    assert sampled("--greedy", "--repetition-penalty", 9, *options) != greedy
+    stop = greedy[20:24]
+    assert sampled("--greedy", "--stop", stop, *options) == greedy[: greedy.index(stop)] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ((), 2, "one of the arguments --prompt --input is required"),
+        (("--prompt", "a", "--input", "b"), 2, "not allowed with argument"),
+        (("--prompt", "a", "--max-new-tokens", "0"), 2, "must be at least 1, got 0"),
+        (("--prompt", "a", "--top-p", "3"), 2, "must be between 0 and 1, got 3"),
+        (("--prompt", "a", "--greedy", "--top-p", "0.5"), 2, "does not use top_p"),
+        (("--prompt", "a", "--dtype", "int8"), 2, "invalid choice: 'int8'"),
+        (("--prompt", "a", "--device", "tpu"), 2, "'tpu'"),
+        (("--prompt", "a", "--overwrite"), 2, "--overwrite needs --output"),
+        (("--input", "nowhere.jsonl"), 2, "--input cannot be read: [Errno 2]"),
+        (("--prompt", "a", "--output", "nowhere/out.jsonl"), 1, "[Errno 2]"),
+        (("./nowhere", "--prompt", "a"), 1, "./nowhere does not exist"),
+    ],
+)
+def test_errors_are_one_line_and_a_code(capsys, tmp_path, monkeypatch, options, code, message):
+    monkeypatch.chdir(tmp_path)
+    got, out, err = run(capsys, "generate", *options)
+    assert got == code
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_debug_shows_the_traceback(capsys):
+    code, _, err = run(capsys, "generate", "./nowhere", "--prompt", "a", "--debug")
+    assert code == 1
+    assert "Traceback" in err
+    assert "CheckpointError" in err
+
+
+def test_running_out_of_memory_names_the_batch_size(capsys, monkeypatch):
+    def exhausted(*args, **kwargs):
+        raise torch.OutOfMemoryError("no room")
+        yield
+
+    monkeypatch.setattr(offline, "generate", exhausted)
+    code, _, err = run(capsys, "generate", "--prompt", "a", "--batch-size", 16)
+    assert code == 1
+    assert "Try a --batch-size smaller than 16." in err
+
+
+def test_a_terminal_gets_the_text_as_it_comes(capsys, monkeypatch):
+    _, plain, _ = run(capsys, "generate", "--prompt", "The dog", *GREEDY)
+    pieces = []
+    put = TextStreamer.on_finalized_text
+    monkeypatch.setattr(
+        TextStreamer,
+        "on_finalized_text",
+        lambda self, text, **end: (pieces.append(text), put(self, text, **end)),
+    )
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    code, streamed, _ = run(capsys, "generate", "--prompt", "The dog", *GREEDY)
+    assert code == 0
+    assert streamed == plain
+    assert len([piece for piece in pieces if piece]) > 3
+
+
+def test_a_terminal_gets_a_bar(capsys, tmp_path, monkeypatch):
+    lines = prompts_file(tmp_path / "in.jsonl", "The dog", "A cat")
+    output = tmp_path / "out.jsonl"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    code, _, err = run(capsys, "generate", "--input", lines, "--output", output, *GREEDY)
+    assert code == 0
+    assert "2/2" in err
+    assert "tokens/s" in err
+    assert "left" in err
+
+
+def test_elsewhere_progress_is_a_line_now_and_then(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "PLAIN_PROGRESS_SECONDS", 0.0)
+    lines = prompts_file(tmp_path / "in.jsonl", "The dog", "A cat")
+    output = tmp_path / "out.jsonl"
+    command = ("generate", "--input", lines, "--output", output, "--batch-size", 1)
+    _, _, err = run(capsys, *command, *GREEDY)
+    assert "moezoo: 1/2 prompts, " in err
+    assert "moezoo: 2/2 prompts, " in err
+    assert "tokens/s, 0:00:00 left" in err
+
+
+def test_version_names_what_a_bug_report_needs(capsys):
+    code, out, _ = run(capsys, "--version")
+    assert code == 0
+    assert f"moezoo {moezoo.__version__}\ntorch {torch.__version__}\n" in out
+    assert "transformers 5." in out
+    assert "GPU" in out
+
+
+def test_inspect_prints_a_table_or_json(capsys):
+    code, table, _ = run(capsys, "inspect", tiny_model())
+    assert code == 0
+    assert "4 of 16" in table
+    code, out, _ = run(capsys, "inspect", tiny_model(), "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert report["supported"] is True
+    assert report["experts"]["num_experts"] == 16
+    assert report["weight_bytes"]["bf16"]["1"] == report["checkpoint_bytes"]
+
+
+def test_inspect_of_what_moezoo_cannot_run_reports_and_exits_with_3(capsys, tmp_path):
+    for file in tiny_model().iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    code, out, err = run(capsys, "inspect", tmp_path, "--json")
+    assert code == 3
+    assert err == ""
+    assert "'gpt2' is not supported" in json.loads(out)["reason"]
+    code, _, err = run(capsys, "inspect", tmp_path / "nowhere")
+    assert code == 1
+    assert "does not exist" in err
