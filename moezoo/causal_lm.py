@@ -34,6 +34,10 @@ ENGINE_KWARGS = {
 }
 
 
+IGNORED_KWARGS = ("cache_position", "tokenizer", "assistant_tokenizer")
+"""What `generate` hands on to the model and only its stopping criteria need."""
+
+
 class MoECausalLM(PreTrainedModel, GenerationMixin):
     """A `transformers` causal language model with moezoo's layers; `decoder` holds the weights.
 
@@ -105,7 +109,8 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         for option in ("output_attentions", "output_router_logits"):
             if kwargs.pop(option, False):
                 raise ValueError(f"{option}=True: moezoo's layers do not return them")
-        kwargs.pop("cache_position", None)
+        for option in IGNORED_KWARGS:
+            kwargs.pop(option, None)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.decoder.embed(input_ids) if inputs_embeds is None else inputs_embeds
@@ -150,6 +155,9 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | torch.Tensor:
         """What `generate` calls for greedy search and sampling."""
+        model_kwargs.pop("tokenizer", None)  # the stopping criteria have it
+        for option in IGNORED_KWARGS:
+            model_kwargs.pop(option, None)
         cache = model_kwargs.get("past_key_values")
         asks_more = (
             synced_gpus
@@ -183,12 +191,14 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             generation_config=generation_config,
             streamer=streamer,
         )
+        # Copies, since what inference mode made cannot be changed in place outside it.
+        sequences = decoded.sequences.clone()
         if not generation_config.return_dict_in_generate:
-            return decoded.sequences
+            return sequences
         return GenerateDecoderOnlyOutput(
-            sequences=decoded.sequences,
-            scores=tuple(decoded.scores) or None,
-            logits=tuple(decoded.logits) or None,
+            sequences=sequences,
+            scores=tuple(scores.clone() for scores in decoded.scores) or None,
+            logits=tuple(logits.clone() for logits in decoded.logits) or None,
             past_key_values=cache,
         )
 

@@ -38,17 +38,22 @@ class GrowingLayer(DynamicLayer):
             )
         assert self._buffers is not None
         keys, values = self._buffers
-        keys[:, :, old:new] = key_states
-        values[:, :, old:new] = value_states
-        self.keys = keys[:, :, :new]
-        self.values = values[:, :, :new]
+        keys.narrow(2, old, new - old).copy_(key_states)
+        values.narrow(2, old, new - old).copy_(value_states)
+        self.keys = keys.narrow(2, 0, new)
+        self.values = values.narrow(2, 0, new)
         return self.keys, self.values
 
     def _has_room(self, length: int) -> bool:
-        """Whether the buffers still hold the present keys, which beam search and others replace."""
+        """Whether the buffers may be written and still hold the present keys.
+
+        Beam search replaces the keys; what inference mode made is read-only outside it.
+        """
         if self._buffers is None:
             return False
         keys, _ = self._buffers
+        if keys.is_inference() and not torch.is_inference_mode_enabled():
+            return False
         shared = self.keys.data_ptr() == keys.data_ptr() and self.keys.shape[0] == keys.shape[0]
         return shared and length <= keys.shape[2]
 

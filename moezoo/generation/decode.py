@@ -15,13 +15,14 @@ from moezoo.layers.decoder import Decoder
 
 @dataclass
 class Decoded:
-    """`sequences` int64 [B, S], prompt included; `scores` and `logits` fp32 [B, V] a step, if asked."""
+    """`sequences` int64 [B, S], prompt included; `scores`, `logits` fp32 [B, V] a step, if asked."""
 
     sequences: torch.Tensor
     scores: list[torch.Tensor] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
 
 
+@torch.inference_mode()
 def decode(
     decoder: Decoder,
     input_ids: torch.Tensor,
@@ -34,7 +35,7 @@ def decode(
     generation_config: GenerationConfig,
     streamer: BaseStreamer | None = None,
 ) -> Decoded:
-    """Extend input_ids int64 [B, S], token by token, until every sequence meets a stopping criterion.
+    """Extend input_ids int64 [B, S], token by token, until each meets a stopping criterion.
 
     `cache` holds the first tokens already, or nothing. attention_mask [B, S] is 0 at padding;
     position_ids [B, S] defaults to counting from 0. A finished sequence is continued with the

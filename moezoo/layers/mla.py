@@ -97,7 +97,7 @@ class MultiHeadLatentAttention(nn.Module):
         cache: LayerCache | None,
         layer_idx: int,
     ) -> torch.Tensor:
-        """x [B, T, H] -> [B, T, H]; `cache` gets latents and rotated keys as keys [B, 1, T, C + R]."""
+        """x [B, T, H] -> [B, T, H]; `cache` gets latents and rotated keys [B, 1, T, C + R]."""
         q = self.q(x).unflatten(-1, (self.num_heads, -1))
         q_nope, q_rope = q.split_with_sizes((self.nope_dim, self.rope_dim), -1)
         q_rope = self.rotate(q_rope, rotation)

@@ -7,10 +7,11 @@ Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per toke
 
 Rounding points: products accumulate in fp32; the gated activation is computed in fp32 and rounded
 once to x's dtype, so is each expert's output row; weighting and the sum over K are fp32 and rounded
-once. On CPU, where torch has no 16-bit product with an fp32 result, gate and up are rounded too.
+once. On CPU, torch has no 16-bit product with an fp32 result: there gate and up are rounded too,
+except where the products are so few that they run in fp32.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -22,6 +23,11 @@ from moezoo.layers.moe.permute import combine, permute
 
 CHUNK_TOKENS = 8192
 """Tokens worked on at a time: enough to fill a GPU, and the bound of `workspace_bytes`."""
+
+
+FEW = 2**17
+"""Below so many products an expert, torch's 16-bit product on CPU spends its time before it starts;
+converting the weights to fp32 is faster then."""
 
 
 def workspace_bytes(
@@ -85,49 +91,63 @@ def _fused_experts_torch(
     bias2: Tensor | None,
     expert_map: Tensor | None,
 ) -> Tensor:
+    act = ACTIVATIONS[activation]
+    num_experts, expert_numel = w13.shape[0], w13[0].numel()
+
     def chunk(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         num_tokens, k = topk_ids.shape
-        order: Tensor | None = None
-        if num_tokens == 1:
+        if num_tokens == 1 and min(chosen := topk_ids[0].tolist()) >= 0:
             # One row for each expert: no grouping needed, and the fewest torch calls.
-            chosen = topk_ids[0].tolist()
-            experts = [e for e in chosen if e >= 0]
-            sizes, rows = [1] * len(experts), [x] * len(experts)
-            if len(experts) < k:
-                order = torch.tensor([i for i, e in enumerate(chosen) if e >= 0], device=x.device)
+            experts, sizes, order = chosen, [1] * k, None
         else:
-            order, offsets = permute(topk_ids, w13.shape[0])
+            order, offsets = permute(topk_ids, num_experts)
             bounds = offsets.tolist()
             counts = [end - start for start, end in pairwise(bounds)]
             experts = [e for e, count in enumerate(counts) if count]
             sizes = [counts[e] for e in experts]
-            order = order[: bounds[-1]]
-            rows = x.index_select(0, order // k).split(sizes)
         if not experts:
             return torch.zeros_like(x)
-        h = _gate(_grouped_linear(rows, w13, experts, bias13), activation)
-        y = _grouped_linear(h.split(sizes), w2, experts, bias2)
+        few = sum(sizes) * expert_numel <= FEW * len(experts)
+        dtype = torch.float32 if few else x.dtype
+
+        rows = x.to(dtype)
         if order is not None:
-            if len(order) < num_tokens * k:
+            rows = rows.index_select(0, order[: sum(sizes)] // k)
+        h = _grouped_linear(rows, sizes, w13, experts, bias13).float()
+        gate, up = h.split(h.shape[1] // 2, dim=1)
+        h = (act(gate) * up).to(x.dtype).to(dtype)
+        y = _grouped_linear(h, sizes, w2, experts, bias2).to(x.dtype)
+        if order is not None:
+            # Rows of absent experts are the last in order: zeros, whatever their weights.
+            absent = num_tokens * k - len(y)
+            if absent:
+                y = F.pad(y, (0, 0, 0, absent))
                 topk_weights = topk_weights.masked_fill(topk_ids < 0, 0.0)
-            y = y.new_zeros(num_tokens * k, y.shape[-1]).index_copy(0, order.long(), y)
+            y = y.index_select(0, _inverse(order))
         return combine(y.view(num_tokens, k, -1), topk_weights)
 
     return _in_chunks(chunk, x, topk_weights, _local_ids(topk_ids, expert_map))
 
 
 def _grouped_linear(
-    rows: Sequence[Tensor], w: Tensor, experts: list[int], bias: Tensor | None
+    x: Tensor, sizes: list[int], w: Tensor, experts: list[int], bias: Tensor | None
 ) -> Tensor:
-    """rows[i] [n_i, H] through w[experts[i]] [N, H] -> [sum n_i, N]."""
-    biases = [None] * len(experts) if bias is None else [bias[e] for e in experts]
-    return torch.cat([F.linear(r, w[e], b) for r, e, b in zip(rows, experts, biases, strict=True)])
+    """x [S, N] -> [S, M]: of its rows, sizes[i] go through w[experts[i]] [M, N], in x's dtype.
+
+    A single row stands for as many as there are experts.
+    """
+    parts = [x] * len(sizes) if len(x) == 1 else x.split(sizes)
+    weights = [w[e] for e in experts]
+    biases = [None if bias is None else bias[e] for e in experts]
+    if x.dtype != w.dtype:
+        weights = [weight.to(x.dtype) for weight in weights]
+        biases = [None if b is None else b.to(x.dtype) for b in biases]
+    return torch.cat([F.linear(*args) for args in zip(parts, weights, biases, strict=True)])
 
 
-def _gate(gate_up: Tensor, activation: str) -> Tensor:
-    """[S, 2I] -> act(gate) * up [S, I], in fp32 and rounded once."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return (ACTIVATIONS[activation](gate) * up).to(gate_up.dtype)
+def _inverse(order: Tensor) -> Tensor:
+    positions = torch.arange(len(order), dtype=order.dtype, device=order.device)
+    return torch.empty_like(order).scatter_(0, order.long(), positions)
 
 
 def _fused_experts_cuda(

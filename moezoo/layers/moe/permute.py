@@ -22,4 +22,4 @@ def combine(y: Tensor, topk_weights: Tensor) -> Tensor:
 
     Products and sum are fp32 and rounded once.
     """
-    return (y * topk_weights.unsqueeze(-1)).sum(1, dtype=torch.float32).to(y.dtype)
+    return torch.bmm(topk_weights.unsqueeze(1), y.float()).squeeze(1).to(y.dtype)

@@ -26,9 +26,11 @@ def softmax_topk(logits: Tensor, k: int, *, renormalize: bool) -> tuple[Tensor, 
     The router of Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and, without groups, of DeepSeek-V2.
     """
     _require_k(k, logits.shape[-1])
-    weights, ids = _largest(torch.softmax(logits, -1, dtype=torch.float32), k)
     if renormalize:
-        weights = weights / weights.sum(-1, keepdim=True)
+        # The softmax over all, divided by its sum over the chosen, is the softmax over the chosen.
+        chosen, ids = _largest(logits.float(), k)
+        return chosen.softmax(-1), ids.int()
+    weights, ids = _largest(logits.softmax(-1, dtype=torch.float32), k)
     return weights, ids.int()
 
 
