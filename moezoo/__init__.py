@@ -1,1 +1,49 @@
+"""A zoo of Mixture-of-Experts language models.
+
+    model = moezoo.from_pretrained("Qwen/Qwen3-30B-A3B")
+
+The names below are the whole public interface; each is imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moezoo.generation.offline import Completion, Prompt, generate
+    from moezoo.loaders.load import from_config, from_pretrained
+    from moezoo.registry import list_architectures
+    from moezoo.tools.inspect import Report, inspect
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Completion",
+    "Prompt",
+    "Report",
+    "from_config",
+    "from_pretrained",
+    "generate",
+    "inspect",
+    "list_architectures",
+]
+
+_HOMES = {
+    "Completion": "moezoo.generation.offline",
+    "Prompt": "moezoo.generation.offline",
+    "Report": "moezoo.tools.inspect",
+    "from_config": "moezoo.loaders.load",
+    "from_pretrained": "moezoo.loaders.load",
+    "generate": "moezoo.generation.offline",
+    "inspect": "moezoo.tools.inspect",
+    "list_architectures": "moezoo.registry",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moezoo' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
