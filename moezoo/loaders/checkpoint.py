@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -153,6 +153,25 @@ def open_checkpoint(
     A folder is taken before a hub id of the same name. Raises `CheckpointError` for what cannot be
     found, reached or read, naming the file and the tensor.
     """
+    checkpoint = open_config(
+        model_id,
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
+    )
+    return replace(checkpoint, tensors=_read_tensors(checkpoint.files))
+
+
+def open_config(
+    model_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Checkpoint:
+    """The checkpoint without its tensors: what there is to know where they cannot be read."""
     name = os.fspath(model_id)
     files: _Files
     if os.path.isdir(name):
@@ -168,7 +187,7 @@ def open_checkpoint(
     config_path = files.local(CONFIG)
     if config_path is None:
         raise CheckpointError(f"{name} has no {CONFIG}, so it is not known which model this is")
-    return Checkpoint(name, _read_json(config_path), _read_tensors(files), files)
+    return Checkpoint(name, _read_json(config_path), {}, files)
 
 
 def read_header(path: Path) -> tuple[int, dict[str, StoredTensor]]:

@@ -86,8 +86,8 @@ def from_pretrained(
         token=token,
         local_files_only=local_files_only,
     )
-    config = _config(checkpoint)
-    config.dtype = asked_dtype or _own_dtype(config, checkpoint)
+    config = transformers_config(checkpoint)
+    config.dtype = asked_dtype or own_dtype(config, checkpoint)
     rules = _tie(registry.architecture(config.model_type).CHECKPOINT, config, checkpoint)
     with torch.device("meta"):
         decoder = registry.build(config)
@@ -120,7 +120,7 @@ def from_config(
         raise ValueError(f"config is a {type(config).__name__}, expected a transformers config")
     target_device = _device(device)
     config = deepcopy(config)
-    _refuse_quantised(getattr(config, "quantization_config", None), "the config")
+    refuse_quantised(getattr(config, "quantization_config", None), "the config")
     config.dtype = _dtype(dtype) or config.dtype or torch.float32
     with torch.device("meta"):
         decoder = registry.build(config)
@@ -282,14 +282,14 @@ def _initialise(name: str, tensor: torch.Tensor, deviation: float) -> None:
         tensor.normal_(std=deviation)
 
 
-def _config(checkpoint: Checkpoint) -> PreTrainedConfig:
+def transformers_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """The checkpoint's transformers config, if it is of an architecture that moezoo has."""
     raw = dict(checkpoint.config)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{checkpoint.name}: {CONFIG} names no model_type")
     registry.architecture(model_type)
-    _refuse_quantised(raw.get("quantization_config"), checkpoint.name)
+    refuse_quantised(raw.get("quantization_config"), checkpoint.name)
     if model_type not in CONFIG_MAPPING:
         raw["model_type"] = model_type = registry.ARCHITECTURES[model_type]
     try:
@@ -300,7 +300,7 @@ def _config(checkpoint: Checkpoint) -> PreTrainedConfig:
     return config
 
 
-def _refuse_quantised(quantization_config: object, name: str) -> None:
+def refuse_quantised(quantization_config: object, name: str) -> None:
     if quantization_config:
         method = (
             quantization_config.get("quant_method")
@@ -313,7 +313,7 @@ def _refuse_quantised(quantization_config: object, name: str) -> None:
         )
 
 
-def _own_dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+def own_dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
     """The dtype that the config names, or else that of the first floating tensor."""
     if config.dtype in _MODEL_DTYPES:
         return config.dtype

@@ -19,14 +19,14 @@ from rich.table import Table
 from transformers import PreTrainedConfig
 
 from moezoo import registry
-from moezoo.errors import MoEZooError
+from moezoo.errors import CheckpointError, MoEZooError
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.moe import BiasedRoute, FusedMoE, workspace_bytes
 from moezoo.layers.moe.experts import CHUNK_TOKENS
-from moezoo.loaders.checkpoint import Checkpoint, open_checkpoint
-from moezoo.loaders.load import _config, _own_dtype, _refuse_quantised
+from moezoo.loaders.checkpoint import Checkpoint, open_checkpoint, open_config
+from moezoo.loaders.load import own_dtype, refuse_quantised, transformers_config
 from moezoo.loaders.mapping import Rule, Skip, parameter_infos, plan
 
 EXPERT_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -102,32 +102,39 @@ def inspect(
 ) -> Report:
     """Report on the checkpoint in a folder or a hub repository without reading a weight.
 
-    A model that moezoo cannot run is reported too: `supported` is False and `reason` says why.
+    A model that moezoo cannot run is reported too: `supported` is False and `reason` says why. If
+    its weights are pickled or their headers cannot be read, the config alone is reported.
     `weight_bytes` counts experts in the format with its scales, and everything else in the model's
     dtype and on every rank. A format that does not fit the experts' shapes is left out.
 
     Raises:
-        CheckpointError: there is no checkpoint, or its config or headers cannot be read.
+        CheckpointError: there is no checkpoint, or its config cannot be read.
     """
-    checkpoint = open_checkpoint(
-        model_id,
-        revision=revision,
-        cache_dir=cache_dir,
-        token=token,
-        local_files_only=local_files_only,
-    )
+    where: dict[str, Any] = {
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "token": token,
+        "local_files_only": local_files_only,
+    }
+    unreadable: CheckpointError | None = None
+    try:
+        checkpoint = open_checkpoint(model_id, **where)
+    except CheckpointError as error:
+        checkpoint, unreadable = open_config(model_id, **where), error
     report = _on_disk(checkpoint)
     quantised = checkpoint.config.get("quantization_config")
     # quantised or not, the modules are the same
     bare = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     try:
-        config = _config(replace(checkpoint, config=bare))
-        dtype = _own_dtype(config, checkpoint)
+        config = transformers_config(replace(checkpoint, config=bare))
+        dtype = own_dtype(config, checkpoint)
         with torch.device("meta"):
             decoder = registry.build(config)
         report = _of_decoder(report, decoder, dtype)
         report = replace(report, context_length=config.max_position_embeddings)
-        _refuse_quantised(quantised, checkpoint.name)
+        if unreadable is not None:
+            raise unreadable
+        refuse_quantised(quantised, checkpoint.name)
         rules = registry.architecture(config.model_type).CHECKPOINT
         plan(
             _without_tied_head(rules, config, checkpoint),
@@ -306,10 +313,11 @@ def _facts(report: Report) -> Table:
 
     row("architecture", f"{report.architecture} (model_type {report.model_type})")
     row("supported", "yes" if report.supported else f"no: {report.reason}")
-    dtypes = ", ".join(f"{_size(n)} {dtype}" for dtype, n in report.checkpoint_dtypes.items())
-    files = "1 file" if report.checkpoint_files == 1 else f"{report.checkpoint_files} files"
-    row("on disk", f"{_size(report.checkpoint_bytes)} in {files}: {dtypes}")
-    row("of which experts", _size(report.expert_bytes_on_disk))
+    if report.checkpoint_files:
+        dtypes = ", ".join(f"{_size(n)} {dtype}" for dtype, n in report.checkpoint_dtypes.items())
+        files = "1 file" if report.checkpoint_files == 1 else f"{report.checkpoint_files} files"
+        row("on disk", f"{_size(report.checkpoint_bytes)} in {files}: {dtypes}")
+        row("of which experts", _size(report.expert_bytes_on_disk))
     if report.parameters is not None and report.active_parameters is not None:
         row("parameters", f"{report.parameters:,}, {report.active_parameters:,} active per token")
         dense = (report.num_layers or 0) - (report.num_moe_layers or 0)
