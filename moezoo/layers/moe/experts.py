@@ -11,8 +11,7 @@ once. On CPU, torch has no 16-bit product with an fp32 result: there gate and up
 except where the products are so few that they run in fp32.
 """
 
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +24,12 @@ CHUNK_TOKENS = 8192
 """Tokens worked on at a time: enough to fill a GPU, and the bound of `workspace_bytes`."""
 
 
-FEW = 2**17
-"""Below so many products an expert, torch's 16-bit product on CPU spends its time before it starts;
-converting the weights to fp32 is faster then."""
+FEW_PRODUCTS = 2**17
+"""Below so many products for an expert, a 16-bit product on CPU takes longer to begin than to do:
+there the weights are converted and multiplied in fp32."""
+
+BATCH_ROWS = 64
+"""Rows that the experts worked on together on CPU have, unless a single one has more."""
 
 
 def workspace_bytes(
@@ -91,63 +93,62 @@ def _fused_experts_torch(
     bias2: Tensor | None,
     expert_map: Tensor | None,
 ) -> Tensor:
-    act = ACTIVATIONS[activation]
-    num_experts, expert_numel = w13.shape[0], w13[0].numel()
+    act, expert_numel = ACTIVATIONS[activation], w13[0].numel()
 
-    def chunk(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        num_tokens, k = topk_ids.shape
-        if num_tokens == 1 and min(chosen := topk_ids[0].tolist()) >= 0:
-            # One row for each expert: no grouping needed, and the fewest torch calls.
-            experts, sizes, order = chosen, [1] * k, None
-        else:
-            order, offsets = permute(topk_ids, num_experts)
-            bounds = offsets.tolist()
-            counts = [end - start for start, end in pairwise(bounds)]
-            experts = [e for e, count in enumerate(counts) if count]
-            sizes = [counts[e] for e in experts]
-        if not experts:
-            return torch.zeros_like(x)
-        few = sum(sizes) * expert_numel <= FEW * len(experts)
+    def experts_of(x: Tensor, experts: list[int], sizes: list[int]) -> Tensor:
+        """Of the rows of x, sizes[i] go through experts[i]; one row alone goes through each."""
+        few = sum(sizes) * expert_numel <= FEW_PRODUCTS * len(experts)
         dtype = torch.float32 if few else x.dtype
-
-        rows = x.to(dtype)
-        if order is not None:
-            rows = rows.index_select(0, order[: sum(sizes)] // k)
-        h = _grouped_linear(rows, sizes, w13, experts, bias13).float()
+        h = _grouped_linear(x.to(dtype), sizes, w13, experts, bias13).float()
         gate, up = h.split(h.shape[1] // 2, dim=1)
-        h = (act(gate) * up).to(x.dtype).to(dtype)
-        y = _grouped_linear(h, sizes, w2, experts, bias2).to(x.dtype)
-        if order is not None:
-            # Rows of absent experts are the last in order: zeros, whatever their weights.
-            absent = num_tokens * k - len(y)
-            if absent:
-                y = F.pad(y, (0, 0, 0, absent))
-                topk_weights = topk_weights.masked_fill(topk_ids < 0, 0.0)
-            y = y.index_select(0, _inverse(order))
-        return combine(y.view(num_tokens, k, -1), topk_weights)
+        h = (act(gate) * up).to(x.dtype)
+        return _grouped_linear(h.to(dtype), sizes, w2, experts, bias2).to(x.dtype)
 
-    return _in_chunks(chunk, x, topk_weights, _local_ids(topk_ids, expert_map))
+    topk_ids = _local_ids(topk_ids, expert_map)
+    num_tokens, k = topk_ids.shape
+    if num_tokens == 1 and min(chosen := topk_ids[0].tolist()) >= 0:
+        # Nothing to group, and every torch call counts.
+        return combine(experts_of(x, chosen, [1] * k).unsqueeze(0), topk_weights)
+    order, offsets = permute(topk_ids, w13.shape[0])
+    tokens, weights = order // k, topk_weights.flatten().index_select(0, order).unsqueeze(1)
+    out = x.new_zeros(x.shape, dtype=torch.float32)
+    bounds = offsets.tolist()
+    for batch in _batches(bounds):
+        experts = [e for e in batch if bounds[e] < bounds[e + 1]]
+        sizes = [bounds[e + 1] - bounds[e] for e in experts]
+        rows = slice(bounds[batch.start], bounds[batch.stop])
+        y = experts_of(x.index_select(0, tokens[rows]), experts, sizes)
+        out.index_add_(0, tokens[rows], y * weights[rows])
+    return out.to(x.dtype)
+
+
+def _batches(bounds: list[int]) -> Iterator[range]:
+    """Neighbouring experts together, up to BATCH_ROWS rows; bounds[e] rows come before expert e.
+
+    Small experts then share their torch calls, and no buffer holds all the rows at once: memory
+    that is new to the process costs more than it takes to fill it.
+    """
+    first = 0
+    for last in range(1, len(bounds)):
+        if last + 1 == len(bounds) or bounds[last + 1] - bounds[first] > BATCH_ROWS:
+            if bounds[first] < bounds[last]:
+                yield range(first, last)
+            first = last
 
 
 def _grouped_linear(
     x: Tensor, sizes: list[int], w: Tensor, experts: list[int], bias: Tensor | None
 ) -> Tensor:
-    """x [S, N] -> [S, M]: of its rows, sizes[i] go through w[experts[i]] [M, N], in x's dtype.
-
-    A single row stands for as many as there are experts.
-    """
-    parts = [x] * len(sizes) if len(x) == 1 else x.split(sizes)
+    """x [S, N] -> [S, M]: of its rows, sizes[i] go through w[experts[i]] [M, N], in x's dtype."""
+    parts = x.split(sizes) if len(x) == sum(sizes) else [x] * len(sizes)
     weights = [w[e] for e in experts]
     biases = [None if bias is None else bias[e] for e in experts]
     if x.dtype != w.dtype:
         weights = [weight.to(x.dtype) for weight in weights]
         biases = [None if b is None else b.to(x.dtype) for b in biases]
+    if len(experts) == 1:
+        return F.linear(parts[0], weights[0], biases[0])
     return torch.cat([F.linear(*args) for args in zip(parts, weights, biases, strict=True)])
-
-
-def _inverse(order: Tensor) -> Tensor:
-    positions = torch.arange(len(order), dtype=order.dtype, device=order.device)
-    return torch.empty_like(order).scatter_(0, order.long(), positions)
 
 
 def _fused_experts_cuda(
