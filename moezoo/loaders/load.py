@@ -51,6 +51,7 @@ _HUGE_PAGE = 2 << 20
 _CHUNK = 16 << 20
 
 
+@torch.inference_mode(False)
 def from_pretrained(
     model_id: str | os.PathLike[str],
     *,
@@ -100,6 +101,7 @@ def from_pretrained(
     return model
 
 
+@torch.inference_mode(False)
 def from_config(
     config: PreTrainedConfig,
     *,
