@@ -10,6 +10,9 @@ from typing import Any
 
 from moezoo.generation.offline import Completion, Prompt
 
+_START = b'{"id": '
+"""How every line of `completion_line` begins."""
+
 
 def read_prompts(lines: Iterable[bytes], name: str) -> tuple[list[Prompt], list[str]]:
     """Read prompts, one JSON object a line, as `Prompt.from_record` understands them.
@@ -72,11 +75,11 @@ def resume(path: Path, prompts: Sequence[Prompt], run: str) -> dict[int | str, b
     with path.open("r+b") as file:
         end = 0
         for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
+            where = f"{path}:{number}: "
+            if not line.endswith(b"\n") and line.startswith(_START[: len(line)]):
                 file.truncate(end)
                 break
             end += len(line)
-            where = f"{path}:{number}: "
             try:
                 record = _json_object(line)
                 prompt = Prompt.from_record(record, default_id=-1)
