@@ -1,0 +1,65 @@
+"""What every benchmark says of the machine it ran on, and where its results go."""
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_name(device: torch.device | str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with open("/proc/cpuinfo") as lines:
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+
+
+def describe(device: torch.device | str) -> dict[str, Any]:
+    import safetensors
+    import transformers
+
+    import moezoo
+
+    return {
+        "device": device_name(device),
+        "cpu_cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "moezoo": moezoo.__version__,
+    }
+
+
+def read_bandwidth(device: torch.device | str, nbytes: int = 1 << 29) -> float:
+    """Bytes a second at which `device` reads memory that no cache holds: the best of ten sums."""
+    data = torch.randn(nbytes // 4, device=device)
+    best = float("inf")
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
+        data.sum()
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return nbytes / best
+
+
+def synchronize(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def write_result(benchmark: str, device: torch.device | str, content: dict[str, Any]) -> Path:
+    """Keep `content` as results/<benchmark>_<device>.json; returns the path."""
+    name = "".join(c if c.isalnum() else "_" for c in device_name(device)).strip("_").lower()
+    path = RESULTS / f"{benchmark}_{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {"benchmark": benchmark, **describe(device), **content}
+    path.write_text(json.dumps(document, indent=2) + "\n")
+    return path
