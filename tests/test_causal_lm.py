@@ -87,6 +87,13 @@ def test_dtype_defaults_to_the_checkpoints() -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
+def test_loads_inside_inference_mode() -> None:
+    with torch.inference_mode():
+        model = moezoo.from_pretrained(tiny_model(), dtype="float32", device="cpu", progress=False)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    model.get_input_embeddings().weight.data.mul_(2)
+
+
 def test_loss_on_text(pair: Pair) -> None:
     ids = pair.tokenizer(STORY, return_tensors="pt").input_ids
     assert ids.shape[1] > 100
