@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH_FOLDER ?= .cache/load-benchmark
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help demo test lint bench clean
@@ -11,12 +12,12 @@ help:
 	@echo 'make demo    generate text with the small model inside the package'
 	@echo 'make test    all tests that need no GPU'
 	@echo 'make lint    ruff, mypy, import-linter'
-	@echo 'make bench   the benchmarks, against their peers (minutes)'
+	@echo 'make bench   the benchmarks, against their peers (minutes, and 5 GB in $(BENCH_FOLDER))'
 	@echo 'make clean   remove .venv and caches'
 	@echo 'PYTHON=...   the interpreter for .venv (3.11 or newer; default python3)'
 
 demo: $(VENV)/installed
-	$(BIN)/moezoo generate --prompt 'Once upon a time' --max-new-tokens 120 --seed 0
+	$(BIN)/moezoo generate --prompt 'Once upon a time' --max-new-tokens 120 --seed 2
 
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not gpu'
@@ -28,7 +29,8 @@ lint: $(VENV)/installed-dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/installed-dev
-	for benchmark in load generate; do $(BIN)/python benchmarks/$$benchmark.py || exit 1; done
+	$(BIN)/python benchmarks/load.py --folder $(BENCH_FOLDER)
+	$(BIN)/python benchmarks/generate.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info

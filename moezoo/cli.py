@@ -207,6 +207,9 @@ def _generate(arguments: argparse.Namespace) -> int:
     options = _sampling_options(arguments)
     if arguments.overwrite and arguments.output is None:
         raise ValueError("--overwrite needs --output")
+    files = [os.path.realpath(file) for file in (arguments.input, arguments.output) if file]
+    if len(files) > len(set(files)):
+        raise ValueError(f"--input and --output are the same file, {arguments.output}")
     prompts, problems = _prompts(arguments)
     for problem in problems:
         _say(problem if arguments.strict else f"skipped {problem}")

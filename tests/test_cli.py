@@ -275,6 +275,7 @@ def test_seed_and_sampling_options_reach_generation(capsys):
         (("--prompt", "a", "--device", "tpu"), 2, "'tpu'"),
         (("--prompt", "a", "--overwrite"), 2, "--overwrite needs --output"),
         (("--input", "nowhere.jsonl"), 2, "--input cannot be read: [Errno 2]"),
+        (("--input", "a.jsonl", "--output", "./a.jsonl"), 2, "are the same file, a.jsonl"),
         (("--prompt", "a", "--output", "nowhere/out.jsonl"), 1, "[Errno 2]"),
         (("./nowhere", "--prompt", "a"), 1, "./nowhere does not exist"),
     ],

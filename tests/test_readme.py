@@ -1,0 +1,67 @@
+"""The README and the pages in docs tell the truth: their code runs, their commands exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import moezoo
+from moezoo import cli
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/loading.md", "docs/generation.md")
+CONSOLE = [
+    line.removeprefix("$ ").split(" #")[0].strip()
+    for page in PAGES
+    for block in re.findall(r"```console\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("$ ")
+]
+
+
+def python_blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/generation.md"])
+def test_the_code_runs(page, capsys):
+    (code,) = python_blocks(page)
+    exec(compile(code, page, "exec"), {})
+    assert len(capsys.readouterr().out) > 100
+
+
+@pytest.mark.parametrize(
+    "command", [command for command in CONSOLE if command.startswith("moezoo ")]
+)
+def test_moezoo_commands_parse(command):
+    _, *arguments = shlex.split(command)
+    assert callable(cli._parser().parse_args(arguments).run)
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    used = [command.split()[1] for command in CONSOLE if command.startswith("make ")]
+    assert {"demo", "test", "lint"} <= set(used) <= set(targets)
+
+
+def test_the_table_of_architectures_is_the_registry():
+    table = (ROOT / "README.md").read_text().split("## Architectures")[1].split("##")[0]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == (
+        moezoo.list_architectures()
+    )
+
+
+def test_exit_codes_are_those_of_the_help():
+    in_readme = re.findall(r"^\| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    in_help = re.findall(r"^  (\d+) ", cli.EXIT_CODES, re.MULTILINE)
+    assert in_readme == in_help
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
+    for path in re.findall(r"`((?:moezoo|tests|docs|benchmarks)/[\w./-]*)`", text):
+        assert (ROOT / path).exists(), path
