@@ -1,0 +1,215 @@
+"""FusedMoE against transformers' blocks with the same weights."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch import Tensor, nn
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+from moezoo.layers.moe import BiasedRoute, FusedMoE, grouped_topk, softmax_topk
+
+H, I, E, K = 24, 20, 12, 3
+SIZES = {"hidden_size": H, "num_experts_per_tok": K, "num_attention_heads": 2}
+GROUPS = {"n_routed_experts": E, "n_group": 4, "topk_group": 2, "moe_intermediate_size": I}
+
+
+class GatedShared(nn.Module):
+    """Qwen2-MoE's shared expert, made of transformers' own parts."""
+
+    def __init__(self, expert: nn.Module, gate: nn.Module) -> None:
+        super().__init__()
+        self.expert, self.gate = expert, gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(x).sigmoid() * self.expert(x)
+
+
+def ours(theirs: nn.Module, route: Callable[..., Any], activation: str = "silu") -> FusedMoE:
+    """A FusedMoE with the weights of a transformers block."""
+    shared = getattr(theirs, "shared_experts", None)
+    if hasattr(theirs, "shared_expert"):
+        shared = GatedShared(theirs.shared_expert, theirs.shared_expert_gate)
+    if hasattr(theirs.gate, "e_score_correction_bias"):
+        route = BiasedRoute(E, route)
+        route.correction_bias.data.copy_(theirs.gate.e_score_correction_bias)
+    moe = FusedMoE(H, I, E, route, shared=shared, activation=activation)
+    moe.gate.data.copy_(theirs.gate.weight)
+    moe.w13.data.copy_(theirs.experts.gate_up_proj)
+    moe.w2.data.copy_(theirs.experts.down_proj)
+    return moe
+
+
+SOFTMAX = partial(softmax_topk, k=K)
+GROUPED = partial(grouped_topk, k=K, num_groups=4, topk_groups=2)
+
+
+@pytest.mark.parametrize(
+    ("block", "config", "route"),
+    [
+        pytest.param(
+            MixtralSparseMoeBlock,
+            MixtralConfig(**SIZES, intermediate_size=I, num_local_experts=E),
+            partial(SOFTMAX, renormalize=True),
+            id="mixtral",
+        ),
+        pytest.param(
+            Qwen2MoeSparseMoeBlock,
+            Qwen2MoeConfig(
+                **SIZES,
+                moe_intermediate_size=I,
+                shared_expert_intermediate_size=2 * I,
+                num_experts=E,
+                norm_topk_prob=False,
+            ),
+            partial(SOFTMAX, renormalize=False),
+            id="qwen2_moe",
+        ),
+        pytest.param(
+            Qwen3MoeSparseMoeBlock,
+            Qwen3MoeConfig(
+                **SIZES,
+                moe_intermediate_size=I,
+                num_experts=E,
+                norm_topk_prob=True,
+                hidden_act="gelu_pytorch_tanh",
+            ),
+            partial(SOFTMAX, renormalize=True),
+            id="qwen3_moe-gelu",
+        ),
+        pytest.param(
+            OlmoeSparseMoeBlock,
+            OlmoeConfig(**SIZES, intermediate_size=I, num_experts=E),
+            partial(SOFTMAX, renormalize=False),
+            id="olmoe",
+        ),
+        pytest.param(
+            DeepseekV2Moe,
+            DeepseekV2Config(
+                **SIZES,
+                **GROUPS,
+                topk_method="group_limited_greedy",
+                routed_scaling_factor=16.0,
+                n_shared_experts=2,
+            ),
+            partial(GROUPED, renormalize=False, scaling=16.0),
+            id="deepseek_v2",
+        ),
+        pytest.param(
+            DeepseekV3MoE,
+            DeepseekV3Config(**SIZES, **GROUPS, routed_scaling_factor=2.5, n_shared_experts=1),
+            partial(GROUPED, scoring="sigmoid", renormalize=True, scaling=2.5),
+            id="deepseek_v3",
+        ),
+    ],
+)
+@pytest.mark.parametrize("shape", [(1, 1, H), (2, 9, H), (3, H)], ids=str)
+def test_equals_transformers(
+    block: type[nn.Module], config: Any, route: Callable[..., Any], shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    theirs = block(config)
+    for name, tensor in theirs.state_dict().items():
+        nn.init.normal_(tensor, std=1.0 if name == "gate.weight" else 0.2)
+    x = torch.randn(shape)
+    moe = ours(theirs, route, config.hidden_act)
+    with torch.no_grad():
+        assert_close(moe(x), theirs(x.view(1, -1, H)).view(shape))
+
+
+def test_routes_in_fp32() -> None:
+    """Two experts whose logits differ by less than a step of bf16 are still told apart."""
+    moe = FusedMoE(2, 4, 2, partial(softmax_topk, k=1, renormalize=True)).bfloat16()
+    moe.reset_parameters()
+    moe.gate.data = torch.tensor([[256.0, 0.0], [256.0, 0.5]]).bfloat16()
+    logits = moe.router_logits(torch.ones(1, 2).bfloat16())
+    assert logits.tolist() == [[256.0, 256.5]]
+    moe.w13.data[0] = torch.nan
+    assert moe(torch.ones(1, 2).bfloat16()).isfinite().all()
+
+
+def test_correction_bias_keeps_its_dtype() -> None:
+    assert BiasedRoute.keep_dtype == ("correction_bias",)
+    route = BiasedRoute(4, partial(grouped_topk, k=1, num_groups=1, topk_groups=1))
+    assert route.correction_bias.dtype == torch.float32
+    assert not route.correction_bias.requires_grad
+    moe = FusedMoE(2, 4, 4, route)
+    assert set(moe.state_dict()) == {"gate", "w13", "w2", "route.correction_bias"}
+
+
+def test_reset_parameters() -> None:
+    route = BiasedRoute(40, partial(grouped_topk, k=1, num_groups=1, topk_groups=1))
+    moe = FusedMoE(30, 20, 40, route)
+    moe.reset_parameters()
+    route.reset_parameters()
+    for parameter in (moe.gate, moe.w13, moe.w2):
+        assert parameter.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not route.correction_bias.any()
+
+
+class HalfOfTheExperts:
+    """A dispatcher for two ranks in one process: rows go nowhere, this rank has every other one."""
+
+    def __init__(self, rank: int) -> None:
+        self.expert_map = torch.full((E,), -1, dtype=torch.int32)
+        self.expert_map[rank::2] = torch.arange(E // 2, dtype=torch.int32)
+        self.combined = 0
+
+    def dispatch(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return x, topk_ids, topk_weights
+
+    def combine(self, y: Tensor) -> Tensor:
+        self.combined += 1
+        return y
+
+
+def test_dispatcher() -> None:
+    route = partial(softmax_topk, k=K, renormalize=True)
+    whole = FusedMoE(H, I, E, route)
+    whole.reset_parameters()
+    x = torch.randn(10, H)
+    parts = []
+    for rank in (0, 1):
+        dispatcher = HalfOfTheExperts(rank)
+        part = FusedMoE(H, I, E, route, dispatcher=dispatcher)
+        part.gate = whole.gate
+        part.w13 = nn.Parameter(whole.w13[rank::2])
+        part.w2 = nn.Parameter(whole.w2[rank::2])
+        parts.append(part(x))
+        assert dispatcher.combined == 1
+    assert_close(parts[0] + parts[1], whole(x))
+
+
+def test_trains() -> None:
+    moe = FusedMoE(H, I, E, partial(softmax_topk, k=K, renormalize=False))
+    moe.reset_parameters()
+    x = torch.randn(50, H)
+    optimizer = torch.optim.Adam(moe.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = (moe(x) - x.roll(1, -1)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert moe.gate.grad is not None
+    assert moe.gate.grad.abs().sum() > 0
+    assert losses[-1] < 0.8 * losses[0]
