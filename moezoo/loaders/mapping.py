@@ -150,7 +150,7 @@ class Skip:
     beyond_depth: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if "{*}" in self.pattern[:-3]:
+        if "{*}" in self.pattern.removesuffix("{*}"):
             raise ValueError(
                 f"Skip({self.pattern!r}): {{*}} stands for the rest of a name and comes last"
             )
