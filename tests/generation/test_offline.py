@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+import moezoo
 from moezoo.assets import tiny_model
 from moezoo.generation.offline import Completion, Prompt, SeededDraw, generate
 
@@ -23,6 +24,11 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def model():
+    return moezoo.from_pretrained(tiny_model(), dtype=torch.float32, device="cpu", progress=False)
+
+
+@pytest.fixture(scope="module")
+def reference():
     return AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
 
 
@@ -36,15 +42,15 @@ def texts(completions):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_greedy_is_what_transformers_writes_for_each_prompt_alone(model, tokenizer, batch_size):
-    completions = list(
-        generate(
-            model, tokenizer, PROMPTS, batch_size=batch_size, max_new_tokens=12, do_sample=False
-        )
-    )
+def test_greedy_is_what_transformers_writes_for_each_prompt_alone(
+    model, reference, tokenizer, batch_size
+):
+    options = {"batch_size": batch_size, "max_new_tokens": 12, "do_sample": False}
+    completions = list(generate(model, tokenizer, PROMPTS, **options))
+    assert completions == list(generate(reference, tokenizer, PROMPTS, **options))
     for prompt, completion in zip(PROMPTS, completions, strict=True):
         inputs = tokenizer(prompt, return_tensors="pt")
-        alone = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0]
+        alone = reference.generate(**inputs, max_new_tokens=12, do_sample=False)[0]
         assert completion.token_ids == tuple(alone[inputs.input_ids.shape[1] :].tolist())
         assert prompt + completion.text == tokenizer.decode(alone, skip_special_tokens=True)
         assert completion.num_prompt_tokens == inputs.input_ids.shape[1]
