@@ -1,10 +1,15 @@
 """Settings for every test: one thread, no gpu tests without a GPU, NaN in fresh buffers."""
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton looks once, when it is first imported: kernel tests run in its interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("moezoo", deadline=None, derandomize=True)

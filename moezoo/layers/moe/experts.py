@@ -175,7 +175,7 @@ def _fused_experts_cuda(
         tiles = permute(topk_ids, w13.shape[0], tile_rows)
         h = gated_up(x, w13, *tiles, k=k, tile_rows=tile_rows, activation=activation, bias13=bias13)
         y = down(h, w2, *tiles, tile_rows=tile_rows, bias2=bias2)
-        return combine(y.view(num_tokens, k, -1), topk_weights, topk_ids)
+        return combine(y.view(num_tokens, k, x.shape[1]), topk_weights, topk_ids)
 
     with torch.cuda.device_of(x):
         return _in_chunks(chunk, x, topk_weights, _local_ids(topk_ids, expert_map))
