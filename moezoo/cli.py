@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        _say("interrupted")
+        resumes = getattr(arguments, "output", None) is not None
+        _say("interrupted" + ("; the same command goes on where it stopped" if resumes else ""))
         return INTERRUPTED
     except BrokenPipeError:
         # whoever read our output has gone; keep the interpreter from flushing into it at exit

@@ -71,6 +71,14 @@ def test_without_a_model_the_one_in_the_package_runs_and_quiet_says_nothing(caps
     assert err == ""
 
 
+@pytest.mark.gpu
+def test_a_gpu_is_used_where_there_is_one(capsys):
+    code, out, err = run(capsys, "generate", "--prompt", "Once upon a time", "--seed", 0)
+    assert code == 0
+    assert out.startswith("Once upon a time")
+    assert "on cuda:0" in err
+
+
 def test_input_from_stdin(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b'{"id": "a", "prompt": "The dog"}')))
     code, out, _ = run(capsys, "generate", "--input", "-", *GREEDY)
@@ -173,7 +181,7 @@ def test_an_interrupted_run_says_so_and_resumes(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(offline, "generate", interrupted)
     code, _, err = run(capsys, *command)
     assert code == 130
-    assert "moezoo: interrupted" in err
+    assert "moezoo: interrupted; the same command goes on" in err
     assert len(records(output.read_text())) == 1
     monkeypatch.undo()
     assert run(capsys, *command)[0] == 0
