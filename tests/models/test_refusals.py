@@ -114,9 +114,10 @@ def test_rope(model_type: str, rope: str) -> None:
 
 
 def test_rope_for_each_kind_of_layer() -> None:
-    kinds = {name: {"rope_type": "default"} for name in ("sliding_attention", "full_attention")}
-    window = {"use_sliding_window": True, "sliding_window": 4}
-    assert "rope_parameters" in refusal("qwen2_moe", **window, rope_parameters=kinds)
+    config = transformers.AutoConfig.for_model("qwen2_moe", **QWEN2)
+    config.rope_parameters = {"full_attention": {"rope_type": "default", "rope_theta": 10.0}}
+    with torch.device("meta"), pytest.raises(UnsupportedArchitectureError, match="rope_parameters"):
+        build(config)
 
 
 @pytest.mark.parametrize(("model_type", "field", "changes"), FIELDS)
