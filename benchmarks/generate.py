@@ -3,9 +3,9 @@
     python benchmarks/generate.py [--device cpu] [--case olmoe-4-layers] [--batch 1 --batch 8]
 
 Both implementations hold the same random weights, in the same memory: transformers' model is given
-views of moezoo's tensors. Their prefill logits are compared before anything is timed. Runs of the two
-alternate; the table gives medians, and the roofline is the bytes that a step has to read (experts that
-the batch hits, counted in a run) over the read bandwidth measured in the same run.
+views of moezoo's tensors. Their prefill logits are compared before anything is timed. Runs of the
+two alternate; the table gives medians, and the roofline is the bytes that a step has to read
+(experts that the batch hits, counted in a run) over the read bandwidth measured in the same run.
 """
 
 import argparse
@@ -279,7 +279,9 @@ def main() -> None:
     device = describe(args.device)["device"]
     Console().print(table(rows, f"{device}, {bandwidth / 1e9:.0f} GB/s read"))
     path = write_result(
-        "generate", args.device, {"read_bytes_per_second": bandwidth, "repeats": args.repeats, "rows": rows}
+        "generate",
+        args.device,
+        {"read_bytes_per_second": bandwidth, "repeats": args.repeats, "rows": rows},
     )
     print(f"written to {path}")
 

@@ -15,7 +15,7 @@ from moezoo.layers.decoder import Decoder
 
 @dataclass
 class Decoded:
-    """`sequences` int64 [B, S], prompt included; `scores`, `logits` fp32 [B, V] a step, if asked."""
+    """`sequences` int64 [B, S], prompt included; `scores`, `logits` fp32 [B, V] a step, if kept."""
 
     sequences: torch.Tensor
     scores: list[torch.Tensor] = field(default_factory=list)

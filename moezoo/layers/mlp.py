@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from moezoo.layers.linear import FusedLinear
-from moezoo.layers.moe.experts import ACTIVATIONS
+from moezoo.layers.moe import ACTIVATIONS
 
 
 class GatedMLP(nn.Module):
