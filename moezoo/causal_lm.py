@@ -155,7 +155,6 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | torch.Tensor:
         """What `generate` calls for greedy search and sampling."""
-        model_kwargs.pop("tokenizer", None)  # the stopping criteria have it
         for option in IGNORED_KWARGS:
             model_kwargs.pop(option, None)
         cache = model_kwargs.get("past_key_values")
@@ -178,6 +177,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
                 streamer,
                 **model_kwargs,
             )
+        assert cache is not None, "a DynamicCache, or it would have asked for more"
         if cache.get_seq_length() == 0 and not getattr(cache, "_is_user_defined", False):
             cache = growing_cache(self.config)
         decoded = decode(
