@@ -67,9 +67,9 @@ def cut(
         return
     row = nbytes // target.shape[0]
     offset = location.offset
-    for rows in target.split(max(1, _BATCH // row)):
-        yield from cut(source, Location(location.path, offset), dtype, rows)
-        offset += rows.shape[0] * row
+    for part in target.unbind() if row > _BATCH else target.split(_BATCH // row):
+        yield from cut(source, Location(location.path, offset), dtype, part)
+        offset += part.numel() * dtype.itemsize
 
 
 def stream(pieces: Iterable[Piece], device: torch.device, *, progress: bool) -> None:
