@@ -103,8 +103,9 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
 
         attention_mask is [B, past + T], 0 at padding on either side, or a 4-D mask. position_ids
         [B, T] default to counting on from the cache. `logits_to_keep` keeps the last n positions
-        (0: all), or those of a 1-D index tensor. Raises `ValueError` for what the layers do not
-        return: attentions and router logits.
+        (0: all), those of a 1-D index tensor, those of each row [B, n] int, or, flattened to
+        [n, V], where [B, T] bool is true. Raises `ValueError` for what the layers do not return:
+        attentions and router logits.
         """
         for option in ("output_attentions", "output_router_logits"):
             if kwargs.pop(option, False):
@@ -129,8 +130,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             cache=past_key_values,
             states=states,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.decoder.logits(hidden[:, kept])
+        logits = self.decoder.logits(_kept(hidden, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.vocab_size, **kwargs)
@@ -201,6 +201,17 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             logits=tuple(logits.clone() for logits in decoded.logits) or None,
             past_key_values=cache,
         )
+
+
+def _kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The hidden states [B, T, H] at the positions that `forward` describes."""
+    if isinstance(logits_to_keep, int):
+        return hidden[:, -logits_to_keep:]
+    if logits_to_keep.dim() == 1:
+        return hidden[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden[logits_to_keep]
+    return hidden.take_along_dim(logits_to_keep[..., None], 1)
 
 
 def _visible(attention_mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -138,6 +138,16 @@ def test_tuples(pair: Pair) -> None:
     assert len(pair.ours(ids, return_dict=False, use_cache=False)) == 1
 
 
+def test_logits_of_chosen_positions(pair: Pair) -> None:
+    ids = torch.arange(30, 42).view(2, 6)
+    every = pair.ours(ids).logits
+    each = torch.tensor([[5, 0, 2], [1, 1, 4]])
+    chosen = pair.ours(ids, logits_to_keep=each).logits
+    assert difference(chosen, torch.stack([every[0, each[0]], every[1, each[1]]])) < 2e-5
+    mask = torch.tensor([[1, 0, 0, 1, 0, 0], [0, 0, 1, 1, 1, 0]]).bool()
+    assert difference(pair.ours(ids, logits_to_keep=mask).logits, every[mask]) < 2e-5
+
+
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_four_dimensional_mask(pair: Pair, kind: str) -> None:
     """Two texts packed into one row, which must not see each other."""
