@@ -48,7 +48,9 @@ class Pair:
 def write(model_type: str, model: PreTrainedModel, folder: Path, **options: Any) -> None:
     """What transformers writes, with the `model_type` that the checkpoint has on the hub."""
     model.save_pretrained(folder, **options)
-    change_config(folder, model_type=model_type)
+    if model_type != model.config.model_type:
+        remote_code = {"AutoConfig": f"configuration_{model_type}.Config"}
+        change_config(folder, model_type=model_type, auto_map=remote_code)
 
 
 def change_config(folder: Path, *, remove: tuple[str, ...] = (), **fields: Any) -> None:
