@@ -77,6 +77,13 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.decoder.lm_head or self.decoder.embed
 
+    @staticmethod
+    def create_masks_for_generate(
+        *, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor | None:
+        """What `generate` asks for static caches: nothing, as the layers make their own masks."""
+        return attention_mask
+
     def save_pretrained(
         self, save_directory: str | Path, *, max_shard_size: int | str = "5GB", **kwargs: Any
     ) -> None:

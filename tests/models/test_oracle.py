@@ -183,6 +183,12 @@ def test_greedy_tokens(pair: Pair) -> None:
     assert ours.tolist() == theirs.tolist()
 
 
+def test_greedy_tokens_with_a_static_cache(pair: Pair) -> None:
+    options = {"cache_implementation": "static", "disable_compile": True, "do_sample": False}
+    ours, theirs = generate(pair, **padded("left"), max_new_tokens=9, **options)
+    assert ours.tolist() == theirs.tolist()
+
+
 def test_greedy_tokens_from_embeddings(pair: Pair) -> None:
     embeds = pair.reference.get_input_embeddings()(token_ids(2, 6))
     ours, theirs = generate(pair, inputs_embeds=embeds, max_new_tokens=4, do_sample=False)
