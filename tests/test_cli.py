@@ -286,6 +286,7 @@ def test_seed_and_sampling_options_reach_generation(capsys):
         (("--input", "a.jsonl", "--output", "./a.jsonl"), 2, "are the same file, a.jsonl"),
         (("--prompt", "a", "--output", "nowhere/out.jsonl"), 1, "[Errno 2]"),
         (("./nowhere", "--prompt", "a"), 1, "./nowhere does not exist"),
+        (("not/cached", "--prompt", "a", "--local-files-only"), 1, "local_files_only is set"),
     ],
 )
 def test_errors_are_one_line_and_a_code(capsys, tmp_path, monkeypatch, options, code, message):

@@ -1,0 +1,45 @@
+"""The command line on a hub id, against a local stand-in for the hub."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from hub_stand_in import Hub, serve
+
+from moezoo.assets import tiny_model
+
+
+@pytest.mark.slow
+def test_inspect_reads_headers_and_generate_downloads_what_it_needs(tmp_path):
+    with serve(Hub("some/story-teller", tiny_model())) as hub:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+
+        def moezoo(*arguments):
+            command = [sys.executable, "-m", "moezoo", *arguments]
+            return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+        inspected = moezoo("inspect", "some/story-teller", "--json")
+        assert inspected.returncode == 0, inspected.stderr
+        assert json.loads(inspected.stdout)["parameters"] == 6_975_488
+        assert "model.safetensors" not in hub.downloads()
+
+        prompt = ("--prompt", "Once upon a time", "--greedy", "--max-new-tokens", "8")
+        generated = moezoo("generate", "some/story-teller", *prompt)
+        assert generated.returncode == 0, generated.stderr
+        assert generated.stdout.startswith("Once upon a time")
+        assert "loaded some/story-teller" in generated.stderr
+        assert {"model.safetensors", "tokenizer.json"} <= hub.downloads()
+        assert "storybook_credits.tsv" not in hub.downloads()
+
+    # the stand-in is gone now
+    cached = moezoo("generate", "some/story-teller", "--local-files-only", *prompt)
+    assert cached.stdout == generated.stdout
