@@ -78,7 +78,7 @@ def _permute_kernel(
     for start in range(0, num_rows, BLOCK_S):
         rows = start + lanes
         m_rows = rows < num_rows
-        ids = tl.load(topk_ids_ptr + rows, mask=m_rows, other=-1).to(tl.int32)
+        ids = tl.load(topk_ids_ptr + rows, mask=m_rows, other=-1)
         ids = tl.where((ids >= 0) & (ids < num_experts), ids, num_experts)
         before += (m_rows & (ids < expert)).to(tl.int32)
         own += (m_rows & (ids == expert)).to(tl.int32)
@@ -99,7 +99,7 @@ def _permute_kernel(
         for start in range(0, num_rows, BLOCK_S):
             rows = start + lanes
             m_rows = rows < num_rows
-            ids = tl.load(topk_ids_ptr + rows, mask=m_rows, other=-1).to(tl.int32)
+            ids = tl.load(topk_ids_ptr + rows, mask=m_rows, other=-1)
             ids = tl.where((ids >= 0) & (ids < num_experts), ids, num_experts)
             mine = (m_rows & (ids == expert)).to(tl.int32)
             tl.store(order_ptr + rank + tl.cumsum(mine, 0) - 1, rows, mask=mine == 1)

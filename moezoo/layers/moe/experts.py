@@ -21,30 +21,34 @@ from moezoo.layers.kernels.activations import ACTIVATIONS
 from moezoo.layers.moe.permute import combine, permute
 
 CHUNK_TOKENS = 8192
-"""Tokens worked on at a time: enough to fill a GPU, and the bound of `workspace_bytes`."""
+"""Tokens worked on at a time: enough to fill a GPU, and what bounds `workspace_bytes`."""
 
 
 FEW_PRODUCTS = 2**17
 """Below so many products for an expert, a 16-bit product on CPU takes longer to begin than to do:
 there the weights are converted and multiplied in fp32."""
 
-BATCH_ROWS = 64
-"""Rows that the experts worked on together on CPU have, unless a single one has more."""
+BATCH_ROWS = 512
+"""Rows that experts worked on together on CPU have at most, if they are more than one."""
 
 
 def workspace_bytes(
     num_tokens: int, k: int, hidden_size: int, *, intermediate_size: int, element_size: int
 ) -> int:
-    """Bytes of the buffers that `fused_experts` allocates on a GPU for `num_tokens`, at most.
+    """Bytes of the buffers that `fused_experts` allocates on a GPU for `num_tokens`.
 
-    Per chosen row: its activation [I], its output [H] and 12 bytes of index; its result [H] per
-    token. Beyond `CHUNK_TOKENS` tokens only the result grows. The buffers come from torch's caching
-    allocator, the one workspace per device that every layer shares: they are freed in stream order
-    when the layer returns, so the next layer gets the same memory, in CUDA graphs too.
+    Per chosen row: its activation [I], its output [H] and 8 bytes of index (not counted: 4 bytes
+    for each expert); per token its result [H], twice where chunks are put together. Beyond
+    `CHUNK_TOKENS` tokens only the results grow.
+
+    The buffers come from torch's caching allocator, which is the one workspace per device that
+    all layers share: they are freed in stream order when a layer returns, so the next layer gets
+    the same memory, and inside a CUDA graph that of the graph's pool.
     """
     rows = min(num_tokens, CHUNK_TOKENS) * k
-    row_bytes = (intermediate_size + hidden_size) * element_size + 12
-    return rows * row_bytes + num_tokens * hidden_size * element_size
+    results = num_tokens * (1 if num_tokens <= CHUNK_TOKENS else 2)
+    row_bytes = (intermediate_size + hidden_size) * element_size + 8
+    return rows * row_bytes + results * hidden_size * element_size
 
 
 def fused_experts(
@@ -104,33 +108,36 @@ def _fused_experts_torch(
         h = (act(gate) * up).to(x.dtype)
         return _grouped_linear(h.to(dtype), sizes, w2, experts, bias2).to(x.dtype)
 
-    topk_ids = _local_ids(topk_ids, expert_map)
-    num_tokens, k = topk_ids.shape
-    if num_tokens == 1 and min(chosen := topk_ids[0].tolist()) >= 0:
-        # Nothing to group, and every torch call counts.
-        return combine(experts_of(x, chosen, [1] * k).unsqueeze(0), topk_weights)
-    order, offsets = permute(topk_ids, w13.shape[0])
-    tokens, weights = order // k, topk_weights.flatten().index_select(0, order).unsqueeze(1)
-    out = x.new_zeros(x.shape, dtype=torch.float32)
-    bounds = offsets.tolist()
-    for batch in _batches(bounds):
-        experts = [e for e in batch if bounds[e] < bounds[e + 1]]
-        sizes = [bounds[e + 1] - bounds[e] for e in experts]
-        rows = slice(bounds[batch.start], bounds[batch.stop])
-        y = experts_of(x.index_select(0, tokens[rows]), experts, sizes)
-        out.index_add_(0, tokens[rows], y * weights[rows])
-    return out.to(x.dtype)
+    def chunk(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        num_tokens, k = topk_ids.shape
+        if num_tokens == 1 and min(chosen := topk_ids[0].tolist()) >= 0:
+            # Nothing to group, and every torch call counts.
+            return combine(experts_of(x, chosen, [1] * k).unsqueeze(0), topk_weights)
+        order, offsets = permute(topk_ids, w13.shape[0])
+        tokens, weights = order // k, topk_weights.flatten().index_select(0, order).unsqueeze(1)
+        out = x.new_zeros(x.shape, dtype=torch.float32)
+        bounds = offsets.tolist()
+        # A batch of one expert has no token twice: on CUDA, index_add_ leaves their order open.
+        for batch in _batches(bounds, 1 if x.is_cuda else BATCH_ROWS):
+            experts = [e for e in batch if bounds[e] < bounds[e + 1]]
+            sizes = [bounds[e + 1] - bounds[e] for e in experts]
+            rows = slice(bounds[batch.start], bounds[batch.stop])
+            y = experts_of(x.index_select(0, tokens[rows]), experts, sizes)
+            out.index_add_(0, tokens[rows], y * weights[rows])
+        return out.to(x.dtype)
+
+    return _in_chunks(chunk, x, topk_weights, _local_ids(topk_ids, expert_map))
 
 
-def _batches(bounds: list[int]) -> Iterator[range]:
-    """Neighbouring experts together, up to BATCH_ROWS rows; bounds[e] rows come before expert e.
+def _batches(bounds: list[int], max_rows: int) -> Iterator[range]:
+    """Neighbouring experts with max_rows together, or one alone; bounds[e] rows precede expert e.
 
     Small experts then share their torch calls, and no buffer holds all the rows at once: memory
     that is new to the process costs more than it takes to fill it.
     """
     first = 0
     for last in range(1, len(bounds)):
-        if last + 1 == len(bounds) or bounds[last + 1] - bounds[first] > BATCH_ROWS:
+        if last + 1 == len(bounds) or bounds[last + 1] - bounds[first] > max_rows:
             if bounds[first] < bounds[last]:
                 yield range(first, last)
             first = last

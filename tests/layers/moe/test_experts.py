@@ -28,19 +28,19 @@ def make(
 ) -> dict[str, Tensor]:
     """Arguments of fused_experts; shape is (E, H, I)."""
     num_experts, hidden, intermediate = shape
-    generator = torch.Generator().manual_seed(num_tokens + 7 * k)
+    generator = torch.Generator(device).manual_seed(num_tokens + 7 * k)
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*size, generator=generator) * scale).to(device, dtype)
+        return (torch.randn(*size, generator=generator, device=device) * scale).to(dtype)
 
-    scores = torch.rand(num_tokens, num_experts, generator=generator)
+    scores = torch.rand(num_tokens, num_experts, generator=generator, device=device)
     weights, ids = (t[:, :k].contiguous() for t in scores.sort(-1, descending=True))
     return {
         "x": normal(num_tokens, hidden),
         "w13": normal(num_experts, 2 * intermediate, hidden, scale=hidden**-0.5),
         "w2": normal(num_experts, hidden, intermediate, scale=intermediate**-0.5),
-        "topk_weights": weights.to(device),
-        "topk_ids": ids.int().to(device),
+        "topk_weights": weights,
+        "topk_ids": ids.int(),
     }
 
 
@@ -247,12 +247,12 @@ def test_refuses(change: dict[str, Any], message: str) -> None:
 
 
 def test_workspace_is_bounded() -> None:
-    def beyond_result(num_tokens: int) -> int:
-        size = workspace_bytes(num_tokens, 8, 2048, intermediate_size=768, element_size=2)
-        return size - num_tokens * 2048 * 2
+    def size(num_tokens: int) -> int:
+        return workspace_bytes(num_tokens, 8, 2048, intermediate_size=768, element_size=2)
 
-    assert beyond_result(100) == 100 * 8 * ((2048 + 768) * 2 + 12)
-    assert beyond_result(10**6) == beyond_result(experts.CHUNK_TOKENS)
+    limit = experts.CHUNK_TOKENS
+    assert size(100) == 100 * (8 * ((2048 + 768) * 2 + 8) + 2048 * 2)
+    assert size(3 * limit) == size(limit) + 5 * limit * 2048 * 2
 
 
 CUDA = torch.device("cuda")
@@ -314,3 +314,30 @@ def test_cuda_graph_replays_to_the_same_bits(num_tokens: int, dtype: torch.dtype
         graph.replay()
         assert torch.equal(captured, run(args))
         assert_close(captured, run(new))
+
+
+@pytest.mark.gpu
+def test_cuda_needs_no_more_than_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "CHUNK_TOKENS", 256)
+    args = make(1000, 4, (16, 512, 256), torch.bfloat16, CUDA)
+    run(args)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run(args)
+    used = torch.cuda.max_memory_allocated() - before
+    # The allocator rounds each buffer up to 512 bytes.
+    assert used <= workspace_bytes(1000, 4, 512, intermediate_size=256, element_size=2) + 10 * 512
+
+
+@pytest.mark.gpu
+def test_cuda_gradients_are_those_of_the_cpu() -> None:
+    args = make(30, 2, (4, 24, 16), torch.float32, torch.device("cpu"))
+    leaves = ("x", "w13", "w2", "topk_weights")
+
+    def gradients(device: torch.device) -> tuple[Tensor, ...]:
+        moved = {name: tensor.to(device) for name, tensor in args.items()}
+        inputs = [moved[name].requires_grad_() for name in leaves]
+        return torch.autograd.grad(run(moved).square().sum(), inputs)
+
+    for actual, expected in zip(gradients(CUDA), gradients(args["x"].device), strict=True):
+        assert_close(actual.cpu(), expected)
