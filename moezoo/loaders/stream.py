@@ -47,8 +47,7 @@ class Piece(NamedTuple):
 class _Stage:
     """A staging buffer in host memory; `copied` is when the GPU has taken what is in it."""
 
-    def __init__(self, device: torch.device) -> None:
-        on_gpu = device.type == "cuda"
+    def __init__(self, on_gpu: bool) -> None:
         self.buffer = torch.empty(_BATCH, dtype=torch.uint8, device="cpu", pin_memory=on_gpu)
         self.copied = torch.cuda.Event() if on_gpu else None
 
@@ -81,16 +80,18 @@ def stream(pieces: Iterable[Piece], device: torch.device, *, progress: bool) -> 
     on_gpu = device.type == "cuda"
     num_threads = min(8, max(4, os.cpu_count() or 4))
     stages: queue.SimpleQueue[_Stage] = queue.SimpleQueue()
-    if not all(piece.direct for piece in pieces):
-        for _ in range(num_threads + 2 * on_gpu):
-            stages.put(_Stage(device))
     with ExitStack() as stack:
         files = {path: _open(path, stack) for path in {piece.path for piece in pieces}}
-        side = torch.cuda.Stream(device) if on_gpu else None
-        if side is not None:
+        side = None
+        if on_gpu:
+            stack.enter_context(torch.cuda.device(device))
+            side = torch.cuda.Stream(device)
             # Earlier work on the current stream may still use the memory of the targets.
             side.wait_stream(torch.cuda.current_stream(device))
             stack.callback(side.synchronize)
+        if not all(piece.direct for piece in pieces):
+            for _ in range(num_threads + 2 * on_gpu):
+                stages.put(_Stage(on_gpu))
 
         def transfer(batch: Sequence[Piece]) -> int:
             if all(piece.direct for piece in batch):
