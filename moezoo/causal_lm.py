@@ -24,6 +24,7 @@ from moezoo.generation.cache import growing_cache
 from moezoo.generation.decode import decode
 from moezoo.layers.attention import CausalMask
 from moezoo.layers.decoder import Decoder
+from moezoo.loaders.save import save_pretrained
 
 ENGINE_KWARGS = {
     "attention_mask",
@@ -34,8 +35,8 @@ ENGINE_KWARGS = {
 }
 
 
-IGNORED_KWARGS = ("cache_position", "tokenizer", "assistant_tokenizer")
-"""What `generate` hands on to the model and only its stopping criteria need."""
+IGNORED_KWARGS = ("cache_position", "tokenizer", "assistant_tokenizer", "token_type_ids")
+"""What `generate` and tokenizers hand on and no decoder uses."""
 
 
 class MoECausalLM(PreTrainedModel, GenerationMixin):
@@ -74,8 +75,17 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.decoder.embed
 
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.decoder.embed = value
+
     def get_output_embeddings(self) -> nn.Module:
         return self.decoder.lm_head or self.decoder.embed
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.decoder.lm_head = new_embeddings
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError("moezoo's layers have no paged cache; use moezoo.generate(...)")
 
     @staticmethod
     def create_masks_for_generate(
@@ -85,12 +95,15 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         return attention_mask
 
     def save_pretrained(
-        self, save_directory: str | Path, *, max_shard_size: int | str = "5GB", **kwargs: Any
+        self,
+        save_directory: str | Path,
+        *,
+        is_main_process: bool = True,
+        max_shard_size: int | str = "5GB",
     ) -> None:
         """Write config, generation config and weights in the hub's layout; see `loaders.save`."""
-        from moezoo.loaders.save import save_pretrained
-
-        save_pretrained(self, save_directory, max_shard_size=max_shard_size)
+        if is_main_process:
+            save_pretrained(self, save_directory, max_shard_size=max_shard_size)
 
     def forward(
         self,
@@ -124,6 +137,10 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         x = self.decoder.embed(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if return_dict is None:
+            return_dict = self.config.return_dict
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
@@ -149,7 +166,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values if use_cache else None,
             hidden_states=None if states is None else tuple(states),
         )
-        return output.to_tuple() if return_dict is False else output
+        return output if return_dict else output.to_tuple()
 
     def _sample(
         self,

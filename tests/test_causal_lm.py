@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -239,3 +240,32 @@ def test_wrong_calls(pair: Pair) -> None:
         pair.ours(torch.tensor([[1]]), atention_mask=torch.tensor([[1]]))
     with pytest.raises(TypeError, match=r"moezoo\.from_pretrained"):
         type(pair.ours).from_pretrained(tiny_model())
+
+
+def test_what_the_config_says_of_outputs_is_a_default(pair: Pair) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    pair.ours.config.output_hidden_states = True
+    try:
+        assert len(pair.ours(ids).hidden_states) == pair.ours.config.num_hidden_layers + 1
+        assert pair.ours(ids, output_hidden_states=False).hidden_states is None
+    finally:
+        pair.ours.config.output_hidden_states = False
+
+
+def test_token_type_ids_are_ignored_as_in_transformers(pair: Pair) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    typed = pair.ours(ids, token_type_ids=torch.ones_like(ids)).logits
+    assert typed.equal(pair.ours(ids).logits)
+
+
+def test_embeddings_can_be_resized(tmp_path: Path) -> None:
+    model = load(torch.float32).ours
+    model.resize_token_embeddings(4100, mean_resizing=False)
+    assert model(torch.tensor([[4099]])).logits.shape == (1, 1, 4100)
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).vocab_size == 4100
+
+
+def test_continuous_batching_of_transformers_is_refused(pair: Pair) -> None:
+    with pytest.raises(ValueError, match=r"moezoo\.generate"):
+        pair.ours.generate_batch([[1, 2]])

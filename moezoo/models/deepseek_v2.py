@@ -15,6 +15,7 @@ from moezoo.layers.moe import ACTIVATIONS, FusedMoE
 from moezoo.layers.moe.routing import grouped_topk
 from moezoo.layers.norm import RMSNorm
 from moezoo.layers.rope import Rotation, rotate_interleaved
+from moezoo.models.fields import experts_per_token
 from moezoo.models.names import DECODER, DENSE_MLP, EXPERTS, MLA, gated_mlp
 
 ASSUMES = {
@@ -30,7 +31,7 @@ LATENT_NORM_EPS = 1e-6
 
 def check_routing(config: DeepseekV2Config | DeepseekV3Config, *, grouped: bool) -> None:
     """Raise `UnsupportedArchitectureError` for numbers of experts and groups that do not fit."""
-    experts, chosen = config.n_routed_experts, config.num_experts_per_tok
+    experts = config.n_routed_experts
     if grouped:
         groups, kept = config.n_group, config.topk_group
         if not groups or experts % groups:
@@ -40,10 +41,7 @@ def check_routing(config: DeepseekV2Config | DeepseekV3Config, *, grouped: bool)
         if not kept or kept > groups:
             raise UnsupportedArchitectureError.of_field(config, "topk_group", f"1 to {groups}")
         experts = kept * experts // groups
-    if not chosen or chosen > experts:
-        raise UnsupportedArchitectureError.of_field(
-            config, "num_experts_per_tok", f"1 to {experts}"
-        )
+    experts_per_token(config, experts)
 
 
 def latent_attention(

@@ -9,6 +9,7 @@ from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.moe import ACTIVATIONS, FusedMoE
 from moezoo.layers.moe.routing import softmax_topk
 from moezoo.loaders.mapping import Rule
+from moezoo.models.fields import experts_per_token
 from moezoo.models.names import ATTENTION, DECODER, EXPERTS
 
 ASSUMES = {"hidden_act": tuple(ACTIVATIONS), "output_router_logits": (False,)}
@@ -29,7 +30,11 @@ def build(config: MixtralConfig) -> Decoder:
             config.hidden_size,
             config.intermediate_size,
             config.num_local_experts,
-            partial(softmax_topk, k=config.num_experts_per_tok, renormalize=True),
+            partial(
+                softmax_topk,
+                k=experts_per_token(config, config.num_local_experts),
+                renormalize=True,
+            ),
             activation=config.hidden_act,
         )
 

@@ -10,6 +10,7 @@ from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.moe import ACTIVATIONS, FusedMoE
 from moezoo.layers.moe.routing import softmax_topk
 from moezoo.layers.norm import RMSNorm
+from moezoo.models.fields import experts_per_token
 from moezoo.models.names import ATTENTION, DECODER, EXPERTS, QK_NORM
 
 ASSUMES = {"hidden_act": tuple(ACTIVATIONS), "output_router_logits": (False,)}
@@ -38,7 +39,11 @@ def build(config: OlmoeConfig) -> Decoder:
             config.hidden_size,
             config.intermediate_size,
             config.num_experts,
-            partial(softmax_topk, k=config.num_experts_per_tok, renormalize=config.norm_topk_prob),
+            partial(
+                softmax_topk,
+                k=experts_per_token(config, config.num_experts),
+                renormalize=config.norm_topk_prob,
+            ),
             activation=config.hidden_act,
         )
 

@@ -13,6 +13,7 @@ from moezoo.layers.mlp import GatedMLP, SigmoidGatedMLP
 from moezoo.layers.moe import ACTIVATIONS, FusedMoE
 from moezoo.layers.moe.routing import softmax_topk
 from moezoo.loaders.mapping import Rule
+from moezoo.models.fields import experts_per_token
 from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, EXPERTS, gated_mlp
 
 ASSUMES = {"hidden_act": tuple(ACTIVATIONS), "output_router_logits": (False,)}
@@ -33,7 +34,11 @@ def feed_forward(
         config.hidden_size,
         config.moe_intermediate_size,
         config.num_experts,
-        partial(softmax_topk, k=config.num_experts_per_tok, renormalize=config.norm_topk_prob),
+        partial(
+            softmax_topk,
+            k=experts_per_token(config, config.num_experts),
+            renormalize=config.norm_topk_prob,
+        ),
         activation=config.hidden_act,
         shared=shared_expert(),
     )

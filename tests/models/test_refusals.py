@@ -63,6 +63,10 @@ FIELDS = [
     ("deepseek_v2", "moe_layer_freq", {"moe_layer_freq": 2}),
     ("deepseek_v2", "num_key_value_heads", {"num_key_value_heads": 2}),
     ("deepseek_v2", "num_experts_per_tok", {"num_experts_per_tok": None}),
+    ("mixtral", "num_experts_per_tok", {"num_experts_per_tok": 99}),
+    ("qwen2_moe", "num_experts_per_tok", {"num_experts_per_tok": 99}),
+    ("qwen3_moe", "num_experts_per_tok", {"num_experts_per_tok": 99}),
+    ("olmoe", "num_experts_per_tok", {"num_experts_per_tok": 0}),
     ("deepseek_v2", "n_group", {"topk_method": "group_limited_greedy"}),
     ("deepseek_v2", "n_group", {"topk_method": "group_limited_greedy", "n_group": 5}),
     (
