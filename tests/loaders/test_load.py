@@ -353,7 +353,7 @@ def test_free_memory_of_the_host_is_known():
 
 def test_the_trained_model_is_read_as_transformers_reads_it():
     ids = torch.arange(40)[None]
-    model = from_pretrained(ASSET, dtype=torch.float32, progress=False)
+    model = from_pretrained(ASSET, dtype=torch.float32, device="cpu", progress=False)
     theirs = AutoModelForCausalLM.from_pretrained(ASSET, dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
