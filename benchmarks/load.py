@@ -12,6 +12,7 @@ anonymous resident memory less what there was before and less the weights.
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -76,16 +77,21 @@ def write_checkpoint(folder: Path, layers: int) -> None:
     total = 0
     for n, shapes in enumerate(shards, start=1):
         file = f"model-{n:05}-of-{layers:05}.safetensors"
-        tensors = {
-            name: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
-            for name, shape in shapes.items()
-        }
+        tensors = {name: random_weight(shape) for name, shape in shapes.items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         total += sum(tensor.nbytes for tensor in tensors.values())
         weight_map.update(dict.fromkeys(shapes, file))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config.save_pretrained(folder)
+
+
+def random_weight(shape: tuple[int, ...]) -> torch.Tensor:
+    """bf16 with random signs and mantissas and one exponent: quicker than a normal draw."""
+    bits = torch.randint(-(2**63), 2**63 - 1, (math.prod(shape) // 4,))
+    bits &= 0x807F807F807F807F - 2**64
+    bits |= 0x3C803C803C803C80
+    return bits.view(torch.bfloat16).view(shape)
 
 
 def read_files(files: list[Path], buffer: torch.Tensor) -> None:
@@ -111,13 +117,15 @@ def prepare(contender: str, folder: Path, device: str) -> Callable[[], object]:
     files = sorted(folder.glob("*.safetensors"))
     size = sum(path.stat().st_size for path in files)
     if contender == "moezoo":
+        from moezoo import registry
         from moezoo.loaders.load import from_pretrained
 
+        registry.architecture("qwen3_moe")  # imported on first use, as transformers' models are
         return lambda: from_pretrained(folder, device=device, progress=False)
     if contender == "transformers":
         from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM, logging
 
-        assert Qwen3MoeForCausalLM is not None  # transformers imports a model on first use
+        assert Qwen3MoeForCausalLM is not None
         logging.disable_progress_bar()
         return lambda: AutoModelForCausalLM.from_pretrained(folder, device_map=device)
     pinned = device != "cpu"

@@ -328,6 +328,16 @@ def test_too_little_memory_is_found_before_anything_is_allocated(
     assert str(folder) in str(caught.value) and watch.tensors == []
 
 
+@pytest.mark.gpu
+def test_too_little_memory_on_a_gpu_offers_the_cpu(tmp_path, monkeypatch):
+    folder = toy_model.write(tmp_path, toy_model.tensors(toy_model.Toy()))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    with pytest.raises(MoEOutOfMemoryError, match=r"cuda:0 has 0\.00 GiB free; device='cpu' has"):
+        load_toy(folder, toy_model.on_meta(), device=torch.device("cuda:0"))
+
+
 def test_an_allocation_that_fails_is_an_out_of_memory_error(tmp_path, monkeypatch):
     folder = toy_model.write(tmp_path, toy_model.tensors(toy_model.Toy()))
     allocate = load._empty
