@@ -3,6 +3,7 @@
 Legend: B batch, S tokens so far, T new tokens of a step, V vocabulary.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from moezoo.layers.attention import CausalMask
 from moezoo.layers.decoder import Decoder
+from moezoo.layers.linear import without_onednn
 
 
 @dataclass
@@ -54,10 +56,14 @@ def decode(
     stops_at_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     result = Decoded(sequences)
 
+    on_cpu_in_16_bit = device.type == "cpu" and decoder.embed.weight.dtype.itemsize == 2
+
     while True:
         mask = CausalMask(past, new_ids.shape[1], device, visible)
-        hidden = decoder(decoder.embed(new_ids), positions, mask, cache=cache)
-        logits = decoder.logits(hidden[:, -1]).float()
+        one_row = on_cpu_in_16_bit and new_ids.numel() == 1
+        with without_onednn() if one_row else nullcontext():
+            hidden = decoder(decoder.embed(new_ids), positions, mask, cache=cache)
+            logits = decoder.logits(hidden[:, -1]).float()
         past += new_ids.shape[1]
         scores = logits_processor(sequences, logits)
         if generation_config.output_logits:

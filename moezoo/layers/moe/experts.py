@@ -7,26 +7,26 @@ Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per toke
 
 Rounding points: products accumulate in fp32; the gated activation is computed in fp32 and rounded
 once to x's dtype, so is each expert's output row; weighting and the sum over K are fp32 and rounded
-once. On CPU, torch has no 16-bit product with an fp32 result: there gate and up are rounded too,
-except where the products are so few that they run in fp32.
+once. On CPU, torch has no 16-bit product with an fp32 result: there gate and up are rounded too.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.layers.kernels.activations import ACTIVATIONS
+from moezoo.layers.linear import without_onednn
 from moezoo.layers.moe.permute import combine, permute
 
 CHUNK_TOKENS = 8192
 """Tokens worked on at a time: enough to fill a GPU, and what bounds `workspace_bytes`."""
 
 
-FEW_PRODUCTS = 2**17
-"""Below so many products for an expert, a 16-bit product on CPU takes longer to begin than to do:
-there the weights are converted and multiplied in fp32."""
+FEW_PRODUCTS = 2**18
+"""With no more products than this for an expert, and with a single row, oneDNN takes longer to
+begin a 16-bit product on CPU than torch's own routine takes to do it."""
 
 BATCH_ROWS = 512
 """Rows that experts worked on together on CPU have at most, if they are more than one."""
@@ -97,16 +97,13 @@ def _fused_experts_torch(
     bias2: Tensor | None,
     expert_map: Tensor | None,
 ) -> Tensor:
-    act, expert_numel = ACTIVATIONS[activation], w13[0].numel()
+    act = ACTIVATIONS[activation]
 
     def experts_of(x: Tensor, experts: list[int], sizes: list[int]) -> Tensor:
         """Of the rows of x, sizes[i] go through experts[i]; one row alone goes through each."""
-        few = sum(sizes) * expert_numel <= FEW_PRODUCTS * len(experts)
-        dtype = torch.float32 if few else x.dtype
-        h = _grouped_linear(x.to(dtype), sizes, w13, experts, bias13).float()
-        gate, up = h.split(h.shape[1] // 2, dim=1)
+        gate, up = _grouped_linear(x, sizes, w13, experts, bias13).float().chunk(2, dim=1)
         h = (act(gate) * up).to(x.dtype)
-        return _grouped_linear(h.to(dtype), sizes, w2, experts, bias2).to(x.dtype)
+        return _grouped_linear(h, sizes, w2, experts, bias2)
 
     def chunk(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         num_tokens, k = topk_ids.shape
@@ -146,16 +143,21 @@ def _batches(bounds: list[int], max_rows: int) -> Iterator[range]:
 def _grouped_linear(
     x: Tensor, sizes: list[int], w: Tensor, experts: list[int], bias: Tensor | None
 ) -> Tensor:
-    """x [S, N] -> [S, M]: of its rows, sizes[i] go through w[experts[i]] [M, N], in x's dtype."""
+    """x [S, N] -> [S, M]: of its rows, sizes[i] go through w[experts[i]] [M, N]."""
     parts = x.split(sizes) if len(x) == sum(sizes) else [x] * len(sizes)
-    weights = [w[e] for e in experts]
-    biases = [None if bias is None else bias[e] for e in experts]
-    if x.dtype != w.dtype:
-        weights = [weight.to(x.dtype) for weight in weights]
-        biases = [None if b is None else b.to(x.dtype) for b in biases]
-    if len(experts) == 1:
-        return F.linear(parts[0], weights[0], biases[0])
-    return torch.cat([F.linear(*args) for args in zip(parts, weights, biases, strict=True)])
+    y: dict[int, Tensor] = {}
+
+    def multiply(chosen: Iterable[int]) -> None:
+        for i in chosen:
+            e = experts[i]
+            y[i] = F.linear(parts[i], w[e], None if bias is None else bias[e])
+
+    few = max(1, FEW_PRODUCTS // w[0].numel()) if x.dtype.itemsize == 2 and not x.is_cuda else 0
+    if few:
+        with without_onednn():
+            multiply(i for i, size in enumerate(sizes) if size <= few)
+    multiply(i for i, size in enumerate(sizes) if size > few)
+    return torch.cat([y[i] for i in range(len(y))]) if len(y) > 1 else y[0]
 
 
 def _fused_experts_cuda(
