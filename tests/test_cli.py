@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from io import BytesIO, TextIOWrapper
 
 import pytest
 import torch
+from configurations import CONFIGURATIONS, reference
 from transformers import AutoTokenizer, TextStreamer
 
 import moezoo
@@ -296,6 +298,37 @@ def test_errors_are_one_line_and_a_code(capsys, tmp_path, monkeypatch, options, 
     assert out == ""
     assert message in err
     assert "Traceback" not in err
+
+
+def copy_model(folder):
+    """A copy of the package's checkpoint to change."""
+    return shutil.copytree(tiny_model(), folder)
+
+
+def test_code_of_a_checkpoint_is_neither_run_nor_offered(tmp_path, monkeypatch):
+    """transformers would ask on the terminal, and for a model type that it does not know it does
+    so for the tokenizer too."""
+    configuration = CONFIGURATIONS["kimi_k2"]["one-group"]
+    folder = copy_model(tmp_path / "kimi")
+    (folder / "model.safetensors").unlink()
+    reference("kimi_k2", configuration | {"vocab_size": 4096}).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "conf.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "conf.py").write_text("raise SystemExit('ran')")
+    command = [sys.executable, "-m", "moezoo", "generate", folder, "--prompt", "The dog", *GREEDY]
+    ran = subprocess.run(command, input="y\n" * 9, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("The dog")
+    assert "custom code" not in ran.stdout + ran.stderr
+
+
+def test_a_malformed_tokenizer_is_named(capsys, tmp_path):
+    folder = copy_model(tmp_path / "m")
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "model": 3}')
+    code, _, err = run(capsys, "generate", folder, "--prompt", "a")
+    assert code == 1
+    assert f"error: {folder}: its tokenizer cannot be loaded: " in err
 
 
 def test_debug_shows_the_traceback(capsys):
