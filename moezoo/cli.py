@@ -387,7 +387,7 @@ def _tokenizer(model_id: str, hub: dict[str, Any]) -> Any:
 
     open_checkpoint(model_id, **hub)  # says best why there is no model, and before anything else
     try:
-        # None, the default, has transformers ask on the terminal whether to run a checkpoint's code.
+        # By default transformers asks on the terminal whether to run a checkpoint's code.
         return AutoTokenizer.from_pretrained(model_id, trust_remote_code=False, **hub)
     except Exception as error:  # what the tokenizers library raises has no class of its own
         raise CheckpointError(f"{model_id}: its tokenizer cannot be loaded: {error}") from error

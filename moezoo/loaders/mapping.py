@@ -141,21 +141,22 @@ class Rule:
 class Skip:
     """Checkpoint tensors that are known and not loaded, and why.
 
-    `pattern` is a template in which `{*}` stands for any rest of a name. With `beyond_depth` only
-    layers that the model does not have are skipped.
+    `pattern` is a template in which `{*}` stands for any rest of a name. With `marks`, which are
+    templates too, only layers that the model does not have and that hold one of these tensors are
+    skipped.
     """
 
     pattern: str
     reason: str
-    beyond_depth: bool = field(default=False, kw_only=True)
+    marks: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         if "{*}" in self.pattern.removesuffix("{*}"):
             raise ValueError(
                 f"Skip({self.pattern!r}): {{*}} stands for the rest of a name and comes last"
             )
-        if self.beyond_depth and "{L}" not in self.pattern:
-            raise ValueError(f"Skip({self.pattern!r}): beyond_depth needs {{L}} in the pattern")
+        if self.marks and not all("{L}" in name for name in (self.pattern, *self.marks)):
+            raise ValueError(f"Skip({self.pattern!r}): marks need {{L}}, as does the pattern then")
 
 
 class Copy(NamedTuple):
@@ -554,11 +555,14 @@ class _Planner:
                 found = [
                     (name, match) for name in self.checkpoint if (match := pattern.fullmatch(name))
                 ]
-                names = [
-                    name
-                    for name, match in found
-                    if not (skip.beyond_depth and int(match["L"]) < depth)
-                ]
+                if skip.marks:
+                    found = [
+                        (name, match)
+                        for name, match in found
+                        if int(match["L"]) >= depth
+                        and any(fill(m, int(match["L"])) in self.checkpoint for m in skip.marks)
+                    ]
+                names = [name for name, _ in found]
                 self.double.extend(
                     f"{name} is wanted by {self.claims[name]} and skipped by {skip.pattern}"
                     for name in names

@@ -73,5 +73,9 @@ CHECKPOINT = (
         "model.layers.{L}.mlp.gate.e_score_correction_bias",
     ),
     *gated_mlp("layers.{L}.mlp.shared", "model.layers.{L}.mlp.shared_experts"),
-    Skip("model.layers.{L}.{*}", "multi-token prediction", beyond_depth=True),
+    Skip(
+        "model.layers.{L}.{*}",
+        "multi-token prediction",
+        marks=tuple(f"model.layers.{{L}}.{name}.weight" for name in ("eh_proj", "enorm", "hnorm")),
+    ),
 )

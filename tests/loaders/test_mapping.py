@@ -35,7 +35,7 @@ RULES = (
     Rule("layers.{L}.qkv", "m.{L}.q", "m.{L}.k", "m.{L}.v"),
     *EXPERTS,
     Skip("m.{L}.rotary.{*}", "computed from the config"),
-    Skip("m.{L}.{*}", "multi-token prediction", beyond_depth=True),
+    Skip("m.{L}.{*}", "multi-token prediction", marks=("m.{L}.eh_proj", "m.{L}.enorm")),
 )
 
 
@@ -140,10 +140,23 @@ def test_a_rank_reads_only_its_rows_of_the_stacked_layout(owned, runs):
 
 
 def test_layers_beyond_the_model_are_skipped_and_counted():
-    checkpoint = per_expert(3, 4) | {"m.0.rotary.inv_freq": TensorInfo((2,), torch.float32)}
-    chosen = plan(RULES, checkpoint, parameters(2, 4))
+    extra = {"m.0.rotary.inv_freq": TensorInfo((2,), torch.float32)}
+    extra["m.2.eh_proj"] = TensorInfo((4, 8), torch.bfloat16)
+    chosen = plan(RULES, per_expert(3, 4) | extra, parameters(2, 4))
     counts = {skip.reason: len(names) for skip, names in chosen.skipped.items()}
-    assert counts == {"multi-token prediction": 3 + 4 * 3, "computed from the config": 1}
+    assert counts == {"multi-token prediction": 1 + 3 + 4 * 3, "computed from the config": 1}
+
+
+def test_layers_beyond_the_model_without_a_mark_are_unknown():
+    """A config that says one layer too few would else give a model that lacks it."""
+    message = refusal(per_expert(3, 0) | {"m.3.enorm": TensorInfo((4,), torch.bfloat16)})
+    assert "m.2.q (the model has no layers.2.qkv)" in message
+    assert "m.3" not in message
+
+
+def test_a_mark_does_not_make_a_layer_of_the_model_one_to_skip():
+    checkpoint = per_expert(2, 4) | {"m.1.eh_proj": TensorInfo((4, 8), torch.bfloat16)}
+    assert "1 tensor unknown:\n  m.1.eh_proj" in refusal(checkpoint)
 
 
 def test_refuses_unknown_tensors_by_name():
@@ -316,8 +329,10 @@ def test_malformed_rules(arguments, options, message):
 def test_malformed_skips():
     with pytest.raises(ValueError, match="comes last"):
         Skip("a.{*}.b", "reason")
-    with pytest.raises(ValueError, match=r"needs \{L\}"):
-        Skip("a.{*}", "reason", beyond_depth=True)
+    with pytest.raises(ValueError, match=r"need \{L\}"):
+        Skip("a.{*}", "reason", marks=("a.{L}.b",))
+    with pytest.raises(ValueError, match=r"need \{L\}"):
+        Skip("a.{L}.{*}", "reason", marks=("a.b",))
 
 
 def test_transpose_and_deinterleave_as_their_definitions():
@@ -436,6 +451,7 @@ def test_infos_of_a_module_name_shared_weights_once():
 
 def test_is_quick_on_the_names_of_a_large_model():
     checkpoint, infos = per_expert(62, 256), parameters(61, 256)
+    checkpoint["m.61.eh_proj"] = TensorInfo((4, 8), torch.bfloat16)
     assert len(checkpoint) > 47_000
     start = time.perf_counter()
     chosen = plan(RULES, checkpoint, infos)
