@@ -296,7 +296,14 @@ def transformers_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         raw["model_type"] = model_type = registry.ARCHITECTURES[model_type]
     try:
         config = CONFIG_MAPPING[model_type].from_dict(raw)
-    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        ArithmeticError,
+        StrictDataclassError,
+    ) as error:
         raise CheckpointError(f"{checkpoint.name}: {CONFIG} is not valid: {error}") from error
     config.name_or_path = checkpoint.name
     return config

@@ -56,6 +56,12 @@ def latent_attention(
         raise UnsupportedArchitectureError.of_field(
             config, "head_dim", f"qk_rope_head_dim, {config.qk_rope_head_dim}"
         )
+    try:
+        scale = yarn_softmax_factor(config.rope_parameters)
+    except TypeError as error:
+        raise UnsupportedArchitectureError.of_field(
+            config, "rope_parameters", f"numbers ({error})"
+        ) from error
     head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
     width = config.num_attention_heads * head_dim
     q: nn.Module
@@ -78,7 +84,7 @@ def latent_attention(
         rope_dim=config.qk_rope_head_dim,
         v_dim=config.v_head_dim,
         rotate=rotate,
-        scale=head_dim**-0.5 * yarn_softmax_factor(config.rope_parameters),
+        scale=head_dim**-0.5 * scale,
         bias=config.attention_bias,
     )
 

@@ -454,6 +454,24 @@ def test_a_default_device_of_the_caller_does_not_matter():
         ({"model_type": "no_such"}, UnsupportedArchitectureError, "qwen3_moe"),
         ({"model_type": None}, CheckpointError, "names no model_type"),
         ({"hidden_size": "wide"}, CheckpointError, "config.json is not valid"),
+        ({"torch_dtype": "float99"}, CheckpointError, "config.json is not valid: module 'torch'"),
+        (
+            {
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 0,
+                }
+            },
+            CheckpointError,
+            "config.json is not valid: division by zero",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": "big"}},
+            UnsupportedArchitectureError,
+            "config.rope_parameters is {",
+        ),
+        ({"vocab_size": -1}, UnsupportedArchitectureError, "config.vocab_size is -1"),
         ({"quantization_config": {"quant_method": "fp8"}}, QuantizationError, "'fp8'"),
         ({"num_experts": 17}, CheckpointError, "expert 16 of layer 0"),
         ({"num_hidden_layers": 7}, CheckpointError, "model.layers.6.input_layernorm.weight"),
