@@ -6,7 +6,7 @@ Legend: H hidden, I expert intermediate, E experts, K experts per token.
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import ceil, prod
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
-from transformers import PreTrainedConfig
 
 from moezoo import registry
 from moezoo.errors import CheckpointError, MoEZooError
@@ -26,8 +25,8 @@ from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.moe import BiasedRoute, FusedMoE, workspace_bytes
 from moezoo.layers.moe.experts import CHUNK_TOKENS
 from moezoo.loaders.checkpoint import Checkpoint, open_checkpoint, open_config
-from moezoo.loaders.load import own_dtype, refuse_quantised, transformers_config
-from moezoo.loaders.mapping import Rule, Skip, parameter_infos, plan
+from moezoo.loaders.load import own_dtype, refuse_quantised, tied_rules, transformers_config
+from moezoo.loaders.mapping import parameter_infos, plan
 
 EXPERT_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Sizes that memory is reported for, as far as there are experts for every rank."""
@@ -128,6 +127,7 @@ def inspect(
     try:
         config = transformers_config(replace(checkpoint, config=bare))
         dtype = own_dtype(config, checkpoint)
+        rules, _ = tied_rules(config, checkpoint)
         with torch.device("meta"):
             decoder = registry.build(config)
         report = _of_decoder(report, decoder, dtype)
@@ -135,28 +135,10 @@ def inspect(
         if unreadable is not None:
             raise unreadable
         refuse_quantised(quantised, checkpoint.name)
-        rules = registry.architecture(config.model_type).CHECKPOINT
-        plan(
-            _without_tied_head(rules, config, checkpoint),
-            checkpoint.tensors,
-            parameter_infos(decoder, dtype),
-        )
+        plan(rules, checkpoint.tensors, parameter_infos(decoder, dtype))
     except MoEZooError as error:
         return replace(report, reason=str(error))
     return replace(report, supported=True)
-
-
-def _without_tied_head(
-    rules: Sequence[Rule | Skip], config: PreTrainedConfig, checkpoint: Checkpoint
-) -> Sequence[Rule | Skip]:
-    """The rules of a loader that takes one of the two tensors that the config says are the same."""
-    head = "lm_head.weight"
-    sources = {rule.target: rule.sources[0] for rule in rules if isinstance(rule, Rule)}
-    if not config.tie_word_embeddings or sources[head] not in checkpoint.tensors:
-        return rules
-    if sources["embed.weight"] in checkpoint.tensors:
-        return (*rules, Skip(sources[head], "tied to the embedding"))
-    return (*rules, Rule("embed.weight", sources[head]))
 
 
 def _on_disk(checkpoint: Checkpoint) -> Report:
