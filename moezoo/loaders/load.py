@@ -36,13 +36,12 @@ from moezoo.loaders.checkpoint import (
 from moezoo.loaders.mapping import (
     Copy,
     ParameterInfo,
-    Plan,
     Rule,
     Skip,
     parameter_infos,
-    plan,
     stored_order,
 )
+from moezoo.loaders.plan import Plan, plan
 from moezoo.loaders.stream import Piece, cut, stream
 
 _log = logging.getLogger(__name__)

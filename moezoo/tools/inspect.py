@@ -26,7 +26,8 @@ from moezoo.layers.moe import BiasedRoute, FusedMoE, workspace_bytes
 from moezoo.layers.moe.experts import CHUNK_TOKENS
 from moezoo.loaders.checkpoint import Checkpoint, open_checkpoint, open_config
 from moezoo.loaders.load import own_dtype, refuse_quantised, tied_rules, transformers_config
-from moezoo.loaders.mapping import parameter_infos, plan
+from moezoo.loaders.mapping import parameter_infos
+from moezoo.loaders.plan import plan
 
 EXPERT_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Sizes that memory is reported for, as far as there are experts for every rank."""

@@ -18,7 +18,8 @@ import transformers
 
 from moezoo.errors import CheckpointError
 from moezoo.layers.linear import FusedLinear
-from moezoo.loaders.mapping import ParameterInfo, Plan, TensorInfo, plan
+from moezoo.loaders.mapping import ParameterInfo, TensorInfo
+from moezoo.loaders.plan import Plan, plan
 from moezoo.registry import architecture, build
 
 NAMES = Path(__file__).parent / "names"
