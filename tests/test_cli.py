@@ -18,6 +18,8 @@ import moezoo
 from moezoo import cli
 from moezoo.assets import tiny_model
 from moezoo.generation import offline
+from moezoo.layers.decoder import Decoder
+from moezoo.tools import progress
 
 GREEDY = ("--greedy", "--max-new-tokens", "6", "--dtype", "float32", "--device", "cpu")
 
@@ -185,8 +187,15 @@ def test_an_interrupted_run_says_so_and_resumes(capsys, tmp_path, monkeypatch):
     assert code == 130
     assert "moezoo: interrupted; the same command goes on" in err
     assert len(records(output.read_text())) == 1
+    # with --overwrite the same command would throw away what there is
+    code, _, err = run(capsys, *command, "--overwrite")
+    assert code == 130
+    assert "moezoo: interrupted; leave out --overwrite to go on" in err
+    assert "the same command" not in err
     monkeypatch.undo()
-    assert run(capsys, *command)[0] == 0
+    code, _, err = run(capsys, *command)
+    assert code == 0
+    assert "1 were there before" in err
     assert [record["id"] for record in records(output.read_text())] == [1, 2, 3]
 
 
@@ -227,6 +236,24 @@ def test_overwrite_keeps_the_old_file_until_there_is_something_new(capsys, tmp_p
     assert code == 1
     assert "no config.json" in err
     assert output.read_text() == "old\n"
+
+
+def test_a_run_that_fails_before_its_first_completion_leaves_no_file(capsys, tmp_path):
+    output = tmp_path / "out.jsonl"
+    code, _, err = run(capsys, "generate", tmp_path, "--prompt", "a", "--output", output)
+    assert code == 1
+    assert "no config.json" in err
+    assert not output.exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_that_cannot_be_written_is_found_before_loading(capsys, tmp_path):
+    (tmp_path / "sealed").mkdir(mode=0o500)
+    output = tmp_path / "sealed" / "out.jsonl"
+    code, _, err = run(capsys, "generate", "--prompt", "a", "--output", output)
+    assert code == 1
+    assert f"Permission denied: '{output}'" in err
+    assert "loaded" not in err
 
 
 def test_chat(capsys, tmp_path):
@@ -287,6 +314,10 @@ def test_seed_and_sampling_options_reach_generation(capsys):
         (("--input", "nowhere.jsonl"), 2, "--input cannot be read: [Errno 2]"),
         (("--input", "a.jsonl", "--output", "./a.jsonl"), 2, "are the same file, a.jsonl"),
         (("--prompt", "a", "--output", "nowhere/out.jsonl"), 1, "[Errno 2]"),
+        (("--prompt", "a", "--output", "."), 1, "[Errno 21]"),
+        (("--prompt", "a", "--repetition-penalty", "0"), 2, "repetition_penalty must be above 0"),
+        (("--prompt", "a", "--repetition-penalty", "inf"), 2, "repetition_penalty must be above"),
+        (("--prompt", "a", "--stop", ""), 2, "stop_strings must be texts that are not empty"),
         (("./nowhere", "--prompt", "a"), 1, "./nowhere does not exist"),
         (("not/cached", "--prompt", "a", "--local-files-only"), 1, "local_files_only is set"),
     ],
@@ -298,6 +329,7 @@ def test_errors_are_one_line_and_a_code(capsys, tmp_path, monkeypatch, options, 
     assert out == ""
     assert message in err
     assert "Traceback" not in err
+    assert "loaded" not in err
 
 
 def copy_model(folder):
@@ -338,15 +370,14 @@ def test_debug_shows_the_traceback(capsys):
     assert "CheckpointError" in err
 
 
-def test_running_out_of_memory_names_the_batch_size(capsys, monkeypatch):
-    def exhausted(*args, **kwargs):
-        raise torch.OutOfMemoryError("no room")
-        yield
-
-    monkeypatch.setattr(offline, "generate", exhausted)
-    code, _, err = run(capsys, "generate", "--prompt", "a", "--batch-size", 16)
+def test_running_out_of_memory_is_a_message(capsys, monkeypatch):
+    """More than any machine has, asked of torch's allocator."""
+    monkeypatch.setattr(Decoder, "logits", lambda *_: torch.empty(1 << 50))
+    prompts = ("--prompt", "a", "--prompt", "b")
+    code, _, err = run(capsys, "generate", *prompts, "--batch-size", 16, *GREEDY)
     assert code == 1
-    assert "Try a --batch-size smaller than 16." in err
+    assert "error: Out of memory during MoE: " in err
+    assert "a batch size below 2 needs less" in err
 
 
 def test_a_terminal_gets_the_text_as_it_comes(capsys, monkeypatch):
@@ -365,6 +396,19 @@ def test_a_terminal_gets_the_text_as_it_comes(capsys, monkeypatch):
     assert len([piece for piece in pieces if piece]) > 3
 
 
+def test_a_terminal_does_not_get_the_stop_string(capsys, tmp_path, monkeypatch):
+    _, plain, _ = run(capsys, "generate", "--prompt", "The dog", *GREEDY)
+    stop = plain.split()[3]
+    expected = plain[: plain.index(stop)] + "\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    _, given, _ = run(capsys, "generate", "--prompt", "The dog", "--stop", stop, *GREEDY)
+    assert given == expected
+    folder = copy_model(tmp_path / "m")
+    (folder / "generation_config.json").write_text(json.dumps({"stop_strings": [stop]}))
+    _, configured, _ = run(capsys, "generate", folder, "--prompt", "The dog", *GREEDY)
+    assert configured == expected
+
+
 def test_a_terminal_gets_a_bar(capsys, tmp_path, monkeypatch):
     lines = prompts_file(tmp_path / "in.jsonl", "The dog", "A cat")
     output = tmp_path / "out.jsonl"
@@ -377,7 +421,7 @@ def test_a_terminal_gets_a_bar(capsys, tmp_path, monkeypatch):
 
 
 def test_elsewhere_progress_is_a_line_now_and_then(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "PLAIN_PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     lines = prompts_file(tmp_path / "in.jsonl", "The dog", "A cat")
     output = tmp_path / "out.jsonl"
     command = ("generate", "--input", lines, "--output", output, "--batch-size", 1)

@@ -86,6 +86,10 @@ class _Files(Protocol):
     def name(self) -> str:
         """How messages call it."""
 
+    @property
+    def revision(self) -> str | None:
+        """The commit that all files are of; None for a folder."""
+
     def listing(self) -> Collection[str]: ...
 
     def local(self, file: str) -> Path | None:
@@ -105,6 +109,11 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     files: _Files = field(repr=False)
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of a hub repository, wherever its branch moves; None for a folder."""
+        return self.files.revision
 
     @property
     def config_folder(self) -> Path:
@@ -335,6 +344,8 @@ def _no_weights(name: str, listing: Collection[str]) -> str:
 
 class _Folder:
     """A folder on this machine."""
+
+    revision = None
 
     def __init__(self, name: str) -> None:
         self.name = name
