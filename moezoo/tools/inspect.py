@@ -32,6 +32,8 @@ from moezoo.loaders.plan import plan
 EXPERT_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Sizes that memory is reported for, as far as there are experts for every rank."""
 
+UNITS = ("B", "kB", "MB", "GB", "TB")
+
 _OF_EXPERT = re.compile(r"(^|\.)experts\.")
 _FP8_BLOCK = 128
 _MXFP4_GROUP = 32
@@ -287,7 +289,7 @@ FORMATS: dict[str, Callable[[int, int], int | None]] = {
 
 def _facts(report: Report) -> Table:
     table = Table(title=report.model, show_header=False)
-    table.add_column(style="bold")
+    table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
 
     def row(name: str, value: object) -> None:
@@ -323,25 +325,35 @@ def _facts(report: Report) -> Table:
 
 
 def _memory(report: Report) -> Table:
+    """One unit for all cells, so that seven of them fit a terminal of 80 columns."""
     sizes = list(next(iter(report.weight_bytes.values())))
-    table = Table(title="bytes of weights per GPU, by number of expert-parallel GPUs")
-    table.add_column("experts as")
+    most = max(max(per_rank.values()) for per_rank in report.weight_bytes.values())
+    power = max(0, min(4, (len(str(most)) - 2) // 3))
+    table = Table(
+        title=f"{UNITS[power]} of weights per GPU, by expert-parallel size",
+    )
+    table.add_column("experts as", no_wrap=True)
     for size in sizes:
-        table.add_column(str(size), justify="right")
+        table.add_column(str(size), justify="right", no_wrap=True)
     for name, per_rank in report.weight_bytes.items():
-        table.add_row(name, *(_size(per_rank[size]) for size in sizes))
+        table.add_row(name, *(_number(per_rank[size] / 1000**power) for size in sizes))
     return table
+
+
+def _number(value: float) -> str:
+    """Three digits, or as many as there are before the point: 9.23, 61.1, 1342."""
+    return f"{value:.{max(0, 3 - len(str(int(value))))}f}"
 
 
 def _size(nbytes: int) -> str:
     if nbytes < 1_000:
         return f"{nbytes} B"
     value = float(nbytes)
-    for unit in ("kB", "MB", "GB"):
+    for unit in UNITS[1:-1]:
         value /= 1000
         if value < 999.5:
             return f"{value:.3g} {unit}"
-    return f"{value / 1000:.3g} TB"
+    return f"{value / 1000:.3g} {UNITS[-1]}"
 
 
 def _name(dtype: torch.dtype) -> str:

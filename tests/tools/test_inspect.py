@@ -261,3 +261,22 @@ def test_the_table_tells_what_the_report_holds():
     for name in FORMATS:
         assert name in text
     assert AutoConfig.from_pretrained(tiny_model()).architectures[0] in text
+
+
+@pytest.mark.parametrize(
+    "config", [QWEN3_30B_A3B, DEEPSEEK_V3], ids=["qwen3-30b-a3b", "deepseek-v3"]
+)
+def test_the_table_fits_a_terminal(tmp_path, config):
+    """80 columns hold the names of the formats and every number whole, up to 64 GPUs."""
+    console = Console(width=80, file=StringIO())
+    report = inspect(config_only(tmp_path, **config))
+    console.print(report)
+    text = console.file.getvalue()
+    assert "…" not in text
+    rows = [line.replace("│", " ").split() for line in text.splitlines()]
+    table = {row[0]: row[1:] for row in rows if row and row[0] in FORMATS}
+    assert table.keys() == FORMATS.keys()
+    assert "GB of weights per GPU" in text
+    for name, per_rank in report.weight_bytes.items():
+        shown = [float(number) for number in table[name]]
+        assert shown == pytest.approx([nbytes / 1e9 for nbytes in per_rank.values()], rel=5e-3)
