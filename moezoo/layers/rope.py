@@ -37,7 +37,7 @@ def _with_head_dim(config: PreTrainedConfig) -> PreTrainedConfig:
 class RotaryEmbedding(nn.Module):
     """Cosines and sines for given positions.
 
-    The frequencies are transformers' own functions of the config. Those of two scalings depend on
+    Scaled frequencies are transformers' own functions of the config. Those of two scalings depend on
     the length of the sequence, and are computed from it on the device, without a synchronisation:
     "longrope" takes its long factors beyond the original context, "dynamic" stretches theta with
     the length. Nothing is remembered between calls: the same input always gives the same output.
