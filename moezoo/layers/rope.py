@@ -37,10 +37,11 @@ def _with_head_dim(config: PreTrainedConfig) -> PreTrainedConfig:
 class RotaryEmbedding(nn.Module):
     """Cosines and sines for given positions.
 
-    Scaled frequencies are transformers' own functions of the config. Those of two scalings depend on
-    the length of the sequence, and are computed from it on the device, without a synchronisation:
-    "longrope" takes its long factors beyond the original context, "dynamic" stretches theta with
-    the length. Nothing is remembered between calls: the same input always gives the same output.
+    Scaled frequencies are transformers' own functions of the config. Those of two scalings depend
+    on the length of the sequence, and are computed from it on the device, without a
+    synchronisation: "longrope" takes its long factors beyond the original context, "dynamic"
+    stretches theta with the length. Nothing is remembered between calls: the same input always
+    gives the same output.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:

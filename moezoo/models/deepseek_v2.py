@@ -11,19 +11,18 @@ from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.mla import LowRankLinear, MultiHeadLatentAttention, yarn_softmax_factor
 from moezoo.layers.mlp import GatedMLP
-from moezoo.layers.moe import ACTIVATIONS, FusedMoE
+from moezoo.layers.moe import FusedMoE
+from moezoo.layers.moe.layer import Route
 from moezoo.layers.moe.routing import grouped_topk
 from moezoo.layers.norm import RMSNorm
 from moezoo.layers.rope import Rotation, rotate_interleaved
-from moezoo.models.fields import experts_per_token
+from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
 from moezoo.models.names import DECODER, DENSE_MLP, EXPERTS, MLA, gated_mlp
 
-ASSUMES = {
-    "hidden_act": tuple(ACTIVATIONS),
+ASSUMES = ASSUMED_EVERYWHERE | {
     "topk_method": ("greedy", "group_limited_greedy"),
     "scoring_func": ("softmax",),
     "moe_layer_freq": (1, None),
-    "output_router_logits": (False,),
 }
 
 LATENT_NORM_EPS = 1e-6
@@ -89,6 +88,25 @@ def latent_attention(
     )
 
 
+def feed_forward(
+    config: DeepseekV2Config | DeepseekV3Config,
+    mlp: Callable[[int], nn.Module],
+    route: Callable[[], Route],
+    layer_idx: int,
+) -> nn.Module:
+    """Dense layers first, which are an `mlp` of some width, then mixtures with shared experts."""
+    if layer_idx < config.first_k_dense_replace:
+        return mlp(config.intermediate_size)
+    return FusedMoE(
+        config.hidden_size,
+        config.moe_intermediate_size,
+        config.n_routed_experts,
+        route(),
+        activation=config.hidden_act,
+        shared=mlp(config.moe_intermediate_size * config.n_shared_experts),
+    )
+
+
 def build(config: DeepseekV2Config) -> Decoder:
     grouped = config.topk_method == "group_limited_greedy"
     check_routing(config, grouped=grouped)
@@ -102,27 +120,11 @@ def build(config: DeepseekV2Config) -> Decoder:
         scaling=config.routed_scaling_factor,
     )
 
-    def mlp(width: int) -> GatedMLP:
-        return GatedMLP(
-            config.hidden_size, width, activation=config.hidden_act, bias=config.mlp_bias
-        )
-
-    def feed_forward(layer_idx: int) -> nn.Module:
-        if layer_idx < config.first_k_dense_replace:
-            return mlp(config.intermediate_size)
-        return FusedMoE(
-            config.hidden_size,
-            config.moe_intermediate_size,
-            config.n_routed_experts,
-            route,
-            activation=config.hidden_act,
-            shared=mlp(config.moe_intermediate_size * config.n_shared_experts),
-        )
-
     def attention(layer_idx: int) -> MultiHeadLatentAttention:
         return latent_attention(config, rotate_interleaved)
 
-    return pre_norm_decoder(config, attention, feed_forward)
+    mlp = partial(GatedMLP, config.hidden_size, activation=config.hidden_act, bias=config.mlp_bias)
+    return pre_norm_decoder(config, attention, partial(feed_forward, config, mlp, lambda: route))
 
 
 CHECKPOINT = (

@@ -3,6 +3,10 @@
 from transformers import PreTrainedConfig
 
 from moezoo.errors import UnsupportedArchitectureError
+from moezoo.layers.moe import ACTIVATIONS
+
+ASSUMED_EVERYWHERE = {"hidden_act": tuple(ACTIVATIONS), "output_router_logits": (False,)}
+"""What every model file's `ASSUMES` holds."""
 
 # Where a config has the field. What may be 0 is a part that is then not there.
 POSITIVE = (
