@@ -192,7 +192,9 @@ def open_config(
             "shards), or a hub id such as Qwen/Qwen3-30B-A3B"
         )
     else:
-        files = _Repository(name, revision, cache_dir, token, local_files_only)
+        files = _Repository(
+            name, revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+        )
     config_path = files.local(CONFIG)
     if config_path is None:
         raise CheckpointError(f"{name} has no {CONFIG}, so it is not known which model this is")
@@ -380,6 +382,7 @@ class _Repository:
         self,
         repo_id: str,
         revision: str | None,
+        *,
         cache_dir: str | Path | None,
         token: str | bool | None,
         local_files_only: bool,

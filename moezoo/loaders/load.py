@@ -110,7 +110,7 @@ def from_checkpoint(
     if twins is not None:
         _planned(decoder, checkpoint, rules, device=target_device, dtype=config.dtype)
         if not _same_bytes(checkpoint, *twins, progress=progress):
-            _untie(config, checkpoint, *twins)
+            _untie(config, checkpoint.name, twins)
             rules = registry.architecture(config.model_type).CHECKPOINT
             with torch.device("meta"):
                 decoder = registry.build(config)
@@ -183,7 +183,14 @@ def load_weights(
         _log.warning("%s: %d tensors not loaded: %s", skip.pattern, len(names), skip.reason)
     locations = checkpoint.fetch({copy.source for copy in chosen.copies}, progress=progress)
     try:
-        tensors = _read_copies(checkpoint, chosen.copies, locations, wanted, device, progress)
+        tensors = _read_copies(
+            checkpoint,
+            chosen.copies,
+            locations,
+            wanted=wanted,
+            device=device,
+            progress=progress,
+        )
     except BaseException as error:
         # The frames of the traceback hold the tensors for as long as anybody keeps the error.
         _clear_frames(error)
@@ -273,6 +280,7 @@ def _read_copies(
     checkpoint: Checkpoint,
     copies: Sequence[Copy],
     locations: Mapping[str, Location],
+    *,
     wanted: Mapping[str, ParameterInfo],
     device: torch.device,
     progress: bool,
@@ -398,17 +406,14 @@ def tied_rules(
         return (*rules, Rule("embed.weight", head)), None
     a, b = checkpoint.tensors[head], checkpoint.tensors[embedding]
     if (a.shape, a.dtype) != (b.shape, b.dtype):
-        _untie(config, checkpoint, head, embedding)
+        _untie(config, checkpoint.name, (head, embedding))
         return rules, None
     return (*rules, Skip(head, "tied to the embedding")), (head, embedding)
 
 
-def _untie(config: PreTrainedConfig, checkpoint: Checkpoint, head: str, embedding: str) -> None:
+def _untie(config: PreTrainedConfig, name: str, twins: tuple[str, str]) -> None:
     _log.warning(
-        "%s: tie_word_embeddings is set, but %s and %s differ; they stay apart",
-        checkpoint.name,
-        head,
-        embedding,
+        "%s: tie_word_embeddings is set, but %s and %s differ; they stay apart", name, *twins
     )
     config.tie_word_embeddings = False
 

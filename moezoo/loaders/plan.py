@@ -65,7 +65,7 @@ def plan(
     means all. Raises `CheckpointError` that names every unknown or missing tensor, every one
     claimed twice, every wrong shape and every dtype that is not a plain float.
     """
-    return _Planner(rules, checkpoint, parameters, experts).run()
+    return _Planner(rules, checkpoint, parameters, experts=experts).run()
 
 
 class _Place(NamedTuple):
@@ -87,6 +87,7 @@ class _Planner:
         rules: Sequence[Rule | Skip],
         checkpoint: Mapping[str, TensorInfo],
         parameters: Mapping[str, ParameterInfo],
+        *,
         experts: Sequence[int] | None,
     ) -> None:
         self.rules = rules
