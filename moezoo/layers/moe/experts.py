@@ -12,7 +12,9 @@ once to x's dtype, so is each expert's output row; weighting and the sum over K 
 once. On CPU, torch has no 16-bit product with an fp32 result: there gate and up are rounded too.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -233,8 +235,16 @@ def _in_chunks(
     return torch.cat([chunk(*part) for part in zip(*parts, strict=True)])
 
 
-# Under a gradient the loop over experts is for autograd to see, not for a compiler to trace.
-_fused_experts_autograd = torch.compiler.disable(_fused_experts_torch)
+@torch.compiler.disable
+def _fused_experts_autograd(x: Tensor, *args: Any) -> Tensor:
+    """The loop over experts is for autograd to see, not for a compiler to trace."""
+    if x.is_cuda:
+        warnings.warn(
+            "fused_experts computes a gradient, expert by expert in torch; for inference use"
+            " torch.no_grad() or torch.inference_mode(), and it runs its kernels",
+            stacklevel=2,
+        )
+    return _fused_experts_torch(x, *args)
 
 
 @torch.library.custom_op("moezoo::fused_experts", mutates_args=(), device_types="cpu")
