@@ -3,6 +3,9 @@
     h[r] = act(w13[e][:I] @ x[t] + bias) * (w13[e][I:] @ x[t] + bias)
     t = order[r] // K,  e the expert with offsets[e] <= r < offsets[e+1]
 
+and with `Gating`'s bounds where there are some. As [E, 2, I, H], w13 may have its gate and up rows
+in any places of memory; as [E, 1, I, H] it has no gate, and h[r] = act(w13[e] @ x[t] + bias).
+
 Products accumulate in fp32, h is rounded once. The rows of x are gathered by pointer; one program
 holds the gate and the up accumulator of the same columns.
 
@@ -15,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moezoo.layers.kernels.activations import ACTIVATIONS
+from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.kernels.permute import first_tile
 from moezoo.layers.kernels.tiles import GROUP_M, choose_tile
 
@@ -29,17 +32,21 @@ def gated_up_ref(
     *,
     k: int,
     tile_rows: int,
-    activation: str = "silu",
+    activation: str | Gating = "silu",
     bias13: Tensor | None = None,
 ) -> Tensor:
-    h = x.new_zeros(order.numel(), w13.shape[1] // 2)
+    gating = Gating.of(activation)
+    if w13.ndim == 3:
+        w13 = w13.unflatten(1, (2, -1))
+        bias13 = None if bias13 is None else bias13.unflatten(1, (2, -1))
+    h = x.new_zeros(order.numel(), w13.shape[2])
     for e in range(w13.shape[0]):
         rows = slice(int(offsets[e]), int(offsets[e + 1]))
-        gate_up = x[order[rows].long() // k].float() @ w13[e].float().T
+        parts = x[order[rows].long() // k].float() @ w13[e].float().mT  # [1 or 2, rows, I]
         if bias13 is not None:
-            gate_up += bias13[e].float()
-        gate, up = gate_up.chunk(2, dim=-1)
-        h[rows] = (ACTIVATIONS[activation](gate) * up).to(h.dtype)
+            parts += bias13[e].float().unsqueeze(1)
+        act = gating if len(parts) == 2 else ACTIVATIONS[gating.activation]
+        h[rows] = act(*parts).to(h.dtype)
     return h
 
 
@@ -52,10 +59,24 @@ def _activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh(u)) / 2 = sigmoid(2u), with u = sqrt(2/pi) * (x + 0.044715 x^3).
         return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "quick_gelu":
+        return x * tl.sigmoid(1.702 * x)
+    elif ACTIVATION == "relu2":
+        return tl.where(x < 0.0, 0.0, x * x)
     else:
         tl.static_assert(ACTIVATION == "relu")
         # Not maximum(x, 0), which would swallow NaN.
         return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
+def _gate(gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr):
+    if LIMIT is not None:
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    if UP_OFFSET != 0.0:
+        up += UP_OFFSET
+    return _activate(gate, ACTIVATION) * up
 
 
 @triton.jit
@@ -74,11 +95,16 @@ def _gated_up_kernel(
     stride_xt,
     stride_xh,
     stride_we,
+    stride_wg,
     stride_wn,
     stride_wh,
     stride_be,
+    stride_bg,
     stride_bn,
+    GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     TILE_PER_ROW: tl.constexpr,
@@ -111,8 +137,7 @@ def _gated_up_kernel(
     inner = tl.arange(0, BLOCK_K)
     p_x = x_ptr + tokens[:, None] * stride_xt + inner[None, :] * stride_xh
     p_gate = w_ptr + expert * stride_we + w_rows[None, :] * stride_wn + inner[:, None] * stride_wh
-    up_rows = w_rows + intermediate_size
-    p_up = w_ptr + expert * stride_we + up_rows[None, :] * stride_wn + inner[:, None] * stride_wh
+    p_up = p_gate + stride_wg
 
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -120,23 +145,27 @@ def _gated_up_kernel(
         if EVEN_K:
             b_x = tl.load(p_x)
             b_gate = tl.load(p_gate)
-            b_up = tl.load(p_up)
+            if GATED:
+                b_up = tl.load(p_up)
         else:
             m_inner = start + inner < hidden_size
             b_x = tl.load(p_x, mask=m_inner[None, :], other=0.0)
             b_gate = tl.load(p_gate, mask=m_inner[:, None], other=0.0)
-            b_up = tl.load(p_up, mask=m_inner[:, None], other=0.0)
+            if GATED:
+                b_up = tl.load(p_up, mask=m_inner[:, None], other=0.0)
         gate = tl.dot(b_x, b_gate, gate, input_precision="ieee")
-        up = tl.dot(b_x, b_up, up, input_precision="ieee")
+        if GATED:
+            up = tl.dot(b_x, b_up, up, input_precision="ieee")
         p_x += BLOCK_K * stride_xh
         p_gate += BLOCK_K * stride_wh
         p_up += BLOCK_K * stride_wh
 
     if HAS_BIAS:
-        p_bias = bias_ptr + expert * stride_be
-        gate += tl.load(p_bias + w_rows * stride_bn).to(tl.float32)[None, :]
-        up += tl.load(p_bias + up_rows * stride_bn).to(tl.float32)[None, :]
-    h = _activate(gate, ACTIVATION) * up
+        p_bias = bias_ptr + expert * stride_be + w_rows * stride_bn
+        gate += tl.load(p_bias).to(tl.float32)[None, :]
+        if GATED:
+            up += tl.load(p_bias + stride_bg).to(tl.float32)[None, :]
+    h = _gate(gate, up, ACTIVATION, LIMIT, UP_OFFSET) if GATED else _activate(gate, ACTIVATION)
     o_h = rows.to(tl.int64)[:, None] * intermediate_size + cols[None, :]
     tl.store(h_ptr + o_h, h.to(h_ptr.dtype.element_ty), mask=m_rows[:, None] & m_cols[None, :])
 
@@ -150,20 +179,22 @@ def gated_up(
     *,
     k: int,
     tile_rows: int,
-    activation: str = "silu",
+    activation: str | Gating = "silu",
     bias13: Tensor | None = None,
 ) -> Tensor:
     """-> h [S, I] in x's dtype, rows in expert order; those from offsets[E] on are not written.
 
-    x [T, H] and w13 [E, 2I, H], bias13 [E, 2I], all fp32, bf16 or fp16, of any strides; order [S],
-    offsets [E+1] and tile_experts [N] int32 as `permute` made them with the same `tile_rows`.
+    x [T, H] and w13 [E, 2I, H], bias13 [E, 2I], all fp32, bf16 or fp16, of any strides; or w13
+    [E, 2, I, H] and bias13 [E, 2, I]; or without a gate w13 [E, 1, I, H] and bias13 [E, 1, I].
+    order [S], offsets [E+1] and tile_experts [N] int32 as `permute` made them with the same
+    `tile_rows`.
 
     Raises ValueError for shapes or dtypes that do not fit, and for an unknown activation.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
-    num_experts, num_outputs, hidden_size = w13.shape
-    if w13.dtype != x.dtype or x.ndim != 2 or x.shape[1] != hidden_size or num_outputs % 2:
+    gating = Gating.of(activation)
+    num_experts, hidden_size = w13.shape[0], w13.shape[-1]
+    halves = w13.shape[1] in (1, 2) if w13.ndim == 4 else w13.ndim == 3 and w13.shape[1] % 2 == 0
+    if w13.dtype != x.dtype or x.ndim != 2 or x.shape[1] != hidden_size or not halves:
         raise ValueError(
             f"x must be [T, H] and w13 [E, 2I, H] of one dtype, got {list(x.shape)} {x.dtype} and "
             f"{list(w13.shape)} {w13.dtype}"
@@ -173,11 +204,15 @@ def gated_up(
             f"order must be [{x.shape[0] * k}] and offsets [{num_experts + 1}], got "
             f"{list(order.shape)} and {list(offsets.shape)}"
         )
-    if bias13 is not None and bias13.shape != w13.shape[:2]:
-        raise ValueError(f"bias13 must be {list(w13.shape[:2])}, got {list(bias13.shape)}")
-    intermediate_size, n = num_outputs // 2, tile_experts.numel()
+    if bias13 is not None and bias13.shape != w13.shape[:-1]:
+        raise ValueError(f"bias13 must be {list(w13.shape[:-1])}, got {list(bias13.shape)}")
+    if w13.ndim == 3:
+        w13 = w13.unflatten(1, (2, -1))
+        bias13 = None if bias13 is None else bias13.unflatten(1, (2, -1))
+    _, num_parts, intermediate_size, _ = w13.shape
+    n = tile_experts.numel()
     h = torch.empty(order.numel(), intermediate_size, dtype=x.dtype, device=x.device)
-    tile = choose_tile(tile_rows, 2, x.dtype, x.device)
+    tile = choose_tile(tile_rows, num_parts, x.dtype, x.device)
     num_programs = n * triton.cdiv(intermediate_size, tile.n)
     if num_programs == 0:
         return h
@@ -195,8 +230,11 @@ def gated_up(
         k,
         *x.stride(),
         *w13.stride(),
-        *((0, 0) if bias13 is None else bias13.stride()),
-        ACTIVATION=ACTIVATIONS[activation].__name__,
+        *((0, 0, 0) if bias13 is None else bias13.stride()),
+        GATED=num_parts == 2,
+        ACTIVATION=ACTIVATIONS[gating.activation].__name__,
+        LIMIT=gating.limit,
+        UP_OFFSET=gating.up_offset,
         HAS_BIAS=bias13 is not None,
         EVEN_K=hidden_size % tile.k == 0,
         TILE_PER_ROW=n == order.numel(),

@@ -33,5 +33,5 @@ def test_activations_share_a_kernel_with_their_aliases() -> None:
     from moezoo.layers.kernels.activations import ACTIVATIONS
 
     kernels = {function.__name__ for function in ACTIVATIONS.values()}
-    assert kernels == {"silu", "gelu", "gelu_tanh", "relu"}
+    assert kernels == {"silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"}
     assert ACTIVATIONS["gelu_pytorch_tanh"] is ACTIVATIONS["gelu_new"]
