@@ -313,7 +313,7 @@ def _validate(
     rows: tuple[int, ...] = (num_experts, 2 * intermediate_size)
     if w13.ndim == 4:
         rows = (num_experts, 1 if w13.shape[1] == 1 else 2, intermediate_size)
-        if w13.shape[1] == 1 and gating != Gating(gating.activation):
+        if w13.shape[1] == 1 and (gating.limit is not None or gating.up_offset):
             raise ValueError(f"w13 {_describe(w13)} has no gate that {gating} could bound")
     if topk_ids.dtype != torch.int32 and topk_ids.dtype != torch.int64:
         raise ValueError(f"topk_ids must be int32 or int64, got {_describe(topk_ids)}")
