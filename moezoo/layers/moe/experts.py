@@ -198,19 +198,38 @@ def _fused_experts_cuda(
     # Triton is not installed where there is no CUDA.
     from moezoo.layers.kernels.combine import combine
     from moezoo.layers.kernels.down import down
+    from moezoo.layers.kernels.gather import gather
     from moezoo.layers.kernels.gated_up import gated_up
+    from moezoo.layers.kernels.one_token import one_token
     from moezoo.layers.kernels.permute import permute
-    from moezoo.layers.kernels.tiles import row_tile
+    from moezoo.layers.kernels.tiles import plan
 
     gating = Gating(activation, limit, up_offset)
+    if w13.ndim == 3:
+        w13 = w13.unflatten(1, (2, -1))
+        bias13 = None if bias13 is None else bias13.unflatten(1, (2, -1))
 
     def chunk(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         num_tokens, k = topk_ids.shape
-        tile_rows = row_tile(topk_ids.numel(), w13.shape[0], x.dtype)
-        tiles = permute(topk_ids, w13.shape[0], tile_rows)
-        h = gated_up(x, w13, *tiles, k=k, tile_rows=tile_rows, activation=gating, bias13=bias13)
-        y = down(h, w2, *tiles, tile_rows=tile_rows, bias2=bias2)
-        return combine(y.view(num_tokens, k, x.shape[1]), topk_weights, topk_ids)
+        if num_tokens == 1:
+            return one_token(
+                *(x, w13, w2, topk_weights, topk_ids),
+                activation=gating,
+                bias13=bias13,
+                bias2=bias2,
+            )
+        tiles = plan(x, w13, w2, topk_ids.numel())
+        rows = permute(topk_ids, w13.shape[0], tiles.gated_up.m)
+        h = gated_up(
+            *(x, w13, rows),
+            k=k,
+            tile=tiles.gated_up,
+            activation=gating,
+            bias13=bias13,
+            x_sorted=gather(x, rows.positions) if tiles.sort_rows else None,
+        )
+        y = down(h, w2, rows, tile=tiles.down, bias2=bias2)
+        return combine(y, topk_weights, rows.positions)
 
     with torch.cuda.device_of(x):
         return _in_chunks(chunk, x, topk_weights, _local_ids(topk_ids, expert_map))
