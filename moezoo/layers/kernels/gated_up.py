@@ -7,7 +7,8 @@ and with `Gating`'s bounds where there are some. As [E, 2, I, H], w13 may have i
 in any places of memory; as [E, 1, I, H] it has no gate, and h[r] = act(w13[e] @ x[t] + bias).
 
 Products accumulate in fp32, h is rounded once. A tile's gate and up rows lie below each other in
-one operand of one product, and are told apart again where they are in registers.
+the second operand of one product, and are told apart again in registers; as the first operand
+(`weights_first`) they are two products, since the compiler would copy the joint operand.
 
 Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per token, S = T*K rows,
 N most tiles (see `permute`).
@@ -127,15 +128,17 @@ def _rows_times_columns(
     if not SORTED:
         tokens = (tl.load(order_ptr + rows, mask=m_rows, other=0) // k).to(tl.int64)
         p_x = x_ptr + tokens[:, None] * stride_xt + inner[None, :] * stride_xh
+    JOINT: tl.constexpr = 1 if WEIGHTS_FIRST else PARTS
     if not DESCRIPTORS:
-        part = tl.arange(0, PARTS * BLOCK_N) // BLOCK_N
-        w_cols = first_col + tl.arange(0, PARTS * BLOCK_N) % BLOCK_N
+        part = tl.arange(0, JOINT * BLOCK_N) // BLOCK_N
+        w_cols = first_col + tl.arange(0, JOINT * BLOCK_N) % BLOCK_N
         w_cols = tl.where(w_cols < intermediate_size, w_cols, 0)
         o_w = expert.to(tl.int64) * stride_we + part.to(tl.int64) * stride_wg
         p_w = w + (o_w + w_cols.to(tl.int64) * stride_wn)[:, None] + inner[None, :] * stride_wh
 
     if WEIGHTS_FIRST:
-        products = tl.zeros([PARTS * BLOCK_N, BLOCK_M], tl.float32)
+        products = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     else:
         products = tl.zeros([BLOCK_M, PARTS * BLOCK_N], tl.float32)
     for start in range(0, hidden_size, BLOCK_K):
@@ -148,17 +151,27 @@ def _rows_times_columns(
                 b_x = tl.load(p_x, mask=(start + inner < hidden_size)[None, :], other=0.0)
             p_x += BLOCK_K * stride_xh
         if DESCRIPTORS:
-            b_w = tl.reshape(w.load([expert, 0, first_col, start]), [PARTS * BLOCK_N, BLOCK_K])
+            b_w = tl.reshape(w.load([expert, 0, first_col, start]), [JOINT * BLOCK_N, BLOCK_K])
         else:
             if EVEN_K:
                 b_w = tl.load(p_w)
             else:
                 b_w = tl.load(p_w, mask=(start + inner < hidden_size)[None, :], other=0.0)
-            p_w += BLOCK_K * stride_wh
         if WEIGHTS_FIRST:
             products = tl.dot(b_w, b_x.T, products, input_precision="ieee")
+            if PARTS == 2:
+                if DESCRIPTORS:
+                    b_up = tl.reshape(w.load([expert, 1, first_col, start]), [BLOCK_N, BLOCK_K])
+                elif EVEN_K:
+                    b_up = tl.load(p_w + stride_wg)
+                else:
+                    m_inner = (start + inner < hidden_size)[None, :]
+                    b_up = tl.load(p_w + stride_wg, mask=m_inner, other=0.0)
+                up = tl.dot(b_up, b_x.T, up, input_precision="ieee")
         else:
             products = tl.dot(b_x, b_w.T, products, input_precision="ieee")
+        if not DESCRIPTORS:
+            p_w += BLOCK_K * stride_wh
 
     if WEIGHTS_FIRST:
         o_h = rows.to(tl.int64)[None, :] * intermediate_size + cols[:, None]
@@ -172,10 +185,10 @@ def _rows_times_columns(
         bias = bias[:, None] if WEIGHTS_FIRST else bias[None, :]
     if PARTS == 2:
         if WEIGHTS_FIRST:
-            halves = tl.permute(tl.reshape(products, [2, BLOCK_N, BLOCK_M]), [1, 2, 0])
+            gate = products
         else:
             halves = tl.permute(tl.reshape(products, [BLOCK_M, 2, BLOCK_N]), [0, 2, 1])
-        gate, up = tl.split(halves)
+            gate, up = tl.split(halves)
         if HAS_BIAS:
             up_bias = tl.load(p_bias + stride_bg, mask=m_cols, other=0.0).to(tl.float32)
             gate += bias
@@ -303,7 +316,9 @@ def gated_up(
     num_programs = tile.num_programs(tiles.shape[1], intermediate_size, x.device)
     if num_programs == 0:
         return h
-    w = descriptor(w13, (1, num_parts, tile.n, tile.k)) if tile.descriptors else w13
+    w = w13
+    if tile.descriptors:
+        w = descriptor(w13, (1, 1 if tile.weights_first else num_parts, tile.n, tile.k))
     sorted_rows = None if x_sorted is None else descriptor(x_sorted, (tile.m, tile.k))
     _gated_up_kernel[(num_programs,)](
         x,

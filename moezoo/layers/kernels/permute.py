@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moezoo.layers.kernels.overlap import launch_options, wait
 
-MAX_BLOCK = 16384
+MAX_BLOCK = 8192
 """Elements of the [tokens, E] table of a block: what 8 warps hold in registers."""
 
 
@@ -211,7 +211,7 @@ def permute(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutation:
         TILE_ROWS=tile_rows,
         BLOCK_T=block_t,
         BLOCK_E=block_e,
-        BLOCK_B=min(64, triton.next_power_of_2(num_blocks + 1)),
+        BLOCK_B=min(MAX_BLOCK // 2 // block_e, triton.next_power_of_2(num_blocks + 1)) or 1,
         num_warps=8,
         **options,
     )
