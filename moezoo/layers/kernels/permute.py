@@ -27,9 +27,10 @@ MAX_BLOCK = 8192
 
 
 class Permutation(NamedTuple):
-    """order int32 [S], positions int32 [T, K], offsets int32 [E+1], tiles int32 [2, N], num_tiles [1].
+    """All int32: order [S], positions [T, K], offsets [E+1], tiles [2, N], num_tiles [1].
 
-    tiles[0, i] is the expert and tiles[1, i] the first row, in expert order, of tile i.
+    tiles[0, i] is the expert and tiles[1, i] the first row, in expert order, of tile i. Of order,
+    offsets[E] elements are written, of each row of tiles num_tiles.
     """
 
     order: Tensor
@@ -59,7 +60,8 @@ def permute_ref(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutati
     order = [i for rows in by_expert for i in rows]
     place = {row: position for position, row in enumerate(order)}
     positions = int32([place.get(i, -1) for i in range(len(ids))]).view(topk_ids.shape)
-    tiles_ = int32([number for tile in tiles for number in tile]).view(-1, 2).T
+    order += [i for i in range(len(ids)) if i not in place]
+    tiles_ = int32([number for tile in tiles for number in tile]).view(-1, 2).T.contiguous()
     return Permutation(int32(order), positions, int32(offsets), tiles_, int32([len(tiles)]))
 
 
@@ -159,7 +161,7 @@ def _permute_kernel(
 
 
 def permute(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutation:
-    """topk_ids [T, K] int32 or int64 -> Permutation; order and tiles are written as far as used.
+    """topk_ids [T, K] int32 or int64 -> Permutation.
 
     Raises ValueError for other ids, or more than 2**31 - 1 rows.
     """

@@ -1,8 +1,8 @@
 """Tile sizes of the grouped matrix products: which there are, and which a layer gets.
 
-`plan` looks a layer up in the tables under `tables/`, one JSON file for a GPU, made by
-`moezoo tune`; a layer or a GPU that is in none gets tiles by the rows of an expert, with as many
-stages as its shared memory holds.
+`plan` looks a layer up in the tables that `moezoo tune` makes, one JSON file for a GPU: those of
+the user, then those under `tables/`, which come with the package. A layer or a GPU that is in none
+gets tiles by the rows of an expert, with as many stages as its shared memory holds.
 
 Tiles decide the order in which a product is summed, so the last bit of a 16-bit result may differ
 between token counts; for one token count it never does.
@@ -140,16 +140,19 @@ def _descriptor_plan(rows_per_expert: float) -> Plan:
 
 @cache
 def _table(device: str) -> dict[tuple[int, int, int], list[tuple[float, Plan]]]:
-    path = TABLES / f"{device}.json"
-    if not path.exists():
-        return {}
     return {
-        (entry["num_experts"], entry["hidden_size"], entry["intermediate_size"]): sorted(
-            ((plan["rows_per_expert"], Plan.from_json(plan)) for plan in entry["plans"]),
-            key=lambda row: row[0],
-        )
+        (entry["num_experts"], entry["hidden_size"], entry["intermediate_size"]): [
+            (plan["rows_per_expert"], Plan.from_json(plan)) for plan in entry["plans"]
+        ]
+        for path in (TABLES / f"{device}.json", user_table(device))
+        if path.exists()
         for entry in json.loads(path.read_text())["layers"]
     }
+
+
+def user_table(device: str) -> Path:
+    """Where `moezoo tune` keeps the plans of a GPU."""
+    return Path.home() / ".cache" / "moezoo" / "tiles" / f"{device}.json"
 
 
 def _tuned(device: str, shape: tuple[int, int, int], rows_per_expert: float) -> Plan | None:
@@ -165,10 +168,9 @@ def _tuned(device: str, shape: tuple[int, int, int], rows_per_expert: float) -> 
 
 
 def can_describe(w: Tensor) -> bool:
-    """Whether the bulk copy engine can read w: it needs 16-byte steps and a dense last dimension."""
-    if w.device.type == "cuda":
-        if torch.version.hip is not None or capability(w.device) < (9, 0):
-            return False
+    """Whether the bulk copy engine reads w: it takes 16-byte steps and a dense last dimension."""
+    if w.is_cuda and (torch.version.hip is not None or capability(w.device) < (9, 0)):
+        return False
     aligned = all(stride * w.dtype.itemsize % 16 == 0 for stride in w.stride()[:-1])
     return aligned and w.stride(-1) == 1 and w.data_ptr() % 16 == 0
 

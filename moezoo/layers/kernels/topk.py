@@ -116,10 +116,7 @@ def _topk_kernel(
     for k in tl.static_range(K):
         best, expert = _argmax(key, positions, BLOCK_E)
         chosen = positions == expert[:, None]
-        if HAS_BIAS:
-            weight = tl.sum(tl.where(chosen, scores, 0.0), 1)
-        else:
-            weight = _from_sort_key(best)
+        weight = tl.sum(tl.where(chosen, scores, 0.0), 1) if HAS_BIAS else _from_sort_key(best)
         ids = tl.where(slots == k, expert[:, None], ids)
         weights = tl.where(slots == k, weight[:, None], weights)
         key = tl.where(chosen, no_key, key)

@@ -24,7 +24,7 @@ from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.linear import without_onednn
 from moezoo.layers.moe.permute import combine, permute
 
-CHUNK_TOKENS = 8192
+CHUNK_TOKENS = 16384
 """Tokens worked on at a time: enough to fill a GPU, and what bounds `workspace_bytes`."""
 
 
@@ -198,8 +198,8 @@ def _fused_experts_cuda(
     # Triton is not installed where there is no CUDA.
     from moezoo.layers.kernels.combine import combine
     from moezoo.layers.kernels.down import down
-    from moezoo.layers.kernels.gather import gather
     from moezoo.layers.kernels.gated_up import gated_up
+    from moezoo.layers.kernels.gather import gather
     from moezoo.layers.kernels.one_token import one_token
     from moezoo.layers.kernels.permute import permute
     from moezoo.layers.kernels.tiles import plan

@@ -9,9 +9,10 @@ Scores are computed in fp32 and weights stay fp32 until the combine, also for th
 (Qwen, OLMoE) whose published code rounds them to the model's dtype in between.
 
 Equal scores go to the lower id. NaN counts as the largest score, so a row with NaN or Inf keeps its
-ids in range, and no row looks at another one. On CUDA one Triton kernel does the same in one launch;
-the torch code here is its reference. The legend of the dimensions: T tokens, E experts,
-K experts per token.
+ids in range, and no row looks at another one. On CUDA a Triton kernel does the same in one launch;
+the torch code here is its reference.
+
+Legend: T tokens, E experts, K experts per token.
 """
 
 from typing import Literal
