@@ -110,7 +110,7 @@ def _rows_times_columns(
     tl.store(y_ptr + o_y, y.to(y_ptr.dtype.element_ty), mask=m_y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles", "num_programs"])
 def _down_kernel(
     h,
     h_tail,

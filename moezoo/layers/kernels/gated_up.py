@@ -201,7 +201,7 @@ def _rows_times_columns(
     tl.store(h_ptr + o_h, h.to(h_ptr.dtype.element_ty), mask=m_h)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles", "num_programs", "k"])
 def _gated_up_kernel(
     x_ptr,
     x_sorted,

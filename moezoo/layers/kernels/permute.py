@@ -65,7 +65,7 @@ def permute_ref(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutati
     return Permutation(int32(order), positions, int32(offsets), tiles_, int32([len(tiles)]))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _histogram_kernel(
     ids_ptr,
     histogram_ptr,
@@ -87,7 +87,7 @@ def _histogram_kernel(
     tl.store(p_histogram, tl.sum(counts, 0), mask=experts < num_experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "max_tiles"])
 def _permute_kernel(
     ids_ptr,
     histogram_ptr,

@@ -39,7 +39,7 @@ def _argmax(key, position, LAST: tl.constexpr):
     return best, tl.min(tl.where(key == best[:, None], position, LAST), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _topk_kernel(
     logits_ptr,
     bias_ptr,

@@ -36,7 +36,9 @@ def experts_forward(
     other ranks. Warns, once for a class, where the experts' activation is none of moezoo's, and
     leaves them to transformers.
     """
-    gating = _gating(experts)
+    # Once known it is read, not asked for: torch 2.11 cannot pass a module to a constant function,
+    # so there a module has to run once before it is compiled.
+    gating = experts._moezoo_gating if hasattr(experts, "_moezoo_gating") else _gating(experts)
     if gating is None:
         forward = ALL_EXPERTS_FUNCTIONS[INSTEAD]
         return forward(experts, hidden_states, top_k_index, top_k_weights)
@@ -76,17 +78,16 @@ def _parts(experts: Any, rows: Tensor) -> Tensor:
 @torch.compiler.assume_constant_result
 def _gating(experts: Any) -> Gating | None:
     """How these experts join gate and up, or None where moezoo has no kernel for it."""
-    if "_moezoo_gating" not in vars(experts):
-        experts._moezoo_gating = gating = _recognise(experts)
-        if gating is None:
-            act = getattr(experts, "act_fn", experts._apply_gate)
-            act_name = getattr(act, "__name__", type(act).__name__)
-            warnings.warn(
-                f'experts_implementation="moezoo" has no kernel for what {type(experts).__name__}'
-                f" computes between its two products ({act_name}); it runs as {INSTEAD!r}",
-                stacklevel=2,
-            )
-    return experts._moezoo_gating
+    experts._moezoo_gating = gating = _recognise(experts)
+    if gating is None:
+        act = getattr(experts, "act_fn", experts._apply_gate)
+        act_name = getattr(act, "__name__", type(act).__name__)
+        warnings.warn(
+            f'experts_implementation="moezoo" has no kernel for what {type(experts).__name__}'
+            f" computes between its two products ({act_name}); it runs as {INSTEAD!r}",
+            stacklevel=2,
+        )
+    return gating
 
 
 @torch.no_grad()

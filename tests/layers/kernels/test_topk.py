@@ -18,7 +18,7 @@ def logits_of(num_tokens: int, num_experts: int) -> torch.Tensor:
     logits = torch.randn(
         num_tokens, num_experts, generator=torch.Generator().manual_seed(num_experts)
     )
-    logits[:, 1] = logits[:, 0]  # a tie
+    logits[:, -1] = logits[:, 0]  # a tie
     return logits
 
 

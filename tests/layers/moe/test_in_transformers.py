@@ -178,6 +178,8 @@ def test_compiles_into_one_graph(name: str, device: torch.device) -> None:
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     expected = run(module, "eager", *args)
     module.config._experts_implementation = "moezoo"
+    if torch.__version__ < "2.13":
+        module(*args)  # torch 2.11 cannot compile what has never run
     assert relative_difference(compiled(*args), expected) < RELATIVE[torch.float32]
 
 
