@@ -1,4 +1,4 @@
-"""The command line: `moezoo generate` and `moezoo inspect`.
+"""The command line: `moezoo generate`, `moezoo inspect` and `moezoo tune`.
 
 Exit codes: 0 all done; 1 a failure while running; 2 wrong options or bad input; 3 finished, but
 some prompts or input lines failed, or (inspect) moezoo cannot run the model; 130 interrupted.
@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_inspect(commands)
+    _add_tune(commands)
     return parser
 
 
@@ -195,6 +196,33 @@ def _add_inspect(commands: Any) -> None:
     )
     parser.add_argument("model", help="hub id or folder")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+
+
+def _add_tune(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "tune",
+        _tune,
+        help="find the best tiles for a model's experts on this GPU",
+        description=(
+            "Time the MoE kernels with the tiles that can be best on this GPU, and keep the best "
+            "ones; models\nwith experts of these sizes use them from then on. It takes about a "
+            "minute a layer."
+        ),
+    )
+    parser.add_argument(
+        "layer",
+        metavar="MODEL_OR_SHAPE",
+        help="hub id or folder, or experts,chosen,hidden,intermediate, such as 128,8,2048,768",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=_number(int, 2),
+        action="append",
+        metavar="N",
+        help="numbers of tokens to tune for, repeatable (default: 2 to 16384)",
+    )
+    parser.add_argument("--output", type=Path, help="JSON file instead of the user's table")
 
 
 def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
@@ -445,3 +473,40 @@ def _inspect(arguments: argparse.Namespace) -> int:
     else:
         Console().print(report)
     return DONE if report.supported else PARTLY
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("tune needs a CUDA device, and torch finds none")
+    from moezoo.tools.tune import TOKENS, save, tune
+
+    entry = tune(_layer(arguments), tokens=tuple(sorted(arguments.tokens or TOKENS)), report=_say)
+    _say(f"written to {save([entry], arguments.output)}")
+    return DONE
+
+
+def _layer(arguments: argparse.Namespace) -> Any:
+    from moezoo.tools.tune import Layer
+
+    sizes = arguments.layer.split(",")
+    if all(size.strip().isdecimal() for size in sizes):
+        if len(sizes) != 4 or not 1 <= int(sizes[1]) <= int(sizes[0]):
+            raise ValueError(
+                "a shape is experts,chosen,hidden,intermediate with no more chosen than experts, "
+                f"such as 128,8,2048,768, got {arguments.layer!r}"
+            )
+        return Layer(*(int(size) for size in sizes))
+    from moezoo.tools.inspect import inspect
+
+    report = inspect(
+        arguments.layer,
+        revision=arguments.revision,
+        local_files_only=arguments.local_files_only,
+    )
+    if report.experts is None or report.hidden_size is None:
+        raise ValueError(f"{arguments.layer}: {report.reason or 'no experts found'}")
+    experts = report.experts
+    sizes_ = (experts.num_experts, experts.per_token, report.hidden_size)
+    return Layer(*sizes_, experts.intermediate_size)

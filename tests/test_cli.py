@@ -20,6 +20,7 @@ from moezoo.assets import tiny_model
 from moezoo.generation import offline
 from moezoo.layers.decoder import Decoder
 from moezoo.tools import progress
+from moezoo.tools.tune import Layer
 
 GREEDY = ("--greedy", "--max-new-tokens", "6", "--dtype", "float32", "--device", "cpu")
 
@@ -464,3 +465,21 @@ def test_inspect_of_what_moezoo_cannot_run_reports_and_exits_with_3(capsys, tmp_
     code, _, err = run(capsys, "inspect", tmp_path / "nowhere")
     assert code == 1
     assert "does not exist" in err
+
+
+def test_tune_names_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = run(capsys, "tune", "8,2,64,32")
+    assert code == 2
+    assert "tune needs a CUDA device" in err
+
+
+def test_what_tune_takes_for_a_layer():
+    def layer(text):
+        return cli._layer(cli._parser().parse_args(["tune", text]))
+
+    assert layer("128,8,2048,768") == Layer(128, 8, 2048, 768)
+    assert layer(str(tiny_model())) == Layer(16, 4, 256, 64)
+    for wrong in ("128,8,2048", "8,9,64,32", "8,0,64,32"):
+        with pytest.raises(ValueError, match="experts,chosen,hidden,intermediate"):
+            layer(wrong)

@@ -12,10 +12,12 @@ import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from moezoo.layers.kernels.down import down
@@ -25,6 +27,8 @@ from moezoo.layers.kernels.permute import Permutation, permute
 from moezoo.layers.kernels.tiles import Plan, Tile, device_name, user_table
 
 TOKENS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+Call = Callable[[], object]
+
 SETS = 4
 """Choices of experts that take turns, so that few rows do not find their weights in L2."""
 
@@ -104,8 +108,8 @@ def tune(
 ) -> dict[str, Any]:
     """Time the candidates on the current CUDA device; the entry of the layer for `save`.
 
-    bf16, random weights and choices of experts. Raises MoEOutOfMemoryError's cause where the
-    layer's weights do not fit.
+    bf16, random weights and choices of experts. Raises torch.OutOfMemoryError where the layer's
+    weights do not fit.
     """
     device = torch.device("cuda", torch.cuda.current_device())
     num_experts, hidden, intermediate = (
@@ -138,7 +142,7 @@ def tune(
         }
         positions = permutations[128][0].positions
         x_sorted = gather(x, positions)
-        sorting = _microseconds([lambda x=x, p=positions: gather(x, p)])
+        sorting = _microseconds([partial(gather, x, positions)])
         for m, rows in permutations.items():
             first = _best(
                 _first_calls(x, w13, rows, layer.k, x_sorted, sorting, rows_per_expert, m)
@@ -181,45 +185,37 @@ def _first_calls(
     sorting: float,
     rows_per_expert: float,
     m: int,
-) -> Iterator[tuple[Any, list[Callable[[], object]], float]]:
+) -> Iterator[tuple[Any, list[Call], float]]:
     device = x.device
     for tile, is_sorted in gated_up_tiles(rows_per_expert):
         if tile.m != m or x.shape[1] < tile.k:
             continue
-        fitted = tile.fitted(2, 2, device)
         source = x_sorted if is_sorted else None
-
-        def calls(
-            fitted: Tile = fitted, source: Tensor | None = source
-        ) -> list[Callable[[], object]]:
-            return [
-                lambda r=r: gated_up(x, w13, r, k=k, tile=fitted, x_sorted=source)
-                for r in (rows[:1] if source is not None else rows)
-            ]
-
-        yield (tile, is_sorted), calls(), sorting if is_sorted else 0.0
+        product = partial(gated_up, x, w13, k=k, tile=tile.fitted(2, 2, device), x_sorted=source)
+        # Sorted rows belong to the first choice of experts.
+        chosen = rows[:1] if is_sorted else rows
+        calls: list[Call] = [partial(product, permutation=r) for r in chosen]
+        yield (tile, is_sorted), calls, sorting if is_sorted else 0.0
 
 
 def _second_calls(
     h: Tensor, w2: Tensor, rows: list[Permutation], rows_per_expert: float, m: int
-) -> Iterator[tuple[Any, list[Callable[[], object]], float]]:
+) -> Iterator[tuple[Any, list[Call], float]]:
     for tile in down_tiles(rows_per_expert):
         if tile.m != m or h.shape[1] < tile.k:
             continue
-        fitted = tile.fitted(1, 2, h.device)
-        yield tile, [lambda r=r, t=fitted: down(h, w2, r, tile=t) for r in rows], 0.0
+        product = partial(down, h, w2, tile=tile.fitted(1, 2, h.device))
+        yield tile, [partial(product, permutation=r) for r in rows], 0.0
 
 
 def _best(
-    candidates: Iterator[tuple[Any, list[Callable[[], object]], float]],
+    candidates: Iterator[tuple[Any, list[Call], float]],
 ) -> tuple[float, Any] | None:
     timed = [(_microseconds(calls) + extra, choice) for choice, calls, extra in candidates]
     return min(timed, key=lambda row: row[0]) if timed else None
 
 
-def _microseconds(
-    calls: list[Callable[[], object]], budget: float = 12.0, repeats: int = 5
-) -> float:
+def _microseconds(calls: list[Call], budget: float = 12.0, repeats: int = 5) -> float:
     """Median time of a call, in replays of one CUDA graph; `budget` in milliseconds."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     calls[0]()
@@ -315,8 +311,6 @@ def save(entries: list[dict[str, Any]], path: Path | None = None) -> Path:
         return entry["num_experts"], entry["hidden_size"], entry["intermediate_size"]
 
     new = {sizes(entry) for entry in entries}
-    import triton
-
     document = {
         "device": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
