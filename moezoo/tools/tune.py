@@ -24,7 +24,7 @@ from moezoo.layers.kernels.down import down
 from moezoo.layers.kernels.gated_up import gated_up
 from moezoo.layers.kernels.gather import gather
 from moezoo.layers.kernels.permute import Permutation, permute
-from moezoo.layers.kernels.tiles import Plan, Tile, device_name, user_table
+from moezoo.layers.kernels.tiles import Plan, Tile, user_table
 
 TOKENS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 Call = Callable[[], object]
@@ -304,7 +304,7 @@ def save(entries: list[dict[str, Any]], path: Path | None = None) -> Path:
     An entry takes the place of an older one of the same sizes.
     """
     device = torch.device("cuda", torch.cuda.current_device())
-    path = path or user_table(device_name(device))
+    path = path or user_table(device)
     old = json.loads(path.read_text())["layers"] if path.exists() else []
 
     def sizes(entry: dict[str, Any]) -> tuple[int, ...]:

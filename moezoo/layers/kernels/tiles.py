@@ -1,8 +1,8 @@
 """Tile sizes of the grouped matrix products: which there are, and which a layer gets.
 
-`plan` looks a layer up in the tables that `moezoo tune` makes, one JSON file for a GPU: those of
-the user, then those under `tables/`, which come with the package. A layer or a GPU that is in none
-gets tiles by the rows of an expert, with as many stages as its shared memory holds.
+`plan` looks a layer up in the tables that `moezoo tune` makes: the user's for this GPU, then the
+package's for its architecture (`tables/sm_90.json` was measured on one H100). What is in none gets
+tiles by the rows of an expert, with as many stages as shared memory holds.
 
 Tiles decide the order in which a product is summed, so the last bit of a 16-bit result may differ
 between token counts; for one token count it never does.
@@ -93,7 +93,7 @@ def plan(x: Tensor, w13: Tensor, w2: Tensor, num_rows: int) -> Plan:
         chosen = _pointer_plan(rows_per_expert)
     else:
         shape = (num_experts, hidden_size, intermediate_size)
-        chosen = _tuned(device_name(x.device), shape, rows_per_expert)
+        chosen = _tuned(x.device, shape, rows_per_expert)
         chosen = chosen or _descriptor_plan(rows_per_expert)
     itemsize = x.dtype.itemsize
     return Plan(
@@ -139,25 +139,37 @@ def _descriptor_plan(rows_per_expert: float) -> Plan:
 
 
 @cache
-def _table(device: str) -> dict[tuple[int, int, int], list[tuple[float, Plan]]]:
+def _table(*paths: Path) -> dict[tuple[int, int, int], list[tuple[float, Plan]]]:
     return {
         (entry["num_experts"], entry["hidden_size"], entry["intermediate_size"]): [
             (plan["rows_per_expert"], Plan.from_json(plan)) for plan in entry["plans"]
         ]
-        for path in (TABLES / f"{device}.json", user_table(device))
+        for path in paths
         if path.exists()
         for entry in json.loads(path.read_text())["layers"]
     }
 
 
-def user_table(device: str) -> Path:
+@cache
+def table_paths(device: torch.device) -> tuple[Path, ...]:
+    if device.type != "cuda":
+        return ()
+    major, minor = capability(device)
+    return TABLES / f"sm_{major}{minor}.json", user_table(device)
+
+
+def user_table(device: torch.device) -> Path:
     """Where `moezoo tune` keeps the plans of a GPU."""
-    return Path.home() / ".cache" / "moezoo" / "tiles" / f"{device}.json"
+    name = torch.cuda.get_device_name(device).replace(" ", "_").replace("/", "_")
+    return Path.home() / ".cache" / "moezoo" / "tiles" / f"{name}.json"
 
 
-def _tuned(device: str, shape: tuple[int, int, int], rows_per_expert: float) -> Plan | None:
-    """The plan measured at the number of rows nearest by ratio, if the layer is in the table."""
-    rows = _table(device).get(shape)
+def _tuned(
+    device: torch.device, shape: tuple[int, int, int], rows_per_expert: float
+) -> Plan | None:
+    """The plan measured at the number of rows nearest by ratio, if the layer is in a table."""
+    # A layer of the last table stands over those before.
+    rows = _table(*table_paths(device)).get(shape)
     if rows is None:
         return None
 
@@ -179,13 +191,6 @@ def descriptor(w: Tensor, block: tuple[int, ...]) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(w, list(w.shape), list(w.stride()), list(block))
-
-
-@cache
-def device_name(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "cpu"
-    return torch.cuda.get_device_name(device).replace(" ", "_").replace("/", "_")
 
 
 @cache

@@ -51,7 +51,7 @@ def test_every_table_of_the_package_is_read() -> None:
     paths = sorted(tiles.TABLES.glob("*.json"))
     assert paths
     for path in paths:
-        table = tiles._table(path.stem)
+        table = tiles._table(path)
         assert len(table) == len(json.loads(path.read_text())["layers"])
         for rows in table.values():
             for _, tuned in rows:
@@ -73,17 +73,14 @@ def test_the_users_table_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
             }
         ],
     }
-    path = tmp_path / "cpu.json"
+    path = tmp_path / "mine.json"
     path.write_text(json.dumps({"layers": [entry]}))
-    monkeypatch.setattr(tiles, "user_table", lambda device: path)
-    tiles._table.cache_clear()
-    try:
-        x, w13, w2 = weights((8, 64, 32), torch.bfloat16)
-        assert plan(x, w13, w2, 100) == mine
-        x, w13, w2 = weights((9, 64, 32), torch.bfloat16)
-        assert plan(x, w13, w2, 100) != mine
-    finally:
-        tiles._table.cache_clear()
+    package = next(tiles.TABLES.glob("*.json"))
+    monkeypatch.setattr(tiles, "table_paths", lambda device: (package, path))
+    x, w13, w2 = weights((8, 64, 32), torch.bfloat16)
+    assert plan(x, w13, w2, 100) == mine
+    x, w13, w2 = weights((9, 64, 32), torch.bfloat16)
+    assert plan(x, w13, w2, 100) != mine
 
 
 def test_what_the_bulk_copy_engine_reads() -> None:
