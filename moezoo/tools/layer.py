@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ each within half a unit in the last place; fp32: the order of the sums."""
 ZIPF_EXPONENT = 1.0
 CHECKED_TOKENS = 64
 MAX_SETS = 8
+CPU_INFO = Path("/proc/cpuinfo")
 MAX_LAUNCHES = 48
 """In one graph; together they should take GRAPH_SECONDS, so that its own start does not count."""
 GRAPH_SECONDS = 2e-3
@@ -393,7 +395,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     del data
     size = 8192 if on_gpu else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return Ceilings(read, 2 * size**3 / _best(lambda: a @ b, device))
+    return Ceilings(read, 2 * size**3 / _best(lambda: torch.nn.functional.linear(a, b), device))
 
 
 def _best(run: Callable[[], object], device: torch.device) -> float:
@@ -494,7 +496,11 @@ def device_of(device: str | None) -> torch.device:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
+    if CPU_INFO.exists():
+        for line in CPU_INFO.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.machine()
 
 
 def _versions() -> dict[str, str]:
