@@ -1,4 +1,4 @@
-"""The command line: `moezoo generate`, `moezoo inspect` and `moezoo tune`.
+"""The command line: `moezoo generate`, `inspect`, `tune` and `bench`.
 
 Exit codes: 0 all done; 1 a failure while running; 2 wrong options or bad input; 3 finished, but
 some prompts or input lines failed, or (inspect) moezoo cannot run the model; 130 interrupted.
@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_inspect(commands)
     _add_tune(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -223,6 +224,25 @@ def _add_tune(commands: Any) -> None:
         help="numbers of tokens to tune for, repeatable (default: 2 to 16384)",
     )
     parser.add_argument("--output", type=Path, help="JSON file instead of the user's table")
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="measure moezoo on this machine")
+    subjects = bench.add_subparsers(title="subjects", required=True, metavar="SUBJECT")
+    parser = subjects.add_parser(
+        "layer",
+        help="the MoE layer, beside what memory and matrix units allow",
+        description="Time the MoE layer of released models with random weights; its result is "
+        "compared with fp32 before.",
+    )
+    parser.set_defaults(run=_bench_layer)
+    parser.add_argument("--layer", nargs="+", metavar="NAME", help="default: all; on CPU one")
+    parser.add_argument("--tokens", nargs="+", type=_number(int, 1), metavar="N")
+    parser.add_argument("--dtype", choices=DTYPES[1:], default="bfloat16")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is one")
+    parser.add_argument("--skewed", action="store_true", help="some experts are popular (Zipf)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
@@ -510,3 +530,22 @@ def _layer(arguments: argparse.Namespace) -> Any:
     experts = report.experts
     sizes_ = (experts.num_experts, experts.per_token, report.hidden_size)
     return Layer(*sizes_, experts.intermediate_size)
+
+
+def _bench_layer(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from moezoo.tools.layer import bench
+
+    report = bench(
+        arguments.layer,
+        arguments.tokens,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        skewed=arguments.skewed,
+        progress=lambda cell: _say(f"{cell.layer}, {cell.num_tokens} tokens: done"),
+    )
+    Console().print(report)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    return FAILED if any(cell.skipped for cell in report.cells) else DONE
