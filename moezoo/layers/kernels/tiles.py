@@ -126,16 +126,18 @@ def _descriptor_plan(rows_per_expert: float) -> Plan:
         tile = Tile(m, 64, 128, 4, 3, descriptors=True, weights_first=True)
         return Plan(tile, replace(tile, num_stages=4))
     if rows_per_expert <= 48:
-        tile = Tile(64, 128, 64, 4, 4, descriptors=True)
-        return Plan(tile, tile)
-    tile = Tile(128, 128, 64, 8, 4, descriptors=True, tail=64)
+        tile = Tile(64, 64, 128, 4, 3, descriptors=True, weights_first=True)
+        return Plan(replace(tile, num_stages=2), tile)
+    up = Tile(128, 128, 64, 8, 4, descriptors=True, tail=64, group_m=4)
+    down = Tile(128, 256, 64, 8, 4, descriptors=True)
     if rows_per_expert <= 100:
-        return Plan(replace(tile, group_m=4), replace(tile, num_warps=4, num_stages=3))
-    down = Tile(128, 256, 64, 8, 4, descriptors=True, programs_per_sm=1)
+        return Plan(up, Tile(128, 128, 64, 4, 3, descriptors=True, tail=64))
+    if rows_per_expert <= 200:
+        return Plan(up, replace(down, tail=64))
+    down = replace(down, programs_per_sm=1)
     if rows_per_expert <= 700:
-        return Plan(replace(tile, tail=32), down)
-    up = replace(tile, tail=0, programs_per_sm=1, group_m=16)
-    return Plan(up, down, sort_rows=True)
+        return Plan(replace(up, tail=32, group_m=8), down)
+    return Plan(replace(up, tail=0, programs_per_sm=1, group_m=16), down, sort_rows=True)
 
 
 @cache
