@@ -65,7 +65,10 @@ def decode(
             hidden = decoder(decoder.embed(new_ids), positions, mask, cache=cache)
             logits = decoder.logits(hidden[:, -1]).float()
         past += new_ids.shape[1]
-        scores = logits_processor(sequences, logits)
+        scores = logits
+        # The list would inspect the signature of each at each token: 150 us, as long as a layer.
+        for processor in logits_processor:
+            scores = processor(sequences, scores)
         if generation_config.output_logits:
             result.logits.append(logits)
         if generation_config.output_scores:

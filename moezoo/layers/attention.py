@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moezoo.layers.linear import FusedLinear
+from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.norm import RMSNorm
 from moezoo.layers.rope import Rotation, rotate_half
 
@@ -129,7 +129,7 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
         self.qkv = FusedLinear(hidden_size, sizes, qkv_bias)
-        self.o = nn.Linear(num_heads * head_dim, hidden_size, bias=out_bias)
+        self.o = Linear(num_heads * head_dim, hidden_size, bias=out_bias)
         self.q_norm = q_norm
         self.k_norm = k_norm
         self.num_heads = num_heads

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import CausalMask, LayerCache
+from moezoo.layers.linear import Linear, linear
 from moezoo.layers.norm import RMSNorm
 from moezoo.layers.rope import RotaryEmbedding, Rotation
 
@@ -62,7 +62,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.rope = rope
-        self.lm_head = None if tied else nn.Linear(hidden_size, vocab_size, bias=False)
+        self.lm_head: nn.Linear | None = None
+        if not tied:
+            self.lm_head = Linear(hidden_size, vocab_size, bias=False)
 
     def forward(
         self,
@@ -90,7 +92,7 @@ class Decoder(nn.Module):
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states [.., H] -> logits [.., V] in the model's dtype."""
         head = self.embed if self.lm_head is None else self.lm_head
-        return F.linear(x, head.weight)
+        return linear(x, head.weight)
 
 
 def pre_norm_decoder(

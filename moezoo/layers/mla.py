@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moezoo.layers.attention import CausalMask, LayerCache, attend
-from moezoo.layers.linear import FusedLinear
+from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.norm import RMSNorm
 from moezoo.layers.rope import Rotation
 
@@ -29,9 +29,9 @@ class LowRankLinear(nn.Module):
         self, in_features: int, rank: int, out_features: int, *, norm: RMSNorm, bias: bool = False
     ) -> None:
         super().__init__()
-        self.a = nn.Linear(in_features, rank, bias=bias)
+        self.a = Linear(in_features, rank, bias=bias)
         self.norm = norm
-        self.b = nn.Linear(rank, out_features, bias=False)
+        self.b = Linear(rank, out_features, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.b(self.norm(self.a(x)))
@@ -75,8 +75,8 @@ class MultiHeadLatentAttention(nn.Module):
         self.q = q
         self.kv_a = FusedLinear(hidden_size, (latent_dim, rope_dim), bias)
         self.kv_norm = kv_norm
-        self.kv_b = nn.Linear(latent_dim, num_heads * (nope_dim + v_dim), bias=False)
-        self.o = nn.Linear(num_heads * v_dim, hidden_size, bias=bias)
+        self.kv_b = Linear(latent_dim, num_heads * (nope_dim + v_dim), bias=False)
+        self.o = Linear(num_heads * v_dim, hidden_size, bias=bias)
         self.num_heads = num_heads
         self.nope_dim = nope_dim
         self.rope_dim = rope_dim

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from moezoo.layers.linear import FusedLinear
+from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.moe import ACTIVATIONS
 
 
@@ -15,7 +15,7 @@ class GatedMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.gate_up = FusedLinear(hidden_size, (intermediate_size, intermediate_size), bias)
-        self.down = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.down = Linear(intermediate_size, hidden_size, bias=bias)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -28,7 +28,7 @@ class SigmoidGatedMLP(GatedMLP):
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, activation: str) -> None:
         super().__init__(hidden_size, intermediate_size, activation=activation)
-        self.gate = nn.Linear(hidden_size, 1, bias=False)
+        self.gate = Linear(hidden_size, 1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.sigmoid(self.gate(x)) * super().forward(x)

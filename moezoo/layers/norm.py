@@ -21,4 +21,10 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, (self.dim,), self.weight, self.eps)
+        if not x.is_cpu:
+            return F.rms_norm(x, (self.dim,), self.weight, self.eps)
+        # On a CPU torch's rms_norm is ten operations, its layer_norm is one. The numbers of (x, -x)
+        # have mean 0 and variance mean(x^2). For one token that is 10 us instead of 22.
+        weight = torch.cat((self.weight, self.weight))
+        both = F.layer_norm(torch.cat((x, -x), -1), weight.shape, weight, None, self.eps)
+        return both.narrow(-1, 0, self.dim)

@@ -94,10 +94,13 @@ class RotaryEmbedding(nn.Module):
     @torch.no_grad()
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
         """positions int [B or 1, T] -> cosine and signed sine [B or 1, T, 1, D] in `dtype`."""
-        angles = positions[:, :, None, None].float() * self._frequencies(positions)
-        cos = angles.cos() * self.scale
-        sin = angles.sin() * self.scale
-        return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+        inv_freq = self._frequencies(positions)
+        # cos(-a) = cos(a) and sin(-a) = -sin(a): both halves at once, sign included.
+        angles = positions[:, :, None, None] * torch.cat((-inv_freq, inv_freq))
+        cos, sin = angles.cos(), angles.sin()
+        if self.scale != 1:
+            cos, sin = cos * self.scale, sin * self.scale
+        return cos.to(dtype), sin.to(dtype)
 
 
 def rotate_half(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:

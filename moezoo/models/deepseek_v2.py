@@ -9,6 +9,7 @@ from transformers import DeepseekV2Config, DeepseekV3Config
 
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
+from moezoo.layers.linear import Linear
 from moezoo.layers.mla import LowRankLinear, MultiHeadLatentAttention, yarn_softmax_factor
 from moezoo.layers.mlp import GatedMLP
 from moezoo.layers.moe import FusedMoE
@@ -65,7 +66,7 @@ def latent_attention(
     width = config.num_attention_heads * head_dim
     q: nn.Module
     if config.q_lora_rank is None:
-        q = nn.Linear(config.hidden_size, width, bias=False)
+        q = Linear(config.hidden_size, width, bias=False)
     else:
         q = LowRankLinear(
             config.hidden_size,

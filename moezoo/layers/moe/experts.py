@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
-from moezoo.layers.linear import without_onednn
-from moezoo.layers.moe.permute import combine, permute
+from moezoo.layers.linear import ONEDNN_DTYPES, linear, without_onednn
+from moezoo.layers.moe.permute import permute
 
 CHUNK_TOKENS = 16384
 """Tokens worked on at a time: enough to fill a GPU, and what bounds `workspace_bytes`."""
@@ -121,8 +120,20 @@ def _fused_experts_torch(
         w13 = w13.movedim(1, dim).flatten(1, 2)
         bias13 = None if bias13 is None else bias13.movedim(1, dim).flatten(1, 2)
 
+    def one_token(x: Tensor, topk_weights: Tensor, chosen: list[int]) -> Tensor:
+        """Nothing to group here, and on a CPU every torch call counts."""
+        with without_onednn():
+            rows = [linear(x, w13[e], None if bias13 is None else bias13[e]) for e in chosen]
+            y = torch.cat(rows).float()
+            h = act(*y.view(parts).unbind(dim)).to(x.dtype).split(1)
+            rows = [
+                linear(row, w2[e], None if bias2 is None else bias2[e])
+                for row, e in zip(h, chosen, strict=True)
+            ]
+        return torch.mm(topk_weights, torch.cat(rows).float()).to(x.dtype)
+
     def experts_of(x: Tensor, experts: list[int], sizes: list[int]) -> Tensor:
-        """Of the rows of x, sizes[i] go through experts[i]; one row alone goes through each."""
+        """Of the rows of x, sizes[i] go through experts[i]."""
         y = _grouped_linear(x, sizes, w13, experts, bias13).float()
         h = act(*y.view(parts).unbind(dim)).to(x.dtype)
         return _grouped_linear(h, sizes, w2, experts, bias2)
@@ -130,8 +141,7 @@ def _fused_experts_torch(
     def chunk(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         num_tokens, k = topk_ids.shape
         if num_tokens == 1 and min(chosen := topk_ids[0].tolist()) >= 0:
-            # Nothing to group, and every torch call counts.
-            return combine(experts_of(x, chosen, [1] * k).unsqueeze(0), topk_weights)
+            return one_token(x, topk_weights, chosen)
         order, offsets = permute(topk_ids, w13.shape[0])
         tokens, weights = order // k, topk_weights.flatten().index_select(0, order).unsqueeze(1)
         out = x.new_zeros(x.shape, dtype=torch.float32)
@@ -166,15 +176,15 @@ def _grouped_linear(
     x: Tensor, sizes: list[int], w: Tensor, experts: list[int], bias: Tensor | None
 ) -> Tensor:
     """x [S, N] -> [S, M]: of its rows, sizes[i] go through w[experts[i]] [M, N]."""
-    parts = x.split(sizes) if len(x) == sum(sizes) else [x] * len(sizes)
+    parts = x.split(sizes)
     y: dict[int, Tensor] = {}
 
     def multiply(chosen: Iterable[int]) -> None:
         for i in chosen:
             e = experts[i]
-            y[i] = F.linear(parts[i], w[e], None if bias is None else bias[e])
+            y[i] = linear(parts[i], w[e], None if bias is None else bias[e])
 
-    few = max(1, FEW_PRODUCTS // w[0].numel()) if x.dtype.itemsize == 2 and not x.is_cuda else 0
+    few = max(1, FEW_PRODUCTS // w[0].numel()) if x.dtype in ONEDNN_DTYPES and x.is_cpu else 0
     if few:
         with without_onednn():
             multiply(i for i, size in enumerate(sizes) if size <= few)
