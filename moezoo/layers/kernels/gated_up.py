@@ -52,7 +52,7 @@ def gated_up_ref(
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         return x * tl.sigmoid(x)
     elif ACTIVATION == "gelu":
@@ -79,7 +79,7 @@ def activate_gated(
         up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
     if UP_OFFSET != 0.0:
         up += UP_OFFSET
-    return _activate(gate, ACTIVATION) * up
+    return activate(gate, ACTIVATION) * up
 
 
 @triton.jit
@@ -197,7 +197,7 @@ def _rows_times_columns(
     else:
         if HAS_BIAS:
             products += bias
-        h = _activate(products, ACTIVATION)
+        h = activate(products, ACTIVATION)
     tl.store(h_ptr + o_h, h.to(h_ptr.dtype.element_ty), mask=m_h)
 
 

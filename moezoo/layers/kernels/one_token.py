@@ -1,7 +1,7 @@
 """one_token: the experts of a single token, which read each weight once and multiply it once.
 
     h[k]   = act(w13[e][:I] @ x + bias) * (w13[e][I:] @ x + bias),  e = topk_ids[k]
-    out    = sum over k with topk_ids[k] >= 0 of topk_weights[k] * (w2[e] @ h[k] + bias)
+    out    = sum over k with topk_ids[k] in 0..E-1 of topk_weights[k] * (w2[e] @ h[k] + bias)
 
 There is nothing to permute, and with one row the matrix units have nothing to share: products are
 made and summed in ordinary registers, and the second kernel sums over K as well. Products
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
-from moezoo.layers.kernels.gated_up import _activate, activate_gated
+from moezoo.layers.kernels.gated_up import activate, activate_gated
 from moezoo.layers.kernels.overlap import launch_options, wait
 
 
@@ -24,9 +24,9 @@ def one_token_ref(
     x: Tensor,
     w13: Tensor,
     w2: Tensor,
+    *,
     topk_weights: Tensor,
     topk_ids: Tensor,
-    *,
     activation: str | Gating = "silu",
     bias13: Tensor | None = None,
     bias2: Tensor | None = None,
@@ -37,7 +37,7 @@ def one_token_ref(
         bias13 = None if bias13 is None else bias13.unflatten(1, (2, -1))
     out = x.new_zeros(x.shape, dtype=torch.float32)
     for e, weight in zip(topk_ids[0].tolist(), topk_weights[0], strict=True):
-        if e < 0:
+        if not 0 <= e < len(w2):
             continue
         parts = w13[e].float() @ x[0].float()  # [1 or 2, I]
         if bias13 is not None:
@@ -51,12 +51,13 @@ def one_token_ref(
 
 
 @triton.jit
-def _gated_up_kernel(
+def _one_token_gated_up_kernel(
     x_ptr,
     w_ptr,
     bias_ptr,
     ids_ptr,
     h_ptr,
+    num_experts,
     hidden_size,
     intermediate_size,
     stride_xh,
@@ -79,7 +80,7 @@ def _gated_up_kernel(
     wait(OVERLAP)
     slot = tl.program_id(1)
     expert = tl.load(ids_ptr + slot).to(tl.int64)
-    if expert >= 0:
+    if (expert >= 0) & (expert < num_experts):
         cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_cols = cols < intermediate_size
         inner = tl.arange(0, BLOCK_K)
@@ -109,19 +110,20 @@ def _gated_up_kernel(
         if PARTS == 2:
             h = activate_gated(gates, ups, ACTIVATION, LIMIT, UP_OFFSET)
         else:
-            h = _activate(gates, ACTIVATION)
+            h = activate(gates, ACTIVATION)
         p_h = h_ptr + slot * intermediate_size + cols
         tl.store(p_h, h.to(h_ptr.dtype.element_ty), mask=m_cols)
 
 
 @triton.jit
-def _down_kernel(
+def _one_token_down_kernel(
     h_ptr,
     w_ptr,
     bias_ptr,
     ids_ptr,
     weights_ptr,
     out_ptr,
+    num_experts,
     intermediate_size,
     hidden_size,
     stride_we,
@@ -142,7 +144,7 @@ def _down_kernel(
     slots = rows // BLOCK_N
     cols = tl.program_id(0) * BLOCK_N + rows % BLOCK_N
     experts = tl.load(ids_ptr + slots, mask=slots < K, other=-1).to(tl.int64)
-    m_rows = (experts >= 0) & (cols < hidden_size)
+    m_rows = (experts >= 0) & (experts < num_experts) & (cols < hidden_size)
     experts = tl.where(m_rows, experts, 0)
     w_cols = tl.where(m_rows, cols, 0).to(tl.int64)
     inner = tl.arange(0, BLOCK_K)
@@ -172,16 +174,16 @@ def one_token(
     x: Tensor,
     w13: Tensor,
     w2: Tensor,
+    *,
     topk_weights: Tensor,
     topk_ids: Tensor,
-    *,
     activation: str | Gating = "silu",
     bias13: Tensor | None = None,
     bias2: Tensor | None = None,
 ) -> Tensor:
     """x [1, H], topk_weights [1, K] fp32, topk_ids [1, K] int32 or int64 -> [1, H] in x's dtype.
 
-    Weights and biases as `gated_up` and `down` take them. An id of -1 contributes nothing.
+    Weights and biases as `gated_up` and `down` take them. An id outside 0..E-1 contributes nothing.
 
     Raises ValueError for shapes that do not fit.
     """
@@ -206,12 +208,13 @@ def one_token(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     options = launch_options(x.device)
     block_n, block_k = 2, min(1024, triton.next_power_of_2(hidden_size))
-    _gated_up_kernel[(triton.cdiv(intermediate_size, block_n), k)](
+    _one_token_gated_up_kernel[(triton.cdiv(intermediate_size, block_n), k)](
         x,
         w13,
         bias13,
         topk_ids,
         h,
+        num_experts,
         hidden_size,
         intermediate_size,
         x.stride(1),
@@ -230,13 +233,14 @@ def one_token(
     block_slots = triton.next_power_of_2(k)
     # One column a program, and what eight warps hold of K rows of weights.
     block_k = min(2048 // block_slots, triton.next_power_of_2(intermediate_size))
-    _down_kernel[(hidden_size,)](
+    _one_token_down_kernel[(hidden_size,)](
         h,
         w2,
         bias2,
         topk_ids,
         topk_weights,
         out,
+        num_experts,
         intermediate_size,
         hidden_size,
         *w2.stride(),

@@ -6,6 +6,7 @@ its predecessor before it touches memory. Every kernel here begins with `wait`, 
 after all before it have, and memory that they share may be used again in stream order.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ def wait(OVERLAP: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
+@cache
 def launch_options(device: torch.device) -> dict[str, Any]:
     """What a launch of a kernel that calls `wait` takes on `device`."""
     if device.type == "cuda" and torch.version.hip is None and capability(device) >= (9, 0):
@@ -28,5 +30,6 @@ def launch_options(device: torch.device) -> dict[str, Any]:
     return {"OVERLAP": False}
 
 
+@cache
 def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)

@@ -9,8 +9,9 @@ between token counts; for one token count it never does.
 """
 
 import json
+import warnings
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from torch import Tensor
 from moezoo.layers.kernels.overlap import capability
 
 TABLES = Path(__file__).parent / "tables"
+FAR = 4.0
+"""Beyond this ratio of rows an expert, a measured plan says less than the rule does."""
+
 INTERPRETER_SHARED_MEMORY = 99 * 1024
 
 
@@ -56,14 +60,17 @@ class Tile:
         return min(every, self.programs_per_sm * multiprocessors(device))
 
     def fitted(self, num_parts: int, itemsize: int, device: torch.device) -> "Tile":
-        """This tile with as many stages, up to its own, as shared memory holds; at least one."""
-        stage_bytes = (self.m + num_parts * self.n) * self.k * itemsize
+        """This tile with the stages that shared memory holds; where it holds none, k shrinks."""
+        row_bytes = (self.m + num_parts * self.n) * itemsize
         # A little stays free for barriers and for what the compiler itself puts there.
         room = shared_memory(device) - 2048
         if self.programs_per_sm and not self.tail:
             # The finished tile goes through shared memory while the next ones arrive.
             room -= 32 * 1024
-        return replace(self, num_stages=max(1, min(self.num_stages, room // stage_bytes)))
+        k = self.k
+        while row_bytes * k > room and k > 16:
+            k //= 2
+        return replace(self, k=k, num_stages=max(1, min(self.num_stages, room // (row_bytes * k))))
 
 
 @dataclass(frozen=True)
@@ -79,26 +86,40 @@ class Plan:
         return cls(Tile(**entry["gated_up"]), Tile(**entry["down"]), entry["sort_rows"])
 
 
-def plan(x: Tensor, w13: Tensor, w2: Tensor, num_rows: int) -> Plan:
+def plan(
+    x: Tensor, w13: Tensor, w2: Tensor, *, num_rows: int, num_experts: int | None = None
+) -> Plan:
     """The plan for num_rows rows of x [T, H] on w13 [E, 2 or 1, I, H] and w2 [E, H, I].
 
-    It depends on shapes, strides, dtype and device, never on what the router chose.
+    num_experts is how many the rows are spread over, those of other ranks included; default E. The
+    plan depends on shapes, strides, dtype and device, never on what the router chose.
     """
-    num_experts, num_parts, intermediate_size, hidden_size = w13.shape
-    rows_per_expert = num_rows / num_experts
-    described = can_describe(w13) and can_describe(w2)
-    if x.dtype == torch.float32:
+    described = x.dtype != torch.float32 and can_describe(w13) and can_describe(w2)
+    # The rows between the products are ours, and dense.
+    described = described and all(size * x.dtype.itemsize % 16 == 0 for size in w2.shape[1:])
+    rows_per_expert = num_rows / (num_experts or w13.shape[0])
+    return _plan(x.device, x.dtype, tuple(w13.shape), described, rows_per_expert)
+
+
+@lru_cache(4096)
+def _plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    described: bool,
+    rows_per_expert: float,
+) -> Plan:
+    num_experts, num_parts, intermediate_size, hidden_size = shape
+    if dtype == torch.float32:
         chosen = _fp32_plan(rows_per_expert)
     elif not described:
         chosen = _pointer_plan(rows_per_expert)
     else:
-        shape = (num_experts, hidden_size, intermediate_size)
-        chosen = _tuned(x.device, shape, rows_per_expert)
-        chosen = chosen or _descriptor_plan(rows_per_expert)
-    itemsize = x.dtype.itemsize
+        sizes = (num_experts, hidden_size, intermediate_size)
+        chosen = _tuned(device, sizes, rows_per_expert) or _descriptor_plan(rows_per_expert)
     return Plan(
-        chosen.gated_up.fitted(num_parts, itemsize, x.device),
-        chosen.down.fitted(1, itemsize, x.device),
+        chosen.gated_up.fitted(num_parts, dtype.itemsize, device),
+        chosen.down.fitted(1, dtype.itemsize, device),
         chosen.sort_rows,
     )
 
@@ -120,7 +141,7 @@ def _pointer_plan(rows_per_expert: float) -> Plan:
 
 
 def _descriptor_plan(rows_per_expert: float) -> Plan:
-    """Measured on one H100 over the shapes of the tables; see `benchmarks/results`."""
+    """Measured on one H100 over the shapes of the tables."""
     if rows_per_expert <= 24:
         m = 16 if rows_per_expert <= 12 else 32
         tile = Tile(m, 64, 128, 4, 3, descriptors=True, weights_first=True)
@@ -140,45 +161,65 @@ def _descriptor_plan(rows_per_expert: float) -> Plan:
     return Plan(replace(up, tail=0, programs_per_sm=1, group_m=16), down, sort_rows=True)
 
 
-@cache
-def _table(*paths: Path) -> dict[tuple[int, int, int], list[tuple[float, Plan]]]:
-    return {
-        (entry["num_experts"], entry["hidden_size"], entry["intermediate_size"]): [
-            (plan["rows_per_expert"], Plan.from_json(plan)) for plan in entry["plans"]
-        ]
-        for path in paths
-        if path.exists()
-        for entry in json.loads(path.read_text())["layers"]
-    }
+Table = dict[tuple[int, int, int], dict[float, Plan]]
+"""(E, H, I) -> rows an expert -> plan."""
+
+
+def read_table(path: Path) -> Table:
+    """Raises ValueError that names the file where it is not what `moezoo tune` writes."""
+    try:
+        return {
+            (entry["num_experts"], entry["hidden_size"], entry["intermediate_size"]): {
+                plan["rows_per_expert"]: Plan.from_json(plan) for plan in entry["plans"]
+            }
+            for entry in json.loads(path.read_text())["layers"]
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no table of tiles ({error!r}); delete it, or run `moezoo tune` again"
+        ) from error
 
 
 @cache
-def table_paths(device: torch.device) -> tuple[Path, ...]:
-    if device.type != "cuda":
-        return ()
+def _table(device: torch.device) -> Table:
+    """The package's plans for an architecture, and over them the user's for the device."""
     major, minor = capability(device)
-    return TABLES / f"sm_{major}{minor}.json", user_table(device)
+    package = TABLES / f"sm_{major}{minor}.json"
+    table = read_table(package) if package.exists() else {}
+    try:
+        path = user_table(device)
+        own = read_table(path) if path.exists() else {}
+    except (OSError, RuntimeError, ValueError) as error:
+        warnings.warn(f"tiles of `moezoo tune` are not used: {error}", stacklevel=2)
+        own = {}
+    return {shape: table.get(shape, {}) | own.get(shape, {}) for shape in table.keys() | own.keys()}
+
+
+def _tuned(
+    device: torch.device, shape: tuple[int, int, int], rows_per_expert: float
+) -> Plan | None:
+    """The plan measured at the number of rows nearest by ratio, if there is one within `FAR`."""
+    plans = _table(device).get(shape, {}) if device.type == "cuda" else {}
+
+    def distance(measured: float) -> float:
+        return max(measured / rows_per_expert, rows_per_expert / measured)
+
+    nearest = min(plans, key=distance, default=None)
+    if nearest is None or distance(nearest) > FAR:
+        return None
+    return plans[nearest]
+
+
+def reload_tables() -> None:
+    """Read the tables again, which a process otherwise does once."""
+    _table.cache_clear()
+    _plan.cache_clear()
 
 
 def user_table(device: torch.device) -> Path:
     """Where `moezoo tune` keeps the plans of a GPU."""
     name = torch.cuda.get_device_name(device).replace(" ", "_").replace("/", "_")
     return Path.home() / ".cache" / "moezoo" / "tiles" / f"{name}.json"
-
-
-def _tuned(
-    device: torch.device, shape: tuple[int, int, int], rows_per_expert: float
-) -> Plan | None:
-    """The plan measured at the number of rows nearest by ratio, if the layer is in a table."""
-    # A layer of the last table stands over those before.
-    rows = _table(*table_paths(device)).get(shape)
-    if rows is None:
-        return None
-
-    def distance(row: tuple[float, Plan]) -> float:
-        return max(row[0] / rows_per_expert, rows_per_expert / row[0])
-
-    return min(rows, key=distance)[1]
 
 
 def can_describe(w: Tensor) -> bool:

@@ -134,14 +134,16 @@ def _fused_experts_torch(
 
     def experts_of(x: Tensor, experts: list[int], sizes: list[int]) -> Tensor:
         """Of the rows of x, sizes[i] go through experts[i]."""
-        y = _grouped_linear(x, sizes, w13, experts, bias13).float()
+        y = _grouped_linear(x, sizes, w13, experts=experts, bias=bias13).float()
         h = act(*y.view(parts).unbind(dim)).to(x.dtype)
-        return _grouped_linear(h, sizes, w2, experts, bias2)
+        return _grouped_linear(h, sizes, w2, experts=experts, bias=bias2)
 
     def chunk(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         num_tokens, k = topk_ids.shape
-        if num_tokens == 1 and min(chosen := topk_ids[0].tolist()) >= 0:
-            return one_token(x, topk_weights, chosen)
+        if num_tokens == 1:
+            chosen = topk_ids[0].tolist()
+            if all(0 <= e < len(w13) for e in chosen):
+                return one_token(x, topk_weights, chosen)
         order, offsets = permute(topk_ids, w13.shape[0])
         tokens, weights = order // k, topk_weights.flatten().index_select(0, order).unsqueeze(1)
         out = x.new_zeros(x.shape, dtype=torch.float32)
@@ -173,7 +175,7 @@ def _batches(bounds: list[int], max_rows: int) -> Iterator[range]:
 
 
 def _grouped_linear(
-    x: Tensor, sizes: list[int], w: Tensor, experts: list[int], bias: Tensor | None
+    x: Tensor, sizes: list[int], w: Tensor, *, experts: list[int], bias: Tensor | None
 ) -> Tensor:
     """x [S, N] -> [S, M]: of its rows, sizes[i] go through w[experts[i]] [M, N]."""
     parts = x.split(sizes)
@@ -219,16 +221,24 @@ def _fused_experts_cuda(
         w13 = w13.unflatten(1, (2, -1))
         bias13 = None if bias13 is None else bias13.unflatten(1, (2, -1))
 
+    # One token's kernels read the weights' last dimension side by side.
+    dense = w13.stride(-1) == w2.stride(-1) == 1
+    num_experts = w13.shape[0] if expert_map is None else len(expert_map)
+
     def chunk(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         num_tokens, k = topk_ids.shape
-        if num_tokens == 1:
+        if topk_ids.numel() == 0 or len(w13) == 0:
+            return torch.zeros_like(x)
+        if num_tokens == 1 and dense:
             return one_token(
-                *(x, w13, w2, topk_weights, topk_ids),
+                *(x, w13, w2),
+                topk_weights=topk_weights,
+                topk_ids=topk_ids,
                 activation=gating,
                 bias13=bias13,
                 bias2=bias2,
             )
-        tiles = plan(x, w13, w2, topk_ids.numel())
+        tiles = plan(x, w13, w2, num_rows=topk_ids.numel(), num_experts=num_experts)
         rows = permute(topk_ids, w13.shape[0], tiles.gated_up.m)
         h = gated_up(
             *(x, w13, rows),

@@ -31,7 +31,8 @@ def softmax_topk(logits: Tensor, k: int, *, renormalize: bool) -> tuple[Tensor, 
     if _in_one_launch(logits):
         from moezoo.layers.kernels.topk import topk
 
-        return topk(logits, k, scoring="softmax_of_chosen" if renormalize else "softmax")
+        with torch.cuda.device_of(logits):
+            return topk(logits, k, scoring="softmax_of_chosen" if renormalize else "softmax")
     if renormalize:
         # The softmax over all, divided by its sum over the chosen, is the softmax over the chosen.
         chosen, ids = _largest(logits.float(), k)
@@ -76,17 +77,18 @@ def grouped_topk(
     if _in_one_launch(logits):
         from moezoo.layers.kernels.topk import topk
 
-        return topk(
-            logits,
-            k,
-            scoring=scoring,
-            renormalize=renormalize,
-            correction_bias=correction_bias,
-            num_groups=num_groups,
-            topk_groups=topk_groups,
-            epsilon=1e-20,
-            scaling=scaling,
-        )
+        with torch.cuda.device_of(logits):
+            return topk(
+                logits,
+                k,
+                scoring=scoring,
+                renormalize=renormalize,
+                correction_bias=correction_bias,
+                num_groups=num_groups,
+                topk_groups=topk_groups,
+                epsilon=1e-20,
+                scaling=scaling,
+            )
     if scoring == "softmax":
         scores = torch.softmax(logits, -1, dtype=torch.float32)
     else:

@@ -52,6 +52,8 @@ def test_absent_experts_and_nan(device: torch.device) -> None:
     arguments["topk_ids"][0, 2] = -1
     arguments["topk_weights"][0, 2] = torch.nan
     assert_close(one_token(**arguments), one_token_ref(**arguments))
+    arguments["topk_ids"][0, 3] = 6
+    assert_close(one_token(**arguments), one_token_ref(**arguments))
     arguments["topk_ids"].fill_(-1)
     assert not one_token(**arguments).any()
 

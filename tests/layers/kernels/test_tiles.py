@@ -1,4 +1,5 @@
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,10 @@ def test_plans_fit_shared_memory(
     kilobytes: int, dtype: torch.dtype, hidden: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiles, "shared_memory", lambda device: kilobytes * 1024)
-    monkeypatch.setattr(tiles, "_tuned", lambda *key: None)
+    tiles.reload_tables()
     x, w13, w2 = weights((8, hidden, 32), dtype)
     for num_rows in (1, 8, 100, 200, 300, 1000, 10**4, 10**6):
-        chosen = plan(x, w13, w2, num_rows)
+        chosen = plan(x, w13, w2, num_rows=num_rows)
         assert chosen.gated_up.m == chosen.down.m
         for tile, num_parts in ((chosen.gated_up, 2), (chosen.down, 1)):
             # What tl.dot takes.
@@ -44,43 +45,98 @@ def test_plans_fit_shared_memory(
 
 def test_tiles_grow_with_the_rows_of_an_expert() -> None:
     x, w13, w2 = weights((8, 64, 32), torch.bfloat16)
-    assert [plan(x, w13, w2, 8 * rows).down.m for rows in (1, 20, 40, 5000)] == [16, 32, 64, 128]
+    assert [plan(x, w13, w2, num_rows=8 * rows).down.m for rows in (1, 20, 40, 5000)] == [
+        16,
+        32,
+        64,
+        128,
+    ]
 
 
 def test_every_table_of_the_package_is_read() -> None:
     paths = sorted(tiles.TABLES.glob("*.json"))
     assert paths
     for path in paths:
-        table = tiles._table(path)
+        table = tiles.read_table(path)
         assert len(table) == len(json.loads(path.read_text())["layers"])
-        for rows in table.values():
-            for _, tuned in rows:
+        for plans in table.values():
+            assert plans
+            for tuned in plans.values():
                 assert tuned.gated_up.m == tuned.down.m
 
 
-def test_the_users_table_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = Plan(Tile(16, 32, 64, 4, 2), Tile(16, 64, 64, 4, 2))
-    entry = {
-        "num_experts": 8,
-        "hidden_size": 64,
-        "intermediate_size": 32,
+MINE = Plan(Tile(16, 32, 64, 4, 2), Tile(16, 64, 64, 4, 2))
+
+
+def write_table(path: Path, sizes: tuple[int, int, int], rows_per_expert: float) -> None:
+    names = ("num_experts", "hidden_size", "intermediate_size")
+    entry = dict(zip(names, sizes, strict=True)) | {
         "plans": [
             {
-                "rows_per_expert": 4.0,
-                "gated_up": vars(mine.gated_up),
-                "down": vars(mine.down),
+                "rows_per_expert": rows_per_expert,
+                "gated_up": vars(MINE.gated_up),
+                "down": vars(MINE.down),
                 "sort_rows": False,
             }
-        ],
+        ]
     }
-    path = tmp_path / "mine.json"
     path.write_text(json.dumps({"layers": [entry]}))
-    package = next(tiles.TABLES.glob("*.json"))
-    monkeypatch.setattr(tiles, "table_paths", lambda device: (package, path))
-    x, w13, w2 = weights((8, 64, 32), torch.bfloat16)
-    assert plan(x, w13, w2, 100) == mine
-    x, w13, w2 = weights((9, 64, 32), torch.bfloat16)
-    assert plan(x, w13, w2, 100) != mine
+
+
+@pytest.fixture
+def own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The user's table of a pretended Hopper GPU."""
+    path = tmp_path / "mine.json"
+    monkeypatch.setattr(tiles, "user_table", lambda device: path)
+    monkeypatch.setattr(tiles, "capability", lambda device: (9, 0))
+    tiles.reload_tables()
+    yield path
+    tiles.reload_tables()
+
+
+CUDA = torch.device("cuda", 0)
+QWEN3 = (128, 2048, 768)
+
+
+def test_the_users_plans_lie_over_the_packages(own_table: Path) -> None:
+    package = tiles._tuned(CUDA, QWEN3, 64.0)
+    assert package is not None
+    write_table(own_table, QWEN3, 64.0)
+    tiles.reload_tables()
+    assert tiles._tuned(CUDA, QWEN3, 70.0) == MINE
+    assert tiles._tuned(CUDA, QWEN3, 1.0) not in (MINE, None)
+    assert tiles._tuned(CUDA, (9, 64, 32), 64.0) is None
+
+
+def test_a_plan_for_far_fewer_rows_is_not_used(own_table: Path) -> None:
+    write_table(own_table, (9, 64, 32), 10.0)
+    tiles.reload_tables()
+    assert tiles._tuned(CUDA, (9, 64, 32), 39.0) == MINE
+    assert tiles._tuned(CUDA, (9, 64, 32), 41.0) is None
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"layers": [{"num_experts": 8}]}'])
+def test_a_broken_table_of_the_user_is_left_out_aloud(own_table: Path, text: str) -> None:
+    own_table.write_text(text)
+    tiles.reload_tables()
+    with pytest.warns(UserWarning, match=f"{own_table}.*moezoo tune"):
+        assert tiles._tuned(CUDA, QWEN3, 64.0) is not None
+    with pytest.raises(ValueError, match=str(own_table)):
+        tiles.read_table(own_table)
+
+
+def test_padded_weights_of_odd_width_are_read_by_pointer() -> None:
+    x, w13, _ = weights((8, 64, 100), torch.bfloat16)
+    w2 = torch.empty(8, 64, 104, dtype=torch.bfloat16)[..., :100]
+    assert can_describe(w13)
+    assert can_describe(w2)
+    assert not plan(x, w13, w2, num_rows=64).down.descriptors
+
+
+def test_a_tile_that_holds_no_stage_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "shared_memory", lambda device: 48 * 1024)
+    tile = Tile(128, 256, 128, 8, 4).fitted(1, 2, CPU)
+    assert (tile.k, tile.num_stages) == (32, 1)
 
 
 def test_what_the_bulk_copy_engine_reads() -> None:

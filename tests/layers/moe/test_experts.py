@@ -152,6 +152,14 @@ def test_expert_map(num_tokens: int, dtype: torch.dtype, device: torch.device) -
     assert relative_difference(parts[0] + parts[1], whole) <= 2 * RELATIVE[dtype]
 
 
+@pytest.mark.parametrize("num_tokens", [1, 2, 5])
+def test_a_rank_without_experts_contributes_nothing(num_tokens: int, device: torch.device) -> None:
+    args = make(num_tokens, 2, (4, 24, 16), torch.float32, device)
+    args |= {"w13": args["w13"][:0], "w2": args["w2"][:0]}
+    args["expert_map"] = torch.full((4,), -1, dtype=torch.int32, device=device)
+    assert torch.equal(run(args), torch.zeros_like(args["x"]))
+
+
 def test_strided_arguments(device: torch.device) -> None:
     args = make(10, 2, (4, 24, 16), torch.float32, device)
     expected = run(args)
@@ -332,6 +340,14 @@ def test_cuda_equals_torch(model: str, num_tokens: int, dtype: torch.dtype) -> N
         None,
     )
     assert_close(run(args), expected.to(dtype))
+
+
+@pytest.mark.gpu
+def test_no_tokens_on_layers_of_the_tables() -> None:
+    args = make(1, 8, (128, 2048, 768), torch.bfloat16, CUDA)
+    for name in ("x", "topk_weights", "topk_ids"):
+        args[name] = args[name][:0]
+    assert run(args).shape == (0, 2048)
 
 
 @pytest.mark.gpu
