@@ -5,7 +5,11 @@
 `moezoo/tools/layer.py` says how it is measured. A peer that is not installed, or that fails on a
 shape, is skipped by name with the reason. Figures that cannot be measured here (vLLM's, DeepGEMM's)
 come from peers_h100.json, on the same GPU, and stand for an implementation only where this run has
-no figure of its own. Results are written after each layer.
+no figure of its own.
+
+Results are written after each layer as layer_partial_<GPU>.json, and once a run has gone through
+all layers, numbers of tokens and peers, as layer_<GPU>.json instead; with the routing and the dtype
+in the name where they are not uniform and bfloat16.
 """
 
 import argparse
@@ -20,7 +24,7 @@ from typing import Any
 
 import torch
 from compile_ahead import compile_ahead
-from machine import write_result
+from machine import result_path, write_result
 from peers import PEERS, unfit
 from rich.console import Console
 from rich.table import Table
@@ -203,14 +207,22 @@ def run_cell(
     say(f"{cell.layer}, {cell.num_tokens} tokens: {times}; floor {us(cell.floor_us)}")
 
 
-def write(report: Report, kept: dict[str, Any], device: torch.device, seconds: float) -> Path:
+def result_name(report: Report, *, partial: bool) -> str:
+    parts = {
+        "skewed": report.routing != "uniform",
+        report.dtype: report.dtype != "bfloat16",
+        "partial": partial,
+    }
+    return "_".join(["layer", *(part for part, is_set in parts.items() if is_set)])
+
+
+def write(report: Report, kept: dict[str, Any], seconds: float, *, name: str, device: Any) -> Path:
     document = report.to_dict()
     rows = [compare(cell, kept) for cell in report.cells]
     for cell, row in zip(document["cells"], rows, strict=True):
         cell.update(row)
     document["summary"] = summary(report.cells, rows)
     document["seconds"] = seconds
-    name = "layer" if report.routing == "uniform" else "layer_skewed"
     return write_result(name, device, document)
 
 
@@ -252,9 +264,15 @@ def main() -> None:
         except metadata.PackageNotFoundError:
             report.versions[package] = "not installed"
     kept = references(report)
+    draft = result_name(report, partial=True)
     for name in layers:
         layer = LAYERS[name]
-        weights = Weights.random(layer, dtype, device)
+        try:
+            weights = Weights.random(layer, dtype, device)
+        except torch.OutOfMemoryError as error:
+            report.skipped[name] = reason(error)
+            say(f"{name} skipped: {report.skipped[name]}")
+            continue
         built, failed = implementations(weights, layer.k, args.peers)
         for num_tokens in tokens:
             inputs = Inputs.random(layer, num_tokens, dtype, device, skewed=args.skewed)
@@ -269,8 +287,18 @@ def main() -> None:
         del weights, built, inputs
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        path = write(report, kept, device, time.perf_counter() - start)
+        write(report, kept, time.perf_counter() - start, name=draft, device=device)
         say(f"{name} done after {time.perf_counter() - start:.0f} s")
+    whole = (
+        set(layers) >= set(DEFAULT_LAYERS[device.type])
+        and set(tokens) >= set(DEFAULT_TOKENS[device.type])
+        and set(args.peers) == set(PEERS)
+        and not expired()
+    )
+    name = result_name(report, partial=not whole)
+    path = write(report, kept, time.perf_counter() - start, name=name, device=device)
+    if whole:
+        result_path(draft, device).unlink(missing_ok=True)
     rows = [compare(cell, kept) for cell in report.cells]
     Console(width=150).print(table(report, rows))
     print(json.dumps(summary(report.cells, rows), indent=1))

@@ -500,24 +500,32 @@ def _tune(arguments: argparse.Namespace) -> int:
 
     if not torch.cuda.is_available():
         raise ValueError("tune needs a CUDA device, and torch finds none")
-    from moezoo.tools.tune import TOKENS, save, tune
+    from moezoo.layers.kernels.tiles import user_table
+    from moezoo.tools.tune import TOKENS, check, read_entries, save, tune
 
-    entry = tune(_layer(arguments), tokens=tuple(sorted(arguments.tokens or TOKENS)), report=_say)
-    _say(f"written to {save([entry], arguments.output)}")
+    device = torch.device("cuda", torch.cuda.current_device())
+    layer = _layer(arguments)
+    path = arguments.output or user_table(device)
+    # What is wrong should be said before minutes are spent.
+    check(layer, device)
+    read_entries(path)
+    entry = tune(layer, tokens=arguments.tokens or TOKENS, report=_say)
+    _say(f"written to {save([entry], path)}")
     return DONE
 
 
 def _layer(arguments: argparse.Namespace) -> Any:
-    from moezoo.tools.tune import Layer
+    from moezoo.tools.layer import Layer
 
     sizes = arguments.layer.split(",")
     if all(size.strip().isdecimal() for size in sizes):
-        if len(sizes) != 4 or not 1 <= int(sizes[1]) <= int(sizes[0]):
+        numbers = [int(size) for size in sizes]
+        if len(numbers) != 4 or min(numbers) < 1 or numbers[1] > numbers[0]:
             raise ValueError(
-                "a shape is experts,chosen,hidden,intermediate with no more chosen than experts, "
-                f"such as 128,8,2048,768, got {arguments.layer!r}"
+                "a shape is experts,chosen,hidden,intermediate, none of them 0 and no more chosen "
+                f"than experts, such as 128,8,2048,768, got {arguments.layer!r}"
             )
-        return Layer(*(int(size) for size in sizes))
+        return Layer(*numbers)
     from moezoo.tools.inspect import inspect
 
     report = inspect(
@@ -537,6 +545,8 @@ def _bench_layer(arguments: argparse.Namespace) -> int:
 
     from moezoo.tools.layer import bench
 
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise ValueError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
     report = bench(
         arguments.layer,
         arguments.tokens,
@@ -548,4 +558,4 @@ def _bench_layer(arguments: argparse.Namespace) -> int:
     Console().print(report)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
-    return FAILED if any(cell.skipped for cell in report.cells) else DONE
+    return FAILED if report.skipped or any(cell.skipped for cell in report.cells) else DONE

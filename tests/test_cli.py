@@ -20,7 +20,7 @@ from moezoo.assets import tiny_model
 from moezoo.generation import offline
 from moezoo.layers.decoder import Decoder
 from moezoo.tools import progress
-from moezoo.tools.tune import Layer
+from moezoo.tools.layer import Layer
 
 GREEDY = ("--greedy", "--max-new-tokens", "6", "--dtype", "float32", "--device", "cpu")
 
@@ -480,6 +480,6 @@ def test_what_tune_takes_for_a_layer():
 
     assert layer("128,8,2048,768") == Layer(128, 8, 2048, 768)
     assert layer(str(tiny_model())) == Layer(16, 4, 256, 64)
-    for wrong in ("128,8,2048", "8,9,64,32", "8,0,64,32"):
+    for wrong in ("128,8,2048", "8,9,64,32", "8,0,64,32", "8,2,0,64", "8,2,64,0"):
         with pytest.raises(ValueError, match="experts,chosen,hidden,intermediate"):
             layer(wrong)

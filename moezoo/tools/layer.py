@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,8 @@ class Report:
     ceilings: Ceilings
     versions: dict[str, str]
     cells: list[Cell] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Layer -> why it has no cells."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report in types that JSON knows, with the shapes of its layers."""
@@ -155,6 +158,8 @@ class Report:
                 *((us(cell.floor_us), f"{cell.floor_share('moezoo'):.0%}") if timing else ()),
                 *(() if timing else (cell.skipped["moezoo"],)),
             )
+        for layer, why in self.skipped.items():
+            table.add_row(layer, "", "", why)
         return table
 
 
@@ -317,8 +322,8 @@ class Oracle:
 def measure(run: Implementation, inputs: Inputs, oracle: Oracle, *, budget_ms: float) -> Timing:
     """The time of `run` on `inputs`, for about budget_ms; raises WrongResultError before timing."""
     error = oracle.error(0, run(inputs.x, inputs.logits[0]))
-    timer = _time_graph if inputs.x.is_cuda else _time_calls
-    samples, launches, last = timer(run, inputs, budget_ms)
+    calls = [partial(run, inputs.x, logits) for logits in inputs.logits]
+    samples, launches, last = (time_graph if inputs.x.is_cuda else _time_calls)(calls, budget_ms)
     error = max(error, oracle.error(len(inputs.logits) - 1, last))
     microseconds = [1e6 * seconds / launches for seconds in samples]
     return Timing(
@@ -340,15 +345,21 @@ def _replays(seconds: float, budget_ms: float) -> int:
     return max(3, min(50, int(budget_ms * 1e-3 / seconds)))
 
 
-def _time_graph(
-    run: Implementation, inputs: Inputs, budget_ms: float
+def time_graph(
+    calls: Sequence[Callable[[], Tensor]], budget_ms: float
 ) -> tuple[list[float], int, Tensor]:
+    """Seconds of the replays of one CUDA graph, its launches, and the result of the last of them.
+
+    The graph goes through `calls` in turn, once or several times. What they launch must have been
+    compiled.
+    """
+
     def capture(rounds: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for logits in inputs.logits * rounds:
+            for call in [*calls] * rounds:
                 # One result at a time, so that a graph needs no more memory than a launch.
-                out = run(inputs.x, logits)
+                out = call()
         return graph, out
 
     def replay() -> float:
@@ -359,7 +370,7 @@ def _time_graph(
         end.synchronize()
         return 1e-3 * begin.elapsed_time(end)
 
-    num_sets = len(inputs.logits)
+    num_sets = len(calls)
     graph, out = capture(1)
     replay()
     seconds = replay()
@@ -373,17 +384,17 @@ def _time_graph(
 
 
 def _time_calls(
-    run: Implementation, inputs: Inputs, budget_ms: float
+    calls: Sequence[Callable[[], Tensor]], budget_ms: float
 ) -> tuple[list[float], int, Tensor]:
     def once() -> tuple[float, Tensor]:
         start = time.perf_counter()
-        for logits in inputs.logits:
-            out = run(inputs.x, logits)
+        for call in calls:
+            out = call()
         return time.perf_counter() - start, out
 
     seconds, out = once()
     samples = [once()[0] for _ in range(_replays(seconds, budget_ms))]
-    return samples, len(inputs.logits), out
+    return samples, len(calls), out
 
 
 @torch.inference_mode()
@@ -443,29 +454,37 @@ def bench(
 ) -> Report:
     """Measure moezoo's layer; every cell is also given to `progress` when it is done.
 
-    Raises ValueError for a layer that is not in `LAYERS`.
+    A layer whose weights do not fit is skipped. Raises ValueError for one that is not in `LAYERS`.
     """
     kind = device_of(device)
     names = known(layers or DEFAULT_LAYERS[kind.type])
     report = new_report(dtype=dtype, device=device, skewed=skewed)
     for name in names:
         layer = LAYERS[name]
-        weights = Weights.random(layer, getattr(torch, dtype), kind)
+        try:
+            weights = Weights.random(layer, getattr(torch, dtype), kind)
+        except torch.OutOfMemoryError as error:
+            report.skipped[name] = _first_line(error)
+            continue
         run = moezoo_layer(weights, layer.k)
         for num_tokens in tokens or DEFAULT_TOKENS[kind.type]:
             inputs = Inputs.random(layer, num_tokens, getattr(torch, dtype), kind, skewed=skewed)
             cell = new_cell(name, inputs, report.ceilings)
-            oracle = Oracle(weights, layer.k, inputs)
             try:
+                oracle = Oracle(weights, layer.k, inputs)
                 cell.timings["moezoo"] = measure(run, inputs, oracle, budget_ms=budget_ms)
             except (WrongResultError, torch.OutOfMemoryError) as error:
-                cell.skipped["moezoo"] = str(error).split("\n")[0]
+                cell.skipped["moezoo"] = _first_line(error)
             report.cells.append(cell)
             progress(cell)
         del weights, run
         if kind.type == "cuda":
             torch.cuda.empty_cache()
     return report
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0]
 
 
 def new_report(*, dtype: str, device: str | None, skewed: bool) -> Report:

@@ -9,8 +9,9 @@ import json
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,26 +20,48 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
+from moezoo.errors import MoEZooError
+from moezoo.layers.kernels import tiles
 from moezoo.layers.kernels.down import down
 from moezoo.layers.kernels.gated_up import gated_up
 from moezoo.layers.kernels.gather import gather
+from moezoo.layers.kernels.overlap import capability
 from moezoo.layers.kernels.permute import Permutation, permute
-from moezoo.layers.kernels.tiles import Plan, Tile, user_table
+from moezoo.layers.kernels.tiles import Plan, Tile
+from moezoo.tools.layer import Layer, Weights, device_name, device_of, time_graph
 
 TOKENS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-Call = Callable[[], object]
+Call = Callable[[], Tensor]
+Candidate = tuple[Any, list[Call], float]
+"""A choice, the calls to time for it, and microseconds that it costs besides."""
 
 SETS = 4
 """Choices of experts that take turns, so that few rows do not find their weights in L2."""
 
+BUDGET_MS = 12.0
+"""Of the replays that time a candidate."""
 
-@dataclass(frozen=True)
-class Layer:
-    num_experts: int
-    k: int
-    hidden_size: int
-    intermediate_size: int
+SMALLEST_SIZE = 64
+"""The least k of the candidates at any number of rows; a product may not be shorter."""
+
+MAX_PROCESSES = 12
+"""That compile: each holds a CUDA context of some hundred megabytes."""
+
+
+@contextmanager
+def unless_unusable() -> Iterator[None]:
+    """Ends the block quietly at a tile that the GPU has no room for or Triton cannot compile."""
+    try:
+        yield
+    except (OutOfResources, CompilationError, PTXASError):
+        pass
+    except RuntimeError as error:
+        # So the compiler's passes end; torch's errors of the device are of this class too.
+        if "PassManager::run failed" not in str(error):
+            raise
 
 
 def gated_up_tiles(rows_per_expert: float) -> Iterator[tuple[Tile, bool]]:
@@ -103,55 +126,45 @@ def _few_rows(rows_per_expert: float) -> tuple[int, ...]:
     return (16,) if rows_per_expert <= 6 else (16, 32) if rows_per_expert <= 14 else (32, 64)
 
 
+def check(layer: Layer, device: torch.device) -> None:
+    """Raises ValueError where there is nothing to search: candidates read through descriptors."""
+    hidden, intermediate = layer.hidden_size, layer.intermediate_size
+    by_rule = "such a layer gets its tiles by rule, without a table"
+    if torch.version.hip is not None or capability(device) < (9, 0):
+        raise ValueError(
+            "tune searches among tiles for the bulk copy engine of GPUs of compute capability 9.0 "
+            f"and later, and this one is {device_name(device)}; here every layer gets its tiles by "
+            "rule, without a table"
+        )
+    if hidden % 8 or intermediate % 8:
+        raise ValueError(
+            f"tune needs a hidden and an intermediate size that are multiples of 8, which the bulk "
+            f"copy engine reads, got {hidden} and {intermediate}; {by_rule}"
+        )
+    if min(hidden, intermediate) < SMALLEST_SIZE:
+        raise ValueError(
+            f"tune needs a hidden and an intermediate size of at least {SMALLEST_SIZE}, got "
+            f"{hidden} and {intermediate}; {by_rule}"
+        )
+
+
 def tune(
-    layer: Layer, *, tokens: tuple[int, ...] = TOKENS, report: Callable[[str], None] = print
+    layer: Layer, *, tokens: Iterable[int] = TOKENS, report: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Time the candidates on the current CUDA device; the entry of the layer for `save`.
 
-    bf16, random weights and choices of experts. Raises torch.OutOfMemoryError where the layer's
-    weights do not fit.
+    bf16, random weights and choices of experts. Raises what `check` does, MoEZooError where no
+    candidate runs, and torch.OutOfMemoryError where the layer's weights do not fit.
     """
     device = torch.device("cuda", torch.cuda.current_device())
-    num_experts, hidden, intermediate = (
-        layer.num_experts,
-        layer.hidden_size,
-        layer.intermediate_size,
-    )
+    check(layer, device)
+    tokens = sorted(set(tokens))
     compile_candidates(layer, tokens)
     generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, device=device, dtype=torch.bfloat16, generator=generator)
-
-    w13 = normal(num_experts, 2, intermediate, hidden).mul_(hidden**-0.5)
-    w2 = normal(num_experts, hidden, intermediate).mul_(intermediate**-0.5)
+    weights = Weights.random(layer, torch.bfloat16, device)
     plans = []
     for num_tokens in tokens:
-        rows_per_expert = num_tokens * layer.k / num_experts
-        x = normal(num_tokens, hidden)
-        h = normal(num_tokens * layer.k, intermediate)
-        choices = [
-            torch.rand(num_tokens, num_experts, device=device, generator=generator)
-            .topk(layer.k, 1)
-            .indices.int()
-            for _ in range(SETS)
-        ]
-        best: dict[int, tuple[float, float, Plan]] = {}
-        permutations = {
-            m: [permute(ids, num_experts, m) for ids in choices] for m in (16, 32, 64, 128)
-        }
-        positions = permutations[128][0].positions
-        x_sorted = gather(x, positions)
-        sorting = _microseconds([partial(gather, x, positions)])
-        for m, rows in permutations.items():
-            first = _best(
-                _first_calls(x, w13, rows, layer.k, x_sorted, sorting, rows_per_expert, m)
-            )
-            second = _best(_second_calls(h, w2, rows, rows_per_expert, m))
-            if first is not None and second is not None:
-                (us1, (tile1, is_sorted)), (us2, tile2) = first, second
-                best[m] = (us1, us2, Plan(tile1, tile2, is_sorted))
-        us1, us2, chosen = min(best.values(), key=lambda row: row[0] + row[1])
+        us1, us2, chosen = _fastest(_Case.random(layer, weights, num_tokens, generator=generator))
         report(
             f"{num_tokens} tokens: {us1:.0f} + {us2:.0f} us, "
             f"{_short(chosen.gated_up)}{' sorted' if chosen.sort_rows else ''} "
@@ -159,7 +172,7 @@ def tune(
         )
         plans.append(
             {
-                "rows_per_expert": rows_per_expert,
+                "rows_per_expert": num_tokens * layer.k / layer.num_experts,
                 "tokens": num_tokens,
                 "microseconds": [round(us1, 1), round(us2, 1)],
                 "gated_up": asdict(chosen.gated_up),
@@ -168,82 +181,120 @@ def tune(
             }
         )
     return {
-        "num_experts": num_experts,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
+        "num_experts": layer.num_experts,
+        "hidden_size": layer.hidden_size,
+        "intermediate_size": layer.intermediate_size,
         "k": layer.k,
         "plans": plans,
     }
 
 
-def _first_calls(
-    x: Tensor,
-    w13: Tensor,
-    rows: list[Permutation],
-    k: int,
-    x_sorted: Tensor,
-    sorting: float,
-    rows_per_expert: float,
-    m: int,
-) -> Iterator[tuple[Any, list[Call], float]]:
-    device = x.device
-    for tile, is_sorted in gated_up_tiles(rows_per_expert):
+@dataclass(frozen=True)
+class _Case:
+    """What the two products read at one number of tokens.
+
+    x [T, H] and h [S, I] for w13 [E, 2, I, H] and w2 [E, H, I], bf16; by the m of a tile, the
+    permutations of each choice of experts. x_sorted [S, H] belongs to the first choice.
+    """
+
+    x: Tensor
+    h: Tensor
+    w13: Tensor
+    w2: Tensor
+    k: int
+    permutations: dict[int, list[Permutation]]
+    x_sorted: Tensor
+    sorting_us: float
+
+    @classmethod
+    def random(
+        cls, layer: Layer, weights: Weights, num_tokens: int, *, generator: torch.Generator
+    ) -> "_Case":
+        def normal(*size: int) -> Tensor:
+            device = generator.device
+            return torch.randn(*size, device=device, dtype=torch.bfloat16, generator=generator)
+
+        x = normal(num_tokens, layer.hidden_size)
+        h = normal(num_tokens * layer.k, layer.intermediate_size)
+        choices = [
+            torch.rand(num_tokens, layer.num_experts, device=x.device, generator=generator)
+            .topk(layer.k, 1)
+            .indices.int()
+            for _ in range(SETS)
+        ]
+        permutations = {
+            m: [permute(ids, layer.num_experts, m) for ids in choices] for m in (16, 32, 64, 128)
+        }
+        positions = permutations[128][0].positions
+        return cls(
+            *(x, h, weights.w13.unflatten(1, (2, -1)), weights.w2, layer.k, permutations),
+            gather(x, positions),
+            _microseconds([partial(gather, x, positions)]),
+        )
+
+    @property
+    def rows_per_expert(self) -> float:
+        return len(self.h) / len(self.w2)
+
+
+def _fastest(case: _Case) -> tuple[float, float, Plan]:
+    """The microseconds of both products and their tiles, which must be of one m."""
+    found: list[tuple[float, float, Plan]] = []
+    for m in case.permutations:
+        first, second = _best(_first_calls(case, m)), _best(_second_calls(case, m))
+        if first is not None and second is not None:
+            (us1, (tile1, is_sorted)), (us2, tile2) = first, second
+            found.append((us1, us2, Plan(tile1, tile2, is_sorted)))
+    if not found:
+        raise MoEZooError(
+            f"at {len(case.x)} tokens no candidate runs on this GPU: none of them fits it, or none "
+            f"compiles with Triton {triton.__version__}; layers get their tiles by rule"
+        )
+    return min(found, key=lambda row: row[0] + row[1])
+
+
+def _first_calls(case: _Case, m: int) -> Iterator[Candidate]:
+    x = case.x
+    for tile, is_sorted in gated_up_tiles(case.rows_per_expert):
         if tile.m != m or x.shape[1] < tile.k:
             continue
-        source = x_sorted if is_sorted else None
-        product = partial(gated_up, x, w13, k=k, tile=tile.fitted(2, 2, device), x_sorted=source)
+        fitted = tile.fitted(2, 2, x.device)
+        source = case.x_sorted if is_sorted else None
+        product = partial(gated_up, x, case.w13, k=case.k, tile=fitted, x_sorted=source)
         # Sorted rows belong to the first choice of experts.
-        chosen = rows[:1] if is_sorted else rows
-        calls: list[Call] = [partial(product, permutation=r) for r in chosen]
-        yield (tile, is_sorted), calls, sorting if is_sorted else 0.0
+        rows = case.permutations[m][: 1 if is_sorted else None]
+        calls: list[Call] = [partial(product, permutation=r) for r in rows]
+        yield (tile, is_sorted), calls, case.sorting_us if is_sorted else 0.0
 
 
-def _second_calls(
-    h: Tensor, w2: Tensor, rows: list[Permutation], rows_per_expert: float, m: int
-) -> Iterator[tuple[Any, list[Call], float]]:
-    for tile in down_tiles(rows_per_expert):
+def _second_calls(case: _Case, m: int) -> Iterator[Candidate]:
+    h = case.h
+    for tile in down_tiles(case.rows_per_expert):
         if tile.m != m or h.shape[1] < tile.k:
             continue
-        product = partial(down, h, w2, tile=tile.fitted(1, 2, h.device))
-        yield tile, [partial(product, permutation=r) for r in rows], 0.0
+        product = partial(down, h, case.w2, tile=tile.fitted(1, 2, h.device))
+        yield tile, [partial(product, permutation=r) for r in case.permutations[m]], 0.0
 
 
-def _best(
-    candidates: Iterator[tuple[Any, list[Call], float]],
-) -> tuple[float, Any] | None:
-    timed = [(_microseconds(calls) + extra, choice) for choice, calls, extra in candidates]
+def _best(candidates: Iterable[Candidate]) -> tuple[float, Any] | None:
+    """The least microseconds and their choice, among the candidates that run."""
+    timed = []
+    for choice, calls, extra in candidates:
+        with unless_unusable():
+            timed.append((_microseconds(calls) + extra, choice))
     return min(timed, key=lambda row: row[0]) if timed else None
 
 
-def _microseconds(calls: list[Call], budget: float = 12.0, repeats: int = 5) -> float:
-    """Median time of a call, in replays of one CUDA graph; `budget` in milliseconds."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    calls[0]()
-    torch.cuda.synchronize()
-    start.record()
-    calls[0]()
-    end.record()
-    torch.cuda.synchronize()
-    once = max(start.elapsed_time(end), 0.005)
-    # Long calls push each other's weights out of L2 by themselves.
-    number = max(len(calls) if once < 1.0 else 1, min(40, int(budget / repeats / once)))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(number):
-            calls[i % len(calls)]()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / number * 1e3)
-    return statistics.median(times)
+def _microseconds(calls: list[Call]) -> float:
+    """Median time of a call."""
+    calls[0]()  # compiles, which a capture must not
+    seconds, launches, _ = time_graph(calls, BUDGET_MS)
+    return 1e6 * statistics.median(seconds) / launches
 
 
-def compile_candidates(layer: Layer, tokens: tuple[int, ...]) -> None:
-    """Compile the candidates into Triton's cache with a process for each core."""
+def compile_candidates(layer: Layer, tokens: Iterable[int]) -> None:
+    """Compile the candidates into Triton's cache with several processes."""
+    tokens = list(tokens)
     firsts = {
         candidate
         for num_tokens in tokens
@@ -257,7 +308,7 @@ def compile_candidates(layer: Layer, tokens: tuple[int, ...]) -> None:
     jobs: list[tuple[str, Tile, bool]] = [("gated_up", *candidate) for candidate in firsts]
     jobs += [("down", candidate, False) for candidate in seconds]
     sizes = (_small(layer.hidden_size), _small(layer.intermediate_size))
-    workers = min(len(jobs), max(1, (os.cpu_count() or 2) - 1))
+    workers = min(len(jobs), MAX_PROCESSES, max(1, (os.cpu_count() or 2) - 1))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_compile, jobs, [sizes] * len(jobs), chunksize=2))
 
@@ -273,15 +324,17 @@ def _compile(job: tuple[str, Tile, bool], sizes: tuple[int, int]) -> None:
     x = torch.randn(64, hidden, device="cuda", dtype=torch.bfloat16)
     ids = torch.arange(128, device="cuda", dtype=torch.int32).view(64, 2) % 4
     rows = permute(ids, 4, tile.m)
-    if operation == "gated_up":
-        w13 = torch.randn(4, 2, intermediate, hidden, device="cuda", dtype=torch.bfloat16)
-        fitted = tile.fitted(2, 2, x.device)
-        x_sorted = gather(x, rows.positions) if is_sorted else None
-        gated_up(x, w13, rows, k=2, tile=fitted, x_sorted=x_sorted)
-    else:
-        w2 = torch.randn(4, hidden, intermediate, device="cuda", dtype=torch.bfloat16)
-        h = torch.randn(128, intermediate, device="cuda", dtype=torch.bfloat16)
-        down(h, w2, rows, tile=tile.fitted(1, 2, x.device))
+    # The search meets the same error, and goes on without the tile.
+    with unless_unusable():
+        if operation == "gated_up":
+            w13 = torch.randn(4, 2, intermediate, hidden, device="cuda", dtype=torch.bfloat16)
+            fitted = tile.fitted(2, 2, x.device)
+            x_sorted = gather(x, rows.positions) if is_sorted else None
+            gated_up(x, w13, rows, k=2, tile=fitted, x_sorted=x_sorted)
+        else:
+            w2 = torch.randn(4, hidden, intermediate, device="cuda", dtype=torch.bfloat16)
+            h = torch.randn(128, intermediate, device="cuda", dtype=torch.bfloat16)
+            down(h, w2, rows, tile=tile.fitted(1, 2, x.device))
     torch.cuda.synchronize()
 
 
@@ -298,27 +351,49 @@ def _short(tile: Tile) -> str:
     return f"{tile.m}x{tile.n}x{tile.k}{marks}"
 
 
-def save(entries: list[dict[str, Any]], path: Path | None = None) -> Path:
-    """Add the layers to the table of this GPU (default: the user's); returns the file.
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """The layers of a table, none where there is no file; raises ValueError if it is malformed."""
+    if not path.exists():
+        return []
+    try:
+        entries: list[dict[str, Any]] = json.loads(path.read_text())["layers"]
+        for entry in entries:
+            _sizes(entry)
+            for plan in entry["plans"]:
+                float(plan["rows_per_expert"])
+                Plan.from_json(plan)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a table of tiles ({type(error).__name__}: {error}); move it away, or "
+            "write to another file"
+        ) from error
+    return entries
 
-    An entry takes the place of an older one of the same sizes.
+
+def _sizes(entry: dict[str, Any]) -> tuple[int, int, int]:
+    return entry["num_experts"], entry["hidden_size"], entry["intermediate_size"]
+
+
+def save(entries: Iterable[dict[str, Any]], path: Path) -> Path:
+    """Add the layers to the table at `path`, which this process also uses from now on; returns it.
+
+    A plan takes the place of an older one for the same sizes and rows an expert; others stay.
+    Raises ValueError if the old file is malformed.
     """
-    device = torch.device("cuda", torch.cuda.current_device())
-    path = path or user_table(device)
-    old = json.loads(path.read_text())["layers"] if path.exists() else []
-
-    def sizes(entry: dict[str, Any]) -> tuple[int, ...]:
-        return entry["num_experts"], entry["hidden_size"], entry["intermediate_size"]
-
-    new = {sizes(entry) for entry in entries}
+    merged = {_sizes(entry): entry for entry in read_entries(path)}
+    for entry in entries:
+        old = merged.get(_sizes(entry), {"plans": []})
+        plans = {plan["rows_per_expert"]: plan for plan in [*old["plans"], *entry["plans"]]}
+        merged[_sizes(entry)] = {**entry, "plans": [plans[rows] for rows in sorted(plans)]}
     document = {
-        "device": torch.cuda.get_device_name(device),
+        "device": device_name(device_of(None)),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "layers": [entry for entry in old if sizes(entry) not in new] + entries,
+        "layers": list(merged.values()),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".draft")
     draft.write_text(json.dumps(document, indent=1) + "\n")
     draft.replace(path)
+    tiles._table.cache_clear()
     return path

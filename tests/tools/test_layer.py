@@ -1,6 +1,8 @@
 """The layer benchmark, but for the clock: what it counts, draws, refuses and prints."""
 
 import json
+from contextlib import nullcontext
+from functools import partial
 from io import StringIO
 
 import pytest
@@ -114,6 +116,39 @@ def wrong_later(run, x, logits):
     return run(x, logits) * (1 if run.calls == 1 else 2)
 
 
+def test_a_graph_goes_through_the_calls_in_turn(monkeypatch):
+    ran = []
+
+    class Graph:
+        def replay(self):
+            ran.append("replay")
+
+    class Event:
+        def __init__(self, **options):
+            pass
+
+        def record(self):
+            pass
+
+        synchronize = record
+
+        def elapsed_time(self, end):
+            return 0.5
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+
+    def call(number):
+        ran.append(number)
+        return torch.tensor(number)
+
+    seconds, launches, last = tool.time_graph([partial(call, 1), partial(call, 2)], 2.0)
+    # 0.5 ms once, so four times make GRAPH_SECONDS; four replays of 0.5 ms are the budget.
+    assert ran == [1, 2, *["replay"] * 2, *[1, 2] * 4, *["replay"] * 2, *["replay"] * 4]
+    assert (seconds, launches, last.item()) == ([5e-4] * 4, 8, 2)
+
+
 @pytest.mark.parametrize(
     "spoil", [wrong_weights, one_wrong_token, one_nan, other_dtype, wrong_later]
 )
@@ -147,6 +182,32 @@ def test_a_wrong_moezoo_has_a_reason_instead_of_a_time(small, monkeypatch):
     text = StringIO()
     Console(file=text, width=160).print(report)
     assert "away from fp32" in text.getvalue()
+
+
+def test_a_layer_that_does_not_fit_is_skipped_by_name(small, monkeypatch):
+    random = Weights.random
+
+    def limited(layer, *options):
+        if layer is not SMALL:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it")
+        return random(layer, *options)
+
+    monkeypatch.setattr(Weights, "random", limited)
+    report = tool.bench(["deepseek-v3", "small"], [1], dtype="float32", device="cpu", budget_ms=1)
+    assert report.to_dict()["skipped"] == {"deepseek-v3": "CUDA out of memory."}
+    assert [cell.layer for cell in report.cells if cell.timings] == ["small"]
+    text = StringIO()
+    Console(file=text, width=160).print(report)
+    assert "CUDA out of memory." in text.getvalue()
+    monkeypatch.setattr(tool, "bench", lambda *args, **options: report)
+    assert cli.main(["bench", "layer"]) == 1
+
+
+def test_command_line_misses_the_folder_before_it_measures(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(tool, "bench", lambda *args, **options: pytest.fail("measured"))
+    path = tmp_path / "nowhere" / "layer.json"
+    assert cli.main(["bench", "layer", "--json", str(path)]) == 2
+    assert f"no folder {path.parent}" in capsys.readouterr().err
 
 
 def test_command_line(small, capsys, tmp_path):
