@@ -395,5 +395,5 @@ def save(entries: Iterable[dict[str, Any]], path: Path) -> Path:
     draft = path.with_suffix(".draft")
     draft.write_text(json.dumps(document, indent=1) + "\n")
     draft.replace(path)
-    tiles._table.cache_clear()
+    tiles.reload_tables()
     return path

@@ -140,7 +140,7 @@ def test_what_was_saved_is_used_at_once(tmp_path, monkeypatch):
     assert tiles._tuned(CPU, (8, 64, 96), 4.0) is None
     tool.save([entry(4.0, num_stages=5)], path)
     assert tiles._tuned(CPU, (8, 64, 96), 4.0).down.num_stages == 5
-    tiles._table.cache_clear()
+    tiles.reload_tables()
 
 
 MALFORMED = {
