@@ -27,7 +27,6 @@ from moezoo.errors import MoEZooError
 from moezoo.layers.kernels import tiles
 from moezoo.layers.kernels.down import down
 from moezoo.layers.kernels.gated_up import gated_up
-from moezoo.layers.kernels.gather import gather
 from moezoo.layers.kernels.overlap import capability
 from moezoo.layers.kernels.permute import Permutation, permute
 from moezoo.layers.kernels.tiles import Plan, Tile
@@ -35,8 +34,8 @@ from moezoo.tools.layer import Layer, Weights, device_name, device_of, time_grap
 
 TOKENS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 Call = Callable[[], Tensor]
-Candidate = tuple[Any, list[Call], float]
-"""A choice, the calls to time for it, and microseconds that it costs besides."""
+Candidate = tuple[Tile, list[Call]]
+"""A tile, and the calls to time for it."""
 
 SETS = 4
 """Choices of experts that take turns, so that few rows do not find their weights in L2."""
@@ -64,31 +63,27 @@ def unless_unusable() -> Iterator[None]:
             raise
 
 
-def gated_up_tiles(rows_per_expert: float) -> Iterator[tuple[Tile, bool]]:
-    """Candidates for the first product, and whether they read sorted rows."""
+def gated_up_tiles(rows_per_expert: float) -> Iterator[Tile]:
+    """Candidates for the first product."""
     if rows_per_expert <= 40:
         for m in _few_rows(rows_per_expert):
             first = Tile(m, 64, 128, 4, 3, descriptors=True, weights_first=True)
-            yield first, False
-            yield replace(first, k=256), False
-            yield replace(first, k=64, num_stages=6), False
-            yield replace(first, group_m=1), False
+            yield first
+            yield replace(first, k=256)
+            yield replace(first, k=64, num_stages=6)
+            yield replace(first, group_m=1)
     if 16 < rows_per_expert <= 400:
         tile = Tile(64, 128, 64, 4, 4, descriptors=True)
         for tail in (0, 32):
             for group_m in (1, 4, 8):
-                yield replace(tile, tail=tail, group_m=group_m), False
-        yield replace(tile, num_warps=8), False
-        yield Tile(64, 64, 128, 4, 2, descriptors=True, weights_first=True), False
+                yield replace(tile, tail=tail, group_m=group_m)
+        yield replace(tile, num_warps=8)
+        yield Tile(64, 64, 128, 4, 2, descriptors=True, weights_first=True)
     if rows_per_expert > 24:
         tile = Tile(128, 128, 64, 8, 4, descriptors=True)
         for tail in (0, 32, 64):
             for group_m in (2, 4, 8, 16):
-                yield replace(tile, tail=tail, group_m=group_m), False
-        if rows_per_expert > 60:
-            for group_m in (4, 8, 16):
-                yield replace(tile, programs_per_sm=1, group_m=group_m), True
-            yield tile, True
+                yield replace(tile, tail=tail, group_m=group_m)
 
 
 def down_tiles(rows_per_expert: float) -> Iterator[Tile]:
@@ -167,8 +162,7 @@ def tune(
         us1, us2, chosen = _fastest(_Case.random(layer, weights, num_tokens, generator=generator))
         report(
             f"{num_tokens} tokens: {us1:.0f} + {us2:.0f} us, "
-            f"{_short(chosen.gated_up)}{' sorted' if chosen.sort_rows else ''} "
-            f"and {_short(chosen.down)}"
+            f"{_short(chosen.gated_up)} and {_short(chosen.down)}"
         )
         plans.append(
             {
@@ -177,7 +171,6 @@ def tune(
                 "microseconds": [round(us1, 1), round(us2, 1)],
                 "gated_up": asdict(chosen.gated_up),
                 "down": asdict(chosen.down),
-                "sort_rows": chosen.sort_rows,
             }
         )
     return {
@@ -194,7 +187,7 @@ class _Case:
     """What the two products read at one number of tokens.
 
     x [T, H] and h [S, I] for w13 [E, 2, I, H] and w2 [E, H, I], bf16; by the m of a tile, the
-    permutations of each choice of experts. x_sorted [S, H] belongs to the first choice.
+    permutations of each choice of experts.
     """
 
     x: Tensor
@@ -203,8 +196,6 @@ class _Case:
     w2: Tensor
     k: int
     permutations: dict[int, list[Permutation]]
-    x_sorted: Tensor
-    sorting_us: float
 
     @classmethod
     def random(
@@ -225,12 +216,7 @@ class _Case:
         permutations = {
             m: [permute(ids, layer.num_experts, m) for ids in choices] for m in (16, 32, 64, 128)
         }
-        positions = permutations[128][0].positions
-        return cls(
-            *(x, h, weights.w13.unflatten(1, (2, -1)), weights.w2, layer.k, permutations),
-            gather(x, positions),
-            _microseconds([partial(gather, x, positions)]),
-        )
+        return cls(x, h, weights.w13.unflatten(1, (2, -1)), weights.w2, layer.k, permutations)
 
     @property
     def rows_per_expert(self) -> float:
@@ -243,8 +229,8 @@ def _fastest(case: _Case) -> tuple[float, float, Plan]:
     for m in case.permutations:
         first, second = _best(_first_calls(case, m)), _best(_second_calls(case, m))
         if first is not None and second is not None:
-            (us1, (tile1, is_sorted)), (us2, tile2) = first, second
-            found.append((us1, us2, Plan(tile1, tile2, is_sorted)))
+            (us1, tile1), (us2, tile2) = first, second
+            found.append((us1, us2, Plan(tile1, tile2)))
     if not found:
         raise MoEZooError(
             f"at {len(case.x)} tokens no candidate runs on this GPU: none of them fits it, or none "
@@ -254,34 +240,26 @@ def _fastest(case: _Case) -> tuple[float, float, Plan]:
 
 
 def _first_calls(case: _Case, m: int) -> Iterator[Candidate]:
-    x = case.x
-    for tile, is_sorted in gated_up_tiles(case.rows_per_expert):
-        if tile.m != m or x.shape[1] < tile.k:
-            continue
-        fitted = tile.fitted(2, 2, x.device)
-        source = case.x_sorted if is_sorted else None
-        product = partial(gated_up, x, case.w13, k=case.k, tile=fitted, x_sorted=source)
-        # Sorted rows belong to the first choice of experts.
-        rows = case.permutations[m][: 1 if is_sorted else None]
-        calls: list[Call] = [partial(product, permutation=r) for r in rows]
-        yield (tile, is_sorted), calls, case.sorting_us if is_sorted else 0.0
+    for tile in gated_up_tiles(case.rows_per_expert):
+        if tile.m == m and case.x.shape[1] >= tile.k:
+            fitted = tile.fitted(2, 2, case.x.device)
+            product = partial(gated_up, case.x, case.w13, k=case.k, tile=fitted)
+            yield tile, [partial(product, permutation=r) for r in case.permutations[m]]
 
 
 def _second_calls(case: _Case, m: int) -> Iterator[Candidate]:
-    h = case.h
     for tile in down_tiles(case.rows_per_expert):
-        if tile.m != m or h.shape[1] < tile.k:
-            continue
-        product = partial(down, h, case.w2, tile=tile.fitted(1, 2, h.device))
-        yield tile, [partial(product, permutation=r) for r in case.permutations[m]], 0.0
+        if tile.m == m and case.h.shape[1] >= tile.k:
+            product = partial(down, case.h, case.w2, tile=tile.fitted(1, 2, case.h.device))
+            yield tile, [partial(product, permutation=r) for r in case.permutations[m]]
 
 
-def _best(candidates: Iterable[Candidate]) -> tuple[float, Any] | None:
-    """The least microseconds and their choice, among the candidates that run."""
+def _best(candidates: Iterable[Candidate]) -> tuple[float, Tile] | None:
+    """The least microseconds and their tile, among the candidates that run."""
     timed = []
-    for choice, calls, extra in candidates:
+    for tile, calls in candidates:
         with unless_unusable():
-            timed.append((_microseconds(calls) + extra, choice))
+            timed.append((_microseconds(calls), tile))
     return min(timed, key=lambda row: row[0]) if timed else None
 
 
@@ -305,8 +283,7 @@ def compile_candidates(layer: Layer, tokens: Iterable[int]) -> None:
         for num_tokens in tokens
         for candidate in down_tiles(num_tokens * layer.k / layer.num_experts)
     }
-    jobs: list[tuple[str, Tile, bool]] = [("gated_up", *candidate) for candidate in firsts]
-    jobs += [("down", candidate, False) for candidate in seconds]
+    jobs = [("gated_up", tile) for tile in firsts] + [("down", tile) for tile in seconds]
     sizes = (_small(layer.hidden_size), _small(layer.intermediate_size))
     workers = min(len(jobs), MAX_PROCESSES, max(1, (os.cpu_count() or 2) - 1))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
@@ -318,8 +295,8 @@ def _small(size: int) -> int:
     return 256 + size % 256
 
 
-def _compile(job: tuple[str, Tile, bool], sizes: tuple[int, int]) -> None:
-    operation, tile, is_sorted = job
+def _compile(job: tuple[str, Tile], sizes: tuple[int, int]) -> None:
+    operation, tile = job
     hidden, intermediate = sizes
     x = torch.randn(64, hidden, device="cuda", dtype=torch.bfloat16)
     ids = torch.arange(128, device="cuda", dtype=torch.int32).view(64, 2) % 4
@@ -328,9 +305,7 @@ def _compile(job: tuple[str, Tile, bool], sizes: tuple[int, int]) -> None:
     with unless_unusable():
         if operation == "gated_up":
             w13 = torch.randn(4, 2, intermediate, hidden, device="cuda", dtype=torch.bfloat16)
-            fitted = tile.fitted(2, 2, x.device)
-            x_sorted = gather(x, rows.positions) if is_sorted else None
-            gated_up(x, w13, rows, k=2, tile=fitted, x_sorted=x_sorted)
+            gated_up(x, w13, rows, k=2, tile=tile.fitted(2, 2, x.device))
         else:
             w2 = torch.randn(4, hidden, intermediate, device="cuda", dtype=torch.bfloat16)
             h = torch.randn(128, intermediate, device="cuda", dtype=torch.bfloat16)

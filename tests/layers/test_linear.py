@@ -2,10 +2,13 @@
 
 import torch
 
+from moezoo.layers import linear
 from moezoo.layers.linear import without_onednn
 
 
-def test_threads_that_overlap_leave_onednn_as_they_found_it():
+def test_threads_that_overlap_leave_onednn_as_they_found_it(monkeypatch):
+    # Without such types it has nothing to switch.
+    monkeypatch.setattr(linear, "ONEDNN_DTYPES", (torch.bfloat16,))
     assert torch.backends.mkldnn.enabled
     first, second = without_onednn(), without_onednn()
     first.__enter__()

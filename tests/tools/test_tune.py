@@ -27,7 +27,7 @@ def hopper(monkeypatch):
 
 def entry(*rows_per_expert, sizes=(8, 64, 96), num_stages=3):
     tile = asdict(Tile(16, 64, 64, 4, num_stages, descriptors=True))
-    plan = {"gated_up": tile, "down": tile, "sort_rows": False}
+    plan = {"gated_up": tile, "down": tile}
     plans = [{"rows_per_expert": rows} | plan for rows in rows_per_expert]
     names = ("num_experts", "hidden_size", "intermediate_size")
     return dict(zip(names, sizes, strict=True)) | {"k": 2, "plans": plans}
@@ -44,7 +44,7 @@ def stages(path):
 @pytest.mark.parametrize("rows", ROWS_PER_EXPERT)
 def test_candidates_are_tiles_that_a_product_takes(rows):
     firsts, seconds = list(tool.gated_up_tiles(rows)), list(tool.down_tiles(rows))
-    for tile in [*(tile for tile, _ in firsts), *seconds]:
+    for tile in [*firsts, *seconds]:
         assert tile.m in (16, 32, 64, 128)
         assert tile.tail == 0 or (tile.tail >= 16 and tile.tail < tile.m)
         for size in (tile.n, tile.k, tile.tail or 16):
@@ -59,7 +59,7 @@ def test_candidates_are_tiles_that_a_product_takes(rows):
 
 @pytest.mark.parametrize("rows", ROWS_PER_EXPERT)
 def test_both_products_have_a_candidate_of_one_m_even_for_the_smallest_layer(rows):
-    first = {tile.m for tile, _ in tool.gated_up_tiles(rows) if tile.k <= tool.SMALLEST_SIZE}
+    first = {tile.m for tile in tool.gated_up_tiles(rows) if tile.k <= tool.SMALLEST_SIZE}
     second = {tile.m for tile in tool.down_tiles(rows) if tile.k <= tool.SMALLEST_SIZE}
     assert first & second
 
@@ -103,8 +103,8 @@ def test_a_candidate_that_does_not_fit_is_skipped(monkeypatch):
         raise OutOfResources(300_000, 232_448, "shared memory")
 
     monkeypatch.setattr(tool, "_microseconds", microseconds)
-    candidates = [("large", [too_large], 0.0), ("slow", [lambda: 9], 0.0), ("fast", [lambda: 3], 5)]
-    assert tool._best(candidates) == (8, "fast")
+    candidates = [("large", [too_large]), ("slow", [lambda: 9]), ("fast", [lambda: 3])]
+    assert tool._best(candidates) == (3, "fast")
     assert tool._best(candidates[:1]) is None
 
 
@@ -118,7 +118,7 @@ def test_an_error_of_the_device_is_not_taken_for_a_tile_that_does_not_compile():
 def test_no_candidate_at_all_is_an_error(monkeypatch):
     monkeypatch.setattr(tool, "_best", lambda candidates: None)
     x = torch.empty(4, 64)
-    case = tool._Case(x, x, x, x, 2, {16: [], 32: []}, x, 0.0)
+    case = tool._Case(x, x, x, x, 2, {16: [], 32: []})
     with pytest.raises(MoEZooError, match="at 4 tokens no candidate runs"):
         tool._fastest(case)
 
@@ -136,10 +136,13 @@ def test_saving_merges_plans_and_the_new_ones_win(tmp_path):
 
 def test_what_was_saved_is_used_at_once(tmp_path, monkeypatch):
     path = tmp_path / "tiles.json"
-    monkeypatch.setattr(tiles, "table_paths", lambda device: (path,))
-    assert tiles._tuned(CPU, (8, 64, 96), 4.0) is None
+    monkeypatch.setattr(tiles, "user_table", lambda device: path)
+    monkeypatch.setattr(tiles, "capability", lambda device: (9, 0))
+    tiles.reload_tables()
+    device = torch.device("cuda", 0)
+    assert tiles._tuned(device, (8, 64, 96), 4.0) is None
     tool.save([entry(4.0, num_stages=5)], path)
-    assert tiles._tuned(CPU, (8, 64, 96), 4.0).down.num_stages == 5
+    assert tiles._tuned(device, (8, 64, 96), 4.0).down.num_stages == 5
     tiles.reload_tables()
 
 

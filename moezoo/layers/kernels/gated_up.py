@@ -89,7 +89,6 @@ def _rows_times_columns(
     end,
     first_col,
     x_ptr,
-    x_sorted,
     w,
     bias_ptr,
     h_ptr,
@@ -112,7 +111,6 @@ def _rows_times_columns(
     UP_OFFSET: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    SORTED: tl.constexpr,
     EVEN_K: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -125,9 +123,8 @@ def _rows_times_columns(
     m_cols = cols < intermediate_size
     inner = tl.arange(0, BLOCK_K)
     # Rows and columns past the end read row 0 and column 0, and are not stored.
-    if not SORTED:
-        tokens = (tl.load(order_ptr + rows, mask=m_rows, other=0) // k).to(tl.int64)
-        p_x = x_ptr + tokens[:, None] * stride_xt + inner[None, :] * stride_xh
+    tokens = (tl.load(order_ptr + rows, mask=m_rows, other=0) // k).to(tl.int64)
+    p_x = x_ptr + tokens[:, None] * stride_xt + inner[None, :] * stride_xh
     JOINT: tl.constexpr = 1 if WEIGHTS_FIRST else PARTS
     if not DESCRIPTORS:
         part = tl.arange(0, JOINT * BLOCK_N) // BLOCK_N
@@ -142,14 +139,11 @@ def _rows_times_columns(
     else:
         products = tl.zeros([BLOCK_M, PARTS * BLOCK_N], tl.float32)
     for start in range(0, hidden_size, BLOCK_K):
-        if SORTED:
-            b_x = x_sorted.load([first_row, start])
+        if EVEN_K:
+            b_x = tl.load(p_x)
         else:
-            if EVEN_K:
-                b_x = tl.load(p_x)
-            else:
-                b_x = tl.load(p_x, mask=(start + inner < hidden_size)[None, :], other=0.0)
-            p_x += BLOCK_K * stride_xh
+            b_x = tl.load(p_x, mask=(start + inner < hidden_size)[None, :], other=0.0)
+        p_x += BLOCK_K * stride_xh
         if DESCRIPTORS:
             b_w = tl.reshape(w.load([expert, 0, first_col, start]), [JOINT * BLOCK_N, BLOCK_K])
         else:
@@ -204,7 +198,6 @@ def _rows_times_columns(
 @triton.jit(do_not_specialize=["max_tiles", "num_programs", "k"])
 def _gated_up_kernel(
     x_ptr,
-    x_sorted,
     w,
     bias_ptr,
     h_ptr,
@@ -232,7 +225,6 @@ def _gated_up_kernel(
     UP_OFFSET: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    SORTED: tl.constexpr,
     EVEN_K: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
     FLATTEN: tl.constexpr,
@@ -255,18 +247,18 @@ def _gated_up_kernel(
         # fmt: off
         if TAIL > 0 and end - first_row <= TAIL:
             _rows_times_columns(
-                expert, first_row, end, first_col, x_ptr, x_sorted, w, bias_ptr, h_ptr, order_ptr,
+                expert, first_row, end, first_col, x_ptr, w, bias_ptr, h_ptr, order_ptr,
                 hidden_size, intermediate_size, k, stride_xt, stride_xh, stride_we, stride_wg,
                 stride_wn, stride_wh, stride_be, stride_bg, stride_bn, PARTS, ACTIVATION, LIMIT,
-                UP_OFFSET, HAS_BIAS, DESCRIPTORS, False, EVEN_K, WEIGHTS_FIRST, TAIL, BLOCK_N,
+                UP_OFFSET, HAS_BIAS, DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, TAIL, BLOCK_N,
                 BLOCK_K,
             )
         else:
             _rows_times_columns(
-                expert, first_row, end, first_col, x_ptr, x_sorted, w, bias_ptr, h_ptr, order_ptr,
+                expert, first_row, end, first_col, x_ptr, w, bias_ptr, h_ptr, order_ptr,
                 hidden_size, intermediate_size, k, stride_xt, stride_xh, stride_we, stride_wg,
                 stride_wn, stride_wh, stride_be, stride_bg, stride_bn, PARTS, ACTIVATION, LIMIT,
-                UP_OFFSET, HAS_BIAS, DESCRIPTORS, SORTED, EVEN_K, WEIGHTS_FIRST, BLOCK_M, BLOCK_N,
+                UP_OFFSET, HAS_BIAS, DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, BLOCK_M, BLOCK_N,
                 BLOCK_K,
             )
         # fmt: on
@@ -281,14 +273,12 @@ def gated_up(
     tile: Tile,
     activation: str | Gating = "silu",
     bias13: Tensor | None = None,
-    x_sorted: Tensor | None = None,
 ) -> Tensor:
     """-> h [S, I] in x's dtype, rows in expert order; those from offsets[E] on are not written.
 
     x [T, H] and w13 [E, 2I, H], bias13 [E, 2I], all fp32, bf16 or fp16, of any strides; or w13
     [E, 2, I, H] and bias13 [E, 2, I]; or without a gate w13 [E, 1, I, H] and bias13 [E, 1, I].
-    `permutation` as `permute` made it with `tile.m` rows a tile. x_sorted [S, H] are the rows of x
-    in expert order, as `gather` makes them, for a tile that reads them by descriptor.
+    `permutation` as `permute` made it with `tile.m` rows a tile.
 
     Raises ValueError for shapes or dtypes that do not fit, and for an unknown activation.
     """
@@ -319,10 +309,8 @@ def gated_up(
     w = w13
     if tile.descriptors:
         w = descriptor(w13, (1, 1 if tile.weights_first else num_parts, tile.n, tile.k))
-    sorted_rows = None if x_sorted is None else descriptor(x_sorted, (tile.m, tile.k))
     _gated_up_kernel[(num_programs,)](
         x,
-        sorted_rows,
         w,
         bias13,
         h,
@@ -344,7 +332,6 @@ def gated_up(
         UP_OFFSET=gating.up_offset,
         HAS_BIAS=bias13 is not None,
         DESCRIPTORS=tile.descriptors,
-        SORTED=x_sorted is not None,
         EVEN_K=hidden_size % tile.k == 0,
         WEIGHTS_FIRST=tile.weights_first,
         FLATTEN=tile.programs_per_sm > 0 and not tile.tail,

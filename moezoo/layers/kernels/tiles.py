@@ -33,7 +33,7 @@ INTERPRETER_SHARED_MEMORY = 99 * 1024
 class Tile:
     """The part of a grouped product that one program computes: m rows by n columns.
 
-    `descriptors` reads weights (and sorted rows) through the GPU's bulk copy engine.
+    `descriptors` reads weights, and the rows between the products, through the bulk copy engine.
     `weights_first` multiplies weights by rows instead of rows by weights: matrix instructions take
     64 of the first and as few as 8 of the second. `tail`, if there is one, is the m of the last
     tile of an expert that has no more rows than that. With `programs_per_sm`, that many programs a
@@ -75,15 +75,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """The tiles of a layer's two products, of one m; `sort_rows`: x is copied into expert order."""
+    """The tiles of a layer's two products, of one m."""
 
     gated_up: Tile
     down: Tile
-    sort_rows: bool = False
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> "Plan":
-        return cls(Tile(**entry["gated_up"]), Tile(**entry["down"]), entry["sort_rows"])
+        return cls(Tile(**entry["gated_up"]), Tile(**entry["down"]))
 
 
 def plan(
@@ -120,7 +119,6 @@ def _plan(
     return Plan(
         chosen.gated_up.fitted(num_parts, dtype.itemsize, device),
         chosen.down.fitted(1, dtype.itemsize, device),
-        chosen.sort_rows,
     )
 
 
@@ -155,10 +153,7 @@ def _descriptor_plan(rows_per_expert: float) -> Plan:
         return Plan(up, Tile(128, 128, 64, 4, 3, descriptors=True, tail=64))
     if rows_per_expert <= 200:
         return Plan(up, replace(down, tail=64))
-    down = replace(down, programs_per_sm=1)
-    if rows_per_expert <= 700:
-        return Plan(replace(up, tail=32, group_m=8), down)
-    return Plan(replace(up, tail=0, programs_per_sm=1, group_m=16), down, sort_rows=True)
+    return Plan(replace(up, tail=32, group_m=8), replace(down, programs_per_sm=1))
 
 
 Table = dict[tuple[int, int, int], dict[float, Plan]]

@@ -211,7 +211,6 @@ def _fused_experts_cuda(
     from moezoo.layers.kernels.combine import combine
     from moezoo.layers.kernels.down import down
     from moezoo.layers.kernels.gated_up import gated_up
-    from moezoo.layers.kernels.gather import gather
     from moezoo.layers.kernels.one_token import one_token
     from moezoo.layers.kernels.permute import permute
     from moezoo.layers.kernels.tiles import plan
@@ -246,7 +245,6 @@ def _fused_experts_cuda(
             tile=tiles.gated_up,
             activation=gating,
             bias13=bias13,
-            x_sorted=gather(x, rows.positions) if tiles.sort_rows else None,
         )
         y = down(h, w2, rows, tile=tiles.down, bias2=bias2)
         return combine(y, topk_weights, rows.positions)

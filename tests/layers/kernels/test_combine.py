@@ -7,7 +7,6 @@ from torch import Tensor
 
 from kernels.routings import ROUTINGS, topk_ids
 from moezoo.layers.kernels.combine import combine, combine_ref
-from moezoo.layers.kernels.gather import gather, gather_ref
 from moezoo.layers.kernels.permute import permute_ref
 
 
@@ -47,18 +46,6 @@ def test_strided_weights_and_positions(device: torch.device) -> None:
     assert torch.equal(result, combine(y, weights, positions))
 
 
-@pytest.mark.parametrize("hidden", [1, 40, 1500])
-@pytest.mark.parametrize("routing", ROUTINGS)
-def test_gather_inverts(routing: str, hidden: int, device: torch.device) -> None:
-    _, weights, positions = inputs(routing, hidden, device)
-    x = torch.randn(len(positions), 2 * hidden, device=device)[:, ::2]
-    rows = gather(x, positions)
-    valid = int((positions >= 0).sum())
-    assert torch.equal(rows[:valid], gather_ref(x, positions)[:valid])
-    present = (positions >= 0).sum(1, keepdim=True)
-    assert_close(combine(rows, torch.ones_like(weights), positions), x * present)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -74,8 +61,3 @@ def test_refuses(change: dict[str, Tensor], message: str) -> None:
     arguments = {"y": y, "topk_weights": weights, "positions": positions}
     with pytest.raises(ValueError, match=re.escape(message)):
         combine(**(arguments | change))
-
-
-def test_gather_refuses() -> None:
-    with pytest.raises(ValueError, match=r"x must be \[T, H\] and positions \[T, K\]"):
-        gather(torch.zeros(5, 8), torch.zeros(4, 2, dtype=torch.int32))

@@ -38,11 +38,15 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.mark.parametrize(
-    "shape", [(4, 2, 40, 24), (1, 1, 1, 1), (16, 6, 1100, 72), (8, 8, 256, 300)], ids=str
+    "shape",
+    [(4, 2, 40, 24), (1, 1, 1, 1), (8, 6, 20, 30), (16, 6, 1100, 72), (8, 8, 256, 300)],
+    ids=str,
 )
 def test_matches_reference(
     shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
 ) -> None:
+    if device.type == "cpu" and shape[2] > 100:
+        pytest.skip("half a minute in the interpreter")
     arguments = inputs(shape, dtype, device)
     assert_close(one_token(**arguments), one_token_ref(**arguments))
 

@@ -76,7 +76,6 @@ def write_table(path: Path, sizes: tuple[int, int, int], rows_per_expert: float)
                 "rows_per_expert": rows_per_expert,
                 "gated_up": vars(MINE.gated_up),
                 "down": vars(MINE.down),
-                "sort_rows": False,
             }
         ]
     }
