@@ -330,18 +330,8 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
     """The layers of a table, none where there is no file; raises ValueError if it is malformed."""
     if not path.exists():
         return []
-    try:
-        entries: list[dict[str, Any]] = json.loads(path.read_text())["layers"]
-        for entry in entries:
-            _sizes(entry)
-            for plan in entry["plans"]:
-                float(plan["rows_per_expert"])
-                Plan.from_json(plan)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a table of tiles ({type(error).__name__}: {error}); move it away, or "
-            "write to another file"
-        ) from error
+    tiles.read_table(path)
+    entries: list[dict[str, Any]] = json.loads(path.read_text())["layers"]
     return entries
 
 

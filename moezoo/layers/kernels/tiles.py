@@ -165,13 +165,13 @@ def read_table(path: Path) -> Table:
     try:
         return {
             (entry["num_experts"], entry["hidden_size"], entry["intermediate_size"]): {
-                plan["rows_per_expert"]: Plan.from_json(plan) for plan in entry["plans"]
+                float(plan["rows_per_expert"]): Plan.from_json(plan) for plan in entry["plans"]
             }
             for entry in json.loads(path.read_text())["layers"]
         }
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is no table of tiles ({error!r}); delete it, or run `moezoo tune` again"
+            f"{path} is not a table of tiles ({error!r}); move it away, or run `moezoo tune` again"
         ) from error
 
 
