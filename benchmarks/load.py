@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,8 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from machine import device_name, write_result
 
-RESULTS = Path(__file__).parent / "results"
 CHUNK = 16 << 20
 CONTENDERS = ("copy", "copy, fresh memory", "moezoo", "transformers")
 
@@ -187,9 +186,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="1.17 GiB each")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--output", type=Path, help="a JSON file; default: results/load_<device>.json"
-    )
     parser.add_argument("--measure", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -212,8 +208,6 @@ def main() -> None:
 
 
 def report(runs: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> None:
-    import safetensors
-    import transformers
     from rich.console import Console
     from rich.table import Table
 
@@ -245,33 +239,14 @@ def report(runs: dict[str, list[dict[str, float]]], args: argparse.Namespace) ->
     Console().print(table)
     speedup = medians["transformers"] / medians["moezoo"]
     print(f"moezoo is {speedup:.1f} times as fast as transformers")
-    device = device_name(args.device)
     content = {
-        "benchmark": "load",
-        "device": device,
-        "cpu_cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
         "layers": args.layers,
         "bytes": size,
         "repeats": args.repeats,
         "transformers_over_moezoo": speedup,
         "contenders": rows,
     }
-    slug = "".join(c if c.isalnum() else "_" for c in device).strip("_").lower()
-    path = args.output or RESULTS / f"load_{slug}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
-    print(f"written to {path}")
-
-
-def device_name(device: str) -> str:
-    if device != "cpu":
-        return torch.cuda.get_device_name(device)
-    with open("/proc/cpuinfo") as lines:
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    print(f"written to {write_result('load', args.device, content)}")
 
 
 if __name__ == "__main__":

@@ -55,10 +55,15 @@ def synchronize(device: torch.device | str) -> None:
         torch.cuda.synchronize(device)
 
 
-def write_result(benchmark: str, device: torch.device | str, content: dict[str, Any]) -> Path:
-    """Keep `content` as results/<benchmark>_<device>.json; returns the path."""
+def result_path(benchmark: str, device: torch.device | str) -> Path:
+    """results/<benchmark>_<device>.json"""
     name = "".join(c if c.isalnum() else "_" for c in device_name(device)).strip("_").lower()
-    path = RESULTS / f"{benchmark}_{name}.json"
+    return RESULTS / f"{benchmark}_{name}.json"
+
+
+def write_result(benchmark: str, device: torch.device | str, content: dict[str, Any]) -> Path:
+    """Keep `content` at `result_path`, which is returned."""
+    path = result_path(benchmark, device)
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {"benchmark": benchmark, **describe(device), **content}
     path.write_text(json.dumps(document, indent=2) + "\n")

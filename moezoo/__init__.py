@@ -2,11 +2,14 @@
 
     model = moezoo.from_pretrained("Qwen/Qwen3-30B-A3B")
 
-The names below are the whole public interface; each is imported when it is first used.
+The names below are the whole public interface; each is imported when it is first used. Importing
+moezoo also registers `experts_implementation="moezoo"` with transformers.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from moezoo import experts_implementation
 
 if TYPE_CHECKING:
     from moezoo.generation.offline import Completion, Prompt, generate
@@ -37,6 +40,8 @@ _HOMES = {
     "inspect": "moezoo.tools.inspect",
     "list_architectures": "moezoo.registry",
 }
+
+experts_implementation.register()
 
 
 def __getattr__(name: str) -> Any:

@@ -39,6 +39,19 @@ IGNORED_KWARGS = ("cache_position", "tokenizer", "assistant_tokenizer", "token_t
 """What `generate` and tokenizers hand on and no decoder uses."""
 
 
+SAVE_DEFAULTS = {
+    "state_dict": None,
+    "push_to_hub": False,
+    "safe_serialization": True,
+    "variant": None,
+    "token": None,
+    "save_peft_format": True,
+    "save_original_format": True,
+    "distributed_checkpoint": False,
+}
+"""What transformers' `save_pretrained` takes and ours does in one way only."""
+
+
 class MoECausalLM(PreTrainedModel, GenerationMixin):
     """A `transformers` causal language model with moezoo's layers; `decoder` holds the weights.
 
@@ -97,11 +110,26 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(
         self,
         save_directory: str | Path,
-        *,
         is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
         max_shard_size: int | str = "5GB",
+        **kwargs: Any,
     ) -> None:
-        """Write config, generation config and weights in the hub's layout; see `loaders.save`."""
+        """Write config, generation config and weights in the hub's layout; see `loaders.save`.
+
+        Takes the arguments of transformers, for those who call it as they would there, and raises
+        `ValueError` for those that ask for something else than that.
+        """
+        asked = {"state_dict": state_dict, "push_to_hub": push_to_hub} | kwargs
+        for name, value in asked.items():
+            if name not in SAVE_DEFAULTS:
+                raise TypeError(f"save_pretrained() got an unexpected argument {name!r}")
+            if value is not None and value != SAVE_DEFAULTS[name]:
+                raise ValueError(
+                    f"{name}={value!r}: moezoo writes its own weights as safetensors in the hub's"
+                    f" layout, to a folder; leave {name} out"
+                )
         if is_main_process:
             save_pretrained(self, save_directory, max_shard_size=max_shard_size)
 
@@ -186,6 +214,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             synced_gpus
             or set(model_kwargs) - ENGINE_KWARGS
             or not isinstance(cache, DynamicCache)
+            or generation_config.cache_implementation not in (None, "dynamic")
             or generation_config.is_assistant
             or generation_config.output_attentions
             or generation_config.output_hidden_states

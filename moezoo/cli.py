@@ -1,4 +1,4 @@
-"""The command line: `moezoo generate` and `moezoo inspect`.
+"""The command line: `moezoo generate`, `inspect`, `tune` and `bench`.
 
 Exit codes: 0 all done; 1 a failure while running; 2 wrong options or bad input; 3 finished, but
 some prompts or input lines failed, or (inspect) moezoo cannot run the model; 130 interrupted.
@@ -14,8 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from contextlib import contextmanager, nullcontext
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
@@ -26,10 +25,10 @@ from moezoo.errors import MoEZooError
 
 if TYPE_CHECKING:
     from moezoo.generation.offline import Completion, Prompt
+    from moezoo.loaders.checkpoint import Checkpoint
 
 DONE, FAILED, USAGE, PARTLY, INTERRUPTED = 0, 1, 2, 3, 130
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-PLAIN_PROGRESS_SECONDS = 5.0
 
 EXIT_CODES = """\
 exit codes:
@@ -38,7 +37,8 @@ exit codes:
   2    wrong options or bad input; nothing was generated
   3    finished, but some prompts or input lines failed (each is named on stderr);
        inspect: moezoo cannot run the model (the report says why)
-  130  interrupted; the same command goes on where it stopped
+  130  interrupted; with --output, the same command without --overwrite goes on
+       where it stopped
 """
 
 
@@ -50,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        resumes = getattr(arguments, "output", None) is not None
-        _say("interrupted" + ("; the same command goes on where it stopped" if resumes else ""))
+        _say("interrupted" + _how_to_go_on(arguments))
         return INTERRUPTED
     except BrokenPipeError:
         # whoever read our output has gone; keep the interpreter from flushing into it at exit
@@ -62,6 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         _say(f"error: {error}")
         return USAGE if isinstance(error, ValueError) else FAILED
+
+
+def _how_to_go_on(arguments: argparse.Namespace) -> str:
+    if getattr(arguments, "output", None) is None:
+        return ""
+    if arguments.overwrite:
+        return "; leave out --overwrite to go on where it stopped"
+    return "; the same command goes on where it stopped"
 
 
 def _say(message: str) -> None:
@@ -79,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_inspect(commands)
+    _add_tune(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -190,6 +199,52 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
 
 
+def _add_tune(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "tune",
+        _tune,
+        help="find the best tiles for a model's experts on this GPU",
+        description=(
+            "Time the MoE kernels with the tiles that can be best on this GPU, and keep the best "
+            "ones; models\nwith experts of these sizes use them from then on. It takes about a "
+            "minute a layer."
+        ),
+    )
+    parser.add_argument(
+        "layer",
+        metavar="MODEL_OR_SHAPE",
+        help="hub id or folder, or experts,chosen,hidden,intermediate, such as 128,8,2048,768",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=_number(int, 2),
+        action="append",
+        metavar="N",
+        help="numbers of tokens to tune for, repeatable (default: 2 to 16384)",
+    )
+    parser.add_argument("--output", type=Path, help="JSON file instead of the user's table")
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="measure moezoo on this machine")
+    subjects = bench.add_subparsers(title="subjects", required=True, metavar="SUBJECT")
+    parser = subjects.add_parser(
+        "layer",
+        help="the MoE layer, beside what memory and matrix units allow",
+        description="Time the MoE layer of released models with random weights; its result is "
+        "compared with fp32 before.",
+    )
+    parser.set_defaults(run=_bench_layer)
+    parser.add_argument("--layer", nargs="+", metavar="NAME", help="default: all; on CPU one")
+    parser.add_argument("--tokens", nargs="+", type=_number(int, 1), metavar="N")
+    parser.add_argument("--dtype", choices=DTYPES[1:], default="bfloat16")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is one")
+    parser.add_argument("--skewed", action="store_true", help="some experts are popular (Zipf)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
 def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         number = kind(text)
@@ -203,9 +258,11 @@ def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], A
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from moezoo.generation import prompt_files
+    from moezoo.generation.offline import check_options
+    from moezoo.generation.prompt_files import OutputFile, to_do
 
     options = _sampling_options(arguments)
+    check_options(**options)
     if arguments.overwrite and arguments.output is None:
         raise ValueError("--overwrite needs --output")
     files = [os.path.realpath(file) for file in (arguments.input, arguments.output) if file]
@@ -221,38 +278,28 @@ def _generate(arguments: argparse.Namespace) -> int:
     model_id = _model_id(arguments)
     run = _fingerprint(model_id, arguments, options)
 
-    finished: dict[int | str, bool] = {}
-    if arguments.output is not None and not arguments.overwrite:
-        finished = prompt_files.resume(arguments.output, prompts, run)
+    file = None
+    if arguments.output is not None:
+        file = OutputFile(arguments.output, prompts, run, overwrite=arguments.overwrite)
+    finished = {} if file is None else file.finished
     num_finished_before = len(finished)
-    # Batches are made of the same prompts as in a run that was never stopped, so that resuming
-    # changes no bit of a completion; what a half-finished batch had written is not written again.
-    batches = (
-        prompts[start : start + arguments.batch_size]
-        for start in range(0, len(prompts), arguments.batch_size)
-    )
-    pending = [
-        prompt
-        for batch in batches
-        if any(prompt.id not in finished for prompt in batch)
-        for prompt in batch
-    ]
-    with _output(arguments) as write:
-        if pending:
-            completions = _completions(model_id, arguments, pending, options)
+    if pending := to_do(prompts, finished, arguments.batch_size):
+        with file or nullcontext():
+            completions, streamed = _completions(model_id, arguments, pending, options)
+            write = _print(arguments, run, streamed) if file is None else file.write
             with _progress(arguments, len(prompts), num_finished_before) as advance:
                 for completion in completions:
                     if completion.id in finished:
                         continue
                     finished[completion.id] = completion.error is not None
-                    write(completion, run)
+                    write(completion)
                     advance(len(completion.token_ids))
                     if completion.error is not None:
                         _say(f"prompt {completion.id!r} failed: {completion.error}")
     num_failed = sum(finished.values())
-    if arguments.output is not None and not arguments.quiet:
+    if file is not None and not arguments.quiet:
         _say(
-            f"{arguments.output}: {len(finished)} completions, {num_failed} of them failed, "
+            f"{file.path}: {len(finished)} completions, {num_failed} of them failed, "
             f"{num_finished_before} were there before"
         )
     return PARTLY if num_failed or problems else DONE
@@ -324,38 +371,45 @@ def _completions(
     arguments: argparse.Namespace,
     prompts: list[Prompt],
     options: dict[str, Any],
-) -> Iterator[Completion]:
-    """Load the model, then complete the prompts one batch after the other as they are asked for."""
-    import torch
+) -> tuple[Iterator[Completion], bool]:
+    """Load the model; its completions, one batch after the other as they are asked for.
+
+    And whether they are printed already, token by token.
+    """
     from huggingface_hub.utils import logging as hub_logging
     from transformers import TextStreamer
     from transformers.utils import logging
 
-    from moezoo.errors import MoEOutOfMemoryError
     from moezoo.generation.offline import generate
-    from moezoo.loaders.load import from_pretrained
+    from moezoo.loaders.checkpoint import open_checkpoint
+    from moezoo.loaders.load import from_checkpoint
 
     if not arguments.debug:
         logging.set_verbosity_error()
         hub_logging.set_verbosity_error()
-    hub = {"revision": arguments.revision, "local_files_only": arguments.local_files_only}
-    tokenizer = _tokenizer(model_id, hub)
+    # Opened once, so that model and tokenizer are of one commit, and before anything else, since it
+    # says best why there is no model.
+    checkpoint = open_checkpoint(
+        model_id, revision=arguments.revision, local_files_only=arguments.local_files_only
+    )
+    tokenizer = _tokenizer(checkpoint, local_files_only=arguments.local_files_only)
     if arguments.chat and tokenizer.chat_template is None:
         raise ValueError(f"{model_id} has no chat template: leave --chat out")
     started = time.perf_counter()
-    model = from_pretrained(
-        model_id,
+    model = from_checkpoint(
+        checkpoint,
         dtype=arguments.dtype,
         device=arguments.device,
         progress=not arguments.quiet and sys.stderr.isatty(),
-        **hub,
     )
     if not arguments.quiet:
         dtype = str(model.dtype).removeprefix("torch.")
         seconds = time.perf_counter() - started
         _say(f"loaded {model_id} as {dtype} on {model.device} in {seconds:.1f} s")
     streamer = None
-    if _prints_text(arguments) and sys.stdout.isatty():
+    # A streamer prints each token as it comes, so with stop strings also what is to be cut off.
+    stops = arguments.stop or model.generation_config.stop_strings
+    if _prints_text(arguments) and sys.stdout.isatty() and not stops:
         streamer = TextStreamer(tokenizer, skip_prompt=arguments.chat, skip_special_tokens=True)
     completions = generate(
         model,
@@ -367,63 +421,45 @@ def _completions(
         streamer=streamer,
         **options,
     )
-
-    def out_of_memory_explained() -> Iterator[Completion]:
-        try:
-            yield from completions
-        except torch.OutOfMemoryError as error:
-            raise MoEOutOfMemoryError(
-                f"{error}\nTry a --batch-size smaller than {arguments.batch_size}."
-            ) from error
-
-    return out_of_memory_explained()
+    return completions, streamer is not None
 
 
-def _tokenizer(model_id: str, hub: dict[str, Any]) -> Any:
+def _tokenizer(checkpoint: Checkpoint, *, local_files_only: bool) -> Any:
     from transformers import AutoTokenizer
 
     from moezoo.errors import CheckpointError
-    from moezoo.loaders.checkpoint import open_checkpoint
 
-    open_checkpoint(model_id, **hub)  # says best why there is no model, and before anything else
     try:
-        return AutoTokenizer.from_pretrained(model_id, **hub)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{model_id}: its tokenizer cannot be loaded: {error}") from error
+        # By default transformers asks on the terminal whether to run a checkpoint's code.
+        return AutoTokenizer.from_pretrained(
+            checkpoint.name,
+            revision=checkpoint.revision,
+            local_files_only=local_files_only,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # what the tokenizers library raises has no class of its own
+        raise CheckpointError(
+            f"{checkpoint.name}: its tokenizer cannot be loaded: {error}"
+        ) from error
 
 
 def _prints_text(arguments: argparse.Namespace) -> bool:
     return arguments.output is None and arguments.prompt is not None and len(arguments.prompt) == 1
 
 
-@contextmanager
-def _output(arguments: argparse.Namespace) -> Iterator[Callable[[Completion, str], None]]:
-    """Where completions go: appended to --output, or to stdout as JSON lines or as text."""
+def _print(arguments: argparse.Namespace, run: str, streamed: bool) -> Callable[[Completion], None]:
+    """Print a completion: as a JSON line, or the only one as text unless that has happened."""
     from moezoo.generation.prompt_files import completion_line
 
-    def write_text(completion: Completion, run: str) -> None:
-        if completion.error is None and not sys.stdout.isatty():
+    def write_text(completion: Completion) -> None:
+        if completion.error is None and not streamed:
             print(completion.text if arguments.chat else f"{completion.prompt}{completion.text}")
 
-    def write_line(completion: Completion, run: str) -> None:
+    def write_line(completion: Completion) -> None:
         sys.stdout.buffer.write(completion_line(completion, run))
         sys.stdout.flush()
 
-    if arguments.output is None:
-        yield write_text if _prints_text(arguments) else write_line
-        return
-    with open(arguments.output, "ab") as file:
-        fresh = arguments.overwrite
-
-        def append(completion: Completion, run: str) -> None:
-            nonlocal fresh
-            if fresh:  # only now, when there is something to take the place of what was there
-                file.truncate(0)
-                fresh = False
-            file.write(completion_line(completion, run))
-            file.flush()
-
-        yield append
+    return write_text if _prints_text(arguments) else write_line
 
 
 @contextmanager
@@ -431,68 +467,15 @@ def _progress(
     arguments: argparse.Namespace, total: int, finished: int
 ) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, a line every few seconds elsewhere, nothing for a single prompt."""
+    from moezoo.tools.progress import Lines, bar
+
     if arguments.quiet or _prints_text(arguments):
         yield lambda num_tokens: None
     elif sys.stderr.isatty():
-        with _bar(total, finished) as advance:
+        with bar(total, finished) as advance:
             yield advance
     else:
-        yield _Lines(total, finished).advance
-
-
-@contextmanager
-def _bar(total: int, finished: int) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    started, num_tokens = time.perf_counter(), 0
-    columns = (
-        TextColumn("generating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.0f} tokens/s"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, completed=finished, rate=0.0)
-
-        def advance(new_tokens: int) -> None:
-            nonlocal num_tokens
-            num_tokens += new_tokens
-            bar.update(task, advance=1, rate=num_tokens / (time.perf_counter() - started))
-
-        yield advance
-
-
-class _Lines:
-    """Progress for logs."""
-
-    def __init__(self, total: int, finished: int) -> None:
-        self.total, self.before, self.finished, self.num_tokens = total, finished, finished, 0
-        self.started = self.said = time.perf_counter()
-
-    def advance(self, num_tokens: int) -> None:
-        self.finished += 1
-        self.num_tokens += num_tokens
-        now = time.perf_counter()
-        if now - self.said < PLAIN_PROGRESS_SECONDS and self.finished < self.total:
-            return
-        self.said = now
-        elapsed = now - self.started
-        left = elapsed / (self.finished - self.before) * (self.total - self.finished)
-        _say(
-            f"{self.finished}/{self.total} prompts, {self.num_tokens / elapsed:.0f} tokens/s, "
-            f"{timedelta(seconds=round(left))} left"
-        )
+        yield Lines(total, finished, _say).advance
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -510,3 +493,69 @@ def _inspect(arguments: argparse.Namespace) -> int:
     else:
         Console().print(report)
     return DONE if report.supported else PARTLY
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("tune needs a CUDA device, and torch finds none")
+    from moezoo.layers.kernels.tiles import user_table
+    from moezoo.tools.tune import TOKENS, check, read_entries, save, tune
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    layer = _layer(arguments)
+    path = arguments.output or user_table(device)
+    # What is wrong should be said before minutes are spent.
+    check(layer, device)
+    read_entries(path)
+    entry = tune(layer, tokens=arguments.tokens or TOKENS, report=_say)
+    _say(f"written to {save([entry], path)}")
+    return DONE
+
+
+def _layer(arguments: argparse.Namespace) -> Any:
+    from moezoo.tools.layer import Layer
+
+    sizes = arguments.layer.split(",")
+    if all(size.strip().isdecimal() for size in sizes):
+        numbers = [int(size) for size in sizes]
+        if len(numbers) != 4 or min(numbers) < 1 or numbers[1] > numbers[0]:
+            raise ValueError(
+                "a shape is experts,chosen,hidden,intermediate, none of them 0 and no more chosen "
+                f"than experts, such as 128,8,2048,768, got {arguments.layer!r}"
+            )
+        return Layer(*numbers)
+    from moezoo.tools.inspect import inspect
+
+    report = inspect(
+        arguments.layer,
+        revision=arguments.revision,
+        local_files_only=arguments.local_files_only,
+    )
+    if report.experts is None or report.hidden_size is None:
+        raise ValueError(f"{arguments.layer}: {report.reason or 'no experts found'}")
+    experts = report.experts
+    sizes_ = (experts.num_experts, experts.per_token, report.hidden_size)
+    return Layer(*sizes_, experts.intermediate_size)
+
+
+def _bench_layer(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from moezoo.tools.layer import bench
+
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise ValueError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
+    report = bench(
+        arguments.layer,
+        arguments.tokens,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        skewed=arguments.skewed,
+        progress=lambda cell: _say(f"{cell.layer}, {cell.num_tokens} tokens: done"),
+    )
+    Console().print(report)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    return FAILED if report.skipped or any(cell.skipped for cell in report.cells) else DONE

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.decoder import Decoder
+from moezoo.models.fields import check_sizes
 
 ARCHITECTURES = {
     "deepseek_v2": "deepseek_v2",
@@ -33,8 +34,9 @@ def architecture(model_type: str) -> ModuleType:
     if model_type not in ARCHITECTURES:
         raise UnsupportedArchitectureError(
             f"model_type {model_type!r} is not supported; supported are"
-            f" {', '.join(list_architectures())}."
-            " transformers may run it: AutoModelForCausalLM.from_pretrained(...)"
+            f" {', '.join(list_architectures())}. transformers may run it, with moezoo's expert"
+            " layers where they fit: AutoModelForCausalLM.from_pretrained(...,"
+            ' experts_implementation="moezoo")'
         )
     return import_module(f"moezoo.models.{ARCHITECTURES[model_type]}")
 
@@ -46,6 +48,7 @@ def build(config: PreTrainedConfig) -> Decoder:
     does not do.
     """
     module = architecture(config.model_type)
+    check_sizes(config)
     for field, supported in module.ASSUMES.items():
         value = getattr(config, field, supported[0])
         if value not in supported:

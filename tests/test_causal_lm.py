@@ -1,6 +1,7 @@
 """The model object, with the trained model of the package: what users of transformers expect."""
 
 import copy
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -264,6 +265,39 @@ def test_embeddings_can_be_resized(tmp_path: Path) -> None:
     assert model(torch.tensor([[4099]])).logits.shape == (1, 1, 4100)
     model.save_pretrained(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).vocab_size == 4100
+
+
+def test_save_takes_the_arguments_of_transformers(pair: Pair, tmp_path: Path) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    theirs = inspect.signature(PreTrainedModel.save_pretrained).parameters
+    known = [name for name, p in theirs.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    defaults = {name: theirs[name].default for name in known[1:]}
+    pair.ours.save_pretrained(tmp_path / "a", **defaults, safe_serialization=True)
+    pair.ours.save_pretrained(tmp_path / "b", True, None, False, "2MB")
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > 5
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        assert difference(saved(ids).logits, pair.ours(ids).logits) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("state_dict", {"a": torch.ones(1)}),
+        ("push_to_hub", True),
+        ("safe_serialization", False),
+        ("variant", "fp16"),
+        ("save_original_format", False),
+    ],
+)
+def test_save_refuses_by_name_what_it_does_not_do(
+    pair: Pair, tmp_path: Path, option: str, value: Any
+) -> None:
+    with pytest.raises(ValueError, match=f"{option}="):
+        pair.ours.save_pretrained(tmp_path / "new", **{option: value})
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(TypeError, match="max_shard"):
+        pair.ours.save_pretrained(tmp_path / "new", max_shards=3)
 
 
 def test_continuous_batching_of_transformers_is_refused(pair: Pair) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,12 +11,16 @@ from io import BytesIO, TextIOWrapper
 
 import pytest
 import torch
+from configurations import CONFIGURATIONS, reference
 from transformers import AutoTokenizer, TextStreamer
 
 import moezoo
 from moezoo import cli
 from moezoo.assets import tiny_model
 from moezoo.generation import offline
+from moezoo.layers.decoder import Decoder
+from moezoo.tools import progress
+from moezoo.tools.layer import Layer
 
 GREEDY = ("--greedy", "--max-new-tokens", "6", "--dtype", "float32", "--device", "cpu")
 
@@ -183,8 +188,15 @@ def test_an_interrupted_run_says_so_and_resumes(capsys, tmp_path, monkeypatch):
     assert code == 130
     assert "moezoo: interrupted; the same command goes on" in err
     assert len(records(output.read_text())) == 1
+    # with --overwrite the same command would throw away what there is
+    code, _, err = run(capsys, *command, "--overwrite")
+    assert code == 130
+    assert "moezoo: interrupted; leave out --overwrite to go on" in err
+    assert "the same command" not in err
     monkeypatch.undo()
-    assert run(capsys, *command)[0] == 0
+    code, _, err = run(capsys, *command)
+    assert code == 0
+    assert "1 were there before" in err
     assert [record["id"] for record in records(output.read_text())] == [1, 2, 3]
 
 
@@ -225,6 +237,24 @@ def test_overwrite_keeps_the_old_file_until_there_is_something_new(capsys, tmp_p
     assert code == 1
     assert "no config.json" in err
     assert output.read_text() == "old\n"
+
+
+def test_a_run_that_fails_before_its_first_completion_leaves_no_file(capsys, tmp_path):
+    output = tmp_path / "out.jsonl"
+    code, _, err = run(capsys, "generate", tmp_path, "--prompt", "a", "--output", output)
+    assert code == 1
+    assert "no config.json" in err
+    assert not output.exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_that_cannot_be_written_is_found_before_loading(capsys, tmp_path):
+    (tmp_path / "sealed").mkdir(mode=0o500)
+    output = tmp_path / "sealed" / "out.jsonl"
+    code, _, err = run(capsys, "generate", "--prompt", "a", "--output", output)
+    assert code == 1
+    assert f"Permission denied: '{output}'" in err
+    assert "loaded" not in err
 
 
 def test_chat(capsys, tmp_path):
@@ -285,6 +315,10 @@ def test_seed_and_sampling_options_reach_generation(capsys):
         (("--input", "nowhere.jsonl"), 2, "--input cannot be read: [Errno 2]"),
         (("--input", "a.jsonl", "--output", "./a.jsonl"), 2, "are the same file, a.jsonl"),
         (("--prompt", "a", "--output", "nowhere/out.jsonl"), 1, "[Errno 2]"),
+        (("--prompt", "a", "--output", "."), 1, "[Errno 21]"),
+        (("--prompt", "a", "--repetition-penalty", "0"), 2, "repetition_penalty must be above 0"),
+        (("--prompt", "a", "--repetition-penalty", "inf"), 2, "repetition_penalty must be above"),
+        (("--prompt", "a", "--stop", ""), 2, "stop_strings must be texts that are not empty"),
         (("./nowhere", "--prompt", "a"), 1, "./nowhere does not exist"),
         (("not/cached", "--prompt", "a", "--local-files-only"), 1, "local_files_only is set"),
     ],
@@ -296,6 +330,38 @@ def test_errors_are_one_line_and_a_code(capsys, tmp_path, monkeypatch, options, 
     assert out == ""
     assert message in err
     assert "Traceback" not in err
+    assert "loaded" not in err
+
+
+def copy_model(folder):
+    """A copy of the package's checkpoint to change."""
+    return shutil.copytree(tiny_model(), folder)
+
+
+def test_code_of_a_checkpoint_is_neither_run_nor_offered(tmp_path, monkeypatch):
+    """transformers would ask on the terminal, and for a model type that it does not know it does
+    so for the tokenizer too."""
+    configuration = CONFIGURATIONS["kimi_k2"]["one-group"]
+    folder = copy_model(tmp_path / "kimi")
+    (folder / "model.safetensors").unlink()
+    reference("kimi_k2", configuration | {"vocab_size": 4096}).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "conf.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "conf.py").write_text("raise SystemExit('ran')")
+    command = [sys.executable, "-m", "moezoo", "generate", folder, "--prompt", "The dog", *GREEDY]
+    ran = subprocess.run(command, input="y\n" * 9, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("The dog")
+    assert "custom code" not in ran.stdout + ran.stderr
+
+
+def test_a_malformed_tokenizer_is_named(capsys, tmp_path):
+    folder = copy_model(tmp_path / "m")
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "model": 3}')
+    code, _, err = run(capsys, "generate", folder, "--prompt", "a")
+    assert code == 1
+    assert f"error: {folder}: its tokenizer cannot be loaded: " in err
 
 
 def test_debug_shows_the_traceback(capsys):
@@ -305,15 +371,14 @@ def test_debug_shows_the_traceback(capsys):
     assert "CheckpointError" in err
 
 
-def test_running_out_of_memory_names_the_batch_size(capsys, monkeypatch):
-    def exhausted(*args, **kwargs):
-        raise torch.OutOfMemoryError("no room")
-        yield
-
-    monkeypatch.setattr(offline, "generate", exhausted)
-    code, _, err = run(capsys, "generate", "--prompt", "a", "--batch-size", 16)
+def test_running_out_of_memory_is_a_message(capsys, monkeypatch):
+    """More than any machine has, asked of torch's allocator."""
+    monkeypatch.setattr(Decoder, "logits", lambda *_: torch.empty(1 << 50))
+    prompts = ("--prompt", "a", "--prompt", "b")
+    code, _, err = run(capsys, "generate", *prompts, "--batch-size", 16, *GREEDY)
     assert code == 1
-    assert "Try a --batch-size smaller than 16." in err
+    assert "error: Out of memory during MoE: " in err
+    assert "a batch size below 2 needs less" in err
 
 
 def test_a_terminal_gets_the_text_as_it_comes(capsys, monkeypatch):
@@ -332,6 +397,19 @@ def test_a_terminal_gets_the_text_as_it_comes(capsys, monkeypatch):
     assert len([piece for piece in pieces if piece]) > 3
 
 
+def test_a_terminal_does_not_get_the_stop_string(capsys, tmp_path, monkeypatch):
+    _, plain, _ = run(capsys, "generate", "--prompt", "The dog", *GREEDY)
+    stop = plain.split()[3]
+    expected = plain[: plain.index(stop)] + "\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    _, given, _ = run(capsys, "generate", "--prompt", "The dog", "--stop", stop, *GREEDY)
+    assert given == expected
+    folder = copy_model(tmp_path / "m")
+    (folder / "generation_config.json").write_text(json.dumps({"stop_strings": [stop]}))
+    _, configured, _ = run(capsys, "generate", folder, "--prompt", "The dog", *GREEDY)
+    assert configured == expected
+
+
 def test_a_terminal_gets_a_bar(capsys, tmp_path, monkeypatch):
     lines = prompts_file(tmp_path / "in.jsonl", "The dog", "A cat")
     output = tmp_path / "out.jsonl"
@@ -344,7 +422,7 @@ def test_a_terminal_gets_a_bar(capsys, tmp_path, monkeypatch):
 
 
 def test_elsewhere_progress_is_a_line_now_and_then(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "PLAIN_PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     lines = prompts_file(tmp_path / "in.jsonl", "The dog", "A cat")
     output = tmp_path / "out.jsonl"
     command = ("generate", "--input", lines, "--output", output, "--batch-size", 1)
@@ -387,3 +465,21 @@ def test_inspect_of_what_moezoo_cannot_run_reports_and_exits_with_3(capsys, tmp_
     code, _, err = run(capsys, "inspect", tmp_path / "nowhere")
     assert code == 1
     assert "does not exist" in err
+
+
+def test_tune_names_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = run(capsys, "tune", "8,2,64,32")
+    assert code == 2
+    assert "tune needs a CUDA device" in err
+
+
+def test_what_tune_takes_for_a_layer():
+    def layer(text):
+        return cli._layer(cli._parser().parse_args(["tune", text]))
+
+    assert layer("128,8,2048,768") == Layer(128, 8, 2048, 768)
+    assert layer(str(tiny_model())) == Layer(16, 4, 256, 64)
+    for wrong in ("128,8,2048", "8,9,64,32", "8,0,64,32", "8,2,0,64", "8,2,64,0"):
+        with pytest.raises(ValueError, match="experts,chosen,hidden,intermediate"):
+            layer(wrong)

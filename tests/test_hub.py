@@ -32,6 +32,7 @@ def test_inspect_reads_headers_and_generate_downloads_what_it_needs(tmp_path):
         assert json.loads(inspected.stdout)["parameters"] == 6_975_488
         assert "model.safetensors" not in hub.downloads()
 
+        hub.at_branch.clear()
         prompt = ("--prompt", "Once upon a time", "--greedy", "--max-new-tokens", "8")
         generated = moezoo("generate", "some/story-teller", *prompt)
         assert generated.returncode == 0, generated.stderr
@@ -39,6 +40,8 @@ def test_inspect_reads_headers_and_generate_downloads_what_it_needs(tmp_path):
         assert "loaded some/story-teller" in generated.stderr
         assert {"model.safetensors", "tokenizer.json"} <= hub.downloads()
         assert "storybook_credits.tsv" not in hub.downloads()
+        # Model and tokenizer are of one commit, even if the branch moves meanwhile.
+        assert set(hub.at_branch) == {"/some/story-teller/resolve/main/config.json"}
 
     # the stand-in is gone now
     cached = moezoo("generate", "some/story-teller", "--local-files-only", *prompt)

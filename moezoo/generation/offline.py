@@ -5,6 +5,7 @@ Legend: B prompts of a batch, T prompt tokens, V vocabulary.
 
 import copy
 import json
+import math
 import random
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ from transformers import (
     TypicalLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
+
+from moezoo.errors import MoEOutOfMemoryError
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -171,6 +174,7 @@ def generate(
     Raises:
         ValueError: an option is unknown, out of range or contradicts another, a prompt is
             malformed, or `chat` is asked of a tokenizer without a chat template.
+        MoEOutOfMemoryError: a batch does not fit the device; says what needs less.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -201,7 +205,20 @@ class _BatchGenerator:
 
     def run(self, prompts: Iterator[Prompt], batch_size: int) -> Iterator[Completion]:
         while batch := list(islice(prompts, batch_size)):
-            yield from self._complete(batch)
+            try:
+                completions = self._complete(batch)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                raise MoEOutOfMemoryError(
+                    f"{error}\n{_prompts(len(batch))} at once is too much for {self.model.device}: "
+                    + (
+                        f"a batch size below {len(batch)} needs less"
+                        if len(batch) > 1
+                        else "a shorter prompt or a smaller max_new_tokens needs less"
+                    )
+                ) from error
+            yield from completions
 
     def _complete(self, prompts: list[Prompt]) -> list[Completion]:
         completions: dict[int, Completion] = {}
@@ -336,6 +353,34 @@ class _BatchGenerator:
         return str(self.tokenizer.decode(new_ids, skip_special_tokens=True))
 
 
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether a device has no room; torch's CPU allocator has no class of its own for that."""
+    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return out_of_memory or "can't allocate memory" in str(error)
+
+
+def _prompts(number: int) -> str:
+    return "1 prompt" if number == 1 else f"{number} prompts"
+
+
+def check_options(**options: Any) -> None:
+    """Raise `ValueError` for fields of `GenerationConfig` that are out of range."""
+    _check(GenerationConfig(**options))
+
+
+def _check(config: GenerationConfig) -> None:
+    if config.do_sample:
+        _warpers(config, torch.device("cpu"))  # each refuses what it cannot do
+    penalty = config.repetition_penalty
+    if penalty is not None and not 0 < penalty < math.inf:
+        raise ValueError(f"repetition_penalty must be above 0 and finite, got {penalty}")
+    if config.num_beams is not None and config.num_beams < 1:
+        raise ValueError(f"num_beams must be at least 1, got {config.num_beams}")
+    for string in _as_list(config.stop_strings):
+        if not isinstance(string, str) or not string:
+            raise ValueError(f"stop_strings must be texts that are not empty, got {string!r}")
+
+
 def _as_prompt(item: str | Mapping[str, Any] | Prompt, index: int) -> Prompt:
     if isinstance(item, Prompt):
         return item
@@ -373,10 +418,7 @@ def _resolve(
     if config.pad_token_id is None:
         known = [tokenizer.pad_token_id, *_as_list(config.eos_token_id)]
         config.pad_token_id = next((token for token in known if token is not None), None)
-    if config.do_sample:
-        _warpers(
-            config, model.device
-        )  # raises on a value out of range before anything is generated
+    _check(config)
     return config
 
 

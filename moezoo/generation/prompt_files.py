@@ -3,10 +3,13 @@
 A completion is one line, written and flushed whole; only the last line of a file can be half there.
 """
 
+import errno
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Container, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Self, cast
 
 from moezoo.generation.offline import Completion, Prompt
 
@@ -95,6 +98,68 @@ def resume(path: Path, prompts: Sequence[Prompt], run: str) -> dict[int | str, b
                 raise ValueError(f"{where}id {prompt.id!r} is not this prompt's{other_file}")
             finished[prompt.id] = failed
     return finished
+
+
+def to_do(
+    prompts: Sequence[Prompt], finished: Container[int | str], batch_size: int
+) -> list[Prompt]:
+    """The prompts of the batches that are not finished.
+
+    Batches are made of the same prompts as in a run that was never stopped, so that resuming
+    changes no bit of a completion; what a half-finished batch had written comes again.
+    """
+    batches = (prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size))
+    return [
+        prompt
+        for batch in batches
+        if any(prompt.id not in finished for prompt in batch)
+        for prompt in batch
+    ]
+
+
+class OutputFile:
+    """The file that the completions of one run are appended to, a line each.
+
+    `finished` is what `resume` finds there, or nothing with `overwrite`. The file is opened for the
+    first completion: a run that fails before leaves no empty file, and what it was to overwrite.
+
+    Raises:
+        ValueError: the file holds something else than completions of these prompts in this run.
+        OSError: it cannot be written.
+    """
+
+    def __init__(
+        self, path: Path, prompts: Sequence[Prompt], run: str, *, overwrite: bool = False
+    ) -> None:
+        self.path = path
+        self.run = run
+        self._mode = "wb" if overwrite else "ab"
+        self._file: BinaryIO | None = None
+        self._opened = ExitStack()
+        self.finished = {} if overwrite else resume(path, prompts, run)
+        _check_writable(path)
+
+    def write(self, completion: Completion) -> None:
+        if self._file is None:
+            file = self._opened.enter_context(self.path.open(self._mode))
+            self._file = cast(BinaryIO, file)
+        self._file.write(completion_line(completion, self.run))
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+
+def _check_writable(path: Path) -> None:
+    if path.exists():
+        with open(path, "ab"):
+            return
+    code = errno.EACCES if path.parent.is_dir() else errno.ENOENT
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise OSError(code, os.strerror(code), str(path))
 
 
 def _json_object(line: bytes) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class DecoderLayer(nn.Module):
     """x + attn(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(
-        self, attn_norm: nn.Module, attn: nn.Module, mlp_norm: nn.Module, mlp: nn.Module
+        self, attn_norm: nn.Module, attn: nn.Module, *, mlp_norm: nn.Module, mlp: nn.Module
     ) -> None:
         super().__init__()
         self.attn_norm = attn_norm
@@ -62,7 +62,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.rope = rope
-        self.lm_head = None if tied else Linear(hidden_size, vocab_size, bias=False)
+        self.lm_head: nn.Linear | None = None
+        if not tied:
+            self.lm_head = Linear(hidden_size, vocab_size, bias=False)
 
     def forward(
         self,
@@ -108,7 +110,7 @@ def pre_norm_decoder(
         return RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     layers = [
-        DecoderLayer(norm(), attention(layer_idx), norm(), feed_forward(layer_idx))
+        DecoderLayer(norm(), attention(layer_idx), mlp_norm=norm(), mlp=feed_forward(layer_idx))
         for layer_idx in range(config.num_hidden_layers)
     ]
     windows = [getattr(layer.attn, "window", None) for layer in layers]

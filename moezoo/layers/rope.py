@@ -3,6 +3,8 @@
 Legend: B batch, T tokens, D rotated dimensions of a head.
 """
 
+import copy
+
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
@@ -18,23 +20,33 @@ Rotation = tuple[torch.Tensor, torch.Tensor]
 
 def default_frequencies(config: PreTrainedConfig) -> torch.Tensor:
     """theta^(-2i/D) for i < D/2, fp32 [D/2], D the head's width."""
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dim = config.head_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     return 1.0 / config.rope_parameters["rope_theta"] ** exponents
+
+
+def _with_head_dim(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config with the head's width spelt out; some of transformers' functions rely on it."""
+    if getattr(config, "head_dim", None) is not None:
+        return config
+    config = copy.copy(config)
+    config.head_dim = config.hidden_size // config.num_attention_heads
+    return config
 
 
 class RotaryEmbedding(nn.Module):
     """Cosines and sines for given positions.
 
-    The frequencies are transformers' own functions of the config. Those of two scalings depend on
-    the length of the sequence, and are computed from it on the device, without a synchronisation:
-    "longrope" takes its long factors beyond the original context, "dynamic" stretches theta with
-    the length. Nothing is remembered between calls: the same input always gives the same output.
+    Scaled frequencies are transformers' own functions of the config. Those of two scalings depend
+    on the length of the sequence, and are computed from it on the device, without a
+    synchronisation: "longrope" takes its long factors beyond the original context, "dynamic"
+    stretches theta with the length. Nothing is remembered between calls: the same input always
+    gives the same output.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = _with_head_dim(config)
         self.kind = config.rope_parameters.get("rope_type")
         partial = config.rope_parameters.get("partial_rotary_factor", 1) != 1
         if self.kind not in ROPE_TYPES or partial:
@@ -44,6 +56,14 @@ class RotaryEmbedding(nn.Module):
                 f"one rope_type of {', '.join(ROPE_TYPES)}, and no partial_rotary_factor",
             )
         self.scale = 1.0
+        try:
+            self._compute(self.config)
+        except (TypeError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
+            raise UnsupportedArchitectureError.of_field(
+                config, "rope_parameters", f"what frequencies can be computed from ({error})"
+            ) from error
+
+    def _compute(self, config: PreTrainedConfig) -> None:
         # Frequencies are plain tensors on the CPU, so that a model built on meta has them too.
         with torch.device("cpu"):
             if self.kind == "default":
@@ -55,6 +75,8 @@ class RotaryEmbedding(nn.Module):
                 self.long_inv_freq, _ = ROPE_INIT_FUNCTIONS["longrope"](
                     config, seq_len=self.context + 1
                 )
+        if not self.inv_freq.isfinite().all():
+            raise ValueError("they are not finite")
 
     def _frequencies(self, positions: torch.Tensor) -> torch.Tensor:
         device = positions.device

@@ -86,6 +86,10 @@ class _Files(Protocol):
     def name(self) -> str:
         """How messages call it."""
 
+    @property
+    def revision(self) -> str | None:
+        """The commit that all files are of; None for a folder."""
+
     def listing(self) -> Collection[str]: ...
 
     def local(self, file: str) -> Path | None:
@@ -105,6 +109,11 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     files: _Files = field(repr=False)
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of a hub repository, wherever its branch moves; None for a folder."""
+        return self.files.revision
 
     @property
     def config_folder(self) -> Path:
@@ -183,7 +192,9 @@ def open_config(
             "shards), or a hub id such as Qwen/Qwen3-30B-A3B"
         )
     else:
-        files = _Repository(name, revision, cache_dir, token, local_files_only)
+        files = _Repository(
+            name, revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+        )
     config_path = files.local(CONFIG)
     if config_path is None:
         raise CheckpointError(f"{name} has no {CONFIG}, so it is not known which model this is")
@@ -336,6 +347,8 @@ def _no_weights(name: str, listing: Collection[str]) -> str:
 class _Folder:
     """A folder on this machine."""
 
+    revision = None
+
     def __init__(self, name: str) -> None:
         self.name = name
         self.path = Path(name)
@@ -369,6 +382,7 @@ class _Repository:
         self,
         repo_id: str,
         revision: str | None,
+        *,
         cache_dir: str | Path | None,
         token: str | bool | None,
         local_files_only: bool,

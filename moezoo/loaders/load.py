@@ -39,9 +39,9 @@ from moezoo.loaders.mapping import (
     Rule,
     Skip,
     parameter_infos,
-    plan,
     stored_order,
 )
+from moezoo.loaders.plan import Plan, plan
 from moezoo.loaders.stream import Piece, cut, stream
 
 _log = logging.getLogger(__name__)
@@ -78,8 +78,8 @@ def from_pretrained(
     allocated, and `ValueError` for other arguments.
     """
     _refuse_later_options(quantization, parallel, eplb)
+    _dtype(dtype)  # before anything is asked of the hub
     target_device = _device(device)
-    asked_dtype = _dtype(dtype)
     checkpoint = open_checkpoint(
         model_id,
         revision=revision,
@@ -87,17 +87,39 @@ def from_pretrained(
         token=token,
         local_files_only=local_files_only,
     )
+    return from_checkpoint(checkpoint, dtype=dtype, device=target_device, progress=progress)
+
+
+@torch.inference_mode(False)
+def from_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> MoECausalLM:
+    """The model of an open checkpoint; arguments and errors as in `from_pretrained`."""
+    target_device = _device(device)
+    asked_dtype = _dtype(dtype)
     config = transformers_config(checkpoint)
     config.dtype = asked_dtype or own_dtype(config, checkpoint)
-    rules = _tie(registry.architecture(config.model_type).CHECKPOINT, config, checkpoint)
+    generation_config = _generation_config(checkpoint)
+    rules, twins = tied_rules(config, checkpoint)
     with torch.device("meta"):
         decoder = registry.build(config)
+    if twins is not None:
+        _planned(decoder, checkpoint, rules, device=target_device, dtype=config.dtype)
+        if not _same_bytes(checkpoint, *twins, progress=progress):
+            _untie(config, checkpoint.name, twins)
+            rules = registry.architecture(config.model_type).CHECKPOINT
+            with torch.device("meta"):
+                decoder = registry.build(config)
     load_weights(
         decoder, checkpoint, rules, device=target_device, dtype=config.dtype, progress=progress
     )
     model = MoECausalLM(config, decoder).eval()
-    if GENERATION_CONFIG in checkpoint.files.listing():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.config_folder)
+    if generation_config is not None:
+        model.generation_config = generation_config
     return model
 
 
@@ -154,19 +176,42 @@ def load_weights(
     Raises `CheckpointError` for what does not fit or cannot be read and `MoEOutOfMemoryError`
     before any allocation; the module is then still on meta, and no memory is held.
     """
-    wanted = parameter_infos(module, dtype)
-    chosen = plan(rules, checkpoint.tensors, wanted, experts=experts)
+    wanted, chosen = _planned(
+        module, checkpoint, rules, device=device, dtype=dtype, experts=experts
+    )
     for skip, names in chosen.skipped.items():
         _log.warning("%s: %d tensors not loaded: %s", skip.pattern, len(names), skip.reason)
-    check_memory(wanted, device, checkpoint.name)
     locations = checkpoint.fetch({copy.source for copy in chosen.copies}, progress=progress)
     try:
-        tensors = _read_copies(checkpoint, chosen.copies, locations, wanted, device, progress)
+        tensors = _read_copies(
+            checkpoint,
+            chosen.copies,
+            locations,
+            wanted=wanted,
+            device=device,
+            progress=progress,
+        )
     except BaseException as error:
         # The frames of the traceback hold the tensors for as long as anybody keeps the error.
         _clear_frames(error)
         raise
     _place(module, tensors)
+
+
+def _planned(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    rules: Sequence[Rule | Skip],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    experts: Sequence[int] | None = None,
+) -> tuple[dict[str, ParameterInfo], Plan]:
+    """What `module` wants and how it comes there, all that can be refused without a weight."""
+    wanted = parameter_infos(module, dtype)
+    chosen = plan(rules, checkpoint.tensors, wanted, experts=experts)
+    check_memory(wanted, device, checkpoint.name)
+    return wanted, chosen
 
 
 def check_memory(wanted: Mapping[str, ParameterInfo], device: torch.device, name: str) -> None:
@@ -235,6 +280,7 @@ def _read_copies(
     checkpoint: Checkpoint,
     copies: Sequence[Copy],
     locations: Mapping[str, Location],
+    *,
     wanted: Mapping[str, ParameterInfo],
     device: torch.device,
     progress: bool,
@@ -296,10 +342,28 @@ def transformers_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         raw["model_type"] = model_type = registry.ARCHITECTURES[model_type]
     try:
         config = CONFIG_MAPPING[model_type].from_dict(raw)
-    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        ArithmeticError,
+        StrictDataclassError,
+    ) as error:
         raise CheckpointError(f"{checkpoint.name}: {CONFIG} is not valid: {error}") from error
     config.name_or_path = checkpoint.name
     return config
+
+
+def _generation_config(checkpoint: Checkpoint) -> GenerationConfig | None:
+    if GENERATION_CONFIG not in checkpoint.files.listing():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(checkpoint.config_folder)
+    except (OSError, TypeError, ValueError, AttributeError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"{checkpoint.name}: {GENERATION_CONFIG} is not valid: {error}"
+        ) from error
 
 
 def refuse_quantised(quantization_config: object, name: str) -> None:
@@ -323,41 +387,44 @@ def own_dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
     return next((dtype for dtype in stored if dtype in _MODEL_DTYPES), torch.float32)
 
 
-def _tie(
-    rules: Sequence[Rule | Skip], config: PreTrainedConfig, checkpoint: Checkpoint
-) -> tuple[Rule | Skip, ...]:
-    """The rules for a checkpoint whose config ties the head to the embedding.
+def tied_rules(
+    config: PreTrainedConfig, checkpoint: Checkpoint
+) -> tuple[tuple[Rule | Skip, ...], tuple[str, str] | None]:
+    """The rules for a checkpoint whose config may tie the head to the embedding.
 
     As in transformers, one of the two tensors is enough, a head equal to the embedding is left
     out, and a head that differs unties the model: the weights are right and the config is wrong.
+    Where only their bytes can say which it is, the names of the two are returned too, and the rules
+    leave out the head.
     """
+    rules: tuple[Rule | Skip, ...] = registry.architecture(config.model_type).CHECKPOINT
     sources = {rule.target: rule.sources[0] for rule in rules if isinstance(rule, Rule)}
     head, embedding = sources["lm_head.weight"], sources["embed.weight"]
     if not config.tie_word_embeddings or head not in checkpoint.tensors:
-        return tuple(rules)
+        return rules, None
     if embedding not in checkpoint.tensors:
-        return (*rules, Rule("embed.weight", head))
-    if _same_bytes(checkpoint, head, embedding):
-        return (*rules, Skip(head, "tied to the embedding"))
+        return (*rules, Rule("embed.weight", head)), None
+    a, b = checkpoint.tensors[head], checkpoint.tensors[embedding]
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        _untie(config, checkpoint.name, (head, embedding))
+        return rules, None
+    return (*rules, Skip(head, "tied to the embedding")), (head, embedding)
+
+
+def _untie(config: PreTrainedConfig, name: str, twins: tuple[str, str]) -> None:
     _log.warning(
-        "%s: tie_word_embeddings is set, but %s and %s differ; they stay apart",
-        checkpoint.name,
-        head,
-        embedding,
+        "%s: tie_word_embeddings is set, but %s and %s differ; they stay apart", name, *twins
     )
     config.tie_word_embeddings = False
-    return tuple(rules)
 
 
-def _same_bytes(checkpoint: Checkpoint, first: str, second: str) -> bool:
-    a, b = checkpoint.tensors[first], checkpoint.tensors[second]
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    locations = checkpoint.fetch((first, second))
+def _same_bytes(checkpoint: Checkpoint, first: str, second: str, *, progress: bool) -> bool:
+    nbytes = checkpoint.tensors[first].nbytes
+    locations = checkpoint.fetch((first, second), progress=progress)
     with open(locations[first].path, "rb") as left, open(locations[second].path, "rb") as right:
         left.seek(locations[first].offset)
         right.seek(locations[second].offset)
-        sizes = (min(_CHUNK, a.nbytes - start) for start in range(0, a.nbytes, _CHUNK))
+        sizes = (min(_CHUNK, nbytes - start) for start in range(0, nbytes, _CHUNK))
         return all(left.read(size) == right.read(size) for size in sizes)
 
 

@@ -1,9 +1,8 @@
 """The checkpoint language: which tensors of a checkpoint make which parameters of a model.
 
-A model file holds a table of `Rule` and `Skip`; `plan` matches it with the names and shapes of a
-checkpoint and of a model, refuses what does not fit before a byte of weights is read, and returns
-the copies to make. `layout` is the inverse for writing: the tensors that the first rule of every
-target names. Nothing here opens a file.
+A model file holds a table of `Rule` and `Skip`. `loaders.plan` reads it forwards, from a checkpoint
+to a model; `layout` is the inverse for writing: the tensors that the first rule of every target
+names. Nothing here opens a file.
 
 Templates are dotted names in which `{L}` stands for the layer and `{E}` for the expert. The last
 two of these rules are two layouts of one parameter [E, H, I]: a tensor an expert, and one for all.
@@ -17,7 +16,7 @@ two of these rules are two layouts of one parameter [E, H, I]: a tensor an exper
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -25,25 +24,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
-from moezoo.errors import CheckpointError
-
 Index = tuple[slice | int, ...]
 View = Literal["transpose", "deinterleave", "unflatten"]
 
 _NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_SHOWN = 10
-# How tensor names give away who quantised a checkpoint whose config does not say.
-_QUANTISED_NAMES = (
-    (".weight_scale_inv", "fp8"),
-    (".qzeros", "gptq or awq"),
-    (".qweight", "gptq or awq"),
-    (".weight_packed", "compressed-tensors"),
-    (".weight_scale", "compressed-tensors"),
-    ("_blocks", "mxfp4"),
-    (".absmax", "bitsandbytes"),
-    (".SCB", "bitsandbytes"),
-)
 
 
 @dataclass(frozen=True)
@@ -141,21 +125,22 @@ class Rule:
 class Skip:
     """Checkpoint tensors that are known and not loaded, and why.
 
-    `pattern` is a template in which `{*}` stands for any rest of a name. With `beyond_depth` only
-    layers that the model does not have are skipped.
+    `pattern` is a template in which `{*}` stands for any rest of a name. With `marks`, which are
+    templates too, only layers that the model does not have and that hold one of these tensors are
+    skipped.
     """
 
     pattern: str
     reason: str
-    beyond_depth: bool = field(default=False, kw_only=True)
+    marks: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         if "{*}" in self.pattern.removesuffix("{*}"):
             raise ValueError(
                 f"Skip({self.pattern!r}): {{*}} stands for the rest of a name and comes last"
             )
-        if self.beyond_depth and "{L}" not in self.pattern:
-            raise ValueError(f"Skip({self.pattern!r}): beyond_depth needs {{L}} in the pattern")
+        if self.marks and not all("{L}" in name for name in (self.pattern, *self.marks)):
+            raise ValueError(f"Skip({self.pattern!r}): marks need {{L}}, as does the pattern then")
 
 
 class Copy(NamedTuple):
@@ -171,14 +156,6 @@ class Copy(NamedTuple):
     source: str
     rows: slice | None
     view: tuple[View, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The copies that fill every parameter once, and the tensors that each `Skip` leaves out."""
-
-    copies: tuple[Copy, ...]
-    skipped: Mapping[Skip, tuple[str, ...]]
 
 
 def parameter_infos(
@@ -229,32 +206,16 @@ def stored_shape(shape: Sequence[int], view: Sequence[View]) -> tuple[int, ...]:
     return stored
 
 
-def plan(
-    rules: Sequence[Rule | Skip],
-    checkpoint: Mapping[str, TensorInfo],
-    parameters: Mapping[str, ParameterInfo],
-    *,
-    experts: Sequence[int] | None = None,
-) -> Plan:
-    """The copies that make `parameters` from `checkpoint` by `rules`.
-
-    `experts` are the ids that this rank owns, in the order of the rows of its parameters; None
-    means all. Raises `CheckpointError` that names every unknown or missing tensor, every one
-    claimed twice, every wrong shape and every dtype that is not a plain float.
-    """
-    return _Planner(rules, checkpoint, parameters, experts).run()
-
-
 def layout(rules: Sequence[Rule | Skip], parameters: Mapping[str, ParameterInfo]) -> list[Copy]:
     """The tensors to write for `parameters`, in the layout of the first rule of each.
 
     `rows` is None in all of them. Raises `ValueError` for a parameter that no rule names.
     """
-    table = _by_target(rules)
+    table = by_target(rules)
     copies = []
     for name, parameter in parameters.items():
-        rule, layer = _candidates(table, name)[0]
-        parts = _parts(rule, parameter)
+        rule, layer = candidates_of(table, name)[0]
+        parts = parts_of(rule, parameter)
         if parts is None:
             raise ValueError(
                 f"{name} {list(parameter.shape)} is not {len(rule.sources)} equal parts"
@@ -270,7 +231,7 @@ def layout(rules: Sequence[Rule | Skip], parameters: Mapping[str, ParameterInfo]
     return copies
 
 
-class _Template(NamedTuple):
+class Template(NamedTuple):
     """A template taken apart: the name with "#" for numbers, and what each is: L, E or itself."""
 
     skeleton: str
@@ -287,19 +248,19 @@ class _Template(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _template(name: str) -> _Template:
+def template_of(name: str) -> Template:
     slots = {"{L}": "L", "{E}": "E"}
     parts = [
         (part, slots.get(part) or (part if _NUMBER.fullmatch(part) else None))
         for part in name.split(".")
     ]
-    return _Template(
+    return Template(
         ".".join(part if slot is None else "#" for part, slot in parts),
         tuple(slot for _, slot in parts if slot is not None),
     )
 
 
-def _skeleton(name: str) -> tuple[str, list[str]]:
+def skeleton_of(name: str) -> tuple[str, list[str]]:
     """The skeleton of a full name and its numbers."""
     return _NUMBER.sub("#", name), _NUMBER.findall(name)
 
@@ -310,31 +271,31 @@ def fill(template: str, layer: int | None, expert: int | None = None) -> str:
     return template if expert is None else template.replace("{E}", str(expert))
 
 
-def _by_target(rules: Sequence[Rule | Skip]) -> dict[str, list[Rule]]:
+def by_target(rules: Sequence[Rule | Skip]) -> dict[str, list[Rule]]:
     table: dict[str, list[Rule]] = defaultdict(list)
     for rule in rules:
         if isinstance(rule, Rule):
-            table[_template(rule.target).skeleton].append(rule)
+            table[template_of(rule.target).skeleton].append(rule)
     return table
 
 
-def _candidates(table: Mapping[str, list[Rule]], name: str) -> list[tuple[Rule, int | None]]:
+def candidates_of(table: Mapping[str, list[Rule]], name: str) -> list[tuple[Rule, int | None]]:
     """The rules whose target is this parameter, each with the layer."""
-    skeleton, numbers = _skeleton(name)
-    found = [(rule, _template(rule.target).match(numbers)) for rule in table.get(skeleton, ())]
+    skeleton, numbers = skeleton_of(name)
+    found = [(rule, template_of(rule.target).match(numbers)) for rule in table.get(skeleton, ())]
     candidates = [(rule, slots.get("L")) for rule, slots in found if slots is not None]
     if not candidates:
         raise ValueError(f"no rule names the parameter {name}")
     return candidates
 
 
-def _parts(rule: Rule, parameter: ParameterInfo) -> list[tuple[slice, ...]] | None:
+def parts_of(rule: Rule, parameter: ParameterInfo) -> list[tuple[slice, ...]] | None:
     """The index of each source on the axis of concatenation, or None when the rows do not split
     equally.
     """
     if len(rule.sources) == 1:
         return [()]
-    axis = _concat_axis(rule)
+    axis = concat_axis(rule)
     sizes = parameter.part_sizes
     if sizes is None:
         each, rest = divmod(parameter.shape[axis], len(rule.sources))
@@ -349,294 +310,5 @@ def _parts(rule: Rule, parameter: ParameterInfo) -> list[tuple[slice, ...]] | No
     return [(slice(end - size, end),) for end, size in zip(ends, sizes, strict=True)]
 
 
-def _concat_axis(rule: Rule) -> int:
+def concat_axis(rule: Rule) -> int:
     return 1 if rule.stacks or rule.shard else 0
-
-
-class _Place(NamedTuple):
-    """Where one source of a rule goes: the shape is that of its piece of the parameter."""
-
-    target: str
-    rule: Rule
-    layer: int | None
-    shape: tuple[int, ...]
-    part: tuple[slice, ...]
-    dtype: torch.dtype
-
-
-class _Planner:
-    """One run of `plan`: collects every problem, so that the error names them all."""
-
-    def __init__(
-        self,
-        rules: Sequence[Rule | Skip],
-        checkpoint: Mapping[str, TensorInfo],
-        parameters: Mapping[str, ParameterInfo],
-        experts: Sequence[int] | None,
-    ) -> None:
-        self.rules = rules
-        self.checkpoint = checkpoint
-        self.parameters = parameters
-        self.experts = experts
-        self.by_skeleton: dict[str, list[tuple[list[str], str]]] = defaultdict(list)
-        for name in checkpoint:
-            skeleton, numbers = _skeleton(name)
-            self.by_skeleton[skeleton].append((numbers, name))
-        self.per_expert: dict[str, dict[int | None, dict[int, str]]] = {}
-        self.claims: dict[str, str] = {}
-        self.copies: list[Copy] = []
-        self.missing: list[str] = []
-        self.double: list[str] = []
-        self.shapes: list[str] = []
-        self.dtypes: list[str] = []
-
-    def run(self) -> Plan:
-        table = _by_target(self.rules)
-        depth = 0
-        for name, parameter in self.parameters.items():
-            candidates = _candidates(table, name)
-            layer = candidates[0][1]
-            depth = max(depth, 0 if layer is None else layer + 1)
-            rule = self._choose(name, candidates)
-            if rule is not None:
-                self._fill(name, parameter, rule, layer)
-        skipped = self._skip(depth)
-        unknown = [self._explain(name) for name in self.checkpoint if name not in self.claims]
-        problems = {
-            "missing": self.missing,
-            "given or wanted twice": self.double,
-            "of the wrong shape": self.shapes,
-            "of a dtype that is not loaded": self.dtypes,
-            "unknown": unknown,
-        }
-        if any(problems.values()):
-            raise CheckpointError(self._quantised() + _message(problems))
-        return Plan(tuple(self.copies), skipped)
-
-    def _choose(self, name: str, candidates: list[tuple[Rule, int | None]]) -> Rule | None:
-        """The rule of this parameter whose sources the checkpoint holds, in whole or in part."""
-        if len(candidates) == 1:
-            return candidates[0][0]
-        present = {rule: self._present(rule, layer) for rule, layer in candidates}
-        there = [rule for rule in present if present[rule]]
-        if not there:
-            layouts = (
-                ", ".join(fill(source, layer) for source in rule.sources)
-                for rule, layer in candidates
-            )
-            self.missing.append(f"{' or '.join(layouts)} (for {name})")
-            return None
-        best = max(there, key=lambda rule: len(present[rule]))
-        everything = set().union(*present.values())
-        if everything != present[best]:
-            self.double.append(
-                f"{name} is given by {' and by '.join(min(present[rule]) for rule in there)}"
-            )
-            self.claims.update(dict.fromkeys(everything, name))
-            return None
-        return best
-
-    def _present(self, rule: Rule, layer: int | None) -> set[str]:
-        if rule.stacks:
-            return {
-                name for source in rule.sources for name in self._experts_of(source, layer).values()
-            }
-        return {name for source in rule.sources if (name := fill(source, layer)) in self.checkpoint}
-
-    def _experts_of(self, source: str, layer: int | None) -> Mapping[int, str]:
-        """The tensors of a per-expert source in one layer, by expert."""
-        if source not in self.per_expert:
-            template = _template(source)
-            layers: dict[int | None, dict[int, str]] = defaultdict(dict)
-            for numbers, name in self.by_skeleton.get(template.skeleton, ()):
-                slots = template.match(numbers)
-                if slots is not None:
-                    layers[slots.get("L")][slots["E"]] = name
-            self.per_expert[source] = layers
-        return self.per_expert[source].get(layer, {})
-
-    def _fill(self, name: str, parameter: ParameterInfo, rule: Rule, layer: int | None) -> None:
-        parts = _parts(rule, parameter)
-        if parts is None:
-            sources = ", ".join(rule.sources)
-            self.shapes.append(f"{name} {list(parameter.shape)} is not equal parts of {sources}")
-            return
-        for source, part in zip(rule.sources, parts, strict=True):
-            shape = list(parameter.shape)
-            if part:
-                shape[_concat_axis(rule)] = part[0].stop - part[0].start
-            place = _Place(name, rule, layer, tuple(shape), part, parameter.dtype)
-            if rule.stacks:
-                self._fill_from_experts(place, source)
-            else:
-                self._fill_from_one(place, fill(source, layer))
-
-    def _fill_from_experts(self, place: _Place, source: str) -> None:
-        """One tensor per expert, stacked on dim 0; those of other ranks are only claimed."""
-        found = self._experts_of(source, place.layer)
-        sharded = self.experts is not None and place.rule.shard is not None
-        owned = self.experts if self.experts is not None and sharded else range(place.shape[0])
-        for row, expert in enumerate(owned):
-            name = found.get(expert)
-            if name is None:
-                absent = fill(source, place.layer, expert)
-                self.missing.append(f"{_which(expert, place)}: {absent} (for {place.target})")
-            elif self._claim(name, place) and self._fits(name, place, place.shape[1:]):
-                self.copies.append(
-                    Copy(place.target, (row, *place.part), name, None, place.rule.view)
-                )
-        if sharded:
-            self.claims.update(
-                (found[expert], place.target) for expert in found.keys() - set(owned)
-            )
-
-    def _fill_from_one(self, place: _Place, name: str) -> None:
-        """One tensor for the piece; if it holds all experts and this rank owns some, those rows of
-        it.
-        """
-        if name not in self.checkpoint:
-            self.missing.append(f"{name} (for {place.target})")
-        elif self._claim(name, place):
-            if self.experts is not None and place.rule.shard is not None:
-                self._fill_owned(place, name, self.experts)
-            elif self._fits(name, place, place.shape):
-                index = (slice(None), *place.part) if place.rule.shard else place.part
-                self.copies.append(Copy(place.target, index, name, None, place.rule.view))
-
-    def _fill_owned(self, place: _Place, name: str, owned: Sequence[int]) -> None:
-        expected = stored_shape((1, *place.shape[1:]), place.rule.view)
-        stored = self.checkpoint[name].shape
-        if stored[1:] != expected[1:] or stored[0] % expected[0]:
-            takes = f"{place.target} takes {list(expected)} of it for each expert"
-            self.shapes.append(f"{name} is {list(stored)}, {takes}")
-            return
-        total = stored[0] // expected[0]
-        beyond = [expert for expert in owned if expert >= total]
-        if beyond:
-            self.missing.extend(
-                f"{_which(expert, place)}: {name} holds {total} experts (for {place.target})"
-                for expert in beyond
-            )
-            return
-        for row, first, count in _runs(owned):
-            index = (slice(row, row + count), *place.part)
-            rows = slice(first * expected[0], (first + count) * expected[0])
-            self.copies.append(Copy(place.target, index, name, rows, place.rule.view))
-
-    def _claim(self, name: str, place: _Place) -> bool:
-        """Note who wants `name`; whether nobody did before and its dtype can be loaded."""
-        if name in self.claims:
-            self.double.append(f"{name} is wanted by {self.claims[name]} and by {place.target}")
-            return False
-        self.claims[name] = place.target
-        stored = self.checkpoint[name].dtype
-        if stored != place.dtype and not (stored in _FLOATS and place.dtype in _FLOATS):
-            self.dtypes.append(
-                f"{name} is {_short(stored)}, {place.target} is {_short(place.dtype)}"
-            )
-            return False
-        return True
-
-    def _fits(self, name: str, place: _Place, shape: tuple[int, ...]) -> bool:
-        expected = stored_shape(shape, place.rule.view)
-        stored = self.checkpoint[name].shape
-        if stored != expected:
-            self.shapes.append(
-                f"{name} is {list(stored)}, {place.target} takes {list(expected)} of it"
-            )
-        return stored == expected
-
-    def _skip(self, depth: int) -> dict[Skip, tuple[str, ...]]:
-        skipped = {}
-        for skip in self.rules:
-            if isinstance(skip, Skip):
-                pattern = _pattern(skip)
-                found = [
-                    (name, match) for name in self.checkpoint if (match := pattern.fullmatch(name))
-                ]
-                names = [
-                    name
-                    for name, match in found
-                    if not (skip.beyond_depth and int(match["L"]) < depth)
-                ]
-                self.double.extend(
-                    f"{name} is wanted by {self.claims[name]} and skipped by {skip.pattern}"
-                    for name in names
-                    if name in self.claims
-                )
-                self.claims.update(dict.fromkeys(names, skip.pattern))
-                if names:
-                    skipped[skip] = tuple(names)
-        return skipped
-
-    def _explain(self, unknown: str) -> str:
-        """The unknown name, and which parameter it would have been if a rule knows it."""
-        skeleton, numbers = _skeleton(unknown)
-        for rule in (rule for rule in self.rules if isinstance(rule, Rule)):
-            for source in rule.sources:
-                template = _template(source)
-                slots = template.match(numbers) if template.skeleton == skeleton else None
-                if slots is not None:
-                    target = fill(rule.target, slots.get("L"))
-                    if target in self.parameters:
-                        return f"{unknown} ({target} is {list(self.parameters[target].shape)})"
-                    return f"{unknown} (the model has no {target})"
-        return unknown
-
-    def _quantised(self) -> str:
-        """A first sentence for a checkpoint that somebody quantised, or nothing."""
-        methods = [
-            method
-            for end, method in _QUANTISED_NAMES
-            if any(name.endswith(end) for name in self.checkpoint)
-        ]
-        integer = [self.checkpoint[line.split(" ", 1)[0]].dtype for line in self.dtypes]
-        if not methods and not integer:
-            return ""
-        how = f"quant_method {methods[0]}" if methods else f"stored as {_short(integer[0])}"
-        return f"the checkpoint looks quantised ({how}), which this release does not load; "
-
-
-def _message(problems: Mapping[str, list[str]]) -> str:
-    lines = []
-    for kind, offenders in problems.items():
-        if offenders:
-            rest = len(offenders) - _SHOWN
-            more = [f"and {rest} more"] if rest > 0 else []
-            noun = "tensor" if len(offenders) == 1 else "tensors"
-            lines.append(
-                "\n  ".join([f"{len(offenders)} {noun} {kind}:", *offenders[:_SHOWN], *more])
-            )
-    return "the checkpoint does not fit the model: " + "\n".join(lines)
-
-
-def _pattern(skip: Skip) -> re.Pattern[str]:
-    known = {"{L}": "(?P<L>[0-9]+)", "{E}": "[0-9]+", "{*}": ".+"}
-    return re.compile(
-        "".join(
-            known.get(part) or re.escape(part) for part in re.split(r"(\{[LE*]\})", skip.pattern)
-        )
-    )
-
-
-def _runs(ids: Iterable[int]) -> Iterator[tuple[int, int, int]]:
-    """(row, first id, count) of each run of consecutive ids."""
-    row, first, count = 0, -1, 0
-    for i in ids:
-        if count and i == first + count:
-            count += 1
-        else:
-            if count:
-                yield row, first, count
-            row, first, count = row + count, i, 1
-    if count:
-        yield row, first, count
-
-
-def _which(expert: int, place: _Place) -> str:
-    of = "" if place.layer is None else f" of layer {place.layer}"
-    return f"expert {expert}{of}"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -50,12 +50,17 @@ def save_pretrained(
 ) -> None:
     """Write config, generation config and weights of `model` into `folder`.
 
-    moezoo reads them back bit for bit, and transformers to the same logits. Other files in the
-    folder stay; shards of an earlier save that are not overwritten go. A save that fails or is
-    interrupted leaves the folder as it was. Raises `ValueError` for a malformed `max_shard_size`.
+    moezoo reads them back bit for bit, and transformers to the same logits. The config names the
+    dtype that the weights have. Other files in the folder stay; shards of an earlier save that are
+    not overwritten go. A save that fails or is interrupted while files are written leaves the
+    folder as it was; one that stops in the moment when they are moved keeps the new ones and says
+    where. Raises `ValueError` for a malformed `max_shard_size`.
     """
     rules = registry.architecture(model.config.model_type).CHECKPOINT
     config = deepcopy(model.config)
+    config.dtype = next(
+        (p.dtype for p in model.decoder.parameters() if p.is_floating_point()), config.dtype
+    )
     config.architectures = config.architectures or [type(model).__name__]
     with _moved_at_end(Path(folder)) as draft:
         write_weights(model.decoder, rules, draft, max_shard_size=max_shard_size)
@@ -133,23 +138,35 @@ def _moved_at_end(folder: Path) -> Iterator[Path]:
     existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-    done = False
     try:
         yield draft
-        new = {path.name for path in draft.iterdir()}
-        # Without an index or weights the folder is no checkpoint, so nobody reads half of a move.
-        for stale in (INDEX, WEIGHTS):
-            (folder / stale).unlink(missing_ok=True)
-        for path in folder.iterdir():
-            if _SHARD.fullmatch(path.name) and path.name not in new:
-                path.unlink()
-        for name in sorted(new, key=lambda name: name in (INDEX, WEIGHTS)):
-            (draft / name).replace(folder / name)
-        done = True
-    finally:
+    except BaseException:
         shutil.rmtree(draft)
-        if not done and not existed:
+        if not existed:
             shutil.rmtree(folder)
+        raise
+    try:
+        _move(draft, folder)
+    except BaseException as error:
+        # From here on the old files go, so the new ones are all that there is.
+        error.add_note(
+            f"{folder} holds only a part of what was saved; the rest is in {draft}: move its files "
+            f"into {folder}, {INDEX} last"
+        )
+        raise
+    shutil.rmtree(draft)
+
+
+def _move(draft: Path, folder: Path) -> None:
+    new = {path.name for path in draft.iterdir()}
+    # Without an index or weights the folder is no checkpoint, so nobody reads half of a move.
+    for stale in (INDEX, WEIGHTS):
+        (folder / stale).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if _SHARD.fullmatch(path.name) and path.name not in new:
+            path.unlink()
+    for name in sorted(new, key=lambda name: name in (INDEX, WEIGHTS)):
+        (draft / name).replace(folder / name)
 
 
 def _bytes(size: int | str) -> int:

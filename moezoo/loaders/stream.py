@@ -99,7 +99,7 @@ def stream(pieces: Iterable[Piece], device: torch.device, *, progress: bool) -> 
             else:
                 stage = stages.get()
                 try:
-                    _read_staged(batch, stage, files, side)
+                    _read_staged(batch, stage, files, side=side)
                 finally:
                     stages.put(stage)
             return sum(piece.nbytes for piece in batch)
@@ -133,6 +133,7 @@ def _read_staged(
     batch: Sequence[Piece],
     stage: _Stage,
     files: Mapping[Path, int],
+    *,
     side: torch.cuda.Stream | None,
 ) -> None:
     """Read a batch, what is not direct by way of a staging buffer."""

@@ -12,19 +12,18 @@ from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.linear import Linear
 from moezoo.layers.mla import LowRankLinear, MultiHeadLatentAttention, yarn_softmax_factor
 from moezoo.layers.mlp import GatedMLP
-from moezoo.layers.moe import ACTIVATIONS, FusedMoE
+from moezoo.layers.moe import FusedMoE
+from moezoo.layers.moe.layer import Route
 from moezoo.layers.moe.routing import grouped_topk
 from moezoo.layers.norm import RMSNorm
 from moezoo.layers.rope import Rotation, rotate_interleaved
-from moezoo.models.fields import experts_per_token
+from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
 from moezoo.models.names import DECODER, DENSE_MLP, EXPERTS, MLA, gated_mlp
 
-ASSUMES = {
-    "hidden_act": tuple(ACTIVATIONS),
+ASSUMES = ASSUMED_EVERYWHERE | {
     "topk_method": ("greedy", "group_limited_greedy"),
     "scoring_func": ("softmax",),
     "moe_layer_freq": (1, None),
-    "output_router_logits": (False,),
 }
 
 LATENT_NORM_EPS = 1e-6
@@ -57,6 +56,12 @@ def latent_attention(
         raise UnsupportedArchitectureError.of_field(
             config, "head_dim", f"qk_rope_head_dim, {config.qk_rope_head_dim}"
         )
+    try:
+        scale = yarn_softmax_factor(config.rope_parameters)
+    except TypeError as error:
+        raise UnsupportedArchitectureError.of_field(
+            config, "rope_parameters", f"numbers ({error})"
+        ) from error
     head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
     width = config.num_attention_heads * head_dim
     q: nn.Module
@@ -79,8 +84,27 @@ def latent_attention(
         rope_dim=config.qk_rope_head_dim,
         v_dim=config.v_head_dim,
         rotate=rotate,
-        scale=head_dim**-0.5 * yarn_softmax_factor(config.rope_parameters),
+        scale=head_dim**-0.5 * scale,
         bias=config.attention_bias,
+    )
+
+
+def feed_forward(
+    config: DeepseekV2Config | DeepseekV3Config,
+    mlp: Callable[[int], nn.Module],
+    route: Callable[[], Route],
+    layer_idx: int,
+) -> nn.Module:
+    """Dense layers first, which are an `mlp` of some width, then mixtures with shared experts."""
+    if layer_idx < config.first_k_dense_replace:
+        return mlp(config.intermediate_size)
+    return FusedMoE(
+        config.hidden_size,
+        config.moe_intermediate_size,
+        config.n_routed_experts,
+        route(),
+        activation=config.hidden_act,
+        shared=mlp(config.moe_intermediate_size * config.n_shared_experts),
     )
 
 
@@ -97,27 +121,11 @@ def build(config: DeepseekV2Config) -> Decoder:
         scaling=config.routed_scaling_factor,
     )
 
-    def mlp(width: int) -> GatedMLP:
-        return GatedMLP(
-            config.hidden_size, width, activation=config.hidden_act, bias=config.mlp_bias
-        )
-
-    def feed_forward(layer_idx: int) -> nn.Module:
-        if layer_idx < config.first_k_dense_replace:
-            return mlp(config.intermediate_size)
-        return FusedMoE(
-            config.hidden_size,
-            config.moe_intermediate_size,
-            config.n_routed_experts,
-            route,
-            activation=config.hidden_act,
-            shared=mlp(config.moe_intermediate_size * config.n_shared_experts),
-        )
-
     def attention(layer_idx: int) -> MultiHeadLatentAttention:
         return latent_attention(config, rotate_interleaved)
 
-    return pre_norm_decoder(config, attention, feed_forward)
+    mlp = partial(GatedMLP, config.hidden_size, activation=config.hidden_act, bias=config.mlp_bias)
+    return pre_norm_decoder(config, attention, partial(feed_forward, config, mlp, lambda: route))
 
 
 CHECKPOINT = (

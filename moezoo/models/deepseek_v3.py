@@ -2,26 +2,24 @@
 
 from functools import partial
 
-from torch import nn
 from transformers import DeepseekV3Config
 
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.mlp import GatedMLP
-from moezoo.layers.moe import ACTIVATIONS, BiasedRoute, FusedMoE
+from moezoo.layers.moe import BiasedRoute
 from moezoo.layers.moe.routing import grouped_topk
 from moezoo.layers.rope import rotate_half, rotate_interleaved
 from moezoo.loaders.mapping import Rule, Skip
-from moezoo.models.deepseek_v2 import check_routing, latent_attention
+from moezoo.models.deepseek_v2 import check_routing, feed_forward, latent_attention
+from moezoo.models.fields import ASSUMED_EVERYWHERE
 from moezoo.models.names import DECODER, DENSE_MLP, EXPERTS, MLA, gated_mlp
 
-ASSUMES = {
-    "hidden_act": tuple(ACTIVATIONS),
+ASSUMES = ASSUMED_EVERYWHERE | {
     "topk_method": ("noaux_tc",),
     "scoring_func": ("sigmoid",),
     "moe_layer_freq": (1, None),
-    "output_router_logits": (False,),
 }
 
 
@@ -42,25 +40,12 @@ def build(config: DeepseekV3Config) -> Decoder:
         scaling=config.routed_scaling_factor,
     )
 
-    def mlp(width: int) -> GatedMLP:
-        return GatedMLP(config.hidden_size, width, activation=config.hidden_act)
-
-    def feed_forward(layer_idx: int) -> nn.Module:
-        if layer_idx < config.first_k_dense_replace:
-            return mlp(config.intermediate_size)
-        return FusedMoE(
-            config.hidden_size,
-            config.moe_intermediate_size,
-            config.n_routed_experts,
-            BiasedRoute(config.n_routed_experts, route),
-            activation=config.hidden_act,
-            shared=mlp(config.moe_intermediate_size * config.n_shared_experts),
-        )
-
     def attention(layer_idx: int) -> MultiHeadLatentAttention:
         return latent_attention(config, rotate)
 
-    return pre_norm_decoder(config, attention, feed_forward)
+    mlp = partial(GatedMLP, config.hidden_size, activation=config.hidden_act)
+    biased = partial(BiasedRoute, config.n_routed_experts, route)
+    return pre_norm_decoder(config, attention, partial(feed_forward, config, mlp, biased))
 
 
 CHECKPOINT = (
@@ -73,5 +58,9 @@ CHECKPOINT = (
         "model.layers.{L}.mlp.gate.e_score_correction_bias",
     ),
     *gated_mlp("layers.{L}.mlp.shared", "model.layers.{L}.mlp.shared_experts"),
-    Skip("model.layers.{L}.{*}", "multi-token prediction", beyond_depth=True),
+    Skip(
+        "model.layers.{L}.{*}",
+        "multi-token prediction",
+        marks=tuple(f"model.layers.{{L}}.{name}.weight" for name in ("eh_proj", "enorm", "hnorm")),
+    ),
 )

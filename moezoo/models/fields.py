@@ -3,6 +3,53 @@
 from transformers import PreTrainedConfig
 
 from moezoo.errors import UnsupportedArchitectureError
+from moezoo.layers.moe import ACTIVATIONS
+
+ASSUMED_EVERYWHERE = {"hidden_act": tuple(ACTIVATIONS), "output_router_logits": (False,)}
+"""What every model file's `ASSUMES` holds."""
+
+# Where a config has the field. What may be 0 is a part that is then not there.
+POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "moe_intermediate_size",
+    "num_local_experts",
+    "n_routed_experts",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "max_position_embeddings",
+)
+POSITIVE_OR_NONE = ("head_dim", "q_lora_rank")
+NOT_NEGATIVE = (
+    "intermediate_size",
+    "num_experts",
+    "n_shared_experts",
+    "shared_expert_intermediate_size",
+    "first_k_dense_replace",
+)
+
+
+def check_sizes(config: PreTrainedConfig) -> None:
+    """Raise `UnsupportedArchitectureError` for a size that no tensor can have.
+
+    Also where the heads of keys are not as many for each head of queries.
+    """
+    for fields, low in ((POSITIVE, 1), (POSITIVE_OR_NONE, 1), (NOT_NEGATIVE, 0)):
+        for field in fields:
+            value = getattr(config, field, low)
+            if value is None and fields is POSITIVE_OR_NONE:
+                continue
+            if not isinstance(value, int) or value < low:
+                raise UnsupportedArchitectureError.of_field(config, field, f"{low} or more")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise UnsupportedArchitectureError.of_field(
+            config, "num_key_value_heads", f"a divisor of {config.num_attention_heads}"
+        )
 
 
 def experts_per_token(config: PreTrainedConfig, num_experts: int) -> int:
@@ -10,7 +57,7 @@ def experts_per_token(config: PreTrainedConfig, num_experts: int) -> int:
 
     Raises `UnsupportedArchitectureError` where there are not as many.
     """
-    if not config.num_experts_per_tok or config.num_experts_per_tok > num_experts:
+    if not 1 <= (config.num_experts_per_tok or 0) <= num_experts:
         raise UnsupportedArchitectureError.of_field(
             config, "num_experts_per_tok", f"1 to {num_experts}"
         )

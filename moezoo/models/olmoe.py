@@ -7,13 +7,13 @@ from transformers import OlmoeConfig
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
-from moezoo.layers.moe import ACTIVATIONS, FusedMoE
+from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import softmax_topk
 from moezoo.layers.norm import RMSNorm
-from moezoo.models.fields import experts_per_token
+from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
 from moezoo.models.names import ATTENTION, DECODER, EXPERTS, QK_NORM
 
-ASSUMES = {"hidden_act": tuple(ACTIVATIONS), "output_router_logits": (False,)}
+ASSUMES = ASSUMED_EVERYWHERE
 
 
 def build(config: OlmoeConfig) -> Decoder:

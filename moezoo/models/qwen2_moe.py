@@ -10,13 +10,13 @@ from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.mlp import GatedMLP, SigmoidGatedMLP
-from moezoo.layers.moe import ACTIVATIONS, FusedMoE
+from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import softmax_topk
 from moezoo.loaders.mapping import Rule
-from moezoo.models.fields import experts_per_token
+from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
 from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, EXPERTS, gated_mlp
 
-ASSUMES = {"hidden_act": tuple(ACTIVATIONS), "output_router_logits": (False,)}
+ASSUMES = ASSUMED_EVERYWHERE
 
 
 def feed_forward(

@@ -6,12 +6,12 @@ from transformers import Qwen3MoeConfig
 
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
-from moezoo.layers.moe import ACTIVATIONS
 from moezoo.layers.norm import RMSNorm
+from moezoo.models.fields import ASSUMED_EVERYWHERE
 from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, EXPERTS, QK_NORM
 from moezoo.models.qwen2_moe import feed_forward
 
-ASSUMES = {"hidden_act": tuple(ACTIVATIONS), "output_router_logits": (False,)}
+ASSUMES = ASSUMED_EVERYWHERE
 
 
 def build(config: Qwen3MoeConfig) -> Decoder:

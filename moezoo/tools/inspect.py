@@ -6,7 +6,7 @@ Legend: H hidden, I expert intermediate, E experts, K experts per token.
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import ceil, prod
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
-from transformers import PreTrainedConfig
 
 from moezoo import registry
 from moezoo.errors import CheckpointError, MoEZooError
@@ -26,11 +25,14 @@ from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.moe import BiasedRoute, FusedMoE, workspace_bytes
 from moezoo.layers.moe.experts import CHUNK_TOKENS
 from moezoo.loaders.checkpoint import Checkpoint, open_checkpoint, open_config
-from moezoo.loaders.load import own_dtype, refuse_quantised, transformers_config
-from moezoo.loaders.mapping import Rule, Skip, parameter_infos, plan
+from moezoo.loaders.load import own_dtype, refuse_quantised, tied_rules, transformers_config
+from moezoo.loaders.mapping import parameter_infos
+from moezoo.loaders.plan import plan
 
 EXPERT_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Sizes that memory is reported for, as far as there are experts for every rank."""
+
+UNITS = ("B", "kB", "MB", "GB", "TB")
 
 _OF_EXPERT = re.compile(r"(^|\.)experts\.")
 _FP8_BLOCK = 128
@@ -128,6 +130,7 @@ def inspect(
     try:
         config = transformers_config(replace(checkpoint, config=bare))
         dtype = own_dtype(config, checkpoint)
+        rules, _ = tied_rules(config, checkpoint)
         with torch.device("meta"):
             decoder = registry.build(config)
         report = _of_decoder(report, decoder, dtype)
@@ -135,28 +138,10 @@ def inspect(
         if unreadable is not None:
             raise unreadable
         refuse_quantised(quantised, checkpoint.name)
-        rules = registry.architecture(config.model_type).CHECKPOINT
-        plan(
-            _without_tied_head(rules, config, checkpoint),
-            checkpoint.tensors,
-            parameter_infos(decoder, dtype),
-        )
+        plan(rules, checkpoint.tensors, parameter_infos(decoder, dtype))
     except MoEZooError as error:
         return replace(report, reason=str(error))
     return replace(report, supported=True)
-
-
-def _without_tied_head(
-    rules: Sequence[Rule | Skip], config: PreTrainedConfig, checkpoint: Checkpoint
-) -> Sequence[Rule | Skip]:
-    """The rules of a loader that takes one of the two tensors that the config says are the same."""
-    head = "lm_head.weight"
-    sources = {rule.target: rule.sources[0] for rule in rules if isinstance(rule, Rule)}
-    if not config.tie_word_embeddings or sources[head] not in checkpoint.tensors:
-        return rules
-    if sources["embed.weight"] in checkpoint.tensors:
-        return (*rules, Skip(sources[head], "tied to the embedding"))
-    return (*rules, Rule("embed.weight", sources[head]))
 
 
 def _on_disk(checkpoint: Checkpoint) -> Report:
@@ -304,7 +289,7 @@ FORMATS: dict[str, Callable[[int, int], int | None]] = {
 
 def _facts(report: Report) -> Table:
     table = Table(title=report.model, show_header=False)
-    table.add_column(style="bold")
+    table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
 
     def row(name: str, value: object) -> None:
@@ -340,25 +325,35 @@ def _facts(report: Report) -> Table:
 
 
 def _memory(report: Report) -> Table:
+    """One unit for all cells, so that seven of them fit a terminal of 80 columns."""
     sizes = list(next(iter(report.weight_bytes.values())))
-    table = Table(title="bytes of weights per GPU, by number of expert-parallel GPUs")
-    table.add_column("experts as")
+    most = max(max(per_rank.values()) for per_rank in report.weight_bytes.values())
+    power = max(0, min(4, (len(str(most)) - 2) // 3))
+    table = Table(
+        title=f"{UNITS[power]} of weights per GPU, by expert-parallel size",
+    )
+    table.add_column("experts as", no_wrap=True)
     for size in sizes:
-        table.add_column(str(size), justify="right")
+        table.add_column(str(size), justify="right", no_wrap=True)
     for name, per_rank in report.weight_bytes.items():
-        table.add_row(name, *(_size(per_rank[size]) for size in sizes))
+        table.add_row(name, *(_number(per_rank[size] / 1000**power) for size in sizes))
     return table
+
+
+def _number(value: float) -> str:
+    """Three digits, or as many as there are before the point: 9.23, 61.1, 1342."""
+    return f"{value:.{max(0, 3 - len(str(int(value))))}f}"
 
 
 def _size(nbytes: int) -> str:
     if nbytes < 1_000:
         return f"{nbytes} B"
     value = float(nbytes)
-    for unit in ("kB", "MB", "GB"):
+    for unit in UNITS[1:-1]:
         value /= 1000
         if value < 999.5:
             return f"{value:.3g} {unit}"
-    return f"{value / 1000:.3g} TB"
+    return f"{value / 1000:.3g} {UNITS[-1]}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -366,6 +366,30 @@ def test_caches(pair: Pair, name: str) -> None:
     assert ours.tolist() == expected.tolist()
 
 
+@pytest.mark.gpu
+def test_an_offloaded_cache_is_offloaded() -> None:
+    model = moezoo.from_pretrained(tiny_model(), dtype=torch.float32, progress=False)
+    ids = torch.arange(30, 40, device=model.device)[None]
+    options = {"do_sample": False, "max_new_tokens": TOKENS, "return_dict_in_generate": True}
+    plain = model.generate(ids, **options)
+    offloaded = model.generate(ids, cache_implementation="offloaded", **options)
+    assert offloaded.sequences.equal(plain.sequences)
+    assert offloaded.past_key_values.offloading
+    assert {layer.keys.device.type for layer in offloaded.past_key_values.layers} == {"cpu", "cuda"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA it works")
+def test_an_offloaded_cache_is_asked_of_transformers(pair: Pair) -> None:
+    """Without CUDA that fails in transformers, and so it does here: it is not done silently."""
+    options = {"do_sample": False, "max_new_tokens": 3, "cache_implementation": "offloaded"}
+    errors = []
+    for model in (pair.ours, pair.theirs):
+        with pytest.raises(Exception) as caught:
+            model.generate(torch.tensor([[5, 6]]), **options)
+        errors.append((type(caught.value), str(caught.value)))
+    assert errors[0] == errors[1]
+
+
 def test_embeddings_as_prompt(pair: Pair) -> None:
     inputs = pair.encode(*PROMPTS)
     embeds = pair.ours.get_input_embeddings()(inputs.pop("input_ids"))

@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import moezoo
 from moezoo.assets import tiny_model
-from moezoo.generation.offline import Completion, Prompt, SeededDraw, generate
+from moezoo.errors import MoEOutOfMemoryError
+from moezoo.generation.offline import Completion, Prompt, SeededDraw, check_options, generate
 
 PROMPTS = [
     "Once upon a time",
@@ -74,6 +75,56 @@ def test_a_seeded_completion_depends_on_seed_and_id_only(model, tokenizer):
     assert sampled(prompts, 5, seed=2) != whole
     same_text = sampled([Prompt("a", "The dog"), Prompt("b", "The dog")], 2, seed=1)
     assert same_text["a"] != same_text["b"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0 and finite, got 0.0"),
+        ({"repetition_penalty": float("inf")}, "got inf"),
+        ({"stop_strings": ["a", ""]}, "stop_strings must be texts that are not empty, got ''"),
+        ({"stop_strings": [3]}, "got 3"),
+        ({"num_beams": 0}, "num_beams must be at least 1, got 0"),
+        ({"do_sample": True, "top_p": 1.5}, "top_p"),
+    ],
+)
+def test_options_out_of_range_are_refused_before_anything_is_generated(
+    model, tokenizer, options, message
+):
+    for refuse in (
+        lambda: generate(model, tokenizer, ["The dog"], **options),
+        lambda: check_options(**options),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refuse()
+
+
+def test_what_greedy_search_does_not_use_is_not_refused(model, tokenizer):
+    """Some checkpoints say temperature 0 beside do_sample false."""
+    (completion,) = generate(model, tokenizer, ["It"], do_sample=False, temperature=0.0)
+    assert completion.error is None
+
+
+@pytest.mark.parametrize(("num_prompts", "advice"), [(3, "batch size below 3"), (1, "max_new_tok")])
+def test_a_batch_that_does_not_fit_is_an_out_of_memory_error(model, tokenizer, num_prompts, advice):
+    """torch's CPU allocator raises a plain RuntimeError, as this hook finds."""
+    layer = model.decoder.layers[3]
+    hook = layer.register_forward_pre_hook(lambda *_: torch.empty(1 << 50) and None)
+    try:
+        with pytest.raises(MoEOutOfMemoryError, match=f"at once is too much for cpu: a .*{advice}"):
+            next(generate(model, tokenizer, ["It"] * num_prompts, batch_size=4))
+    finally:
+        hook.remove()
+
+
+def test_other_errors_of_torch_stay_what_they_are(model, tokenizer):
+    layer = model.decoder.layers[3]
+    hook = layer.register_forward_pre_hook(lambda *_: torch.ones(2) @ torch.ones(3))
+    try:
+        with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+            next(generate(model, tokenizer, ["It"]))
+    finally:
+        hook.remove()
 
 
 def test_seeded_draws_follow_the_distribution():

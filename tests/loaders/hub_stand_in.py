@@ -24,6 +24,8 @@ class Hub:
     token: str | None = None
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     """Method, file and range of what was asked of the files."""
+    at_branch: list[str] = field(default_factory=list)
+    """The paths that were asked for at main, which may move, and not at a commit."""
 
     def downloads(self) -> set[str]:
         """The files that were asked for in whole."""
@@ -55,6 +57,8 @@ def serve(hub: Hub) -> Iterator[Hub]:
             revision = re.search(r"/(?:resolve|revision|tree)/([^/]+)", path)
             if revision and revision[1] not in ("main", COMMIT):
                 return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision[1]}")
+            if revision is None or revision[1] == "main":
+                hub.at_branch.append(path)
             if path.startswith("/api/"):
                 return self.list_files("tree" if "/tree/" in path else "revision")
             self.send_file(path.split(f"{revision[1]}/", 1)[1])

@@ -25,7 +25,7 @@ from moezoo.errors import (
     UnsupportedArchitectureError,
 )
 from moezoo.loaders import load, stream
-from moezoo.loaders.checkpoint import open_checkpoint
+from moezoo.loaders.checkpoint import Checkpoint, open_checkpoint
 from moezoo.loaders.load import from_config, from_pretrained, load_weights
 from moezoo.loaders.mapping import Rule
 
@@ -165,7 +165,7 @@ def test_large_parameters_are_ordinary_tensors(tmp_path):
 MEMORY = """
 import sys, threading, torch
 from torch import nn
-from moezoo.loaders.checkpoint import open_checkpoint
+from moezoo.loaders.checkpoint import Checkpoint, open_checkpoint
 from moezoo.loaders.load import load_weights
 from moezoo.loaders.mapping import Rule
 
@@ -454,6 +454,24 @@ def test_a_default_device_of_the_caller_does_not_matter():
         ({"model_type": "no_such"}, UnsupportedArchitectureError, "qwen3_moe"),
         ({"model_type": None}, CheckpointError, "names no model_type"),
         ({"hidden_size": "wide"}, CheckpointError, "config.json is not valid"),
+        ({"torch_dtype": "float99"}, CheckpointError, "config.json is not valid: module 'torch'"),
+        (
+            {
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 0,
+                }
+            },
+            CheckpointError,
+            "config.json is not valid: division by zero",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": "big"}},
+            UnsupportedArchitectureError,
+            "config.rope_parameters is {",
+        ),
+        ({"vocab_size": -1}, UnsupportedArchitectureError, "config.vocab_size is -1"),
         ({"quantization_config": {"quant_method": "fp8"}}, QuantizationError, "'fp8'"),
         ({"num_experts": 17}, CheckpointError, "expert 16 of layer 0"),
         ({"num_hidden_layers": 7}, CheckpointError, "model.layers.6.input_layernorm.weight"),
@@ -509,6 +527,54 @@ def test_tied_configs_load_as_in_transformers(tmp_path, caplog, change, tied):
         )
     assert model.config.tie_word_embeddings is tied
     assert any("differ; they stay apart" in message for message in caplog.messages) is not tied
+
+
+@pytest.mark.parametrize(
+    "head, free",
+    [(lambda t: t.clone(), None), (lambda t: t.flip(0), None), (lambda t: t.clone(), 1000)],
+    ids=["equal head", "another head", "too little memory"],
+)
+def test_a_tied_checkpoint_that_does_not_fit_is_refused_before_a_byte_is_read(
+    tmp_path, monkeypatch, head, free
+):
+    """Whether the head equals the embedding is in their bytes, but all else is asked first."""
+    folder = copy_asset(tmp_path / "m")
+    lost = "model.layers.2.mlp.experts.7.up_proj.weight"
+    change_weights(folder, lambda t: t.update({HEAD: head(t[EMBEDDING])}))
+    if free is None:
+        change_weights(folder, lambda t: t.pop(lost))
+    else:
+        monkeypatch.setattr(load, "_free_memory", lambda device: free)
+
+    def fetch(*args, **kwargs):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(Checkpoint, "fetch", fetch)
+    error, message = (CheckpointError, lost) if free is None else (MoEOutOfMemoryError, str(folder))
+    with pytest.raises(error) as caught:
+        from_pretrained(folder, device="cpu", progress=False)
+    assert message in str(caught.value)
+
+
+def test_a_head_of_another_shape_than_the_tied_embedding_is_refused_by_both(tmp_path):
+    folder = copy_asset(tmp_path / "m")
+    change_weights(folder, lambda t: t.update({HEAD: t[EMBEDDING][:4000].clone()}))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is \[4000, 256\]") as caught:
+        from_pretrained(folder, device="cpu", progress=False)
+    assert moezoo.inspect(folder).reason == str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"max_new_tokens": "many"}', '"\xff'])
+def test_a_malformed_generation_config_is_found_before_weights_are_read(
+    tmp_path, monkeypatch, text
+):
+    folder = copy_asset(tmp_path / "m")
+    (folder / "generation_config.json").write_text(text, encoding="latin-1")
+    watch = Watch(monkeypatch)
+    with pytest.raises(CheckpointError) as caught:
+        from_pretrained(folder, device="cpu", progress=False)
+    assert f"{folder}: generation_config.json is not valid: " in str(caught.value)
+    assert watch.tensors == []
 
 
 def small_config(**fields) -> Qwen3MoeConfig:

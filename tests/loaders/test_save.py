@@ -206,23 +206,49 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_save_interrupted_while_moving_is_no_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(5, "Input/output error")])
+def test_a_save_that_stops_while_moving_is_no_checkpoint_and_loses_nothing(
+    tmp_path, monkeypatch, stop
+):
     """Old and new shards together would load as one model that never was."""
-    save_pretrained(Saved(), tmp_path, max_shard_size="2MB")
+    folder = tmp_path / "m"
+    save_pretrained(Saved(), folder, max_shard_size="2MB")
+    model = Saved()
+    model.decoder.norm.weight.data.fill_(3)
     move = Path.replace
     moves = []
 
-    def interrupted(path, target):
+    def stopped(path, target):
         moves.append(target)
         if len(moves) == 4:
-            raise KeyboardInterrupt
+            raise stop
         return move(path, target)
 
-    monkeypatch.setattr(Path, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        save_pretrained(Saved(), tmp_path, max_shard_size="2MB")
+    monkeypatch.setattr(Path, "replace", stopped)
+    with pytest.raises((KeyboardInterrupt, OSError)) as caught:
+        save_pretrained(model, folder, max_shard_size="2MB")
+    monkeypatch.undo()
     with pytest.raises(moezoo.errors.CheckpointError, match="has neither"):
-        open_checkpoint(tmp_path)
+        open_checkpoint(folder)
+    # as the error says
+    (draft,) = folder.glob(".saving-*")
+    assert f"the rest is in {draft}" in caught.value.__notes__[-1]
+    for path in sorted(draft.iterdir(), key=lambda path: path.name == INDEX):
+        path.replace(folder / path.name)
+    again = from_pretrained(folder, device="cpu", progress=False)
+    for name, tensor in model.decoder.state_dict().items():
+        assert torch.equal(again.decoder.state_dict()[name], tensor), name
+
+
+def test_the_config_names_the_dtype_of_the_weights(tmp_path):
+    model = from_pretrained(ASSET, dtype="float32", device="cpu", progress=False).to(torch.float16)
+    model.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    again = from_pretrained(tmp_path, device="cpu", progress=False)
+    assert theirs.dtype == again.dtype == torch.float16
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert model.config.dtype == torch.float32  # the model's own is left alone
 
 
 @pytest.mark.parametrize("first, second", [("1MB", "5GB"), ("5GB", "1MB"), ("1MB", "3MB")])

@@ -18,7 +18,8 @@ import transformers
 
 from moezoo.errors import CheckpointError
 from moezoo.layers.linear import FusedLinear
-from moezoo.loaders.mapping import ParameterInfo, Plan, TensorInfo, plan
+from moezoo.loaders.mapping import ParameterInfo, TensorInfo
+from moezoo.loaders.plan import Plan, plan
 from moezoo.registry import architecture, build
 
 NAMES = Path(__file__).parent / "names"
@@ -105,6 +106,16 @@ def test_every_tensor_is_used_or_skipped_by_name(stem: str) -> None:
         assert all("multi-token" in skip.reason for skip in skipped.values())
     else:
         assert not skipped
+
+
+@pytest.mark.parametrize("stem", ["deepseek-v3", "kimi-k2-instruct"])
+def test_a_config_that_says_one_layer_too_few_is_no_smaller_model(stem: str) -> None:
+    last = f"layers.{read(stem)['config']['num_hidden_layers'] - 1}."
+    fewer = {n: info for n, info in parameters(stem).items() if not n.startswith(last)}
+    module = architecture(read(stem)["config"]["model_type"])
+    with pytest.raises(CheckpointError, match="unknown") as error:
+        plan(module.CHECKPOINT, unquantised(stem), fewer)
+    assert f"model.{last}" in str(error.value)
 
 
 @pytest.mark.parametrize("stem", ["deepseek-v3", "kimi-k2-instruct"])

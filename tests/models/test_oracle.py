@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from configurations import CONFIGURATIONS, reference
+from configurations import CONFIGURATIONS, MIXTRAL, ROPE, reference
 from transformers import DynamicCache, PreTrainedModel
 
 import moezoo
@@ -254,6 +254,22 @@ def test_old_spelling_of_the_config(pair: Pair, tmp_path: Path) -> None:
     change_config(tmp_path, remove=("rope_parameters", "dtype", "transformers_version"), **old)
     ids = token_ids(2, LENGTH)
     assert load(tmp_path)(ids).logits.equal(pair.logits(input_ids=ids)[0])
+
+
+@pytest.mark.parametrize("rope", ["yarn", "dynamic"])
+def test_rope_of_mixtral_without_head_dim(tmp_path: Path, rope: str) -> None:
+    """Mixtral's configs say nothing of the head's width, on which transformers' yarn stumbles."""
+    spelt_out = MIXTRAL | {"head_dim": 10, "rope_parameters": ROPE[rope]}
+    theirs = reference("mixtral", spelt_out | {"max_position_embeddings": 6})
+    write("mixtral", theirs, tmp_path)
+    change_config(tmp_path, remove=("head_dim",))
+    ids = token_ids(2, LENGTH)
+    with torch.inference_mode():
+        model = load(tmp_path)
+        assert_close(model(ids).logits, theirs(ids).logits)
+        greedy = {"max_new_tokens": 5, "do_sample": False}
+        assert model.generate(ids, **greedy).equal(theirs.generate(ids, **greedy))
+    assert model.config.head_dim is None
 
 
 def test_sixteen_bits(pair: Pair) -> None:

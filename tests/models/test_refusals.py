@@ -32,6 +32,9 @@ BASE = {
 EVERYWHERE: dict[str, dict[str, Any]] = {
     "hidden_act": {"hidden_act": "mish"},
     "output_router_logits": {"output_router_logits": True},
+    "vocab_size": {"vocab_size": -1},
+    "hidden_size": {"hidden_size": 0},
+    "num_hidden_layers": {"num_hidden_layers": 0},
 }
 ROPE: dict[str, dict[str, Any]] = {
     "axial": {"rope_type": "axial"},
@@ -39,6 +42,11 @@ ROPE: dict[str, dict[str, Any]] = {
     "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.5},
     "partial": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5},
     "partial-longrope": longrope(2, partial_rotary_factor=0.5),
+    "word-yarn": {"rope_type": "yarn", "factor": "big", "original_max_position_embeddings": 24},
+    "word-linear": {"rope_type": "linear", "factor": "big"},
+    "no-factor": {"rope_type": "dynamic", "factor": None},
+    "zero-factor": {"rope_type": "linear", "factor": 0.0},
+    "short-longrope": longrope(2) | {"long_factor": [1.0]},
 }
 FIELDS = [
     ("mixtral", "sliding_window", {"sliding_window": 0}),
@@ -64,6 +72,14 @@ FIELDS = [
     ("deepseek_v2", "num_key_value_heads", {"num_key_value_heads": 2}),
     ("deepseek_v2", "num_experts_per_tok", {"num_experts_per_tok": None}),
     ("mixtral", "num_experts_per_tok", {"num_experts_per_tok": 99}),
+    ("mixtral", "num_experts_per_tok", {"num_experts_per_tok": -1}),
+    ("mixtral", "num_attention_heads", {"num_attention_heads": 0}),
+    ("mixtral", "num_key_value_heads", {"num_key_value_heads": 3}),
+    ("qwen3_moe", "num_key_value_heads", {"num_key_value_heads": 0}),
+    ("qwen3_moe", "moe_intermediate_size", {"moe_intermediate_size": 0}),
+    ("qwen2_moe", "num_experts", {"num_experts": -1}),
+    ("deepseek_v3", "v_head_dim", {"v_head_dim": None}),
+    ("deepseek_v3", "q_lora_rank", {"q_lora_rank": -3}),
     ("qwen2_moe", "num_experts_per_tok", {"num_experts_per_tok": 99}),
     ("qwen3_moe", "num_experts_per_tok", {"num_experts_per_tok": 99}),
     ("olmoe", "num_experts_per_tok", {"num_experts_per_tok": 0}),
@@ -83,6 +99,18 @@ FIELDS = [
     ("deepseek_v3", "n_group", {"n_group": None}),
     ("deepseek_v3", "topk_group", {"topk_group": 4}),
     ("deepseek_v3", "head_dim", {"head_dim": 16}),
+    (
+        "deepseek_v3",
+        "rope_parameters",
+        {
+            "rope_parameters": {
+                "rope_type": "linear",
+                "rope_theta": 10.0,
+                "factor": 2.0,
+                "mscale_all_dim": "big",
+            }
+        },
+    ),
 ]
 
 
@@ -146,7 +174,9 @@ def test_unknown_model_type() -> None:
     with pytest.raises(UnsupportedArchitectureError, match="'gpt_neox' is not supported") as error:
         architecture("gpt_neox")
     assert all(model_type in str(error.value) for model_type in list_architectures())
-    assert "AutoModelForCausalLM" in str(error.value)
+    assert 'AutoModelForCausalLM.from_pretrained(..., experts_implementation="moezoo")' in str(
+        error.value
+    )
 
 
 def test_what_has_no_effect_is_no_reason_to_refuse() -> None:

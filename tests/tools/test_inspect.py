@@ -5,6 +5,8 @@ import shutil
 from io import StringIO
 
 import pytest
+import torch
+from configurations import CONFIGURATIONS, reference
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -12,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moezoo.assets import tiny_model
 from moezoo.errors import CheckpointError
 from moezoo.loaders.checkpoint import Checkpoint
+from moezoo.loaders.load import from_pretrained
 from moezoo.tools.inspect import FORMATS, inspect
 
 # The configs of released models, as far as they decide shapes.
@@ -177,6 +180,27 @@ def test_a_head_beside_a_tied_embedding_is_no_obstacle(folder):
     assert inspect(folder).supported
 
 
+def test_layers_that_the_config_does_not_count_are_reported_unless_they_predict(tmp_path):
+    """As loading does: layer 3 is multi-token prediction, layer 2 of three is not."""
+    reference("deepseek_v3", CONFIGURATIONS["deepseek_v3"]["groups"]).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for name in [*weights]:
+        if name.startswith("model.layers.2."):
+            weights[name.replace(".2.", ".3.", 1)] = weights[name].clone()
+    weights["model.layers.3.eh_proj.weight"] = torch.zeros(20, 40)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert inspect(tmp_path).supported
+    from_pretrained(tmp_path, device="cpu", progress=False)
+    set_config(tmp_path, num_hidden_layers=2)
+    report = inspect(tmp_path)
+    assert not report.supported
+    assert "model.layers.2.input_layernorm.weight" in report.reason
+    assert "model.layers.3" not in report.reason
+    with pytest.raises(CheckpointError) as caught:
+        from_pretrained(tmp_path, device="cpu", progress=False)
+    assert str(caught.value) == report.reason
+
+
 def test_an_unknown_model_type_is_reported_from_its_headers(folder):
     set_config(folder, model_type="gpt2")
     report = inspect(folder)
@@ -237,3 +261,22 @@ def test_the_table_tells_what_the_report_holds():
     for name in FORMATS:
         assert name in text
     assert AutoConfig.from_pretrained(tiny_model()).architectures[0] in text
+
+
+@pytest.mark.parametrize(
+    "config", [QWEN3_30B_A3B, DEEPSEEK_V3], ids=["qwen3-30b-a3b", "deepseek-v3"]
+)
+def test_the_table_fits_a_terminal(tmp_path, config):
+    """80 columns hold the names of the formats and every number whole, up to 64 GPUs."""
+    console = Console(width=80, file=StringIO())
+    report = inspect(config_only(tmp_path, **config))
+    console.print(report)
+    text = console.file.getvalue()
+    assert "…" not in text
+    rows = [line.replace("│", " ").split() for line in text.splitlines()]
+    table = {row[0]: row[1:] for row in rows if row and row[0] in FORMATS}
+    assert table.keys() == FORMATS.keys()
+    assert "GB of weights per GPU" in text
+    for name, per_rank in report.weight_bytes.items():
+        shown = [float(number) for number in table[name]]
+        assert shown == pytest.approx([nbytes / 1e9 for nbytes in per_rank.values()], rel=5e-3)

@@ -1,10 +1,10 @@
-"""down: the second grouped product, each row written where the token's K rows lie together.
+"""down: the second grouped product, its rows still in expert order.
 
-    y[order[r]] = w2[e] @ h[r] + bias,  e the expert with offsets[e] <= r < offsets[e+1]
+    y[r] = w2[e] @ h[r] + bias,  e the expert with offsets[e] <= r < offsets[e+1]
 
 Products accumulate in fp32, y is rounded once.
 
-Legend: H hidden, I expert intermediate, E experts, S rows, N tile numbers (see `permute`).
+Legend: H hidden, I expert intermediate, E experts, S rows, N most tiles (see `permute`).
 """
 
 import torch
@@ -12,40 +12,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moezoo.layers.kernels.permute import first_tile
-from moezoo.layers.kernels.tiles import GROUP_M, choose_tile
+from moezoo.layers.kernels.overlap import launch_options, wait
+from moezoo.layers.kernels.permute import Permutation
+from moezoo.layers.kernels.tiles import Tile, descriptor, swizzle
 
 
 def down_ref(
     h: Tensor,
     w2: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    tile_experts: Tensor,
+    permutation: Permutation,
     *,
-    tile_rows: int,
+    tile: Tile | None = None,
     bias2: Tensor | None = None,
 ) -> Tensor:
-    y = h.new_zeros(order.numel(), w2.shape[1])
+    y = h.new_zeros(len(h), w2.shape[1])
     for e in range(w2.shape[0]):
-        rows = slice(int(offsets[e]), int(offsets[e + 1]))
+        rows = slice(int(permutation.offsets[e]), int(permutation.offsets[e + 1]))
         y_e = h[rows].float() @ w2[e].float().T
         if bias2 is not None:
             y_e += bias2[e].float()
-        y[order[rows].long()] = y_e.to(y.dtype)
+        y[rows] = y_e.to(y.dtype)
     return y
 
 
 @triton.jit
-def _down_kernel(
-    h_ptr,
-    w_ptr,
+def _rows_times_columns(
+    expert,
+    first_row,
+    end,
+    first_col,
+    h,
+    w,
     bias_ptr,
     y_ptr,
-    order_ptr,
-    offsets_ptr,
-    tile_experts_ptr,
-    num_tiles,
     intermediate_size,
     hidden_size,
     stride_we,
@@ -54,78 +53,136 @@ def _down_kernel(
     stride_be,
     stride_bn,
     HAS_BIAS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     EVEN_K: tl.constexpr,
-    TILE_PER_ROW: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    num_n = tl.cdiv(hidden_size, BLOCK_N)
-    pid = tl.program_id(0)
-    group = pid // (GROUP_M * num_n)
-    group_size = tl.minimum(num_tiles - group * GROUP_M, GROUP_M)
-    tile = group * GROUP_M + (pid % (GROUP_M * num_n)) % group_size
-    pid_n = (pid % (GROUP_M * num_n)) // group_size
-    expert = tl.load(tile_experts_ptr + tile)
-    if expert < 0:
-        return
-    begin = tl.load(offsets_ptr + expert)
-    end = tl.load(offsets_ptr + expert + 1)
-    tile_in_expert = tile - first_tile(expert, begin, BLOCK_M, TILE_PER_ROW)
-    rows = begin + tile_in_expert * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = first_row + tl.arange(0, BLOCK_M)
     m_rows = rows < end
-    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = first_col + tl.arange(0, BLOCK_N)
     m_cols = cols < hidden_size
-
-    # Rows and columns past the end read a valid row and column 0, and are not stored.
-    h_rows = tl.where(m_rows, rows, begin).to(tl.int64)
-    w_rows = tl.where(m_cols, cols, 0).to(tl.int64)
-    expert = expert.to(tl.int64)
     inner = tl.arange(0, BLOCK_K)
-    p_h = h_ptr + h_rows[:, None] * intermediate_size + inner[None, :]
-    p_w = w_ptr + expert * stride_we + w_rows[None, :] * stride_wn + inner[:, None] * stride_wi
+    # Rows and columns past the end read a valid row and column 0, or rows of the next expert, and
+    # are not stored.
+    if not DESCRIPTORS:
+        h_rows = tl.where(m_rows, rows, first_row).to(tl.int64)
+        p_h = h + h_rows[:, None] * intermediate_size + inner[None, :]
+        w_cols = tl.where(m_cols, cols, 0).to(tl.int64)
+        o_w = expert.to(tl.int64) * stride_we + w_cols * stride_wn
+        p_w = w + o_w[:, None] + inner[None, :] * stride_wi
 
-    y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if WEIGHTS_FIRST:
+        y = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    else:
+        y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, intermediate_size, BLOCK_K):
-        if EVEN_K:
-            b_h = tl.load(p_h)
-            b_w = tl.load(p_w)
+        if DESCRIPTORS:
+            b_h = h.load([first_row, start])
+            b_w = tl.reshape(w.load([expert, first_col, start]), [BLOCK_N, BLOCK_K])
         else:
-            m_inner = start + inner < intermediate_size
-            b_h = tl.load(p_h, mask=m_inner[None, :], other=0.0)
-            b_w = tl.load(p_w, mask=m_inner[:, None], other=0.0)
-        y = tl.dot(b_h, b_w, y, input_precision="ieee")
-        p_h += BLOCK_K
-        p_w += BLOCK_K * stride_wi
+            if EVEN_K:
+                b_h = tl.load(p_h)
+                b_w = tl.load(p_w)
+            else:
+                m_inner = (start + inner < intermediate_size)[None, :]
+                b_h = tl.load(p_h, mask=m_inner, other=0.0)
+                b_w = tl.load(p_w, mask=m_inner, other=0.0)
+            p_h += BLOCK_K
+            p_w += BLOCK_K * stride_wi
+        if WEIGHTS_FIRST:
+            y = tl.dot(b_w, b_h.T, y, input_precision="ieee")
+        else:
+            y = tl.dot(b_h, b_w.T, y, input_precision="ieee")
 
     if HAS_BIAS:
-        p_bias = bias_ptr + expert * stride_be + w_rows * stride_bn
-        y += tl.load(p_bias).to(tl.float32)[None, :]
-    positions = tl.load(order_ptr + rows, mask=m_rows, other=0).to(tl.int64)
-    o_y = positions[:, None] * hidden_size + cols[None, :]
-    tl.store(y_ptr + o_y, y.to(y_ptr.dtype.element_ty), mask=m_rows[:, None] & m_cols[None, :])
+        p_bias = bias_ptr + expert.to(tl.int64) * stride_be + cols * stride_bn
+        bias = tl.load(p_bias, mask=m_cols, other=0.0).to(tl.float32)
+        y += bias[:, None] if WEIGHTS_FIRST else bias[None, :]
+    if WEIGHTS_FIRST:
+        o_y = rows.to(tl.int64)[None, :] * hidden_size + cols[:, None]
+        m_y = m_rows[None, :] & m_cols[:, None]
+    else:
+        o_y = rows.to(tl.int64)[:, None] * hidden_size + cols[None, :]
+        m_y = m_rows[:, None] & m_cols[None, :]
+    tl.store(y_ptr + o_y, y.to(y_ptr.dtype.element_ty), mask=m_y)
+
+
+@triton.jit(do_not_specialize=["max_tiles", "num_programs"])
+def _down_kernel(
+    h,
+    h_tail,
+    w,
+    bias_ptr,
+    y_ptr,
+    offsets_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
+    max_tiles,
+    num_programs,
+    intermediate_size,
+    hidden_size,
+    stride_we,
+    stride_wn,
+    stride_wi,
+    stride_be,
+    stride_bn,
+    HAS_BIAS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    wait(OVERLAP)
+    num_tiles = tl.load(num_tiles_ptr)
+    num_n = tl.cdiv(hidden_size, BLOCK_N)
+    for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
+        tile, pid_n = swizzle(pid, num_tiles, num_n, GROUP_M)
+        expert = tl.load(tiles_ptr + tile)
+        first_row = tl.load(tiles_ptr + max_tiles + tile)
+        end = tl.load(offsets_ptr + expert + 1)
+        first_col = pid_n * BLOCK_N
+        # fmt: off
+        if TAIL > 0 and end - first_row <= TAIL:
+            _rows_times_columns(
+                expert, first_row, end, first_col, h_tail, w, bias_ptr, y_ptr, intermediate_size,
+                hidden_size, stride_we, stride_wn, stride_wi, stride_be, stride_bn, HAS_BIAS,
+                DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, TAIL, BLOCK_N, BLOCK_K,
+            )
+        else:
+            _rows_times_columns(
+                expert, first_row, end, first_col, h, w, bias_ptr, y_ptr, intermediate_size,
+                hidden_size, stride_we, stride_wn, stride_wi, stride_be, stride_bn, HAS_BIAS,
+                DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, BLOCK_M, BLOCK_N, BLOCK_K,
+            )
+        # fmt: on
 
 
 def down(
     h: Tensor,
     w2: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    tile_experts: Tensor,
+    permutation: Permutation,
     *,
-    tile_rows: int,
+    tile: Tile,
     bias2: Tensor | None = None,
 ) -> Tensor:
-    """-> y [S, H] in h's dtype, row t*K + k for expert k of token t; nobody's rows are not written.
+    """-> y [S, H] in h's dtype, rows in expert order; those from offsets[E] on are not written.
 
     h [S, I] contiguous, rows in expert order; w2 [E, H, I] and bias2 [E, H] of h's dtype and any
-    strides; order [S], offsets [E+1] and tile_experts [N] int32 as `permute` made them with the
-    same `tile_rows`.
+    strides; `permutation` as `permute` made it with `tile.m` rows a tile.
 
     Raises ValueError for shapes or dtypes that do not fit.
     """
     num_experts, hidden_size, intermediate_size = w2.shape
+    order, _, offsets, tiles, num_tiles = permutation
     if w2.dtype != h.dtype or h.shape != (order.numel(), intermediate_size):
         raise ValueError(
             f"h must be [{order.numel()}, {intermediate_size}] {w2.dtype}, as order and w2 are, "
@@ -137,33 +194,43 @@ def down(
         raise ValueError(f"offsets must be [{num_experts + 1}], got {list(offsets.shape)}")
     if bias2 is not None and bias2.shape != w2.shape[:2]:
         raise ValueError(f"bias2 must be {list(w2.shape[:2])}, got {list(bias2.shape)}")
-    n = tile_experts.numel()
     y = torch.empty(order.numel(), hidden_size, dtype=h.dtype, device=h.device)
-    tile = choose_tile(tile_rows, 1, h.dtype, h.device)
-    num_programs = n * triton.cdiv(hidden_size, tile.n)
+    num_programs = tile.num_programs(tiles.shape[1], hidden_size, h.device)
     if num_programs == 0:
         return y
+    if tile.descriptors:
+        rows = descriptor(h, (tile.m, tile.k))
+        tail_rows = descriptor(h, (tile.tail, tile.k)) if tile.tail else rows
+        w = descriptor(w2, (1, tile.n, tile.k))
+    else:
+        rows, tail_rows, w = h, h, w2
     _down_kernel[(num_programs,)](
-        h,
-        w2,
+        rows,
+        tail_rows,
+        w,
         bias2,
         y,
-        order,
         offsets,
-        tile_experts,
-        n,
+        tiles,
+        num_tiles,
+        tiles.shape[1],
+        num_programs,
         intermediate_size,
         hidden_size,
         *w2.stride(),
         *((0, 0) if bias2 is None else bias2.stride()),
         HAS_BIAS=bias2 is not None,
+        DESCRIPTORS=tile.descriptors,
         EVEN_K=intermediate_size % tile.k == 0,
-        TILE_PER_ROW=n == order.numel(),
-        GROUP_M=GROUP_M,
+        WEIGHTS_FIRST=tile.weights_first,
+        FLATTEN=tile.programs_per_sm > 0 and not tile.tail,
+        GROUP_M=tile.group_m,
+        TAIL=tile.tail,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **launch_options(h.device),
     )
     return y

@@ -3,11 +3,15 @@
     h[r] = act(w13[e][:I] @ x[t] + bias) * (w13[e][I:] @ x[t] + bias)
     t = order[r] // K,  e the expert with offsets[e] <= r < offsets[e+1]
 
-Products accumulate in fp32, h is rounded once. The rows of x are gathered by pointer; one program
-holds the gate and the up accumulator of the same columns.
+and with `Gating`'s bounds where there are some. As [E, 2, I, H], w13 may have its gate and up rows
+in any places of memory; as [E, 1, I, H] it has no gate, and h[r] = act(w13[e] @ x[t] + bias).
+
+Products accumulate in fp32, h is rounded once. A tile's gate and up rows lie below each other in
+the second operand of one product, and are told apart again in registers; as the first operand
+(`weights_first`) they are two products, since the compiler would copy the joint operand.
 
 Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per token, S = T*K rows,
-N tile numbers (see `permute`).
+N most tiles (see `permute`).
 """
 
 import torch
@@ -15,36 +19,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moezoo.layers.kernels.activations import ACTIVATIONS
-from moezoo.layers.kernels.permute import first_tile
-from moezoo.layers.kernels.tiles import GROUP_M, choose_tile
+from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
+from moezoo.layers.kernels.overlap import launch_options, wait
+from moezoo.layers.kernels.permute import Permutation
+from moezoo.layers.kernels.tiles import Tile, descriptor, swizzle
 
 
 def gated_up_ref(
     x: Tensor,
     w13: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    tile_experts: Tensor,
+    permutation: Permutation,
     *,
     k: int,
-    tile_rows: int,
-    activation: str = "silu",
+    tile: Tile | None = None,
+    activation: str | Gating = "silu",
     bias13: Tensor | None = None,
 ) -> Tensor:
-    h = x.new_zeros(order.numel(), w13.shape[1] // 2)
+    gating = Gating.of(activation)
+    if w13.ndim == 3:
+        w13 = w13.unflatten(1, (2, -1))
+        bias13 = None if bias13 is None else bias13.unflatten(1, (2, -1))
+    order, offsets = permutation.order, permutation.offsets
+    h = x.new_zeros(permutation.positions.numel(), w13.shape[2])
     for e in range(w13.shape[0]):
         rows = slice(int(offsets[e]), int(offsets[e + 1]))
-        gate_up = x[order[rows].long() // k].float() @ w13[e].float().T
+        parts = x[order[rows].long() // k].float() @ w13[e].float().mT  # [1 or 2, rows, I]
         if bias13 is not None:
-            gate_up += bias13[e].float()
-        gate, up = gate_up.chunk(2, dim=-1)
-        h[rows] = (ACTIVATIONS[activation](gate) * up).to(h.dtype)
+            parts += bias13[e].float().unsqueeze(1)
+        act = gating if len(parts) == 2 else ACTIVATIONS[gating.activation]
+        h[rows] = act(*parts).to(h.dtype)
     return h
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         return x * tl.sigmoid(x)
     elif ACTIVATION == "gelu":
@@ -52,6 +60,10 @@ def _activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh(u)) / 2 = sigmoid(2u), with u = sqrt(2/pi) * (x + 0.044715 x^3).
         return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "quick_gelu":
+        return x * tl.sigmoid(1.702 * x)
+    elif ACTIVATION == "relu2":
+        return tl.where(x < 0.0, 0.0, x * x)
     else:
         tl.static_assert(ACTIVATION == "relu")
         # Not maximum(x, 0), which would swallow NaN.
@@ -59,152 +71,290 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _gated_up_kernel(
+def activate_gated(
+    gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr
+):
+    if LIMIT is not None:
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    if UP_OFFSET != 0.0:
+        up += UP_OFFSET
+    return activate(gate, ACTIVATION) * up
+
+
+@triton.jit
+def _rows_times_columns(
+    expert,
+    first_row,
+    end,
+    first_col,
     x_ptr,
-    w_ptr,
+    x_sorted,
+    w,
     bias_ptr,
     h_ptr,
     order_ptr,
-    offsets_ptr,
-    tile_experts_ptr,
-    num_tiles,
     hidden_size,
     intermediate_size,
     k,
     stride_xt,
     stride_xh,
     stride_we,
+    stride_wg,
     stride_wn,
     stride_wh,
     stride_be,
+    stride_bg,
     stride_bn,
+    PARTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    SORTED: tl.constexpr,
     EVEN_K: tl.constexpr,
-    TILE_PER_ROW: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    num_n = tl.cdiv(intermediate_size, BLOCK_N)
-    pid = tl.program_id(0)
-    group = pid // (GROUP_M * num_n)
-    group_size = tl.minimum(num_tiles - group * GROUP_M, GROUP_M)
-    tile = group * GROUP_M + (pid % (GROUP_M * num_n)) % group_size
-    pid_n = (pid % (GROUP_M * num_n)) // group_size
-    expert = tl.load(tile_experts_ptr + tile)
-    if expert < 0:
-        return
-    begin = tl.load(offsets_ptr + expert)
-    end = tl.load(offsets_ptr + expert + 1)
-    tile_in_expert = tile - first_tile(expert, begin, BLOCK_M, TILE_PER_ROW)
-    rows = begin + tile_in_expert * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = first_row + tl.arange(0, BLOCK_M)
     m_rows = rows < end
-    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = first_col + tl.arange(0, BLOCK_N)
     m_cols = cols < intermediate_size
-
-    # Rows and columns past the end read row 0 and column 0, and are not stored.
-    tokens = (tl.load(order_ptr + rows, mask=m_rows, other=0) // k).to(tl.int64)
-    w_rows = tl.where(m_cols, cols, 0).to(tl.int64)
-    expert = expert.to(tl.int64)
     inner = tl.arange(0, BLOCK_K)
-    p_x = x_ptr + tokens[:, None] * stride_xt + inner[None, :] * stride_xh
-    p_gate = w_ptr + expert * stride_we + w_rows[None, :] * stride_wn + inner[:, None] * stride_wh
-    up_rows = w_rows + intermediate_size
-    p_up = w_ptr + expert * stride_we + up_rows[None, :] * stride_wn + inner[:, None] * stride_wh
+    # Rows and columns past the end read row 0 and column 0, and are not stored.
+    if not SORTED:
+        tokens = (tl.load(order_ptr + rows, mask=m_rows, other=0) // k).to(tl.int64)
+        p_x = x_ptr + tokens[:, None] * stride_xt + inner[None, :] * stride_xh
+    JOINT: tl.constexpr = 1 if WEIGHTS_FIRST else PARTS
+    if not DESCRIPTORS:
+        part = tl.arange(0, JOINT * BLOCK_N) // BLOCK_N
+        w_cols = first_col + tl.arange(0, JOINT * BLOCK_N) % BLOCK_N
+        w_cols = tl.where(w_cols < intermediate_size, w_cols, 0)
+        o_w = expert.to(tl.int64) * stride_we + part.to(tl.int64) * stride_wg
+        p_w = w + (o_w + w_cols.to(tl.int64) * stride_wn)[:, None] + inner[None, :] * stride_wh
 
-    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if WEIGHTS_FIRST:
+        products = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    else:
+        products = tl.zeros([BLOCK_M, PARTS * BLOCK_N], tl.float32)
     for start in range(0, hidden_size, BLOCK_K):
-        if EVEN_K:
-            b_x = tl.load(p_x)
-            b_gate = tl.load(p_gate)
-            b_up = tl.load(p_up)
+        if SORTED:
+            b_x = x_sorted.load([first_row, start])
         else:
-            m_inner = start + inner < hidden_size
-            b_x = tl.load(p_x, mask=m_inner[None, :], other=0.0)
-            b_gate = tl.load(p_gate, mask=m_inner[:, None], other=0.0)
-            b_up = tl.load(p_up, mask=m_inner[:, None], other=0.0)
-        gate = tl.dot(b_x, b_gate, gate, input_precision="ieee")
-        up = tl.dot(b_x, b_up, up, input_precision="ieee")
-        p_x += BLOCK_K * stride_xh
-        p_gate += BLOCK_K * stride_wh
-        p_up += BLOCK_K * stride_wh
+            if EVEN_K:
+                b_x = tl.load(p_x)
+            else:
+                b_x = tl.load(p_x, mask=(start + inner < hidden_size)[None, :], other=0.0)
+            p_x += BLOCK_K * stride_xh
+        if DESCRIPTORS:
+            b_w = tl.reshape(w.load([expert, 0, first_col, start]), [JOINT * BLOCK_N, BLOCK_K])
+        else:
+            if EVEN_K:
+                b_w = tl.load(p_w)
+            else:
+                b_w = tl.load(p_w, mask=(start + inner < hidden_size)[None, :], other=0.0)
+        if WEIGHTS_FIRST:
+            products = tl.dot(b_w, b_x.T, products, input_precision="ieee")
+            if PARTS == 2:
+                if DESCRIPTORS:
+                    b_up = tl.reshape(w.load([expert, 1, first_col, start]), [BLOCK_N, BLOCK_K])
+                elif EVEN_K:
+                    b_up = tl.load(p_w + stride_wg)
+                else:
+                    m_inner = (start + inner < hidden_size)[None, :]
+                    b_up = tl.load(p_w + stride_wg, mask=m_inner, other=0.0)
+                up = tl.dot(b_up, b_x.T, up, input_precision="ieee")
+        else:
+            products = tl.dot(b_x, b_w.T, products, input_precision="ieee")
+        if not DESCRIPTORS:
+            p_w += BLOCK_K * stride_wh
 
+    if WEIGHTS_FIRST:
+        o_h = rows.to(tl.int64)[None, :] * intermediate_size + cols[:, None]
+        m_h = m_rows[None, :] & m_cols[:, None]
+    else:
+        o_h = rows.to(tl.int64)[:, None] * intermediate_size + cols[None, :]
+        m_h = m_rows[:, None] & m_cols[None, :]
     if HAS_BIAS:
-        p_bias = bias_ptr + expert * stride_be
-        gate += tl.load(p_bias + w_rows * stride_bn).to(tl.float32)[None, :]
-        up += tl.load(p_bias + up_rows * stride_bn).to(tl.float32)[None, :]
-    h = _activate(gate, ACTIVATION) * up
-    o_h = rows.to(tl.int64)[:, None] * intermediate_size + cols[None, :]
-    tl.store(h_ptr + o_h, h.to(h_ptr.dtype.element_ty), mask=m_rows[:, None] & m_cols[None, :])
+        p_bias = bias_ptr + expert.to(tl.int64) * stride_be + cols * stride_bn
+        bias = tl.load(p_bias, mask=m_cols, other=0.0).to(tl.float32)
+        bias = bias[:, None] if WEIGHTS_FIRST else bias[None, :]
+    if PARTS == 2:
+        if WEIGHTS_FIRST:
+            gate = products
+        else:
+            halves = tl.permute(tl.reshape(products, [BLOCK_M, 2, BLOCK_N]), [0, 2, 1])
+            gate, up = tl.split(halves)
+        if HAS_BIAS:
+            up_bias = tl.load(p_bias + stride_bg, mask=m_cols, other=0.0).to(tl.float32)
+            gate += bias
+            up += up_bias[:, None] if WEIGHTS_FIRST else up_bias[None, :]
+        h = activate_gated(gate, up, ACTIVATION, LIMIT, UP_OFFSET)
+    else:
+        if HAS_BIAS:
+            products += bias
+        h = activate(products, ACTIVATION)
+    tl.store(h_ptr + o_h, h.to(h_ptr.dtype.element_ty), mask=m_h)
+
+
+@triton.jit(do_not_specialize=["max_tiles", "num_programs", "k"])
+def _gated_up_kernel(
+    x_ptr,
+    x_sorted,
+    w,
+    bias_ptr,
+    h_ptr,
+    order_ptr,
+    offsets_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
+    max_tiles,
+    num_programs,
+    hidden_size,
+    intermediate_size,
+    k,
+    stride_xt,
+    stride_xh,
+    stride_we,
+    stride_wg,
+    stride_wn,
+    stride_wh,
+    stride_be,
+    stride_bg,
+    stride_bn,
+    PARTS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    SORTED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    wait(OVERLAP)
+    num_tiles = tl.load(num_tiles_ptr)
+    num_n = tl.cdiv(intermediate_size, BLOCK_N)
+    for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
+        tile, pid_n = swizzle(pid, num_tiles, num_n, GROUP_M)
+        expert = tl.load(tiles_ptr + tile)
+        first_row = tl.load(tiles_ptr + max_tiles + tile)
+        end = tl.load(offsets_ptr + expert + 1)
+        first_col = pid_n * BLOCK_N
+        # fmt: off
+        if TAIL > 0 and end - first_row <= TAIL:
+            _rows_times_columns(
+                expert, first_row, end, first_col, x_ptr, x_sorted, w, bias_ptr, h_ptr, order_ptr,
+                hidden_size, intermediate_size, k, stride_xt, stride_xh, stride_we, stride_wg,
+                stride_wn, stride_wh, stride_be, stride_bg, stride_bn, PARTS, ACTIVATION, LIMIT,
+                UP_OFFSET, HAS_BIAS, DESCRIPTORS, False, EVEN_K, WEIGHTS_FIRST, TAIL, BLOCK_N,
+                BLOCK_K,
+            )
+        else:
+            _rows_times_columns(
+                expert, first_row, end, first_col, x_ptr, x_sorted, w, bias_ptr, h_ptr, order_ptr,
+                hidden_size, intermediate_size, k, stride_xt, stride_xh, stride_we, stride_wg,
+                stride_wn, stride_wh, stride_be, stride_bg, stride_bn, PARTS, ACTIVATION, LIMIT,
+                UP_OFFSET, HAS_BIAS, DESCRIPTORS, SORTED, EVEN_K, WEIGHTS_FIRST, BLOCK_M, BLOCK_N,
+                BLOCK_K,
+            )
+        # fmt: on
 
 
 def gated_up(
     x: Tensor,
     w13: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    tile_experts: Tensor,
+    permutation: Permutation,
     *,
     k: int,
-    tile_rows: int,
-    activation: str = "silu",
+    tile: Tile,
+    activation: str | Gating = "silu",
     bias13: Tensor | None = None,
+    x_sorted: Tensor | None = None,
 ) -> Tensor:
     """-> h [S, I] in x's dtype, rows in expert order; those from offsets[E] on are not written.
 
-    x [T, H] and w13 [E, 2I, H], bias13 [E, 2I], all fp32, bf16 or fp16, of any strides; order [S],
-    offsets [E+1] and tile_experts [N] int32 as `permute` made them with the same `tile_rows`.
+    x [T, H] and w13 [E, 2I, H], bias13 [E, 2I], all fp32, bf16 or fp16, of any strides; or w13
+    [E, 2, I, H] and bias13 [E, 2, I]; or without a gate w13 [E, 1, I, H] and bias13 [E, 1, I].
+    `permutation` as `permute` made it with `tile.m` rows a tile. x_sorted [S, H] are the rows of x
+    in expert order, as `gather` makes them, for a tile that reads them by descriptor.
 
     Raises ValueError for shapes or dtypes that do not fit, and for an unknown activation.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
-    num_experts, num_outputs, hidden_size = w13.shape
-    if w13.dtype != x.dtype or x.ndim != 2 or x.shape[1] != hidden_size or num_outputs % 2:
+    gating = Gating.of(activation)
+    num_experts, hidden_size = w13.shape[0], w13.shape[-1]
+    halves = w13.shape[1] in (1, 2) if w13.ndim == 4 else w13.ndim == 3 and w13.shape[1] % 2 == 0
+    if w13.dtype != x.dtype or x.ndim != 2 or x.shape[1] != hidden_size or not halves:
         raise ValueError(
             f"x must be [T, H] and w13 [E, 2I, H] of one dtype, got {list(x.shape)} {x.dtype} and "
             f"{list(w13.shape)} {w13.dtype}"
         )
+    order, _, offsets, tiles, num_tiles = permutation
     if order.numel() != x.shape[0] * k or offsets.numel() != num_experts + 1:
         raise ValueError(
             f"order must be [{x.shape[0] * k}] and offsets [{num_experts + 1}], got "
             f"{list(order.shape)} and {list(offsets.shape)}"
         )
-    if bias13 is not None and bias13.shape != w13.shape[:2]:
-        raise ValueError(f"bias13 must be {list(w13.shape[:2])}, got {list(bias13.shape)}")
-    intermediate_size, n = num_outputs // 2, tile_experts.numel()
+    if bias13 is not None and bias13.shape != w13.shape[:-1]:
+        raise ValueError(f"bias13 must be {list(w13.shape[:-1])}, got {list(bias13.shape)}")
+    if w13.ndim == 3:
+        w13 = w13.unflatten(1, (2, -1))
+        bias13 = None if bias13 is None else bias13.unflatten(1, (2, -1))
+    _, num_parts, intermediate_size, _ = w13.shape
     h = torch.empty(order.numel(), intermediate_size, dtype=x.dtype, device=x.device)
-    tile = choose_tile(tile_rows, 2, x.dtype, x.device)
-    num_programs = n * triton.cdiv(intermediate_size, tile.n)
+    num_programs = tile.num_programs(tiles.shape[1], intermediate_size, x.device)
     if num_programs == 0:
         return h
+    w = w13
+    if tile.descriptors:
+        w = descriptor(w13, (1, 1 if tile.weights_first else num_parts, tile.n, tile.k))
+    sorted_rows = None if x_sorted is None else descriptor(x_sorted, (tile.m, tile.k))
     _gated_up_kernel[(num_programs,)](
         x,
-        w13,
+        sorted_rows,
+        w,
         bias13,
         h,
         order,
         offsets,
-        tile_experts,
-        n,
+        tiles,
+        num_tiles,
+        tiles.shape[1],
+        num_programs,
         hidden_size,
         intermediate_size,
         k,
         *x.stride(),
         *w13.stride(),
-        *((0, 0) if bias13 is None else bias13.stride()),
-        ACTIVATION=ACTIVATIONS[activation].__name__,
+        *((0, 0, 0) if bias13 is None else bias13.stride()),
+        PARTS=num_parts,
+        ACTIVATION=ACTIVATIONS[gating.activation].__name__,
+        LIMIT=gating.limit,
+        UP_OFFSET=gating.up_offset,
         HAS_BIAS=bias13 is not None,
+        DESCRIPTORS=tile.descriptors,
+        SORTED=x_sorted is not None,
         EVEN_K=hidden_size % tile.k == 0,
-        TILE_PER_ROW=n == order.numel(),
-        GROUP_M=GROUP_M,
+        WEIGHTS_FIRST=tile.weights_first,
+        FLATTEN=tile.programs_per_sm > 0 and not tile.tail,
+        GROUP_M=tile.group_m,
+        TAIL=tile.tail,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **launch_options(x.device),
     )
     return h

@@ -1,113 +1,123 @@
 """permute: the T*K chosen rows by expert, and the tiles that the matrix products work on.
 
-    order   = stable_argsort(topk_ids.flatten()), ids outside 0..E-1 last
-    offsets = offsets[e] rows have an id in 0..e-1
+    order     = stable_argsort(topk_ids.flatten()), without the ids outside 0..E-1
+    positions = where in that order each choice is, -1 for an id outside 0..E-1
+    offsets   = offsets[e] rows have an id in 0..e-1
+    tiles     = every expert's rows in tiles of `tile_rows`: (expert, first row), experts in order
 
-Expert e's rows are cut into tiles of `tile_rows`, numbered from `first_tile(e)`. To know that
-number without a scan over all the experts, numbers are left out: where there are fewer rows than
-tiles could be, a tile is numbered by its first row, else expert e begins at
-offsets[e] // tile_rows + e. Either leaves room for the ceil(rows / tile_rows) tiles of each expert.
-tile_experts[i] is the expert of tile i, or -1 where nobody got the number.
+One program per expert reads all the choices twice: it counts everybody's rows, which says where its
+own begin, then ranks its own. Nothing depends on which program is first, so the order is stable.
 
-One program per expert counts the rows before its own, then ranks its own, reading all the ids
-twice; no atomics, so the order is stable and the same every time.
-
-Legend: T tokens, K experts per token, S = T*K rows, E experts, N tile numbers.
+Legend: T tokens, K experts per token, S = T*K rows, E experts, N the most tiles there can be.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-
-def num_tiles(num_rows: int, num_experts: int, tile_rows: int) -> int:
-    """N, how many tile numbers there are for S rows, known without looking at the ids."""
-    return min(num_rows, num_rows // tile_rows + num_experts)
+from moezoo.layers.kernels.overlap import launch_options, wait
 
 
-def permute_ref(
-    topk_ids: Tensor, num_experts: int, tile_rows: int
-) -> tuple[Tensor, Tensor, Tensor]:
+class Permutation(NamedTuple):
+    """All int32: order [S], positions [T, K], offsets [E+1], tiles [2, N], num_tiles [1].
+
+    tiles[0, i] is the expert and tiles[1, i] the first row, in expert order, of tile i. Of order,
+    offsets[E] elements are written, of each row of tiles num_tiles.
+    """
+
+    order: Tensor
+    positions: Tensor
+    offsets: Tensor
+    tiles: Tensor
+    num_tiles: Tensor
+
+
+def max_tiles(num_rows: int, num_experts: int, tile_rows: int) -> int:
+    """N, known without looking at the ids: each expert may leave one tile part full."""
+    return min(num_rows, num_rows // tile_rows + min(num_rows, num_experts))
+
+
+def permute_ref(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutation:
     ids = topk_ids.flatten().tolist()
     by_expert = [[i for i, id_ in enumerate(ids) if id_ == e] for e in range(num_experts)]
-    nobodys = [i for i, id_ in enumerate(ids) if not 0 <= id_ < num_experts]
-    n = num_tiles(len(ids), num_experts, tile_rows)
-    offsets, tile_experts = [0], [-1] * n
+    offsets = [0]
+    tiles = []
     for e, rows in enumerate(by_expert):
-        first = offsets[e] if n == len(ids) else offsets[e] // tile_rows + e
-        for tile in range(-(-len(rows) // tile_rows)):
-            tile_experts[first + tile] = e
+        tiles += [(e, offsets[e] + first) for first in range(0, len(rows), tile_rows)]
         offsets.append(offsets[e] + len(rows))
-    order = [i for rows in [*by_expert, nobodys] for i in rows]
-    return (
-        torch.tensor(order, dtype=torch.int32, device=topk_ids.device),
-        torch.tensor(offsets, dtype=torch.int32, device=topk_ids.device),
-        torch.tensor(tile_experts, dtype=torch.int32, device=topk_ids.device),
-    )
+
+    def int32(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=topk_ids.device)
+
+    order = [i for rows in by_expert for i in rows]
+    place = {row: position for position, row in enumerate(order)}
+    positions = int32([place.get(i, -1) for i in range(len(ids))]).view(topk_ids.shape)
+    order += [i for i in range(len(ids)) if i not in place]
+    tiles_ = int32([number for tile in tiles for number in tile]).view(-1, 2).T.contiguous()
+    return Permutation(int32(order), positions, int32(offsets), tiles_, int32([len(tiles)]))
 
 
-@triton.jit
-def first_tile(expert, offset, TILE_ROWS: tl.constexpr, TILE_PER_ROW: tl.constexpr):
-    """The number of an expert's first tile, given its offset."""
-    if TILE_PER_ROW:
-        return offset
-    else:
-        return offset // TILE_ROWS + expert
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "max_tiles"])
 def _permute_kernel(
-    topk_ids_ptr,
+    ids_ptr,
     order_ptr,
+    positions_ptr,
     offsets_ptr,
-    tile_experts_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
     num_rows,
     num_experts,
-    num_tiles,
+    max_tiles,
     TILE_ROWS: tl.constexpr,
-    TILE_PER_ROW: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    # Program E stands for the rows that nobody computes.
+    wait(OVERLAP)
     expert = tl.program_id(0)
     lanes = tl.arange(0, BLOCK_S)
-    before = tl.zeros([BLOCK_S], tl.int32)
-    own = tl.zeros([BLOCK_S], tl.int32)
+    experts = tl.arange(0, BLOCK_E)
+    counts = tl.zeros([BLOCK_E], tl.int32)
     for start in range(0, num_rows, BLOCK_S):
-        rows = start + lanes
-        m_rows = rows < num_rows
-        ids = tl.load(topk_ids_ptr + rows, mask=m_rows, other=-1)
-        ids = tl.where((ids >= 0) & (ids < num_experts), ids, num_experts)
-        before += (m_rows & (ids < expert)).to(tl.int32)
-        own += (m_rows & (ids == expert)).to(tl.int32)
-    offset = tl.sum(before, 0)
-    count = tl.sum(own, 0)
+        ids = tl.load(ids_ptr + start + lanes, mask=start + lanes < num_rows, other=-1)
+        present = (ids >= 0) & (ids < num_experts)
+        counts += tl.histogram(tl.where(present, ids, 0).to(tl.int32), BLOCK_E, mask=present)
+    tiles = (counts + TILE_ROWS - 1) // TILE_ROWS
+    offset = tl.sum(tl.where(experts < expert, counts, 0), 0)
+    first_tile = tl.sum(tl.where(experts < expert, tiles, 0), 0)
+    own_rows = tl.sum(tl.where(experts == expert, counts, 0), 0)
+    own_tiles = tl.sum(tl.where(experts == expert, tiles, 0), 0)
     tl.store(offsets_ptr + expert, offset)
+    for start in range(0, own_tiles, BLOCK_N):
+        tile = start + tl.arange(0, BLOCK_N)
+        p_tiles = tiles_ptr + first_tile + tile
+        tl.store(p_tiles, tl.full([BLOCK_N], 0, tl.int32) + expert, mask=tile < own_tiles)
+        tl.store(p_tiles + max_tiles, offset + tile * TILE_ROWS, mask=tile < own_tiles)
+    if expert == num_experts - 1:
+        tl.store(offsets_ptr + num_experts, offset + own_rows)
+        tl.store(num_tiles_ptr, first_tile + own_tiles)
 
-    begin = first_tile(expert, offset, TILE_ROWS, TILE_PER_ROW)
-    end = first_tile(expert + 1, offset + count, TILE_ROWS, TILE_PER_ROW)
-    end = tl.where(expert == num_experts, num_tiles, end)
-    used = tl.where(expert == num_experts, begin, begin + tl.cdiv(count, TILE_ROWS))
-    for start in range(begin, end, BLOCK_N):
-        tiles = start + tl.arange(0, BLOCK_N)
-        tl.store(tile_experts_ptr + tiles, tl.where(tiles < used, expert, -1), mask=tiles < end)
-
-    if count > 0:
-        rank = offset
+    # The first program also marks the choices of nobody.
+    if (own_rows > 0) | (expert == 0):
         for start in range(0, num_rows, BLOCK_S):
             rows = start + lanes
-            m_rows = rows < num_rows
-            ids = tl.load(topk_ids_ptr + rows, mask=m_rows, other=-1)
-            ids = tl.where((ids >= 0) & (ids < num_experts), ids, num_experts)
-            mine = (m_rows & (ids == expert)).to(tl.int32)
-            tl.store(order_ptr + rank + tl.cumsum(mine, 0) - 1, rows, mask=mine == 1)
-            rank += tl.sum(mine, 0)
+            ids = tl.load(ids_ptr + rows, mask=rows < num_rows, other=-1)
+            own = (ids == expert).to(tl.int32)
+            places = offset + tl.cumsum(own, 0) - 1
+            tl.store(order_ptr + places, rows, mask=own == 1)
+            tl.store(positions_ptr + rows, places, mask=own == 1)
+            if expert == 0:
+                nobodys = (ids < 0) | (ids >= num_experts)
+                tl.store(positions_ptr + rows, -1, mask=nobodys & (rows < num_rows))
+            offset += tl.sum(own, 0)
 
 
-def permute(topk_ids: Tensor, num_experts: int, tile_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """topk_ids [T, K] int32 or int64 -> order [S], offsets [E+1], tile_experts [N], all int32.
+def permute(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutation:
+    """topk_ids [T, K] int32 or int64 -> Permutation.
 
     Raises ValueError for other ids, or more than 2**31 - 1 rows.
     """
@@ -119,23 +129,26 @@ def permute(topk_ids: Tensor, num_experts: int, tile_rows: int) -> tuple[Tensor,
     if num_rows >= 2**31:
         raise ValueError(f"topk_ids must have fewer than 2**31 elements, got {num_rows}")
     topk_ids = topk_ids.contiguous()
-    n = num_tiles(num_rows, num_experts, tile_rows)
-    order = torch.empty(num_rows, dtype=torch.int32, device=topk_ids.device)
-    offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=topk_ids.device)
-    tile_experts = torch.empty(n, dtype=torch.int32, device=topk_ids.device)
+    n = max_tiles(num_rows, num_experts, tile_rows)
+
+    def int32(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=topk_ids.device)
+
+    out = Permutation(
+        int32(num_rows), int32(*topk_ids.shape), int32(num_experts + 1), int32(2, n), int32(1)
+    )
     block = min(4096, max(128, triton.next_power_of_2(num_rows)))
-    _permute_kernel[(num_experts + 1,)](
+    _permute_kernel[(num_experts,)](
         topk_ids,
-        order,
-        offsets,
-        tile_experts,
+        *out,
         num_rows,
         num_experts,
         n,
         TILE_ROWS=tile_rows,
-        TILE_PER_ROW=n == num_rows,
         BLOCK_S=block,
-        BLOCK_N=128,
+        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_N=32,
         num_warps=8 if block > 1024 else 4,
+        **launch_options(topk_ids.device),
     )
-    return order, offsets, tile_experts
+    return out

@@ -1,59 +1,239 @@
-"""Tile sizes of the grouped matrix products, by rows per expert, dtype and the device's memory.
+"""Tile sizes of the grouped matrix products: which there are, and which a layer gets.
 
-The tiles do not change what is computed, but the order in which a product is summed, so the last
-bit of a 16-bit result may differ between token counts; for one token count it never does.
+`plan` looks a layer up in the tables that `moezoo tune` makes: the user's for this GPU, then the
+package's for its architecture (`tables/sm_90.json` was measured on one H100). What is in none gets
+tiles by the rows of an expert, with as many stages as shared memory holds.
+
+Tiles decide the order in which a product is summed, so the last bit of a 16-bit result may differ
+between token counts; for one token count it never does.
 """
 
-from dataclasses import dataclass
-from functools import cache
+import json
+import warnings
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
+import triton
+import triton.language as tl
+from torch import Tensor
 
-GROUP_M = 8
-"""Row tiles that are worked on side by side, so that they find a weight tile in L2."""
+from moezoo.layers.kernels.overlap import capability
+
+TABLES = Path(__file__).parent / "tables"
+FAR = 4.0
+"""Beyond this ratio of rows an expert, a measured plan says less than the rule does."""
 
 INTERPRETER_SHARED_MEMORY = 99 * 1024
 
 
 @dataclass(frozen=True)
 class Tile:
+    """The part of a grouped product that one program computes: m rows by n columns.
+
+    `descriptors` reads weights (and sorted rows) through the GPU's bulk copy engine.
+    `weights_first` multiplies weights by rows instead of rows by weights: matrix instructions take
+    64 of the first and as few as 8 of the second. `tail`, if there is one, is the m of the last
+    tile of an expert that has no more rows than that. With `programs_per_sm`, that many programs a
+    multiprocessor share out all the tiles, each fetching the next one while it finishes one; 0 is
+    a program for each tile. `group_m` row tiles are worked on side by side, so that they find
+    weights in L2.
+    """
+
     m: int
     n: int
     k: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False
+    weights_first: bool = False
+    tail: int = 0
+    programs_per_sm: int = 0
+    group_m: int = 8
+
+    def num_programs(self, max_tiles: int, num_columns: int, device: torch.device) -> int:
+        every = max_tiles * triton.cdiv(num_columns, self.n)
+        if not self.programs_per_sm:
+            return every
+        return min(every, self.programs_per_sm * multiprocessors(device))
+
+    def fitted(self, num_parts: int, itemsize: int, device: torch.device) -> "Tile":
+        """This tile with the stages that shared memory holds; where it holds none, k shrinks."""
+        row_bytes = (self.m + num_parts * self.n) * itemsize
+        # A little stays free for barriers and for what the compiler itself puts there.
+        room = shared_memory(device) - 2048
+        if self.programs_per_sm and not self.tail:
+            # The finished tile goes through shared memory while the next ones arrive.
+            room -= 32 * 1024
+        k = self.k
+        while row_bytes * k > room and k > 16:
+            k //= 2
+        return replace(self, k=k, num_stages=max(1, min(self.num_stages, room // (row_bytes * k))))
 
 
-def row_tile(num_rows: int, num_experts: int, dtype: torch.dtype) -> int:
-    """Rows of a tile: about what an expert gets when the rows spread evenly.
+@dataclass(frozen=True)
+class Plan:
+    """The tiles of a layer's two products, of one m; `sort_rows`: x is copied into expert order."""
 
-    The two products of a layer share it, since they share the table of tiles.
+    gated_up: Tile
+    down: Tile
+    sort_rows: bool = False
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> "Plan":
+        return cls(Tile(**entry["gated_up"]), Tile(**entry["down"]), entry["sort_rows"])
+
+
+def plan(
+    x: Tensor, w13: Tensor, w2: Tensor, *, num_rows: int, num_experts: int | None = None
+) -> Plan:
+    """The plan for num_rows rows of x [T, H] on w13 [E, 2 or 1, I, H] and w2 [E, H, I].
+
+    num_experts is how many the rows are spread over, those of other ranks included; default E. The
+    plan depends on shapes, strides, dtype and device, never on what the router chose.
     """
-    largest = 32 if dtype == torch.float32 else 128
-    rows_per_expert = -(-num_rows // num_experts)
-    m = 16
-    while m < largest and m < rows_per_expert:
-        m *= 2
-    return m
+    described = x.dtype != torch.float32 and can_describe(w13) and can_describe(w2)
+    # The rows between the products are ours, and dense.
+    described = described and all(size * x.dtype.itemsize % 16 == 0 for size in w2.shape[1:])
+    rows_per_expert = num_rows / (num_experts or w13.shape[0])
+    return _plan(x.device, x.dtype, tuple(w13.shape), described, rows_per_expert)
 
 
-def choose_tile(m: int, num_outputs: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    """The tile of a product with `num_outputs` weight matrices side by side (gate and up are two).
-
-    fp32 products run on the ordinary cores, operands in registers: small tiles.
-    """
+@lru_cache(4096)
+def _plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    described: bool,
+    rows_per_expert: float,
+) -> Plan:
+    num_experts, num_parts, intermediate_size, hidden_size = shape
     if dtype == torch.float32:
-        n, k, num_warps = 32, 32, 4
-    elif m <= 32:
-        n, k, num_warps = 64 // num_outputs, 128, 4
-    elif m == 64:
-        n, k, num_warps = 128 // num_outputs, 64, 4
+        chosen = _fp32_plan(rows_per_expert)
+    elif not described:
+        chosen = _pointer_plan(rows_per_expert)
     else:
-        n, k, num_warps = 256 // num_outputs, 64, 8
-    stage_bytes = (m + n * num_outputs) * k * dtype.itemsize
-    # One stage stays free for what the compiler itself puts into shared memory.
-    num_stages = max(1, min(4, shared_memory(device) // stage_bytes - 1))
-    return Tile(m, n, k, num_warps, num_stages)
+        sizes = (num_experts, hidden_size, intermediate_size)
+        chosen = _tuned(device, sizes, rows_per_expert) or _descriptor_plan(rows_per_expert)
+    return Plan(
+        chosen.gated_up.fitted(num_parts, dtype.itemsize, device),
+        chosen.down.fitted(1, dtype.itemsize, device),
+        chosen.sort_rows,
+    )
+
+
+def _fp32_plan(rows_per_expert: float) -> Plan:
+    """fp32 products run on the ordinary cores, operands in registers: small tiles."""
+    tile = Tile(16 if rows_per_expert <= 16 else 32, 32, 32, num_warps=4, num_stages=3)
+    return Plan(replace(tile, n=16), tile)
+
+
+def _pointer_plan(rows_per_expert: float) -> Plan:
+    if rows_per_expert <= 32:
+        tile = Tile(16 if rows_per_expert <= 16 else 32, 64, 128, num_warps=4, num_stages=4)
+    elif rows_per_expert <= 64:
+        tile = Tile(64, 128, 64, num_warps=4, num_stages=4)
+    else:
+        tile = Tile(128, 256, 64, num_warps=8, num_stages=3)
+    return Plan(replace(tile, n=tile.n // 2), tile)
+
+
+def _descriptor_plan(rows_per_expert: float) -> Plan:
+    """Measured on one H100 over the shapes of the tables."""
+    if rows_per_expert <= 24:
+        m = 16 if rows_per_expert <= 12 else 32
+        tile = Tile(m, 64, 128, 4, 3, descriptors=True, weights_first=True)
+        return Plan(tile, replace(tile, num_stages=4))
+    if rows_per_expert <= 48:
+        tile = Tile(64, 64, 128, 4, 3, descriptors=True, weights_first=True)
+        return Plan(replace(tile, num_stages=2), tile)
+    up = Tile(128, 128, 64, 8, 4, descriptors=True, tail=64, group_m=4)
+    down = Tile(128, 256, 64, 8, 4, descriptors=True)
+    if rows_per_expert <= 100:
+        return Plan(up, Tile(128, 128, 64, 4, 3, descriptors=True, tail=64))
+    if rows_per_expert <= 200:
+        return Plan(up, replace(down, tail=64))
+    down = replace(down, programs_per_sm=1)
+    if rows_per_expert <= 700:
+        return Plan(replace(up, tail=32, group_m=8), down)
+    return Plan(replace(up, tail=0, programs_per_sm=1, group_m=16), down, sort_rows=True)
+
+
+Table = dict[tuple[int, int, int], dict[float, Plan]]
+"""(E, H, I) -> rows an expert -> plan."""
+
+
+def read_table(path: Path) -> Table:
+    """Raises ValueError that names the file where it is not what `moezoo tune` writes."""
+    try:
+        return {
+            (entry["num_experts"], entry["hidden_size"], entry["intermediate_size"]): {
+                plan["rows_per_expert"]: Plan.from_json(plan) for plan in entry["plans"]
+            }
+            for entry in json.loads(path.read_text())["layers"]
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no table of tiles ({error!r}); delete it, or run `moezoo tune` again"
+        ) from error
+
+
+@cache
+def _table(device: torch.device) -> Table:
+    """The package's plans for an architecture, and over them the user's for the device."""
+    major, minor = capability(device)
+    package = TABLES / f"sm_{major}{minor}.json"
+    table = read_table(package) if package.exists() else {}
+    try:
+        path = user_table(device)
+        own = read_table(path) if path.exists() else {}
+    except (OSError, RuntimeError, ValueError) as error:
+        warnings.warn(f"tiles of `moezoo tune` are not used: {error}", stacklevel=2)
+        own = {}
+    return {shape: table.get(shape, {}) | own.get(shape, {}) for shape in table.keys() | own.keys()}
+
+
+def _tuned(
+    device: torch.device, shape: tuple[int, int, int], rows_per_expert: float
+) -> Plan | None:
+    """The plan measured at the number of rows nearest by ratio, if there is one within `FAR`."""
+    plans = _table(device).get(shape, {}) if device.type == "cuda" else {}
+
+    def distance(measured: float) -> float:
+        return max(measured / rows_per_expert, rows_per_expert / measured)
+
+    nearest = min(plans, key=distance, default=None)
+    if nearest is None or distance(nearest) > FAR:
+        return None
+    return plans[nearest]
+
+
+def reload_tables() -> None:
+    """Read the tables again, which a process otherwise does once."""
+    _table.cache_clear()
+    _plan.cache_clear()
+
+
+def user_table(device: torch.device) -> Path:
+    """Where `moezoo tune` keeps the plans of a GPU."""
+    name = torch.cuda.get_device_name(device).replace(" ", "_").replace("/", "_")
+    return Path.home() / ".cache" / "moezoo" / "tiles" / f"{name}.json"
+
+
+def can_describe(w: Tensor) -> bool:
+    """Whether the bulk copy engine reads w: it takes 16-byte steps and a dense last dimension."""
+    if w.is_cuda and (torch.version.hip is not None or capability(w.device) < (9, 0)):
+        return False
+    aligned = all(stride * w.dtype.itemsize % 16 == 0 for stride in w.stride()[:-1])
+    return aligned and w.stride(-1) == 1 and w.data_ptr() % 16 == 0
+
+
+def descriptor(w: Tensor, block: tuple[int, ...]) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(w, list(w.shape), list(w.stride()), list(block))
 
 
 @cache
@@ -62,3 +242,19 @@ def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETER_SHARED_MEMORY
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit
+def swizzle(pid, num_tiles, num_n, GROUP_M: tl.constexpr):
+    """The row tile and the column tile of a program: GROUP_M row tiles, then the next column."""
+    group = pid // (GROUP_M * num_n)
+    group_size = tl.minimum(num_tiles - group * GROUP_M, GROUP_M)
+    tile = group * GROUP_M + (pid % (GROUP_M * num_n)) % group_size
+    return tile, (pid % (GROUP_M * num_n)) // group_size

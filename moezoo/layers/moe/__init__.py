@@ -1,6 +1,6 @@
 """The MoE layer as four verbs: route, permute, experts, combine."""
 
-from moezoo.layers.kernels.activations import ACTIVATIONS
+from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.moe.experts import fused_experts, workspace_bytes
 from moezoo.layers.moe.layer import BiasedRoute, Dispatcher, FusedMoE
 from moezoo.layers.moe.permute import combine, permute
@@ -11,6 +11,7 @@ __all__ = [
     "BiasedRoute",
     "Dispatcher",
     "FusedMoE",
+    "Gating",
     "combine",
     "fused_experts",
     "grouped_topk",

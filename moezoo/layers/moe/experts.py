@@ -3,6 +3,8 @@
     y[t] = sum over k of topk_weights[t, k] * w2[e] @ (act(gate) * up),  e = topk_ids[t, k]
     gate, up = the halves of w13[e] @ x[t]
 
+or, for experts without a gate, w2[e] @ act(w13[e] @ x[t]).
+
 Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per token.
 
 Rounding points: products accumulate in fp32; the gated activation is computed in fp32 and rounded
@@ -10,17 +12,18 @@ once to x's dtype, so is each expert's output row; weighting and the sum over K 
 once. On CPU, torch has no 16-bit product with an fp32 result: there gate and up are rounded too.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from moezoo.layers.kernels.activations import ACTIVATIONS
+from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.linear import ONEDNN_DTYPES, linear, without_onednn
-from moezoo.layers.moe.permute import combine, permute
+from moezoo.layers.moe.permute import permute
 
-CHUNK_TOKENS = 8192
+CHUNK_TOKENS = 16384
 """Tokens worked on at a time: enough to fill a GPU, and what bounds `workspace_bytes`."""
 
 
@@ -58,7 +61,7 @@ def fused_experts(
     topk_weights: Tensor,
     topk_ids: Tensor,
     *,
-    activation: str = "silu",
+    activation: str | Gating = "silu",
     bias13: Tensor | None = None,
     bias2: Tensor | None = None,
     expert_map: Tensor | None = None,
@@ -70,14 +73,22 @@ def fused_experts(
     x's dtype. With expert_map (int32 [E'] -> row of w13 and w2, or -1) topk_ids are positions in
     the map. An id of -1, or one that the map sends to -1, contributes nothing.
 
+    Weights may have any strides. w13 may also be [E, 2, I, H], its halves: rows that alternate in
+    memory (gate, up, gate, ..) are a view of it. As [E, 1, I, H] it has no gate, and the activation
+    is applied to what it has. bias13 then is [E, 2, I] or [E, 1, I].
+
     Triton on CUDA, torch on CPU and wherever a gradient is asked for. `torch.compile` and CUDA
     graphs work through it: while compiling it is the operator `moezoo::fused_experts`.
 
     Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit, and for
     an activation that is not in `ACTIVATIONS`.
     """
-    _validate(x, w13, w2, topk_weights, topk_ids, activation, bias13, bias2, expert_map)
-    args = (x, w13, w2, topk_weights, topk_ids, activation, bias13, bias2, expert_map)
+    gating = Gating.of(activation)
+    _validate(x, w13, w2, topk_weights, topk_ids, gating, bias13, bias2, expert_map)
+    args = (
+        *(x, w13, w2, topk_weights, topk_ids, gating.activation, bias13, bias2, expert_map),
+        *(gating.limit, gating.up_offset),
+    )
     if torch.is_grad_enabled() and _requires_grad(x, w13, w2, topk_weights, bias13, bias2):
         return _fused_experts_autograd(*args)
     if torch.compiler.is_compiling():
@@ -96,15 +107,25 @@ def _fused_experts_torch(
     bias13: Tensor | None,
     bias2: Tensor | None,
     expert_map: Tensor | None,
+    limit: float | None = None,
+    up_offset: float = 0.0,
 ) -> Tensor:
-    act = ACTIVATIONS[activation]
+    gated = w13.ndim == 3 or w13.shape[1] == 2
+    act = Gating(activation, limit, up_offset) if gated else ACTIVATIONS[activation]
+    parts, dim = (-1, 1 + gated, w2.shape[2]), 1
+    if w13.ndim == 4:
+        if w13.stride(1) < w13.stride(2):
+            parts, dim = (-1, w2.shape[2], 1 + gated), 2
+        # Rows in the order of memory: a view.
+        w13 = w13.movedim(1, dim).flatten(1, 2)
+        bias13 = None if bias13 is None else bias13.movedim(1, dim).flatten(1, 2)
 
     def one_token(x: Tensor, topk_weights: Tensor, chosen: list[int]) -> Tensor:
         """Nothing to group here, and on a CPU every torch call counts."""
         with without_onednn():
             rows = [linear(x, w13[e], None if bias13 is None else bias13[e]) for e in chosen]
-            gate, up = torch.cat(rows).float().chunk(2, dim=1)
-            h = (act(gate) * up).to(x.dtype).split(1)
+            y = torch.cat(rows).float()
+            h = act(*y.view(parts).unbind(dim)).to(x.dtype).split(1)
             rows = [
                 linear(row, w2[e], None if bias2 is None else bias2[e])
                 for row, e in zip(h, chosen, strict=True)
@@ -113,14 +134,16 @@ def _fused_experts_torch(
 
     def experts_of(x: Tensor, experts: list[int], sizes: list[int]) -> Tensor:
         """Of the rows of x, sizes[i] go through experts[i]."""
-        gate, up = _grouped_linear(x, sizes, w13, experts, bias13).float().chunk(2, dim=1)
-        h = (act(gate) * up).to(x.dtype)
-        return _grouped_linear(h, sizes, w2, experts, bias2)
+        y = _grouped_linear(x, sizes, w13, experts=experts, bias=bias13).float()
+        h = act(*y.view(parts).unbind(dim)).to(x.dtype)
+        return _grouped_linear(h, sizes, w2, experts=experts, bias=bias2)
 
     def chunk(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         num_tokens, k = topk_ids.shape
-        if num_tokens == 1 and min(chosen := topk_ids.tolist()[0]) >= 0:
-            return one_token(x, topk_weights, chosen)
+        if num_tokens == 1:
+            (chosen,) = topk_ids.tolist()
+            if min(chosen) >= 0 and max(chosen) < w13.shape[0]:
+                return one_token(x, topk_weights, chosen)
         order, offsets = permute(topk_ids, w13.shape[0])
         tokens, weights = order // k, topk_weights.flatten().index_select(0, order).unsqueeze(1)
         out = x.new_zeros(x.shape, dtype=torch.float32)
@@ -152,7 +175,7 @@ def _batches(bounds: list[int], max_rows: int) -> Iterator[range]:
 
 
 def _grouped_linear(
-    x: Tensor, sizes: list[int], w: Tensor, experts: list[int], bias: Tensor | None
+    x: Tensor, sizes: list[int], w: Tensor, *, experts: list[int], bias: Tensor | None
 ) -> Tensor:
     """x [S, N] -> [S, M]: of its rows, sizes[i] go through w[experts[i]] [M, N]."""
     parts = x.split(sizes)
@@ -181,21 +204,52 @@ def _fused_experts_cuda(
     bias13: Tensor | None,
     bias2: Tensor | None,
     expert_map: Tensor | None,
+    limit: float | None = None,
+    up_offset: float = 0.0,
 ) -> Tensor:
     # Triton is not installed where there is no CUDA.
     from moezoo.layers.kernels.combine import combine
     from moezoo.layers.kernels.down import down
     from moezoo.layers.kernels.gated_up import gated_up
+    from moezoo.layers.kernels.gather import gather
+    from moezoo.layers.kernels.one_token import one_token
     from moezoo.layers.kernels.permute import permute
-    from moezoo.layers.kernels.tiles import row_tile
+    from moezoo.layers.kernels.tiles import plan
+
+    gating = Gating(activation, limit, up_offset)
+    if w13.ndim == 3:
+        w13 = w13.unflatten(1, (2, -1))
+        bias13 = None if bias13 is None else bias13.unflatten(1, (2, -1))
+
+    # One token's kernels read the weights' last dimension side by side.
+    dense = w13.stride(-1) == w2.stride(-1) == 1
+    num_experts = w13.shape[0] if expert_map is None else len(expert_map)
 
     def chunk(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         num_tokens, k = topk_ids.shape
-        tile_rows = row_tile(topk_ids.numel(), w13.shape[0], x.dtype)
-        tiles = permute(topk_ids, w13.shape[0], tile_rows)
-        h = gated_up(x, w13, *tiles, k=k, tile_rows=tile_rows, activation=activation, bias13=bias13)
-        y = down(h, w2, *tiles, tile_rows=tile_rows, bias2=bias2)
-        return combine(y.view(num_tokens, k, x.shape[1]), topk_weights, topk_ids)
+        if topk_ids.numel() == 0 or len(w13) == 0:
+            return torch.zeros_like(x)
+        if num_tokens == 1 and dense:
+            return one_token(
+                *(x, w13, w2),
+                topk_weights=topk_weights,
+                topk_ids=topk_ids,
+                activation=gating,
+                bias13=bias13,
+                bias2=bias2,
+            )
+        tiles = plan(x, w13, w2, num_rows=topk_ids.numel(), num_experts=num_experts)
+        rows = permute(topk_ids, w13.shape[0], tiles.gated_up.m)
+        h = gated_up(
+            *(x, w13, rows),
+            k=k,
+            tile=tiles.gated_up,
+            activation=gating,
+            bias13=bias13,
+            x_sorted=gather(x, rows.positions) if tiles.sort_rows else None,
+        )
+        y = down(h, w2, rows, tile=tiles.down, bias2=bias2)
+        return combine(y, topk_weights, rows.positions)
 
     with torch.cuda.device_of(x):
         return _in_chunks(chunk, x, topk_weights, _local_ids(topk_ids, expert_map))
@@ -220,8 +274,16 @@ def _in_chunks(
     return torch.cat([chunk(*part) for part in zip(*parts, strict=True)])
 
 
-# Under a gradient the loop over experts is for autograd to see, not for a compiler to trace.
-_fused_experts_autograd = torch.compiler.disable(_fused_experts_torch)
+@torch.compiler.disable
+def _fused_experts_autograd(x: Tensor, *args: Any) -> Tensor:
+    """The loop over experts is for autograd to see, not for a compiler to trace."""
+    if x.is_cuda:
+        warnings.warn(
+            "fused_experts computes a gradient, expert by expert in torch; for inference use"
+            " torch.no_grad() or torch.inference_mode(), and it runs its kernels",
+            stacklevel=2,
+        )
+    return _fused_experts_torch(x, *args)
 
 
 @torch.library.custom_op("moezoo::fused_experts", mutates_args=(), device_types="cpu")
@@ -235,10 +297,11 @@ def _fused_experts_op(
     bias13: Tensor | None,
     bias2: Tensor | None,
     expert_map: Tensor | None,
+    limit: float | None = None,
+    up_offset: float = 0.0,
 ) -> Tensor:
-    return _fused_experts_torch(
-        x, w13, w2, topk_weights, topk_ids, activation, bias13, bias2, expert_map
-    )
+    args = (x, w13, w2, topk_weights, topk_ids, activation, bias13, bias2, expert_map)
+    return _fused_experts_torch(*args, limit, up_offset)
 
 
 _fused_experts_op.register_kernel("cuda", _fused_experts_cuda)
@@ -255,6 +318,8 @@ def _(
     bias13: Tensor | None,
     bias2: Tensor | None,
     expert_map: Tensor | None,
+    limit: float | None = None,
+    up_offset: float = 0.0,
 ) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -269,13 +334,11 @@ def _validate(
     w2: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
-    activation: str,
+    gating: Gating,
     bias13: Tensor | None,
     bias2: Tensor | None,
     expert_map: Tensor | None,
 ) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
     if x.ndim != 2 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"x must be [T, H] in float32, bfloat16 or float16, got {_describe(x)}")
     if w2.ndim != 3 or topk_ids.ndim != 2:
@@ -286,14 +349,19 @@ def _validate(
     (num_tokens, hidden_size), dtype, device = x.shape, x.dtype, x.device
     num_experts, _, intermediate_size = w2.shape
     k = topk_ids.shape[1]
+    rows: tuple[int, ...] = (num_experts, 2 * intermediate_size)
+    if w13.ndim == 4:
+        rows = (num_experts, 1 if w13.shape[1] == 1 else 2, intermediate_size)
+        if w13.shape[1] == 1 and (gating.limit is not None or gating.up_offset):
+            raise ValueError(f"w13 {_describe(w13)} has no gate that {gating} could bound")
     if topk_ids.dtype != torch.int32 and topk_ids.dtype != torch.int64:
         raise ValueError(f"topk_ids must be int32 or int64, got {_describe(topk_ids)}")
     for name, tensor, shape, dtype_ in (
-        ("w13", w13, (num_experts, 2 * intermediate_size, hidden_size), dtype),
+        ("w13", w13, (*rows, hidden_size), dtype),
         ("w2", w2, (num_experts, hidden_size, intermediate_size), dtype),
         ("topk_ids", topk_ids, (num_tokens, k), topk_ids.dtype),
         ("topk_weights", topk_weights, (num_tokens, k), torch.float32),
-        ("bias13", bias13, (num_experts, 2 * intermediate_size), dtype),
+        ("bias13", bias13, rows, dtype),
         ("bias2", bias2, (num_experts, hidden_size), dtype),
         ("expert_map", expert_map, None, torch.int32),
     ):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.moe.experts import fused_experts
 
 Route = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -70,7 +71,7 @@ class FusedMoE(nn.Module):
         num_experts: int,
         route: Route,
         *,
-        activation: str = "silu",
+        activation: str | Gating = "silu",
         shared: nn.Module | None = None,
         dispatcher: Dispatcher | None = None,
     ) -> None:

@@ -9,8 +9,10 @@ Scores are computed in fp32 and weights stay fp32 until the combine, also for th
 (Qwen, OLMoE) whose published code rounds them to the model's dtype in between.
 
 Equal scores go to the lower id. NaN counts as the largest score, so a row with NaN or Inf keeps its
-ids in range, and no row looks at another one. The legend of the dimensions: T tokens, E experts,
-K experts per token.
+ids in range, and no row looks at another one. On CUDA a Triton kernel does the same in one launch;
+the torch code here is its reference.
+
+Legend: T tokens, E experts, K experts per token.
 """
 
 from typing import Literal
@@ -26,6 +28,11 @@ def softmax_topk(logits: Tensor, k: int, *, renormalize: bool) -> tuple[Tensor, 
     The router of Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and, without groups, of DeepSeek-V2.
     """
     _require_k(k, logits.shape[-1])
+    if _in_one_launch(logits):
+        from moezoo.layers.kernels.topk import topk
+
+        with torch.cuda.device_of(logits):
+            return topk(logits, k, scoring="softmax_of_chosen" if renormalize else "softmax")
     if renormalize:
         # The softmax over all, divided by its sum over the chosen, is the softmax over the chosen.
         chosen, ids = _largest(logits.float(), k)
@@ -65,12 +72,27 @@ def grouped_topk(
             f"num_groups must divide the {num_experts} experts and topk_groups be in "
             f"1..num_groups, got num_groups={num_groups}, topk_groups={topk_groups}"
         )
+    if scoring not in ("softmax", "sigmoid"):
+        raise ValueError(f"scoring must be 'softmax' or 'sigmoid', got {scoring!r}")
+    if _in_one_launch(logits):
+        from moezoo.layers.kernels.topk import topk
+
+        with torch.cuda.device_of(logits):
+            return topk(
+                logits,
+                k,
+                scoring=scoring,
+                renormalize=renormalize,
+                correction_bias=correction_bias,
+                num_groups=num_groups,
+                topk_groups=topk_groups,
+                epsilon=1e-20,
+                scaling=scaling,
+            )
     if scoring == "softmax":
         scores = torch.softmax(logits, -1, dtype=torch.float32)
-    elif scoring == "sigmoid":
-        scores = logits.float().sigmoid()
     else:
-        raise ValueError(f"scoring must be 'softmax' or 'sigmoid', got {scoring!r}")
+        scores = logits.float().sigmoid()
 
     if correction_bias is None:
         if topk_groups < num_groups:
@@ -91,6 +113,12 @@ def grouped_topk(
     if scaling != 1.0:
         weights = weights * scaling
     return weights, ids.int()
+
+
+def _in_one_launch(logits: Tensor) -> bool:
+    """Whether the Triton kernel routes: not for a compiler or a gradient, which look inside."""
+    in_torch = torch.compiler.is_compiling() or (torch.is_grad_enabled() and logits.requires_grad)
+    return logits.is_cuda and logits.ndim == 2 and not in_torch
 
 
 def _require_k(k: int, num_experts: int) -> None:

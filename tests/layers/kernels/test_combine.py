@@ -7,14 +7,17 @@ from torch import Tensor
 
 from kernels.routings import ROUTINGS, topk_ids
 from moezoo.layers.kernels.combine import combine, combine_ref
+from moezoo.layers.kernels.gather import gather, gather_ref
+from moezoo.layers.kernels.permute import permute_ref
 
 
 def inputs(routing: str, hidden: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    num_tokens, k, _ = ROUTINGS[routing]
+    num_tokens, k, num_experts = ROUTINGS[routing]
     generator = torch.Generator().manual_seed(0)
-    y = torch.randn(num_tokens, k, hidden, generator=generator)
+    y = torch.randn(num_tokens * k, hidden, generator=generator)
     weights = torch.rand(num_tokens, k, generator=generator)
-    return y.to(device), weights.to(device), topk_ids(routing).to(device)
+    positions = permute_ref(topk_ids(routing), num_experts, 16).positions
+    return y.to(device), weights.to(device), positions.to(device)
 
 
 @pytest.mark.parametrize("hidden", [1, 40, 1500])
@@ -23,39 +26,56 @@ def inputs(routing: str, hidden: int, device: torch.device) -> tuple[Tensor, Ten
 def test_matches_reference(
     routing: str, hidden: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    y, weights, ids = inputs(routing, hidden, device)
+    y, weights, positions = inputs(routing, hidden, device)
     y = y.to(dtype)
-    assert_close(combine(y, weights, ids), combine_ref(y, weights, ids))
+    assert_close(combine(y, weights, positions), combine_ref(y, weights, positions))
 
 
 def test_rows_of_absent_experts_are_not_looked_at(device: torch.device) -> None:
-    y, weights, ids = inputs("absent", 40, device)
-    expected = combine(y, weights, ids)
-    y[ids < 0] = torch.nan
-    weights[ids < 0] = torch.inf
-    result = combine(y, weights, ids)
+    y, weights, positions = inputs("absent", 40, device)
+    expected = combine(y, weights, positions)
+    y[int(positions.max()) + 1 :] = torch.nan
+    weights[positions < 0] = torch.inf
+    result = combine(y, weights, positions)
     assert torch.equal(result, expected)
     assert not result[5].any()
 
 
-def test_strided_weights_and_ids(device: torch.device) -> None:
-    y, weights, ids = inputs("odd", 40, device)
-    result = combine(y, weights.mT.contiguous().mT, ids.long().mT.contiguous().mT)
-    assert torch.equal(result, combine(y, weights, ids))
+def test_strided_weights_and_positions(device: torch.device) -> None:
+    y, weights, positions = inputs("odd", 40, device)
+    result = combine(y, weights.mT.contiguous().mT, positions.mT.contiguous().mT)
+    assert torch.equal(result, combine(y, weights, positions))
+
+
+@pytest.mark.parametrize("hidden", [1, 40, 1500])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_gather_inverts(routing: str, hidden: int, device: torch.device) -> None:
+    _, weights, positions = inputs(routing, hidden, device)
+    x = torch.randn(len(positions), 2 * hidden, device=device)[:, ::2]
+    rows = gather(x, positions)
+    valid = int((positions >= 0).sum())
+    assert torch.equal(rows[:valid], gather_ref(x, positions)[:valid])
+    present = (positions >= 0).sum(1, keepdim=True)
+    assert_close(combine(rows, torch.ones_like(weights), positions), x * present)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"y": torch.zeros(63, 40)}, "y must be [T, K, H] and contiguous"),
-        ({"y": torch.zeros(3, 63, 40).transpose(0, 1)}, "y must be [T, K, H] and contiguous"),
-        ({"topk_weights": torch.zeros(63, 2)}, "topk_weights must be [63, 3], got [63, 2]"),
+        ({"y": torch.zeros(63, 3, 40)}, "y must be [S, H] and contiguous"),
+        ({"y": torch.zeros(40, 189).mT}, "y must be [S, H] and contiguous"),
+        ({"y": torch.zeros(188, 40)}, "y [189, H]"),
+        ({"topk_weights": torch.zeros(63, 2)}, "topk_weights must be [63, 3]"),
         ({"topk_weights": torch.zeros(63, 3).half()}, "topk_weights must be float32"),
-        ({"topk_ids": torch.zeros(62, 3).int()}, "topk_ids must be [63, 3], got [62, 3]"),
     ],
 )
 def test_refuses(change: dict[str, Tensor], message: str) -> None:
-    y, weights, ids = inputs("odd", 40, torch.device("cpu"))
-    arguments = {"y": y, "topk_weights": weights, "topk_ids": ids}
+    y, weights, positions = inputs("odd", 40, torch.device("cpu"))
+    arguments = {"y": y, "topk_weights": weights, "positions": positions}
     with pytest.raises(ValueError, match=re.escape(message)):
         combine(**(arguments | change))
+
+
+def test_gather_refuses() -> None:
+    with pytest.raises(ValueError, match=r"x must be \[T, H\] and positions \[T, K\]"):
+        gather(torch.zeros(5, 8), torch.zeros(4, 2, dtype=torch.int32))

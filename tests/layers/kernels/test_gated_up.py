@@ -5,7 +5,10 @@ import torch
 from tolerances import assert_close
 
 from kernels.routings import ROUTINGS, topk_ids
+from kernels.tile_cases import TILES, tile_for
+from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.kernels.gated_up import gated_up, gated_up_ref
+from moezoo.layers.kernels.gather import gather
 from moezoo.layers.kernels.permute import permute_ref
 
 
@@ -21,56 +24,102 @@ def inputs(
 
 @pytest.mark.parametrize(("hidden", "intermediate"), [(40, 24), (256, 64)], ids=str)
 @pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("name", TILES)
 def test_matches_reference(
-    routing: str, hidden: int, intermediate: int, dtype: torch.dtype, device: torch.device
+    name: str,
+    routing: str,
+    hidden: int,
+    intermediate: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
+    tile = tile_for(name, dtype, device)
     x, w13 = inputs(routing, hidden, intermediate, dtype, device)
     _, k, num_experts = ROUTINGS[routing]
-    tiles = permute_ref(topk_ids(routing).to(device), num_experts, 16)
-    valid = int(tiles[1][-1])
-    result = gated_up(x, w13, *tiles, k=k, tile_rows=16)
-    expected = gated_up_ref(x, w13, *tiles, k=k, tile_rows=16)
-    assert_close(result[:valid], expected[:valid])
+    rows = permute_ref(topk_ids(routing).to(device), num_experts, tile.m)
+    valid = int(rows.offsets[-1])
+    result = gated_up(x, w13, rows, k=k, tile=tile)
+    assert_close(result[:valid], gated_up_ref(x, w13, rows, k=k)[:valid])
+    if tile.descriptors:
+        x_sorted = gather(x, rows.positions)
+        by_descriptor = gated_up(x, w13, rows, k=k, tile=tile, x_sorted=x_sorted)
+        assert torch.equal(by_descriptor[:valid], result[:valid])
 
 
-@pytest.mark.parametrize("tile_rows", [32, 64, 128])
-def test_larger_tiles(tile_rows: int, dtype: torch.dtype, device: torch.device) -> None:
-    if dtype == torch.float32 and tile_rows > 32:
-        pytest.skip("fp32 tiles have at most 32 rows")
-    x, w13 = inputs("all-on-one", 72, 40, dtype, device)
-    tiles = permute_ref(topk_ids("all-on-one").to(device), 3, tile_rows)
-    result = gated_up(x, w13, *tiles, k=1, tile_rows=tile_rows)
-    assert_close(result, gated_up_ref(x, w13, *tiles, k=1, tile_rows=tile_rows))
+PLAIN = TILES["plain"]
+
+# One name for each function.
+KERNELS = {function: name for name, function in ACTIVATIONS.items()}.values()
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
-def test_activations_and_bias(activation: str, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    "activation",
+    [*KERNELS, Gating("silu", limit=2.5), Gating("quick_gelu", limit=0.5, up_offset=1.0)],
+    ids=str,
+)
+def test_activations_and_bias(activation: str | Gating, device: torch.device) -> None:
     x, w13 = inputs("odd", 40, 24, torch.float32, device)
     bias13 = torch.randn(7, 48, generator=torch.Generator().manual_seed(1)).to(device)
-    tiles = permute_ref(topk_ids("odd").to(device), 7, 16)
-    settings = {"k": 3, "tile_rows": 16, "activation": activation, "bias13": bias13}
-    assert_close(
-        gated_up(3 * x, w13, *tiles, **settings), gated_up_ref(3 * x, w13, *tiles, **settings)
-    )
+    rows = permute_ref(topk_ids("odd").to(device), 7, 16)
+    settings = {"k": 3, "tile": PLAIN, "activation": activation, "bias13": bias13}
+    assert_close(gated_up(3 * x, w13, rows, **settings), gated_up_ref(3 * x, w13, rows, **settings))
 
 
 def test_strided_arguments(device: torch.device) -> None:
     x, w13 = inputs("odd", 40, 24, torch.float32, device)
-    tiles = permute_ref(topk_ids("odd").to(device), 7, 16)
+    rows = permute_ref(topk_ids("odd").to(device), 7, 16)
     result = gated_up(
-        x.repeat_interleave(2, 1)[:, ::2], w13.mT.contiguous().mT, *tiles, k=3, tile_rows=16
+        x.repeat_interleave(2, 1)[:, ::2], w13.mT.contiguous().mT, rows, k=3, tile=PLAIN
     )
-    assert_close(result, gated_up_ref(x, w13, *tiles, k=3, tile_rows=16))
+    assert_close(result, gated_up_ref(x, w13, rows, k=3, tile=PLAIN))
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
+@pytest.mark.parametrize("intermediate", [24, 64])
+def test_alternating_rows(intermediate: int, transposed: bool, device: torch.device) -> None:
+    x, w13 = inputs("odd", 40, intermediate, torch.float32, device)
+    bias13 = torch.randn(7, 2 * intermediate, generator=torch.Generator().manual_seed(1)).to(device)
+    rows = permute_ref(topk_ids("odd").to(device), 7, 16)
+    expected = gated_up_ref(x, w13, rows, k=3, tile=PLAIN, bias13=bias13)
+    stored = w13.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    if transposed:
+        stored = stored.mT.contiguous().mT
+    settings = {
+        "k": 3,
+        "tile": PLAIN,
+        "bias13": bias13.unflatten(1, (2, -1)).mT.contiguous().mT,
+    }
+    halves = stored.unflatten(1, (-1, 2)).transpose(1, 2)
+    assert halves.data_ptr() == stored.data_ptr()
+    assert_close(gated_up(x, halves, rows, **settings), expected)
+    assert_close(gated_up_ref(x, halves, rows, **settings), expected)
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu2"])
+@pytest.mark.parametrize("routing", ["one-token", "odd", "absent"])
+def test_without_a_gate(
+    routing: str, activation: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    x, w13 = inputs(routing, 40, 24, dtype, device)
+    _, k, num_experts = ROUTINGS[routing]
+    w1 = w13[:, :24].unsqueeze(1)
+    bias = torch.randn(num_experts, 1, 24, generator=torch.Generator().manual_seed(1))
+    rows = permute_ref(topk_ids(routing).to(device), num_experts, 16)
+    valid = int(rows.offsets[-1])
+    settings = {"activation": activation, "bias13": bias.to(device, dtype)}
+    result = gated_up(x, w1, rows, k=k, tile=PLAIN, **settings)
+    expected = gated_up_ref(x, w1, rows, k=k, tile=PLAIN, **settings)
+    assert_close(result[:valid], expected[:valid])
 
 
 def test_nan_passes_through(device: torch.device) -> None:
     x, w13 = inputs("odd", 40, 24, torch.float32, device)
     x[0] = torch.nan
-    tiles = permute_ref(topk_ids("odd").to(device), 7, 16)
-    for activation in ("silu", "gelu", "gelu_tanh", "relu"):
-        h = gated_up(x, w13, *tiles, k=3, tile_rows=16, activation=activation)
-        assert torch.equal(h.isnan().all(-1), tiles[0] // 3 == 0)
-        assert torch.equal(h.isnan().any(-1), tiles[0] // 3 == 0)
+    rows = permute_ref(topk_ids("odd").to(device), 7, 16)
+    for activation in (*KERNELS, Gating("silu", limit=1.0)):
+        h = gated_up(x, w13, rows, k=3, tile=PLAIN, activation=activation)
+        assert torch.equal(h.isnan().all(-1), rows.order // 3 == 0)
+        assert torch.equal(h.isnan().any(-1), rows.order // 3 == 0)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +128,7 @@ def test_nan_passes_through(device: torch.device) -> None:
         ({"activation": "tanh"}, "activation must be one of"),
         ({"w13": torch.zeros(7, 48, 41)}, "x must be [T, H] and w13 [E, 2I, H]"),
         ({"w13": torch.zeros(7, 47, 40)}, "x must be [T, H] and w13 [E, 2I, H]"),
+        ({"w13": torch.zeros(7, 3, 24, 40)}, "x must be [T, H] and w13 [E, 2I, H]"),
         ({"w13": torch.zeros(7, 48, 40).half()}, "of one dtype"),
         ({"k": 2}, "order must be [126]"),
         ({"bias13": torch.zeros(7, 24)}, "bias13 must be [7, 48], got [7, 24]"),
@@ -86,15 +136,7 @@ def test_nan_passes_through(device: torch.device) -> None:
 )
 def test_refuses(change: dict[str, object], message: str) -> None:
     x, w13 = inputs("odd", 40, 24, torch.float32, torch.device("cpu"))
-    order, offsets, tile_experts = permute_ref(topk_ids("odd"), 7, 16)
-    arguments = {
-        "x": x,
-        "w13": w13,
-        "order": order,
-        "offsets": offsets,
-        "tile_experts": tile_experts,
-        "k": 3,
-        "tile_rows": 16,
-    }
+    rows = permute_ref(topk_ids("odd"), 7, 16)
+    arguments = {"x": x, "w13": w13, "permutation": rows, "k": 3, "tile": PLAIN}
     with pytest.raises(ValueError, match=re.escape(message)):
         gated_up(**(arguments | change))

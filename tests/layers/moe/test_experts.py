@@ -8,7 +8,7 @@ import torch
 from tolerances import RELATIVE, assert_close, relative_difference
 from torch import Tensor
 
-from moezoo.layers.moe import ACTIVATIONS, experts, fused_experts, workspace_bytes
+from moezoo.layers.moe import ACTIVATIONS, Gating, experts, fused_experts, workspace_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -59,8 +59,9 @@ def naive(args: dict[str, Any]) -> Tensor:
             gate_up = w13[e] @ x[t].float()
             if args.get("bias13") is not None:
                 gate_up = gate_up + args["bias13"][e].float()
+            gating = Gating.of(args.get("activation", "silu"))
             gate, up = gate_up.chunk(2)
-            h = (ACTIVATIONS[args.get("activation", "silu")](gate) * up).to(x.dtype)
+            h = gating(gate, up).to(x.dtype)
             y = w2[e] @ h.float()
             if args.get("bias2") is not None:
                 y = y + args["bias2"][e].float()
@@ -107,8 +108,16 @@ def test_biases(num_tokens: int, dtype: torch.dtype, device: torch.device) -> No
     assert_close(run(args), naive(args))
 
 
-@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
-def test_activations(activation: str, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    "activation",
+    [
+        *sorted(ACTIVATIONS),
+        Gating("silu", limit=2.0),
+        Gating("quick_gelu", limit=1.5, up_offset=1.0),
+    ],
+    ids=str,
+)
+def test_activations(activation: str | Gating, device: torch.device) -> None:
     args = make(9, 2, (4, 24, 16), torch.float32, device)
     args["x"] *= 3
     assert_close(run(args | {"activation": activation}), naive(args | {"activation": activation}))
@@ -143,6 +152,14 @@ def test_expert_map(num_tokens: int, dtype: torch.dtype, device: torch.device) -
     assert relative_difference(parts[0] + parts[1], whole) <= 2 * RELATIVE[dtype]
 
 
+@pytest.mark.parametrize("num_tokens", [1, 2, 5])
+def test_a_rank_without_experts_contributes_nothing(num_tokens: int, device: torch.device) -> None:
+    args = make(num_tokens, 2, (4, 24, 16), torch.float32, device)
+    args |= {"w13": args["w13"][:0], "w2": args["w2"][:0]}
+    args["expert_map"] = torch.full((4,), -1, dtype=torch.int32, device=device)
+    assert torch.equal(run(args), torch.zeros_like(args["x"]))
+
+
 def test_strided_arguments(device: torch.device) -> None:
     args = make(10, 2, (4, 24, 16), torch.float32, device)
     expected = run(args)
@@ -152,6 +169,41 @@ def test_strided_arguments(device: torch.device) -> None:
     args["topk_weights"] = args["topk_weights"].mT.contiguous().mT
     args["topk_ids"] = args["topk_ids"].long().mT.contiguous().mT
     assert_close(run(args), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 10])
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
+def test_gate_and_up_rows_alternate(
+    transposed: bool, num_tokens: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    args = make(num_tokens, 2, (4, 24, 16), dtype, device)
+    args["bias13"] = torch.randn(4, 32, device=device).to(dtype)
+    expected = run(args)
+    stored = args["w13"].unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    if transposed:
+        stored = stored.mT.contiguous().mT
+    args["w13"] = stored.unflatten(1, (-1, 2)).transpose(1, 2)
+    args["bias13"] = args["bias13"].unflatten(1, (2, -1)).mT.contiguous().mT
+    assert_close(run(args), expected)
+
+
+def test_halves_anywhere_in_memory(device: torch.device) -> None:
+    args = make(10, 2, (4, 24, 16), torch.float32, device)
+    expected = run(args)
+    halves = args["w13"].unflatten(1, (2, -1))
+    assert_close(run(args | {"w13": halves}), expected)
+    apart = torch.stack([halves[:, 0], halves[:, 0], halves[:, 1]], 1)[:, ::2]
+    assert_close(run(args | {"w13": apart}), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 10])
+def test_without_a_gate(num_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+    args = make(num_tokens, 2, (4, 24, 16), dtype, device) | {"activation": "relu2"}
+    bias = torch.randn(4, 16, device=device).to(dtype)
+    result = run(args | {"w13": args["w13"][:, None, :16], "bias13": bias.unsqueeze(1)})
+    # relu2(x) is what a gate by relu makes of x twice.
+    args["w13"] = args["w13"][:, :16].repeat(1, 2, 1)
+    assert_close(result, naive(args | {"activation": "relu", "bias13": bias.repeat(1, 2)}))
 
 
 def test_a_bad_token_touches_no_other(device: torch.device) -> None:
@@ -235,6 +287,16 @@ def test_compiles_into_one_graph(device: torch.device) -> None:
         ({"bias13": torch.zeros(4, 16)}, "bias13 must be [4, 32]"),
         ({"bias2": torch.zeros(4, 16)}, "bias2 must be [4, 24]"),
         ({"expert_map": torch.zeros(6)}, "expert_map must be [E] torch.int32"),
+        ({"w13": torch.zeros(4, 3, 16, 24)}, "w13 must be [4, 2, 16, 24]"),
+        ({"w13": torch.zeros(4, 1, 8, 24)}, "w13 must be [4, 1, 16, 24]"),
+        (
+            {"w13": torch.zeros(4, 1, 16, 24), "activation": Gating(limit=7.0)},
+            "has no gate that Gating(activation='silu', limit=7.0, up_offset=0.0) could bound",
+        ),
+        (
+            {"w13": torch.zeros(4, 2, 16, 24), "bias13": torch.zeros(4, 32)},
+            "bias13 must be [4, 2, 16]",
+        ),
         ({"w2": torch.zeros(4, 24, 16, device="meta")}, "w2 must be [4, 24, 16]"),
         ({"activation": "tanh"}, "activation must be one of ['gelu'"),
     ],
@@ -278,6 +340,14 @@ def test_cuda_equals_torch(model: str, num_tokens: int, dtype: torch.dtype) -> N
         None,
     )
     assert_close(run(args), expected.to(dtype))
+
+
+@pytest.mark.gpu
+def test_no_tokens_on_layers_of_the_tables() -> None:
+    args = make(1, 8, (128, 2048, 768), torch.bfloat16, CUDA)
+    for name in ("x", "topk_weights", "topk_ids"):
+        args[name] = args[name][:0]
+    assert run(args).shape == (0, 2048)
 
 
 @pytest.mark.gpu
@@ -339,5 +409,7 @@ def test_cuda_gradients_are_those_of_the_cpu() -> None:
         inputs = [moved[name].requires_grad_() for name in leaves]
         return torch.autograd.grad(run(moved).square().sum(), inputs)
 
-    for actual, expected in zip(gradients(CUDA), gradients(args["x"].device), strict=True):
+    with pytest.warns(UserWarning, match="fused_experts computes a gradient"):
+        on_cuda = gradients(CUDA)
+    for actual, expected in zip(on_cuda, gradients(args["x"].device), strict=True):
         assert_close(actual.cpu(), expected)

@@ -1,0 +1,256 @@
+"""one_token: the experts of a single token, which read each weight once and multiply it once.
+
+    h[k]   = act(w13[e][:I] @ x + bias) * (w13[e][I:] @ x + bias),  e = topk_ids[k]
+    out    = sum over k with topk_ids[k] in 0..E-1 of topk_weights[k] * (w2[e] @ h[k] + bias)
+
+There is nothing to permute, and with one row the matrix units have nothing to share: products are
+made and summed in ordinary registers, and the second kernel sums over K as well. Products
+accumulate in fp32; h, and each expert's row of the sum, are rounded once, as is the sum.
+
+Legend: H hidden, I expert intermediate, E experts, K experts per token.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
+from moezoo.layers.kernels.gated_up import activate, activate_gated
+from moezoo.layers.kernels.overlap import launch_options, wait
+
+
+def one_token_ref(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    *,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activation: str | Gating = "silu",
+    bias13: Tensor | None = None,
+    bias2: Tensor | None = None,
+) -> Tensor:
+    gating = Gating.of(activation)
+    if w13.ndim == 3:
+        w13 = w13.unflatten(1, (2, -1))
+        bias13 = None if bias13 is None else bias13.unflatten(1, (2, -1))
+    out = x.new_zeros(x.shape, dtype=torch.float32)
+    for e, weight in zip(topk_ids[0].tolist(), topk_weights[0], strict=True):
+        if not 0 <= e < len(w2):
+            continue
+        parts = w13[e].float() @ x[0].float()  # [1 or 2, I]
+        if bias13 is not None:
+            parts += bias13[e].float()
+        act = gating if len(parts) == 2 else ACTIVATIONS[gating.activation]
+        y = w2[e].float() @ act(*parts).to(x.dtype).float()
+        if bias2 is not None:
+            y += bias2[e].float()
+        out += weight * y.to(x.dtype).float()
+    return out.to(x.dtype)
+
+
+@triton.jit
+def _one_token_gated_up_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    ids_ptr,
+    h_ptr,
+    num_experts,
+    hidden_size,
+    intermediate_size,
+    stride_xh,
+    stride_we,
+    stride_wg,
+    stride_wn,
+    stride_wh,
+    stride_be,
+    stride_bg,
+    stride_bn,
+    PARTS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    wait(OVERLAP)
+    slot = tl.program_id(1)
+    expert = tl.load(ids_ptr + slot).to(tl.int64)
+    if (expert >= 0) & (expert < num_experts):
+        cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        m_cols = cols < intermediate_size
+        inner = tl.arange(0, BLOCK_K)
+        w_cols = tl.where(m_cols, cols, 0).to(tl.int64)
+        p_gate = w_ptr + expert * stride_we + w_cols[:, None] * stride_wn
+        p_gate += inner[None, :] * stride_wh
+        gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        for start in range(0, hidden_size, BLOCK_K):
+            m_inner = start + inner < hidden_size
+            b_gate = tl.load(p_gate, mask=m_inner[None, :], other=0.0)
+            if PARTS == 2:
+                b_up = tl.load(p_gate + stride_wg, mask=m_inner[None, :], other=0.0)
+            p_x = x_ptr + (start + inner) * stride_xh
+            b_x = tl.load(p_x, mask=m_inner, other=0.0).to(tl.float32)[None, :]
+            gate += b_gate.to(tl.float32) * b_x
+            if PARTS == 2:
+                up += b_up.to(tl.float32) * b_x
+            p_gate += BLOCK_K * stride_wh
+        gates = tl.sum(gate, 1)
+        ups = tl.sum(up, 1)
+        if HAS_BIAS:
+            p_bias = bias_ptr + expert * stride_be + w_cols * stride_bn
+            gates += tl.load(p_bias).to(tl.float32)
+            if PARTS == 2:
+                ups += tl.load(p_bias + stride_bg).to(tl.float32)
+        if PARTS == 2:
+            h = activate_gated(gates, ups, ACTIVATION, LIMIT, UP_OFFSET)
+        else:
+            h = activate(gates, ACTIVATION)
+        p_h = h_ptr + slot * intermediate_size + cols
+        tl.store(p_h, h.to(h_ptr.dtype.element_ty), mask=m_cols)
+
+
+@triton.jit
+def _one_token_down_kernel(
+    h_ptr,
+    w_ptr,
+    bias_ptr,
+    ids_ptr,
+    weights_ptr,
+    out_ptr,
+    num_experts,
+    intermediate_size,
+    hidden_size,
+    stride_we,
+    stride_wn,
+    stride_wi,
+    stride_be,
+    stride_bn,
+    K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    wait(OVERLAP)
+    # The rows of a block are the slots' experts below each other, BLOCK_N columns of y of each.
+    rows = tl.arange(0, BLOCK_SLOTS * BLOCK_N)
+    slots = rows // BLOCK_N
+    cols = tl.program_id(0) * BLOCK_N + rows % BLOCK_N
+    experts = tl.load(ids_ptr + slots, mask=slots < K, other=-1).to(tl.int64)
+    m_rows = (experts >= 0) & (experts < num_experts) & (cols < hidden_size)
+    experts = tl.where(m_rows, experts, 0)
+    w_cols = tl.where(m_rows, cols, 0).to(tl.int64)
+    inner = tl.arange(0, BLOCK_K)
+    p_w = w_ptr + (experts * stride_we + w_cols * stride_wn)[:, None] + inner[None, :] * stride_wi
+    p_h = h_ptr + tl.where(m_rows, slots, 0)[:, None] * intermediate_size + inner[None, :]
+    products = tl.zeros([BLOCK_SLOTS * BLOCK_N, BLOCK_K], tl.float32)
+    for start in range(0, intermediate_size, BLOCK_K):
+        m_w = m_rows[:, None] & (start + inner < intermediate_size)[None, :]
+        b_w = tl.load(p_w, mask=m_w, other=0.0).to(tl.float32)
+        products += b_w * tl.load(p_h, mask=m_w, other=0.0).to(tl.float32)
+        p_w += BLOCK_K * stride_wi
+        p_h += BLOCK_K
+    y = tl.sum(products, 1)
+    if HAS_BIAS:
+        p_bias = bias_ptr + experts * stride_be + w_cols * stride_bn
+        y += tl.load(p_bias, mask=m_rows, other=0.0).to(tl.float32)
+    y = y.to(out_ptr.dtype.element_ty).to(tl.float32)
+    weights = tl.load(weights_ptr + slots, mask=m_rows, other=0.0)
+    weighted = tl.where(m_rows, y * weights, 0.0)
+    out = tl.sum(tl.reshape(weighted, [BLOCK_SLOTS, BLOCK_N]), 0)
+    out_cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    p_out = out_ptr + out_cols
+    tl.store(p_out, out.to(out_ptr.dtype.element_ty), mask=out_cols < hidden_size)
+
+
+def one_token(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    *,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activation: str | Gating = "silu",
+    bias13: Tensor | None = None,
+    bias2: Tensor | None = None,
+) -> Tensor:
+    """x [1, H], topk_weights [1, K] fp32, topk_ids [1, K] int32 or int64 -> [1, H] in x's dtype.
+
+    Weights and biases as `gated_up` and `down` take them. An id outside 0..E-1 contributes nothing.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    gating = Gating.of(activation)
+    if w13.ndim == 3:
+        w13 = w13.unflatten(1, (2, -1))
+        bias13 = None if bias13 is None else bias13.unflatten(1, (2, -1))
+    num_experts, num_parts, intermediate_size, hidden_size = w13.shape
+    if x.shape != (1, hidden_size) or w2.shape != (num_experts, hidden_size, intermediate_size):
+        raise ValueError(
+            f"x must be [1, {hidden_size}] and w2 [{num_experts}, {hidden_size}, "
+            f"{intermediate_size}] as w13 is, got {list(x.shape)} and {list(w2.shape)}"
+        )
+    if topk_ids.shape != topk_weights.shape or len(topk_ids) != 1:
+        raise ValueError(
+            "topk_weights and topk_ids must be [1, K], "
+            f"got {list(topk_weights.shape)} and {list(topk_ids.shape)}"
+        )
+    k = topk_ids.shape[1]
+    topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
+    h = torch.empty(k, intermediate_size, dtype=x.dtype, device=x.device)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    options = launch_options(x.device)
+    block_n, block_k = 2, min(1024, triton.next_power_of_2(hidden_size))
+    _one_token_gated_up_kernel[(triton.cdiv(intermediate_size, block_n), k)](
+        x,
+        w13,
+        bias13,
+        topk_ids,
+        h,
+        num_experts,
+        hidden_size,
+        intermediate_size,
+        x.stride(1),
+        *w13.stride(),
+        *((0, 0, 0) if bias13 is None else bias13.stride()),
+        PARTS=num_parts,
+        ACTIVATION=ACTIVATIONS[gating.activation].__name__,
+        LIMIT=gating.limit,
+        UP_OFFSET=gating.up_offset,
+        HAS_BIAS=bias13 is not None,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=2,
+        **options,
+    )
+    block_slots = triton.next_power_of_2(k)
+    # One column a program, and what eight warps hold of K rows of weights.
+    block_k = min(2048 // block_slots, triton.next_power_of_2(intermediate_size))
+    _one_token_down_kernel[(hidden_size,)](
+        h,
+        w2,
+        bias2,
+        topk_ids,
+        topk_weights,
+        out,
+        num_experts,
+        intermediate_size,
+        hidden_size,
+        *w2.stride(),
+        *((0, 0) if bias2 is None else bias2.stride()),
+        K=k,
+        HAS_BIAS=bias2 is not None,
+        BLOCK_SLOTS=block_slots,
+        BLOCK_N=1,
+        BLOCK_K=max(1, block_k),
+        num_warps=8,
+        **options,
+    )
+    return out

@@ -1,0 +1,35 @@
+"""Launches that overlap: a kernel's blocks start while those of the one before still run.
+
+Between the small kernels of a layer the GPU would otherwise idle for a few microseconds each. On
+Hopper and later a launch may ask for that (programmatic dependent launch); it then has to wait for
+its predecessor before it touches memory. Every kernel here begins with `wait`, so each finishes
+after all before it have, and memory that they share may be used again in stream order.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def wait(OVERLAP: tl.constexpr):
+    """Wait for the kernel before this one, and let the one after it start."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@cache
+def launch_options(device: torch.device) -> dict[str, Any]:
+    """What a launch of a kernel that calls `wait` takes on `device`."""
+    if device.type == "cuda" and torch.version.hip is None and capability(device) >= (9, 0):
+        return {"OVERLAP": True, "launch_pdl": True}
+    return {"OVERLAP": False}
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

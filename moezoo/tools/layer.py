@@ -1,0 +1,533 @@
+"""How fast one MoE layer runs here, beside what the memory and the matrix units of this GPU allow.
+
+Measured from router logits [T, E] fp32 to the combined output [T, H], with random weights and
+tokens: on CUDA inside a graph, on CPU by the clock. Nothing is timed before its result was compared
+with fp32.
+
+A layer in a model finds its weights in memory, not in cache: the layers before it have been there.
+So the launches of a measurement go through several sets of logits, whose experts are not the same
+wherever few are hit.
+
+Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per token.
+"""
+
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from moezoo.layers.moe import fused_experts, softmax_topk
+
+Implementation = Callable[[Tensor, Tensor], Tensor]
+"""(x [T, H], logits [T, E]) -> [T, H], for weights that it holds."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    num_experts: int
+    k: int
+    hidden_size: int
+    intermediate_size: int
+
+    @property
+    def expert_elements(self) -> int:
+        return 3 * self.hidden_size * self.intermediate_size
+
+    def flop(self, num_tokens: int) -> int:
+        return 2 * num_tokens * self.k * self.expert_elements
+
+
+LAYERS = {
+    "qwen3-30b-a3b": Layer(128, 8, 2048, 768),
+    "mixtral-8x7b": Layer(8, 2, 4096, 14336),
+    "deepseek-v3": Layer(256, 8, 7168, 2048),
+    "olmoe-1b-7b": Layer(64, 8, 2048, 1024),
+    "deepseek-v2-lite": Layer(64, 6, 2048, 1408),
+    "gpt-oss-20b": Layer(32, 4, 2880, 2880),
+}
+"""The experts of released models, all as plain SwiGLU."""
+
+DEFAULT_LAYERS = {"cuda": tuple(LAYERS), "cpu": ("olmoe-1b-7b",)}
+DEFAULT_TOKENS = {"cuda": (1, 4, 16, 64, 256, 1024, 4096, 16384), "cpu": (1, 4, 16, 64)}
+
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
+"""Norm of a token's error over the norm of its output, at most. 16 bit: some roundings on the way,
+each within half a unit in the last place; fp32: the order of the sums."""
+
+ZIPF_EXPONENT = 1.0
+CHECKED_TOKENS = 64
+MAX_SETS = 8
+CPU_INFO = Path("/proc/cpuinfo")
+MAX_LAUNCHES = 48
+"""In one graph; together they should take GRAPH_SECONDS, so that its own start does not count."""
+GRAPH_SECONDS = 2e-3
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this device reaches on the simplest code there is."""
+
+    read_bytes_per_second: float
+    flop_per_second: float
+
+    def floor_us(self, nbytes: int, flop: int) -> float:
+        """Microseconds below which nothing runs that reads nbytes and computes flop."""
+        return 1e6 * max(nbytes / self.read_bytes_per_second, flop / self.flop_per_second)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one launch, over the replays of a graph of `launches`."""
+
+    median_us: float
+    min_us: float
+    max_us: float
+    launches: int
+    replays: int
+    error: float
+    """Largest relative error of a token, see TOLERANCE."""
+
+
+@dataclass
+class Cell:
+    """One layer at one number of tokens."""
+
+    layer: str
+    num_tokens: int
+    experts_hit: float
+    """Distinct experts in a launch, the mean over the sets of logits."""
+    floor_us: float
+    num_sets: int
+    bytes_between_repeats: int
+    """Of weights read between two launches that may share experts; to compare with the cache."""
+    timings: dict[str, Timing] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Implementation -> why it has no timing."""
+
+    def floor_share(self, name: str) -> float:
+        return self.floor_us / self.timings[name].median_us
+
+
+@dataclass
+class Report:
+    device: str
+    dtype: str
+    routing: str
+    ceilings: Ceilings
+    versions: dict[str, str]
+    cells: list[Cell] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Layer -> why it has no cells."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in types that JSON knows, with the shapes of its layers."""
+        shapes = {name: asdict(LAYERS[name]) for name in {cell.layer: None for cell in self.cells}}
+        return {**asdict(self), "layers": shapes}
+
+    def __rich__(self) -> Table:
+        table = Table(title=title(self))
+        for column in (
+            "layer",
+            "tokens",
+            "experts hit",
+            "us",
+            "min",
+            "max",
+            "floor us",
+            "of floor",
+        ):
+            table.add_column(column, justify="left" if column == "layer" else "right")
+        for cell in self.cells:
+            timing = cell.timings.get("moezoo")
+            table.add_row(
+                *(cell.layer, f"{cell.num_tokens:,}", f"{cell.experts_hit:.0f}"),
+                *(
+                    (us(t) for t in (timing.median_us, timing.min_us, timing.max_us))
+                    if timing
+                    else ()
+                ),
+                *((us(cell.floor_us), f"{cell.floor_share('moezoo'):.0%}") if timing else ()),
+                *(() if timing else (cell.skipped["moezoo"],)),
+            )
+        for layer, why in self.skipped.items():
+            table.add_row(layer, "", "", why)
+        return table
+
+
+def title(report: Report) -> str:
+    ceilings = report.ceilings
+    return (
+        f"{report.device}, {report.dtype}, {report.routing} routing; "
+        f"{ceilings.read_bytes_per_second / 1e9:,.0f} GB/s read, "
+        f"{ceilings.flop_per_second / 1e12:,.1f} TFLOP/s"
+    )
+
+
+def us(microseconds: float) -> str:
+    return f"{microseconds:,.1f}" if microseconds < 100 else f"{microseconds:,.0f}"
+
+
+class WrongResultError(Exception):
+    """An implementation does not compute the layer."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """w13 [E, 2I, H] (gate rows, then up rows) and w2 [E, H, I]."""
+
+    w13: Tensor
+    w2: Tensor
+
+    @classmethod
+    def random(cls, layer: Layer, dtype: torch.dtype, device: torch.device) -> "Weights":
+        """Normal, and of a size that keeps activations near 1."""
+        generator = torch.Generator(device).manual_seed(0)
+        E, H, I = layer.num_experts, layer.hidden_size, layer.intermediate_size
+        w13 = torch.empty(E, 2 * I, H, dtype=dtype, device=device)
+        w2 = torch.empty(E, H, I, dtype=dtype, device=device)
+        for expert in range(E):
+            w13[expert].normal_(std=H**-0.5, generator=generator)
+            w2[expert].normal_(std=I**-0.5, generator=generator)
+        return cls(w13, w2)
+
+
+def moezoo_layer(weights: Weights, k: int) -> Implementation:
+    def run(x: Tensor, logits: Tensor) -> Tensor:
+        topk_weights, topk_ids = softmax_topk(logits, k, renormalize=True)
+        return fused_experts(x, weights.w13, weights.w2, topk_weights, topk_ids)
+
+    return run
+
+
+def router_logits(
+    num_experts: int, num_tokens: int, *, skewed: bool, generator: torch.Generator
+) -> Tensor:
+    """[T, E] fp32, normal; or so that experts are chosen with the probabilities of Zipf's law.
+
+    Log-probabilities plus Gumbel noise: their k largest are k draws without replacement. Which
+    expert is how popular is random.
+    """
+    shape, device = (num_tokens, num_experts), generator.device
+    if not skewed:
+        return torch.randn(shape, generator=generator, device=device)
+    rank = torch.randperm(num_experts, generator=generator, device=device) + 1
+    noise = -torch.empty(shape, device=device).exponential_(generator=generator).log()
+    return noise - ZIPF_EXPONENT * rank.float().log()
+
+
+def _renamed(logits: Tensor, hit: Tensor, names: Tensor) -> Tensor:
+    """logits with the experts `hit` called `names`, and the others what is left."""
+    every = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+    old = torch.cat([hit, every.index_fill(0, hit, False).nonzero().flatten()])
+    new = torch.cat([names, every.index_fill(0, names, False).nonzero().flatten()])
+    return torch.empty_like(logits).index_copy_(1, new, logits[:, old])
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tokens of a cell, and sets of logits that the launches of a measurement go through."""
+
+    x: Tensor
+    logits: tuple[Tensor, ...]
+    experts_hit: float
+    disjoint: bool
+    """Whether no two sets share an expert."""
+
+    @classmethod
+    def random(
+        cls,
+        layer: Layer,
+        num_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        skewed: bool,
+    ) -> "Inputs":
+        generator = torch.Generator(device).manual_seed(num_tokens)
+        shape = (num_tokens, layer.hidden_size)
+        x = torch.randn(shape, generator=generator, device=device).to(dtype)
+        free = torch.randperm(layer.num_experts, generator=generator, device=device)
+        sets: list[Tensor] = []
+        num_hit: list[int] = []
+        while len(sets) < MAX_SETS:
+            drawn = router_logits(layer.num_experts, num_tokens, skewed=skewed, generator=generator)
+            hit = drawn.topk(layer.k).indices.unique()
+            if len(hit) > len(free) and len(sets) >= 2:
+                break
+            if len(hit) > len(free):  # more than half of the experts in each: nothing to keep apart
+                sets, num_hit, free = [*sets, drawn], [*num_hit, len(hit)], free[:0]
+                continue
+            sets.append(_renamed(drawn, hit, free[: len(hit)]))
+            num_hit.append(len(hit))
+            free = free[len(hit) :]
+        disjoint = sum(num_hit) <= layer.num_experts
+        return cls(x, tuple(sets), statistics.mean(num_hit), disjoint)
+
+
+def reference(weights: Weights, k: int, x: Tensor, logits: Tensor) -> Tensor:
+    """The layer in fp32 and plain torch, [T, H] fp32; one expert at a time is converted."""
+    chosen, ids = logits.float().topk(k)
+    topk_weights = chosen.softmax(-1)
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in ids.unique().tolist():
+        tokens, slots = (ids == expert).nonzero(as_tuple=True)
+        gate, up = (x[tokens].float() @ weights.w13[expert].float().T).chunk(2, -1)
+        y = (torch.nn.functional.silu(gate) * up) @ weights.w2[expert].float().T
+        out[tokens] += y * topk_weights[tokens, slots, None]
+    return out
+
+
+class Oracle:
+    """Compares results with fp32 on a sample of the tokens, for each set of logits."""
+
+    def __init__(self, weights: Weights, k: int, inputs: Inputs) -> None:
+        num_tokens = len(inputs.x)
+        spread = torch.linspace(0, num_tokens - 1, min(num_tokens, CHECKED_TOKENS))
+        self.sample = spread.round().long().to(inputs.x.device)
+        self.tolerance = TOLERANCE[inputs.x.dtype]
+        self.shape, self.dtype = inputs.x.shape, inputs.x.dtype
+        self.expected = {
+            index: reference(weights, k, inputs.x[self.sample], inputs.logits[index][self.sample])
+            for index in sorted({0, len(inputs.logits) - 1})
+        }
+
+    def error(self, index: int, out: Tensor) -> float:
+        """The largest relative error of a token of set `index`; raises if it is too large."""
+        if out.shape != self.shape or out.dtype != self.dtype:
+            raise WrongResultError(
+                f"result is {list(out.shape)} {out.dtype}, not {list(self.shape)} {self.dtype}"
+            )
+        if not out.isfinite().all():
+            raise WrongResultError("result holds NaN or Inf")
+        expected = self.expected[index]
+        difference = (out[self.sample].float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+        worst = difference.max().item()
+        if not worst <= self.tolerance:
+            raise WrongResultError(
+                f"result of a token is {worst:.1e} away from fp32, allowed is {self.tolerance:.0e}"
+            )
+        return worst
+
+
+@torch.inference_mode()
+def measure(run: Implementation, inputs: Inputs, oracle: Oracle, *, budget_ms: float) -> Timing:
+    """The time of `run` on `inputs`, for about budget_ms; raises WrongResultError before timing."""
+    error = oracle.error(0, run(inputs.x, inputs.logits[0]))
+    calls = [partial(run, inputs.x, logits) for logits in inputs.logits]
+    samples, launches, last = (time_graph if inputs.x.is_cuda else _time_calls)(calls, budget_ms)
+    error = max(error, oracle.error(len(inputs.logits) - 1, last))
+    microseconds = [1e6 * seconds / launches for seconds in samples]
+    return Timing(
+        median_us=statistics.median(microseconds),
+        min_us=min(microseconds),
+        max_us=max(microseconds),
+        launches=launches,
+        replays=len(samples),
+        error=error,
+    )
+
+
+def _rounds(seconds: float, num_sets: int) -> int:
+    """How often the sets are gone through in a graph, for launches that take about `seconds`."""
+    return max(1, min(MAX_LAUNCHES // num_sets, math.ceil(GRAPH_SECONDS / (seconds * num_sets))))
+
+
+def _replays(seconds: float, budget_ms: float) -> int:
+    return max(3, min(50, int(budget_ms * 1e-3 / seconds)))
+
+
+def time_graph(
+    calls: Sequence[Callable[[], Tensor]], budget_ms: float
+) -> tuple[list[float], int, Tensor]:
+    """Seconds of the replays of one CUDA graph, its launches, and the result of the last of them.
+
+    The graph goes through `calls` in turn, once or several times. What they launch must have been
+    compiled.
+    """
+
+    def capture(rounds: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in [*calls] * rounds:
+                # One result at a time, so that a graph needs no more memory than a launch.
+                out = call()
+        return graph, out
+
+    def replay() -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return 1e-3 * begin.elapsed_time(end)
+
+    num_sets = len(calls)
+    graph, out = capture(1)
+    replay()
+    seconds = replay()
+    rounds = _rounds(seconds / num_sets, num_sets)
+    if rounds > 1:
+        graph, out = capture(rounds)
+        replay()
+        seconds = replay()
+    samples = [replay() for _ in range(_replays(seconds, budget_ms))]
+    return samples, rounds * num_sets, out.clone()
+
+
+def _time_calls(
+    calls: Sequence[Callable[[], Tensor]], budget_ms: float
+) -> tuple[list[float], int, Tensor]:
+    def once() -> tuple[float, Tensor]:
+        start = time.perf_counter()
+        for call in calls:
+            out = call()
+        return time.perf_counter() - start, out
+
+    seconds, out = once()
+    samples = [once()[0] for _ in range(_replays(seconds, budget_ms))]
+    return samples, len(calls), out
+
+
+@torch.inference_mode()
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """A reduction over memory that no cache holds, and a large square matrix product."""
+    on_gpu = device.type == "cuda"
+    data = torch.randn(2**29 if on_gpu else 2**26, device=device)
+    read = data.nbytes / _best(data.sum, device)
+    del data
+    size = 8192 if on_gpu else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return Ceilings(read, 2 * size**3 / _best(lambda: torch.nn.functional.linear(a, b), device))
+
+
+def _best(run: Callable[[], object], device: torch.device) -> float:
+    samples = []
+    for turn in range(13):
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            seconds = 1e-3 * begin.elapsed_time(end)
+        else:
+            start = time.perf_counter()
+            run()
+            seconds = time.perf_counter() - start
+        if turn >= 3:
+            samples.append(seconds)
+    return min(samples)
+
+
+def new_cell(name: str, inputs: Inputs, ceilings: Ceilings) -> Cell:
+    """The cell of layer `name` for these inputs, its floor counted, nothing timed yet."""
+    layer = LAYERS[name]
+    num_tokens, dtype = len(inputs.x), inputs.x.dtype
+    expert_bytes = layer.expert_elements * dtype.itemsize
+    launches = len(inputs.logits) if inputs.disjoint else 1
+    return Cell(
+        *(name, num_tokens, inputs.experts_hit),
+        ceilings.floor_us(round(inputs.experts_hit * expert_bytes), layer.flop(num_tokens)),
+        len(inputs.logits),
+        round(launches * inputs.experts_hit * expert_bytes),
+    )
+
+
+def bench(
+    layers: Sequence[str] | None = None,
+    tokens: Sequence[int] | None = None,
+    *,
+    dtype: str = "bfloat16",
+    device: str | None = None,
+    skewed: bool = False,
+    budget_ms: float = 50.0,
+    progress: Callable[[Cell], None] = lambda cell: None,
+) -> Report:
+    """Measure moezoo's layer; every cell is also given to `progress` when it is done.
+
+    A layer whose weights do not fit is skipped. Raises ValueError for one that is not in `LAYERS`.
+    """
+    kind = device_of(device)
+    names = known(layers or DEFAULT_LAYERS[kind.type])
+    report = new_report(dtype=dtype, device=device, skewed=skewed)
+    for name in names:
+        layer = LAYERS[name]
+        try:
+            weights = Weights.random(layer, getattr(torch, dtype), kind)
+        except torch.OutOfMemoryError as error:
+            report.skipped[name] = _first_line(error)
+            continue
+        run = moezoo_layer(weights, layer.k)
+        for num_tokens in tokens or DEFAULT_TOKENS[kind.type]:
+            inputs = Inputs.random(layer, num_tokens, getattr(torch, dtype), kind, skewed=skewed)
+            cell = new_cell(name, inputs, report.ceilings)
+            try:
+                oracle = Oracle(weights, layer.k, inputs)
+                cell.timings["moezoo"] = measure(run, inputs, oracle, budget_ms=budget_ms)
+            except (WrongResultError, torch.OutOfMemoryError) as error:
+                cell.skipped["moezoo"] = _first_line(error)
+            report.cells.append(cell)
+            progress(cell)
+        del weights, run
+        if kind.type == "cuda":
+            torch.cuda.empty_cache()
+    return report
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0]
+
+
+def new_report(*, dtype: str, device: str | None, skewed: bool) -> Report:
+    """A report without cells, its ceilings measured."""
+    kind = device_of(device)
+    return Report(
+        device_name(kind),
+        dtype,
+        "skewed (Zipf)" if skewed else "uniform",
+        measure_ceilings(kind, getattr(torch, dtype)),
+        _versions(),
+    )
+
+
+def known(names: Iterable[str]) -> list[str]:
+    """The names, if all of them are layers; raises ValueError."""
+    names = list(names)
+    for name in names:
+        if name not in LAYERS:
+            raise ValueError(f"there is no layer {name!r}; known are {', '.join(LAYERS)}")
+    return names
+
+
+def device_of(device: str | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if CPU_INFO.exists():
+        for line in CPU_INFO.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    import moezoo
+
+    versions = {"moezoo": moezoo.__version__, "torch": torch.__version__}
+    if torch.cuda.is_available():
+        import triton
+
+        versions["triton"] = triton.__version__
+    return versions

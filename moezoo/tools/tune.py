@@ -1,0 +1,399 @@
+"""The search for a layer's tiles on the GPU at hand: what `moezoo tune` runs.
+
+For each number of tokens, the two grouped products of the layer are timed with the tiles that can
+be best at that many rows an expert: a few dozen in all, compiled by several processes beforehand.
+The plans go into a JSON file that `moezoo.layers.kernels.tiles.plan` finds from then on.
+"""
+
+import json
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from moezoo.errors import MoEZooError
+from moezoo.layers.kernels import tiles
+from moezoo.layers.kernels.down import down
+from moezoo.layers.kernels.gated_up import gated_up
+from moezoo.layers.kernels.gather import gather
+from moezoo.layers.kernels.overlap import capability
+from moezoo.layers.kernels.permute import Permutation, permute
+from moezoo.layers.kernels.tiles import Plan, Tile
+from moezoo.tools.layer import Layer, Weights, device_name, device_of, time_graph
+
+TOKENS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+Call = Callable[[], Tensor]
+Candidate = tuple[Any, list[Call], float]
+"""A choice, the calls to time for it, and microseconds that it costs besides."""
+
+SETS = 4
+"""Choices of experts that take turns, so that few rows do not find their weights in L2."""
+
+BUDGET_MS = 12.0
+"""Of the replays that time a candidate."""
+
+SMALLEST_SIZE = 64
+"""The least k of the candidates at any number of rows; a product may not be shorter."""
+
+MAX_PROCESSES = 12
+"""That compile: each holds a CUDA context of some hundred megabytes."""
+
+
+@contextmanager
+def unless_unusable() -> Iterator[None]:
+    """Ends the block quietly at a tile that the GPU has no room for or Triton cannot compile."""
+    try:
+        yield
+    except (OutOfResources, CompilationError, PTXASError):
+        pass
+    except RuntimeError as error:
+        # So the compiler's passes end; torch's errors of the device are of this class too.
+        if "PassManager::run failed" not in str(error):
+            raise
+
+
+def gated_up_tiles(rows_per_expert: float) -> Iterator[tuple[Tile, bool]]:
+    """Candidates for the first product, and whether they read sorted rows."""
+    if rows_per_expert <= 40:
+        for m in _few_rows(rows_per_expert):
+            first = Tile(m, 64, 128, 4, 3, descriptors=True, weights_first=True)
+            yield first, False
+            yield replace(first, k=256), False
+            yield replace(first, k=64, num_stages=6), False
+            yield replace(first, group_m=1), False
+    if 16 < rows_per_expert <= 400:
+        tile = Tile(64, 128, 64, 4, 4, descriptors=True)
+        for tail in (0, 32):
+            for group_m in (1, 4, 8):
+                yield replace(tile, tail=tail, group_m=group_m), False
+        yield replace(tile, num_warps=8), False
+        yield Tile(64, 64, 128, 4, 2, descriptors=True, weights_first=True), False
+    if rows_per_expert > 24:
+        tile = Tile(128, 128, 64, 8, 4, descriptors=True)
+        for tail in (0, 32, 64):
+            for group_m in (2, 4, 8, 16):
+                yield replace(tile, tail=tail, group_m=group_m), False
+        if rows_per_expert > 60:
+            for group_m in (4, 8, 16):
+                yield replace(tile, programs_per_sm=1, group_m=group_m), True
+            yield tile, True
+
+
+def down_tiles(rows_per_expert: float) -> Iterator[Tile]:
+    """Candidates for the second product."""
+    if rows_per_expert <= 40:
+        for m in _few_rows(rows_per_expert):
+            first = Tile(m, 64, 128, 4, 4, descriptors=True, weights_first=True)
+            yield first
+            yield replace(first, num_stages=3)
+            yield replace(first, n=128, num_stages=3)
+            yield replace(first, k=256, num_stages=3)
+            yield replace(first, n=128, k=64, programs_per_sm=2)
+    if 16 < rows_per_expert <= 400:
+        tile = Tile(64, 128, 64, 4, 4, descriptors=True)
+        for tail in (0, 32):
+            yield replace(tile, tail=tail)
+            yield replace(tile, tail=tail, num_stages=3)
+        yield replace(tile, weights_first=True)
+        yield replace(tile, programs_per_sm=2)
+        yield replace(tile, n=256, programs_per_sm=1)
+    if rows_per_expert > 24:
+        tile = Tile(128, 256, 64, 8, 4, descriptors=True)
+        small = Tile(128, 128, 64, 4, 3, descriptors=True)
+        for group_m in (4, 8, 16):
+            yield replace(tile, programs_per_sm=1, group_m=group_m)
+        yield tile
+        yield replace(tile, tail=64)
+        yield replace(small, tail=64)
+        yield replace(small, tail=32)
+        yield replace(small, tail=64, group_m=4)
+        yield replace(small, programs_per_sm=2)
+
+
+def _few_rows(rows_per_expert: float) -> tuple[int, ...]:
+    return (16,) if rows_per_expert <= 6 else (16, 32) if rows_per_expert <= 14 else (32, 64)
+
+
+def check(layer: Layer, device: torch.device) -> None:
+    """Raises ValueError where there is nothing to search: candidates read through descriptors."""
+    hidden, intermediate = layer.hidden_size, layer.intermediate_size
+    by_rule = "such a layer gets its tiles by rule, without a table"
+    if torch.version.hip is not None or capability(device) < (9, 0):
+        raise ValueError(
+            "tune searches among tiles for the bulk copy engine of GPUs of compute capability 9.0 "
+            f"and later, and this one is {device_name(device)}; here every layer gets its tiles by "
+            "rule, without a table"
+        )
+    if hidden % 8 or intermediate % 8:
+        raise ValueError(
+            f"tune needs a hidden and an intermediate size that are multiples of 8, which the bulk "
+            f"copy engine reads, got {hidden} and {intermediate}; {by_rule}"
+        )
+    if min(hidden, intermediate) < SMALLEST_SIZE:
+        raise ValueError(
+            f"tune needs a hidden and an intermediate size of at least {SMALLEST_SIZE}, got "
+            f"{hidden} and {intermediate}; {by_rule}"
+        )
+
+
+def tune(
+    layer: Layer, *, tokens: Iterable[int] = TOKENS, report: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Time the candidates on the current CUDA device; the entry of the layer for `save`.
+
+    bf16, random weights and choices of experts. Raises what `check` does, MoEZooError where no
+    candidate runs, and torch.OutOfMemoryError where the layer's weights do not fit.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    check(layer, device)
+    tokens = sorted(set(tokens))
+    compile_candidates(layer, tokens)
+    generator = torch.Generator(device).manual_seed(0)
+    weights = Weights.random(layer, torch.bfloat16, device)
+    plans = []
+    for num_tokens in tokens:
+        us1, us2, chosen = _fastest(_Case.random(layer, weights, num_tokens, generator=generator))
+        report(
+            f"{num_tokens} tokens: {us1:.0f} + {us2:.0f} us, "
+            f"{_short(chosen.gated_up)}{' sorted' if chosen.sort_rows else ''} "
+            f"and {_short(chosen.down)}"
+        )
+        plans.append(
+            {
+                "rows_per_expert": num_tokens * layer.k / layer.num_experts,
+                "tokens": num_tokens,
+                "microseconds": [round(us1, 1), round(us2, 1)],
+                "gated_up": asdict(chosen.gated_up),
+                "down": asdict(chosen.down),
+                "sort_rows": chosen.sort_rows,
+            }
+        )
+    return {
+        "num_experts": layer.num_experts,
+        "hidden_size": layer.hidden_size,
+        "intermediate_size": layer.intermediate_size,
+        "k": layer.k,
+        "plans": plans,
+    }
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What the two products read at one number of tokens.
+
+    x [T, H] and h [S, I] for w13 [E, 2, I, H] and w2 [E, H, I], bf16; by the m of a tile, the
+    permutations of each choice of experts. x_sorted [S, H] belongs to the first choice.
+    """
+
+    x: Tensor
+    h: Tensor
+    w13: Tensor
+    w2: Tensor
+    k: int
+    permutations: dict[int, list[Permutation]]
+    x_sorted: Tensor
+    sorting_us: float
+
+    @classmethod
+    def random(
+        cls, layer: Layer, weights: Weights, num_tokens: int, *, generator: torch.Generator
+    ) -> "_Case":
+        def normal(*size: int) -> Tensor:
+            device = generator.device
+            return torch.randn(*size, device=device, dtype=torch.bfloat16, generator=generator)
+
+        x = normal(num_tokens, layer.hidden_size)
+        h = normal(num_tokens * layer.k, layer.intermediate_size)
+        choices = [
+            torch.rand(num_tokens, layer.num_experts, device=x.device, generator=generator)
+            .topk(layer.k, 1)
+            .indices.int()
+            for _ in range(SETS)
+        ]
+        permutations = {
+            m: [permute(ids, layer.num_experts, m) for ids in choices] for m in (16, 32, 64, 128)
+        }
+        positions = permutations[128][0].positions
+        return cls(
+            *(x, h, weights.w13.unflatten(1, (2, -1)), weights.w2, layer.k, permutations),
+            gather(x, positions),
+            _microseconds([partial(gather, x, positions)]),
+        )
+
+    @property
+    def rows_per_expert(self) -> float:
+        return len(self.h) / len(self.w2)
+
+
+def _fastest(case: _Case) -> tuple[float, float, Plan]:
+    """The microseconds of both products and their tiles, which must be of one m."""
+    found: list[tuple[float, float, Plan]] = []
+    for m in case.permutations:
+        first, second = _best(_first_calls(case, m)), _best(_second_calls(case, m))
+        if first is not None and second is not None:
+            (us1, (tile1, is_sorted)), (us2, tile2) = first, second
+            found.append((us1, us2, Plan(tile1, tile2, is_sorted)))
+    if not found:
+        raise MoEZooError(
+            f"at {len(case.x)} tokens no candidate runs on this GPU: none of them fits it, or none "
+            f"compiles with Triton {triton.__version__}; layers get their tiles by rule"
+        )
+    return min(found, key=lambda row: row[0] + row[1])
+
+
+def _first_calls(case: _Case, m: int) -> Iterator[Candidate]:
+    x = case.x
+    for tile, is_sorted in gated_up_tiles(case.rows_per_expert):
+        if tile.m != m or x.shape[1] < tile.k:
+            continue
+        fitted = tile.fitted(2, 2, x.device)
+        source = case.x_sorted if is_sorted else None
+        product = partial(gated_up, x, case.w13, k=case.k, tile=fitted, x_sorted=source)
+        # Sorted rows belong to the first choice of experts.
+        rows = case.permutations[m][: 1 if is_sorted else None]
+        calls: list[Call] = [partial(product, permutation=r) for r in rows]
+        yield (tile, is_sorted), calls, case.sorting_us if is_sorted else 0.0
+
+
+def _second_calls(case: _Case, m: int) -> Iterator[Candidate]:
+    h = case.h
+    for tile in down_tiles(case.rows_per_expert):
+        if tile.m != m or h.shape[1] < tile.k:
+            continue
+        product = partial(down, h, case.w2, tile=tile.fitted(1, 2, h.device))
+        yield tile, [partial(product, permutation=r) for r in case.permutations[m]], 0.0
+
+
+def _best(candidates: Iterable[Candidate]) -> tuple[float, Any] | None:
+    """The least microseconds and their choice, among the candidates that run."""
+    timed = []
+    for choice, calls, extra in candidates:
+        with unless_unusable():
+            timed.append((_microseconds(calls) + extra, choice))
+    return min(timed, key=lambda row: row[0]) if timed else None
+
+
+def _microseconds(calls: list[Call]) -> float:
+    """Median time of a call."""
+    calls[0]()  # compiles, which a capture must not
+    seconds, launches, _ = time_graph(calls, BUDGET_MS)
+    return 1e6 * statistics.median(seconds) / launches
+
+
+def compile_candidates(layer: Layer, tokens: Iterable[int]) -> None:
+    """Compile the candidates into Triton's cache with several processes."""
+    tokens = list(tokens)
+    firsts = {
+        candidate
+        for num_tokens in tokens
+        for candidate in gated_up_tiles(num_tokens * layer.k / layer.num_experts)
+    }
+    seconds = {
+        candidate
+        for num_tokens in tokens
+        for candidate in down_tiles(num_tokens * layer.k / layer.num_experts)
+    }
+    jobs: list[tuple[str, Tile, bool]] = [("gated_up", *candidate) for candidate in firsts]
+    jobs += [("down", candidate, False) for candidate in seconds]
+    sizes = (_small(layer.hidden_size), _small(layer.intermediate_size))
+    workers = min(len(jobs), MAX_PROCESSES, max(1, (os.cpu_count() or 2) - 1))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile, jobs, [sizes] * len(jobs), chunksize=2))
+
+
+def _small(size: int) -> int:
+    """A small size that divides by the same powers of two up to 256: it compiles to the same."""
+    return 256 + size % 256
+
+
+def _compile(job: tuple[str, Tile, bool], sizes: tuple[int, int]) -> None:
+    operation, tile, is_sorted = job
+    hidden, intermediate = sizes
+    x = torch.randn(64, hidden, device="cuda", dtype=torch.bfloat16)
+    ids = torch.arange(128, device="cuda", dtype=torch.int32).view(64, 2) % 4
+    rows = permute(ids, 4, tile.m)
+    # The search meets the same error, and goes on without the tile.
+    with unless_unusable():
+        if operation == "gated_up":
+            w13 = torch.randn(4, 2, intermediate, hidden, device="cuda", dtype=torch.bfloat16)
+            fitted = tile.fitted(2, 2, x.device)
+            x_sorted = gather(x, rows.positions) if is_sorted else None
+            gated_up(x, w13, rows, k=2, tile=fitted, x_sorted=x_sorted)
+        else:
+            w2 = torch.randn(4, hidden, intermediate, device="cuda", dtype=torch.bfloat16)
+            h = torch.randn(128, intermediate, device="cuda", dtype=torch.bfloat16)
+            down(h, w2, rows, tile=tile.fitted(1, 2, x.device))
+    torch.cuda.synchronize()
+
+
+def _short(tile: Tile) -> str:
+    marks = "".join(
+        mark
+        for mark, is_set in (
+            (" weights first", tile.weights_first),
+            (f" tail {tile.tail}", tile.tail > 0),
+            (f" persistent {tile.programs_per_sm}", tile.programs_per_sm > 0),
+        )
+        if is_set
+    )
+    return f"{tile.m}x{tile.n}x{tile.k}{marks}"
+
+
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """The layers of a table, none where there is no file; raises ValueError if it is malformed."""
+    if not path.exists():
+        return []
+    try:
+        entries: list[dict[str, Any]] = json.loads(path.read_text())["layers"]
+        for entry in entries:
+            _sizes(entry)
+            for plan in entry["plans"]:
+                float(plan["rows_per_expert"])
+                Plan.from_json(plan)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a table of tiles ({type(error).__name__}: {error}); move it away, or "
+            "write to another file"
+        ) from error
+    return entries
+
+
+def _sizes(entry: dict[str, Any]) -> tuple[int, int, int]:
+    return entry["num_experts"], entry["hidden_size"], entry["intermediate_size"]
+
+
+def save(entries: Iterable[dict[str, Any]], path: Path) -> Path:
+    """Add the layers to the table at `path`, which this process also uses from now on; returns it.
+
+    A plan takes the place of an older one for the same sizes and rows an expert; others stay.
+    Raises ValueError if the old file is malformed.
+    """
+    merged = {_sizes(entry): entry for entry in read_entries(path)}
+    for entry in entries:
+        old = merged.get(_sizes(entry), {"plans": []})
+        plans = {plan["rows_per_expert"]: plan for plan in [*old["plans"], *entry["plans"]]}
+        merged[_sizes(entry)] = {**entry, "plans": [plans[rows] for rows in sorted(plans)]}
+    document = {
+        "device": device_name(device_of(None)),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "layers": list(merged.values()),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(document, indent=1) + "\n")
+    draft.replace(path)
+    tiles.reload_tables()
+    return path

@@ -1,0 +1,94 @@
+import re
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch import Tensor
+
+from moezoo.layers.kernels.activations import Gating
+from moezoo.layers.kernels.one_token import one_token, one_token_ref
+
+
+def inputs(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    num_experts, k, hidden, intermediate = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    tensors = {
+        "x": normal(1, hidden),
+        "w13": normal(num_experts, 2 * intermediate, hidden) * hidden**-0.5,
+        "w2": normal(num_experts, hidden, intermediate) * intermediate**-0.5,
+    }
+    ids = torch.randperm(num_experts, generator=generator)[:k].int()
+    weights = torch.rand(1, k, generator=generator)
+    return {
+        **{name: tensor.to(device, dtype) for name, tensor in tensors.items()},
+        "topk_weights": weights.to(device),
+        "topk_ids": ids[None].to(device),
+    }
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param  # no tl.dot: bf16 is right in the interpreter too
+
+
+@pytest.mark.parametrize(
+    "shape", [(4, 2, 40, 24), (1, 1, 1, 1), (16, 6, 1100, 72), (8, 8, 256, 300)], ids=str
+)
+def test_matches_reference(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    arguments = inputs(shape, dtype, device)
+    assert_close(one_token(**arguments), one_token_ref(**arguments))
+
+
+def test_absent_experts_and_nan(device: torch.device) -> None:
+    arguments = inputs((6, 4, 40, 24), torch.float32, device)
+    arguments["topk_ids"][0, 2] = -1
+    arguments["topk_weights"][0, 2] = torch.nan
+    assert_close(one_token(**arguments), one_token_ref(**arguments))
+    arguments["topk_ids"][0, 3] = 6
+    assert_close(one_token(**arguments), one_token_ref(**arguments))
+    arguments["topk_ids"].fill_(-1)
+    assert not one_token(**arguments).any()
+
+
+def test_biases_gates_and_strides(device: torch.device) -> None:
+    arguments = inputs((4, 2, 40, 24), torch.float32, device)
+    biases = {
+        "bias13": torch.randn(4, 48, generator=torch.Generator().manual_seed(1)).to(device),
+        "bias2": torch.randn(4, 40, generator=torch.Generator().manual_seed(2)).to(device),
+        "activation": Gating("quick_gelu", limit=0.5, up_offset=1.0),
+    }
+    expected = one_token_ref(**arguments, **biases)
+    for name in ("w13", "w2"):
+        arguments[name] = arguments[name].mT.contiguous().mT
+    arguments["x"] = arguments["x"].repeat_interleave(2, 1)[:, ::2]
+    arguments["topk_ids"] = arguments["topk_ids"].long()
+    assert_close(one_token(**arguments, **biases), expected)
+
+
+def test_without_a_gate(device: torch.device) -> None:
+    arguments = inputs((4, 2, 40, 24), torch.float32, device)
+    arguments["w13"] = arguments["w13"][:, :24].unsqueeze(1)
+    options = {"activation": "relu2", "bias13": torch.full((4, 1, 24), 0.5, device=device)}
+    assert_close(one_token(**arguments, **options), one_token_ref(**arguments, **options))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 40)}, "x must be [1, 40]"),
+        ({"w2": torch.zeros(4, 40, 23)}, "w2 [4, 40, 24] as w13 is"),
+        ({"topk_ids": torch.zeros(1, 3).int()}, "topk_weights and topk_ids must be [1, K]"),
+    ],
+)
+def test_refuses(change: dict[str, Tensor], message: str) -> None:
+    arguments = inputs((4, 2, 40, 24), torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        one_token(**(arguments | change))

@@ -1,0 +1,98 @@
+"""The routing kernel against the torch routers, which are tested against transformers' own."""
+
+import pytest
+import torch
+
+from moezoo.layers.kernels.topk import topk
+from moezoo.layers.moe.routing import grouped_topk, softmax_topk
+
+
+def assert_same(
+    actual: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    assert torch.equal(actual[1].cpu(), expected[1])
+    torch.testing.assert_close(actual[0].cpu(), expected[0], rtol=1e-5, atol=1e-7, equal_nan=True)
+
+
+def logits_of(num_tokens: int, num_experts: int) -> torch.Tensor:
+    logits = torch.randn(
+        num_tokens, num_experts, generator=torch.Generator().manual_seed(num_experts)
+    )
+    logits[:, -1] = logits[:, 0]  # a tie
+    return logits
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "k"),
+    [(1, 8, 2), (7, 128, 8), (65, 60, 4), (3, 5, 5), (2, 1, 1), (0, 4, 2)],
+)
+def test_softmax(
+    num_tokens: int,
+    num_experts: int,
+    k: int,
+    dtype: torch.dtype,
+    renormalize: bool,
+    device: torch.device,
+) -> None:
+    logits = logits_of(num_tokens, num_experts).to(dtype)
+    scoring = "softmax_of_chosen" if renormalize else "softmax"
+    assert_same(
+        topk(logits.to(device), k, scoring=scoring),
+        softmax_topk(logits, k, renormalize=renormalize),
+    )
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    ("num_experts", "num_groups", "topk_groups", "k"),
+    [(256, 8, 4, 8), (160, 8, 3, 6), (64, 1, 1, 6), (12, 12, 5, 4), (6, 2, 1, 3)],
+)
+def test_groups(
+    num_experts: int,
+    num_groups: int,
+    topk_groups: int,
+    k: int,
+    scoring: str,
+    biased: bool,
+    device: torch.device,
+) -> None:
+    logits = logits_of(9, num_experts)
+    bias = torch.randn(num_experts, generator=torch.Generator().manual_seed(1)) if biased else None
+    settings = {
+        "num_groups": num_groups,
+        "topk_groups": topk_groups,
+        "scoring": scoring,
+        "renormalize": scoring == "sigmoid",
+        "scaling": 2.5,
+    }
+    actual = topk(
+        logits.to(device),
+        k,
+        correction_bias=None if bias is None else bias.to(device),
+        epsilon=1e-20,
+        **settings,
+    )
+    assert_same(actual, grouped_topk(logits, k, correction_bias=bias, **settings))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_bad_row_touches_no_other(value: float, device: torch.device) -> None:
+    logits = logits_of(6, 32)
+    expected = softmax_topk(logits, 4, renormalize=True)
+    logits[2, 7] = value
+    logits[3] = value
+    weights, ids = topk(logits.to(device), 4, scoring="softmax_of_chosen")
+    others = [0, 1, 4, 5]
+    assert torch.equal(ids.cpu()[others], expected[1][others])
+    torch.testing.assert_close(weights.cpu()[others], expected[0][others])
+    assert ((ids >= 0) & (ids < 32)).all()
+    assert_same((weights, ids), softmax_topk(logits, 4, renormalize=True))
+
+
+def test_strided_logits(device: torch.device) -> None:
+    logits = logits_of(9, 20)
+    strided = logits.T.contiguous().T.to(device)
+    assert_same(topk(strided, 3, scoring="softmax"), softmax_topk(logits, 3, renormalize=False))

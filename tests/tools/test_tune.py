@@ -1,0 +1,192 @@
+"""The search for tiles, but for the GPU: its candidates, what it refuses and what it keeps."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources
+
+from moezoo import cli
+from moezoo.errors import MoEZooError
+from moezoo.layers.kernels import tiles
+from moezoo.layers.kernels.tiles import Tile
+from moezoo.tools import tune as tool
+from moezoo.tools.layer import LAYERS, Layer
+
+ROWS_PER_EXPERT = sorted(
+    {tokens * layer.k / layer.num_experts for tokens in tool.TOKENS for layer in LAYERS.values()}
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(tool, "capability", lambda device: (9, 0))
+
+
+def entry(*rows_per_expert, sizes=(8, 64, 96), num_stages=3):
+    tile = asdict(Tile(16, 64, 64, 4, num_stages, descriptors=True))
+    plan = {"gated_up": tile, "down": tile, "sort_rows": False}
+    plans = [{"rows_per_expert": rows} | plan for rows in rows_per_expert]
+    names = ("num_experts", "hidden_size", "intermediate_size")
+    return dict(zip(names, sizes, strict=True)) | {"k": 2, "plans": plans}
+
+
+def stages(path):
+    return {
+        plan["rows_per_expert"]: plan["gated_up"]["num_stages"]
+        for layer in json.loads(path.read_text())["layers"]
+        for plan in layer["plans"]
+    }
+
+
+@pytest.mark.parametrize("rows", ROWS_PER_EXPERT)
+def test_candidates_are_tiles_that_a_product_takes(rows):
+    firsts, seconds = list(tool.gated_up_tiles(rows)), list(tool.down_tiles(rows))
+    for tile in [*(tile for tile, _ in firsts), *seconds]:
+        assert tile.m in (16, 32, 64, 128)
+        assert tile.tail == 0 or (tile.tail >= 16 and tile.tail < tile.m)
+        for size in (tile.n, tile.k, tile.tail or 16):
+            assert size >= 16
+            assert size & (size - 1) == 0
+        assert tile.num_warps in (4, 8)
+        assert tile.descriptors
+        if tile.weights_first:
+            assert tile.n % 64 == 0
+            assert not tile.tail
+
+
+@pytest.mark.parametrize("rows", ROWS_PER_EXPERT)
+def test_both_products_have_a_candidate_of_one_m_even_for_the_smallest_layer(rows):
+    first = {tile.m for tile, _ in tool.gated_up_tiles(rows) if tile.k <= tool.SMALLEST_SIZE}
+    second = {tile.m for tile in tool.down_tiles(rows) if tile.k <= tool.SMALLEST_SIZE}
+    assert first & second
+
+
+@pytest.mark.parametrize("rows", ROWS_PER_EXPERT)
+def test_no_candidate_is_measured_twice(rows):
+    for candidates in (list(tool.gated_up_tiles(rows)), list(tool.down_tiles(rows))):
+        assert len(candidates) == len(set(candidates))
+
+
+def test_old_gpus_have_nothing_to_tune(monkeypatch):
+    monkeypatch.setattr(tool, "capability", lambda device: (8, 9))
+    with pytest.raises(ValueError, match=r"compute capability 9\.0 .* by rule"):
+        tool.check(Layer(8, 2, 64, 96), CPU)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "reason"),
+    [
+        (100, 96, "multiples of 8, .* got 100 and 96"),
+        (96, 100, "multiples of 8, .* got 96 and 100"),
+        (56, 96, "at least 64, got 56 and 96"),
+        (96, 32, "at least 64, got 96 and 32"),
+    ],
+)
+def test_layers_with_nothing_to_tune(hopper, hidden, intermediate, reason):
+    with pytest.raises(ValueError, match=rf"{reason}; .* by rule"):
+        tool.check(Layer(8, 2, hidden, intermediate), CPU)
+
+
+@pytest.mark.parametrize("layer", [*LAYERS.values(), Layer(8, 2, 64, 64)], ids=str)
+def test_layers_to_tune(hopper, layer):
+    tool.check(layer, CPU)
+
+
+def test_a_candidate_that_does_not_fit_is_skipped(monkeypatch):
+    def microseconds(calls):
+        return calls[0]()
+
+    def too_large():
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(tool, "_microseconds", microseconds)
+    candidates = [("large", [too_large], 0.0), ("slow", [lambda: 9], 0.0), ("fast", [lambda: 3], 5)]
+    assert tool._best(candidates) == (8, "fast")
+    assert tool._best(candidates[:1]) is None
+
+
+def test_an_error_of_the_device_is_not_taken_for_a_tile_that_does_not_compile():
+    with tool.unless_unusable():
+        raise RuntimeError("PassManager::run failed")
+    with pytest.raises(torch.OutOfMemoryError), tool.unless_unusable():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_no_candidate_at_all_is_an_error(monkeypatch):
+    monkeypatch.setattr(tool, "_best", lambda candidates: None)
+    x = torch.empty(4, 64)
+    case = tool._Case(x, x, x, x, 2, {16: [], 32: []}, x, 0.0)
+    with pytest.raises(MoEZooError, match="at 4 tokens no candidate runs"):
+        tool._fastest(case)
+
+
+def test_saving_merges_plans_and_the_new_ones_win(tmp_path):
+    path = tmp_path / "deeper" / "tiles.json"
+    tool.save([entry(1.0, 4.0, num_stages=2), entry(7.0, sizes=(4, 64, 64))], path)
+    assert tool.save([entry(4.0, 2.0)], path) == path
+    assert stages(path) == {1.0: 2, 2.0: 3, 4.0: 3, 7.0: 3}
+    merged, other = tool.read_entries(path)
+    assert [plan["rows_per_expert"] for plan in merged["plans"]] == [1.0, 2.0, 4.0]
+    assert other == entry(7.0, sizes=(4, 64, 64))
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_was_saved_is_used_at_once(tmp_path, monkeypatch):
+    path = tmp_path / "tiles.json"
+    monkeypatch.setattr(tiles, "table_paths", lambda device: (path,))
+    assert tiles._tuned(CPU, (8, 64, 96), 4.0) is None
+    tool.save([entry(4.0, num_stages=5)], path)
+    assert tiles._tuned(CPU, (8, 64, 96), 4.0).down.num_stages == 5
+    tiles.reload_tables()
+
+
+MALFORMED = {
+    "no JSON": "{",
+    "no object": "[]",
+    "no layers": "{}",
+    "no sizes": '{"layers": [{"plans": []}]}',
+    "no plan": '{"layers": [{"num_experts": 8, "hidden_size": 64, "intermediate_size": 96}]}',
+    "another tile": json.dumps({"layers": [entry(1.0)]}).replace("num_stages", "stages"),
+}
+
+
+@pytest.mark.parametrize("text", MALFORMED.values(), ids=MALFORMED.keys())
+def test_a_malformed_table_is_refused_by_name_and_kept(tmp_path, text):
+    path = tmp_path / "tiles.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"tiles\.json is not a table of tiles"):
+        tool.save([entry(1.0)], path)
+    assert path.read_text() == text
+
+
+@pytest.fixture
+def gpu_stand_in(monkeypatch):
+    """A CUDA device as far as the command looks, and a search that must not begin."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Stand-in")
+    monkeypatch.setattr(tool, "tune", lambda *args, **options: pytest.fail("searched"))
+
+
+def test_the_command_refuses_before_the_search(hopper, gpu_stand_in, capsys, tmp_path, monkeypatch):
+    path = tmp_path / "tiles.json"
+    assert cli.main(["tune", "8,2,100,96", "--output", str(path)]) == 2
+    assert "multiples of 8" in capsys.readouterr().err
+    path.write_text("{")
+    assert cli.main(["tune", "8,2,64,96", "--output", str(path)]) == 2
+    assert f"{path} is not a table of tiles" in capsys.readouterr().err
+    monkeypatch.setattr(tool, "capability", lambda device: (8, 0))
+    assert cli.main(["tune", "8,2,64,96", "--output", str(path)]) == 2
+    assert "this one is Stand-in" in capsys.readouterr().err
+
+
+def test_the_command_adds_to_a_table(hopper, gpu_stand_in, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "tune", lambda layer, *, tokens, report: entry(*tokens))
+    path = tmp_path / "tiles.json"
+    for tokens in ("4", "2"):
+        command = ["tune", "8,2,64,96", "--tokens", tokens, "--output", str(path)]
+        assert cli.main(command) == 0
+    assert stages(path) == {2: 3, 4: 3}
