@@ -46,7 +46,9 @@ def decode(
     device = decoder.embed.weight.device
     sequences = input_ids.to(device)
     past = int(cache.get_seq_length())
-    visible = None if attention_mask is None else attention_mask.to(device).bool()
+    visible = None
+    if attention_mask is not None and not attention_mask.all():  # else attention needs no mask
+        visible = attention_mask.to(device).bool()
     if position_ids is None:
         positions = torch.arange(sequences.shape[1], device=device)[None]
     else:
@@ -77,7 +79,7 @@ def decode(
             next_ids = torch.multinomial(torch.softmax(scores, -1), 1).squeeze(1)
         else:
             next_ids = scores.argmax(-1)
-        if stops_at_eos:
+        if stops_at_eos and len(sequences) > 1:  # one alone ends the loop when it ends
             next_ids = torch.where(unfinished, next_ids, generation_config._pad_token_tensor)
         if streamer is not None:
             streamer.put(next_ids.cpu())

@@ -96,9 +96,9 @@ def attend(
     allowed = mask(k.shape[2], window)
     if q.shape[2] == 1:
         # One query a head: the heads that share keys become the rows of one product.
-        rows = q.unflatten(1, (-1, groups)).squeeze(3)
+        rows = q.view(*k.shape[:2], groups, -1)
         out = F.scaled_dot_product_attention(rows, k, v, attn_mask=allowed, scale=scale)
-        return out.flatten(1, 2).unsqueeze(2)
+        return out.reshape(*q.shape[:3], -1)
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)

@@ -23,7 +23,7 @@ ONEDNN_DTYPES = tuple(
 )
 """The 16-bit types that oneDNN multiplies on this processor."""
 
-FP32_ROWS = 8
+FP32_ROWS = 6
 """From this many rows on, a product through fp32 is faster than torch's own 16-bit routine."""
 
 FP32_BLOCK = 2**19

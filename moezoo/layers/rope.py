@@ -91,12 +91,11 @@ class RotaryEmbedding(nn.Module):
             return torch.where(positions.max() >= self.context, self.long_inv_freq, self.inv_freq)
         return self.inv_freq
 
-    @torch.no_grad()
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
         """positions int [B or 1, T] -> cosine and signed sine [B or 1, T, 1, D] in `dtype`."""
         inv_freq = self._frequencies(positions)
         # cos(-a) = cos(a) and sin(-a) = -sin(a): both halves at once, sign included.
-        angles = positions[:, :, None, None] * torch.cat((-inv_freq, inv_freq))
+        angles = positions[..., None, None] * torch.cat((-inv_freq, inv_freq))
         cos, sin = angles.cos(), angles.sin()
         if self.scale != 1:
             cos, sin = cos * self.scale, sin * self.scale

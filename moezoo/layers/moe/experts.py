@@ -141,8 +141,8 @@ def _fused_experts_torch(
     def chunk(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         num_tokens, k = topk_ids.shape
         if num_tokens == 1:
-            chosen = topk_ids[0].tolist()
-            if all(0 <= e < len(w13) for e in chosen):
+            (chosen,) = topk_ids.tolist()
+            if min(chosen) >= 0 and max(chosen) < w13.shape[0]:
                 return one_token(x, topk_weights, chosen)
         order, offsets = permute(topk_ids, w13.shape[0])
         tokens, weights = order // k, topk_weights.flatten().index_select(0, order).unsqueeze(1)
