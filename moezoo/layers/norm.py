@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x, (self.dim,), self.weight, self.eps)
         # On a CPU torch's rms_norm is ten operations, its layer_norm is one. The numbers of (x, -x)
         # have mean 0 and variance mean(x^2). In a small model that is 27 us a token instead of 50.
-        weight = self.weight
-        weight = torch.cat((weight, weight))
+        one = self.weight
+        weight = torch.cat((one, one))
         both = torch.layer_norm(torch.cat((x, -x), -1), weight.shape, weight, None, self.eps)
         return both.narrow(-1, 0, self.dim)
