@@ -23,11 +23,11 @@ ONEDNN_DTYPES = tuple(
 )
 """The 16-bit types that oneDNN multiplies on this processor."""
 
-FP32_ROWS = 6
+FP32_ROWS = 4
 """From this many rows on, a product through fp32 is faster than torch's own 16-bit routine."""
 
-FP32_BLOCK = 2**19
-"""Weights widened at a time: 2 MB, which caches hold. New memory would cost more than the product.
+FP32_BLOCK = 2**20
+"""Weights widened at a time: 4 MB, which caches hold. New memory would cost more than the product.
 """
 
 
@@ -81,7 +81,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """x [.., N], weight [M, N], bias [M] -> x @ weight.T + bias, [.., M] in x's dtype.
 
     Accumulated in fp32 and rounded once. On a processor without 16-bit instructions, many rows of
-    16 bit are multiplied in fp32: 7 times as fast with 64 rows or more (AMD EPYC with AVX2).
+    16 bit are multiplied in fp32: twice as fast with 8 rows, 6 times with 64 (AMD EPYC with AVX2).
     """
     if (
         x.numel() < FP32_ROWS * x.shape[-1]
@@ -92,13 +92,18 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
     ):
         return F.linear(x, weight, bias)
-    wide, out = x.float(), x.new_empty(*x.shape[:-1], weight.shape[0])
+    wide = x.reshape(-1, x.shape[-1]).float()
+    out = x.new_empty(wide.shape[0], weight.shape[0])
     rows = max(1, FP32_BLOCK // weight.shape[1])
     for start in range(0, weight.shape[0], rows):
         some = slice(start, start + rows)
-        wide_bias = None if bias is None else bias[some].float()
-        out[..., some] = F.linear(wide, weight[some].float(), wide_bias)
-    return out
+        block = weight[some].float()
+        # With few rows of x, MKL is up to 3 times as fast if the weights are on the left.
+        y = (block @ wide.t()).t() if wide.shape[0] <= 64 else wide @ block.t()
+        if bias is not None:
+            y += bias[some]
+        out[:, some] = y
+    return out.view(*x.shape[:-1], -1)
 
 
 class Linear(nn.Linear):
