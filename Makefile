@@ -17,7 +17,7 @@ help:
 	@echo 'PYTHON=...   the interpreter for .venv (3.11 or newer; default python3)'
 
 demo: $(VENV)/installed
-	$(BIN)/moezoo generate --prompt 'Once upon a time' --max-new-tokens 120 --seed 2
+	$(BIN)/moezoo generate --prompt 'Once upon a time' --max-new-tokens 120 --seed 2 --dtype float32
 
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not gpu'
