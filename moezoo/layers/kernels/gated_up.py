@@ -22,7 +22,7 @@ from torch import Tensor
 from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.permute import Permutation
-from moezoo.layers.kernels.tiles import Tile, descriptor, swizzle
+from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, swizzle
 
 
 def gated_up_ref(
@@ -202,7 +202,6 @@ def _gated_up_kernel(
     bias_ptr,
     h_ptr,
     order_ptr,
-    offsets_ptr,
     tiles_ptr,
     num_tiles_ptr,
     max_tiles,
@@ -240,9 +239,7 @@ def _gated_up_kernel(
     num_n = tl.cdiv(intermediate_size, BLOCK_N)
     for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
         tile, pid_n = swizzle(pid, num_tiles, num_n, GROUP_M)
-        expert = tl.load(tiles_ptr + tile)
-        first_row = tl.load(tiles_ptr + max_tiles + tile)
-        end = tl.load(offsets_ptr + expert + 1)
+        expert, first_row, end = load_tile(tiles_ptr + tile, max_tiles)
         first_col = pid_n * BLOCK_N
         # fmt: off
         if TAIL > 0 and end - first_row <= TAIL:
@@ -315,7 +312,6 @@ def gated_up(
         bias13,
         h,
         order,
-        offsets,
         tiles,
         num_tiles,
         tiles.shape[1],
