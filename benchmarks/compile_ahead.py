@@ -85,4 +85,4 @@ def compile_ahead(layers: list[str], tokens: list[int], seconds: float) -> list[
     for future in done:
         error = future.exception()
         problems += [repr(error)] if error is not None else future.result()
-    return problems
+    return list(dict.fromkeys(problems))
