@@ -84,11 +84,8 @@ def gated_up_tiles(rows_per_expert: float) -> Iterator[Tile]:
         for tail in (0, 32, 64):
             for group_m in (2, 4, 8, 16):
                 yield replace(tile, tail=tail, group_m=group_m)
-        small = Tile(128, 64, 64, 4, 3, descriptors=True)
-        for group_m in (4, 8, 16):
-            yield replace(small, group_m=group_m)
-            yield replace(small, tail=32, group_m=group_m)
-        yield replace(tile, programs_per_sm=1)
+        for group_m in (8, 16):
+            yield replace(tile, programs_per_sm=1, group_m=group_m)
 
 
 def down_tiles(rows_per_expert: float) -> Iterator[Tile]:

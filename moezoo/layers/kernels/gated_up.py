@@ -52,16 +52,24 @@ def gated_up_ref(
 
 
 @triton.jit
+def _sigmoid(x):
+    # 1 / (1 + 2^(-x log2 e)), of instructions without branches for special values: a tile's are
+    # computed while the matrix units wait.
+    root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+    return root * root
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
-        return x * tl.sigmoid(x)
+        return x * _sigmoid(x)
     elif ACTIVATION == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh(u)) / 2 = sigmoid(2u), with u = sqrt(2/pi) * (x + 0.044715 x^3).
-        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        return x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif ACTIVATION == "quick_gelu":
-        return x * tl.sigmoid(1.702 * x)
+        return x * _sigmoid(1.702 * x)
     elif ACTIVATION == "relu2":
         return tl.where(x < 0.0, 0.0, x * x)
     else:
