@@ -231,7 +231,9 @@ def _fused_experts_cuda(
         num_tokens, k = topk_ids.shape
         if topk_ids.numel() == 0 or len(w13) == 0:
             return torch.zeros_like(x)
-        few = num_tokens == 1 or (num_tokens <= FEW_TOKENS and 2 * topk_ids.numel() <= num_experts)
+        few = num_tokens == 1 or (
+            num_tokens <= FEW_TOKENS and num_tokens * topk_ids.numel() <= num_experts
+        )
         if few and dense:
             return few_tokens(
                 *(x, w13, w2),
