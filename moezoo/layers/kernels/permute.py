@@ -60,8 +60,9 @@ def permute_ref(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutati
     return Permutation(int32(order), positions, int32(offsets), tiles_, int32([len(tiles)]))
 
 
-@triton.jit(do_not_specialize=["num_rows", "max_tiles"])
-def _permute_kernel(
+@triton.jit
+def permute_expert(
+    expert,
     ids_ptr,
     order_ptr,
     positions_ptr,
@@ -75,10 +76,7 @@ def _permute_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    wait(OVERLAP)
-    expert = tl.program_id(0)
     lanes = tl.arange(0, BLOCK_S)
     experts = tl.arange(0, BLOCK_E)
     counts = tl.zeros([BLOCK_E], tl.int32)
@@ -116,11 +114,34 @@ def _permute_kernel(
             offset += tl.sum(own, 0)
 
 
-def permute(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutation:
-    """topk_ids [T, K] int32 or int64 -> Permutation.
+@triton.jit(do_not_specialize=["num_rows", "max_tiles"])
+def _permute_kernel(
+    ids_ptr,
+    order_ptr,
+    positions_ptr,
+    offsets_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
+    num_rows,
+    num_experts,
+    max_tiles,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    wait(OVERLAP)
+    # fmt: off
+    permute_expert(
+        tl.program_id(0), ids_ptr, order_ptr, positions_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
+        num_rows, num_experts, max_tiles, TILE_ROWS, BLOCK_S, BLOCK_E, BLOCK_N,
+    )
+    # fmt: on
 
-    Raises ValueError for other ids, or more than 2**31 - 1 rows.
-    """
+
+def empty_permutation(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutation:
+    """The tensors of the permutation of topk_ids; raises ValueError as `permute` does."""
     if topk_ids.ndim != 2 or topk_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"topk_ids must be [T, K] int32 or int64, got {list(topk_ids.shape)} {topk_ids.dtype}"
@@ -128,22 +149,30 @@ def permute(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutation:
     num_rows = topk_ids.numel()
     if num_rows >= 2**31:
         raise ValueError(f"topk_ids must have fewer than 2**31 elements, got {num_rows}")
-    topk_ids = topk_ids.contiguous()
     n = max_tiles(num_rows, num_experts, tile_rows)
 
     def int32(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=topk_ids.device)
 
-    out = Permutation(
+    return Permutation(
         int32(num_rows), int32(*topk_ids.shape), int32(num_experts + 1), int32(2, n), int32(1)
     )
+
+
+def permute(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutation:
+    """topk_ids [T, K] int32 or int64 -> Permutation.
+
+    Raises ValueError for other ids, or more than 2**31 - 1 rows.
+    """
+    out = empty_permutation(topk_ids, num_experts, tile_rows)
+    num_rows = topk_ids.numel()
     block = min(4096, max(128, triton.next_power_of_2(num_rows)))
     _permute_kernel[(num_experts,)](
-        topk_ids,
+        topk_ids.contiguous(),
         *out,
         num_rows,
         num_experts,
-        n,
+        out.tiles.shape[1],
         TILE_ROWS=tile_rows,
         BLOCK_S=block,
         BLOCK_E=triton.next_power_of_2(num_experts),
