@@ -179,7 +179,11 @@ def _rows_times_columns(
     # fmt: on
 
 
-@triton.jit(do_not_specialize=["max_tiles", "num_programs", "stride_hs"])
+SCALE_STRIDES = ["stride_se", "stride_sn", "stride_si", "stride_hs"]
+
+
+# Scales are read one at a time: there is nothing to gain from knowing their strides.
+@triton.jit(do_not_specialize=["max_tiles", "num_programs", *SCALE_STRIDES])
 def _down_fp8_kernel(
     h,
     h_tail,
@@ -308,7 +312,7 @@ def down_fp8(
         *((0, 0) if bias2 is None else bias2.stride()),
         HAS_BIAS=bias2 is not None,
         DESCRIPTORS=tile.descriptors,
-        EVEN_K=intermediate_size % tile.k == 0,
+        EVEN_K=tile.descriptors or intermediate_size % tile.k == 0,
         WEIGHTS_FIRST=tile.weights_first,
         FLATTEN=tile.programs_per_sm > 0 and not tile.tail,
         GROUP_M=tile.group_m,

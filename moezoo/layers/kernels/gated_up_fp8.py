@@ -174,7 +174,11 @@ def _rows_times_columns(
     tl.store(h_scales_ptr + group_n.to(tl.int64) * stride_hs + rows, scales, mask=m_rows)
 
 
-@triton.jit(do_not_specialize=["max_tiles", "num_programs", "k", "stride_hs"])
+SCALE_STRIDES = ["stride_se", "stride_sg", "stride_sn", "stride_sh", "stride_hs"]
+
+
+# Scales are read one at a time: there is nothing to gain from knowing their strides.
+@triton.jit(do_not_specialize=["max_tiles", "num_programs", "k", *SCALE_STRIDES])
 def _gated_up_fp8_kernel(
     x_ptr,
     x_scales_ptr,
@@ -321,7 +325,7 @@ def gated_up_fp8(
         UP_OFFSET=gating.up_offset,
         HAS_BIAS=bias13 is not None,
         DESCRIPTORS=tile.descriptors,
-        EVEN_K=hidden_size % tile.k == 0,
+        EVEN_K=tile.descriptors or hidden_size % tile.k == 0,
         WEIGHTS_FIRST=tile.weights_first,
         FLATTEN=tile.programs_per_sm > 0 and not tile.tail,
         GROUP_M=tile.group_m,

@@ -25,6 +25,11 @@ from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.quantize import fp8_factor
 from moezoo.layers.quant.fp8 import BLOCK, BlockFp8, blocks, quantize_rows
 
+UP_BLOCK = (4, 8, 2)
+DOWN_BLOCK = (4, 16, 8)
+"""Columns and groups of 128 (over all slots in the second kernel) that a program works on at a
+time, and its warps."""
+
 
 def one_token_fp8_ref(
     x: Tensor,
@@ -63,7 +68,7 @@ def _rounded(x):
     return (x * factors[:, None]).to(tl.float8e4nv).to(tl.float32), scales
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_se", "stride_sg", "stride_sn", "stride_sh"])
 def _one_token_gated_up_fp8_kernel(
     x_ptr,
     w_ptr,
@@ -143,7 +148,7 @@ def _one_token_gated_up_fp8_kernel(
         tl.store(h_ptr + slot * intermediate_size + cols, h, mask=m_cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_se", "stride_sn", "stride_si"])
 def _one_token_down_fp8_kernel(
     h_ptr,
     w_ptr,
@@ -249,7 +254,7 @@ def one_token_fp8(
     h = torch.empty(k, intermediate_size, dtype=torch.float32, device=x.device)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     options = launch_options(x.device)
-    block_n = 4
+    block_n, max_groups, num_warps = UP_BLOCK
     _one_token_gated_up_fp8_kernel[(triton.cdiv(intermediate_size, block_n), k)](
         x,
         w13.data,
@@ -269,14 +274,15 @@ def one_token_fp8(
         LIMIT=gating.limit,
         UP_OFFSET=gating.up_offset,
         HAS_BIAS=bias13 is not None,
-        GROUPS=min(8, triton.next_power_of_2(blocks(hidden_size))),
+        GROUPS=min(max_groups, triton.next_power_of_2(blocks(hidden_size))),
         GROUP=BLOCK,
         BLOCK_N=block_n,
-        num_warps=2,
+        num_warps=num_warps,
         **options,
     )
+    block_n, max_groups, num_warps = DOWN_BLOCK
     block_slots = triton.next_power_of_2(k)
-    groups = min(max(1, 16 // block_slots), triton.next_power_of_2(blocks(intermediate_size)))
+    groups = max(1, max_groups // block_slots)
     _one_token_down_fp8_kernel[(triton.cdiv(hidden_size, block_n),)](
         h,
         w2.data,
@@ -294,10 +300,10 @@ def one_token_fp8(
         K=k,
         HAS_BIAS=bias2 is not None,
         BLOCK_SLOTS=block_slots,
-        GROUPS=groups,
+        GROUPS=min(groups, triton.next_power_of_2(blocks(intermediate_size))),
         GROUP=BLOCK,
         BLOCK_N=block_n,
-        num_warps=8,
+        num_warps=num_warps,
         **options,
     )
     return out

@@ -125,6 +125,6 @@ def blocks(size: int) -> int:
 def _quantize(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Over `dims` of x, which the scales keep with size 1."""
     largest = x.abs().amax(dims, keepdim=True).clamp(min=TINY)
-    # A number over a tensor would be its reciprocal, rounded, times the number.
-    factors = torch.full_like(largest, LARGEST) / largest
-    return (x * factors).to(torch.float8_e4m3fn), largest / LARGEST
+    # With a number in place of `full`, torch would multiply by a rounded reciprocal.
+    full = torch.full_like(largest, LARGEST)
+    return (x * (full / largest)).to(torch.float8_e4m3fn), largest / full
