@@ -144,6 +144,10 @@ def _rows_times_columns(
                 b_w = tl.load(p_w, mask=m_inner, other=0.0)
             p_h += BLOCK_K
             p_w += BLOCK_K * stride_wi
+        if WEIGHTS_FIRST:
+            y += tl.dot(b_w, b_h.T) * (h_scales * w_scale)[None, :]
+        else:
+            y += tl.dot(b_h, b_w.T) * (h_scales * w_scale)[:, None]
         if HALVES == 2:
             second_scale = tl.load(p_w_scales + o_second)
             if DESCRIPTORS:
@@ -155,13 +159,9 @@ def _rows_times_columns(
                     m_inner = (start + inner < intermediate_size)[None, :]
                     b_second = tl.load(p_second, mask=m_inner, other=0.0)
                 p_second += BLOCK_K * stride_wi
-        if WEIGHTS_FIRST:
-            y += tl.dot(b_w, b_h.T) * (h_scales * w_scale)[None, :]
-            if HALVES == 2:
+            if WEIGHTS_FIRST:
                 second += tl.dot(b_second, b_h.T) * (h_scales * second_scale)[None, :]
-        else:
-            y += tl.dot(b_h, b_w.T) * (h_scales * w_scale)[:, None]
-            if HALVES == 2:
+            else:
                 second += tl.dot(b_h, b_second.T) * (h_scales * second_scale)[:, None]
         p_h_scales += stride_hs
         p_w_scales += stride_si
