@@ -86,8 +86,9 @@ class BlockFp8:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         n, k = self.data.shape[-2:]
-        scales = self.scales.repeat_interleave(BLOCK, -2)[..., :n, :]
-        return (self.data.float() * scales.repeat_interleave(BLOCK, -1)[..., :k]).to(dtype)
+        groups = F.pad(self.data.float(), (0, -k % BLOCK)).unflatten(-1, (-1, BLOCK))
+        scales = self.scales.repeat_interleave(BLOCK, -2)[..., :n, :].unsqueeze(-1)
+        return (groups * scales).flatten(-2)[..., :k].to(dtype)
 
     def __getitem__(self, index: int) -> "BlockFp8":
         return BlockFp8(self.data[index], self.scales[index])
