@@ -101,4 +101,4 @@ def compile_ahead(
     for future in done:
         error = future.exception()
         problems += [repr(error)] if error is not None else future.result()
-    return problems
+    return list(dict.fromkeys(problems))

@@ -32,7 +32,6 @@ from transformers import (
 import moezoo
 from moezoo.assets import tiny_model
 from moezoo.causal_lm import MoECausalLM
-from moezoo.layers.moe import FusedMoE
 from moezoo.loaders.mapping import layout, parameter_infos
 from moezoo.registry import architecture
 
@@ -110,8 +109,11 @@ DEFAULT_CASES = {
 
 def in_transformers(model: MoECausalLM) -> nn.Module:
     """transformers' model over the same memory: every parameter a view of one of moezoo's."""
+    # A fresh config: moezoo's names the attention and the experts that moezoo's model is given,
+    # and those that transformers chooses for its own are faster.
+    config = type(model.config).from_dict(model.config.to_dict())
     with torch.device("meta"):
-        twin = AutoModelForCausalLM.from_config(model.config)
+        twin = AutoModelForCausalLM.from_config(config)
     # The last rule of a target is the stacked layout, which transformers holds in memory.
     rules = tuple(reversed(architecture(model.config.model_type).CHECKPOINT))
     own = model.decoder.state_dict()
@@ -126,27 +128,28 @@ def in_transformers(model: MoECausalLM) -> nn.Module:
     return twin.eval()
 
 
-def step_bytes(model: MoECausalLM, ids: torch.Tensor) -> int:
-    """Bytes of the weights that one decode step of the batch `ids` [B, T] reads."""
+def step_bytes(model: nn.Module, ids: torch.Tensor) -> int:
+    """Bytes of the weights that one decode step of the batch `ids` [B, T] reads.
+
+    `model` is transformers', whose decorator marks the modules that hold stacked experts.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "is_transposed")]
+    stacked = {layer: sum(p.nbytes for p in layer.parameters()) for layer in layers}
     hit = 0
 
-    def count(layer: FusedMoE, inputs: tuple[torch.Tensor], _: torch.Tensor) -> None:
+    def count(experts: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         nonlocal hit
-        tokens = inputs[0].flatten(0, -2)
-        _, topk_ids = layer.route(layer.router_logits(tokens))
-        rows = len(topk_ids.unique())
-        hit += rows * (layer.w13[0].nbytes + layer.w2[0].nbytes)
+        hit += len(args[1].unique()) * stacked[experts] // experts.num_experts
 
-    layers = [module for module in model.modules() if isinstance(module, FusedMoE)]
     with torch.inference_mode():
-        cache = model(ids, use_cache=True).past_key_values
-        hooks = [layer.register_forward_hook(count) for layer in layers]
+        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        hooks = [layer.register_forward_pre_hook(count) for layer in layers]
         model(ids[:, -1:], past_key_values=cache)
     for hook in hooks:
         hook.remove()
-    stacked = sum(layer.w13.nbytes + layer.w2.nbytes for layer in layers)
-    embedding = 0 if model.decoder.lm_head is None else model.decoder.embed.weight.nbytes
-    return sum(p.nbytes for p in model.parameters()) - stacked - embedding + hit
+    tied = model.config.tie_word_embeddings
+    embedding = 0 if tied else model.get_input_embeddings().weight.nbytes
+    return sum(p.nbytes for p in model.parameters()) - sum(stacked.values()) - embedding + hit
 
 
 def logit_difference(model: nn.Module, twin: nn.Module, ids: torch.Tensor) -> float:
@@ -212,7 +215,7 @@ def measure(case: str, args: argparse.Namespace, bandwidth: float) -> list[dict[
             "transformers": decode(twin, ids, args.new_tokens),
         }
         tokens = batch * args.new_tokens
-        floor = step_bytes(model, ids) / bandwidth
+        floor = step_bytes(twin, ids) / bandwidth
         row = summary(case, "decode", alternate(runs, args.repeats, device))
         row |= {
             "batch": batch,

@@ -69,7 +69,9 @@ def references(report: Report) -> dict[str, dict[str, dict[int, float]]]:
     return {
         layer: {
             name: {
-                tokens: us for tokens, us in zip(kept["tokens"], row, strict=True) if us is not None
+                num_tokens: microseconds
+                for num_tokens, microseconds in zip(kept["tokens"], row, strict=True)
+                if microseconds is not None
             }
             for name, row in rows.items()
         }
@@ -79,21 +81,21 @@ def references(report: Report) -> dict[str, dict[str, dict[int, float]]]:
 
 def best(times: dict[str, float]) -> tuple[str, float] | None:
     """The fastest peer and its microseconds."""
-    peers = {name: us for name, us in times.items() if name != "moezoo"}
+    peers = {name: microseconds for name, microseconds in times.items() if name != "moezoo"}
     return min(peers.items(), key=lambda item: item[1]) if peers else None
 
 
 def compare(cell: Cell, kept: dict[str, dict[str, dict[int, float]]]) -> dict[str, Any]:
     """The cell as JSON: times, the best peer of this run, the best with the figures kept."""
     measured = {name: timing.median_us for name, timing in cell.timings.items()}
-    known = {
+    earlier = {
         name: row[cell.num_tokens]
         for name, row in kept.get(cell.layer, {}).items()
         if cell.num_tokens in row and name not in measured
     }
-    row: dict[str, Any] = {"references_us": known}
+    row: dict[str, Any] = {"references_us": earlier}
     ours = measured.get("moezoo")
-    for key, times in (("best_peer", measured), ("best_of_all", known | measured)):
+    for key, times in (("best_peer", measured), ("best_of_all", earlier | measured)):
         found = best(times)
         if found is not None:
             row[key] = {"name": found[0], "us": found[1]}
@@ -156,7 +158,7 @@ def table(report: Report, rows: list[dict[str, Any]]) -> Table:
             found.append(f"{peer['times_moezoo']:.2f}" if peer and ours else "")
         shown.add_row(
             *(cell.layer, f"{cell.num_tokens:,}"),
-            us(ours.median_us) if ours else "failed",
+            us(ours.median_us) if ours else "skipped",
             *found,
             us(cell.floor_us),
             f"{row['floor_share']:.0%}" if ours else "",
@@ -304,8 +306,13 @@ def main() -> None:
             if expired():
                 cell.skipped.update(dict.fromkeys(built, "time budget"))
                 continue
-            oracle = Oracle(weights, layer.k, inputs)
-            run_cell(cell, built, inputs, oracle, budget_ms=args.cell_ms, expired=expired)
+            try:
+                oracle = Oracle(weights, layer.k, inputs)
+                run_cell(cell, built, inputs, oracle, budget_ms=args.cell_ms, expired=expired)
+            except Exception as error:  # what was measured is kept, whatever happens later
+                left = built.keys() - cell.timings.keys() - cell.skipped.keys()
+                cell.skipped.update(dict.fromkeys(left, reason(error)))
+                say(f"{name}, {num_tokens} tokens broken off: {reason(error)}")
         del weights, built, inputs
         if device.type == "cuda":
             torch.cuda.empty_cache()

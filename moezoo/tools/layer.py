@@ -177,7 +177,7 @@ def title(report: Report) -> str:
     return (
         f"{report.device}, {report.quantization or report.dtype}, {report.routing} routing; "
         f"{ceilings.read_bytes_per_second / 1e9:,.0f} GB/s read, "
-        f"{ceilings.flop_per_second / 1e12:,.1f} TFLOP/s"
+        f"{ceilings.flop_per_second / 1e12:.3g} TFLOP/s"
     )
 
 

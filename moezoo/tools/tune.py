@@ -96,6 +96,8 @@ def gated_up_tiles(rows_per_expert: float) -> Iterator[Tile]:
         for tail in (0, 32, 64):
             for group_m in (2, 4, 8, 16):
                 yield replace(tile, tail=tail, group_m=group_m)
+        for group_m in (8, 16):
+            yield replace(tile, programs_per_sm=1, group_m=group_m)
 
 
 def down_tiles(rows_per_expert: float) -> Iterator[Tile]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.permute import Permutation
-from moezoo.layers.kernels.tiles import Tile, descriptor, swizzle
+from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, swizzle
 
 
 def down_ref(
@@ -117,7 +117,6 @@ def _down_kernel(
     w,
     bias_ptr,
     y_ptr,
-    offsets_ptr,
     tiles_ptr,
     num_tiles_ptr,
     max_tiles,
@@ -146,9 +145,7 @@ def _down_kernel(
     num_n = tl.cdiv(hidden_size, BLOCK_N)
     for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
         tile, pid_n = swizzle(pid, num_tiles, num_n, GROUP_M)
-        expert = tl.load(tiles_ptr + tile)
-        first_row = tl.load(tiles_ptr + max_tiles + tile)
-        end = tl.load(offsets_ptr + expert + 1)
+        expert, first_row, end = load_tile(tiles_ptr + tile, max_tiles)
         first_col = pid_n * BLOCK_N
         # fmt: off
         if TAIL > 0 and end - first_row <= TAIL:
@@ -210,7 +207,6 @@ def down(
         w,
         bias2,
         y,
-        offsets,
         tiles,
         num_tiles,
         tiles.shape[1],

@@ -22,7 +22,7 @@ from torch import Tensor
 from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.permute import Permutation
-from moezoo.layers.kernels.tiles import Tile, descriptor, swizzle
+from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, swizzle
 
 
 def gated_up_ref(
@@ -52,16 +52,24 @@ def gated_up_ref(
 
 
 @triton.jit
+def _sigmoid(x):
+    # 1 / (1 + 2^(-x log2 e)), of instructions without branches for special values: a tile's are
+    # computed while the matrix units wait.
+    root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+    return root * root
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
-        return x * tl.sigmoid(x)
+        return x * _sigmoid(x)
     elif ACTIVATION == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh(u)) / 2 = sigmoid(2u), with u = sqrt(2/pi) * (x + 0.044715 x^3).
-        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        return x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif ACTIVATION == "quick_gelu":
-        return x * tl.sigmoid(1.702 * x)
+        return x * _sigmoid(1.702 * x)
     elif ACTIVATION == "relu2":
         return tl.where(x < 0.0, 0.0, x * x)
     else:
@@ -202,7 +210,6 @@ def _gated_up_kernel(
     bias_ptr,
     h_ptr,
     order_ptr,
-    offsets_ptr,
     tiles_ptr,
     num_tiles_ptr,
     max_tiles,
@@ -240,9 +247,7 @@ def _gated_up_kernel(
     num_n = tl.cdiv(intermediate_size, BLOCK_N)
     for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
         tile, pid_n = swizzle(pid, num_tiles, num_n, GROUP_M)
-        expert = tl.load(tiles_ptr + tile)
-        first_row = tl.load(tiles_ptr + max_tiles + tile)
-        end = tl.load(offsets_ptr + expert + 1)
+        expert, first_row, end = load_tile(tiles_ptr + tile, max_tiles)
         first_col = pid_n * BLOCK_N
         # fmt: off
         if TAIL > 0 and end - first_row <= TAIL:
@@ -315,7 +320,6 @@ def gated_up(
         bias13,
         h,
         order,
-        offsets,
         tiles,
         num_tiles,
         tiles.shape[1],

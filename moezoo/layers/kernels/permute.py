@@ -3,10 +3,13 @@
     order     = stable_argsort(topk_ids.flatten()), without the ids outside 0..E-1
     positions = where in that order each choice is, -1 for an id outside 0..E-1
     offsets   = offsets[e] rows have an id in 0..e-1
-    tiles     = every expert's rows in tiles of `tile_rows`: (expert, first row), experts in order
+    tiles     = every expert's rows in tiles of `tile_rows`: (expert, first row, end of its rows),
+                experts in order
 
-One program per expert reads all the choices twice: it counts everybody's rows, which says where its
-own begin, then ranks its own. Nothing depends on which program is first, so the order is stable.
+Few rows take one launch: a program per expert reads all the choices twice; it counts everybody's
+rows, which says where its own begin, then ranks its own. Many rows take two: blocks of rows are
+counted, then each is sorted and moved to where the blocks before it end. Nothing depends on which
+program is first, so the order is stable.
 
 Legend: T tokens, K experts per token, S = T*K rows, E experts, N the most tiles there can be.
 """
@@ -20,12 +23,18 @@ from torch import Tensor
 
 from moezoo.layers.kernels.overlap import launch_options, wait
 
+FEW_ROWS = 8192
+"""Up to here one launch is the faster way (H100, 128 experts)."""
+
+BLOCK_ROWS = 1024
+"""Of many rows, those that one program sorts."""
+
 
 class Permutation(NamedTuple):
-    """All int32: order [S], positions [T, K], offsets [E+1], tiles [2, N], num_tiles [1].
+    """All int32: order [S], positions [T, K], offsets [E+1], tiles [3, N], num_tiles [1].
 
-    tiles[0, i] is the expert and tiles[1, i] the first row, in expert order, of tile i. Of order,
-    offsets[E] elements are written, of each row of tiles num_tiles.
+    tiles[:, i] is the expert of tile i, its first row in expert order, and the end of the expert's
+    rows. Of order, offsets[E] elements are written, of each row of tiles num_tiles.
     """
 
     order: Tensor
@@ -46,8 +55,8 @@ def permute_ref(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutati
     offsets = [0]
     tiles = []
     for e, rows in enumerate(by_expert):
-        tiles += [(e, offsets[e] + first) for first in range(0, len(rows), tile_rows)]
         offsets.append(offsets[e] + len(rows))
+        tiles += [(e, first, offsets[-1]) for first in range(offsets[e], offsets[-1], tile_rows)]
 
     def int32(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=topk_ids.device)
@@ -56,8 +65,31 @@ def permute_ref(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutati
     place = {row: position for position, row in enumerate(order)}
     positions = int32([place.get(i, -1) for i in range(len(ids))]).view(topk_ids.shape)
     order += [i for i in range(len(ids)) if i not in place]
-    tiles_ = int32([number for tile in tiles for number in tile]).view(-1, 2).T.contiguous()
+    tiles_ = int32([number for tile in tiles for number in tile]).view(-1, 3).T.contiguous()
     return Permutation(int32(order), positions, int32(offsets), tiles_, int32([len(tiles)]))
+
+
+@triton.jit
+def _store_tiles(
+    expert,
+    offset,
+    own_rows,
+    first_tile,
+    tiles_ptr,
+    max_tiles,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    own_tiles = tl.cdiv(own_rows, TILE_ROWS)
+    for start in range(0, own_tiles, BLOCK_N):
+        tile = start + tl.arange(0, BLOCK_N)
+        mask = tile < own_tiles
+        p_tiles = tiles_ptr + first_tile + tile
+        tl.store(p_tiles, tl.zeros([BLOCK_N], tl.int32) + expert, mask=mask)
+        tl.store(p_tiles + max_tiles, offset + tile * TILE_ROWS, mask=mask)
+        tl.store(
+            p_tiles + 2 * max_tiles, tl.zeros([BLOCK_N], tl.int32) + offset + own_rows, mask=mask
+        )
 
 
 @triton.jit
@@ -88,16 +120,11 @@ def permute_expert(
     offset = tl.sum(tl.where(experts < expert, counts, 0), 0)
     first_tile = tl.sum(tl.where(experts < expert, tiles, 0), 0)
     own_rows = tl.sum(tl.where(experts == expert, counts, 0), 0)
-    own_tiles = tl.sum(tl.where(experts == expert, tiles, 0), 0)
     tl.store(offsets_ptr + expert, offset)
-    for start in range(0, own_tiles, BLOCK_N):
-        tile = start + tl.arange(0, BLOCK_N)
-        p_tiles = tiles_ptr + first_tile + tile
-        tl.store(p_tiles, tl.full([BLOCK_N], 0, tl.int32) + expert, mask=tile < own_tiles)
-        tl.store(p_tiles + max_tiles, offset + tile * TILE_ROWS, mask=tile < own_tiles)
+    _store_tiles(expert, offset, own_rows, first_tile, tiles_ptr, max_tiles, TILE_ROWS, BLOCK_N)
     if expert == num_experts - 1:
         tl.store(offsets_ptr + num_experts, offset + own_rows)
-        tl.store(num_tiles_ptr, first_tile + own_tiles)
+        tl.store(num_tiles_ptr, tl.sum(tiles, 0))
 
     # The first program also marks the choices of nobody.
     if (own_rows > 0) | (expert == 0):
@@ -140,6 +167,84 @@ def _permute_kernel(
     # fmt: on
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def _count_kernel(
+    ids_ptr,
+    counts_ptr,
+    num_rows,
+    num_experts,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    wait(OVERLAP)
+    rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    ids = tl.load(ids_ptr + rows, mask=rows < num_rows, other=-1)
+    present = (ids >= 0) & (ids < num_experts)
+    counts = tl.histogram(tl.where(present, ids, 0).to(tl.int32), BLOCK_E, mask=present)
+    tl.store(counts_ptr + tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E), counts)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_blocks", "max_tiles"])
+def _place_kernel(
+    ids_ptr,
+    counts_ptr,
+    order_ptr,
+    positions_ptr,
+    offsets_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
+    num_rows,
+    num_experts,
+    num_blocks,
+    max_tiles,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    wait(OVERLAP)
+    block = tl.program_id(0)
+    experts = tl.arange(0, BLOCK_E)
+    counts = tl.zeros([BLOCK_E], tl.int32)
+    before = tl.zeros([BLOCK_E], tl.int32)
+    for start in range(0, num_blocks, BLOCK_B):
+        blocks = start + tl.arange(0, BLOCK_B)[:, None]
+        p_counts = counts_ptr + blocks * BLOCK_E + experts[None, :]
+        of_blocks = tl.load(p_counts, mask=blocks < num_blocks, other=0)
+        counts += tl.sum(of_blocks, 0)
+        before += tl.sum(tl.where(blocks < block, of_blocks, 0), 0)
+    offsets = tl.cumsum(counts, 0) - counts
+    tiles = (counts + TILE_ROWS - 1) // TILE_ROWS
+    first_tiles = tl.cumsum(tiles, 0) - tiles
+    if block == 0:
+        tl.store(offsets_ptr + experts, offsets, mask=experts < num_experts)
+        tl.store(offsets_ptr + num_experts, tl.sum(counts, 0))
+        tl.store(num_tiles_ptr, tl.sum(tiles, 0))
+    for expert in range(block, num_experts, num_blocks):
+        its = experts == expert
+        offset = tl.sum(tl.where(its, offsets, 0), 0)
+        own_rows = tl.sum(tl.where(its, counts, 0), 0)
+        first_tile = tl.sum(tl.where(its, first_tiles, 0), 0)
+        _store_tiles(expert, offset, own_rows, first_tile, tiles_ptr, max_tiles, TILE_ROWS, BLOCK_N)
+
+    lanes = tl.arange(0, BLOCK_S)
+    rows = block * BLOCK_S + lanes
+    ids = tl.load(ids_ptr + rows, mask=rows < num_rows, other=-1)
+    present = (ids >= 0) & (ids < num_experts)
+    # By expert, then by row; the choices of nobody last.
+    keys = tl.sort(tl.where(present, ids, BLOCK_E).to(tl.int32) * BLOCK_S + lanes)
+    ids = keys // BLOCK_S
+    rows = block * BLOCK_S + keys % BLOCK_S
+    own = tl.load(counts_ptr + block * BLOCK_E + experts)
+    shift = offsets + before - (tl.cumsum(own, 0) - own)
+    places = lanes + tl.gather(shift, tl.minimum(ids, BLOCK_E - 1), 0)
+    tl.store(order_ptr + places, rows, mask=ids < BLOCK_E)
+    tl.store(positions_ptr + rows, tl.where(ids < BLOCK_E, places, -1), mask=rows < num_rows)
+
+
 def empty_permutation(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutation:
     """The tensors of the permutation of topk_ids; raises ValueError as `permute` does."""
     if topk_ids.ndim != 2 or topk_ids.dtype not in (torch.int32, torch.int64):
@@ -155,7 +260,7 @@ def empty_permutation(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Per
         return torch.empty(shape, dtype=torch.int32, device=topk_ids.device)
 
     return Permutation(
-        int32(num_rows), int32(*topk_ids.shape), int32(num_experts + 1), int32(2, n), int32(1)
+        int32(num_rows), int32(*topk_ids.shape), int32(num_experts + 1), int32(3, n), int32(1)
     )
 
 
@@ -165,19 +270,48 @@ def permute(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutation:
     Raises ValueError for other ids, or more than 2**31 - 1 rows.
     """
     out = empty_permutation(topk_ids, num_experts, tile_rows)
-    num_rows = topk_ids.numel()
-    block = min(4096, max(128, triton.next_power_of_2(num_rows)))
-    _permute_kernel[(num_experts,)](
-        topk_ids.contiguous(),
+    num_rows, topk_ids = topk_ids.numel(), topk_ids.contiguous()
+    shared = {
+        "TILE_ROWS": tile_rows,
+        "BLOCK_E": triton.next_power_of_2(num_experts),
+        "BLOCK_N": 32,
+        **launch_options(topk_ids.device),
+    }
+    if num_rows <= FEW_ROWS:
+        block = min(4096, max(128, triton.next_power_of_2(num_rows)))
+        _permute_kernel[(num_experts,)](
+            topk_ids,
+            *out,
+            num_rows,
+            num_experts,
+            out.tiles.shape[1],
+            BLOCK_S=block,
+            num_warps=8 if block > 1024 else 4,
+            **shared,
+        )
+        return out
+    num_blocks = triton.cdiv(num_rows, BLOCK_ROWS)
+    counts = torch.empty(num_blocks, shared["BLOCK_E"], dtype=torch.int32, device=topk_ids.device)
+    _count_kernel[(num_blocks,)](
+        topk_ids,
+        counts,
+        num_rows,
+        num_experts,
+        BLOCK_S=BLOCK_ROWS,
+        BLOCK_E=shared["BLOCK_E"],
+        **launch_options(topk_ids.device),
+    )
+    _place_kernel[(num_blocks,)](
+        topk_ids,
+        counts,
         *out,
         num_rows,
         num_experts,
+        num_blocks,
         out.tiles.shape[1],
-        TILE_ROWS=tile_rows,
-        BLOCK_S=block,
-        BLOCK_E=triton.next_power_of_2(num_experts),
-        BLOCK_N=32,
-        num_warps=8 if block > 1024 else 4,
-        **launch_options(topk_ids.device),
+        BLOCK_S=BLOCK_ROWS,
+        BLOCK_B=32,
+        num_warps=8,
+        **shared,
     )
     return out

@@ -280,3 +280,9 @@ def swizzle(pid, num_tiles, num_n, GROUP_M: tl.constexpr):
     group_size = tl.minimum(num_tiles - group * GROUP_M, GROUP_M)
     tile = group * GROUP_M + (pid % (GROUP_M * num_n)) % group_size
     return tile, (pid % (GROUP_M * num_n)) // group_size
+
+
+@triton.jit
+def load_tile(p_tile, max_tiles):
+    """Its expert, its first row, and the end of the expert's rows."""
+    return tl.load(p_tile), tl.load(p_tile + max_tiles), tl.load(p_tile + 2 * max_tiles)

@@ -33,6 +33,9 @@ CHUNK_TOKENS = 16384
 """Tokens worked on at a time: enough to fill a GPU, and what bounds `workspace_bytes`."""
 
 
+FEW_TOKENS = 4
+"""Up to so many, on a GPU, experts that few tokens share are multiplied once for each of them."""
+
 FEW_PRODUCTS = 2**18
 """With no more products than this for an expert, and with a single row, oneDNN takes longer to
 begin a 16-bit product on CPU than torch's own routine takes to do it."""
@@ -253,8 +256,8 @@ def _fused_experts_cuda(
     # Triton is not installed where there is no CUDA.
     from moezoo.layers.kernels.combine import combine
     from moezoo.layers.kernels.down import down
+    from moezoo.layers.kernels.few_tokens import few_tokens
     from moezoo.layers.kernels.gated_up import gated_up
-    from moezoo.layers.kernels.one_token import one_token
     from moezoo.layers.kernels.permute import permute
     from moezoo.layers.kernels.tiles import plan
 
@@ -263,7 +266,7 @@ def _fused_experts_cuda(
         w13 = w13.unflatten(1, (2, -1))
         bias13 = None if bias13 is None else bias13.unflatten(1, (2, -1))
 
-    # One token's kernels read the weights' last dimension side by side.
+    # The kernels for few tokens read the weights' last dimension side by side.
     dense = w13.stride(-1) == w2.stride(-1) == 1
     num_experts = w13.shape[0] if expert_map is None else len(expert_map)
 
@@ -271,8 +274,9 @@ def _fused_experts_cuda(
         num_tokens, k = topk_ids.shape
         if topk_ids.numel() == 0 or len(w13) == 0:
             return torch.zeros_like(x)
-        if num_tokens == 1 and dense:
-            return one_token(
+        few = num_tokens == 1 or (num_tokens <= FEW_TOKENS and 2 * topk_ids.numel() <= num_experts)
+        if few and dense:
+            return few_tokens(
                 *(x, w13, w2),
                 topk_weights=topk_weights,
                 topk_ids=topk_ids,

@@ -54,6 +54,23 @@ def test_more_rows_than_a_block(num_experts: int, device: torch.device) -> None:
     assert_same(permute(ids, num_experts, 64), permute_ref(ids, num_experts, 64))
 
 
+@pytest.mark.parametrize("num_experts", [1, 3, 200])
+def test_rows_for_two_launches(
+    num_experts: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_rows = 10_000
+    if device.type == "cpu":  # the interpreter sorts a hundred rows a second
+        num_rows = 270
+        monkeypatch.setattr("moezoo.layers.kernels.permute.FEW_ROWS", 256)
+        monkeypatch.setattr("moezoo.layers.kernels.permute.BLOCK_ROWS", 64)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(-1, num_experts, (num_rows, 1), generator=generator)
+    ids[: num_rows // 2] = ids[: num_rows // 2].clamp(max=num_experts // 2)
+    ids[:5] = torch.tensor([[num_experts], [-1], [2**31 - 1], [-(2**31)], [0]])
+    ids = ids.int().to(device)
+    assert_same(permute(ids, num_experts, 64), permute_ref(ids, num_experts, 64))
+
+
 def test_an_expert_chosen_twice_by_a_token(device: torch.device) -> None:
     ids = torch.tensor([[1, 1, 0], [1, 2, 1], [2, 2, 2]], dtype=torch.int32, device=device)
     assert_same(permute(ids, 4, 16), permute_ref(ids, 4, 16))

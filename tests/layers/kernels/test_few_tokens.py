@@ -6,11 +6,14 @@ from tolerances import assert_close
 from torch import Tensor
 
 from moezoo.layers.kernels.activations import Gating
-from moezoo.layers.kernels.one_token import one_token, one_token_ref
+from moezoo.layers.kernels.few_tokens import few_tokens, few_tokens_ref
 
 
 def inputs(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    num_tokens: int = 1,
 ) -> dict[str, Tensor]:
     num_experts, k, hidden, intermediate = shape
     generator = torch.Generator().manual_seed(0)
@@ -19,16 +22,16 @@ def inputs(
         return torch.randn(*size, generator=generator)
 
     tensors = {
-        "x": normal(1, hidden),
+        "x": normal(num_tokens, hidden),
         "w13": normal(num_experts, 2 * intermediate, hidden) * hidden**-0.5,
         "w2": normal(num_experts, hidden, intermediate) * intermediate**-0.5,
     }
-    ids = torch.randperm(num_experts, generator=generator)[:k].int()
-    weights = torch.rand(1, k, generator=generator)
+    ids = torch.rand(num_tokens, num_experts, generator=generator).argsort(-1)[:, :k].int()
+    weights = torch.rand(num_tokens, k, generator=generator)
     return {
         **{name: tensor.to(device, dtype) for name, tensor in tensors.items()},
         "topk_weights": weights.to(device),
-        "topk_ids": ids[None].to(device),
+        "topk_ids": ids.to(device),
     }
 
 
@@ -48,18 +51,37 @@ def test_matches_reference(
     if device.type == "cpu" and shape[2] > 100:
         pytest.skip("half a minute in the interpreter")
     arguments = inputs(shape, dtype, device)
-    assert_close(one_token(**arguments), one_token_ref(**arguments))
+    assert_close(few_tokens(**arguments), few_tokens_ref(**arguments))
+
+
+@pytest.mark.parametrize("num_tokens", [2, 5])
+def test_a_token_gets_what_it_gets_alone(
+    num_tokens: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    arguments = inputs((4, 2, 40, 24), dtype, device, num_tokens)
+    arguments["topk_ids"][1] = -1
+    out = few_tokens(**arguments)
+    assert_close(out, few_tokens_ref(**arguments))
+    for t in range(num_tokens):
+        of_tokens = ("x", "topk_weights", "topk_ids")
+        alone = {name: arguments[name][t : t + 1] for name in of_tokens}
+        assert torch.equal(few_tokens(**(arguments | alone)), out[t : t + 1])
+
+
+def test_no_tokens(device: torch.device) -> None:
+    arguments = inputs((4, 2, 40, 24), torch.float32, device, num_tokens=0)
+    assert few_tokens(**arguments).shape == (0, 40)
 
 
 def test_absent_experts_and_nan(device: torch.device) -> None:
     arguments = inputs((6, 4, 40, 24), torch.float32, device)
     arguments["topk_ids"][0, 2] = -1
     arguments["topk_weights"][0, 2] = torch.nan
-    assert_close(one_token(**arguments), one_token_ref(**arguments))
+    assert_close(few_tokens(**arguments), few_tokens_ref(**arguments))
     arguments["topk_ids"][0, 3] = 6
-    assert_close(one_token(**arguments), one_token_ref(**arguments))
+    assert_close(few_tokens(**arguments), few_tokens_ref(**arguments))
     arguments["topk_ids"].fill_(-1)
-    assert not one_token(**arguments).any()
+    assert not few_tokens(**arguments).any()
 
 
 def test_biases_gates_and_strides(device: torch.device) -> None:
@@ -69,30 +91,31 @@ def test_biases_gates_and_strides(device: torch.device) -> None:
         "bias2": torch.randn(4, 40, generator=torch.Generator().manual_seed(2)).to(device),
         "activation": Gating("quick_gelu", limit=0.5, up_offset=1.0),
     }
-    expected = one_token_ref(**arguments, **biases)
+    expected = few_tokens_ref(**arguments, **biases)
     for name in ("w13", "w2"):
         arguments[name] = arguments[name].mT.contiguous().mT
     arguments["x"] = arguments["x"].repeat_interleave(2, 1)[:, ::2]
     arguments["topk_ids"] = arguments["topk_ids"].long()
-    assert_close(one_token(**arguments, **biases), expected)
+    assert_close(few_tokens(**arguments, **biases), expected)
 
 
 def test_without_a_gate(device: torch.device) -> None:
     arguments = inputs((4, 2, 40, 24), torch.float32, device)
     arguments["w13"] = arguments["w13"][:, :24].unsqueeze(1)
     options = {"activation": "relu2", "bias13": torch.full((4, 1, 24), 0.5, device=device)}
-    assert_close(one_token(**arguments, **options), one_token_ref(**arguments, **options))
+    assert_close(few_tokens(**arguments, **options), few_tokens_ref(**arguments, **options))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(2, 40)}, "x must be [1, 40]"),
+        ({"x": torch.zeros(1, 41)}, "x must be [T, 40]"),
         ({"w2": torch.zeros(4, 40, 23)}, "w2 [4, 40, 24] as w13 is"),
+        ({"x": torch.zeros(2, 40)}, "topk_ids must be [2, K]"),
         ({"topk_ids": torch.zeros(1, 3).int()}, "topk_weights and topk_ids must be [1, K]"),
     ],
 )
 def test_refuses(change: dict[str, Tensor], message: str) -> None:
     arguments = inputs((4, 2, 40, 24), torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match=re.escape(message)):
-        one_token(**(arguments | change))
+        few_tokens(**(arguments | change))

@@ -1,13 +1,16 @@
-"""one_token: the experts of a single token, which read each weight once and multiply it once.
+"""few_tokens: the experts of a few tokens, most of which are chosen once.
 
-    h[k]   = act(w13[e][:I] @ x + bias) * (w13[e][I:] @ x + bias),  e = topk_ids[k]
-    out    = sum over k with topk_ids[k] in 0..E-1 of topk_weights[k] * (w2[e] @ h[k] + bias)
+    h[t, k] = act(w13[e][:I] @ x[t] + bias) * (w13[e][I:] @ x[t] + bias),  e = topk_ids[t, k]
+    out[t]  = sum over k with topk_ids[t, k] in 0..E-1 of
+              topk_weights[t, k] * (w2[e] @ h[t, k] + bias)
 
-There is nothing to permute, and with one row the matrix units have nothing to share: products are
-made and summed in ordinary registers, and the second kernel sums over K as well. Products
-accumulate in fp32; h, and each expert's row of the sum, are rounded once, as is the sum.
+Nothing is permuted, and with one row an expert the matrix units have nothing to share: products are
+made and summed in ordinary registers, and the second kernel sums over K as well. Tokens that share
+an expert read its weights at the same time, so that one of them finds them in L2. Products
+accumulate in fp32; h, and each expert's row of the sum, are rounded once, as is the sum. What a
+token gets does not depend on the others.
 
-Legend: H hidden, I expert intermediate, E experts, K experts per token.
+Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per token.
 """
 
 import torch
@@ -20,7 +23,7 @@ from moezoo.layers.kernels.gated_up import activate, activate_gated
 from moezoo.layers.kernels.overlap import launch_options, wait
 
 
-def one_token_ref(
+def few_tokens_ref(
     x: Tensor,
     w13: Tensor,
     w2: Tensor,
@@ -36,22 +39,23 @@ def one_token_ref(
         w13 = w13.unflatten(1, (2, -1))
         bias13 = None if bias13 is None else bias13.unflatten(1, (2, -1))
     out = x.new_zeros(x.shape, dtype=torch.float32)
-    for e, weight in zip(topk_ids[0].tolist(), topk_weights[0], strict=True):
+    for t, k in torch.cartesian_prod(*map(torch.arange, topk_ids.shape)).tolist():
+        e = int(topk_ids[t, k])
         if not 0 <= e < len(w2):
             continue
-        parts = w13[e].float() @ x[0].float()  # [1 or 2, I]
+        parts = w13[e].float() @ x[t].float()  # [1 or 2, I]
         if bias13 is not None:
             parts += bias13[e].float()
         act = gating if len(parts) == 2 else ACTIVATIONS[gating.activation]
         y = w2[e].float() @ act(*parts).to(x.dtype).float()
         if bias2 is not None:
             y += bias2[e].float()
-        out += weight * y.to(x.dtype).float()
+        out[t] += topk_weights[t, k] * y.to(x.dtype).float()
     return out.to(x.dtype)
 
 
-@triton.jit
-def _one_token_gated_up_kernel(
+@triton.jit(do_not_specialize=["k"])
+def _few_tokens_gated_up_kernel(
     x_ptr,
     w_ptr,
     bias_ptr,
@@ -60,6 +64,8 @@ def _one_token_gated_up_kernel(
     num_experts,
     hidden_size,
     intermediate_size,
+    k,
+    stride_xt,
     stride_xh,
     stride_we,
     stride_wg,
@@ -78,10 +84,10 @@ def _one_token_gated_up_kernel(
     OVERLAP: tl.constexpr,
 ):
     wait(OVERLAP)
-    slot = tl.program_id(1)
+    slot = tl.program_id(0)
     expert = tl.load(ids_ptr + slot).to(tl.int64)
     if (expert >= 0) & (expert < num_experts):
-        cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_cols = cols < intermediate_size
         inner = tl.arange(0, BLOCK_K)
         w_cols = tl.where(m_cols, cols, 0).to(tl.int64)
@@ -89,16 +95,17 @@ def _one_token_gated_up_kernel(
         p_gate += inner[None, :] * stride_wh
         gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        p_x = x_ptr + (slot // k) * stride_xt + inner * stride_xh
         for start in range(0, hidden_size, BLOCK_K):
             m_inner = start + inner < hidden_size
             b_gate = tl.load(p_gate, mask=m_inner[None, :], other=0.0)
             if PARTS == 2:
                 b_up = tl.load(p_gate + stride_wg, mask=m_inner[None, :], other=0.0)
-            p_x = x_ptr + (start + inner) * stride_xh
             b_x = tl.load(p_x, mask=m_inner, other=0.0).to(tl.float32)[None, :]
             gate += b_gate.to(tl.float32) * b_x
             if PARTS == 2:
                 up += b_up.to(tl.float32) * b_x
+            p_x += BLOCK_K * stride_xh
             p_gate += BLOCK_K * stride_wh
         gates = tl.sum(gate, 1)
         ups = tl.sum(up, 1)
@@ -116,7 +123,7 @@ def _one_token_gated_up_kernel(
 
 
 @triton.jit
-def _one_token_down_kernel(
+def _few_tokens_down_kernel(
     h_ptr,
     w_ptr,
     bias_ptr,
@@ -139,17 +146,20 @@ def _one_token_down_kernel(
     OVERLAP: tl.constexpr,
 ):
     wait(OVERLAP)
+    token = tl.program_id(0)
     # The rows of a block are the slots' experts below each other, BLOCK_N columns of y of each.
     rows = tl.arange(0, BLOCK_SLOTS * BLOCK_N)
     slots = rows // BLOCK_N
-    cols = tl.program_id(0) * BLOCK_N + rows % BLOCK_N
-    experts = tl.load(ids_ptr + slots, mask=slots < K, other=-1).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_N + rows % BLOCK_N
+    p_ids = ids_ptr + token * K + slots
+    experts = tl.load(p_ids, mask=slots < K, other=-1).to(tl.int64)
     m_rows = (experts >= 0) & (experts < num_experts) & (cols < hidden_size)
     experts = tl.where(m_rows, experts, 0)
     w_cols = tl.where(m_rows, cols, 0).to(tl.int64)
     inner = tl.arange(0, BLOCK_K)
     p_w = w_ptr + (experts * stride_we + w_cols * stride_wn)[:, None] + inner[None, :] * stride_wi
-    p_h = h_ptr + tl.where(m_rows, slots, 0)[:, None] * intermediate_size + inner[None, :]
+    h_rows = token * K + tl.where(m_rows, slots, 0)
+    p_h = h_ptr + h_rows[:, None] * intermediate_size + inner[None, :]
     products = tl.zeros([BLOCK_SLOTS * BLOCK_N, BLOCK_K], tl.float32)
     for start in range(0, intermediate_size, BLOCK_K):
         m_w = m_rows[:, None] & (start + inner < intermediate_size)[None, :]
@@ -162,15 +172,15 @@ def _one_token_down_kernel(
         p_bias = bias_ptr + experts * stride_be + w_cols * stride_bn
         y += tl.load(p_bias, mask=m_rows, other=0.0).to(tl.float32)
     y = y.to(out_ptr.dtype.element_ty).to(tl.float32)
-    weights = tl.load(weights_ptr + slots, mask=m_rows, other=0.0)
+    weights = tl.load(weights_ptr + token * K + slots, mask=m_rows, other=0.0)
     weighted = tl.where(m_rows, y * weights, 0.0)
     out = tl.sum(tl.reshape(weighted, [BLOCK_SLOTS, BLOCK_N]), 0)
-    out_cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    p_out = out_ptr + out_cols
+    out_cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    p_out = out_ptr + token * hidden_size + out_cols
     tl.store(p_out, out.to(out_ptr.dtype.element_ty), mask=out_cols < hidden_size)
 
 
-def one_token(
+def few_tokens(
     x: Tensor,
     w13: Tensor,
     w2: Tensor,
@@ -181,7 +191,7 @@ def one_token(
     bias13: Tensor | None = None,
     bias2: Tensor | None = None,
 ) -> Tensor:
-    """x [1, H], topk_weights [1, K] fp32, topk_ids [1, K] int32 or int64 -> [1, H] in x's dtype.
+    """x [T, H], topk_weights [T, K] fp32, topk_ids [T, K] int32 or int64 -> [T, H] in x's dtype.
 
     Weights and biases as `gated_up` and `down` take them. An id outside 0..E-1 contributes nothing.
 
@@ -192,23 +202,29 @@ def one_token(
         w13 = w13.unflatten(1, (2, -1))
         bias13 = None if bias13 is None else bias13.unflatten(1, (2, -1))
     num_experts, num_parts, intermediate_size, hidden_size = w13.shape
-    if x.shape != (1, hidden_size) or w2.shape != (num_experts, hidden_size, intermediate_size):
+    if (
+        x.ndim != 2
+        or x.shape[1] != hidden_size
+        or w2.shape != (num_experts, hidden_size, intermediate_size)
+    ):
         raise ValueError(
-            f"x must be [1, {hidden_size}] and w2 [{num_experts}, {hidden_size}, "
+            f"x must be [T, {hidden_size}] and w2 [{num_experts}, {hidden_size}, "
             f"{intermediate_size}] as w13 is, got {list(x.shape)} and {list(w2.shape)}"
         )
-    if topk_ids.shape != topk_weights.shape or len(topk_ids) != 1:
+    if topk_ids.shape != topk_weights.shape or len(topk_ids) != len(x):
         raise ValueError(
-            "topk_weights and topk_ids must be [1, K], "
+            f"topk_weights and topk_ids must be [{len(x)}, K], "
             f"got {list(topk_weights.shape)} and {list(topk_ids.shape)}"
         )
-    k = topk_ids.shape[1]
+    num_tokens, k = topk_ids.shape
     topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
-    h = torch.empty(k, intermediate_size, dtype=x.dtype, device=x.device)
+    h = torch.empty(num_tokens * k, intermediate_size, dtype=x.dtype, device=x.device)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if topk_ids.numel() == 0:
+        return out.zero_()
     options = launch_options(x.device)
     block_n, block_k = 2, min(1024, triton.next_power_of_2(hidden_size))
-    _one_token_gated_up_kernel[(triton.cdiv(intermediate_size, block_n), k)](
+    _few_tokens_gated_up_kernel[(num_tokens * k, triton.cdiv(intermediate_size, block_n))](
         x,
         w13,
         bias13,
@@ -217,7 +233,8 @@ def one_token(
         num_experts,
         hidden_size,
         intermediate_size,
-        x.stride(1),
+        k,
+        *x.stride(),
         *w13.stride(),
         *((0, 0, 0) if bias13 is None else bias13.stride()),
         PARTS=num_parts,
@@ -233,7 +250,7 @@ def one_token(
     block_slots = triton.next_power_of_2(k)
     # One column a program, and what eight warps hold of K rows of weights.
     block_k = min(2048 // block_slots, triton.next_power_of_2(intermediate_size))
-    _one_token_down_kernel[(hidden_size,)](
+    _few_tokens_down_kernel[(num_tokens, hidden_size)](
         h,
         w2,
         bias2,
