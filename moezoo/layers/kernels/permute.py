@@ -167,6 +167,23 @@ def _permute_kernel(
     # fmt: on
 
 
+@triton.jit
+def count_block(
+    block,
+    ids_ptr,
+    counts_ptr,
+    num_rows,
+    num_experts,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    rows = block * BLOCK_S + tl.arange(0, BLOCK_S)
+    ids = tl.load(ids_ptr + rows, mask=rows < num_rows, other=-1)
+    present = (ids >= 0) & (ids < num_experts)
+    counts = tl.histogram(tl.where(present, ids, 0).to(tl.int32), BLOCK_E, mask=present)
+    tl.store(counts_ptr + block * BLOCK_E + tl.arange(0, BLOCK_E), counts)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _count_kernel(
     ids_ptr,
@@ -178,11 +195,7 @@ def _count_kernel(
     OVERLAP: tl.constexpr,
 ):
     wait(OVERLAP)
-    rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    ids = tl.load(ids_ptr + rows, mask=rows < num_rows, other=-1)
-    present = (ids >= 0) & (ids < num_experts)
-    counts = tl.histogram(tl.where(present, ids, 0).to(tl.int32), BLOCK_E, mask=present)
-    tl.store(counts_ptr + tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E), counts)
+    count_block(tl.program_id(0), ids_ptr, counts_ptr, num_rows, num_experts, BLOCK_S, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_blocks", "max_tiles"])
@@ -290,28 +303,44 @@ def permute(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutation:
             **shared,
         )
         return out
-    num_blocks = triton.cdiv(num_rows, BLOCK_ROWS)
-    counts = torch.empty(num_blocks, shared["BLOCK_E"], dtype=torch.int32, device=topk_ids.device)
-    _count_kernel[(num_blocks,)](
+    counts = empty_counts(num_rows, num_experts, topk_ids.device)
+    _count_kernel[(len(counts),)](
         topk_ids,
         counts,
         num_rows,
         num_experts,
         BLOCK_S=BLOCK_ROWS,
-        BLOCK_E=shared["BLOCK_E"],
+        BLOCK_E=counts.shape[1],
         **launch_options(topk_ids.device),
     )
+    place(topk_ids, counts, out, num_experts, tile_rows)
+    return out
+
+
+def empty_counts(num_rows: int, num_experts: int, device: torch.device) -> Tensor:
+    """[blocks, E rounded up] int32: the rows of each expert in each block of many rows."""
+    shape = (triton.cdiv(num_rows, BLOCK_ROWS), triton.next_power_of_2(num_experts))
+    return torch.empty(shape, dtype=torch.int32, device=device)
+
+
+def place(
+    topk_ids: Tensor, counts: Tensor, out: Permutation, num_experts: int, tile_rows: int
+) -> None:
+    """The second launch for many rows: fills `out` from contiguous ids and their counts."""
+    num_blocks, block_e = counts.shape
     _place_kernel[(num_blocks,)](
         topk_ids,
         counts,
         *out,
-        num_rows,
+        topk_ids.numel(),
         num_experts,
         num_blocks,
         out.tiles.shape[1],
+        TILE_ROWS=tile_rows,
         BLOCK_S=BLOCK_ROWS,
         BLOCK_B=32,
+        BLOCK_E=block_e,
+        BLOCK_N=32,
         num_warps=8,
-        **shared,
+        **launch_options(topk_ids.device),
     )
-    return out

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels.routings import ROUTINGS, topk_ids
+from moezoo.layers.kernels import permute
 from moezoo.layers.kernels.quantize import permute_and_quantize, permute_and_quantize_ref
 
 
@@ -14,10 +15,17 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.mark.parametrize("hidden", [1, 128, 300, 1280])
 @pytest.mark.parametrize("routing", ["one-token", "odd", "no-tokens", "absent"])
+@pytest.mark.parametrize("few_rows", [0, 8192], ids=["many", "few"])
 @pytest.mark.usefixtures("fp8")
 def test_matches_reference(
-    routing: str, hidden: int, dtype: torch.dtype, device: torch.device
+    few_rows: int,
+    routing: str,
+    hidden: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(permute, "FEW_ROWS", few_rows)
     num_tokens, _, num_experts = ROUTINGS[routing]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(num_tokens, hidden, generator=generator) * torch.logspace(-3, 3, hidden)
