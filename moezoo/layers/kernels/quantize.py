@@ -2,8 +2,8 @@
 
     x8, scales = per token and 128 of H: x * (448 / max|x|) rounded to fp8, max|x| / 448
 
-The programs of `permute` are few and wait for memory; those that quantise run beside them, with many
-rows in the first of its two launches. Doing it here, by token, reads x once and writes T rows. In
+The programs of `permute` are few and wait for memory; those that quantise run beside them, of
+many rows in the first of two launches. Doing it here, by token, reads x once and writes T rows. In
 the first product's loads it would be done again for each of its I/128 column tiles and K experts,
 on operands that then could not go straight to shared memory; in expert order it would write K times
 as much.
