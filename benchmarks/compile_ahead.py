@@ -15,20 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moezoo.tools.layer import LAYERS, Weights, moezoo_layer
+from moezoo.layers.quant.fp8 import BlockFp8, blocks
+from moezoo.tools.layer import LAYERS, QuantizedWeights, Weights, moezoo_layer
 
 MAX_WORKERS = 12
 
 
-def borrowed(*shape: int) -> Tensor:
-    """A bf16 tensor on the GPU, of any size, over a few bytes: only its address is good."""
+def borrowed(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A tensor on the GPU, of any size, over a few bytes: only its address is good."""
     memory = torch.empty(4096, dtype=torch.uint8, device="cuda")
-    array = {"shape": shape, "typestr": "<f2", "data": (memory.data_ptr(), False), "version": 2}
+    kind = {1: "|u1", 2: "<f2"}[dtype.itemsize]
+    array = {"shape": shape, "typestr": kind, "data": (memory.data_ptr(), False), "version": 2}
     holder = SimpleNamespace(__cuda_array_interface__=array, memory=memory)
-    return torch.as_tensor(holder, device="cuda").view(torch.bfloat16)
+    return torch.as_tensor(holder, device="cuda").view(dtype)
 
 
-def compile_layer(name: str, num_tokens: int) -> list[str]:
+def compile_layer(name: str, num_tokens: int, quantization: str | None = None) -> list[str]:
     """What went wrong, if anything; for a process in which nothing has to be launched."""
     import triton
 
@@ -45,7 +47,7 @@ def compile_layer(name: str, num_tokens: int) -> list[str]:
     logits = torch.randn(num_tokens, num_experts, device="cuda")
     triton.JITFunction.run = compile_only
     try:
-        for build in (_moezoo, _triton_kernels):
+        for build in (_moezoo, _moezoo_fp8 if quantization else _triton_kernels):
             try:
                 with torch.inference_mode():
                     build(w13, w2, layer.k)(x, logits)
@@ -61,6 +63,18 @@ def _moezoo(w13: Tensor, w2: Tensor, k: int) -> Callable[[Tensor, Tensor], Tenso
     return moezoo_layer(Weights(w13, w2), k)
 
 
+def _moezoo_fp8(w13: Tensor, w2: Tensor, k: int) -> Callable[[Tensor, Tensor], Tensor]:
+    num_experts, hidden_size, intermediate_size = w2.shape
+
+    def weights(*shape: int) -> BlockFp8:
+        scales = torch.ones(*shape[:-2], blocks(shape[-2]), blocks(shape[-1]), device="cuda")
+        return BlockFp8(borrowed(*shape, dtype=torch.float8_e4m3fn), scales)
+
+    w13_fp8 = weights(num_experts, 2, intermediate_size, hidden_size)
+    w2_fp8 = weights(num_experts, hidden_size, intermediate_size)
+    return moezoo_layer(QuantizedWeights(w13_fp8, w2_fp8), k)
+
+
 def _triton_kernels(w13: Tensor, w2: Tensor, k: int) -> Callable[[Tensor, Tensor], Tensor]:
     try:
         from peer_triton_kernels import layer
@@ -69,10 +83,12 @@ def _triton_kernels(w13: Tensor, w2: Tensor, k: int) -> Callable[[Tensor, Tensor
     return layer(w13.mT, w2.mT, k)
 
 
-def compile_ahead(layers: list[str], tokens: list[int], seconds: float) -> list[str]:
+def compile_ahead(
+    layers: list[str], tokens: list[int], seconds: float, quantization: str | None = None
+) -> list[str]:
     """Compile for all cells, for so many seconds at most; returns the problems."""
     deadline = time.monotonic() + seconds
-    jobs = [(name, num_tokens) for num_tokens in tokens for name in layers]
+    jobs = [(name, num_tokens, quantization) for num_tokens in tokens for name in layers]
     workers = min(len(jobs), os.cpu_count() or 1, MAX_WORKERS)
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     futures = [pool.submit(compile_layer, *job) for job in jobs]

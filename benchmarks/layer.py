@@ -1,6 +1,7 @@
 """The MoE layer beside its peers and its floor, in one run on one GPU.
 
     python benchmarks/layer.py [--layer qwen3-30b-a3b ...] [--tokens 1 64 ...] [--peers NAME ...]
+                               [--quantization fp8_w8a8]
 
 `moezoo/tools/layer.py` says how it is measured. A peer that is not installed, or that fails on a
 shape, is skipped by name with the reason. Figures that cannot be measured here (vLLM's, DeepGEMM's)
@@ -10,6 +11,10 @@ no figure of its own.
 Results are written after each layer as layer_partial_<GPU>.json, and once a run has gone through
 all layers, numbers of tokens and peers, as layer_<GPU>.json instead; with the routing and the dtype
 in the name where they are not uniform and bfloat16.
+
+In block fp8 the peer is moezoo on the same weights in bfloat16, and vLLM's and DeepGEMM's figures
+are those in fp8. transformers' own experts for this format fetch their kernels from the hub when
+they run, and are left out.
 """
 
 import argparse
@@ -30,25 +35,28 @@ from rich.console import Console
 from rich.table import Table
 
 from moezoo.tools.layer import (
-    DEFAULT_LAYERS,
     DEFAULT_TOKENS,
     LAYERS,
     Cell,
     Implementation,
     Inputs,
     Oracle,
+    QuantizedWeights,
     Report,
     Weights,
+    default_layers,
     known,
     measure,
     moezoo_layer,
     new_cell,
     new_report,
+    random_weights,
     title,
     us,
 )
 
 REFERENCES = Path(__file__).parent / "peers_h100.json"
+OWN_BF16 = "moezoo_bf16"
 PACKAGES = ("transformers", "triton", "triton_kernels")
 
 
@@ -57,6 +65,7 @@ def references(report: Report) -> dict[str, dict[str, dict[int, float]]]:
     kept = json.loads(REFERENCES.read_text())
     if (report.device, report.dtype, report.routing) != (kept["gpu"], kept["dtype"], "uniform"):
         return {}
+    layers = kept["fp8_layers" if report.quantization else "layers"]
     return {
         layer: {
             name: {
@@ -66,7 +75,7 @@ def references(report: Report) -> dict[str, dict[str, dict[int, float]]]:
             }
             for name, row in rows.items()
         }
-        for layer, rows in kept["layers"].items()
+        for layer, rows in layers.items()
     }
 
 
@@ -166,8 +175,14 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def peer(name: str, weights: Weights | QuantizedWeights, k: int) -> Implementation:
+    if isinstance(weights, QuantizedWeights):
+        return moezoo_layer(weights.dequantized(torch.bfloat16), k)
+    return PEERS[name](weights.w13, weights.w2, k)
+
+
 def implementations(
-    weights: Weights, k: int, peers: list[str]
+    weights: Weights | QuantizedWeights, k: int, peers: list[str]
 ) -> tuple[dict[str, Implementation], dict[str, str]]:
     """Those that can be built, and for the others why not."""
     built: dict[str, Implementation] = {"moezoo": moezoo_layer(weights, k)}
@@ -175,7 +190,7 @@ def implementations(
     for name in peers:
         try:
             with torch.inference_mode():
-                built[name] = PEERS[name](weights.w13, weights.w2, k)
+                built[name] = peer(name, weights, k)
         except Exception as error:  # a peer must not take the others with it
             failed[name] = reason(error)
             say(f"{name} skipped: {failed[name]}")
@@ -213,6 +228,7 @@ def result_name(report: Report, *, partial: bool) -> str:
     parts = {
         "skewed": report.routing != "uniform",
         report.dtype: report.dtype != "bfloat16",
+        report.quantization: report.quantization is not None,
         "partial": partial,
     }
     return "_".join(["layer", *(part for part, is_set in parts.items() if is_set)])
@@ -233,8 +249,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--layer", nargs="+", metavar="NAME", help="default: all; on CPU one")
     parser.add_argument("--tokens", nargs="+", type=int, metavar="N")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--peers", nargs="*", choices=[*PEERS, OWN_BF16], help="default: all")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--quantization", choices=["fp8_w8a8"], help="default: none")
     parser.add_argument("--skewed", action="store_true", help="some experts are popular (Zipf)")
     parser.add_argument("--time-budget", type=float, default=math.inf, metavar="SECONDS")
     parser.add_argument("--cell-ms", type=float, default=40, help="timing of a cell, each peer")
@@ -248,7 +265,10 @@ def main() -> None:
     args = parser.parse_args()
     start = time.perf_counter()
     device = torch.device(args.device)
-    layers = known(args.layer or DEFAULT_LAYERS[device.type])
+    default = default_layers(device, args.quantization)
+    layers = known(args.layer or default)
+    all_peers = [OWN_BF16] if args.quantization else list(PEERS)
+    peers = all_peers if args.peers is None else [n for n in args.peers if n in all_peers]
     tokens = args.tokens or list(DEFAULT_TOKENS[device.type])
     dtype = getattr(torch, args.dtype)
 
@@ -256,10 +276,12 @@ def main() -> None:
         return time.perf_counter() - start > args.time_budget
 
     if device.type == "cuda" and args.compile_ahead:
-        for problem in compile_ahead(layers, tokens, args.compile_ahead):
+        for problem in compile_ahead(layers, tokens, args.compile_ahead, args.quantization):
             say(f"compiling ahead: {problem}")
         say(f"compiled ahead in {time.perf_counter() - start:.0f} s")
-    report = new_report(dtype=args.dtype, device=args.device, skewed=args.skewed)
+    report = new_report(
+        dtype=args.dtype, device=args.device, skewed=args.skewed, quantization=args.quantization
+    )
     for package in PACKAGES:
         try:
             report.versions[package] = metadata.version(package)
@@ -270,15 +292,15 @@ def main() -> None:
     for name in layers:
         layer = LAYERS[name]
         try:
-            weights = Weights.random(layer, dtype, device)
+            weights = random_weights(layer, dtype, device, args.quantization)
         except torch.OutOfMemoryError as error:
             report.skipped[name] = reason(error)
             say(f"{name} skipped: {report.skipped[name]}")
             continue
-        built, failed = implementations(weights, layer.k, args.peers)
+        built, failed = implementations(weights, layer.k, peers)
         for num_tokens in tokens:
             inputs = Inputs.random(layer, num_tokens, dtype, device, skewed=args.skewed)
-            cell = new_cell(name, inputs, report.ceilings)
+            cell = new_cell(name, inputs, report.ceilings, quantization=args.quantization)
             cell.skipped.update(failed)
             report.cells.append(cell)
             if expired():
@@ -297,9 +319,9 @@ def main() -> None:
         write(report, kept, time.perf_counter() - start, name=draft, device=device)
         say(f"{name} done after {time.perf_counter() - start:.0f} s")
     whole = (
-        set(layers) >= set(DEFAULT_LAYERS[device.type])
+        set(layers) >= set(default)
         and set(tokens) >= set(DEFAULT_TOKENS[device.type])
-        and set(args.peers) == set(PEERS)
+        and set(peers) == set(all_peers)
         and not expired()
     )
     name = result_name(report, partial=not whole)

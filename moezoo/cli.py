@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from moezoo.loaders.checkpoint import Checkpoint
 
 DONE, FAILED, USAGE, PARTLY, INTERRUPTED = 0, 1, 2, 3, 130
+QUANTIZATIONS = ("fp8_w8a8",)
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 EXIT_CODES = """\
@@ -223,6 +224,9 @@ def _add_tune(commands: Any) -> None:
         metavar="N",
         help="numbers of tokens to tune for, repeatable (default: 2 to 16384)",
     )
+    parser.add_argument(
+        "--quantization", choices=QUANTIZATIONS, help="of the weights (default: 16 bit)"
+    )
     parser.add_argument("--output", type=Path, help="JSON file instead of the user's table")
 
 
@@ -239,6 +243,7 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--layer", nargs="+", metavar="NAME", help="default: all; on CPU one")
     parser.add_argument("--tokens", nargs="+", type=_number(int, 1), metavar="N")
     parser.add_argument("--dtype", choices=DTYPES[1:], default="bfloat16")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="default: weights in --dtype")
     parser.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is one")
     parser.add_argument("--skewed", action="store_true", help="some experts are popular (Zipf)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
@@ -507,9 +512,14 @@ def _tune(arguments: argparse.Namespace) -> int:
     layer = _layer(arguments)
     path = arguments.output or user_table(device)
     # What is wrong should be said before minutes are spent.
-    check(layer, device)
+    check(layer, device, arguments.quantization)
     read_entries(path)
-    entry = tune(layer, tokens=arguments.tokens or TOKENS, report=_say)
+    entry = tune(
+        layer,
+        tokens=arguments.tokens or TOKENS,
+        quantization=arguments.quantization,
+        report=_say,
+    )
     _say(f"written to {save([entry], path)}")
     return DONE
 
@@ -551,6 +561,7 @@ def _bench_layer(arguments: argparse.Namespace) -> int:
         arguments.layer,
         arguments.tokens,
         dtype=arguments.dtype,
+        quantization=arguments.quantization,
         device=arguments.device,
         skewed=arguments.skewed,
         progress=lambda cell: _say(f"{cell.layer}, {cell.num_tokens} tokens: done"),

@@ -26,6 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from moezoo.layers.moe import fused_experts, softmax_topk
+from moezoo.layers.quant import BlockFp8
 
 Implementation = Callable[[Tensor, Tensor], Tensor]
 """(x [T, H], logits [T, E]) -> [T, H], for weights that it holds."""
@@ -62,6 +63,13 @@ DEFAULT_TOKENS = {"cuda": (1, 4, 16, 64, 256, 1024, 4096, 16384), "cpu": (1, 4, 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 """Norm of a token's error over the norm of its output, at most. 16 bit: some roundings on the way,
 each within half a unit in the last place; fp32: the order of the sums."""
+
+QUANTIZED_TOLERANCE = 8e-2
+"""TOLERANCE for fp8_w8a8 against fp32 on the dequantised weights: x and h are rounded to 4 bits,
+which changes an element by 2.5 % on average and a sum of many as much, x in both factors of h."""
+
+FP8_LAYERS = ("qwen3-30b-a3b", "deepseek-v3")
+"""Those that are published in block fp8."""
 
 ZIPF_EXPONENT = 1.0
 CHECKED_TOKENS = 64
@@ -124,6 +132,7 @@ class Report:
     routing: str
     ceilings: Ceilings
     versions: dict[str, str]
+    quantization: str | None = None
     cells: list[Cell] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     """Layer -> why it has no cells."""
@@ -166,7 +175,7 @@ class Report:
 def title(report: Report) -> str:
     ceilings = report.ceilings
     return (
-        f"{report.device}, {report.dtype}, {report.routing} routing; "
+        f"{report.device}, {report.quantization or report.dtype}, {report.routing} routing; "
         f"{ceilings.read_bytes_per_second / 1e9:,.0f} GB/s read, "
         f"{ceilings.flop_per_second / 1e12:.3g} TFLOP/s"
     )
@@ -188,9 +197,11 @@ class Weights:
     w2: Tensor
 
     @classmethod
-    def random(cls, layer: Layer, dtype: torch.dtype, device: torch.device) -> "Weights":
+    def random(
+        cls, layer: Layer, dtype: torch.dtype, device: torch.device, *, seed: int = 0
+    ) -> "Weights":
         """Normal, and of a size that keeps activations near 1."""
-        generator = torch.Generator(device).manual_seed(0)
+        generator = torch.Generator(device).manual_seed(seed)
         E, H, I = layer.num_experts, layer.hidden_size, layer.intermediate_size
         w13 = torch.empty(E, 2 * I, H, dtype=dtype, device=device)
         w2 = torch.empty(E, H, I, dtype=dtype, device=device)
@@ -199,8 +210,58 @@ class Weights:
             w2[expert].normal_(std=I**-0.5, generator=generator)
         return cls(w13, w2)
 
+    def expert(self, index: int) -> tuple[Tensor, Tensor]:
+        """w13 [2I, H] and w2 [H, I] of an expert, fp32."""
+        return self.w13[index].float(), self.w2[index].float()
 
-def moezoo_layer(weights: Weights, k: int) -> Implementation:
+
+@dataclass(frozen=True)
+class QuantizedWeights:
+    """w13 [E, 2, I, H] and w2 [E, H, I] in block fp8."""
+
+    w13: BlockFp8
+    w2: BlockFp8
+
+    @classmethod
+    def random(cls, layer: Layer, device: torch.device) -> "QuantizedWeights":
+        """As `Weights.random`, quantised expert by expert."""
+        one = Layer(1, 1, layer.hidden_size, layer.intermediate_size)
+        parts = []
+        for seed in range(layer.num_experts):
+            weights = Weights.random(one, torch.bfloat16, device, seed=seed)
+            w13 = weights.w13.unflatten(1, (2, -1))
+            parts.append((BlockFp8.quantize(w13), BlockFp8.quantize(weights.w2)))
+        w13s, w2s = zip(*parts, strict=True)
+        return cls(_joined(w13s), _joined(w2s))
+
+    def expert(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.w13[index].dequantize().flatten(0, 1), self.w2[index].dequantize()
+
+    def dequantized(self, dtype: torch.dtype) -> Weights:
+        """The same weights in `dtype`, expert by expert."""
+        num_experts, hidden_size, intermediate_size = self.w2.shape
+        device = self.w2.data.device
+        sizes = (num_experts, 2 * intermediate_size, hidden_size)
+        w13, w2 = (torch.empty(s, dtype=dtype, device=device) for s in (sizes, self.w2.shape))
+        for index in range(num_experts):
+            w13[index], w2[index] = self.expert(index)
+        return Weights(w13, w2)
+
+
+def _joined(parts: Sequence[BlockFp8]) -> BlockFp8:
+    data = torch.cat([part.data for part in parts])
+    return BlockFp8(data, torch.cat([part.scales for part in parts]))
+
+
+def random_weights(
+    layer: Layer, dtype: torch.dtype, device: torch.device, quantization: str | None
+) -> Weights | QuantizedWeights:
+    if quantization is None:
+        return Weights.random(layer, dtype, device)
+    return QuantizedWeights.random(layer, device)
+
+
+def moezoo_layer(weights: Weights | QuantizedWeights, k: int) -> Implementation:
     def run(x: Tensor, logits: Tensor) -> Tensor:
         topk_weights, topk_ids = softmax_topk(logits, k, renormalize=True)
         return fused_experts(x, weights.w13, weights.w2, topk_weights, topk_ids)
@@ -273,15 +334,16 @@ class Inputs:
         return cls(x, tuple(sets), statistics.mean(num_hit), disjoint)
 
 
-def reference(weights: Weights, k: int, x: Tensor, logits: Tensor) -> Tensor:
+def reference(weights: Weights | QuantizedWeights, k: int, x: Tensor, logits: Tensor) -> Tensor:
     """The layer in fp32 and plain torch, [T, H] fp32; one expert at a time is converted."""
     chosen, ids = logits.float().topk(k)
     topk_weights = chosen.softmax(-1)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in ids.unique().tolist():
         tokens, slots = (ids == expert).nonzero(as_tuple=True)
-        gate, up = (x[tokens].float() @ weights.w13[expert].float().T).chunk(2, -1)
-        y = (torch.nn.functional.silu(gate) * up) @ weights.w2[expert].float().T
+        w13, w2 = weights.expert(expert)
+        gate, up = (x[tokens].float() @ w13.T).chunk(2, -1)
+        y = (torch.nn.functional.silu(gate) * up) @ w2.T
         out[tokens] += y * topk_weights[tokens, slots, None]
     return out
 
@@ -289,11 +351,13 @@ def reference(weights: Weights, k: int, x: Tensor, logits: Tensor) -> Tensor:
 class Oracle:
     """Compares results with fp32 on a sample of the tokens, for each set of logits."""
 
-    def __init__(self, weights: Weights, k: int, inputs: Inputs) -> None:
+    def __init__(self, weights: Weights | QuantizedWeights, k: int, inputs: Inputs) -> None:
         num_tokens = len(inputs.x)
         spread = torch.linspace(0, num_tokens - 1, min(num_tokens, CHECKED_TOKENS))
         self.sample = spread.round().long().to(inputs.x.device)
         self.tolerance = TOLERANCE[inputs.x.dtype]
+        if isinstance(weights, QuantizedWeights):
+            self.tolerance = QUANTIZED_TOLERANCE
         self.shape, self.dtype = inputs.x.shape, inputs.x.dtype
         self.expected = {
             index: reference(weights, k, inputs.x[self.sample], inputs.logits[index][self.sample])
@@ -398,15 +462,27 @@ def _time_calls(
 
 
 @torch.inference_mode()
-def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """A reduction over memory that no cache holds, and a large square matrix product."""
+def measure_ceilings(
+    device: torch.device, dtype: torch.dtype, quantization: str | None = None
+) -> Ceilings:
+    """A reduction over memory that no cache holds, and a large square matrix product.
+
+    The product is of fp8 with one scale a matrix, where `quantization` multiplies fp8: on CUDA.
+    """
     on_gpu = device.type == "cuda"
     data = torch.randn(2**29 if on_gpu else 2**26, device=device)
     read = data.nbytes / _best(data.sum, device)
     del data
     size = 8192 if on_gpu else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return Ceilings(read, 2 * size**3 / _best(lambda: torch.nn.functional.linear(a, b), device))
+    multiply = partial(torch.nn.functional.linear, a, b)
+    if quantization is not None and on_gpu:
+        a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
+        one = torch.ones((), device=device)
+        multiply = partial(
+            torch._scaled_mm, a8, b8.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16
+        )
+    return Ceilings(read, 2 * size**3 / _best(multiply, device))
 
 
 def _best(run: Callable[[], object], device: torch.device) -> float:
@@ -428,11 +504,14 @@ def _best(run: Callable[[], object], device: torch.device) -> float:
     return min(samples)
 
 
-def new_cell(name: str, inputs: Inputs, ceilings: Ceilings) -> Cell:
+def new_cell(
+    name: str, inputs: Inputs, ceilings: Ceilings, *, quantization: str | None = None
+) -> Cell:
     """The cell of layer `name` for these inputs, its floor counted, nothing timed yet."""
     layer = LAYERS[name]
     num_tokens, dtype = len(inputs.x), inputs.x.dtype
-    expert_bytes = layer.expert_elements * dtype.itemsize
+    # In fp8 a byte each; the scales, one for 128 x 128, are not counted.
+    expert_bytes = layer.expert_elements * (1 if quantization else dtype.itemsize)
     launches = len(inputs.logits) if inputs.disjoint else 1
     return Cell(
         *(name, num_tokens, inputs.experts_hit),
@@ -447,6 +526,7 @@ def bench(
     tokens: Sequence[int] | None = None,
     *,
     dtype: str = "bfloat16",
+    quantization: str | None = None,
     device: str | None = None,
     skewed: bool = False,
     budget_ms: float = 50.0,
@@ -454,22 +534,23 @@ def bench(
 ) -> Report:
     """Measure moezoo's layer; every cell is also given to `progress` when it is done.
 
-    A layer whose weights do not fit is skipped. Raises ValueError for one that is not in `LAYERS`.
+    `quantization` is "fp8_w8a8", or None for weights in `dtype`. A layer whose weights
+    do not fit is skipped. Raises ValueError for one that is not in `LAYERS`.
     """
     kind = device_of(device)
-    names = known(layers or DEFAULT_LAYERS[kind.type])
-    report = new_report(dtype=dtype, device=device, skewed=skewed)
+    names = known(layers or default_layers(kind, quantization))
+    report = new_report(dtype=dtype, device=device, skewed=skewed, quantization=quantization)
     for name in names:
         layer = LAYERS[name]
         try:
-            weights = Weights.random(layer, getattr(torch, dtype), kind)
+            weights = random_weights(layer, getattr(torch, dtype), kind, quantization)
         except torch.OutOfMemoryError as error:
             report.skipped[name] = _first_line(error)
             continue
         run = moezoo_layer(weights, layer.k)
         for num_tokens in tokens or DEFAULT_TOKENS[kind.type]:
             inputs = Inputs.random(layer, num_tokens, getattr(torch, dtype), kind, skewed=skewed)
-            cell = new_cell(name, inputs, report.ceilings)
+            cell = new_cell(name, inputs, report.ceilings, quantization=quantization)
             try:
                 oracle = Oracle(weights, layer.k, inputs)
                 cell.timings["moezoo"] = measure(run, inputs, oracle, budget_ms=budget_ms)
@@ -487,15 +568,22 @@ def _first_line(error: Exception) -> str:
     return str(error).split("\n")[0]
 
 
-def new_report(*, dtype: str, device: str | None, skewed: bool) -> Report:
+def default_layers(device: torch.device, quantization: str | None) -> tuple[str, ...]:
+    return FP8_LAYERS if quantization and device.type == "cuda" else DEFAULT_LAYERS[device.type]
+
+
+def new_report(
+    *, dtype: str, device: str | None, skewed: bool, quantization: str | None = None
+) -> Report:
     """A report without cells, its ceilings measured."""
     kind = device_of(device)
     return Report(
         device_name(kind),
         dtype,
         "skewed (Zipf)" if skewed else "uniform",
-        measure_ceilings(kind, getattr(torch, dtype)),
+        measure_ceilings(kind, getattr(torch, dtype), quantization),
         _versions(),
+        quantization,
     )
 
 

@@ -26,14 +26,26 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from moezoo.errors import MoEZooError
 from moezoo.layers.kernels import tiles
 from moezoo.layers.kernels.down import down
+from moezoo.layers.kernels.down_fp8 import down_fp8
 from moezoo.layers.kernels.gated_up import gated_up
+from moezoo.layers.kernels.gated_up_fp8 import gated_up_fp8
 from moezoo.layers.kernels.overlap import capability
 from moezoo.layers.kernels.permute import Permutation, permute
-from moezoo.layers.kernels.tiles import Plan, Tile
-from moezoo.tools.layer import Layer, Weights, device_name, device_of, time_graph
+from moezoo.layers.kernels.tiles import BLOCK_FP8, Plan, Sizes, Tile, sizes_of
+from moezoo.layers.quant.fp8 import BLOCK, BlockFp8, Fp8Rows, quantize_rows
+from moezoo.tools.layer import (
+    Layer,
+    QuantizedWeights,
+    Weights,
+    device_name,
+    device_of,
+    random_weights,
+    time_graph,
+)
 
 TOKENS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 Call = Callable[[], Tensor]
+Product = Callable[[Permutation], Tensor]
 Candidate = tuple[Tile, list[Call]]
 """A tile, and the calls to time for it."""
 
@@ -119,11 +131,70 @@ def down_tiles(rows_per_expert: float) -> Iterator[Tile]:
         yield replace(small, programs_per_sm=2)
 
 
+def gated_up_fp8_tiles(rows_per_expert: float) -> Iterator[Tile]:
+    """Candidates for the first product in block fp8: n and k are 128."""
+    if rows_per_expert <= 40:
+        for m in _few_rows(rows_per_expert):
+            first = Tile(m, 128, 128, 8, 3, descriptors=True, weights_first=True)
+            for num_stages in (2, 3, 4):
+                yield replace(first, num_stages=num_stages)
+                if m < 64:
+                    yield replace(first, num_stages=num_stages, num_warps=4)
+            yield replace(first, group_m=1)
+    if 12 < rows_per_expert <= 400:
+        tile = Tile(64, 128, 128, 8, 4, descriptors=True)
+        yield tile
+        yield replace(tile, num_stages=2)
+        yield replace(tile, num_warps=4, num_stages=2)
+        yield replace(tile, num_warps=4, num_stages=3)
+        yield replace(tile, tail=32)
+    if rows_per_expert > 24:
+        tile = Tile(128, 128, 128, 8, 4, descriptors=True)
+        for tail in (0, 32, 64):
+            for group_m in (4, 8, 16):
+                yield replace(tile, tail=tail, group_m=group_m)
+        yield replace(tile, programs_per_sm=1)
+
+
+def down_fp8_tiles(rows_per_expert: float) -> Iterator[Tile]:
+    """Candidates for the second product in block fp8: k is 128."""
+    if rows_per_expert <= 40:
+        for m in _few_rows(rows_per_expert):
+            first = Tile(m, 128, 128, 8, 4, descriptors=True, weights_first=True)
+            yield first
+            yield replace(first, n=256, num_stages=3)
+            if m < 64:
+                yield replace(first, num_warps=4)
+                yield replace(first, n=64, num_warps=4)
+                yield replace(first, n=64, num_warps=4, num_stages=8)
+    if 12 < rows_per_expert <= 400:
+        tile = Tile(64, 128, 128, 4, 4, descriptors=True)
+        yield tile
+        yield replace(tile, num_stages=3)
+        yield replace(tile, n=256, num_warps=8)
+        yield replace(tile, n=256, num_warps=8, programs_per_sm=1)
+    if rows_per_expert > 24:
+        for n in (128, 256):
+            tile = Tile(128, n, 128, 8, 4, descriptors=True)
+            yield tile
+            yield replace(tile, tail=64)
+            yield replace(tile, num_stages=3)
+            yield replace(tile, programs_per_sm=1)
+            yield replace(tile, group_m=16)
+
+
+CANDIDATES = {
+    None: (gated_up_tiles, down_tiles),
+    BLOCK_FP8: (gated_up_fp8_tiles, down_fp8_tiles),
+}
+"""For each quantisation, the candidates of both products by the rows of an expert."""
+
+
 def _few_rows(rows_per_expert: float) -> tuple[int, ...]:
     return (16,) if rows_per_expert <= 6 else (16, 32) if rows_per_expert <= 14 else (32, 64)
 
 
-def check(layer: Layer, device: torch.device) -> None:
+def check(layer: Layer, device: torch.device, quantization: str | None = None) -> None:
     """Raises ValueError where there is nothing to search: candidates read through descriptors."""
     hidden, intermediate = layer.hidden_size, layer.intermediate_size
     by_rule = "such a layer gets its tiles by rule, without a table"
@@ -133,32 +204,38 @@ def check(layer: Layer, device: torch.device) -> None:
             f"and later, and this one is {device_name(device)}; here every layer gets its tiles by "
             "rule, without a table"
         )
-    if hidden % 8 or intermediate % 8:
+    step, smallest = (8, SMALLEST_SIZE) if quantization is None else (16, BLOCK)
+    if hidden % step or intermediate % step:
         raise ValueError(
-            f"tune needs a hidden and an intermediate size that are multiples of 8, which the bulk "
-            f"copy engine reads, got {hidden} and {intermediate}; {by_rule}"
+            f"tune needs a hidden and an intermediate size that are multiples of {step}, which the "
+            f"bulk copy engine reads, got {hidden} and {intermediate}; {by_rule}"
         )
-    if min(hidden, intermediate) < SMALLEST_SIZE:
+    if min(hidden, intermediate) < smallest:
         raise ValueError(
-            f"tune needs a hidden and an intermediate size of at least {SMALLEST_SIZE}, got "
+            f"tune needs a hidden and an intermediate size of at least {smallest}, got "
             f"{hidden} and {intermediate}; {by_rule}"
         )
 
 
 def tune(
-    layer: Layer, *, tokens: Iterable[int] = TOKENS, report: Callable[[str], None] = print
+    layer: Layer,
+    *,
+    tokens: Iterable[int] = TOKENS,
+    quantization: str | None = None,
+    report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Time the candidates on the current CUDA device; the entry of the layer for `save`.
 
-    bf16, random weights and choices of experts. Raises what `check` does, MoEZooError where no
-    candidate runs, and torch.OutOfMemoryError where the layer's weights do not fit.
+    bf16, or weights in "fp8_w8a8"; random weights and choices of experts. Raises what `check` does,
+    MoEZooError where no candidate runs, and torch.OutOfMemoryError where the layer's weights do not
+    fit.
     """
     device = torch.device("cuda", torch.cuda.current_device())
-    check(layer, device)
+    check(layer, device, quantization)
     tokens = sorted(set(tokens))
-    compile_candidates(layer, tokens)
+    compile_candidates(layer, tokens, quantization)
     generator = torch.Generator(device).manual_seed(0)
-    weights = Weights.random(layer, torch.bfloat16, device)
+    weights = random_weights(layer, torch.bfloat16, device, quantization)
     plans = []
     for num_tokens in tokens:
         us1, us2, chosen = _fastest(_Case.random(layer, weights, num_tokens, generator=generator))
@@ -180,6 +257,7 @@ def tune(
         "hidden_size": layer.hidden_size,
         "intermediate_size": layer.intermediate_size,
         "k": layer.k,
+        **({} if quantization is None else {"quantization": quantization}),
         "plans": plans,
     }
 
@@ -188,20 +266,23 @@ def tune(
 class _Case:
     """What the two products read at one number of tokens.
 
-    x [T, H] and h [S, I] for w13 [E, 2, I, H] and w2 [E, H, I], bf16; by the m of a tile, the
-    permutations of each choice of experts.
+    x [T, H] and h [S, I], bf16; by the m of a tile, the permutations of each choice of experts.
     """
 
     x: Tensor
     h: Tensor
-    w13: Tensor
-    w2: Tensor
+    weights: Weights | QuantizedWeights
     k: int
     permutations: dict[int, list[Permutation]]
 
     @classmethod
     def random(
-        cls, layer: Layer, weights: Weights, num_tokens: int, *, generator: torch.Generator
+        cls,
+        layer: Layer,
+        weights: Weights | QuantizedWeights,
+        num_tokens: int,
+        *,
+        generator: torch.Generator,
     ) -> "_Case":
         def normal(*size: int) -> Tensor:
             device = generator.device
@@ -218,11 +299,15 @@ class _Case:
         permutations = {
             m: [permute(ids, layer.num_experts, m) for ids in choices] for m in (16, 32, 64, 128)
         }
-        return cls(x, h, weights.w13.unflatten(1, (2, -1)), weights.w2, layer.k, permutations)
+        return cls(x, h, weights, layer.k, permutations)
 
     @property
     def rows_per_expert(self) -> float:
-        return len(self.h) / len(self.w2)
+        return len(self.h) / self.weights.w2.shape[0]
+
+    @property
+    def quantization(self) -> str | None:
+        return BLOCK_FP8 if isinstance(self.weights, QuantizedWeights) else None
 
 
 def _fastest(case: _Case) -> tuple[float, float, Plan]:
@@ -242,18 +327,38 @@ def _fastest(case: _Case) -> tuple[float, float, Plan]:
 
 
 def _first_calls(case: _Case, m: int) -> Iterator[Candidate]:
-    for tile in gated_up_tiles(case.rows_per_expert):
+    first_tiles, _ = CANDIDATES[case.quantization]
+    for tile in first_tiles(case.rows_per_expert):
         if tile.m == m and case.x.shape[1] >= tile.k:
-            fitted = tile.fitted(2, 2, case.x.device)
-            product = partial(gated_up, case.x, case.w13, k=case.k, tile=fitted)
-            yield tile, [partial(product, permutation=r) for r in case.permutations[m]]
+            product = _first_product(case.x, case.weights, case.k, tile)
+            yield tile, [partial(product, r) for r in case.permutations[m]]
 
 
 def _second_calls(case: _Case, m: int) -> Iterator[Candidate]:
-    for tile in down_tiles(case.rows_per_expert):
+    _, second_tiles = CANDIDATES[case.quantization]
+    for tile in second_tiles(case.rows_per_expert):
         if tile.m == m and case.h.shape[1] >= tile.k:
-            product = partial(down, case.h, case.w2, tile=tile.fitted(1, 2, case.h.device))
-            yield tile, [partial(product, permutation=r) for r in case.permutations[m]]
+            product = _second_product(case.h, case.weights, tile)
+            yield tile, [partial(product, r) for r in case.permutations[m]]
+
+
+def _first_product(x: Tensor, weights: Weights | QuantizedWeights, k: int, tile: Tile) -> Product:
+    w13 = weights.w13
+    if isinstance(w13, BlockFp8):
+        fitted, tokens = tile.fitted(2, 1, x.device), quantize_rows(x)
+        return lambda rows: gated_up_fp8(tokens, w13, rows, k=k, tile=fitted).data
+    fitted = tile.fitted(2, 2, x.device)
+    return lambda rows: gated_up(x, w13, rows, k=k, tile=fitted)
+
+
+def _second_product(h: Tensor, weights: Weights | QuantizedWeights, tile: Tile) -> Product:
+    w2 = weights.w2
+    if isinstance(w2, BlockFp8):
+        data, scales = quantize_rows(h)
+        fitted, between = tile.fitted(1, 1, h.device), Fp8Rows(data, scales.mT.contiguous().mT)
+        return lambda rows: down_fp8(between, w2, rows, dtype=torch.bfloat16, tile=fitted)
+    fitted = tile.fitted(1, 2, h.device)
+    return lambda rows: down(h, w2, rows, tile=fitted)
 
 
 def _best(candidates: Iterable[Candidate]) -> tuple[float, Tile] | None:
@@ -272,24 +377,20 @@ def _microseconds(calls: list[Call]) -> float:
     return 1e6 * statistics.median(seconds) / launches
 
 
-def compile_candidates(layer: Layer, tokens: Iterable[int]) -> None:
+def compile_candidates(
+    layer: Layer, tokens: Iterable[int], quantization: str | None = None
+) -> None:
     """Compile the candidates into Triton's cache with several processes."""
-    tokens = list(tokens)
-    firsts = {
-        candidate
-        for num_tokens in tokens
-        for candidate in gated_up_tiles(num_tokens * layer.k / layer.num_experts)
-    }
-    seconds = {
-        candidate
-        for num_tokens in tokens
-        for candidate in down_tiles(num_tokens * layer.k / layer.num_experts)
-    }
+    rows = [num_tokens * layer.k / layer.num_experts for num_tokens in tokens]
+    first_tiles, second_tiles = CANDIDATES[quantization]
+    firsts = {tile for number in rows for tile in first_tiles(number)}
+    seconds = {tile for number in rows for tile in second_tiles(number)}
     jobs = [("gated_up", tile) for tile in firsts] + [("down", tile) for tile in seconds]
-    sizes = (_small(layer.hidden_size), _small(layer.intermediate_size))
+    small = Layer(4, 2, _small(layer.hidden_size), _small(layer.intermediate_size))
     workers = min(len(jobs), MAX_PROCESSES, max(1, (os.cpu_count() or 2) - 1))
+    compile_ = partial(_compile, layer=small, quantization=quantization)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_compile, jobs, [sizes] * len(jobs), chunksize=2))
+        list(pool.map(compile_, jobs, chunksize=2))
 
 
 def _small(size: int) -> int:
@@ -297,21 +398,21 @@ def _small(size: int) -> int:
     return 256 + size % 256
 
 
-def _compile(job: tuple[str, Tile], sizes: tuple[int, int]) -> None:
+def _compile(job: tuple[str, Tile], layer: Layer, quantization: str | None) -> None:
     operation, tile = job
-    hidden, intermediate = sizes
-    x = torch.randn(64, hidden, device="cuda", dtype=torch.bfloat16)
-    ids = torch.arange(128, device="cuda", dtype=torch.int32).view(64, 2) % 4
+    device = torch.device("cuda", torch.cuda.current_device())
+    weights = random_weights(layer, torch.bfloat16, device, quantization)
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(64, layer.hidden_size, device=device, generator=generator).bfloat16()
+    h = torch.randn(128, layer.intermediate_size, device=device, generator=generator).bfloat16()
+    ids = torch.arange(128, device=device, dtype=torch.int32).view(64, 2) % 4
     rows = permute(ids, 4, tile.m)
     # The search meets the same error, and goes on without the tile.
     with unless_unusable():
         if operation == "gated_up":
-            w13 = torch.randn(4, 2, intermediate, hidden, device="cuda", dtype=torch.bfloat16)
-            gated_up(x, w13, rows, k=2, tile=tile.fitted(2, 2, x.device))
+            _first_product(x, weights, layer.k, tile)(rows)
         else:
-            w2 = torch.randn(4, hidden, intermediate, device="cuda", dtype=torch.bfloat16)
-            h = torch.randn(128, intermediate, device="cuda", dtype=torch.bfloat16)
-            down(h, w2, rows, tile=tile.fitted(1, 2, x.device))
+            _second_product(h, weights, tile)(rows)
     torch.cuda.synchronize()
 
 
@@ -337,21 +438,17 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _sizes(entry: dict[str, Any]) -> tuple[int, int, int]:
-    return entry["num_experts"], entry["hidden_size"], entry["intermediate_size"]
-
-
 def save(entries: Iterable[dict[str, Any]], path: Path) -> Path:
     """Add the layers to the table at `path`, which this process also uses from now on; returns it.
 
     A plan takes the place of an older one for the same sizes and rows an expert; others stay.
     Raises ValueError if the old file is malformed.
     """
-    merged = {_sizes(entry): entry for entry in read_entries(path)}
+    merged: dict[Sizes, dict[str, Any]] = {sizes_of(entry): entry for entry in read_entries(path)}
     for entry in entries:
-        old = merged.get(_sizes(entry), {"plans": []})
+        old = merged.get(sizes_of(entry), {"plans": []})
         plans = {plan["rows_per_expert"]: plan for plan in [*old["plans"], *entry["plans"]]}
-        merged[_sizes(entry)] = {**entry, "plans": [plans[rows] for rows in sorted(plans)]}
+        merged[sizes_of(entry)] = {**entry, "plans": [plans[rows] for rows in sorted(plans)]}
     document = {
         "device": device_name(device_of(None)),
         "torch": torch.__version__,

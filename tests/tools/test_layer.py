@@ -221,3 +221,23 @@ def test_command_line(small, capsys, tmp_path):
 def test_command_line_names_the_layers_it_knows(capsys):
     assert cli.main(["bench", "layer", "--layer", "gpt-4"]) == 2
     assert "qwen3-30b-a3b" in capsys.readouterr().err
+
+
+def test_block_fp8_is_measured_against_its_dequantized_weights(small):
+    report = tool.bench(["small"], [1, 5], quantization="fp8_w8a8", device="cpu", budget_ms=1)
+    assert report.quantization == "fp8_w8a8"
+    assert [cell.skipped for cell in report.cells] == [{}, {}]
+    for cell in report.cells:
+        assert 0 < cell.timings["moezoo"].error < tool.QUANTIZED_TOLERANCE
+    # 2 of 16 experts, a byte a weight.
+    assert report.cells[0].floor_us == pytest.approx(1e6 * 2 * SMALL.expert_elements / 1e10)
+
+
+def test_quantized_weights_are_those_of_the_layer():
+    weights = tool.QuantizedWeights.random(SMALL, CPU)
+    w13, w2 = weights.expert(3)
+    assert w13.shape == (48, 32)
+    plain = weights.dequantized(torch.float32)
+    assert torch.equal(plain.w13[3], w13)
+    assert torch.equal(plain.w2[3], w2)
+    assert not torch.equal(plain.w2[3], plain.w2[4])

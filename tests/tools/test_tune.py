@@ -12,7 +12,7 @@ from moezoo.errors import MoEZooError
 from moezoo.layers.kernels import tiles
 from moezoo.layers.kernels.tiles import Tile
 from moezoo.tools import tune as tool
-from moezoo.tools.layer import LAYERS, Layer
+from moezoo.tools.layer import LAYERS, Layer, Weights
 
 ROWS_PER_EXPERT = sorted(
     {tokens * layer.k / layer.num_experts for tokens in tool.TOKENS for layer in LAYERS.values()}
@@ -41,9 +41,11 @@ def stages(path):
     }
 
 
+@pytest.mark.parametrize("quantization", tool.CANDIDATES)
 @pytest.mark.parametrize("rows", ROWS_PER_EXPERT)
-def test_candidates_are_tiles_that_a_product_takes(rows):
-    firsts, seconds = list(tool.gated_up_tiles(rows)), list(tool.down_tiles(rows))
+def test_candidates_are_tiles_that_a_product_takes(rows, quantization):
+    first_tiles, second_tiles = tool.CANDIDATES[quantization]
+    firsts, seconds = list(first_tiles(rows)), list(second_tiles(rows))
     for tile in [*firsts, *seconds]:
         assert tile.m in (16, 32, 64, 128)
         assert tile.tail == 0 or (tile.tail >= 16 and tile.tail < tile.m)
@@ -55,6 +57,10 @@ def test_candidates_are_tiles_that_a_product_takes(rows):
         if tile.weights_first:
             assert tile.n % 64 == 0
             assert not tile.tail
+    if quantization:
+        assert all((tile.n, tile.k) == (128, 128) for tile in firsts)
+        assert all(tile.n in (64, 128, 256) and tile.k == 128 for tile in seconds)
+        assert {tile.m for tile in firsts} & {tile.m for tile in seconds}
 
 
 @pytest.mark.parametrize("rows", ROWS_PER_EXPERT)
@@ -64,9 +70,10 @@ def test_both_products_have_a_candidate_of_one_m_even_for_the_smallest_layer(row
     assert first & second
 
 
+@pytest.mark.parametrize("quantization", tool.CANDIDATES)
 @pytest.mark.parametrize("rows", ROWS_PER_EXPERT)
-def test_no_candidate_is_measured_twice(rows):
-    for candidates in (list(tool.gated_up_tiles(rows)), list(tool.down_tiles(rows))):
+def test_no_candidate_is_measured_twice(rows, quantization):
+    for candidates in [list(of(rows)) for of in tool.CANDIDATES[quantization]]:
         assert len(candidates) == len(set(candidates))
 
 
@@ -118,7 +125,7 @@ def test_an_error_of_the_device_is_not_taken_for_a_tile_that_does_not_compile():
 def test_no_candidate_at_all_is_an_error(monkeypatch):
     monkeypatch.setattr(tool, "_best", lambda candidates: None)
     x = torch.empty(4, 64)
-    case = tool._Case(x, x, x, x, 2, {16: [], 32: []})
+    case = tool._Case(x, x, Weights(x, x), 2, {16: [], 32: []})
     with pytest.raises(MoEZooError, match="at 4 tokens no candidate runs"):
         tool._fastest(case)
 
@@ -132,6 +139,24 @@ def test_saving_merges_plans_and_the_new_ones_win(tmp_path):
     assert [plan["rows_per_expert"] for plan in merged["plans"]] == [1.0, 2.0, 4.0]
     assert other == entry(7.0, sizes=(4, 64, 64))
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_plans_of_a_quantization_stand_beside_the_others(tmp_path):
+    path = tmp_path / "tiles.json"
+    quantized = entry(1.0, num_stages=2) | {"quantization": "fp8_w8a8"}
+    tool.save([entry(1.0), quantized], path)
+    assert len(tool.read_entries(path)) == 2
+    table = tiles.read_table(path)
+    assert table[8, 64, 96][1.0].down.num_stages == 3
+    assert table[8, 64, 96, "fp8_w8a8"][1.0].down.num_stages == 2
+
+
+def test_layers_with_nothing_to_tune_in_fp8(hopper):
+    tool.check(Layer(8, 2, 128, 144), CPU, "fp8_w8a8")
+    with pytest.raises(ValueError, match="multiples of 16"):
+        tool.check(Layer(8, 2, 128, 136), CPU, "fp8_w8a8")
+    with pytest.raises(ValueError, match="at least 128"):
+        tool.check(Layer(8, 2, 128, 64), CPU, "fp8_w8a8")
 
 
 def test_what_was_saved_is_used_at_once(tmp_path, monkeypatch):
@@ -187,7 +212,7 @@ def test_the_command_refuses_before_the_search(hopper, gpu_stand_in, capsys, tmp
 
 
 def test_the_command_adds_to_a_table(hopper, gpu_stand_in, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "tune", lambda layer, *, tokens, report: entry(*tokens))
+    monkeypatch.setattr(tool, "tune", lambda layer, *, tokens, quantization, report: entry(*tokens))
     path = tmp_path / "tiles.json"
     for tokens in ("4", "2"):
         command = ["tune", "8,2,64,96", "--tokens", tokens, "--output", str(path)]

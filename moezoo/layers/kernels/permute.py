@@ -92,8 +92,9 @@ def _store_tiles(
         )
 
 
-@triton.jit(do_not_specialize=["num_rows", "max_tiles"])
-def _permute_kernel(
+@triton.jit
+def permute_expert(
+    expert,
     ids_ptr,
     order_ptr,
     positions_ptr,
@@ -107,10 +108,7 @@ def _permute_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    wait(OVERLAP)
-    expert = tl.program_id(0)
     lanes = tl.arange(0, BLOCK_S)
     experts = tl.arange(0, BLOCK_E)
     counts = tl.zeros([BLOCK_E], tl.int32)
@@ -143,6 +141,49 @@ def _permute_kernel(
             offset += tl.sum(own, 0)
 
 
+@triton.jit(do_not_specialize=["num_rows", "max_tiles"])
+def _permute_kernel(
+    ids_ptr,
+    order_ptr,
+    positions_ptr,
+    offsets_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
+    num_rows,
+    num_experts,
+    max_tiles,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    wait(OVERLAP)
+    # fmt: off
+    permute_expert(
+        tl.program_id(0), ids_ptr, order_ptr, positions_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
+        num_rows, num_experts, max_tiles, TILE_ROWS, BLOCK_S, BLOCK_E, BLOCK_N,
+    )
+    # fmt: on
+
+
+@triton.jit
+def count_block(
+    block,
+    ids_ptr,
+    counts_ptr,
+    num_rows,
+    num_experts,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    rows = block * BLOCK_S + tl.arange(0, BLOCK_S)
+    ids = tl.load(ids_ptr + rows, mask=rows < num_rows, other=-1)
+    present = (ids >= 0) & (ids < num_experts)
+    counts = tl.histogram(tl.where(present, ids, 0).to(tl.int32), BLOCK_E, mask=present)
+    tl.store(counts_ptr + block * BLOCK_E + tl.arange(0, BLOCK_E), counts)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _count_kernel(
     ids_ptr,
@@ -154,11 +195,7 @@ def _count_kernel(
     OVERLAP: tl.constexpr,
 ):
     wait(OVERLAP)
-    rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    ids = tl.load(ids_ptr + rows, mask=rows < num_rows, other=-1)
-    present = (ids >= 0) & (ids < num_experts)
-    counts = tl.histogram(tl.where(present, ids, 0).to(tl.int32), BLOCK_E, mask=present)
-    tl.store(counts_ptr + tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E), counts)
+    count_block(tl.program_id(0), ids_ptr, counts_ptr, num_rows, num_experts, BLOCK_S, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_blocks", "max_tiles"])
@@ -221,11 +258,8 @@ def _place_kernel(
     tl.store(positions_ptr + rows, tl.where(ids < BLOCK_E, places, -1), mask=rows < num_rows)
 
 
-def permute(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutation:
-    """topk_ids [T, K] int32 or int64 -> Permutation.
-
-    Raises ValueError for other ids, or more than 2**31 - 1 rows.
-    """
+def empty_permutation(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutation:
+    """The tensors of the permutation of topk_ids; raises ValueError as `permute` does."""
     if topk_ids.ndim != 2 or topk_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"topk_ids must be [T, K] int32 or int64, got {list(topk_ids.shape)} {topk_ids.dtype}"
@@ -233,15 +267,23 @@ def permute(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutation:
     num_rows = topk_ids.numel()
     if num_rows >= 2**31:
         raise ValueError(f"topk_ids must have fewer than 2**31 elements, got {num_rows}")
-    topk_ids = topk_ids.contiguous()
     n = max_tiles(num_rows, num_experts, tile_rows)
 
     def int32(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=topk_ids.device)
 
-    out = Permutation(
+    return Permutation(
         int32(num_rows), int32(*topk_ids.shape), int32(num_experts + 1), int32(3, n), int32(1)
     )
+
+
+def permute(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutation:
+    """topk_ids [T, K] int32 or int64 -> Permutation.
+
+    Raises ValueError for other ids, or more than 2**31 - 1 rows.
+    """
+    out = empty_permutation(topk_ids, num_experts, tile_rows)
+    num_rows, topk_ids = topk_ids.numel(), topk_ids.contiguous()
     shared = {
         "TILE_ROWS": tile_rows,
         "BLOCK_E": triton.next_power_of_2(num_experts),
@@ -255,34 +297,50 @@ def permute(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutation:
             *out,
             num_rows,
             num_experts,
-            n,
+            out.tiles.shape[1],
             BLOCK_S=block,
             num_warps=8 if block > 1024 else 4,
             **shared,
         )
         return out
-    num_blocks = triton.cdiv(num_rows, BLOCK_ROWS)
-    counts = int32(num_blocks, shared["BLOCK_E"])
-    _count_kernel[(num_blocks,)](
+    counts = empty_counts(num_rows, num_experts, topk_ids.device)
+    _count_kernel[(len(counts),)](
         topk_ids,
         counts,
         num_rows,
         num_experts,
         BLOCK_S=BLOCK_ROWS,
-        BLOCK_E=shared["BLOCK_E"],
+        BLOCK_E=counts.shape[1],
         **launch_options(topk_ids.device),
     )
+    place(topk_ids, counts, out, num_experts, tile_rows)
+    return out
+
+
+def empty_counts(num_rows: int, num_experts: int, device: torch.device) -> Tensor:
+    """[blocks, E rounded up] int32: the rows of each expert in each block of many rows."""
+    shape = (triton.cdiv(num_rows, BLOCK_ROWS), triton.next_power_of_2(num_experts))
+    return torch.empty(shape, dtype=torch.int32, device=device)
+
+
+def place(
+    topk_ids: Tensor, counts: Tensor, out: Permutation, num_experts: int, tile_rows: int
+) -> None:
+    """The second launch for many rows: fills `out` from contiguous ids and their counts."""
+    num_blocks, block_e = counts.shape
     _place_kernel[(num_blocks,)](
         topk_ids,
         counts,
         *out,
-        num_rows,
+        topk_ids.numel(),
         num_experts,
         num_blocks,
-        n,
+        out.tiles.shape[1],
+        TILE_ROWS=tile_rows,
         BLOCK_S=BLOCK_ROWS,
         BLOCK_B=32,
+        BLOCK_E=block_e,
+        BLOCK_N=32,
         num_warps=8,
-        **shared,
+        **launch_options(topk_ids.device),
     )
-    return out

@@ -26,6 +26,9 @@ TABLES = Path(__file__).parent / "tables"
 FAR = 4.0
 """Beyond this ratio of rows an expert, a measured plan says less than the rule does."""
 
+BLOCK_FP8 = "fp8_w8a8"
+"""What tables call weights in fp8 blocks of 128 x 128."""
+
 INTERPRETER_SHARED_MEMORY = 99 * 1024
 
 
@@ -90,14 +93,15 @@ def plan(
 ) -> Plan:
     """The plan for num_rows rows of x [T, H] on w13 [E, 2 or 1, I, H] and w2 [E, H, I].
 
-    num_experts is how many the rows are spread over, those of other ranks included; default E. The
-    plan depends on shapes, strides, dtype and device, never on what the router chose.
+    Weights are of x's dtype, or the data of `BlockFp8`s. num_experts is how many the rows are
+    spread over, those of other ranks included; default E. The plan depends on shapes, strides,
+    dtype and device, never on what the router chose.
     """
-    described = x.dtype != torch.float32 and can_describe(w13) and can_describe(w2)
+    described = w13.dtype != torch.float32 and can_describe(w13) and can_describe(w2)
     # The rows between the products are ours, and dense.
-    described = described and all(size * x.dtype.itemsize % 16 == 0 for size in w2.shape[1:])
+    described = described and all(size * w2.dtype.itemsize % 16 == 0 for size in w2.shape[1:])
     rows_per_expert = num_rows / (num_experts or w13.shape[0])
-    return _plan(x.device, x.dtype, tuple(w13.shape), described, rows_per_expert)
+    return _plan(x.device, w13.dtype, tuple(w13.shape), described, rows_per_expert)
 
 
 @lru_cache(4096)
@@ -109,12 +113,15 @@ def _plan(
     rows_per_expert: float,
 ) -> Plan:
     num_experts, num_parts, intermediate_size, hidden_size = shape
+    sizes: Sizes = (num_experts, hidden_size, intermediate_size)
     if dtype == torch.float32:
         chosen = _fp32_plan(rows_per_expert)
+    elif dtype == torch.float8_e4m3fn:
+        tuned = _tuned(device, (*sizes, BLOCK_FP8), rows_per_expert) if described else None
+        chosen = tuned or _fp8_plan(rows_per_expert, described)
     elif not described:
         chosen = _pointer_plan(rows_per_expert)
     else:
-        sizes = (num_experts, hidden_size, intermediate_size)
         chosen = _tuned(device, sizes, rows_per_expert) or _descriptor_plan(rows_per_expert)
     return Plan(
         chosen.gated_up.fitted(num_parts, dtype.itemsize, device),
@@ -156,15 +163,37 @@ def _descriptor_plan(rows_per_expert: float) -> Plan:
     return Plan(replace(up, tail=32, group_m=8), replace(down, programs_per_sm=1))
 
 
-Table = dict[tuple[int, int, int], dict[float, Plan]]
-"""(E, H, I) -> rows an expert -> plan."""
+def _fp8_plan(rows_per_expert: float, described: bool) -> Plan:
+    """k is a group's 128, as is n of the first product, see `gated_up_fp8`."""
+    if rows_per_expert <= 48:
+        m = 16 if rows_per_expert <= 12 else 32 if rows_per_expert <= 24 else 64
+        up = Tile(m, 128, 128, 8 if m == 64 else 4, 3, descriptors=described, weights_first=True)
+        return Plan(up, replace(up, num_stages=4))
+    tile = Tile(64, 128, 128, 8, 4, descriptors=described)
+    if rows_per_expert <= 100:
+        return Plan(tile, replace(tile, num_warps=4))
+    tail = replace(tile, m=128, tail=64)
+    return Plan(tail, tail)
+
+
+Sizes = tuple[int, int, int] | tuple[int, int, int, str]
+"""(E, H, I), and how the weights are quantised where they are."""
+
+Table = dict[Sizes, dict[float, Plan]]
+"""Sizes -> rows an expert -> plan."""
+
+
+def sizes_of(entry: dict[str, Any]) -> Sizes:
+    """Of an entry of a table's JSON."""
+    sizes = (entry["num_experts"], entry["hidden_size"], entry["intermediate_size"])
+    return (*sizes, entry["quantization"]) if "quantization" in entry else sizes
 
 
 def read_table(path: Path) -> Table:
     """Raises ValueError that names the file where it is not what `moezoo tune` writes."""
     try:
         return {
-            (entry["num_experts"], entry["hidden_size"], entry["intermediate_size"]): {
+            sizes_of(entry): {
                 float(plan["rows_per_expert"]): Plan.from_json(plan) for plan in entry["plans"]
             }
             for entry in json.loads(path.read_text())["layers"]
@@ -190,9 +219,7 @@ def _table(device: torch.device) -> Table:
     return {shape: table.get(shape, {}) | own.get(shape, {}) for shape in table.keys() | own.keys()}
 
 
-def _tuned(
-    device: torch.device, shape: tuple[int, int, int], rows_per_expert: float
-) -> Plan | None:
+def _tuned(device: torch.device, shape: Sizes, rows_per_expert: float) -> Plan | None:
     """The plan measured at the number of rows nearest by ratio, if there is one within `FAR`."""
     plans = _table(device).get(shape, {}) if device.type == "cuda" else {}
 

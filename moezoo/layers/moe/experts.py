@@ -10,6 +10,10 @@ Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per toke
 Rounding points: products accumulate in fp32; the gated activation is computed in fp32 and rounded
 once to x's dtype, so is each expert's output row; weighting and the sum over K are fp32 and rounded
 once. On CPU, torch has no 16-bit product with an fp32 result: there gate and up are rounded too.
+
+With weights in block fp8, x is quantised per token and 128 of H, and the gated activation, in fp32
+until then, per row and 128 of I. Products accumulate in fp32 for 128 of H or I, are scaled by both
+scales and added in fp32. The rest is as above; the CPU multiplies the dequantised values in fp32.
 """
 
 import warnings
@@ -19,9 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moezoo.errors import QuantizationError
 from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.linear import ONEDNN_DTYPES, linear, without_onednn
 from moezoo.layers.moe.permute import permute
+from moezoo.layers.quant.fp8 import BLOCK, BlockFp8, quantize_rows
 
 CHUNK_TOKENS = 16384
 """Tokens worked on at a time: enough to fill a GPU, and what bounds `workspace_bytes`."""
@@ -59,8 +65,8 @@ def workspace_bytes(
 
 def fused_experts(
     x: Tensor,
-    w13: Tensor,
-    w2: Tensor,
+    w13: Tensor | BlockFp8,
+    w2: Tensor | BlockFp8,
     topk_weights: Tensor,
     topk_ids: Tensor,
     *,
@@ -80,13 +86,50 @@ def fused_experts(
     memory (gate, up, gate, ..) are a view of it. As [E, 1, I, H] it has no gate, and the activation
     is applied to what it has. bias13 then is [E, 2, I] or [E, 1, I].
 
-    Triton on CUDA, torch on CPU and wherever a gradient is asked for. `torch.compile` and CUDA
-    graphs work through it: while compiling it is the operator `moezoo::fused_experts`.
+    Both weights may be `BlockFp8` instead, of the same shapes; as [E, 2I, H] w13 needs an I that
+    128 divides, so that gate and up have their own blocks.
 
-    Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit, and for
-    an activation that is not in `ACTIVATIONS`.
+    Triton on CUDA, torch on CPU and wherever a gradient is asked for. `torch.compile` and CUDA
+    graphs work through it: while compiling it is the operator `moezoo::fused_experts`, or
+    `moezoo::fused_experts_block_fp8`.
+
+    Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit, for an
+    activation that is not in `ACTIVATIONS`, and where a gradient is asked for through `BlockFp8`;
+    QuantizationError on a GPU that does not multiply fp8.
     """
     gating = Gating.of(activation)
+    if isinstance(w13, BlockFp8) or isinstance(w2, BlockFp8):
+        if not isinstance(w13, BlockFp8) or not isinstance(w2, BlockFp8):
+            raise ValueError(
+                f"w13 and w2 must both be BlockFp8 or both tensors, got {type(w13).__name__} and "
+                f"{type(w2).__name__}"
+            )
+        data13, scales13 = w13.data, w13.scales
+        if data13.ndim == 3 and data13.shape[1] % (2 * BLOCK) == 0:
+            data13, scales13 = data13.unflatten(1, (2, -1)), scales13.unflatten(1, (2, -1))
+            bias13 = None if bias13 is None else bias13.unflatten(-1, (2, -1))
+        if data13.ndim != 4:
+            raise ValueError(
+                "w13 as BlockFp8 must be [E, 2, I, H], or [E, 2I, H] with an I that 128 divides, "
+                f"got {_describe(data13)}"
+            )
+        _validate(
+            *(x, data13, w2.data, topk_weights, topk_ids, gating, bias13, bias2, expert_map),
+            weights_dtype=torch.float8_e4m3fn,
+        )
+        if torch.is_grad_enabled() and _requires_grad(x, topk_weights, bias13, bias2):
+            raise ValueError(
+                "there is no gradient through BlockFp8 weights; use torch.no_grad() or "
+                "torch.inference_mode(), or dequantize() them"
+            )
+        quantized = (
+            *(x, data13, scales13, w2.data, w2.scales, topk_weights, topk_ids),
+            *(gating.activation, bias13, bias2, expert_map, gating.limit, gating.up_offset),
+        )
+        if torch.compiler.is_compiling():
+            y: Tensor = _block_fp8_op(*quantized)
+            return y
+        return _block_fp8_cuda(*quantized) if x.is_cuda else _block_fp8_torch(*quantized)
     _validate(x, w13, w2, topk_weights, topk_ids, gating, bias13, bias2, expert_map)
     args = (
         *(x, w13, w2, topk_weights, topk_ids, gating.activation, bias13, bias2, expert_map),
@@ -328,6 +371,140 @@ def _(
     return x.new_empty(x.shape)
 
 
+def _block_fp8_torch(
+    x: Tensor,
+    w13: Tensor,
+    scales13: Tensor,
+    w2: Tensor,
+    scales2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activation: str,
+    bias13: Tensor | None,
+    bias2: Tensor | None,
+    expert_map: Tensor | None,
+    limit: float | None = None,
+    up_offset: float = 0.0,
+) -> Tensor:
+    """w13 [E, 2 or 1, I, H]; one expert at a time is dequantised."""
+    blocks13, blocks2 = BlockFp8(w13, scales13), BlockFp8(w2, scales2)
+    num_experts, num_parts, intermediate_size, hidden_size = w13.shape
+    gated = num_parts == 2
+    act = Gating(activation, limit, up_offset) if gated else ACTIVATIONS[activation]
+
+    def chunk(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        order, offsets = permute(topk_ids, num_experts)
+        tokens = order // topk_ids.shape[1]
+        weights = topk_weights.flatten().index_select(0, order).unsqueeze(1)
+        rounded = quantize_rows(x).dequantize()[:, :hidden_size]
+        out = x.new_zeros(x.shape, dtype=torch.float32)
+        bounds = offsets.tolist()
+        for e in range(num_experts):
+            rows = slice(bounds[e], bounds[e + 1])
+            if rows.start == rows.stop:
+                continue
+            parts = rounded[tokens[rows]] @ blocks13[e].dequantize().mT  # [1 or 2, rows, I]
+            if bias13 is not None:
+                parts += bias13[e].float().unsqueeze(1)
+            h = quantize_rows(act(*parts)).dequantize()[:, :intermediate_size]
+            y = h @ blocks2[e].dequantize().mT
+            if bias2 is not None:
+                y += bias2[e].float()
+            out.index_add_(0, tokens[rows], y.to(x.dtype).float() * weights[rows])
+        return out.to(x.dtype)
+
+    return _in_chunks(chunk, x, topk_weights, _local_ids(topk_ids, expert_map))
+
+
+def _block_fp8_cuda(
+    x: Tensor,
+    w13: Tensor,
+    scales13: Tensor,
+    w2: Tensor,
+    scales2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activation: str,
+    bias13: Tensor | None,
+    bias2: Tensor | None,
+    expert_map: Tensor | None,
+    limit: float | None = None,
+    up_offset: float = 0.0,
+) -> Tensor:
+    """w13 [E, 2 or 1, I, H]."""
+    from moezoo.layers.kernels.combine import combine
+    from moezoo.layers.kernels.down_fp8 import down_fp8
+    from moezoo.layers.kernels.gated_up_fp8 import gated_up_fp8
+    from moezoo.layers.kernels.one_token_fp8 import one_token_fp8
+    from moezoo.layers.kernels.overlap import capability
+    from moezoo.layers.kernels.quantize import permute_and_quantize
+    from moezoo.layers.kernels.tiles import plan
+
+    if x.is_cuda and torch.version.hip is None and capability(x.device) < (8, 9):
+        raise QuantizationError(
+            "fp8_w8a8 needs a GPU of compute capability 8.9 or later, "
+            f"{torch.cuda.get_device_name(x.device)} has {capability(x.device)}; dequantize() the "
+            "weights to bfloat16 for it"
+        )
+    blocks13, blocks2 = BlockFp8(w13, scales13), BlockFp8(w2, scales2)
+    gating = Gating(activation, limit, up_offset)
+    dense = w13.stride(-1) == w2.stride(-1) == 1
+    num_experts = w13.shape[0] if expert_map is None else len(expert_map)
+
+    def chunk(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        num_tokens, k = topk_ids.shape
+        if topk_ids.numel() == 0 or len(w13) == 0:
+            return torch.zeros_like(x)
+        if num_tokens == 1 and dense:
+            return one_token_fp8(
+                *(x, blocks13, blocks2),
+                topk_weights=topk_weights,
+                topk_ids=topk_ids,
+                activation=gating,
+                bias13=bias13,
+                bias2=bias2,
+            )
+        tiles = plan(x, w13, w2, num_rows=topk_ids.numel(), num_experts=num_experts)
+        rows, tokens = permute_and_quantize(x, topk_ids, w13.shape[0], tiles.gated_up.m)
+        h = gated_up_fp8(
+            *(tokens, blocks13, rows),
+            k=k,
+            tile=tiles.gated_up,
+            activation=gating,
+            bias13=bias13,
+        )
+        y = down_fp8(h, blocks2, rows, dtype=x.dtype, tile=tiles.down, bias2=bias2)
+        return combine(y, topk_weights, rows.positions)
+
+    with torch.cuda.device_of(x):
+        return _in_chunks(chunk, x, topk_weights, _local_ids(topk_ids, expert_map))
+
+
+_block_fp8_op = torch.library.custom_op(
+    "moezoo::fused_experts_block_fp8", _block_fp8_torch, mutates_args=(), device_types="cpu"
+)
+_block_fp8_op.register_kernel("cuda", _block_fp8_cuda)
+
+
+@_block_fp8_op.register_fake
+def _(
+    x: Tensor,
+    w13: Tensor,
+    scales13: Tensor,
+    w2: Tensor,
+    scales2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activation: str,
+    bias13: Tensor | None,
+    bias2: Tensor | None,
+    expert_map: Tensor | None,
+    limit: float | None = None,
+    up_offset: float = 0.0,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def _requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
@@ -342,6 +519,7 @@ def _validate(
     bias13: Tensor | None,
     bias2: Tensor | None,
     expert_map: Tensor | None,
+    weights_dtype: torch.dtype | None = None,
 ) -> None:
     if x.ndim != 2 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"x must be [T, H] in float32, bfloat16 or float16, got {_describe(x)}")
@@ -353,6 +531,7 @@ def _validate(
     (num_tokens, hidden_size), dtype, device = x.shape, x.dtype, x.device
     num_experts, _, intermediate_size = w2.shape
     k = topk_ids.shape[1]
+    weights_dtype = weights_dtype or dtype
     rows: tuple[int, ...] = (num_experts, 2 * intermediate_size)
     if w13.ndim == 4:
         rows = (num_experts, 1 if w13.shape[1] == 1 else 2, intermediate_size)
@@ -361,8 +540,8 @@ def _validate(
     if topk_ids.dtype != torch.int32 and topk_ids.dtype != torch.int64:
         raise ValueError(f"topk_ids must be int32 or int64, got {_describe(topk_ids)}")
     for name, tensor, shape, dtype_ in (
-        ("w13", w13, (*rows, hidden_size), dtype),
-        ("w2", w2, (num_experts, hidden_size, intermediate_size), dtype),
+        ("w13", w13, (*rows, hidden_size), weights_dtype),
+        ("w2", w2, (num_experts, hidden_size, intermediate_size), weights_dtype),
         ("topk_ids", topk_ids, (num_tokens, k), topk_ids.dtype),
         ("topk_weights", topk_weights, (num_tokens, k), torch.float32),
         ("bias13", bias13, rows, dtype),

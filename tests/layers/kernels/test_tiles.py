@@ -24,7 +24,7 @@ def weights(
 
 
 @pytest.mark.parametrize("kilobytes", [99, 163, 227])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("hidden", [64, 65], ids=["descriptors", "pointers"])
 def test_plans_fit_shared_memory(
     kilobytes: int, dtype: torch.dtype, hidden: int, monkeypatch: pytest.MonkeyPatch
@@ -40,7 +40,9 @@ def test_plans_fit_shared_memory(
             assert min(tile.m, tile.n, tile.k) >= 16
             operands = (tile.m + num_parts * tile.n) * tile.k * dtype.itemsize
             assert operands * tile.num_stages <= kilobytes * 1024
-            assert tile.descriptors == (hidden == 64 and dtype == torch.bfloat16)
+            assert tile.descriptors == (hidden == 64 and dtype != torch.float32)
+            if dtype == torch.float8_e4m3fn:
+                assert (tile.n, tile.k) == (128, 128)
 
 
 def test_tiles_grow_with_the_rows_of_an_expert() -> None:
@@ -105,6 +107,16 @@ def test_the_users_plans_lie_over_the_packages(own_table: Path) -> None:
     assert tiles._tuned(CUDA, QWEN3, 70.0) == MINE
     assert tiles._tuned(CUDA, QWEN3, 1.0) not in (MINE, None)
     assert tiles._tuned(CUDA, (9, 64, 32), 64.0) is None
+
+
+def test_fp8_does_not_take_the_plans_of_16_bit(own_table: Path) -> None:
+    assert tiles._tuned(CUDA, QWEN3, 64.0) is not None
+    table = json.loads((tiles.TABLES / "sm_90.json").read_text())["layers"]
+    found = tiles._tuned(CUDA, (*QWEN3, tiles.BLOCK_FP8), 64.0)
+    assert (found is not None) == any(layer.get("quantization") for layer in table)
+    write_table(own_table, QWEN3, 64.0)
+    tiles.reload_tables()
+    assert tiles._tuned(CUDA, (*QWEN3, tiles.BLOCK_FP8), 64.0) == found
 
 
 def test_a_plan_for_far_fewer_rows_is_not_used(own_table: Path) -> None:

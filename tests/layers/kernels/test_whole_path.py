@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from tolerances import assert_close
+from tolerances import assert_close, relative_difference
 
+from kernels.fp8_cases import weights as fp8_weights
 from kernels.routings import ROUTINGS, topk_ids
 from moezoo.layers.moe import experts
 
@@ -23,3 +24,21 @@ def test_equals_the_torch_path(routing: str, dtype: torch.dtype, device: torch.d
         result = experts._fused_experts_cuda(x, w13, w2, *rest, mapped)
         exact = experts._fused_experts_torch(x.float(), w13.float(), w2.float(), *rest, mapped)
         assert_close(result, exact.to(dtype))
+
+
+@pytest.mark.parametrize("routing", ["one-token", "odd", "no-tokens", "all-on-one", "absent"])
+@pytest.mark.usefixtures("fp8")
+def test_block_fp8_equals_the_torch_path(routing: str, device: torch.device) -> None:
+    num_tokens, k, num_experts = ROUTINGS[routing]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(num_tokens, 144, generator=generator).to(device, torch.float16)
+    w13 = fp8_weights(num_experts, 2, 144, 144, device=device)
+    w2 = fp8_weights(num_experts, 144, 144, device=device)
+    weights = torch.rand(num_tokens, k, generator=generator).to(device)
+    expert_map = torch.arange(num_experts).roll(1).int().to(device)
+    operands = (x, w13.data, w13.scales, w2.data, w2.scales, weights, topk_ids(routing).to(device))
+    for mapped in (None, expert_map):
+        arguments = (*operands, "silu", None, None, mapped)
+        result = experts._block_fp8_cuda(*arguments)
+        # Some values of h round to their neighbour in fp8, for another order of sums.
+        assert relative_difference(result, experts._block_fp8_torch(*arguments)) <= 1e-2

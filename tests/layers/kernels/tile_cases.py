@@ -23,6 +23,11 @@ def tile_for(name: str, dtype: torch.dtype, device: torch.device) -> Tile:
     tile = TILES[name]
     if dtype == torch.float32 and tile.m > 32:
         pytest.skip("fp32 tiles have at most 32 rows")
+    return bulk_copies(tile, device)
+
+
+def bulk_copies(tile: Tile, device: torch.device) -> Tile:
+    """The tile, if the device can do what it asks for."""
     if tile.descriptors and device.type == "cuda" and capability(device) < (9, 0):
         pytest.skip("no bulk copy engine")
     return tile

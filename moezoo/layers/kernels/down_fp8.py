@@ -1,0 +1,327 @@
+"""down_fp8: `down` for block fp8.
+
+    y[r] = w2[e] @ h[r] + bias,  e the expert with offsets[e] <= r < offsets[e+1]
+
+Products accumulate in fp32 for 128 of I, then are scaled and added in fp32; y is rounded once. A
+tile of 256 columns is two products of 128, as in `gated_up_fp8`.
+
+Legend: H hidden, I expert intermediate, E experts, S rows, N most tiles (see `permute`).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moezoo.layers.kernels.overlap import launch_options, wait
+from moezoo.layers.kernels.permute import Permutation
+from moezoo.layers.kernels.tiles import Tile, descriptor, swizzle
+from moezoo.layers.quant.fp8 import BLOCK, BlockFp8, Fp8Rows, blocks
+
+
+def down_fp8_ref(
+    h: Fp8Rows,
+    w2: BlockFp8,
+    permutation: Permutation,
+    *,
+    dtype: torch.dtype,
+    tile: Tile | None = None,
+    bias2: Tensor | None = None,
+) -> Tensor:
+    num_experts, hidden_size, intermediate_size = w2.shape
+    y = h.data.new_zeros(len(h.data), hidden_size, dtype=dtype)
+    for e in range(num_experts):
+        rows = slice(int(permutation.offsets[e]), int(permutation.offsets[e + 1]))
+        h_e = Fp8Rows(h.data[rows], h.scales[rows]).dequantize()[:, :intermediate_size]
+        y_e = h_e @ w2[e].dequantize().T
+        if bias2 is not None:
+            y_e += bias2[e].float()
+        y[rows] = y_e.to(dtype)
+    return y
+
+
+@triton.jit
+def _store(
+    y,
+    rows,
+    m_rows,
+    cols,
+    expert,
+    bias_ptr,
+    y_ptr,
+    hidden_size,
+    stride_be,
+    stride_bn,
+    HAS_BIAS: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
+):
+    m_cols = cols < hidden_size
+    if HAS_BIAS:
+        p_bias = bias_ptr + expert.to(tl.int64) * stride_be + cols * stride_bn
+        bias = tl.load(p_bias, mask=m_cols, other=0.0).to(tl.float32)
+        y += bias[:, None] if WEIGHTS_FIRST else bias[None, :]
+    if WEIGHTS_FIRST:
+        o_y = rows.to(tl.int64)[None, :] * hidden_size + cols[:, None]
+        m_y = m_rows[None, :] & m_cols[:, None]
+    else:
+        o_y = rows.to(tl.int64)[:, None] * hidden_size + cols[None, :]
+        m_y = m_rows[:, None] & m_cols[None, :]
+    tl.store(y_ptr + o_y, y.to(y_ptr.dtype.element_ty), mask=m_y)
+
+
+@triton.jit
+def _rows_times_columns(
+    expert,
+    first_row,
+    end,
+    first_col,
+    h,
+    h_scales_ptr,
+    w,
+    w_scales_ptr,
+    bias_ptr,
+    y_ptr,
+    intermediate_size,
+    hidden_size,
+    stride_hs,
+    stride_we,
+    stride_wn,
+    stride_wi,
+    stride_se,
+    stride_sn,
+    stride_si,
+    stride_be,
+    stride_bn,
+    HAS_BIAS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # A block of weights has one scale, so wider tiles are two halves.
+    HALVES: tl.constexpr = 2 if BLOCK_N > BLOCK_K else 1
+    WIDTH: tl.constexpr = BLOCK_N // HALVES
+    rows = first_row + tl.arange(0, BLOCK_M)
+    m_rows = rows < end
+    cols = first_col + tl.arange(0, WIDTH)
+    inner = tl.arange(0, BLOCK_K)
+    p_h_scales = h_scales_ptr + rows
+    p_w_scales = w_scales_ptr + expert.to(tl.int64) * stride_se + first_col // BLOCK_K * stride_sn
+    # The second half may lie past the end: it then takes the first one's scale for its zeros.
+    o_second = tl.where(first_col + WIDTH < hidden_size, stride_sn, 0)
+    # Rows and columns past the end read a valid row and column 0, or rows of the next expert, and
+    # are not stored.
+    if not DESCRIPTORS:
+        padded = tl.cdiv(intermediate_size, BLOCK_K) * BLOCK_K
+        h_rows = tl.where(m_rows, rows, first_row).to(tl.int64)
+        p_h = h + h_rows[:, None] * padded + inner[None, :]
+        w_cols = tl.where(cols < hidden_size, cols, 0).to(tl.int64)
+        o_w = expert.to(tl.int64) * stride_we + inner[None, :] * stride_wi
+        p_w = w + o_w + w_cols[:, None] * stride_wn
+        if HALVES == 2:
+            second_cols = tl.where(cols + WIDTH < hidden_size, cols + WIDTH, 0).to(tl.int64)
+            p_second = w + o_w + second_cols[:, None] * stride_wn
+
+    if WEIGHTS_FIRST:
+        y = tl.zeros([WIDTH, BLOCK_M], tl.float32)
+    else:
+        y = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    second = y
+    for start in range(0, intermediate_size, BLOCK_K):
+        h_scales = tl.load(p_h_scales, mask=m_rows, other=0.0)
+        w_scale = tl.load(p_w_scales)
+        if DESCRIPTORS:
+            b_h = h.load([first_row, start])
+            b_w = tl.reshape(w.load([expert, first_col, start]), [WIDTH, BLOCK_K])
+        else:
+            b_h = tl.load(p_h)
+            if EVEN_K:
+                b_w = tl.load(p_w)
+            else:
+                m_inner = (start + inner < intermediate_size)[None, :]
+                b_w = tl.load(p_w, mask=m_inner, other=0.0)
+            p_h += BLOCK_K
+            p_w += BLOCK_K * stride_wi
+        if WEIGHTS_FIRST:
+            y += tl.dot(b_w, b_h.T) * (h_scales * w_scale)[None, :]
+        else:
+            y += tl.dot(b_h, b_w.T) * (h_scales * w_scale)[:, None]
+        if HALVES == 2:
+            second_scale = tl.load(p_w_scales + o_second)
+            if DESCRIPTORS:
+                b_second = tl.reshape(w.load([expert, first_col + WIDTH, start]), [WIDTH, BLOCK_K])
+            else:
+                if EVEN_K:
+                    b_second = tl.load(p_second)
+                else:
+                    m_inner = (start + inner < intermediate_size)[None, :]
+                    b_second = tl.load(p_second, mask=m_inner, other=0.0)
+                p_second += BLOCK_K * stride_wi
+            if WEIGHTS_FIRST:
+                second += tl.dot(b_second, b_h.T) * (h_scales * second_scale)[None, :]
+            else:
+                second += tl.dot(b_h, b_second.T) * (h_scales * second_scale)[:, None]
+        p_h_scales += stride_hs
+        p_w_scales += stride_si
+
+    # fmt: off
+    _store(
+        y, rows, m_rows, cols, expert, bias_ptr, y_ptr, hidden_size, stride_be, stride_bn,
+        HAS_BIAS, WEIGHTS_FIRST,
+    )
+    if HALVES == 2:
+        _store(
+            second, rows, m_rows, cols + WIDTH, expert, bias_ptr, y_ptr, hidden_size, stride_be,
+            stride_bn, HAS_BIAS, WEIGHTS_FIRST,
+        )
+    # fmt: on
+
+
+SCALE_STRIDES = ["stride_se", "stride_sn", "stride_si", "stride_hs"]
+
+
+# Scales are read one at a time: there is nothing to gain from knowing their strides.
+@triton.jit(do_not_specialize=["max_tiles", "num_programs", *SCALE_STRIDES])
+def _down_fp8_kernel(
+    h,
+    h_tail,
+    h_scales_ptr,
+    w,
+    w_scales_ptr,
+    bias_ptr,
+    y_ptr,
+    offsets_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
+    max_tiles,
+    num_programs,
+    intermediate_size,
+    hidden_size,
+    stride_hs,
+    stride_we,
+    stride_wn,
+    stride_wi,
+    stride_se,
+    stride_sn,
+    stride_si,
+    stride_be,
+    stride_bn,
+    HAS_BIAS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    wait(OVERLAP)
+    num_tiles = tl.load(num_tiles_ptr)
+    num_n = tl.cdiv(hidden_size, BLOCK_N)
+    for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
+        tile, pid_n = swizzle(pid, num_tiles, num_n, GROUP_M)
+        expert = tl.load(tiles_ptr + tile)
+        first_row = tl.load(tiles_ptr + max_tiles + tile)
+        end = tl.load(offsets_ptr + expert + 1)
+        first_col = pid_n * BLOCK_N
+        # fmt: off
+        if TAIL > 0 and end - first_row <= TAIL:
+            _rows_times_columns(
+                expert, first_row, end, first_col, h_tail, h_scales_ptr, w, w_scales_ptr, bias_ptr,
+                y_ptr, intermediate_size, hidden_size, stride_hs, stride_we, stride_wn, stride_wi,
+                stride_se, stride_sn, stride_si, stride_be, stride_bn, HAS_BIAS, DESCRIPTORS,
+                EVEN_K, WEIGHTS_FIRST, TAIL, BLOCK_N, BLOCK_K,
+            )
+        else:
+            _rows_times_columns(
+                expert, first_row, end, first_col, h, h_scales_ptr, w, w_scales_ptr, bias_ptr,
+                y_ptr, intermediate_size, hidden_size, stride_hs, stride_we, stride_wn, stride_wi,
+                stride_se, stride_sn, stride_si, stride_be, stride_bn, HAS_BIAS, DESCRIPTORS,
+                EVEN_K, WEIGHTS_FIRST, BLOCK_M, BLOCK_N, BLOCK_K,
+            )
+        # fmt: on
+
+
+def down_fp8(
+    h: Fp8Rows,
+    w2: BlockFp8,
+    permutation: Permutation,
+    *,
+    dtype: torch.dtype,
+    tile: Tile,
+    bias2: Tensor | None = None,
+) -> Tensor:
+    """-> y [S, H] in `dtype`, rows in expert order; those from offsets[E] on are not written.
+
+    h as `gated_up_fp8` made it, w2 [E, H, I] and bias2 [E, H] of any strides. `permutation` has
+    `tile.m` rows a tile; `tile.k` is 128 and `tile.n` 64, 128 or 256.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    if w2.data.ndim != 3:
+        raise ValueError(f"w2 must be [E, H, I], got {list(w2.shape)}")
+    num_experts, hidden_size, intermediate_size = w2.shape
+    order, _, offsets, tiles, num_tiles = permutation
+    num_rows, num_groups = order.numel(), blocks(intermediate_size)
+    if h.data.shape != (num_rows, num_groups * BLOCK) or h.scales.shape != (num_rows, num_groups):
+        raise ValueError(
+            f"h must be [{num_rows}, {num_groups * BLOCK}] with scales [{num_rows}, {num_groups}], "
+            f"as order and w2 are, got {list(h.data.shape)} and {list(h.scales.shape)}"
+        )
+    if not h.data.is_contiguous() or not h.scales.mT.is_contiguous():
+        raise ValueError("h and its transposed scales must be contiguous")
+    if offsets.numel() != num_experts + 1:
+        raise ValueError(f"offsets must be [{num_experts + 1}], got {list(offsets.shape)}")
+    if bias2 is not None and bias2.shape != w2.shape[:2]:
+        raise ValueError(f"bias2 must be {list(w2.shape[:2])}, got {list(bias2.shape)}")
+    if tile.k != BLOCK or tile.n not in (BLOCK // 2, BLOCK, 2 * BLOCK):
+        raise ValueError(f"tile.k must be {BLOCK} and tile.n 64, 128 or 256, got {tile}")
+    y = torch.empty(num_rows, hidden_size, dtype=dtype, device=h.data.device)
+    num_programs = tile.num_programs(tiles.shape[1], hidden_size, y.device)
+    if num_programs == 0:
+        return y
+    if tile.descriptors:
+        rows = descriptor(h.data, (tile.m, tile.k))
+        tail_rows = descriptor(h.data, (tile.tail, tile.k)) if tile.tail else rows
+        w = descriptor(w2.data, (1, min(tile.n, BLOCK), tile.k))
+    else:
+        rows, tail_rows, w = h.data, h.data, w2.data
+    _down_fp8_kernel[(num_programs,)](
+        rows,
+        tail_rows,
+        h.scales,
+        w,
+        w2.scales,
+        bias2,
+        y,
+        offsets,
+        tiles,
+        num_tiles,
+        tiles.shape[1],
+        num_programs,
+        intermediate_size,
+        hidden_size,
+        h.scales.stride(1),
+        *w2.data.stride(),
+        *w2.scales.stride(),
+        *((0, 0) if bias2 is None else bias2.stride()),
+        HAS_BIAS=bias2 is not None,
+        DESCRIPTORS=tile.descriptors,
+        EVEN_K=tile.descriptors or intermediate_size % tile.k == 0,
+        WEIGHTS_FIRST=tile.weights_first,
+        FLATTEN=tile.programs_per_sm > 0 and not tile.tail,
+        GROUP_M=tile.group_m,
+        TAIL=tile.tail,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **launch_options(y.device),
+    )
+    return y

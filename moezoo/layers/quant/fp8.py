@@ -1,0 +1,131 @@
+"""fp8_w8a8 in blocks: float8_e4m3fn with an fp32 scale for 128 x 128 weights, or 128 activations.
+
+    w[n, k] = data[n, k] * scales[n // 128, k // 128]
+    x[t, k] = data[t, k] * scales[t, k // 128]
+
+Quantising, a scale is the largest magnitude of its block over 448, and data are the values times
+448 over that magnitude, rounded to nearest even: both computed in fp32. The last block of a
+dimension may be smaller. DeepSeek-V3's checkpoints and the FP8 ones of Qwen3 store weights so.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moezoo.errors import QuantizationError
+
+BLOCK = 128
+"""Rows and columns of a block of weights, activations of a group."""
+
+LARGEST = 448.0
+"""float8_e4m3fn holds nothing larger."""
+
+TINY = 1e-30
+"""The least magnitude of a block that counts: the scale of a block of zeros stays normal."""
+
+
+@dataclass(frozen=True)
+class BlockFp8:
+    """data [.., N, K] float8_e4m3fn, scales [.., ceil(N/128), ceil(K/128)] fp32; dimensions before
+    are matrices of their own, as w13's gate and up are.
+
+    Raises QuantizationError for shapes, dtypes or devices that do not belong together.
+    """
+
+    data: Tensor
+    scales: Tensor
+
+    def __post_init__(self) -> None:
+        data, scales = self.data, self.scales
+        if data.dtype != torch.float8_e4m3fn or data.ndim < 2:
+            raise QuantizationError(
+                f"data must be [.., N, K] float8_e4m3fn, got {list(data.shape)} {data.dtype}"
+            )
+        expected = [*data.shape[:-2], blocks(data.shape[-2]), blocks(data.shape[-1])]
+        found = (list(scales.shape), scales.dtype, scales.device)
+        if found != (expected, torch.float32, data.device):
+            raise QuantizationError(
+                f"scales of data {list(data.shape)} must be {expected} torch.float32 on "
+                f"{data.device}, got {found[0]} {found[1]} on {found[2]}"
+            )
+
+    @classmethod
+    def quantize(cls, w: Tensor) -> "BlockFp8":
+        """w [.., N, K], floating point of any kind.
+
+        Raises QuantizationError where w holds NaN or Inf.
+        """
+        if not w.is_floating_point() or w.ndim < 2:
+            raise QuantizationError(
+                f"weights must be [.., N, K] floating point, got {list(w.shape)} {w.dtype}"
+            )
+        n, k = w.shape[-2:]
+        padded = F.pad(w.float(), (0, -k % BLOCK, 0, -n % BLOCK))
+        tiles = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
+        data, scales = _quantize(tiles, (-3, -1))
+        data = data.flatten(-4, -3).flatten(-2)[..., :n, :k].contiguous()
+        quantized = cls(data, scales.squeeze(-1).squeeze(-2))
+        quantized.check_values()
+        return quantized
+
+    def check_values(self, name: str = "weights") -> None:
+        """Raises QuantizationError for a scale that is NaN, Inf, zero or negative.
+
+        It looks at the values, so on a GPU it waits for them.
+        """
+        wrong = ~((self.scales > 0) & self.scales.isfinite())
+        if wrong.any():
+            place = wrong.nonzero()[0].tolist()
+            raise QuantizationError(
+                f"{name}: the scale of block {place} is {self.scales[tuple(place)].item()}, "
+                "it must be finite and positive"
+            )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        n, k = self.data.shape[-2:]
+        groups = F.pad(self.data.float(), (0, -k % BLOCK)).unflatten(-1, (-1, BLOCK))
+        scales = self.scales.repeat_interleave(BLOCK, -2)[..., :n, :].unsqueeze(-1)
+        return (groups * scales).flatten(-2)[..., :k].to(dtype)
+
+    def __getitem__(self, index: int) -> "BlockFp8":
+        return BlockFp8(self.data[index], self.scales[index])
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+
+class Fp8Rows(NamedTuple):
+    """Activations: data [T, P] float8_e4m3fn, P the least multiple of 128 from K on, and scales
+    [T, P / 128] fp32 of any strides. What data hold from K on is zero."""
+
+    data: Tensor
+    scales: Tensor
+
+    def dequantize(self) -> Tensor:
+        """-> [T, P] fp32."""
+        return (self.data.float().unflatten(-1, (-1, BLOCK)) * self.scales.unsqueeze(-1)).flatten(
+            -2
+        )
+
+
+def quantize_rows(x: Tensor) -> Fp8Rows:
+    """x [T, K], floating point. NaN and Inf make their group NaN."""
+    padded = F.pad(x.float(), (0, -x.shape[-1] % BLOCK))
+    data, scales = _quantize(padded.unflatten(-1, (-1, BLOCK)), (-1,))
+    return Fp8Rows(data.flatten(-2), scales.squeeze(-1))
+
+
+def blocks(size: int) -> int:
+    return -(-size // BLOCK)
+
+
+def _quantize(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Over `dims` of x, which the scales keep with size 1."""
+    largest = x.abs().amax(dims, keepdim=True).clamp(min=TINY)
+    # With a number in place of `full`, torch would multiply by a rounded reciprocal.
+    full = torch.full_like(largest, LARGEST)
+    return (x * (full / largest)).to(torch.float8_e4m3fn), largest / full
