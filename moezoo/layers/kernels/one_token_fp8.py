@@ -26,7 +26,7 @@ from moezoo.layers.kernels.quantize import fp8_factor
 from moezoo.layers.quant.fp8 import BLOCK, BlockFp8, blocks, quantize_rows
 
 UP_BLOCK = (4, 8, 2)
-DOWN_BLOCK = (4, 16, 8)
+DOWN_BLOCK = (4, 16, 4)
 """Columns and groups of 128 (over all slots in the second kernel) that a program works on at a
 time, and its warps."""
 
