@@ -263,8 +263,11 @@ def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], A
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    from huggingface_hub.utils import logging as hub_logging
+
     from moezoo.generation.offline import check_options
     from moezoo.generation.prompt_files import OutputFile, to_do
+    from moezoo.loaders.checkpoint import open_checkpoint
 
     options = _sampling_options(arguments)
     check_options(**options)
@@ -280,8 +283,15 @@ def _generate(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{len(problems)} bad input lines and --strict: nothing was generated")
     if not prompts:
         raise ValueError("there is no prompt to complete")
-    model_id = _model_id(arguments)
-    run = _fingerprint(model_id, arguments, options)
+    if not arguments.debug:
+        hub_logging.set_verbosity_error()
+    # Opened once, so that the fingerprint, the model and the tokenizer are of one commit.
+    checkpoint = open_checkpoint(
+        _model_id(arguments),
+        revision=arguments.revision,
+        local_files_only=arguments.local_files_only,
+    )
+    run = _fingerprint(checkpoint, arguments, options)
 
     file = None
     if arguments.output is not None:
@@ -290,7 +300,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     num_finished_before = len(finished)
     if pending := to_do(prompts, finished, arguments.batch_size):
         with file or nullcontext():
-            completions, streamed = _completions(model_id, arguments, pending, options)
+            completions, streamed = _completions(checkpoint, arguments, pending, options)
             write = _print(arguments, run, streamed) if file is None else file.write
             with _progress(arguments, len(prompts), num_finished_before) as advance:
                 for completion in completions:
@@ -357,12 +367,12 @@ def _model_id(arguments: argparse.Namespace) -> str:
     return str(arguments.model)
 
 
-def _fingerprint(model_id: str, arguments: argparse.Namespace, options: dict[str, Any]) -> str:
+def _fingerprint(
+    checkpoint: Checkpoint, arguments: argparse.Namespace, options: dict[str, Any]
+) -> str:
     """Short hash of all that decides what a prompt's completion is."""
-    folder = Path(model_id)
     identity = [
-        str(folder.resolve()) if folder.is_dir() else model_id,
-        arguments.revision,
+        checkpoint.fingerprint(),
         arguments.chat,
         arguments.dtype,
         arguments.seed,
@@ -372,7 +382,7 @@ def _fingerprint(model_id: str, arguments: argparse.Namespace, options: dict[str
 
 
 def _completions(
-    model_id: str,
+    checkpoint: Checkpoint,
     arguments: argparse.Namespace,
     prompts: list[Prompt],
     options: dict[str, Any],
@@ -381,25 +391,17 @@ def _completions(
 
     And whether they are printed already, token by token.
     """
-    from huggingface_hub.utils import logging as hub_logging
     from transformers import TextStreamer
     from transformers.utils import logging
 
     from moezoo.generation.offline import generate
-    from moezoo.loaders.checkpoint import open_checkpoint
     from moezoo.loaders.load import from_checkpoint
 
     if not arguments.debug:
         logging.set_verbosity_error()
-        hub_logging.set_verbosity_error()
-    # Opened once, so that model and tokenizer are of one commit, and before anything else, since it
-    # says best why there is no model.
-    checkpoint = open_checkpoint(
-        model_id, revision=arguments.revision, local_files_only=arguments.local_files_only
-    )
     tokenizer = _tokenizer(checkpoint, local_files_only=arguments.local_files_only)
     if arguments.chat and tokenizer.chat_template is None:
-        raise ValueError(f"{model_id} has no chat template: leave --chat out")
+        raise ValueError(f"{checkpoint.name} has no chat template: leave --chat out")
     started = time.perf_counter()
     model = from_checkpoint(
         checkpoint,
@@ -410,7 +412,7 @@ def _completions(
     if not arguments.quiet:
         dtype = str(model.dtype).removeprefix("torch.")
         seconds = time.perf_counter() - started
-        _say(f"loaded {model_id} as {dtype} on {model.device} in {seconds:.1f} s")
+        _say(f"loaded {checkpoint.name} as {dtype} on {model.device} in {seconds:.1f} s")
     streamer = None
     # A streamer prints each token as it comes, so with stop strings also what is to be cut off.
     stops = arguments.stop or model.generation_config.stop_strings

@@ -228,6 +228,35 @@ def test_output_of_another_run_is_left_alone_unless_overwritten(capsys, tmp_path
     assert output.read_text() == "my notes\n"
 
 
+def test_a_run_goes_on_with_the_same_model_only_wherever_that_lies(capsys, tmp_path):
+    lines = prompts_file(tmp_path / "in.jsonl", "The dog", "A cat")
+    output = tmp_path / "out.jsonl"
+    folder = copy_model(tmp_path / "m")
+
+    def generate(folder):
+        return run(capsys, "generate", folder, "--input", lines, "--output", output, *GREEDY)
+
+    assert generate(folder)[0] == 0
+    whole = output.read_text()
+    half = "".join(whole.splitlines(keepends=True)[:1])
+    output.write_text(half)
+    moved = folder.rename(tmp_path / "moved")
+    code, _, err = generate(moved)
+    assert code == 0
+    assert "1 were there before" in err
+    assert output.read_text() == whole
+
+    output.write_text(half)
+    model = moezoo.from_pretrained(moved, device="cpu")
+    with torch.no_grad():
+        model.decoder.embed.weight.mul_(1.5)
+    model.save_pretrained(moved)
+    code, _, err = generate(moved)
+    assert code == 2
+    assert f"{output}:1: written by a run with another model or other settings" in err
+    assert output.read_text() == half
+
+
 def test_overwrite_keeps_the_old_file_until_there_is_something_new(capsys, tmp_path):
     lines = prompts_file(tmp_path / "in.jsonl", "The dog")
     output = tmp_path / "out.jsonl"
