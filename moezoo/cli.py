@@ -298,8 +298,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         file = OutputFile(arguments.output, prompts, run, overwrite=arguments.overwrite)
     finished = {} if file is None else file.finished
     num_finished_before = len(finished)
-    if pending := to_do(prompts, finished, arguments.batch_size):
-        with file or nullcontext():
+    with file or nullcontext():
+        if pending := to_do(prompts, finished, arguments.batch_size):
             completions, streamed = _completions(checkpoint, arguments, pending, options)
             write = _print(arguments, run, streamed) if file is None else file.write
             with _progress(arguments, len(prompts), num_finished_before) as advance:
