@@ -263,8 +263,6 @@ def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], A
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from huggingface_hub.utils import logging as hub_logging
-
     from moezoo.generation.offline import check_options
     from moezoo.generation.prompt_files import OutputFile, to_do
     from moezoo.loaders.checkpoint import open_checkpoint
@@ -283,8 +281,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{len(problems)} bad input lines and --strict: nothing was generated")
     if not prompts:
         raise ValueError("there is no prompt to complete")
-    if not arguments.debug:
-        hub_logging.set_verbosity_error()
+    _quieten_hub(arguments)
     # Opened once, so that the fingerprint, the model and the tokenizer are of one commit.
     checkpoint = open_checkpoint(
         _model_id(arguments),
@@ -318,6 +315,14 @@ def _generate(arguments: argparse.Namespace) -> int:
             f"{num_finished_before} were there before"
         )
     return PARTLY if num_failed or problems else DONE
+
+
+def _quieten_hub(arguments: argparse.Namespace) -> None:
+    """Keep huggingface_hub from writing each of its attempts to stderr; ours is the last word."""
+    from huggingface_hub.utils import logging
+
+    if not arguments.debug:
+        logging.set_verbosity_error()
 
 
 def _sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -490,6 +495,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     from moezoo.tools.inspect import inspect
 
+    _quieten_hub(arguments)
     report = inspect(
         arguments.model,
         revision=arguments.revision,
@@ -540,6 +546,7 @@ def _layer(arguments: argparse.Namespace) -> Any:
         return Layer(*numbers)
     from moezoo.tools.inspect import inspect
 
+    _quieten_hub(arguments)
     report = inspect(
         arguments.layer,
         revision=arguments.revision,
