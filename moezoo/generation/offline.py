@@ -69,7 +69,7 @@ class Prompt:
             ValueError: a key is missing, given twice or of the wrong type.
         """
         id = default_id if record.get("id") is None else record["id"]
-        if isinstance(id, bool) or not isinstance(id, int | str):
+        if not (_is_integer(id) or isinstance(id, str)):
             raise ValueError(f"id must be a string or an integer, got {id!r}")
         prompt, messages = record.get("prompt"), record.get("messages")
         if (prompt is None) == (messages is None):
@@ -176,8 +176,10 @@ def generate(
             malformed, or `chat` is asked of a tokenizer without a chat template.
         MoEOutOfMemoryError: a batch does not fit the device; says what needs less.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not _is_integer(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+    if seed is not None and not _is_integer(seed):
+        raise ValueError(f"seed must be an integer, or None to draw anew each time, got {seed!r}")
     if streamer is not None and batch_size != 1:
         raise ValueError(f"a streamer needs batch_size=1, got batch_size={batch_size}")
     if chat and tokenizer.chat_template is None:
@@ -452,6 +454,10 @@ def _uniforms(seed: int, prompt_id: int | str, steps: int) -> list[float]:
 
 def _context_length(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _as_list(value: Any) -> list[Any]:
