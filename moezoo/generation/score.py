@@ -116,8 +116,10 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: Scored, index: int, chat: 
         before = encode(tokenizer, prompt)
         whole = encode(tokenizer, Prompt(prompt.id, prompt.prompt + completion))
         return _Tokens(prompt.id, whole, min(len(before), len(whole)))
-    if isinstance(text, Sequence) and all(type(token) is int for token in text):
-        return _Tokens(index, list(text))
+    if isinstance(text, Sequence):
+        ids = [token for token in text if isinstance(token, int)]
+        if len(ids) == len(text):
+            return _Tokens(index, ids)
     raise ValueError(f"expected a text, a mapping, token ids or a Completion, got {type(text)}")
 
 
