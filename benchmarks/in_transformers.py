@@ -239,10 +239,14 @@ def rows(model: nn.Module, args: argparse.Namespace, bandwidth: float) -> Iterat
         ids = draw(batch, num_tokens)
         row = measure(phase, model, ids, args)
         if phase != "prefill":
-            use(model, "grouped_mm")
-            nbytes = step_bytes(model, ids)
-            row["step_bytes"] = nbytes
-            row["roofline_tokens_per_second"] = batch * bandwidth / nbytes
+            try:
+                use(model, "grouped_mm")
+                nbytes = step_bytes(model, ids)
+            except torch.OutOfMemoryError as error:
+                row["skipped"]["roofline"] = str(error).split("\n")[0]
+            else:
+                row["step_bytes"] = nbytes
+                row["roofline_tokens_per_second"] = batch * bandwidth / nbytes
         yield row
 
 

@@ -268,7 +268,9 @@ def main() -> None:
     default = default_layers(device, args.quantization)
     layers = known(args.layer or default)
     all_peers = [OWN_BF16] if args.quantization else list(PEERS)
-    peers = all_peers if args.peers is None else [n for n in args.peers if n in all_peers]
+    peers = all_peers if args.peers is None else args.peers
+    if others := sorted(set(peers) - set(all_peers)):
+        parser.error(f"--peers {' '.join(others)}: here the peers are {' '.join(all_peers)}")
     tokens = args.tokens or list(DEFAULT_TOKENS[device.type])
     dtype = getattr(torch, args.dtype)
 

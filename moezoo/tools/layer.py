@@ -26,7 +26,9 @@ from rich.table import Table
 from torch import Tensor
 
 from moezoo.layers.moe import fused_experts, softmax_topk
+from moezoo.layers.moe.experts import require_fp8
 from moezoo.layers.quant import BlockFp8
+from moezoo.layers.quant.fp8 import BLOCK_FP8
 
 Implementation = Callable[[Tensor, Tensor], Tensor]
 """(x [T, H], logits [T, E]) -> [T, H], for weights that it holds."""
@@ -575,8 +577,16 @@ def default_layers(device: torch.device, quantization: str | None) -> tuple[str,
 def new_report(
     *, dtype: str, device: str | None, skewed: bool, quantization: str | None = None
 ) -> Report:
-    """A report without cells, its ceilings measured."""
+    """A report without cells, its ceilings measured.
+
+    Raises ValueError for another quantization than "fp8_w8a8", and QuantizationError on a GPU that
+    does not multiply fp8.
+    """
     kind = device_of(device)
+    if quantization not in (None, BLOCK_FP8):
+        raise ValueError(f"quantization must be {BLOCK_FP8!r} or None, got {quantization!r}")
+    if quantization is not None:
+        require_fp8(kind)
     return Report(
         device_name(kind),
         dtype,

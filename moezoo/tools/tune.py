@@ -31,8 +31,8 @@ from moezoo.layers.kernels.gated_up import gated_up
 from moezoo.layers.kernels.gated_up_fp8 import gated_up_fp8
 from moezoo.layers.kernels.overlap import capability
 from moezoo.layers.kernels.permute import Permutation, permute
-from moezoo.layers.kernels.tiles import BLOCK_FP8, Plan, Sizes, Tile, sizes_of
-from moezoo.layers.quant.fp8 import BLOCK, BlockFp8, Fp8Rows, quantize_rows
+from moezoo.layers.kernels.tiles import Plan, Sizes, Tile, sizes_of
+from moezoo.layers.quant.fp8 import BLOCK, BLOCK_FP8, BlockFp8, Fp8Rows, quantize_rows
 from moezoo.tools.layer import (
     Layer,
     QuantizedWeights,

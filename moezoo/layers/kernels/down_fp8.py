@@ -2,8 +2,8 @@
 
     y[r] = w2[e] @ h[r] + bias,  e the expert with offsets[e] <= r < offsets[e+1]
 
-Products accumulate in fp32 for 128 of I, then are scaled and added in fp32; y is rounded once. A
-tile of 256 columns is two products of 128, as in `gated_up_fp8`.
+Products accumulate in the matrix units for 128 of I (see `gated_up_fp8`), then are scaled and added
+in fp32; y is rounded once. A tile of 256 columns is two products of 128.
 
 Legend: H hidden, I expert intermediate, E experts, S rows, N most tiles (see `permute`).
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.permute import Permutation
-from moezoo.layers.kernels.tiles import Tile, descriptor, swizzle
+from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, swizzle
 from moezoo.layers.quant.fp8 import BLOCK, BlockFp8, Fp8Rows, blocks
 
 
@@ -192,7 +192,6 @@ def _down_fp8_kernel(
     w_scales_ptr,
     bias_ptr,
     y_ptr,
-    offsets_ptr,
     tiles_ptr,
     num_tiles_ptr,
     max_tiles,
@@ -225,9 +224,7 @@ def _down_fp8_kernel(
     num_n = tl.cdiv(hidden_size, BLOCK_N)
     for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
         tile, pid_n = swizzle(pid, num_tiles, num_n, GROUP_M)
-        expert = tl.load(tiles_ptr + tile)
-        first_row = tl.load(tiles_ptr + max_tiles + tile)
-        end = tl.load(offsets_ptr + expert + 1)
+        expert, first_row, end = load_tile(tiles_ptr + tile, max_tiles)
         first_col = pid_n * BLOCK_N
         # fmt: off
         if TAIL > 0 and end - first_row <= TAIL:
@@ -299,7 +296,6 @@ def down_fp8(
         w2.scales,
         bias2,
         y,
-        offsets,
         tiles,
         num_tiles,
         tiles.shape[1],

@@ -1,4 +1,4 @@
-"""one_token_fp8: `one_token` for block fp8.
+"""one_token_fp8: the experts of one token in block fp8, as `few_tokens` does them in 16 bits.
 
     h[k] = act(w13[e][:I] @ x + bias) * (w13[e][I:] @ x + bias),  e = topk_ids[k]
     out  = sum over k with topk_ids[k] in 0..E-1 of topk_weights[k] * (w2[e] @ h[k] + bias)

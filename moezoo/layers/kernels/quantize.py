@@ -28,7 +28,10 @@ from moezoo.layers.kernels.permute import (
     permute_ref,
     place,
 )
-from moezoo.layers.quant.fp8 import BLOCK, Fp8Rows, blocks, quantize_rows
+from moezoo.layers.quant.fp8 import BLOCK, LARGEST, TINY, Fp8Rows, blocks, quantize_rows
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LEAST, FULL = tl.constexpr(TINY), tl.constexpr(LARGEST)
 
 
 def permute_and_quantize_ref(
@@ -39,9 +42,12 @@ def permute_and_quantize_ref(
 
 @triton.jit
 def fp8_factor(largest):
-    """What maps values up to `largest` to fp8's range, and the scale that maps them back."""
-    largest = tl.maximum(largest, 1e-30)
-    full = tl.full(largest.shape, 448.0, tl.float32)
+    """What maps values up to `largest` to fp8's range, and the scale that maps them back.
+
+    `tl.max` passes over NaN, which then stays NaN in fp8, and its group's scale finite.
+    """
+    largest = tl.maximum(largest, LEAST)
+    full = tl.full(largest.shape, FULL, tl.float32)
     return tl.div_rn(full, largest), tl.div_rn(largest, full)
 
 
@@ -52,13 +58,13 @@ def _quantize_groups(
     x8_ptr,
     scales_ptr,
     num_tokens,
+    num_groups,
     hidden_size,
     stride_xt,
     stride_xh,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    num_groups = tl.cdiv(hidden_size, GROUP)
     rows = program * GROUPS + tl.arange(0, GROUPS)
     tokens = (rows // num_groups).to(tl.int64)
     m_rows = tokens < num_tokens
@@ -74,7 +80,9 @@ def _quantize_groups(
     tl.store(scales_ptr + rows, scales, mask=m_rows)
 
 
-@triton.jit(do_not_specialize=["num_rows", "max_tiles", "num_tokens"])
+# num_groups stays a variable: with H = 1 ptxas 12.8 would know values to be equal, and lose a
+# conversion to fp8.
+@triton.jit(do_not_specialize=["num_rows", "max_tiles", "num_tokens", "num_groups"])
 def _permute_and_quantize_kernel(
     ids_ptr,
     order_ptr,
@@ -89,6 +97,7 @@ def _permute_and_quantize_kernel(
     num_experts,
     max_tiles,
     num_tokens,
+    num_groups,
     hidden_size,
     stride_xt,
     stride_xh,
@@ -112,13 +121,13 @@ def _permute_and_quantize_kernel(
     else:
         # fmt: off
         _quantize_groups(
-            program - num_experts, x_ptr, x8_ptr, scales_ptr, num_tokens, hidden_size, stride_xt,
-            stride_xh, GROUPS, GROUP,
+            program - num_experts, x_ptr, x8_ptr, scales_ptr, num_tokens, num_groups,
+            hidden_size, stride_xt, stride_xh, GROUPS, GROUP,
         )
         # fmt: on
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_blocks", "num_tokens"])
+@triton.jit(do_not_specialize=["num_rows", "num_blocks", "num_tokens", "num_groups"])
 def _count_and_quantize_kernel(
     ids_ptr,
     counts_ptr,
@@ -129,6 +138,7 @@ def _count_and_quantize_kernel(
     num_experts,
     num_blocks,
     num_tokens,
+    num_groups,
     hidden_size,
     stride_xt,
     stride_xh,
@@ -145,8 +155,8 @@ def _count_and_quantize_kernel(
     else:
         # fmt: off
         _quantize_groups(
-            program - num_blocks, x_ptr, x8_ptr, scales_ptr, num_tokens, hidden_size, stride_xt,
-            stride_xh, GROUPS, GROUP,
+            program - num_blocks, x_ptr, x8_ptr, scales_ptr, num_tokens, num_groups,
+            hidden_size, stride_xt, stride_xh, GROUPS, GROUP,
         )
         # fmt: on
 
@@ -158,8 +168,11 @@ def permute_and_quantize(
 
     Raises ValueError for other ids or shapes, or more than 2**31 - 1 rows.
     """
-    if x.ndim != 2 or len(x) != len(topk_ids):
-        raise ValueError(f"x must be [{len(topk_ids)}, H] as topk_ids are, got {list(x.shape)}")
+    if x.ndim != 2 or len(x) != len(topk_ids) or x.dtype not in DTYPES:
+        raise ValueError(
+            f"x must be [{len(topk_ids)}, H] as topk_ids are, in float32, bfloat16 or float16, got "
+            f"{list(x.shape)} {x.dtype}"
+        )
     out = empty_permutation(topk_ids, num_experts, tile_rows)
     num_tokens, hidden_size = x.shape
     num_groups = blocks(hidden_size)
@@ -181,6 +194,7 @@ def permute_and_quantize(
             num_experts,
             len(counts),
             num_tokens,
+            num_groups,
             hidden_size,
             *x.stride(),
             BLOCK_S=BLOCK_ROWS,
@@ -205,6 +219,7 @@ def permute_and_quantize(
         num_experts,
         out.tiles.shape[1],
         num_tokens,
+        num_groups,
         hidden_size,
         *x.stride(),
         TILE_ROWS=tile_rows,

@@ -21,13 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from moezoo.layers.kernels.overlap import capability
+from moezoo.layers.quant.fp8 import BLOCK_FP8
 
 TABLES = Path(__file__).parent / "tables"
 FAR = 4.0
 """Beyond this ratio of rows an expert, a measured plan says less than the rule does."""
-
-BLOCK_FP8 = "fp8_w8a8"
-"""What tables call weights in fp8 blocks of 128 x 128."""
 
 INTERPRETER_SHARED_MEMORY = 99 * 1024
 

@@ -12,8 +12,9 @@ once to x's dtype, so is each expert's output row; weighting and the sum over K 
 once. On CPU, torch has no 16-bit product with an fp32 result: there gate and up are rounded too.
 
 With weights in block fp8, x is quantised per token and 128 of H, and the gated activation, in fp32
-until then, per row and 128 of I. Products accumulate in fp32 for 128 of H or I, are scaled by both
-scales and added in fp32. The rest is as above; the CPU multiplies the dequantised values in fp32.
+until then, per row and 128 of I. Products accumulate in the matrix units for 128 of H or I (on
+Hopper with 13 bits of fraction), are scaled by both scales and added in fp32. The rest is as above;
+the CPU multiplies the dequantised values in fp32.
 """
 
 import warnings
@@ -27,14 +28,15 @@ from moezoo.errors import QuantizationError
 from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.linear import ONEDNN_DTYPES, linear, without_onednn
 from moezoo.layers.moe.permute import permute
-from moezoo.layers.quant.fp8 import BLOCK, BlockFp8, quantize_rows
+from moezoo.layers.quant.fp8 import BLOCK, BLOCK_FP8, BlockFp8, quantize_rows
 
 CHUNK_TOKENS = 16384
 """Tokens worked on at a time: enough to fill a GPU, and what bounds `workspace_bytes`."""
 
 
 FEW_TOKENS = 4
-"""Up to so many, on a GPU, experts that few tokens share are multiplied once for each of them."""
+"""Up to so many tokens, on a GPU, an expert is multiplied once for each of them, unless too many
+share it: measured on one H100, that is faster while T*T*K <= E."""
 
 FEW_PRODUCTS = 2**18
 """With no more products than this for an expert, and with a single row, oneDNN takes longer to
@@ -49,7 +51,7 @@ def workspace_bytes(
 ) -> int:
     """Bytes of the buffers that `fused_experts` allocates on a GPU for `num_tokens`.
 
-    Per chosen row: its activation [I], its output [H] and 8 bytes of index (not counted: 4 bytes
+    With weights of 16 or 32 bits. Per chosen row: its activation [I], its output [H] and 8 bytes of index (not counted: 4 bytes
     for each expert); per token its result [H], twice where chunks are put together. Beyond
     `CHUNK_TOKENS` tokens only the results grow.
 
@@ -105,18 +107,18 @@ def fused_experts(
                 f"{type(w2).__name__}"
             )
         data13, scales13 = w13.data, w13.scales
-        if data13.ndim == 3 and data13.shape[1] % (2 * BLOCK) == 0:
-            data13, scales13 = data13.unflatten(1, (2, -1)), scales13.unflatten(1, (2, -1))
-            bias13 = None if bias13 is None else bias13.unflatten(-1, (2, -1))
-        if data13.ndim != 4:
-            raise ValueError(
-                "w13 as BlockFp8 must be [E, 2, I, H], or [E, 2I, H] with an I that 128 divides, "
-                f"got {_describe(data13)}"
-            )
         _validate(
             *(x, data13, w2.data, topk_weights, topk_ids, gating, bias13, bias2, expert_map),
             weights_dtype=torch.float8_e4m3fn,
         )
+        if data13.ndim == 3:
+            if data13.shape[1] % (2 * BLOCK):
+                raise ValueError(
+                    "w13 as BlockFp8 must be [E, 2, I, H], or [E, 2I, H] with an I that 128 "
+                    f"divides, got {_describe(data13)}"
+                )
+            data13, scales13 = data13.unflatten(1, (2, -1)), scales13.unflatten(1, (2, -1))
+            bias13 = None if bias13 is None else bias13.unflatten(1, (2, -1))
         if torch.is_grad_enabled() and _requires_grad(x, topk_weights, bias13, bias2):
             raise ValueError(
                 "there is no gradient through BlockFp8 weights; use torch.no_grad() or "
@@ -273,7 +275,7 @@ def _fused_experts_cuda(
     def chunk(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         num_tokens, k = topk_ids.shape
         if topk_ids.numel() == 0 or len(w13) == 0:
-            return torch.zeros_like(x)
+            return x.new_zeros(x.shape)
         few = num_tokens == 1 or (
             num_tokens <= FEW_TOKENS and num_tokens * topk_ids.numel() <= num_experts
         )
@@ -436,16 +438,10 @@ def _block_fp8_cuda(
     from moezoo.layers.kernels.down_fp8 import down_fp8
     from moezoo.layers.kernels.gated_up_fp8 import gated_up_fp8
     from moezoo.layers.kernels.one_token_fp8 import one_token_fp8
-    from moezoo.layers.kernels.overlap import capability
     from moezoo.layers.kernels.quantize import permute_and_quantize
     from moezoo.layers.kernels.tiles import plan
 
-    if x.is_cuda and torch.version.hip is None and capability(x.device) < (8, 9):
-        raise QuantizationError(
-            "fp8_w8a8 needs a GPU of compute capability 8.9 or later, "
-            f"{torch.cuda.get_device_name(x.device)} has {capability(x.device)}; dequantize() the "
-            "weights to bfloat16 for it"
-        )
+    require_fp8(x.device)
     blocks13, blocks2 = BlockFp8(w13, scales13), BlockFp8(w2, scales2)
     gating = Gating(activation, limit, up_offset)
     dense = w13.stride(-1) == w2.stride(-1) == 1
@@ -454,7 +450,7 @@ def _block_fp8_cuda(
     def chunk(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         num_tokens, k = topk_ids.shape
         if topk_ids.numel() == 0 or len(w13) == 0:
-            return torch.zeros_like(x)
+            return x.new_zeros(x.shape)
         if num_tokens == 1 and dense:
             return one_token_fp8(
                 *(x, blocks13, blocks2),
@@ -503,6 +499,20 @@ def _(
     up_offset: float = 0.0,
 ) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def require_fp8(device: torch.device) -> None:
+    """Raises QuantizationError for a GPU that does not multiply fp8."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return
+    from moezoo.layers.kernels.overlap import capability
+
+    if capability(device) < (8, 9):
+        raise QuantizationError(
+            f"{BLOCK_FP8} needs a GPU of compute capability 8.9 or later, "
+            f"{torch.cuda.get_device_name(device)} has {capability(device)}; dequantize() the "
+            "weights to bfloat16 for it"
+        )
 
 
 def _requires_grad(*tensors: Tensor | None) -> bool:

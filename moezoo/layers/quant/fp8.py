@@ -17,6 +17,9 @@ from torch import Tensor
 
 from moezoo.errors import QuantizationError
 
+BLOCK_FP8 = "fp8_w8a8"
+"""The name of the format, in options and tables."""
+
 BLOCK = 128
 """Rows and columns of a block of weights, activations of a group."""
 
@@ -114,7 +117,8 @@ class Fp8Rows(NamedTuple):
 
 
 def quantize_rows(x: Tensor) -> Fp8Rows:
-    """x [T, K], floating point. NaN and Inf make their group NaN."""
+    """x [T, K], floating point. NaN and Inf make their group NaN (in the kernel that does the same,
+    NaN stays alone)."""
     padded = F.pad(x.float(), (0, -x.shape[-1] % BLOCK))
     data, scales = _quantize(padded.unflatten(-1, (-1, BLOCK)), (-1,))
     return Fp8Rows(data.flatten(-2), scales.squeeze(-1))

@@ -3,7 +3,7 @@
 import torch
 
 from moezoo.layers.kernels.tiles import Tile
-from moezoo.layers.quant.fp8 import BlockFp8, Fp8Rows
+from moezoo.layers.quant.fp8 import LARGEST, BlockFp8, Fp8Rows
 
 # Every way through the kernels; GPUs have no fp8 product of fewer than 16 rows.
 TILES = {
@@ -33,11 +33,14 @@ def weights(*shape: int, device: torch.device, seed: int = 0) -> BlockFp8:
 
 
 def assert_rows_close(actual: Fp8Rows, expected: Fp8Rows) -> None:
-    """Scales within 1e-3, which is what fp8 instructions' accumulators are good for; a value within
-    a step of fp8 (an eighth of it), and all but 2 % equal."""
+    """A value within a step of fp8 (an eighth of it), and all but 2 % equal.
+
+    Hopper's fp8 instructions keep 13 bits of fraction, and a group of 128 is four of them: values
+    before quantising, and so scales, may differ by 2^-11 of the largest.
+    """
     assert actual.data.shape == expected.data.shape
     assert actual.scales.shape == expected.scales.shape
-    torch.testing.assert_close(actual.scales, expected.scales, rtol=1e-3, atol=0)
+    torch.testing.assert_close(actual.scales, expected.scales, rtol=2e-3, atol=0)
     a, b = actual.data.float(), expected.data.float()
-    assert ((a - b).abs() <= b.abs() / 7 + 2**-8).all()
+    assert ((a - b).abs() <= b.abs() / 7 + LARGEST * 2**-11).all()
     assert (a != b).sum() <= 0.02 * a.numel()

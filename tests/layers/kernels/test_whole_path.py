@@ -40,5 +40,7 @@ def test_block_fp8_equals_the_torch_path(routing: str, device: torch.device) -> 
     for mapped in (None, expert_map):
         arguments = (*operands, "silu", None, None, mapped)
         result = experts._block_fp8_cuda(*arguments)
-        # Some values of h round to their neighbour in fp8, for another order of sums.
-        assert relative_difference(result, experts._block_fp8_torch(*arguments)) <= 1e-2
+        # Some values of h round to their neighbour in fp8, see test_block_fp8.
+        expected = experts._block_fp8_torch(*arguments)
+        assert relative_difference(result, expected) <= 3e-2
+        assert (result - expected).float().norm() <= 1e-2 * expected.float().norm()

@@ -13,10 +13,13 @@ from moezoo.layers.moe import Gating, experts, fused_experts
 from moezoo.layers.quant import BlockFp8
 from moezoo.layers.quant.fp8 import quantize_rows
 
-TOLERANCE = 1e-2
-"""Largest difference over largest magnitude against the dequantised dense layer: bf16's two units,
-less what is not rounded, and the few values of h that another order of sums rounds to their
-neighbour in fp8."""
+TOLERANCE = 3e-2
+"""Largest difference over largest magnitude against the dequantised dense layer: a value of h that
+the matrix units' 13 bits of fraction (Hopper) round to its neighbour in fp8 is off by an eighth,
+and of many rows some have their largest among those."""
+
+NORM_TOLERANCE = 1e-2
+"""The same of the norms: few values do so, and bf16's own rounding is less."""
 
 DENSE_TOLERANCE = 8e-2
 """The same against activations that are not quantised: two roundings to 4 bits (1/16 at most, 0.025
@@ -93,7 +96,9 @@ def test_equals_the_dequantized_layer(
     args["x"] = args["x"].to(dtype)
     out = run(args)
     assert out.dtype == dtype
-    assert relative_difference(out, dense(args)) <= TOLERANCE
+    expected = dense(args)
+    assert relative_difference(out, expected) <= TOLERANCE
+    assert (out - expected).float().norm() <= NORM_TOLERANCE * expected.float().norm()
     assert relative_difference(out, dense(args, quantize=False)) <= DENSE_TOLERANCE
     assert torch.equal(out, run(args))
 
