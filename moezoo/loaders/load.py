@@ -25,6 +25,7 @@ from moezoo.errors import (
     CheckpointError,
     MoEOutOfMemoryError,
     QuantizationError,
+    UnsupportedArchitectureError,
 )
 from moezoo.loaders.checkpoint import (
     CONFIG,
@@ -46,7 +47,7 @@ from moezoo.loaders.stream import Piece, cut, stream
 
 _log = logging.getLogger(__name__)
 
-_MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _HUGE_PAGE = 2 << 20
 _CHUNK = 16 << 20
 
@@ -68,8 +69,9 @@ def from_pretrained(
 ) -> MoECausalLM:
     """The model of a local folder or hub id, ready to generate.
 
-    `dtype` is a `torch.dtype`, its name, or "auto" for the checkpoint's own; `device` is "cuda",
-    "cuda:1" or "cpu", by default a GPU if there is one. `quantization`, `parallel` and `eplb` are
+    `dtype` is bfloat16, float16 or float32, as a `torch.dtype` or its name, or "auto" for the
+    checkpoint's own (float32 for one in float64, cast while loading); `device` is "cuda", "cuda:1"
+    or "cpu", by default a GPU if there is one. `quantization`, `parallel` and `eplb` are
     None in this release. `revision`, `cache_dir`, `token` and `local_files_only` mean what they do
     in huggingface_hub. `progress` shows a bar where stderr is a terminal.
 
@@ -145,7 +147,7 @@ def from_config(
     target_device = _device(device)
     config = deepcopy(config)
     refuse_quantised(getattr(config, "quantization_config", None), "the config")
-    config.dtype = _dtype(dtype) or config.dtype or torch.float32
+    config.dtype = _dtype(dtype) or _config_dtype(config, torch.float32)
     with torch.device("meta"):
         decoder = registry.build(config)
     wanted = parameter_infos(decoder, config.dtype)
@@ -380,11 +382,26 @@ def refuse_quantised(quantization_config: object, name: str) -> None:
 
 
 def own_dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that the config names, or else that of the first floating tensor."""
-    if config.dtype in _MODEL_DTYPES:
-        return config.dtype
+    """The dtype that the config names, or else that of the first floating tensor.
+
+    float32 where that is float64. Raises `UnsupportedArchitectureError` if the config names
+    another dtype.
+    """
     stored = (tensor.dtype for tensor in checkpoint.tensors.values())
-    return next((dtype for dtype in stored if dtype in _MODEL_DTYPES), torch.float32)
+    floating = (dtype for dtype in stored if dtype in (*_MODEL_DTYPES, torch.float64))
+    return _config_dtype(config, next(floating, torch.float32))
+
+
+def _config_dtype(config: PreTrainedConfig, default: torch.dtype) -> torch.dtype:
+    dtype = config.dtype or default
+    if dtype == torch.float64:
+        return torch.float32  # no layer computes in float64
+    if dtype not in _MODEL_DTYPES:
+        raise UnsupportedArchitectureError(
+            f"{config.name_or_path or config.model_type}: config.dtype is {dtype}, expected"
+            f" {', '.join(map(_dtype_name, _MODEL_DTYPES))} or float64; choose one with dtype"
+        )
+    return dtype
 
 
 def tied_rules(
@@ -459,11 +476,15 @@ def _device(device: torch.device | str | None) -> torch.device:
     return chosen
 
 
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | None:
     """The dtype asked for; None for "auto"."""
     if dtype == "auto":
         return None
-    names = {str(known).removeprefix("torch."): known for known in _MODEL_DTYPES}
+    names = {_dtype_name(known): known for known in _MODEL_DTYPES}
     chosen = names.get(dtype) if isinstance(dtype, str) else dtype
     if chosen not in _MODEL_DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected 'auto' or one of {', '.join(names)}")
