@@ -474,6 +474,24 @@ def test_tune_names_what_is_missing(capsys, monkeypatch):
     assert "tune needs a CUDA device" in err
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda", "device is 'cuda', but torch sees no CUDA device; use 'cpu'"),
+        ("foo", "device is 'foo', expected 'cuda', 'cuda:1' or 'cpu'"),
+        ("mps", "device is 'mps', expected 'cuda', 'cuda:1' or 'cpu'"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command", [("bench", "layer"), ("generate", "--prompt", "a")], ids=["bench", "generate"]
+)
+def test_a_device_that_is_not_there_is_a_message(capsys, monkeypatch, command, device, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, out, err = run(capsys, *command, "--device", device)
+    assert (code, out) == (2, "")
+    assert err.endswith(f"moezoo: error: {message}\n")
+
+
 def test_what_tune_takes_for_a_layer():
     def layer(text):
         return cli._layer(cli._parser().parse_args(["tune", text]))

@@ -21,6 +21,7 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 
 from moezoo import registry
 from moezoo.causal_lm import MoECausalLM
+from moezoo.device import device_of
 from moezoo.errors import (
     CheckpointError,
     MoEOutOfMemoryError,
@@ -81,7 +82,7 @@ def from_pretrained(
     """
     _refuse_later_options(quantization, parallel, eplb)
     _dtype(dtype)  # before anything is asked of the hub
-    target_device = _device(device)
+    target_device = device_of(device)
     checkpoint = open_checkpoint(
         model_id,
         revision=revision,
@@ -101,7 +102,7 @@ def from_checkpoint(
     progress: bool = True,
 ) -> MoECausalLM:
     """The model of an open checkpoint; arguments and errors as in `from_pretrained`."""
-    target_device = _device(device)
+    target_device = device_of(device)
     asked_dtype = _dtype(dtype)
     config = transformers_config(checkpoint)
     config.dtype = asked_dtype or own_dtype(config, checkpoint)
@@ -144,7 +145,7 @@ def from_config(
     _refuse_later_options(quantization, parallel, eplb)
     if not isinstance(config, PreTrainedConfig):
         raise ValueError(f"config is a {type(config).__name__}, expected a transformers config")
-    target_device = _device(device)
+    target_device = device_of(device)
     config = deepcopy(config)
     refuse_quantised(getattr(config, "quantization_config", None), "the config")
     config.dtype = _dtype(dtype) or _config_dtype(config, torch.float32)
@@ -453,27 +454,6 @@ def _refuse_later_options(quantization: object, parallel: object, eplb: object) 
     for name, value in (("parallel", parallel), ("eplb", eplb)):
         if value is not None:
             raise ValueError(f"{name}={value!r} is not in this release; leave it None")
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device is {device!r}, expected 'cuda', 'cuda:1' or 'cpu'") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {device!r}, expected 'cuda', 'cuda:1' or 'cpu'")
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device is {device!r}, but torch sees no CUDA device; use 'cpu'")
-        if chosen.index is None:
-            return torch.device("cuda", torch.cuda.current_device())
-        if chosen.index >= torch.cuda.device_count():
-            raise ValueError(
-                f"device is {device!r}, but there are {torch.cuda.device_count()} CUDA devices"
-            )
-    return chosen
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

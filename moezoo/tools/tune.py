@@ -23,6 +23,7 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from moezoo.device import device_of
 from moezoo.errors import MoEZooError
 from moezoo.layers.kernels import tiles
 from moezoo.layers.kernels.down import down
@@ -38,7 +39,6 @@ from moezoo.tools.layer import (
     QuantizedWeights,
     Weights,
     device_name,
-    device_of,
     random_weights,
     time_graph,
 )

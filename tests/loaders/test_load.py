@@ -419,7 +419,9 @@ def test_a_dtype_in_the_config_that_no_model_has_is_named_unless_one_is_given(tm
     )
     assert moezoo.inspect(folder).reason == str(caught.value)
     assert from_pretrained(folder, dtype="float16", progress=False).dtype == torch.float16
-    with pytest.raises(UnsupportedArchitectureError, match=r"qwen3_moe: config\.dtype is torch\.int8"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"qwen3_moe: config\.dtype is torch\.int8"
+    ):
         from_config(small_config(dtype="int8"))
 
 
