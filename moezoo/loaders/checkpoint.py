@@ -68,6 +68,10 @@ class StoredTensor(TensorInfo):
     start: int
 
     @property
+    def where(self) -> str:
+        return f" in {self.file}"
+
+    @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 

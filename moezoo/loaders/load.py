@@ -212,7 +212,7 @@ def _planned(
 ) -> tuple[dict[str, ParameterInfo], Plan]:
     """What `module` wants and how it comes there, all that can be refused without a weight."""
     wanted = parameter_infos(module, dtype)
-    chosen = plan(rules, checkpoint.tensors, wanted, experts=experts)
+    chosen = plan(rules, checkpoint.tensors, wanted, experts=experts, name=checkpoint.name)
     check_memory(wanted, device, checkpoint.name)
     return wanted, chosen
 
@@ -339,7 +339,10 @@ def transformers_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{checkpoint.name}: {CONFIG} names no model_type")
-    registry.architecture(model_type)
+    try:
+        registry.architecture(model_type)
+    except UnsupportedArchitectureError as error:
+        raise UnsupportedArchitectureError(f"{checkpoint.name}: {error}") from error
     refuse_quantised(raw.get("quantization_config"), checkpoint.name)
     if model_type not in CONFIG_MAPPING:
         raw["model_type"] = model_type = registry.ARCHITECTURES[model_type]

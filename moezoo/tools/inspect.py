@@ -138,7 +138,7 @@ def inspect(
         if unreadable is not None:
             raise unreadable
         refuse_quantised(quantised, checkpoint.name)
-        plan(rules, checkpoint.tensors, parameter_infos(decoder, dtype))
+        plan(rules, checkpoint.tensors, parameter_infos(decoder, dtype), name=checkpoint.name)
     except MoEZooError as error:
         return replace(report, reason=str(error))
     return replace(report, supported=True)

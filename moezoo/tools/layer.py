@@ -536,8 +536,8 @@ def bench(
     """Measure moezoo's layer; every cell is also given to `progress` when it is done.
 
     `quantization` is "fp8_w8a8", or None for weights in `dtype`. A layer whose weights
-    do not fit is skipped. Raises ValueError for one that is not in `LAYERS` and for a device that is
-    not there.
+    do not fit is skipped. Raises ValueError for one that is not in `LAYERS`, and for a device that
+    is not there.
     """
     kind = device_of(device)
     names = known(layers or default_layers(kind, quantization))
