@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import moezoo
-from moezoo.errors import MoEZooError
+from moezoo.errors import MoEZooError, naming
 
 if TYPE_CHECKING:
     from moezoo.generation.offline import Completion, Prompt
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         code: int = arguments.run(arguments)
-        sys.stdout.flush()
+        with naming("stdout"):
+            sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         _say("interrupted" + _how_to_go_on(arguments))
@@ -289,7 +290,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     finished = {} if file is None else file.finished
     num_finished_before = len(finished)
     if pending := to_do(prompts, finished, arguments.batch_size):
-        with file or nullcontext():
+        target = "stdout" if file is None else file.path
+        with naming(target), file or nullcontext():
             completions, streamed = _completions(model_id, arguments, pending, options)
             write = _print(arguments, run, streamed) if file is None else file.write
             with _progress(arguments, len(prompts), num_finished_before) as advance:
@@ -493,10 +495,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
         revision=arguments.revision,
         local_files_only=arguments.local_files_only,
     )
-    if arguments.json:
-        print(json.dumps(report.to_dict(), indent=2))
-    else:
-        Console().print(report)
+    with naming("stdout"):
+        if arguments.json:
+            print(json.dumps(report.to_dict(), indent=2))
+        else:
+            Console().print(report)
     return DONE if report.supported else PARTLY
 
 
@@ -566,7 +569,9 @@ def _bench_layer(arguments: argparse.Namespace) -> int:
         skewed=arguments.skewed,
         progress=lambda cell: _say(f"{cell.layer}, {cell.num_tokens} tokens: done"),
     )
-    Console().print(report)
+    with naming("stdout"):
+        Console().print(report)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        with naming(arguments.json):
+            arguments.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     return FAILED if report.skipped or any(cell.skipped for cell in report.cells) else DONE

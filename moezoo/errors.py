@@ -3,6 +3,9 @@
 Arguments that no exception here describes raise `ValueError`.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -63,3 +66,14 @@ class LoadImbalanceWarning(UserWarning):
 
     def __init__(self, message: str) -> None:
         super().__init__(f"Load imbalance detected: {message}")
+
+
+@contextmanager
+def naming(file: str | os.PathLike[str]) -> Iterator[None]:
+    """An `OSError` of the block that names no file, such as that of a full disk, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(file)
+        raise

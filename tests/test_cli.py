@@ -364,6 +364,21 @@ def test_a_malformed_tokenizer_is_named(capsys, tmp_path):
     assert f"error: {folder}: its tokenizer cannot be loaded: " in err
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
+def test_a_full_disk_is_named(capfd):
+    full = "error: [Errno 28] No space left on device: "
+    command = ("generate", "--prompt", "a", "--output", "/dev/full", "--overwrite", *GREEDY)
+    code, _, err = run(capfd, *command)
+    assert code == 1
+    assert err.endswith(f"{full}'/dev/full'\n")
+    for command in (("generate", "--prompt", "a", *GREEDY), ("inspect", tiny_model())):
+        arguments = [sys.executable, "-m", "moezoo", *map(str, command)]
+        with open("/dev/full", "w") as stdout:
+            ran = subprocess.run(arguments, stdout=stdout, stderr=subprocess.PIPE, text=True)
+        assert ran.returncode == 1
+        assert f"{full}'stdout'" in ran.stderr
+
+
 def test_debug_shows_the_traceback(capsys):
     code, _, err = run(capsys, "generate", "./nowhere", "--prompt", "a", "--debug")
     assert code == 1

@@ -1,6 +1,7 @@
 """Saving: the hub's layout, read back bit for bit, and folders that are never half written."""
 
 import json
+import resource
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -190,6 +191,22 @@ def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(Saved(), tmp_path / "a" / "new", max_shard_size="1MB")
     assert not (tmp_path / "a" / "new").exists()
+
+
+def test_a_write_that_fails_names_the_file(tmp_path):
+    """A limit on the size of files stands for a full disk, whose error names no file either."""
+    saved = Saved()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large: ") as caught:
+            save_pretrained(saved, tmp_path / "new", max_shard_size="2MB")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    written = Path(caught.value.filename)
+    assert written.name == "model-00001-of-00007.safetensors"
+    assert written.is_relative_to(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch):
