@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 DONE, FAILED, USAGE, PARTLY, INTERRUPTED = 0, 1, 2, 3, 130
 QUANTIZATIONS = ("fp8_w8a8",)
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 EXIT_CODES = """\
@@ -436,6 +437,16 @@ def _tokenizer(checkpoint: Checkpoint, *, local_files_only: bool) -> Any:
 
     from moezoo.errors import CheckpointError
 
+    # Without a vocabulary transformers makes an empty tokenizer, or asks for another package.
+    if not any(
+        file in VOCABULARIES or file.endswith((".model", ".tiktoken"))
+        for file in checkpoint.files.listing()
+    ):
+        raise CheckpointError(
+            f"{checkpoint.name} has no tokenizer: none of its files is {', '.join(VOCABULARIES)}, "
+            "*.model or *.tiktoken; add the tokenizer's files of the model that it was made of, "
+            "as AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes them"
+        )
     try:
         # By default transformers asks on the terminal whether to run a checkpoint's code.
         return AutoTokenizer.from_pretrained(

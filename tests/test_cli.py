@@ -364,6 +364,19 @@ def test_a_malformed_tokenizer_is_named(capsys, tmp_path):
     assert f"error: {folder}: its tokenizer cannot be loaded: " in err
 
 
+@pytest.mark.parametrize("left", [(), ("tokenizer_config.json", "special_tokens_map.json")])
+def test_a_folder_without_a_tokenizer_says_so(capsys, tmp_path, left):
+    """transformers would make an empty tokenizer of it, or ask for sentencepiece."""
+    folder = copy_model(tmp_path / "m")
+    for file in {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"} - {*left}:
+        (folder / file).unlink()
+    code, out, err = run(capsys, "generate", folder, "--prompt", "a")
+    assert (code, out) == (1, "")
+    assert f"error: {folder} has no tokenizer: none of its files is tokenizer.json, " in err
+    assert "AutoTokenizer.from_pretrained(...).save_pretrained(folder)" in err
+    assert "sentencepiece" not in err
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
 def test_a_full_disk_is_named(capfd):
     full = "error: [Errno 28] No space left on device: "
