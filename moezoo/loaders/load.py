@@ -106,7 +106,7 @@ def from_checkpoint(
     asked_dtype = _dtype(dtype)
     config = transformers_config(checkpoint)
     config.dtype = asked_dtype or own_dtype(config, checkpoint)
-    generation_config = _generation_config(checkpoint)
+    generation_config = own_generation_config(checkpoint)
     rules, twins = tied_rules(config, checkpoint)
     with torch.device("meta"):
         decoder = registry.build(config)
@@ -361,7 +361,8 @@ def transformers_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     return config
 
 
-def _generation_config(checkpoint: Checkpoint) -> GenerationConfig | None:
+def own_generation_config(checkpoint: Checkpoint) -> GenerationConfig | None:
+    """What the checkpoint says of generation, if anything; raises `CheckpointError` if invalid."""
     if GENERATION_CONFIG not in checkpoint.files.listing():
         return None
     try:
