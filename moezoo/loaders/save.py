@@ -175,11 +175,11 @@ def _move(draft: Path, folder: Path) -> None:
 
 
 def _bytes(size: int | str) -> int:
-    """5_000_000_000 from "5GB"."""
+    """5_000_000_000 from "5GB"; decimals are allowed, as huggingface_hub does."""
     if isinstance(size, str):
-        match = re.fullmatch(r"(\d+) ?([KMGT]I?B)", size.upper())
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]I?B)\s*", size.upper())
         if match:
-            return int(match[1]) * _UNITS[match[2]]
-    elif size > 0:
+            return int(float(match[1]) * _UNITS[match[2]])
+    elif isinstance(size, int) and size > 0:
         return size
     raise ValueError(f"max_shard_size is {size!r}, expected bytes or a string such as '5GB'")

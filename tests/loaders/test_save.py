@@ -97,13 +97,21 @@ def test_shards_hold_everything_once(tmp_path_factory, limit, experts, rows):
 
 @pytest.mark.parametrize(
     "size, expected",
-    [(7, 7), ("5GB", 5 * 10**9), ("200 MB", 2 * 10**8), ("3KiB", 3072), ("1gib", 2**30)],
+    [
+        (7, 7),
+        ("5GB", 5 * 10**9),
+        ("200 MB", 2 * 10**8),
+        ("3KiB", 3072),
+        ("1gib", 2**30),
+        ("1.5GB", 1_500_000_000),
+        (" .5 mb ", 500_000),
+    ],
 )
 def test_shard_sizes(size, expected):
     assert save._bytes(size) == expected
 
 
-@pytest.mark.parametrize("size", ["5", "GB", "5 bytes", "-1GB", "1.5GB", 0, -3])
+@pytest.mark.parametrize("size", ["5", "GB", "5 bytes", "-1GB", "1.5.2GB", ".GB", 0, -3, None])
 def test_malformed_shard_sizes(tmp_path, size):
     model = from_pretrained(ASSET, device="cpu", progress=False)
     with pytest.raises(ValueError, match=r"max_shard_size is .* expected bytes or a string"):
