@@ -319,6 +319,7 @@ def test_seed_and_sampling_options_reach_generation(capsys):
         (("--prompt", "a", "--repetition-penalty", "0"), 2, "repetition_penalty must be above 0"),
         (("--prompt", "a", "--repetition-penalty", "inf"), 2, "repetition_penalty must be above"),
         (("--prompt", "a", "--stop", ""), 2, "stop_strings must be texts that are not empty"),
+        (("", "--prompt", "a"), 2, "model_id is '', expected a folder or a hub id"),
         (("./nowhere", "--prompt", "a"), 1, "./nowhere does not exist"),
         (("not/cached", "--prompt", "a", "--local-files-only"), 1, "local_files_only is set"),
     ],
