@@ -13,6 +13,7 @@ from moezoo import experts_implementation
 
 if TYPE_CHECKING:
     from moezoo.generation.offline import Completion, Prompt, generate
+    from moezoo.generation.score import Score, score
     from moezoo.loaders.load import from_config, from_pretrained
     from moezoo.registry import list_architectures
     from moezoo.tools.inspect import Report, inspect
@@ -23,22 +24,26 @@ __all__ = [
     "Completion",
     "Prompt",
     "Report",
+    "Score",
     "from_config",
     "from_pretrained",
     "generate",
     "inspect",
     "list_architectures",
+    "score",
 ]
 
 _HOMES = {
     "Completion": "moezoo.generation.offline",
     "Prompt": "moezoo.generation.offline",
     "Report": "moezoo.tools.inspect",
+    "Score": "moezoo.generation.score",
     "from_config": "moezoo.loaders.load",
     "from_pretrained": "moezoo.loaders.load",
     "generate": "moezoo.generation.offline",
     "inspect": "moezoo.tools.inspect",
     "list_architectures": "moezoo.registry",
+    "score": "moezoo.generation.score",
 }
 
 experts_implementation.register()

@@ -267,6 +267,7 @@ def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], A
 def _generate(arguments: argparse.Namespace) -> int:
     from moezoo.generation.offline import check_options
     from moezoo.generation.prompt_files import OutputFile, to_do
+    from moezoo.loaders.checkpoint import open_checkpoint
 
     options = _sampling_options(arguments)
     check_options(**options)
@@ -282,18 +283,23 @@ def _generate(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{len(problems)} bad input lines and --strict: nothing was generated")
     if not prompts:
         raise ValueError("there is no prompt to complete")
-    model_id = _model_id(arguments)
-    run = _fingerprint(model_id, arguments, options)
+    _quieten_hub(arguments)
+    # Opened once, so that the fingerprint, the model and the tokenizer are of one commit.
+    checkpoint = open_checkpoint(
+        _model_id(arguments),
+        revision=arguments.revision,
+        local_files_only=arguments.local_files_only,
+    )
+    run = _fingerprint(checkpoint, arguments, options)
 
     file = None
     if arguments.output is not None:
         file = OutputFile(arguments.output, prompts, run, overwrite=arguments.overwrite)
     finished = {} if file is None else file.finished
     num_finished_before = len(finished)
-    if pending := to_do(prompts, finished, arguments.batch_size):
-        target = "stdout" if file is None else file.path
-        with naming(target), file or nullcontext():
-            completions, streamed = _completions(model_id, arguments, pending, options)
+    with naming("stdout" if file is None else file.path), file or nullcontext():
+        if pending := to_do(prompts, finished, arguments.batch_size):
+            completions, streamed = _completions(checkpoint, arguments, pending, options)
             write = _print(arguments, run, streamed) if file is None else file.write
             with _progress(arguments, len(prompts), num_finished_before) as advance:
                 for completion in completions:
@@ -311,6 +317,14 @@ def _generate(arguments: argparse.Namespace) -> int:
             f"{num_finished_before} were there before"
         )
     return PARTLY if num_failed or problems else DONE
+
+
+def _quieten_hub(arguments: argparse.Namespace) -> None:
+    """Keep huggingface_hub from writing each of its attempts to stderr; ours is the last word."""
+    from huggingface_hub.utils import logging
+
+    if not arguments.debug:
+        logging.set_verbosity_error()
 
 
 def _sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -360,12 +374,12 @@ def _model_id(arguments: argparse.Namespace) -> str:
     return str(arguments.model)
 
 
-def _fingerprint(model_id: str, arguments: argparse.Namespace, options: dict[str, Any]) -> str:
+def _fingerprint(
+    checkpoint: Checkpoint, arguments: argparse.Namespace, options: dict[str, Any]
+) -> str:
     """Short hash of all that decides what a prompt's completion is."""
-    folder = Path(model_id)
     identity = [
-        str(folder.resolve()) if folder.is_dir() else model_id,
-        arguments.revision,
+        checkpoint.fingerprint(),
         arguments.chat,
         arguments.dtype,
         arguments.seed,
@@ -375,7 +389,7 @@ def _fingerprint(model_id: str, arguments: argparse.Namespace, options: dict[str
 
 
 def _completions(
-    model_id: str,
+    checkpoint: Checkpoint,
     arguments: argparse.Namespace,
     prompts: list[Prompt],
     options: dict[str, Any],
@@ -384,25 +398,17 @@ def _completions(
 
     And whether they are printed already, token by token.
     """
-    from huggingface_hub.utils import logging as hub_logging
     from transformers import TextStreamer
     from transformers.utils import logging
 
     from moezoo.generation.offline import generate
-    from moezoo.loaders.checkpoint import open_checkpoint
     from moezoo.loaders.load import from_checkpoint
 
     if not arguments.debug:
         logging.set_verbosity_error()
-        hub_logging.set_verbosity_error()
-    # Opened once, so that model and tokenizer are of one commit, and before anything else, since it
-    # says best why there is no model.
-    checkpoint = open_checkpoint(
-        model_id, revision=arguments.revision, local_files_only=arguments.local_files_only
-    )
     tokenizer = _tokenizer(checkpoint, local_files_only=arguments.local_files_only)
     if arguments.chat and tokenizer.chat_template is None:
-        raise ValueError(f"{model_id} has no chat template: leave --chat out")
+        raise ValueError(f"{checkpoint.name} has no chat template: leave --chat out")
     started = time.perf_counter()
     model = from_checkpoint(
         checkpoint,
@@ -413,7 +419,7 @@ def _completions(
     if not arguments.quiet:
         dtype = str(model.dtype).removeprefix("torch.")
         seconds = time.perf_counter() - started
-        _say(f"loaded {model_id} as {dtype} on {model.device} in {seconds:.1f} s")
+        _say(f"loaded {checkpoint.name} as {dtype} on {model.device} in {seconds:.1f} s")
     streamer = None
     # A streamer prints each token as it comes, so with stop strings also what is to be cut off.
     stops = arguments.stop or model.generation_config.stop_strings
@@ -501,6 +507,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     from moezoo.tools.inspect import inspect
 
+    _quieten_hub(arguments)
     report = inspect(
         arguments.model,
         revision=arguments.revision,
@@ -552,6 +559,7 @@ def _layer(arguments: argparse.Namespace) -> Any:
         return Layer(*numbers)
     from moezoo.tools.inspect import inspect
 
+    _quieten_hub(arguments)
     report = inspect(
         arguments.layer,
         revision=arguments.revision,

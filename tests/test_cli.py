@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -228,6 +229,57 @@ def test_output_of_another_run_is_left_alone_unless_overwritten(capsys, tmp_path
     assert output.read_text() == "my notes\n"
 
 
+def test_of_two_runs_at_once_on_one_output_the_second_is_refused(capsys, tmp_path, monkeypatch):
+    lines = prompts_file(tmp_path / "in.jsonl", "The dog", "A cat")
+    output = tmp_path / "out.jsonl"
+    command = ("generate", "--input", lines, "--output", output, "--batch-size", 1, *GREEDY)
+    generate = offline.generate
+    seconds = []
+
+    def while_the_first_runs(*args, **kwargs):
+        seconds.append(run(capsys, *command))
+        for completion in generate(*args, **kwargs):
+            yield completion
+            seconds.append(run(capsys, *command, "--overwrite"))
+
+    monkeypatch.setattr(offline, "generate", while_the_first_runs)
+    assert run(capsys, *command)[0] == 0
+    assert [record["id"] for record in records(output.read_text())] == [1, 2]
+    assert len(seconds) == 3
+    for code, _, err in seconds:
+        assert code == 2
+        assert f"error: another run is writing {output}" in err
+
+
+def test_a_run_goes_on_with_the_same_model_only_wherever_that_lies(capsys, tmp_path):
+    lines = prompts_file(tmp_path / "in.jsonl", "The dog", "A cat")
+    output = tmp_path / "out.jsonl"
+    folder = copy_model(tmp_path / "m")
+
+    def generate(folder):
+        return run(capsys, "generate", folder, "--input", lines, "--output", output, *GREEDY)
+
+    assert generate(folder)[0] == 0
+    whole = output.read_text()
+    half = "".join(whole.splitlines(keepends=True)[:1])
+    output.write_text(half)
+    moved = folder.rename(tmp_path / "moved")
+    code, _, err = generate(moved)
+    assert code == 0
+    assert "1 were there before" in err
+    assert output.read_text() == whole
+
+    output.write_text(half)
+    model = moezoo.from_pretrained(moved, device="cpu")
+    with torch.no_grad():
+        model.decoder.embed.weight.mul_(1.5)
+    model.save_pretrained(moved)
+    code, _, err = generate(moved)
+    assert code == 2
+    assert f"{output}:1: written by a run with another model or other settings" in err
+    assert output.read_text() == half
+
+
 def test_overwrite_keeps_the_old_file_until_there_is_something_new(capsys, tmp_path):
     lines = prompts_file(tmp_path / "in.jsonl", "The dog")
     output = tmp_path / "out.jsonl"
@@ -315,7 +367,8 @@ def test_seed_and_sampling_options_reach_generation(capsys):
         (("--input", "nowhere.jsonl"), 2, "--input cannot be read: [Errno 2]"),
         (("--input", "a.jsonl", "--output", "./a.jsonl"), 2, "are the same file, a.jsonl"),
         (("--prompt", "a", "--output", "nowhere/out.jsonl"), 1, "[Errno 2]"),
-        (("--prompt", "a", "--output", "."), 1, "[Errno 21]"),
+        (("--prompt", "a", "--output", "."), 2, "--output must be a file"),
+        (("--prompt", "a", "--output", "/dev/full"), 2, "/dev/full is a device or a pipe"),
         (("--prompt", "a", "--repetition-penalty", "0"), 2, "repetition_penalty must be above 0"),
         (("--prompt", "a", "--repetition-penalty", "inf"), 2, "repetition_penalty must be above"),
         (("--prompt", "a", "--stop", ""), 2, "stop_strings must be texts that are not empty"),
@@ -379,18 +432,26 @@ def test_a_folder_without_a_tokenizer_says_so(capsys, tmp_path, left):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
-def test_a_full_disk_is_named(capfd):
-    full = "error: [Errno 28] No space left on device: "
-    command = ("generate", "--prompt", "a", "--output", "/dev/full", "--overwrite", *GREEDY)
-    code, _, err = run(capfd, *command)
-    assert code == 1
-    assert err.endswith(f"{full}'/dev/full'\n")
+def test_a_full_stdout_is_named():
     for command in (("generate", "--prompt", "a", *GREEDY), ("inspect", tiny_model())):
         arguments = [sys.executable, "-m", "moezoo", *map(str, command)]
         with open("/dev/full", "w") as stdout:
             ran = subprocess.run(arguments, stdout=stdout, stderr=subprocess.PIPE, text=True)
         assert ran.returncode == 1
-        assert f"{full}'stdout'" in ran.stderr
+        assert ran.stderr.endswith("error: [Errno 28] No space left on device: 'stdout'\n")
+
+
+def test_a_full_disk_is_named(capsys, tmp_path):
+    """A limit on the size of files stands for a full disk, whose error names no file either."""
+    output = tmp_path / "out.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        code, _, err = run(capsys, "generate", "--prompt", "a", "--output", output, *GREEDY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1
+    assert err.endswith(f"error: [Errno 27] File too large: '{output}'\n")
 
 
 def test_debug_shows_the_traceback(capsys):

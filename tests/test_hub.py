@@ -46,3 +46,24 @@ def test_inspect_reads_headers_and_generate_downloads_what_it_needs(tmp_path):
     # the stand-in is gone now
     cached = moezoo("generate", "some/story-teller", "--local-files-only", *prompt)
     assert cached.stdout == generated.stdout
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("generate", "--prompt", "a")])
+def test_a_hub_that_cannot_be_reached_is_one_message(tmp_path, command):
+    patient = "import sys, time; time.sleep = lambda _: None; from moezoo import cli; "
+    ran = subprocess.run(
+        [sys.executable, "-c", patient + "sys.exit(cli.main())", *command, "nosuch/model"],
+        env={
+            **os.environ,
+            "HF_ENDPOINT": "http://127.0.0.1:9",  # the port that discards, where nobody listens
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_OFFLINE": "0",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 1
+    assert ran.stderr == (
+        "moezoo: error: nosuch/model is not a folder here, its config.json is not in the hub's "
+        "cache here, and the hub cannot be reached\n"
+    )

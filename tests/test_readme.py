@@ -41,6 +41,19 @@ def test_moezoo_commands_parse(command):
     assert callable(cli._parser().parse_args(arguments).run)
 
 
+def test_the_run_that_the_readme_shows_is_the_run_of_its_command(tmp_path, monkeypatch):
+    readme = (ROOT / "README.md").read_text()
+    prompts = re.findall(r'^\{"id": "\w+", "prompt": "[^"]*"\}$', readme, re.MULTILINE)
+    (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
+    monkeypatch.chdir(tmp_path)
+    command = next(line for line in CONSOLE if "--output stories.jsonl" in line)
+    assert cli.main(shlex.split(command)[1:]) == 0
+    completions = (tmp_path / "stories.jsonl").read_text()
+    runs = re.findall(r'"run": "\w+"', completions)
+    assert len(runs) == len(prompts) == 2
+    assert re.findall(r'"run": "\w+"', readme) == runs
+
+
 def test_make_targets_exist():
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     used = [command.split()[1] for command in CONSOLE if command.startswith("make ")]

@@ -69,7 +69,7 @@ class Prompt:
             ValueError: a key is missing, given twice or of the wrong type.
         """
         id = default_id if record.get("id") is None else record["id"]
-        if isinstance(id, bool) or not isinstance(id, int | str):
+        if not (_is_integer(id) or isinstance(id, str)):
             raise ValueError(f"id must be a string or an integer, got {id!r}")
         prompt, messages = record.get("prompt"), record.get("messages")
         if (prompt is None) == (messages is None):
@@ -176,8 +176,10 @@ def generate(
             malformed, or `chat` is asked of a tokenizer without a chat template.
         MoEOutOfMemoryError: a batch does not fit the device; says what needs less.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not _is_integer(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+    if seed is not None and not _is_integer(seed):
+        raise ValueError(f"seed must be an integer, or None to draw anew each time, got {seed!r}")
     if streamer is not None and batch_size != 1:
         raise ValueError(f"a streamer needs batch_size=1, got batch_size={batch_size}")
     if chat and tokenizer.chat_template is None:
@@ -225,7 +227,7 @@ class _BatchGenerator:
         encoded: dict[int, list[int]] = {}
         for row, prompt in enumerate(prompts):
             try:
-                encoded[row] = self._encode(prompt)
+                encoded[row] = encode(self.tokenizer, prompt, chat=self.chat)
             except (ValueError, jinja2.TemplateError) as error:
                 completions[row] = Completion(
                     prompt.id, prompt.prompt, "", (), "error", 0, error=str(error)
@@ -245,44 +247,15 @@ class _BatchGenerator:
                 completions[row] = self._decode(prompts[row], encoded[row], ids)
         return [completions[row] for row in range(len(prompts))]
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        messages: Messages
-        if isinstance(prompt.prompt, str):
-            if not self.chat:
-                return self._ids(prompt.prompt) or [self._first_token()]
-            messages = [{"role": "user", "content": prompt.prompt}]
-        elif self.tokenizer.chat_template is None:
-            raise ValueError("the prompt holds messages but the tokenizer has no chat template")
-        else:
-            messages = prompt.prompt
-        text = self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=False
-        )
-        # the template writes the special tokens itself
-        return self._ids(text, add_special_tokens=False)
-
-    def _ids(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        text.encode()  # a lone surrogate raises here, and names itself
-        encoding = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
-        return list(encoding.input_ids)
-
-    def _first_token(self) -> int:
-        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        raise ValueError(
-            "the prompt is empty and the tokenizer has no beginning- or end-of-text token"
-        )
-
     def _num_new_tokens(self, ids: list[int]) -> int:
         limit: int = self.config.max_new_tokens
-        context = _context_length(self.model)
+        context = context_length(self.model)
         return limit if context is None else min(limit, context - len(ids))
 
     def _too_long(self, prompt: Prompt, num_tokens: int) -> Completion:
         error = (
             f"the prompt has {num_tokens} tokens and the model's context is "
-            f"{_context_length(self.model)}; shorten it to leave room for at least one more"
+            f"{context_length(self.model)}; shorten it to leave room for at least one more"
         )
         return Completion(prompt.id, prompt.prompt, "", (), "error", num_tokens, error=error)
 
@@ -351,6 +324,43 @@ class _BatchGenerator:
         if whole.startswith(before):
             return whole[len(before) :]
         return str(self.tokenizer.decode(new_ids, skip_special_tokens=True))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat: bool = False) -> list[int]:
+    """The tokens of a prompt; of an empty one the first token that a text can have.
+
+    Messages, and with `chat` texts too, go through the tokenizer's chat template.
+
+    Raises:
+        ValueError: there is no template, no first token, or the text is not valid Unicode.
+        jinja2.TemplateError: the template refuses the messages.
+    """
+    messages: Messages
+    if isinstance(prompt.prompt, str):
+        if not chat:
+            return _ids(tokenizer, prompt.prompt) or [_first_token(tokenizer)]
+        messages = [{"role": "user", "content": prompt.prompt}]
+    elif tokenizer.chat_template is None:
+        raise ValueError("the prompt holds messages but the tokenizer has no chat template")
+    else:
+        messages = prompt.prompt
+    text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    # the template writes the special tokens itself
+    return _ids(tokenizer, text, add_special_tokens=False)
+
+
+def _ids(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = True
+) -> list[int]:
+    text.encode()  # a lone surrogate raises here, and names itself
+    return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids)
+
+
+def _first_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise ValueError("the prompt is empty and the tokenizer has no beginning- or end-of-text token")
 
 
 def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
@@ -450,8 +460,13 @@ def _uniforms(seed: int, prompt_id: int | str, steps: int) -> list[float]:
     return [draw.random() for _ in range(steps)]
 
 
-def _context_length(model: PreTrainedModel) -> int | None:
+def context_length(model: PreTrainedModel) -> int | None:
+    """How many tokens a text may have, if the config says."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _as_list(value: Any) -> list[Any]:

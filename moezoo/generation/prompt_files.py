@@ -5,14 +5,19 @@ A completion is one line, written and flushed whole; only the last line of a fil
 
 import errno
 import json
+import logging
 import os
+import sys
 from collections.abc import Container, Iterable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO, Self, cast
+from typing import Any, BinaryIO, Self
 
 from moezoo.generation.offline import Completion, Prompt
 
+if sys.platform != "win32":
+    import fcntl
+
+_log = logging.getLogger(__name__)
 _START = b'{"id": '
 """How every line of `completion_line` begins."""
 
@@ -75,6 +80,7 @@ def resume(path: Path, prompts: Sequence[Prompt], run: str) -> dict[int | str, b
     other_file = "; choose another output file or start it anew (--overwrite)"
     by_id = {prompt.id: prompt.prompt for prompt in prompts}
     finished: dict[int | str, bool] = {}
+    first_line: dict[int | str, int] = {}
     with path.open("r+b") as file:
         end = 0
         for number, line in enumerate(file, start=1):
@@ -96,6 +102,12 @@ def resume(path: Path, prompts: Sequence[Prompt], run: str) -> dict[int | str, b
                 )
             if by_id.get(prompt.id) != prompt.prompt:
                 raise ValueError(f"{where}id {prompt.id!r} is not this prompt's{other_file}")
+            if prompt.id in first_line:
+                raise ValueError(
+                    f"{where}id {prompt.id!r} has its completion on line {first_line[prompt.id]}; "
+                    "remove one of the two lines, or start the file anew (--overwrite)"
+                )
+            first_line[prompt.id] = number
             finished[prompt.id] = failed
     return finished
 
@@ -120,11 +132,13 @@ def to_do(
 class OutputFile:
     """The file that the completions of one run are appended to, a line each.
 
-    `finished` is what `resume` finds there, or nothing with `overwrite`. The file is opened for the
-    first completion: a run that fails before leaves no empty file, and what it was to overwrite.
+    `finished` is what `resume` finds there, or nothing with `overwrite`. What is there before is
+    kept until the first completion, and a run that fails before it leaves no new file. No other run
+    can open the file until this one closes it or its process ends, however it ends.
 
     Raises:
-        ValueError: the file holds something else than completions of these prompts in this run.
+        ValueError: it is no regular file, another run is writing it, or it holds something else
+            than completions of these prompts in this run.
         OSError: it cannot be written.
     """
 
@@ -133,16 +147,26 @@ class OutputFile:
     ) -> None:
         self.path = path
         self.run = run
-        self._mode = "wb" if overwrite else "ab"
-        self._file: BinaryIO | None = None
-        self._opened = ExitStack()
-        self.finished = {} if overwrite else resume(path, prompts, run)
-        _check_writable(path)
+        self._to_empty = overwrite
+        self._is_new = not path.exists()
+        if not self._is_new and not path.is_file():
+            kind = "folder" if path.is_dir() else "device or a pipe"
+            raise ValueError(
+                f"--output must be a file, from which a stopped run can go on, and {path} is a "
+                f"{kind}; choose a file, or leave --output out to write to stdout"
+            )
+        self._file = path.open("ab")
+        try:
+            _lock(self._file, path)
+            self.finished = {} if overwrite else resume(path, prompts, run)
+        except BaseException:
+            self._file.close()
+            raise
 
     def write(self, completion: Completion) -> None:
-        if self._file is None:
-            file = self._opened.enter_context(self.path.open(self._mode))
-            self._file = cast(BinaryIO, file)
+        if self._to_empty:
+            self._file.truncate(0)
+            self._to_empty = False
         self._file.write(completion_line(completion, self.run))
         self._file.flush()
 
@@ -150,16 +174,30 @@ class OutputFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._opened.close()
+        if self._is_new and os.fstat(self._file.fileno()).st_size == 0:
+            os.unlink(os.path.realpath(self.path))
+        self._file.close()
 
 
-def _check_writable(path: Path) -> None:
-    if path.exists():
-        with open(path, "ab"):
-            return
-    code = errno.EACCES if path.parent.is_dir() else errno.ENOENT
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise OSError(code, os.strerror(code), str(path))
+def _lock(file: BinaryIO, path: Path) -> None:
+    """Keep other runs from writing `file`, the open file at `path`, until it is closed."""
+    if sys.platform == "win32":
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Its run may have removed the file, still empty, after it was opened here.
+        is_there = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except BlockingIOError:
+        is_there = False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            raise
+        _log.warning("%s is on a file system without locks: let no other run write it", path)
+        return
+    if not is_there:
+        raise ValueError(
+            f"another run is writing {path}; wait for its end, or choose another output file"
+        )
 
 
 def _json_object(line: bytes) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from hashlib import sha256
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -52,7 +54,23 @@ DTYPES = {
 }
 """The dtypes of the safetensors format by its own names."""
 
+_DECIDE_TEXT = (
+    CONFIG,
+    GENERATION_CONFIG,
+    "*tokenizer*",
+    "chat_template*",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+)
+"""The files beside the weights that decide what a model writes: configs and tokenizers."""
+
 _log = logging.getLogger(__name__)
+_SAMPLE = 4096
 _MAX_HEADER = 100_000_000
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CONNECTIONS = 16
@@ -152,6 +170,31 @@ class Checkpoint:
                 locations[name] = Location(path, start + stored[name].start)
         return locations
 
+    def fingerprint(self) -> str:
+        """What tells this checkpoint from others, wherever it lies and whatever it is called.
+
+        The commit of a hub repository. Of a folder, a hash of the configs, the tokenizer's files
+        and, for every tensor, its name, dtype, shape and the 4 KiB in its middle: to read all
+        weights would take as long as to load them, and training changes every part of a tensor.
+        """
+        if self.revision is not None:
+            return self.revision
+        parts: list[object] = []
+        for file in sorted(self.files.listing()):
+            path = self.files.local(file)
+            decides = any(fnmatchcase(file, pattern) for pattern in _DECIDE_TEXT)
+            if decides and path is not None and path.is_file():
+                with _naming(path):
+                    parts.append([file, sha256(path.read_bytes()).hexdigest()])
+        names = sorted(self.tensors)
+        locations = self.fetch(names)
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            samples = pool.map(lambda name: _sample(locations[name], self.tensors[name]), names)
+            for name, sample in zip(names, samples, strict=True):
+                tensor = self.tensors[name]
+                parts.append([name, str(tensor.dtype), tensor.shape, sample])
+        return sha256(json.dumps(parts).encode()).hexdigest()
+
 
 def open_checkpoint(
     model_id: str | os.PathLike[str],
@@ -239,6 +282,14 @@ def read_header(path: Path) -> tuple[int, dict[str, StoredTensor]]:
         which = f", {len(cut)} tensors are not whole, such as {cut[0]}" if cut else ""
         raise CheckpointError(f"{path}: {what}: {size} bytes, expected {start + end}{which}")
     return start, tensors
+
+
+def _sample(location: Location, tensor: StoredTensor) -> str:
+    """A hash of the bytes in the middle of a tensor; of all where they are few."""
+    size = min(tensor.nbytes, _SAMPLE)
+    with _naming(location.path), open(location.path, "rb", buffering=0) as file:
+        file.seek(location.offset + (tensor.nbytes - size) // 2)
+        return sha256(file.read(size)).hexdigest()
 
 
 def _parse(header: Mapping[str, Any], path: Path | str, file: str) -> dict[str, StoredTensor]:

@@ -1,13 +1,15 @@
 """Lines in and out; resuming a killed run as a whole is tested in tests/test_cli.py."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moezoo.generation.offline import Completion, Prompt
-from moezoo.generation.prompt_files import completion_line, read_prompts, resume
+from moezoo.generation.prompt_files import OutputFile, completion_line, read_prompts, resume
 
 PROMPTS = [Prompt("a", "The dog"), Prompt(2, [{"role": "user", "content": "hello"}])]
 
@@ -75,6 +77,10 @@ def test_resume_tells_finished_from_failed_and_drops_half_a_line(tmp_path):
         ),
         (completion_line(completion(Prompt(2, "?")), "r"), "out.jsonl:2: id 2 is not this prompt"),
         (completion_line(completion(Prompt(3, "?")), "r"), "out.jsonl:2: id 3 is not this prompt"),
+        (
+            completion_line(completion(PROMPTS[0], "again"), "r"),
+            "out.jsonl:2: id 'a' has its completion on line 1; remove one of the two lines",
+        ),
     ],
 )
 def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, line, message):
@@ -84,3 +90,44 @@ def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, line, mess
     with pytest.raises(ValueError, match=message):
         resume(path, PROMPTS, "r")
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_one_run_at_a_time_writes_a_file(tmp_path, overwrite):
+    path = tmp_path / "out.jsonl"
+    with OutputFile(path, PROMPTS, "r") as file:
+        for write in (lambda: None, lambda: file.write(completion(PROMPTS[0]))):
+            write()
+            with pytest.raises(ValueError, match=f"another run is writing {path}"):
+                OutputFile(path, PROMPTS, "r", overwrite=overwrite)
+    assert path.read_bytes() == completion_line(completion(PROMPTS[0]), "r")
+    with OutputFile(path, PROMPTS, "r", overwrite=overwrite) as file:
+        assert file.finished == ({} if overwrite else {"a": False})
+
+
+def test_a_run_that_opened_what_another_removes_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "out.jsonl"
+    first = OutputFile(path, PROMPTS, "r")
+    open_ = Path.open
+
+    def opened_before_the_first_ends(self, mode):
+        file = open_(self, mode)
+        first.__exit__()
+        return file
+
+    monkeypatch.setattr(Path, "open", opened_before_the_first_ends)
+    with pytest.raises(ValueError, match="another run is writing"):
+        OutputFile(path, PROMPTS, "r")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_only_a_regular_file_is_written(tmp_path, kind, overwrite):
+    path = Path("/dev/null") if kind == "device" else tmp_path / kind
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    with pytest.raises(ValueError, match=f"--output must be a file.* {path} is a .*{kind}"):
+        OutputFile(path, PROMPTS, "r", overwrite=overwrite)

@@ -246,6 +246,42 @@ def test_a_file_that_changed_since_it_was_opened(tmp_path):
         checkpoint.fetch(["a.bias"])
 
 
+def test_fingerprint_is_of_the_content_and_not_of_the_place_or_the_shards(tmp_path):
+    def fingerprint(name, *shards):
+        return open_checkpoint(write(tmp_path / name, *shards)).fingerprint()
+
+    first = fingerprint("first", TENSORS)
+    assert fingerprint("moved", TENSORS) == first
+    assert fingerprint("sharded", *split(TENSORS)) == first
+    (tmp_path / "moved" / "README.md").write_text("What is said about it is not what it says.")
+    assert fingerprint("moved", TENSORS) == first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"a.weight": TENSORS["a.weight"] + 1},
+        {"a.weight": TENSORS["a.weight"].view(4, 3)},
+        {"a.weight": TENSORS["a.weight"].view(torch.int32)},
+        {"large": torch.arange(100_000) + 1},
+        {"another": torch.ones(1)},
+    ],
+)
+def test_fingerprint_tells_other_weights(tmp_path, change):
+    tensors = TENSORS | {"large": torch.arange(100_000)}
+    first = open_checkpoint(write(tmp_path, tensors)).fingerprint()
+    assert open_checkpoint(write(tmp_path, tensors | change)).fingerprint() != first
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"]
+)
+def test_fingerprint_tells_another_config_or_tokenizer(tmp_path, file):
+    first = open_checkpoint(write(tmp_path, TENSORS)).fingerprint()
+    (tmp_path / file).write_text('{"model_type": "other"}')
+    assert open_checkpoint(tmp_path).fingerprint() != first
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A stand-in for the hub with one sharded repository."""
@@ -354,6 +390,12 @@ def test_gated_repository(hub, cache):
 def test_revision(hub, cache):
     assert open_checkpoint("some/model", **cache, revision=COMMIT).tensors
     assert "some/model has no revision v9" in refusal("some/model", **cache, revision="v9")
+
+
+def test_fingerprint_of_a_repository_is_its_commit_and_reads_no_weights(hub, cache):
+    checkpoint = open_checkpoint("some/model", **cache)
+    assert checkpoint.fingerprint() == COMMIT
+    assert hub.downloads() == {"config.json", INDEX}
 
 
 def test_repository_without_a_config(hub, cache):
