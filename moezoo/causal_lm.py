@@ -152,8 +152,8 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         attention_mask is [B, past + T], 0 at padding on either side, or a 4-D mask. position_ids
         [B, T] default to counting on from the cache. `logits_to_keep` keeps the last n positions
         (0: all), those of a 1-D index tensor, those of each row [B, n] int, or, flattened to
-        [n, V], where [B, T] bool is true. Raises `ValueError` for what the layers do not return:
-        attentions and router logits.
+        [n, V], where [B, T] bool is true. Raises `ValueError` for no row or no token,
+        and for what the layers do not return: attentions and router logits.
         """
         for option in ("output_attentions", "output_router_logits"):
             if kwargs.pop(option, False):
@@ -162,7 +162,13 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             kwargs.pop(option, None)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if input_ids is not None:
+            _check_ids(input_ids)
         x = self.decoder.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.dim() != 3 or 0 in x.shape:
+            raise ValueError(
+                f"inputs_embeds is {list(x.shape)}, expected [B, T, H], none of them 0"
+            )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
@@ -231,6 +237,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
                 **model_kwargs,
             )
         assert cache is not None, "a DynamicCache, or it would have asked for more"
+        _check_ids(input_ids)
         if cache.get_seq_length() == 0 and not getattr(cache, "_is_user_defined", False):
             cache = growing_cache(self.config)
         decoded = decode(
@@ -253,6 +260,13 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             scores=tuple(scores.clone() for scores in decoded.scores) or None,
             logits=tuple(logits.clone() for logits in decoded.logits) or None,
             past_key_values=cache,
+        )
+
+
+def _check_ids(input_ids: torch.Tensor) -> None:
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(
+            f"input_ids is {list(input_ids.shape)}, expected [B, T] with a row and a token or more"
         )
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import moezoo
-from moezoo.errors import MoEZooError
+from moezoo.errors import MoEZooError, naming
 
 if TYPE_CHECKING:
     from moezoo.generation.offline import Completion, Prompt
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 DONE, FAILED, USAGE, PARTLY, INTERRUPTED = 0, 1, 2, 3, 130
 QUANTIZATIONS = ("fp8_w8a8",)
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 EXIT_CODES = """\
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         code: int = arguments.run(arguments)
-        sys.stdout.flush()
+        with naming("stdout"):
+            sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         _say("interrupted" + _how_to_go_on(arguments))
@@ -295,7 +297,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         file = OutputFile(arguments.output, prompts, run, overwrite=arguments.overwrite)
     finished = {} if file is None else file.finished
     num_finished_before = len(finished)
-    with file or nullcontext():
+    with naming("stdout" if file is None else file.path), file or nullcontext():
         if pending := to_do(prompts, finished, arguments.batch_size):
             completions, streamed = _completions(checkpoint, arguments, pending, options)
             write = _print(arguments, run, streamed) if file is None else file.write
@@ -441,6 +443,16 @@ def _tokenizer(checkpoint: Checkpoint, *, local_files_only: bool) -> Any:
 
     from moezoo.errors import CheckpointError
 
+    # Without a vocabulary transformers makes an empty tokenizer, or asks for another package.
+    if not any(
+        file in VOCABULARIES or file.endswith((".model", ".tiktoken"))
+        for file in checkpoint.files.listing()
+    ):
+        raise CheckpointError(
+            f"{checkpoint.name} has no tokenizer: none of its files is {', '.join(VOCABULARIES)}, "
+            "*.model or *.tiktoken; add the tokenizer's files of the model that it was made of, "
+            "as AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes them"
+        )
     try:
         # By default transformers asks on the terminal whether to run a checkpoint's code.
         return AutoTokenizer.from_pretrained(
@@ -501,10 +513,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
         revision=arguments.revision,
         local_files_only=arguments.local_files_only,
     )
-    if arguments.json:
-        print(json.dumps(report.to_dict(), indent=2))
-    else:
-        Console().print(report)
+    with naming("stdout"):
+        if arguments.json:
+            print(json.dumps(report.to_dict(), indent=2))
+        else:
+            Console().print(report)
     return DONE if report.supported else PARTLY
 
 
@@ -575,7 +588,9 @@ def _bench_layer(arguments: argparse.Namespace) -> int:
         skewed=arguments.skewed,
         progress=lambda cell: _say(f"{cell.layer}, {cell.num_tokens} tokens: done"),
     )
-    Console().print(report)
+    with naming("stdout"):
+        Console().print(report)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        with naming(arguments.json):
+            arguments.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     return FAILED if report.skipped or any(cell.skipped for cell in report.cells) else DONE

@@ -3,6 +3,9 @@
 Arguments that no exception here describes raise `ValueError`.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -14,6 +17,13 @@ class CheckpointError(MoEZooError):
     """A checkpoint cannot be read or lacks what the model needs; names the file and the tensor."""
 
 
+IN_TRANSFORMERS = (
+    "transformers may run it, with moezoo's expert layers where they fit: "
+    'AutoModelForCausalLM.from_pretrained(..., experts_implementation="moezoo")'
+)
+"""What to do about a model that moezoo does not run on its own."""
+
+
 class UnsupportedArchitectureError(MoEZooError):
     """The config names an architecture or a setting that moezoo does not do; names the field."""
 
@@ -21,7 +31,13 @@ class UnsupportedArchitectureError(MoEZooError):
     def of_field(cls, config: Any, field: str, supported: str) -> "UnsupportedArchitectureError":
         """The error for a field of a transformers config: what it is, and what is supported."""
         value = getattr(config, field, None)
-        return cls(f"{config.model_type}: config.{field} is {value!r}; supported is {supported}")
+        model = config.model_type
+        if config.name_or_path:
+            model = f"{config.name_or_path} ({model})"
+        return cls(
+            f"{model}: config.{field} is {value!r}; supported is {supported}. If the config is "
+            f"right, {IN_TRANSFORMERS}"
+        )
 
 
 class ExpertMapError(MoEZooError):
@@ -50,3 +66,14 @@ class LoadImbalanceWarning(UserWarning):
 
     def __init__(self, message: str) -> None:
         super().__init__(f"Load imbalance detected: {message}")
+
+
+@contextmanager
+def naming(file: str | os.PathLike[str]) -> Iterator[None]:
+    """An `OSError` of the block that names no file, such as that of a full disk, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(file)
+        raise

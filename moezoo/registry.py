@@ -5,7 +5,7 @@ from types import ModuleType
 
 from transformers import PreTrainedConfig
 
-from moezoo.errors import UnsupportedArchitectureError
+from moezoo.errors import IN_TRANSFORMERS, UnsupportedArchitectureError
 from moezoo.layers.decoder import Decoder
 from moezoo.models.fields import check_sizes
 
@@ -34,9 +34,7 @@ def architecture(model_type: str) -> ModuleType:
     if model_type not in ARCHITECTURES:
         raise UnsupportedArchitectureError(
             f"model_type {model_type!r} is not supported; supported are"
-            f" {', '.join(list_architectures())}. transformers may run it, with moezoo's expert"
-            " layers where they fit: AutoModelForCausalLM.from_pretrained(...,"
-            ' experts_implementation="moezoo")'
+            f" {', '.join(list_architectures())}. {IN_TRANSFORMERS}"
         )
     return import_module(f"moezoo.models.{ARCHITECTURES[model_type]}")
 

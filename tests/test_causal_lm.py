@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -241,6 +242,18 @@ def test_wrong_calls(pair: Pair) -> None:
         pair.ours(torch.tensor([[1]]), atention_mask=torch.tensor([[1]]))
     with pytest.raises(TypeError, match=r"moezoo\.from_pretrained"):
         type(pair.ours).from_pretrained(tiny_model())
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 0), (5,)])
+def test_no_tokens_are_refused_by_their_shape(pair: Pair, shape: tuple[int, ...]) -> None:
+    message = re.escape(f"input_ids is {list(shape)}, expected [B, T] with a row and a token")
+    with pytest.raises(ValueError, match=message):
+        pair.ours(torch.zeros(shape, dtype=torch.long))
+    if len(shape) == 2:
+        with pytest.raises(ValueError, match=message):
+            pair.ours.generate(torch.zeros(shape, dtype=torch.long), max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"inputs_embeds is \[.*, 8\], expected \[B, T, H\]"):
+        pair.ours(inputs_embeds=torch.zeros(*shape, 8))
 
 
 def test_what_the_config_says_of_outputs_is_a_default(pair: Pair) -> None:

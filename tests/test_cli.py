@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -371,6 +372,7 @@ def test_seed_and_sampling_options_reach_generation(capsys):
         (("--prompt", "a", "--repetition-penalty", "0"), 2, "repetition_penalty must be above 0"),
         (("--prompt", "a", "--repetition-penalty", "inf"), 2, "repetition_penalty must be above"),
         (("--prompt", "a", "--stop", ""), 2, "stop_strings must be texts that are not empty"),
+        (("", "--prompt", "a"), 2, "model_id is '', expected a folder or a hub id"),
         (("./nowhere", "--prompt", "a"), 1, "./nowhere does not exist"),
         (("not/cached", "--prompt", "a", "--local-files-only"), 1, "local_files_only is set"),
     ],
@@ -414,6 +416,42 @@ def test_a_malformed_tokenizer_is_named(capsys, tmp_path):
     code, _, err = run(capsys, "generate", folder, "--prompt", "a")
     assert code == 1
     assert f"error: {folder}: its tokenizer cannot be loaded: " in err
+
+
+@pytest.mark.parametrize("left", [(), ("tokenizer_config.json", "special_tokens_map.json")])
+def test_a_folder_without_a_tokenizer_says_so(capsys, tmp_path, left):
+    """transformers would make an empty tokenizer of it, or ask for sentencepiece."""
+    folder = copy_model(tmp_path / "m")
+    for file in {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"} - {*left}:
+        (folder / file).unlink()
+    code, out, err = run(capsys, "generate", folder, "--prompt", "a")
+    assert (code, out) == (1, "")
+    assert f"error: {folder} has no tokenizer: none of its files is tokenizer.json, " in err
+    assert "AutoTokenizer.from_pretrained(...).save_pretrained(folder)" in err
+    assert "sentencepiece" not in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
+def test_a_full_stdout_is_named():
+    for command in (("generate", "--prompt", "a", *GREEDY), ("inspect", tiny_model())):
+        arguments = [sys.executable, "-m", "moezoo", *map(str, command)]
+        with open("/dev/full", "w") as stdout:
+            ran = subprocess.run(arguments, stdout=stdout, stderr=subprocess.PIPE, text=True)
+        assert ran.returncode == 1
+        assert ran.stderr.endswith("error: [Errno 28] No space left on device: 'stdout'\n")
+
+
+def test_a_full_disk_is_named(capsys, tmp_path):
+    """A limit on the size of files stands for a full disk, whose error names no file either."""
+    output = tmp_path / "out.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        code, _, err = run(capsys, "generate", "--prompt", "a", "--output", output, *GREEDY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1
+    assert err.endswith(f"error: [Errno 27] File too large: '{output}'\n")
 
 
 def test_debug_shows_the_traceback(capsys):
@@ -524,6 +562,24 @@ def test_tune_names_what_is_missing(capsys, monkeypatch):
     code, _, err = run(capsys, "tune", "8,2,64,32")
     assert code == 2
     assert "tune needs a CUDA device" in err
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda", "device is 'cuda', but torch sees no CUDA device; use 'cpu'"),
+        ("foo", "device is 'foo', expected 'cuda', 'cuda:1' or 'cpu'"),
+        ("mps", "device is 'mps', expected 'cuda', 'cuda:1' or 'cpu'"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command", [("bench", "layer"), ("generate", "--prompt", "a")], ids=["bench", "generate"]
+)
+def test_a_device_that_is_not_there_is_a_message(capsys, monkeypatch, command, device, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, out, err = run(capsys, *command, "--device", device)
+    assert (code, out) == (2, "")
+    assert err.endswith(f"moezoo: error: {message}\n")
 
 
 def test_what_tune_takes_for_a_layer():

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,16 @@ def test_make_targets_exist():
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     used = [command.split()[1] for command in CONSOLE if command.startswith("make ")]
     assert {"demo", "test", "lint"} <= set(used) <= set(targets)
+
+
+@pytest.mark.parametrize(
+    "command", [command for command in CONSOLE if command.startswith(".venv/bin/pytest tests")]
+)
+def test_pytest_commands_select_tests(command):
+    _, *arguments = shlex.split(command)
+    pytest_only = [sys.executable, "-m", "pytest", "--collect-only", "-q", *arguments]
+    collected = subprocess.run(pytest_only, cwd=ROOT, capture_output=True, text=True)
+    assert collected.returncode == 0, collected.stdout
 
 
 def test_the_table_of_architectures_is_the_registry():

@@ -86,6 +86,10 @@ class StoredTensor(TensorInfo):
     start: int
 
     @property
+    def where(self) -> str:
+        return f" in {self.file}"
+
+    @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
@@ -203,7 +207,7 @@ def open_checkpoint(
     """The checkpoint in a local folder or in a hub repository, its headers read.
 
     A folder is taken before a hub id of the same name. Raises `CheckpointError` for what cannot be
-    found, reached or read, naming the file and the tensor.
+    found, reached or read, naming the file and the tensor, and `ValueError` for no name at all.
     """
     checkpoint = open_config(
         model_id,
@@ -224,6 +228,10 @@ def open_config(
     local_files_only: bool = False,
 ) -> Checkpoint:
     """The checkpoint without its tensors: what there is to know where they cannot be read."""
+    if not isinstance(model_id, str | os.PathLike) or not os.fspath(model_id):
+        raise ValueError(
+            f"model_id is {model_id!r}, expected a folder or a hub id such as Qwen/Qwen3-30B-A3B"
+        )
     name = os.fspath(model_id)
     files: _Files
     if os.path.isdir(name):
@@ -251,12 +259,13 @@ def read_header(path: Path) -> tuple[int, dict[str, StoredTensor]]:
     """
     with _naming(path), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
+        first = file.read(8)
+        length = int.from_bytes(first, "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise CheckpointError(
-                f"{path}: {size} bytes with a header of {length}; the file is truncated or not "
-                "in the safetensors format"
+            what = _disguise(first + file.read(100)) or (
+                "is truncated or not in the safetensors format: get it again"
             )
+            raise CheckpointError(f"{path} ({size} bytes) {what}")
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
@@ -320,12 +329,24 @@ def _check_cover(tensors: Mapping[str, StoredTensor], path: Path) -> int:
     return end
 
 
+def _disguise(start: bytes) -> str | None:
+    """What a file that begins so is in place of the one that was meant, and what to do."""
+    again = "get the file itself with `hf download` or `git lfs pull`"
+    if start.startswith(b"version https://git-lfs"):
+        return f"is a git-LFS pointer: {again}"
+    if start.lstrip().startswith(b"<"):
+        return f"is a web page: {again}"
+    return None
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     with _naming(path):
+        raw = path.read_bytes()
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(raw)
         except ValueError as error:
-            raise CheckpointError(f"{path} is not JSON: {error}") from error
+            what = _disguise(raw[:100]) or f"is not JSON: {error}"
+            raise CheckpointError(f"{path} {what}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return content
@@ -347,10 +368,16 @@ def _read_tensors(files: _Files) -> dict[str, StoredTensor]:
         raise CheckpointError(_no_weights(files.name, listing))
     index_path = files.local(INDEX) or files.download([INDEX], progress=False)[INDEX]
     weight_map = _read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) and shard == os.path.basename(shard) for shard in weight_map.values()
-    ):
-        raise CheckpointError(f"{index_path}: weight_map is not a table of tensor names to files")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(
+            f"{index_path}: weight_map is {weight_map!r}, expected a table of tensor names to files"
+        )
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard or shard != os.path.basename(shard):
+            raise CheckpointError(
+                f"{index_path}: weight_map has {name} in {shard!r}, expected the name of a file "
+                "beside it"
+            )
     shards: dict[str, set[str]] = defaultdict(set)
     for name, shard in weight_map.items():
         shards[shard].add(name)

@@ -21,10 +21,12 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 
 from moezoo import registry
 from moezoo.causal_lm import MoECausalLM
+from moezoo.device import device_of
 from moezoo.errors import (
     CheckpointError,
     MoEOutOfMemoryError,
     QuantizationError,
+    UnsupportedArchitectureError,
 )
 from moezoo.loaders.checkpoint import (
     CONFIG,
@@ -46,7 +48,7 @@ from moezoo.loaders.stream import Piece, cut, stream
 
 _log = logging.getLogger(__name__)
 
-_MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _HUGE_PAGE = 2 << 20
 _CHUNK = 16 << 20
 
@@ -68,8 +70,9 @@ def from_pretrained(
 ) -> MoECausalLM:
     """The model of a local folder or hub id, ready to generate.
 
-    `dtype` is a `torch.dtype`, its name, or "auto" for the checkpoint's own; `device` is "cuda",
-    "cuda:1" or "cpu", by default a GPU if there is one. `quantization`, `parallel` and `eplb` are
+    `dtype` is bfloat16, float16 or float32, as a `torch.dtype` or its name, or "auto" for the
+    checkpoint's own (float32 for one in float64, cast while loading); `device` is "cuda", "cuda:1"
+    or "cpu", by default a GPU if there is one. `quantization`, `parallel` and `eplb` are
     None in this release. `revision`, `cache_dir`, `token` and `local_files_only` mean what they do
     in huggingface_hub. `progress` shows a bar where stderr is a terminal.
 
@@ -79,7 +82,7 @@ def from_pretrained(
     """
     _refuse_later_options(quantization, parallel, eplb)
     _dtype(dtype)  # before anything is asked of the hub
-    target_device = _device(device)
+    target_device = device_of(device)
     checkpoint = open_checkpoint(
         model_id,
         revision=revision,
@@ -99,11 +102,11 @@ def from_checkpoint(
     progress: bool = True,
 ) -> MoECausalLM:
     """The model of an open checkpoint; arguments and errors as in `from_pretrained`."""
-    target_device = _device(device)
+    target_device = device_of(device)
     asked_dtype = _dtype(dtype)
     config = transformers_config(checkpoint)
     config.dtype = asked_dtype or own_dtype(config, checkpoint)
-    generation_config = _generation_config(checkpoint)
+    generation_config = own_generation_config(checkpoint)
     rules, twins = tied_rules(config, checkpoint)
     with torch.device("meta"):
         decoder = registry.build(config)
@@ -142,10 +145,10 @@ def from_config(
     _refuse_later_options(quantization, parallel, eplb)
     if not isinstance(config, PreTrainedConfig):
         raise ValueError(f"config is a {type(config).__name__}, expected a transformers config")
-    target_device = _device(device)
+    target_device = device_of(device)
     config = deepcopy(config)
     refuse_quantised(getattr(config, "quantization_config", None), "the config")
-    config.dtype = _dtype(dtype) or config.dtype or torch.float32
+    config.dtype = _dtype(dtype) or _config_dtype(config, torch.float32)
     with torch.device("meta"):
         decoder = registry.build(config)
     wanted = parameter_infos(decoder, config.dtype)
@@ -209,7 +212,7 @@ def _planned(
 ) -> tuple[dict[str, ParameterInfo], Plan]:
     """What `module` wants and how it comes there, all that can be refused without a weight."""
     wanted = parameter_infos(module, dtype)
-    chosen = plan(rules, checkpoint.tensors, wanted, experts=experts)
+    chosen = plan(rules, checkpoint.tensors, wanted, experts=experts, name=checkpoint.name)
     check_memory(wanted, device, checkpoint.name)
     return wanted, chosen
 
@@ -336,7 +339,10 @@ def transformers_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{checkpoint.name}: {CONFIG} names no model_type")
-    registry.architecture(model_type)
+    try:
+        registry.architecture(model_type)
+    except UnsupportedArchitectureError as error:
+        raise UnsupportedArchitectureError(f"{checkpoint.name}: {error}") from error
     refuse_quantised(raw.get("quantization_config"), checkpoint.name)
     if model_type not in CONFIG_MAPPING:
         raw["model_type"] = model_type = registry.ARCHITECTURES[model_type]
@@ -355,7 +361,8 @@ def transformers_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     return config
 
 
-def _generation_config(checkpoint: Checkpoint) -> GenerationConfig | None:
+def own_generation_config(checkpoint: Checkpoint) -> GenerationConfig | None:
+    """What the checkpoint says of generation, if anything; raises `CheckpointError` if invalid."""
     if GENERATION_CONFIG not in checkpoint.files.listing():
         return None
     try:
@@ -380,11 +387,26 @@ def refuse_quantised(quantization_config: object, name: str) -> None:
 
 
 def own_dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that the config names, or else that of the first floating tensor."""
-    if config.dtype in _MODEL_DTYPES:
-        return config.dtype
+    """The dtype that the config names, or else that of the first floating tensor.
+
+    float32 where that is float64. Raises `UnsupportedArchitectureError` if the config names
+    another dtype.
+    """
     stored = (tensor.dtype for tensor in checkpoint.tensors.values())
-    return next((dtype for dtype in stored if dtype in _MODEL_DTYPES), torch.float32)
+    floating = (dtype for dtype in stored if dtype in (*_MODEL_DTYPES, torch.float64))
+    return _config_dtype(config, next(floating, torch.float32))
+
+
+def _config_dtype(config: PreTrainedConfig, default: torch.dtype) -> torch.dtype:
+    dtype = config.dtype or default
+    if dtype == torch.float64:
+        return torch.float32  # no layer computes in float64
+    if dtype not in _MODEL_DTYPES:
+        raise UnsupportedArchitectureError(
+            f"{config.name_or_path or config.model_type}: config.dtype is {dtype}, expected"
+            f" {', '.join(map(_dtype_name, _MODEL_DTYPES))} or float64; choose one with dtype"
+        )
+    return dtype
 
 
 def tied_rules(
@@ -438,32 +460,15 @@ def _refuse_later_options(quantization: object, parallel: object, eplb: object) 
             raise ValueError(f"{name}={value!r} is not in this release; leave it None")
 
 
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device is {device!r}, expected 'cuda', 'cuda:1' or 'cpu'") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {device!r}, expected 'cuda', 'cuda:1' or 'cpu'")
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device is {device!r}, but torch sees no CUDA device; use 'cpu'")
-        if chosen.index is None:
-            return torch.device("cuda", torch.cuda.current_device())
-        if chosen.index >= torch.cuda.device_count():
-            raise ValueError(
-                f"device is {device!r}, but there are {torch.cuda.device_count()} CUDA devices"
-            )
-    return chosen
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | None:
     """The dtype asked for; None for "auto"."""
     if dtype == "auto":
         return None
-    names = {str(known).removeprefix("torch."): known for known in _MODEL_DTYPES}
+    names = {_dtype_name(known): known for known in _MODEL_DTYPES}
     chosen = names.get(dtype) if isinstance(dtype, str) else dtype
     if chosen not in _MODEL_DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected 'auto' or one of {', '.join(names)}")

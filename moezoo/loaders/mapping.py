@@ -37,6 +37,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def where(self) -> str:
+        """Its place in a message: nothing, or " in " and the name of its file."""
+        return ""
+
 
 @dataclass(frozen=True)
 class ParameterInfo:

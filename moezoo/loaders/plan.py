@@ -58,14 +58,16 @@ def plan(
     parameters: Mapping[str, ParameterInfo],
     *,
     experts: Sequence[int] | None = None,
+    name: str = "the checkpoint",
 ) -> Plan:
-    """The copies that make `parameters` from `checkpoint` by `rules`.
+    """The copies that make `parameters` from `checkpoint`, which errors call `name`, by `rules`.
 
     `experts` are the ids that this rank owns, in the order of the rows of its parameters; None
     means all. Raises `CheckpointError` that names every unknown or missing tensor, every one
-    claimed twice, every wrong shape and every dtype that is not a plain float.
+    claimed twice, every wrong shape and every dtype that is not a plain float, and the files that
+    hold them.
     """
-    return _Planner(rules, checkpoint, parameters, experts=experts).run()
+    return _Planner(rules, checkpoint, parameters, experts=experts, name=name).run()
 
 
 class _Place(NamedTuple):
@@ -89,7 +91,9 @@ class _Planner:
         parameters: Mapping[str, ParameterInfo],
         *,
         experts: Sequence[int] | None,
+        name: str,
     ) -> None:
+        self.name = name
         self.rules = rules
         self.checkpoint = checkpoint
         self.parameters = parameters
@@ -126,7 +130,20 @@ class _Planner:
             "unknown": unknown,
         }
         if any(problems.values()):
-            raise CheckpointError(self._quantised() + _message(problems))
+            method = self._quantised()
+            if method is not None:
+                advice = (
+                    f"It looks quantised ({method}), which this release does not load; take the "
+                    "16-bit checkpoint of the model"
+                )
+            else:
+                advice = (
+                    "Get the checkpoint again, or the config.json that belongs to these weights"
+                )
+            raise CheckpointError(
+                f"{self.name} does not fit the model of its config.json: "
+                f"{_described(problems)}\n{advice}"
+            )
         return Plan(tuple(self.copies), skipped)
 
     def _choose(self, name: str, candidates: list[tuple[Rule, int | None]]) -> Rule | None:
@@ -224,7 +241,8 @@ class _Planner:
         stored = self.checkpoint[name].shape
         if stored[1:] != expected[1:] or stored[0] % expected[0]:
             takes = f"{place.target} takes {list(expected)} of it for each expert"
-            self.shapes.append(f"{name} is {list(stored)}, {takes}")
+            where = self.checkpoint[name].where
+            self.shapes.append(f"{name} is {list(stored)}{where}, {takes}")
             return
         total = stored[0] // expected[0]
         beyond = [expert for expert in owned if expert >= total]
@@ -245,20 +263,20 @@ class _Planner:
             self.double.append(f"{name} is wanted by {self.claims[name]} and by {place.target}")
             return False
         self.claims[name] = place.target
-        stored = self.checkpoint[name].dtype
+        stored, where = self.checkpoint[name].dtype, self.checkpoint[name].where
         if stored != place.dtype and not (stored in _FLOATS and place.dtype in _FLOATS):
             self.dtypes.append(
-                f"{name} is {_short(stored)}, {place.target} is {_short(place.dtype)}"
+                f"{name} is {_short(stored)}{where}, {place.target} is {_short(place.dtype)}"
             )
             return False
         return True
 
     def _fits(self, name: str, place: _Place, shape: tuple[int, ...]) -> bool:
         expected = stored_shape(shape, place.rule.view)
-        stored = self.checkpoint[name].shape
+        stored, where = self.checkpoint[name].shape, self.checkpoint[name].where
         if stored != expected:
             self.shapes.append(
-                f"{name} is {list(stored)}, {place.target} takes {list(expected)} of it"
+                f"{name} is {list(stored)}{where}, {place.target} takes {list(expected)} of it"
             )
         return stored == expected
 
@@ -289,7 +307,8 @@ class _Planner:
         return skipped
 
     def _explain(self, unknown: str) -> str:
-        """The unknown name, and which parameter it would have been if a rule knows it."""
+        """The unknown name, its file, and which parameter it would have been if a rule knows it."""
+        where = self.checkpoint[unknown].where
         skeleton, numbers = skeleton_of(unknown)
         for rule in (rule for rule in self.rules if isinstance(rule, Rule)):
             for source in rule.sources:
@@ -298,12 +317,14 @@ class _Planner:
                 if slots is not None:
                     target = fill(rule.target, slots.get("L"))
                     if target in self.parameters:
-                        return f"{unknown} ({target} is {list(self.parameters[target].shape)})"
-                    return f"{unknown} (the model has no {target})"
-        return unknown
+                        return (
+                            f"{unknown}{where} ({target} is {list(self.parameters[target].shape)})"
+                        )
+                    return f"{unknown}{where} (the model has no {target})"
+        return unknown + where
 
-    def _quantised(self) -> str:
-        """A first sentence for a checkpoint that somebody quantised, or nothing."""
+    def _quantised(self) -> str | None:
+        """How somebody has quantised the checkpoint, as far as it shows; None where it does not."""
         methods = [
             method
             for end, method in _QUANTISED_NAMES
@@ -311,12 +332,11 @@ class _Planner:
         ]
         integer = [self.checkpoint[line.split(" ", 1)[0]].dtype for line in self.dtypes]
         if not methods and not integer:
-            return ""
-        how = f"quant_method {methods[0]}" if methods else f"stored as {_short(integer[0])}"
-        return f"the checkpoint looks quantised ({how}), which this release does not load; "
+            return None
+        return f"quant_method {methods[0]}" if methods else f"stored as {_short(integer[0])}"
 
 
-def _message(problems: Mapping[str, list[str]]) -> str:
+def _described(problems: Mapping[str, list[str]]) -> str:
     lines = []
     for kind, offenders in problems.items():
         if offenders:
@@ -326,7 +346,7 @@ def _message(problems: Mapping[str, list[str]]) -> str:
             lines.append(
                 "\n  ".join([f"{len(offenders)} {noun} {kind}:", *offenders[:_SHOWN], *more])
             )
-    return "the checkpoint does not fit the model: " + "\n".join(lines)
+    return "\n".join(lines)
 
 
 def _pattern(skip: Skip) -> re.Pattern[str]:

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 
 from moezoo import registry
+from moezoo.errors import naming
 from moezoo.loaders.checkpoint import CONFIG, DTYPES, GENERATION_CONFIG, INDEX, WEIGHTS
 from moezoo.loaders.mapping import (
     Copy,
@@ -54,7 +55,8 @@ def save_pretrained(
     dtype that the weights have. Other files in the folder stay; shards of an earlier save that are
     not overwritten go. A save that fails or is interrupted while files are written leaves the
     folder as it was; one that stops in the moment when they are moved keeps the new ones and says
-    where. Raises `ValueError` for a malformed `max_shard_size`.
+    where. Raises `ValueError` for a malformed `max_shard_size`, and `OSError` that names the file
+    where the disk is full.
     """
     rules = registry.architecture(model.config.model_type).CHECKPOINT
     config = deepcopy(model.config)
@@ -64,9 +66,11 @@ def save_pretrained(
     config.architectures = config.architectures or [type(model).__name__]
     with _moved_at_end(Path(folder)) as draft:
         write_weights(model.decoder, rules, draft, max_shard_size=max_shard_size)
-        config.to_json_file(draft / CONFIG)
+        with naming(draft / CONFIG):
+            config.to_json_file(draft / CONFIG)
         if model.generation_config is not None:
-            model.generation_config.to_json_file(draft / GENERATION_CONFIG)
+            with naming(draft / GENERATION_CONFIG):
+                model.generation_config.to_json_file(draft / GENERATION_CONFIG)
 
 
 def write_weights(
@@ -102,7 +106,8 @@ def write_weights(
         weight_map.update((copy.source, file) for copy in copies)
     total = sum(_part(tensors, copy).nbytes for copies in shards for copy in copies)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    with naming(folder / INDEX):
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _part(tensors: Mapping[str, torch.Tensor], copy: Copy) -> torch.Tensor:
@@ -124,7 +129,7 @@ def _write(path: Path, copies: Sequence[Copy], tensors: Mapping[str, torch.Tenso
         end += part.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the data is aligned
-    with open(path, "wb") as file:
+    with naming(path), open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for copy in copies:
@@ -170,11 +175,11 @@ def _move(draft: Path, folder: Path) -> None:
 
 
 def _bytes(size: int | str) -> int:
-    """5_000_000_000 from "5GB"."""
+    """5_000_000_000 from "5GB"; decimals are allowed, as huggingface_hub does."""
     if isinstance(size, str):
-        match = re.fullmatch(r"(\d+) ?([KMGT]I?B)", size.upper())
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]I?B)\s*", size.upper())
         if match:
-            return int(match[1]) * _UNITS[match[2]]
-    elif size > 0:
+            return int(float(match[1]) * _UNITS[match[2]])
+    elif isinstance(size, int) and size > 0:
         return size
     raise ValueError(f"max_shard_size is {size!r}, expected bytes or a string such as '5GB'")

@@ -25,7 +25,13 @@ from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.moe import BiasedRoute, FusedMoE, workspace_bytes
 from moezoo.layers.moe.experts import CHUNK_TOKENS
 from moezoo.loaders.checkpoint import Checkpoint, open_checkpoint, open_config
-from moezoo.loaders.load import own_dtype, refuse_quantised, tied_rules, transformers_config
+from moezoo.loaders.load import (
+    own_dtype,
+    own_generation_config,
+    refuse_quantised,
+    tied_rules,
+    transformers_config,
+)
 from moezoo.loaders.mapping import parameter_infos
 from moezoo.loaders.plan import plan
 
@@ -138,7 +144,8 @@ def inspect(
         if unreadable is not None:
             raise unreadable
         refuse_quantised(quantised, checkpoint.name)
-        plan(rules, checkpoint.tensors, parameter_infos(decoder, dtype))
+        own_generation_config(checkpoint)
+        plan(rules, checkpoint.tensors, parameter_infos(decoder, dtype), name=checkpoint.name)
     except MoEZooError as error:
         return replace(report, reason=str(error))
     return replace(report, supported=True)

@@ -25,6 +25,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from moezoo.device import device_of
 from moezoo.layers.moe import fused_experts, softmax_topk
 from moezoo.layers.moe.experts import require_fp8
 from moezoo.layers.quant import BlockFp8
@@ -537,7 +538,8 @@ def bench(
     """Measure moezoo's layer; every cell is also given to `progress` when it is done.
 
     `quantization` is "fp8_w8a8", or None for weights in `dtype`. A layer whose weights
-    do not fit is skipped. Raises ValueError for one that is not in `LAYERS`.
+    do not fit is skipped. Raises ValueError for one that is not in `LAYERS`, and for a device that
+    is not there.
     """
     kind = device_of(device)
     names = known(layers or default_layers(kind, quantization))
@@ -604,10 +606,6 @@ def known(names: Iterable[str]) -> list[str]:
         if name not in LAYERS:
             raise ValueError(f"there is no layer {name!r}; known are {', '.join(LAYERS)}")
     return names
-
-
-def device_of(device: str | None) -> torch.device:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def device_name(device: torch.device) -> str:

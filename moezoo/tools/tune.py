@@ -23,7 +23,8 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from moezoo.errors import MoEZooError
+from moezoo.device import device_of
+from moezoo.errors import MoEZooError, naming
 from moezoo.layers.kernels import tiles
 from moezoo.layers.kernels.down import down
 from moezoo.layers.kernels.down_fp8 import down_fp8
@@ -38,7 +39,6 @@ from moezoo.tools.layer import (
     QuantizedWeights,
     Weights,
     device_name,
-    device_of,
     random_weights,
     time_graph,
 )
@@ -457,7 +457,8 @@ def save(entries: Iterable[dict[str, Any]], path: Path) -> Path:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(document, indent=1) + "\n")
+    with naming(draft):
+        draft.write_text(json.dumps(document, indent=1) + "\n")
     draft.replace(path)
     tiles.reload_tables()
     return path

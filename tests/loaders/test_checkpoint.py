@@ -72,13 +72,20 @@ def test_a_single_file_stands_over_an_index(tmp_path):
     assert list(open_checkpoint(tmp_path).tensors) == ["z"]
 
 
-@pytest.mark.parametrize("name", ["./nothing", "/no/where", "a/b/c", "has space", ".", ""])
+@pytest.mark.parametrize("name", ["./nothing", "/no/where", "a/b/c", "has space", "."])
 def test_names_the_folder_that_does_not_exist(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     if name == ".":
         assert ". has no config.json" in refusal(name)
     else:
         assert f"{name} does not exist; expected a folder with config.json" in refusal(name)
+
+
+@pytest.mark.parametrize("name", [None, 3, b"folder", ""])
+def test_no_name_at_all(name):
+    with pytest.raises(ValueError, match="expected a folder or a hub id such as Qwen/") as caught:
+        open_checkpoint(name)
+    assert f"model_id is {name!r}, " in str(caught.value)
 
 
 def test_a_file_is_not_a_folder(tmp_path):
@@ -119,12 +126,19 @@ def test_names_the_missing_shards_and_their_tensors(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "index",
-    ["{", "{}", '{"weight_map": []}', '{"weight_map": {"x": 3}}', '{"weight_map": {"x": "../y"}}'],
+    "index, message",
+    [
+        ("{", " is not JSON: "),
+        ("{}", ": weight_map is None, expected a table of tensor names to files"),
+        ('{"weight_map": []}', ": weight_map is [], expected a table"),
+        ('{"weight_map": {"x": 3}}', ": weight_map has x in 3, expected the name of a file"),
+        ('{"weight_map": {"x": "../y"}}', ": weight_map has x in '../y', expected"),
+        ('{"weight_map": {"x": ""}}', ": weight_map has x in '', expected"),
+    ],
 )
-def test_malformed_index(tmp_path, index):
+def test_malformed_index(tmp_path, index, message):
     (write(tmp_path, *split(TENSORS)) / INDEX).write_text(index)
-    assert str(tmp_path / INDEX) in refusal(tmp_path)
+    assert refusal(tmp_path).startswith(f"{tmp_path / INDEX}{message}")
 
 
 def test_index_that_names_a_tensor_its_file_lacks(tmp_path):
@@ -170,7 +184,18 @@ def test_not_a_safetensors_file(tmp_path, raw):
 
 def test_a_git_lfs_pointer_is_not_weights(tmp_path):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-    assert "not in the safetensors format" in damaged(tmp_path, lambda _: pointer)
+    message = damaged(tmp_path, lambda _: pointer)
+    assert "(63 bytes) is a git-LFS pointer: get the file itself with `hf download`" in message
+    (tmp_path / "config.json").write_bytes(pointer)
+    assert refusal(tmp_path).startswith(f"{tmp_path / 'config.json'} is a git-LFS pointer: get")
+
+
+@pytest.mark.parametrize(
+    "page", [b"<!DOCTYPE html>\n<html><body>404", b"\n <html>Not Found</html>"]
+)
+def test_a_web_page_is_not_weights(tmp_path, page):
+    message = damaged(tmp_path, lambda _: page)
+    assert f"({len(page)} bytes) is a web page: get the file itself with" in message
 
 
 def test_bytes_behind_the_last_tensor(tmp_path):

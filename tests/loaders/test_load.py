@@ -394,6 +394,37 @@ def copy_asset(folder: Path, remove: tuple[str, ...] = (), **fields) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_checkpoint_in_float64_loads_as_float32_and_inspect_says_so(tmp_path, declared):
+    """No layer computes in float64."""
+    fields = {"dtype": "float64"} if declared else {}
+    folder = copy_asset(tmp_path / "m", remove=("torch_dtype",), **fields)
+    change_weights(folder, lambda t: t.update({name: w.double() for name, w in t.items()}))
+    model = from_pretrained(folder, device="cpu", progress=False)
+    assert model.dtype == model.config.dtype == torch.float32
+    assert_same(model, from_pretrained(ASSET, dtype="float32", device="cpu", progress=False))
+    assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=1).shape == (1, 3)
+    report = moezoo.inspect(folder)
+    assert report.supported and report.dtype == "float32"
+    assert from_config(small_config(dtype="float64")).dtype == torch.float32
+
+
+def test_a_dtype_in_the_config_that_no_model_has_is_named_unless_one_is_given(tmp_path):
+    folder = copy_asset(tmp_path / "m", remove=("torch_dtype",), dtype="int8")
+    with pytest.raises(UnsupportedArchitectureError) as caught:
+        from_pretrained(folder, device="cpu", progress=False)
+    assert str(caught.value) == (
+        f"{folder}: config.dtype is torch.int8, expected bfloat16, float16, float32 or float64; "
+        "choose one with dtype"
+    )
+    assert moezoo.inspect(folder).reason == str(caught.value)
+    assert from_pretrained(folder, dtype="float16", progress=False).dtype == torch.float16
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"qwen3_moe: config\.dtype is torch\.int8"
+    ):
+        from_config(small_config(dtype="int8"))
+
+
 def test_auto_dtype_without_one_in_the_config_is_the_tensors(tmp_path):
     folder = copy_asset(tmp_path / "m", remove=("torch_dtype",))
     assert from_pretrained(folder, progress=False).dtype == torch.bfloat16
@@ -404,6 +435,11 @@ def test_auto_dtype_without_one_in_the_config_is_the_tensors(tmp_path):
     [
         ({"dtype": "bf17"}, ValueError, "dtype is 'bf17', expected 'auto' or one of bfloat16"),
         ({"dtype": torch.int8}, ValueError, "dtype is torch.int8"),
+        (
+            {"dtype": "float64"},
+            ValueError,
+            "dtype is 'float64', expected 'auto' or one of bfloat16, float16, float32",
+        ),
         ({"dtype": None}, ValueError, "dtype is None"),
         ({"device": "gpu"}, ValueError, "device is 'gpu', expected 'cuda', 'cuda:1' or 'cpu'"),
         ({"device": "meta"}, ValueError, "device is 'meta'"),
@@ -450,7 +486,8 @@ def test_a_default_device_of_the_caller_does_not_matter():
 @pytest.mark.parametrize(
     "fields, error, message",
     [
-        ({"model_type": "llama"}, UnsupportedArchitectureError, "AutoModelForCausalLM"),
+        ({"model_type": "llama"}, UnsupportedArchitectureError, 'experts_implementation="moezoo"'),
+        ({"hidden_act": "mish"}, UnsupportedArchitectureError, 'experts_implementation="moezoo"'),
         ({"model_type": "no_such"}, UnsupportedArchitectureError, "qwen3_moe"),
         ({"model_type": None}, CheckpointError, "names no model_type"),
         ({"hidden_size": "wide"}, CheckpointError, "config.json is not valid"),
@@ -475,7 +512,11 @@ def test_a_default_device_of_the_caller_does_not_matter():
         ({"quantization_config": {"quant_method": "fp8"}}, QuantizationError, "'fp8'"),
         ({"num_experts": 17}, CheckpointError, "expert 16 of layer 0"),
         ({"num_hidden_layers": 7}, CheckpointError, "model.layers.6.input_layernorm.weight"),
-        ({"hidden_size": 128}, CheckpointError, "is [4096, 256], embed.weight takes [4096, 128]"),
+        (
+            {"hidden_size": 128},
+            CheckpointError,
+            "is [4096, 256] in model.safetensors, embed.weight takes [4096, 128]",
+        ),
     ],
 )
 def test_checkpoints_that_do_not_fit(tmp_path, fields, error, message):
@@ -483,6 +524,7 @@ def test_checkpoints_that_do_not_fit(tmp_path, fields, error, message):
     with pytest.raises(error) as caught:
         from_pretrained(folder, progress=False)
     assert message in str(caught.value)
+    assert str(folder) in str(caught.value)
 
 
 def test_remote_code_of_a_supported_architecture_is_not_needed(tmp_path):

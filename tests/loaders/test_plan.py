@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 
 from moezoo.errors import CheckpointError
+from moezoo.loaders.checkpoint import StoredTensor
 from moezoo.loaders.mapping import (
     Copy,
     ParameterInfo,
@@ -263,7 +264,8 @@ def test_refuses_parts_that_are_not_equal_where_the_module_says_nothing():
 def test_refuses_quantised_weights_by_dtype(dtype):
     message = refusal(per_expert(2, 4) | {"m.0.q": TensorInfo((4, 4), dtype)})
     name = str(dtype).removeprefix("torch.")
-    assert message.startswith(f"the checkpoint looks quantised (stored as {name})")
+    assert f"It looks quantised (stored as {name})" in message
+    assert message.endswith("take the 16-bit checkpoint of the model")
     assert f"m.0.q is {name}, layers.0.qkv is float32" in message
 
 
@@ -286,6 +288,25 @@ def test_integers_load_as_they_are():
     assert plan(rules, {"x": TensorInfo((2,), torch.int64)}, infos).copies
     with pytest.raises(CheckpointError, match="x is int32, ids is int64"):
         plan(rules, {"x": TensorInfo((2,), torch.int32)}, infos)
+
+
+def test_a_wrong_tensor_comes_with_its_file_and_all_with_the_name_and_what_to_do():
+    def stored(name, shape, dtype=torch.bfloat16):
+        return {name: StoredTensor(shape, dtype, "model-00007-of-00009.safetensors", 0)}
+
+    for wrong in (
+        stored("m.0.q", (5, 4)) | stored("m.1.bias", (4,)),
+        stored("m.0.q", (4, 4), torch.int8) | stored("m.1.experts.9.up", (3, 4)),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            plan(RULES, per_expert(2, 4) | wrong, parameters(2, 4), name="folder/m")
+        message = str(caught.value)
+        assert message.startswith("folder/m does not fit the model of its config.json: ")
+        assert message.count(" in model-00007-of-00009.safetensors") == 2
+    message = refusal(stacked(1, 6) | stored("m.0.experts.down", (6, 5, 3)), parameters(1, 2), [0])
+    assert "m.0.experts.down is [6, 5, 3] in model-00007-of-00009.safetensors, " in message
+    advice = "\nGet the checkpoint again, or the config.json that belongs to these weights"
+    assert message.endswith(advice)
 
 
 def test_every_problem_is_in_one_message():

@@ -1,6 +1,7 @@
 """Saving: the hub's layout, read back bit for bit, and folders that are never half written."""
 
 import json
+import resource
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -96,13 +97,21 @@ def test_shards_hold_everything_once(tmp_path_factory, limit, experts, rows):
 
 @pytest.mark.parametrize(
     "size, expected",
-    [(7, 7), ("5GB", 5 * 10**9), ("200 MB", 2 * 10**8), ("3KiB", 3072), ("1gib", 2**30)],
+    [
+        (7, 7),
+        ("5GB", 5 * 10**9),
+        ("200 MB", 2 * 10**8),
+        ("3KiB", 3072),
+        ("1gib", 2**30),
+        ("1.5GB", 1_500_000_000),
+        (" .5 mb ", 500_000),
+    ],
 )
 def test_shard_sizes(size, expected):
     assert save._bytes(size) == expected
 
 
-@pytest.mark.parametrize("size", ["5", "GB", "5 bytes", "-1GB", "1.5GB", 0, -3])
+@pytest.mark.parametrize("size", ["5", "GB", "5 bytes", "-1GB", "1.5.2GB", ".GB", 0, -3, None])
 def test_malformed_shard_sizes(tmp_path, size):
     model = from_pretrained(ASSET, device="cpu", progress=False)
     with pytest.raises(ValueError, match=r"max_shard_size is .* expected bytes or a string"):
@@ -190,6 +199,22 @@ def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(Saved(), tmp_path / "a" / "new", max_shard_size="1MB")
     assert not (tmp_path / "a" / "new").exists()
+
+
+def test_a_write_that_fails_names_the_file(tmp_path):
+    """A limit on the size of files stands for a full disk, whose error names no file either."""
+    saved = Saved()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large: ") as caught:
+            save_pretrained(saved, tmp_path / "new", max_shard_size="2MB")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    written = Path(caught.value.filename)
+    assert written.name == "model-00001-of-00007.safetensors"
+    assert written.is_relative_to(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch):

@@ -227,6 +227,17 @@ def test_what_moezoo_cannot_load_is_reported_with_the_reason(folder, changes, re
     assert report.checkpoint_bytes > 0
 
 
+@pytest.mark.parametrize("text", ["{bad", '{"max_new_tokens": -3}'])
+def test_a_generation_config_that_loading_refuses_is_the_reason(folder, text):
+    (folder / "generation_config.json").write_text(text)
+    report = inspect(folder)
+    assert not report.supported
+    assert f"{folder}: generation_config.json is not valid: " in report.reason
+    with pytest.raises(CheckpointError) as caught:
+        from_pretrained(folder, device="cpu", progress=False)
+    assert str(caught.value) == report.reason
+
+
 def test_quantised_models_are_measured_all_the_same(folder):
     plain = inspect(folder)
     set_config(folder, quantization_config={"quant_method": "fp8"})
