@@ -51,9 +51,9 @@ def workspace_bytes(
 ) -> int:
     """Bytes of the buffers that `fused_experts` allocates on a GPU for `num_tokens`.
 
-    With weights of 16 or 32 bits. Per chosen row: its activation [I], its output [H] and 8 bytes of index (not counted: 4 bytes
-    for each expert); per token its result [H], twice where chunks are put together. Beyond
-    `CHUNK_TOKENS` tokens only the results grow.
+    With weights of 16 or 32 bits: per chosen row its activation [I], its output [H] and 8 bytes of
+    index (not counted: 4 bytes for each expert); per token its result [H], twice where chunks are
+    put together. Beyond `CHUNK_TOKENS` tokens only the results grow.
 
     The buffers come from torch's caching allocator, which is the one workspace per device that
     all layers share: they are freed in stream order when a layer returns, so the next layer gets
