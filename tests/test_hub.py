@@ -50,7 +50,7 @@ def test_inspect_reads_headers_and_generate_downloads_what_it_needs(tmp_path):
 
 @pytest.mark.parametrize("command", [("inspect",), ("generate", "--prompt", "a")])
 def test_a_hub_that_cannot_be_reached_is_one_message(tmp_path, command):
-    patient = "import sys, time; time.sleep = lambda _: None; from moezoo import cli; "
+    patient = "import sys, time; time.sleep = lambda s: print(s, 's'); from moezoo import cli; "
     ran = subprocess.run(
         [sys.executable, "-c", patient + "sys.exit(cli.main())", *command, "nosuch/model"],
         env={
@@ -67,3 +67,4 @@ def test_a_hub_that_cannot_be_reached_is_one_message(tmp_path, command):
         "moezoo: error: nosuch/model is not a folder here, its config.json is not in the hub's "
         "cache here, and the hub cannot be reached\n"
     )
+    assert ran.stdout.count(" s\n") == 5  # one series of attempts

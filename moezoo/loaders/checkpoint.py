@@ -148,6 +148,10 @@ class Checkpoint:
         assert path is not None, "config.json was read when the checkpoint was opened"
         return path.parent
 
+    def with_tensors(self) -> "Checkpoint":
+        """The same with its headers read, which is where most of what can be wrong is found."""
+        return replace(self, tensors=_read_tensors(self.files))
+
     def fetch(self, names: Collection[str], *, progress: bool = False) -> dict[str, Location]:
         """Where each of the named tensors is on this machine, after downloading the files that are
         not.
@@ -209,14 +213,13 @@ def open_checkpoint(
     A folder is taken before a hub id of the same name. Raises `CheckpointError` for what cannot be
     found, reached or read, naming the file and the tensor, and `ValueError` for no name at all.
     """
-    checkpoint = open_config(
+    return open_config(
         model_id,
         revision=revision,
         cache_dir=cache_dir,
         token=token,
         local_files_only=local_files_only,
-    )
-    return replace(checkpoint, tensors=_read_tensors(checkpoint.files))
+    ).with_tensors()
 
 
 def open_config(

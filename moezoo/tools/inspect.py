@@ -24,7 +24,7 @@ from moezoo.layers.decoder import Decoder
 from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.moe import BiasedRoute, FusedMoE, workspace_bytes
 from moezoo.layers.moe.experts import CHUNK_TOKENS
-from moezoo.loaders.checkpoint import Checkpoint, open_checkpoint, open_config
+from moezoo.loaders.checkpoint import Checkpoint, open_config
 from moezoo.loaders.load import (
     own_dtype,
     own_generation_config,
@@ -125,10 +125,11 @@ def inspect(
         "local_files_only": local_files_only,
     }
     unreadable: CheckpointError | None = None
+    checkpoint = open_config(model_id, **where)
     try:
-        checkpoint = open_checkpoint(model_id, **where)
+        checkpoint = checkpoint.with_tensors()
     except CheckpointError as error:
-        checkpoint, unreadable = open_config(model_id, **where), error
+        unreadable = error
     report = _on_disk(checkpoint)
     quantised = checkpoint.config.get("quantization_config")
     # quantised or not, the modules are the same
