@@ -163,7 +163,6 @@ def decode(model: nn.Module, ids: torch.Tensor, new_tokens: int) -> Callable[[],
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
         do_sample=False,
         pad_token_id=0,
     )
@@ -201,6 +200,8 @@ def measure(case: str, args: argparse.Namespace, bandwidth: float) -> list[dict[
     torch.manual_seed(0)
     model = moezoo.from_config(CASES[case](), dtype=dtype, device=args.device)
     twin = in_transformers(model)
+    for contender in (model, twin):  # random weights end no text, at its length all do
+        contender.generation_config.eos_token_id = None
     device = model.device
     vocabulary = model.config.vocab_size
     ids = torch.randint(1, vocabulary, (1, args.prompt), device=device)

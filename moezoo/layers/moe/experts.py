@@ -170,15 +170,13 @@ def _fused_experts_torch(
 
     def one_token(x: Tensor, topk_weights: Tensor, chosen: list[int]) -> Tensor:
         """Nothing to group here, and on a CPU every torch call counts."""
+        row = x.squeeze(0)
         with without_onednn():
-            rows = [linear(x, w13[e], None if bias13 is None else bias13[e]) for e in chosen]
+            rows = [_row_times(w13[e], row, bias13, e) for e in chosen]
             y = torch.cat(rows).float()
-            h = act(*y.view(parts).unbind(dim)).to(x.dtype).split(1)
-            rows = [
-                linear(row, w2[e], None if bias2 is None else bias2[e])
-                for row, e in zip(h, chosen, strict=True)
-            ]
-        return torch.mm(topk_weights, torch.cat(rows).float()).to(x.dtype)
+            h = act(*y.view(parts).unbind(dim)).to(x.dtype).unbind(0)
+            rows = [_row_times(w2[e], row, bias2, e) for row, e in zip(h, chosen, strict=True)]
+        return torch.mm(topk_weights, torch.stack(rows).float()).to(x.dtype)
 
     def experts_of(x: Tensor, experts: list[int], sizes: list[int]) -> Tensor:
         """Of the rows of x, sizes[i] go through experts[i]."""
@@ -206,6 +204,11 @@ def _fused_experts_torch(
         return out.to(x.dtype)
 
     return _in_chunks(chunk, x, topk_weights, _local_ids(topk_ids, expert_map))
+
+
+def _row_times(w: Tensor, x: Tensor, bias: Tensor | None, expert: int) -> Tensor:
+    """w [M, N], x [N], bias [E, M] -> w @ x + bias[expert], [M]."""
+    return torch.mv(w, x) if bias is None else torch.addmv(bias[expert], w, x)
 
 
 def _batches(bounds: list[int], max_rows: int) -> Iterator[range]:
