@@ -22,11 +22,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.errors import QuantizationError
 from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
-from moezoo.layers.linear import ONEDNN_DTYPES, linear, without_onednn
+from moezoo.layers.linear import FP32_ROWS, ONEDNN_DTYPES, linear, without_onednn
 from moezoo.layers.moe.permute import permute
 from moezoo.layers.quant.fp8 import BLOCK, BLOCK_FP8, BlockFp8, quantize_rows
 
@@ -168,6 +169,8 @@ def _fused_experts_torch(
         w13 = w13.movedim(1, dim).flatten(1, 2)
         bias13 = None if bias13 is None else bias13.movedim(1, dim).flatten(1, 2)
 
+    few_rows_fit = _torch_groups(x, w13, w2) and bias13 is None and bias2 is None
+
     def one_token(x: Tensor, topk_weights: Tensor, chosen: list[int]) -> Tensor:
         """Nothing to group here, and on a CPU every torch call counts."""
         row = x.squeeze(0)
@@ -194,6 +197,12 @@ def _fused_experts_torch(
         tokens, weights = order // k, topk_weights.flatten().index_select(0, order).unsqueeze(1)
         out = x.new_zeros(x.shape, dtype=torch.float32)
         bounds = offsets.tolist()
+        if few_rows_fit and bounds[-1] < FP32_ROWS * w13.shape[0]:
+            chosen, ends = tokens[: bounds[-1]], offsets[1:]
+            y = F.grouped_mm(x.index_select(0, chosen), w13.mT, offs=ends).float()
+            h = act(*y.view(parts).unbind(dim)).to(x.dtype)
+            y = F.grouped_mm(h, w2.mT, offs=ends)
+            return out.index_add_(0, chosen, y * weights[: bounds[-1]]).to(x.dtype)
         # A batch of one expert has no token twice: on CUDA, index_add_ leaves their order open.
         for batch in _batches(bounds, 1 if x.is_cuda else BATCH_ROWS):
             experts = [e for e in batch if bounds[e] < bounds[e + 1]]
@@ -204,6 +213,14 @@ def _fused_experts_torch(
         return out.to(x.dtype)
 
     return _in_chunks(chunk, x, topk_weights, _local_ids(topk_ids, expert_map))
+
+
+def _torch_groups(x: Tensor, w13: Tensor, w2: Tensor) -> bool:
+    """Whether torch's own grouped product on the CPU takes the weights, and is the faster way with
+    few rows: the bits of its loop are those of ours, a sixth faster."""
+    if not x.is_cpu or x.dtype.itemsize != 2 or x.dtype in ONEDNN_DTYPES or torch.is_grad_enabled():
+        return False
+    return w13.is_contiguous() and w2.is_contiguous() and w13.shape[2] % 8 == w2.shape[2] % 8 == 0
 
 
 def _row_times(w: Tensor, x: Tensor, bias: Tensor | None, expert: int) -> Tensor:

@@ -386,6 +386,30 @@ def test_cuda_graph_replays_to_the_same_bits(num_tokens: int, dtype: torch.dtype
         assert_close(captured, run(new))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gated", [True, False])
+def test_torch_grouped_product_gives_the_bits_of_the_loop(
+    gated: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts, "ONEDNN_DTYPES", ())
+    args = make(7, 3, (8, 40, 24), dtype, torch.device("cpu"))
+    if not gated:
+        args["w13"] = args["w13"][:, None, :24].contiguous()
+    args["topk_ids"][2, 1] = -1
+    calls = []
+    grouped_mm = torch.nn.functional.grouped_mm
+    monkeypatch.setattr(
+        torch.nn.functional, "grouped_mm", lambda *a, **k: calls.append(1) or grouped_mm(*a, **k)
+    )
+    with torch.no_grad():
+        out = run(args)
+        assert len(calls) == 2
+        monkeypatch.setattr(experts, "FP32_ROWS", 0)
+        assert torch.equal(out, run(args))
+    assert len(calls) == 2
+    assert_close(run(args), out)  # with a gradient enabled, the loop again
+
+
 @pytest.mark.gpu
 def test_cuda_needs_no_more_than_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts, "CHUNK_TOKENS", 256)
