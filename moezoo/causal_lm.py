@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from moezoo.generation.cache import growing_cache
 from moezoo.generation.decode import decode
-from moezoo.layers.attention import CausalMask
+from moezoo.layers.attention import CausalMask, visible_tokens
 from moezoo.layers.decoder import Decoder
 from moezoo.loaders.save import save_pretrained
 
@@ -184,7 +184,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         hidden = self.decoder(
             x,
             position_ids,
-            CausalMask(past, x.shape[1], x.device, _visible(attention_mask)),
+            CausalMask(past, x.shape[1], x.device, visible_tokens(attention_mask)),
             cache=past_key_values,
             states=states,
         )
@@ -279,11 +279,3 @@ def _kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Ten
     if logits_to_keep.dtype == torch.bool:
         return hidden[logits_to_keep]
     return hidden.take_along_dim(logits_to_keep[..., None], 1)
-
-
-def _visible(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """A 2-D mask as bool, or None where it hides nothing; a 4-D mask as it is."""
-    if attention_mask is None or attention_mask.dim() == 4:
-        return attention_mask
-    visible = attention_mask.bool()
-    return None if visible.all() else visible

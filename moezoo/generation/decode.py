@@ -10,7 +10,7 @@ import torch
 from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from moezoo.layers.attention import CausalMask
+from moezoo.layers.attention import CausalMask, visible_tokens
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.linear import without_onednn
 
@@ -46,9 +46,9 @@ def decode(
     device = decoder.embed.weight.device
     sequences = input_ids.to(device)
     past = int(cache.get_seq_length())
-    visible = None
-    if attention_mask is not None and not attention_mask.all():  # else attention needs no mask
-        visible = attention_mask.to(device).bool()
+    visible = visible_tokens(attention_mask)
+    if visible is not None:
+        visible = visible.to(device)
     if position_ids is None:
         positions = torch.arange(sequences.shape[1], device=device)[None]
     else:

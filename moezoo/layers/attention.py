@@ -75,6 +75,14 @@ class CausalMask:
         return (mask & visible[:, None, None]) | (keys == queries)
 
 
+def visible_tokens(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask as `CausalMask` takes it: 2-D as bool, or None if it hides nothing; 4-D as it is."""
+    if attention_mask is None or attention_mask.dim() == 4:
+        return attention_mask
+    visible = attention_mask.bool()
+    return None if visible.all() else visible
+
+
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
