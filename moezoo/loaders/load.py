@@ -43,7 +43,7 @@ from moezoo.loaders.mapping import (
     parameter_infos,
     stored_order,
 )
-from moezoo.loaders.plan import Plan, plan
+from moezoo.loaders.plan import Plan, dtype_name, plan
 from moezoo.loaders.stream import Piece, cut, stream
 
 _log = logging.getLogger(__name__)
@@ -404,7 +404,7 @@ def _config_dtype(config: PreTrainedConfig, default: torch.dtype) -> torch.dtype
     if dtype not in _MODEL_DTYPES:
         raise UnsupportedArchitectureError(
             f"{config.name_or_path or config.model_type}: config.dtype is {dtype}, expected"
-            f" {', '.join(map(_dtype_name, _MODEL_DTYPES))} or float64; choose one with dtype"
+            f" {', '.join(map(dtype_name, _MODEL_DTYPES))} or float64; choose one with dtype"
         )
     return dtype
 
@@ -460,15 +460,11 @@ def _refuse_later_options(quantization: object, parallel: object, eplb: object) 
             raise ValueError(f"{name}={value!r} is not in this release; leave it None")
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | None:
     """The dtype asked for; None for "auto"."""
     if dtype == "auto":
         return None
-    names = {_dtype_name(known): known for known in _MODEL_DTYPES}
+    names = {dtype_name(known): known for known in _MODEL_DTYPES}
     chosen = names.get(dtype) if isinstance(dtype, str) else dtype
     if chosen not in _MODEL_DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected 'auto' or one of {', '.join(names)}")

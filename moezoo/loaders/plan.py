@@ -266,7 +266,8 @@ class _Planner:
         stored, where = self.checkpoint[name].dtype, self.checkpoint[name].where
         if stored != place.dtype and not (stored in _FLOATS and place.dtype in _FLOATS):
             self.dtypes.append(
-                f"{name} is {_short(stored)}{where}, {place.target} is {_short(place.dtype)}"
+                f"{name} is {dtype_name(stored)}{where}, "
+                f"{place.target} is {dtype_name(place.dtype)}"
             )
             return False
         return True
@@ -333,7 +334,7 @@ class _Planner:
         integer = [self.checkpoint[line.split(" ", 1)[0]].dtype for line in self.dtypes]
         if not methods and not integer:
             return None
-        return f"quant_method {methods[0]}" if methods else f"stored as {_short(integer[0])}"
+        return f"quant_method {methods[0]}" if methods else f"stored as {dtype_name(integer[0])}"
 
 
 def _described(problems: Mapping[str, list[str]]) -> str:
@@ -377,5 +378,5 @@ def _which(expert: int, place: _Place) -> str:
     return f"expert {expert}{of}"
 
 
-def _short(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

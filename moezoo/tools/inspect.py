@@ -33,7 +33,7 @@ from moezoo.loaders.load import (
     transformers_config,
 )
 from moezoo.loaders.mapping import parameter_infos
-from moezoo.loaders.plan import plan
+from moezoo.loaders.plan import dtype_name, plan
 
 EXPERT_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Sizes that memory is reported for, as far as there are experts for every rank."""
@@ -155,7 +155,7 @@ def inspect(
 def _on_disk(checkpoint: Checkpoint) -> Report:
     dtypes: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
-        dtypes[_name(tensor.dtype)] += tensor.nbytes
+        dtypes[dtype_name(tensor.dtype)] += tensor.nbytes
     architectures = checkpoint.config.get("architectures") or [None]
     return Report(
         model=checkpoint.name,
@@ -191,7 +191,7 @@ def _of_decoder(report: Report, decoder: Decoder, dtype: torch.dtype) -> Report:
     )
     return replace(
         report,
-        dtype=_name(dtype),
+        dtype=dtype_name(dtype),
         hidden_size=decoder.embed.embedding_dim,
         vocab_size=decoder.embed.num_embeddings,
         num_layers=len(decoder.layers),
@@ -362,7 +362,3 @@ def _size(nbytes: int) -> str:
         if value < 999.5:
             return f"{value:.3g} {unit}"
     return f"{value / 1000:.3g} {UNITS[-1]}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
