@@ -34,6 +34,7 @@ from peers import PEERS, unfit
 from rich.console import Console
 from rich.table import Table
 
+from moezoo.layers.quant.fp8 import BLOCK_FP8
 from moezoo.tools.layer import (
     DEFAULT_TOKENS,
     LAYERS,
@@ -251,7 +252,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, metavar="N")
     parser.add_argument("--peers", nargs="*", choices=[*PEERS, OWN_BF16], help="default: all")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--quantization", choices=["fp8_w8a8"], help="default: none")
+    parser.add_argument("--quantization", choices=[BLOCK_FP8], help="default: none")
     parser.add_argument("--skewed", action="store_true", help="some experts are popular (Zipf)")
     parser.add_argument("--time-budget", type=float, default=math.inf, metavar="SECONDS")
     parser.add_argument("--cell-ms", type=float, default=40, help="timing of a cell, each peer")

@@ -29,7 +29,7 @@ LARGEST = 448.0
 TINY = 1e-30
 """The least magnitude of a block that counts: the scale of a block of zeros stays normal."""
 
-_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+_VALUES = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
 
 
 @dataclass(frozen=True)
