@@ -65,8 +65,19 @@ class Gating:
     def of(cls, activation: "str | Gating") -> "Gating":
         return activation if isinstance(activation, Gating) else cls(activation)
 
-    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+    def __call__(self, *parts: Tensor) -> Tensor:
+        """Of gate and up, or of up alone."""
+        if len(parts) == 1:
+            return ACTIVATIONS[self.activation](parts[0])
+        gate, up = parts
         if self.limit is not None:
             gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         h = ACTIVATIONS[self.activation](gate)
         return h * (up + self.up_offset if self.up_offset else up)
+
+
+def in_parts(w13: Tensor, bias13: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """w13 [E, 2I, H] as [E, 2, I, H], and bias13 [E, 2I] alike; a w13 that has parts as it is."""
+    if w13.ndim != 3:
+        return w13, bias13
+    return w13.unflatten(1, (2, -1)), None if bias13 is None else bias13.unflatten(1, (2, -1))

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
+from moezoo.layers.kernels.activations import ACTIVATIONS, Gating, in_parts
 from moezoo.layers.kernels.gated_up import activate, activate_gated
 from moezoo.layers.kernels.overlap import launch_options, wait
 
@@ -35,9 +35,7 @@ def few_tokens_ref(
     bias2: Tensor | None = None,
 ) -> Tensor:
     gating = Gating.of(activation)
-    if w13.ndim == 3:
-        w13 = w13.unflatten(1, (2, -1))
-        bias13 = None if bias13 is None else bias13.unflatten(1, (2, -1))
+    w13, bias13 = in_parts(w13, bias13)
     out = x.new_zeros(x.shape, dtype=torch.float32)
     for t, k in torch.cartesian_prod(*map(torch.arange, topk_ids.shape)).tolist():
         e = int(topk_ids[t, k])
@@ -46,8 +44,7 @@ def few_tokens_ref(
         parts = w13[e].float() @ x[t].float()  # [1 or 2, I]
         if bias13 is not None:
             parts += bias13[e].float()
-        act = gating if len(parts) == 2 else ACTIVATIONS[gating.activation]
-        y = w2[e].float() @ act(*parts).to(x.dtype).float()
+        y = w2[e].float() @ gating(*parts).to(x.dtype).float()
         if bias2 is not None:
             y += bias2[e].float()
         out[t] += topk_weights[t, k] * y.to(x.dtype).float()
@@ -198,9 +195,7 @@ def few_tokens(
     Raises ValueError for shapes that do not fit.
     """
     gating = Gating.of(activation)
-    if w13.ndim == 3:
-        w13 = w13.unflatten(1, (2, -1))
-        bias13 = None if bias13 is None else bias13.unflatten(1, (2, -1))
+    w13, bias13 = in_parts(w13, bias13)
     num_experts, num_parts, intermediate_size, hidden_size = w13.shape
     if (
         x.ndim != 2

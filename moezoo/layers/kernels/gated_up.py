@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
+from moezoo.layers.kernels.activations import ACTIVATIONS, Gating, in_parts
 from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.permute import Permutation
 from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, swizzle
@@ -36,9 +36,7 @@ def gated_up_ref(
     bias13: Tensor | None = None,
 ) -> Tensor:
     gating = Gating.of(activation)
-    if w13.ndim == 3:
-        w13 = w13.unflatten(1, (2, -1))
-        bias13 = None if bias13 is None else bias13.unflatten(1, (2, -1))
+    w13, bias13 = in_parts(w13, bias13)
     order, offsets = permutation.order, permutation.offsets
     h = x.new_zeros(permutation.positions.numel(), w13.shape[2])
     for e in range(w13.shape[0]):
@@ -46,8 +44,7 @@ def gated_up_ref(
         parts = x[order[rows].long() // k].float() @ w13[e].float().mT  # [1 or 2, rows, I]
         if bias13 is not None:
             parts += bias13[e].float().unsqueeze(1)
-        act = gating if len(parts) == 2 else ACTIVATIONS[gating.activation]
-        h[rows] = act(*parts).to(h.dtype)
+        h[rows] = gating(*parts).to(h.dtype)
     return h
 
 
@@ -303,9 +300,7 @@ def gated_up(
         )
     if bias13 is not None and bias13.shape != w13.shape[:-1]:
         raise ValueError(f"bias13 must be {list(w13.shape[:-1])}, got {list(bias13.shape)}")
-    if w13.ndim == 3:
-        w13 = w13.unflatten(1, (2, -1))
-        bias13 = None if bias13 is None else bias13.unflatten(1, (2, -1))
+    w13, bias13 = in_parts(w13, bias13)
     _, num_parts, intermediate_size, _ = w13.shape
     h = torch.empty(order.numel(), intermediate_size, dtype=x.dtype, device=x.device)
     num_programs = tile.num_programs(tiles.shape[1], intermediate_size, x.device)

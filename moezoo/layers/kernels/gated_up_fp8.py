@@ -38,7 +38,7 @@ def gated_up_fp8_ref(
 ) -> Fp8Rows:
     gating = Gating.of(activation)
     order, offsets = permutation.order, permutation.offsets
-    num_experts, num_parts, intermediate_size, hidden_size = w13.shape
+    num_experts, _, intermediate_size, hidden_size = w13.shape
     tokens = x.dequantize()[:, :hidden_size]
     h = tokens.new_zeros(permutation.positions.numel(), intermediate_size)
     for e in range(num_experts):
@@ -46,8 +46,7 @@ def gated_up_fp8_ref(
         parts = tokens[order[rows].long() // k] @ w13[e].dequantize().mT  # [1 or 2, rows, I]
         if bias13 is not None:
             parts += bias13[e].float().unsqueeze(1)
-        act = gating if num_parts == 2 else ACTIVATIONS[gating.activation]
-        h[rows] = act(*parts)
+        h[rows] = gating(*parts)
     return quantize_rows(h)
 
 

@@ -43,7 +43,7 @@ def one_token_fp8_ref(
     bias2: Tensor | None = None,
 ) -> Tensor:
     gating = Gating.of(activation)
-    num_experts, num_parts, intermediate_size, hidden_size = w13.shape
+    num_experts, _, intermediate_size, hidden_size = w13.shape
     token = quantize_rows(x).dequantize()[0, :hidden_size]
     out = x.new_zeros(x.shape, dtype=torch.float32)
     for e, weight in zip(topk_ids[0].tolist(), topk_weights[0], strict=True):
@@ -52,8 +52,7 @@ def one_token_fp8_ref(
         parts = w13[e].dequantize() @ token  # [1 or 2, I]
         if bias13 is not None:
             parts += bias13[e].float()
-        act = gating if num_parts == 2 else ACTIVATIONS[gating.activation]
-        h = quantize_rows(act(*parts)[None]).dequantize()[0, :intermediate_size]
+        h = quantize_rows(gating(*parts)[None]).dequantize()[0, :intermediate_size]
         y = w2[e].dequantize() @ h
         if bias2 is not None:
             y += bias2[e].float()

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.errors import QuantizationError
-from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
+from moezoo.layers.kernels.activations import Gating, in_parts
 from moezoo.layers.linear import FP32_ROWS, ONEDNN_DTYPES, linear, without_onednn
 from moezoo.layers.moe.permute import permute
 from moezoo.layers.quant.fp8 import BLOCK, BLOCK_FP8, BlockFp8, quantize_rows
@@ -118,8 +118,8 @@ def fused_experts(
                     "w13 as BlockFp8 must be [E, 2, I, H], or [E, 2I, H] with an I that 128 "
                     f"divides, got {_describe(data13)}"
                 )
-            data13, scales13 = data13.unflatten(1, (2, -1)), scales13.unflatten(1, (2, -1))
-            bias13 = None if bias13 is None else bias13.unflatten(1, (2, -1))
+            data13, bias13 = in_parts(data13, bias13)
+            scales13, _ = in_parts(scales13)
         if torch.is_grad_enabled() and _requires_grad(x, topk_weights, bias13, bias2):
             raise ValueError(
                 "there is no gradient through BlockFp8 weights; use torch.no_grad() or "
@@ -160,7 +160,7 @@ def _fused_experts_torch(
     up_offset: float = 0.0,
 ) -> Tensor:
     gated = w13.ndim == 3 or w13.shape[1] == 2
-    act = Gating(activation, limit, up_offset) if gated else ACTIVATIONS[activation]
+    act = Gating(activation, limit, up_offset)
     parts, dim = (-1, 1 + gated, w2.shape[2]), 1
     if w13.ndim == 4:
         if w13.stride(1) < w13.stride(2):
@@ -168,8 +168,6 @@ def _fused_experts_torch(
         # Rows in the order of memory: a view.
         w13 = w13.movedim(1, dim).flatten(1, 2)
         bias13 = None if bias13 is None else bias13.movedim(1, dim).flatten(1, 2)
-
-    few_rows_fit = _torch_groups(x, w13, w2) and bias13 is None and bias2 is None
 
     def one_token(x: Tensor, topk_weights: Tensor, chosen: list[int]) -> Tensor:
         """Nothing to group here, and on a CPU every torch call counts."""
@@ -197,7 +195,8 @@ def _fused_experts_torch(
         tokens, weights = order // k, topk_weights.flatten().index_select(0, order).unsqueeze(1)
         out = x.new_zeros(x.shape, dtype=torch.float32)
         bounds = offsets.tolist()
-        if few_rows_fit and bounds[-1] < FP32_ROWS * w13.shape[0]:
+        few_rows = bias13 is None and bias2 is None and bounds[-1] < FP32_ROWS * w13.shape[0]
+        if few_rows and _torch_groups(x, w13, w2):
             chosen, ends = tokens[: bounds[-1]], offsets[1:]
             y = F.grouped_mm(x.index_select(0, chosen), w13.mT, offs=ends).float()
             h = act(*y.view(parts).unbind(dim)).to(x.dtype)
@@ -284,9 +283,7 @@ def _fused_experts_cuda(
     from moezoo.layers.kernels.tiles import plan
 
     gating = Gating(activation, limit, up_offset)
-    if w13.ndim == 3:
-        w13 = w13.unflatten(1, (2, -1))
-        bias13 = None if bias13 is None else bias13.unflatten(1, (2, -1))
+    w13, bias13 = in_parts(w13, bias13)
 
     # The kernels for few tokens read the weights' last dimension side by side.
     dense = w13.stride(-1) == w2.stride(-1) == 1
@@ -355,42 +352,15 @@ def _fused_experts_autograd(x: Tensor, *args: Any) -> Tensor:
     return _fused_experts_torch(x, *args)
 
 
-@torch.library.custom_op("moezoo::fused_experts", mutates_args=(), device_types="cpu")
-def _fused_experts_op(
-    x: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    activation: str,
-    bias13: Tensor | None,
-    bias2: Tensor | None,
-    expert_map: Tensor | None,
-    limit: float | None = None,
-    up_offset: float = 0.0,
-) -> Tensor:
-    args = (x, w13, w2, topk_weights, topk_ids, activation, bias13, bias2, expert_map)
-    return _fused_experts_torch(*args, limit, up_offset)
+def _operator(name: str, on_cpu: Callable[..., Tensor], on_cuda: Callable[..., Tensor]) -> Any:
+    """What a compiler sees of both: one call, with a result like x."""
+    op = torch.library.custom_op(name, on_cpu, mutates_args=(), device_types="cpu")
+    op.register_kernel("cuda", on_cuda)
+    op.register_fake(lambda x, *_, **__: x.new_empty(x.shape))
+    return op
 
 
-_fused_experts_op.register_kernel("cuda", _fused_experts_cuda)
-
-
-@_fused_experts_op.register_fake
-def _(
-    x: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    activation: str,
-    bias13: Tensor | None,
-    bias2: Tensor | None,
-    expert_map: Tensor | None,
-    limit: float | None = None,
-    up_offset: float = 0.0,
-) -> Tensor:
-    return x.new_empty(x.shape)
+_fused_experts_op = _operator("moezoo::fused_experts", _fused_experts_torch, _fused_experts_cuda)
 
 
 def _block_fp8_torch(
@@ -410,9 +380,8 @@ def _block_fp8_torch(
 ) -> Tensor:
     """w13 [E, 2 or 1, I, H]; one expert at a time is dequantised."""
     blocks13, blocks2 = BlockFp8(w13, scales13), BlockFp8(w2, scales2)
-    num_experts, num_parts, intermediate_size, hidden_size = w13.shape
-    gated = num_parts == 2
-    act = Gating(activation, limit, up_offset) if gated else ACTIVATIONS[activation]
+    num_experts, _, intermediate_size, hidden_size = w13.shape
+    act = Gating(activation, limit, up_offset)
 
     def chunk(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         order, offsets = permute(topk_ids, num_experts)
@@ -496,29 +465,7 @@ def _block_fp8_cuda(
         return _in_chunks(chunk, x, topk_weights, _local_ids(topk_ids, expert_map))
 
 
-_block_fp8_op = torch.library.custom_op(
-    "moezoo::fused_experts_block_fp8", _block_fp8_torch, mutates_args=(), device_types="cpu"
-)
-_block_fp8_op.register_kernel("cuda", _block_fp8_cuda)
-
-
-@_block_fp8_op.register_fake
-def _(
-    x: Tensor,
-    w13: Tensor,
-    scales13: Tensor,
-    w2: Tensor,
-    scales2: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    activation: str,
-    bias13: Tensor | None,
-    bias2: Tensor | None,
-    expert_map: Tensor | None,
-    limit: float | None = None,
-    up_offset: float = 0.0,
-) -> Tensor:
-    return x.new_empty(x.shape)
+_block_fp8_op = _operator("moezoo::fused_experts_block_fp8", _block_fp8_torch, _block_fp8_cuda)
 
 
 def require_fp8(device: torch.device) -> None:
