@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from moezoo.generation.cache import growing_cache
 from moezoo.generation.decode import decode
-from moezoo.layers.attention import CausalMask, visible_tokens
+from moezoo.layers.attention import CausalMask, DenseContext, visible_tokens
 from moezoo.layers.decoder import Decoder
 from moezoo.loaders.save import save_pretrained
 
@@ -181,13 +181,12 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
         states: list[torch.Tensor] | None = [] if output_hidden_states else None
-        hidden = self.decoder(
-            x,
-            position_ids,
+        context = DenseContext(
+            self.decoder.rotation(position_ids),
             CausalMask(past, x.shape[1], x.device, visible_tokens(attention_mask)),
-            cache=past_key_values,
-            states=states,
+            past_key_values,
         )
+        hidden = self.decoder(x, context, states=states)
         logits = self.decoder.logits(_kept(hidden, logits_to_keep))
         loss = None
         if labels is not None:

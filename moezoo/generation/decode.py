@@ -10,7 +10,7 @@ import torch
 from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from moezoo.layers.attention import CausalMask, visible_tokens
+from moezoo.layers.attention import CausalMask, DenseContext, visible_tokens
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.linear import without_onednn
 
@@ -64,7 +64,8 @@ def decode(
         mask = CausalMask(past, new_ids.shape[1], device, visible)
         one_row = on_cpu_in_16_bit and new_ids.numel() == 1
         with without_onednn() if one_row else nullcontext():
-            hidden = decoder(decoder.embed(new_ids), positions, mask, cache=cache)
+            context = DenseContext(decoder.rotation(positions), mask, cache)
+            hidden = decoder(decoder.embed(new_ids), context)
             logits = decoder.logits(hidden[:, -1]).float()
         past += new_ids.shape[1]
         scores = logits

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moezoo.generation.offline import Completion, Prompt, context_length, encode
-from moezoo.layers.attention import CausalMask
+from moezoo.layers.attention import CausalMask, DenseContext
 
 CHUNK_LOGITS = 2**26
 """Logits held at a time: in fp32 256 MB."""
@@ -143,7 +143,8 @@ def _logprobs(model: PreTrainedModel, batch: list[_Tokens]) -> list[list[float]]
     ids = torch.tensor([tokens.ids + [0] * (length - len(tokens.ids)) for tokens in batch])
     ids = ids.to(model.device)
     positions = torch.arange(length, device=ids.device)[None]
-    hidden = decoder(decoder.embed(ids), positions, CausalMask(0, length, ids.device))
+    context = DenseContext(decoder.rotation(positions), CausalMask(0, length, ids.device))
+    hidden = decoder(decoder.embed(ids), context)
     step = max(1, CHUNK_LOGITS // (len(batch) * model.config.vocab_size))
     chosen = []
     for start in range(0, length - 1, step):

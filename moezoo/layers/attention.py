@@ -3,7 +3,8 @@
 Legend: B batch, T new tokens, S keys (cached and new), Hq query heads, Hk key heads, D head width.
 """
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -112,6 +113,91 @@ def attend(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
 
 
+class Keys(NamedTuple):
+    """What the queries of a layer look at, in the form of the `Context` that made it.
+
+    `values` is None where the values are among the numbers of the keys (latent attention).
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor | None
+
+
+class Context(Protocol):
+    """The new tokens of a forward pass, as attention sees them: positions, cache and mask.
+
+    `DenseContext` is a rectangle of tokens with transformers' caches. In the paged one of
+    `moezoo.generation` B is 1, and the sequences lie one behind another along T.
+    """
+
+    rotation: Rotation
+    num_queries: int
+    """New tokens of a sequence, at most."""
+
+    def append_heads(
+        self, attention: "GroupedQueryAttention", qkv: torch.Tensor, layer_idx: int
+    ) -> tuple[torch.Tensor, Keys]:
+        """Queries [B, T, Hq, D] of qkv [B, T, (Hq + 2 Hk) D], and the keys with its own added."""
+        ...
+
+    def append_latents(self, attention: Any, latents: torch.Tensor, layer_idx: int) -> Keys:
+        """The latents with those of the new tokens, [B, T, C + R] before norm and rotation."""
+        ...
+
+    def latents(self, keys: Keys) -> torch.Tensor:
+        """What `append_latents` has of all tokens, [B, S, C + R]."""
+        ...
+
+    def attend(
+        self, q: torch.Tensor, keys: Keys, *, window: int | None = None, scale: float
+    ) -> torch.Tensor:
+        """Softmax attention, q [B, T, Hq, D] -> [B, T, Hq, Dv].
+
+        Query head h reads key head h // (Hq / Hk). A query sees the `window` newest keys up to its
+        own. Keys without values are the values too, and Dv may be less than D then.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class DenseContext:
+    """T new tokens of each of B sequences; keys and values are [B, Hk, S, D]."""
+
+    rotation: Rotation
+    mask: CausalMask
+    cache: LayerCache | None = None
+
+    @property
+    def num_queries(self) -> int:
+        return self.mask.length
+
+    def append_heads(
+        self, attention: "GroupedQueryAttention", qkv: torch.Tensor, layer_idx: int
+    ) -> tuple[torch.Tensor, Keys]:
+        q, k, v = attention.heads(qkv, self.rotation)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if self.cache is not None:
+            k, v = self.cache.update(k, v, layer_idx)
+        return q, Keys(k, v)
+
+    def append_latents(self, attention: Any, latents: torch.Tensor, layer_idx: int) -> Keys:
+        stored = attention.stored(latents, self.rotation).unsqueeze(1)
+        if self.cache is not None:
+            stored, _ = self.cache.update(stored, stored[..., :0], layer_idx)
+        return Keys(stored, None)
+
+    def latents(self, keys: Keys) -> torch.Tensor:
+        return keys.keys.squeeze(1)
+
+    def attend(
+        self, q: torch.Tensor, keys: Keys, *, window: int | None = None, scale: float
+    ) -> torch.Tensor:
+        k, v = keys.keys, keys.keys if keys.values is None else keys.values
+        return attend(q.transpose(1, 2), k, v, self.mask, window=window, scale=scale).transpose(
+            1, 2
+        )
+
+
 class GroupedQueryAttention(nn.Module):
     """Attention whose query heads share key and value heads.
 
@@ -146,17 +232,19 @@ class GroupedQueryAttention(nn.Module):
         self.window = window
         self.clip = clip
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        rotation: Rotation,
-        mask: CausalMask,
-        *,
-        cache: LayerCache | None,
-        layer_idx: int,
-    ) -> torch.Tensor:
-        """x [B, T, H] -> [B, T, H]; the new keys and values go to `cache` under `layer_idx`."""
-        qkv = self.qkv(x)
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    def forward(self, x: torch.Tensor, context: Context, layer_idx: int) -> torch.Tensor:
+        """x [B, T, H] -> [B, T, H]; keys and values go to the cache under `layer_idx`."""
+        q, keys = context.append_heads(self, self.qkv(x), layer_idx)
+        return self.o(context.attend(q, keys, window=self.window, scale=self.scale).flatten(2))
+
+    def heads(
+        self, qkv: torch.Tensor, rotation: Rotation
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """qkv [B, T, ..] -> q [B, T, Hq, D], k and v [B, T, Hk, D]; normed, clipped and rotated."""
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.split_with_sizes(self.qkv.part_sizes, -1)
             q = self.q_norm(q.unflatten(-1, (-1, self.q_norm.dim))).flatten(2)
@@ -165,11 +253,7 @@ class GroupedQueryAttention(nn.Module):
         if self.clip is not None:
             qkv = qkv.clamp(-self.clip, self.clip)
         # Queries and keys are rotated together: on a CPU a token's time is the number of calls.
-        heads = qkv.view(*x.shape[:2], -1, self.head_dim)
+        heads = qkv.view(*qkv.shape[:2], -1, self.head_dim)
         qk, v = heads.split_with_sizes((self.num_heads + self.num_kv_heads, self.num_kv_heads), 2)
-        qk, v = rotate_half(qk, rotation).transpose(1, 2), v.transpose(1, 2)
-        q, k = qk.split_with_sizes((self.num_heads, self.num_kv_heads), 1)
-        if cache is not None:
-            k, v = cache.update(k, v, layer_idx)
-        out = attend(q, k, v, mask, window=self.window, scale=self.head_dim**-0.5)
-        return self.o(out.transpose(1, 2).flatten(2))
+        q, k = rotate_half(qk, rotation).split_with_sizes((self.num_heads, self.num_kv_heads), 2)
+        return q, k, v

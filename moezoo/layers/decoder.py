@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from moezoo.errors import UnsupportedArchitectureError
-from moezoo.layers.attention import CausalMask, LayerCache
+from moezoo.layers.attention import Context
 from moezoo.layers.linear import Linear, linear
 from moezoo.layers.norm import RMSNorm
 from moezoo.layers.rope import RotaryEmbedding, Rotation
@@ -20,7 +20,7 @@ class DecoderLayer(nn.Module):
     """x + attn(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(
-        self, attn_norm: nn.Module, attn: nn.Module, *, mlp_norm: nn.Module, mlp: nn.Module
+        self, attn_norm: RMSNorm, attn: nn.Module, *, mlp_norm: RMSNorm, mlp: nn.Module
     ) -> None:
         super().__init__()
         self.attn_norm = attn_norm
@@ -29,16 +29,15 @@ class DecoderLayer(nn.Module):
         self.mlp = mlp
 
     def forward(
-        self,
-        x: torch.Tensor,
-        rotation: Rotation,
-        mask: CausalMask,
-        *,
-        cache: LayerCache | None,
-        layer_idx: int,
-    ) -> torch.Tensor:
-        x = x + self.attn(self.attn_norm(x), rotation, mask, cache=cache, layer_idx=layer_idx)
-        return x + self.mlp(self.mlp_norm(x))
+        self, x: torch.Tensor, update: torch.Tensor | None, context: Context, layer_idx: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The stream x [B, T, H] and what is still to be added to it -> the same two after it.
+
+        Each sum is made together with the norm that follows.
+        """
+        normed, x = self.attn_norm.add(x, update)
+        normed, x = self.mlp_norm.add(x, self.attn(normed, context, layer_idx))
+        return x, self.mlp(normed)
 
 
 class Decoder(nn.Module):
@@ -69,25 +68,27 @@ class Decoder(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        positions: torch.Tensor,
-        mask: CausalMask,
+        context: Context,
         *,
-        cache: LayerCache | None = None,
         states: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Embeddings x [B, T, H] at `positions` int [B or 1, T] -> hidden states [B, T, H].
+        """Embeddings x [B, T, H] -> hidden states [B, T, H].
 
         The input of each layer, and last the result, are appended to `states`.
         """
-        rotation = self.rope(positions, x.dtype)
+        update: torch.Tensor | None = None
         for layer_idx, layer in enumerate(self.layers):
             if states is not None:
-                states.append(x)
-            x = layer(x, rotation, mask, cache=cache, layer_idx=layer_idx)
-        x = self.norm(x)
+                states.append(x if update is None else x + update)
+            x, update = layer(x, update, context, layer_idx)
+        x, _ = self.norm.add(x, update)
         if states is not None:
             states.append(x)
         return x
+
+    def rotation(self, positions: torch.Tensor) -> Rotation:
+        """Of tokens at positions int [B or 1, T], in the model's dtype."""
+        return self.rope(positions, self.embed.weight.dtype)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states [.., H] -> logits [.., V] in the model's dtype."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moezoo.layers.attention import CausalMask, LayerCache, attend
+from moezoo.layers.attention import Context, Keys
 from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.norm import RMSNorm
 from moezoo.layers.rope import Rotation
@@ -88,29 +88,26 @@ class MultiHeadLatentAttention(nn.Module):
         extra = 2 * latent_dim - nope_dim - v_dim
         self.absorb_below = latent_dim * (nope_dim + v_dim) / extra if extra > 0 else math.inf
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        rotation: Rotation,
-        mask: CausalMask,
-        *,
-        cache: LayerCache | None,
-        layer_idx: int,
-    ) -> torch.Tensor:
-        """x [B, T, H] -> [B, T, H]; `cache` gets latents and rotated keys [B, 1, T, C + R]."""
+    def forward(self, x: torch.Tensor, context: Context, layer_idx: int) -> torch.Tensor:
+        """x [B, T, H] -> [B, T, H]; latents and rotated keys go to the cache, C + R a token."""
         q = self.q(x).unflatten(-1, (self.num_heads, -1))
-        q_nope, q_rope = q.split_with_sizes((self.nope_dim, self.rope_dim), -1)
-        q_rope = self.rotate(q_rope, rotation)
-        latent, k_rope = self.kv_a.parts(x)
-        k_rope = self.rotate(k_rope.unsqueeze(2), rotation)
-        stored = torch.cat((self.kv_norm(latent).unsqueeze(2), k_rope), -1).transpose(1, 2)
-        if cache is not None:
-            stored, _ = cache.update(stored, stored[..., :0], layer_idx)
-        if x.shape[1] < self.absorb_below:
-            out = self._attend_to_latents(q_nope, q_rope, stored, mask)
+        keys = context.append_latents(self, self.kv_a(x), layer_idx)
+        if context.num_queries < self.absorb_below:
+            out = self._attend_to_latents(q, keys, context)
         else:
-            out = self._attend_to_heads(q_nope, q_rope, stored, mask)
+            out = self._attend_to_heads(q, keys, context)
         return self.o(out.flatten(2))
+
+    def stored(self, latents: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+        """What the cache keeps of latents [B, T, C + R]: the first C normed, the last R rotated."""
+        latent, k_rope = latents.split_with_sizes(self.kv_a.part_sizes, -1)
+        k_rope = self.rotate(k_rope.unsqueeze(2), rotation).squeeze(2)
+        return torch.cat((self.kv_norm(latent), k_rope), -1)
+
+    def _split(self, q: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [B, T, N, nope_dim + R] in its two parts, the second rotated."""
+        q_nope, q_rope = q.split_with_sizes((self.nope_dim, self.rope_dim), -1)
+        return q_nope, self.rotate(q_rope, context.rotation)
 
     def _projections(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows of `kv_b` as key and value projections, [N, nope_dim, C] and [N, v_dim, C]."""
@@ -119,23 +116,21 @@ class MultiHeadLatentAttention(nn.Module):
         )
         return key, value
 
-    def _attend_to_latents(
-        self, q_nope: torch.Tensor, q_rope: torch.Tensor, stored: torch.Tensor, mask: CausalMask
-    ) -> torch.Tensor:
-        """q [B, T, N, ..], stored [B, 1, S, C + R] -> [B, T, N, v_dim]."""
+    def _attend_to_latents(self, q: torch.Tensor, keys: Keys, context: Context) -> torch.Tensor:
+        """q [B, T, N, ..] -> [B, T, N, v_dim]."""
         key, value = self._projections()
-        q = torch.cat((_per_head(q_nope, key), q_rope), -1).transpose(1, 2)
-        # The values are the latents; the rotated part rides along: fused kernels want equal widths.
-        out = attend(q, stored, stored, mask, scale=self.scale)[..., : -self.rope_dim]
-        return _per_head(out.transpose(1, 2), value.transpose(1, 2))
+        q_nope, q_rope = self._split(q, context)
+        q = torch.cat((_per_head(q_nope, key), q_rope), -1)
+        # The values are the latents; fused kernels want equal widths, and the rotated part comes
+        # along then.
+        out = context.attend(q, keys, scale=self.scale)[..., : self.kv_norm.dim]
+        return _per_head(out, value.transpose(1, 2))
 
-    def _attend_to_heads(
-        self, q_nope: torch.Tensor, q_rope: torch.Tensor, stored: torch.Tensor, mask: CausalMask
-    ) -> torch.Tensor:
-        """q [B, T, N, ..], stored [B, 1, S, C + R] -> [B, T, N, v_dim]."""
-        latent, k_rope = stored.squeeze(1).split_with_sizes((self.kv_norm.dim, self.rope_dim), -1)
+    def _attend_to_heads(self, q: torch.Tensor, keys: Keys, context: Context) -> torch.Tensor:
+        """q [B, T, N, ..] -> [B, T, N, v_dim]."""
+        latent, k_rope = context.latents(keys).split_with_sizes(self.kv_a.part_sizes, -1)
         kv = self.kv_b(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k_nope, v = kv.split_with_sizes((self.nope_dim, self.v_dim), -1)
         k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, self.num_heads, -1, -1)), -1)
-        q = torch.cat((q_nope, q_rope), -1).transpose(1, 2)
-        return attend(q, k, v, mask, scale=self.scale).transpose(1, 2)
+        q = torch.cat(self._split(q, context), -1)
+        return context.attend(q, Keys(k, v), scale=self.scale)

@@ -29,3 +29,11 @@ class RMSNorm(nn.Module):
         weight = torch.cat((one, one))
         both = torch.layer_norm(torch.cat((x, -x), -1), weight.shape, weight, None, self.eps)
         return both.narrow(-1, 0, self.dim)
+
+    def add(
+        self, x: torch.Tensor, update: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of x + update, and that sum, rounded to the dtype of x; x [.., dim]."""
+        if update is not None:
+            x = x + update
+        return self(x), x
