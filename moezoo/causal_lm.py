@@ -21,7 +21,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from moezoo.generation.cache import growing_cache
-from moezoo.generation.decode import decode
+from moezoo.generation.decode import decode, decode_paged, unpadded
+from moezoo.generation.engine import EngineKeeper, supports
 from moezoo.layers.attention import CausalMask, DenseContext, visible_tokens
 from moezoo.layers.decoder import Decoder
 from moezoo.loaders.save import save_pretrained
@@ -79,6 +80,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         self.decoder = decoder
         self.vocab_size = config.vocab_size
         self.loss_type = "ForCausalLM"
+        self._engines = EngineKeeper()
         self.all_tied_weights_keys: dict[str, str] = {}
 
     @classmethod
@@ -237,19 +239,39 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             )
         assert cache is not None, "a DynamicCache, or it would have asked for more"
         _check_ids(input_ids)
-        if cache.get_seq_length() == 0 and not getattr(cache, "_is_user_defined", False):
-            cache = growing_cache(self.config)
-        decoded = decode(
-            self.decoder,
-            input_ids,
-            cache,
-            attention_mask=model_kwargs.get("attention_mask"),
-            position_ids=model_kwargs.get("position_ids"),
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            generation_config=generation_config,
-            streamer=streamer,
-        )
+        own_cache = cache.get_seq_length() == 0 and not getattr(cache, "_is_user_defined", False)
+        attention_mask = model_kwargs.get("attention_mask")
+        position_ids = model_kwargs.get("position_ids")
+        prompts = None
+        # A caller who gets the cache to go on with gets transformers' own kind.
+        in_pages = own_cache and not generation_config.return_dict_in_generate
+        if in_pages and self.device.type == "cuda" and supports(self.decoder):
+            prompts = unpadded(input_ids, attention_mask, position_ids)
+        if prompts is not None:
+            longest = stopping_criteria.max_length or generation_config.max_length
+            decoded = decode_paged(
+                self._engines.engine(self.decoder, len(prompts), longest),
+                prompts,
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                streamer=streamer,
+            )
+        else:
+            if own_cache:
+                cache = growing_cache(self.config)
+            decoded = decode(
+                self.decoder,
+                input_ids,
+                cache,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                streamer=streamer,
+            )
         # Copies, since what inference mode made cannot be changed in place outside it.
         sequences = decoded.sequences.clone()
         if not generation_config.return_dict_in_generate:

@@ -1,4 +1,4 @@
-"""Which device a name means."""
+"""Which device a name means, and whether Triton's kernels run on a tensor's."""
 
 import torch
 
@@ -27,3 +27,9 @@ def device_of(device: torch.device | str | None) -> torch.device:
                 f"device is {device!r}, but there are {torch.cuda.device_count()} CUDA devices"
             )
     return chosen
+
+
+def runs_kernels(x: torch.Tensor) -> bool:
+    """Whether kernels take x: on CUDA, but not for a compiler or a gradient, which look inside."""
+    in_torch = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+    return x.is_cuda and not in_torch

@@ -1,4 +1,4 @@
-"""The token loop of greedy search and sampling.
+"""The token loops of greedy search and sampling: on any cache of transformers, and on the engine.
 
 Legend: B batch, S tokens so far, T new tokens of a step, V vocabulary.
 """
@@ -10,6 +10,8 @@ import torch
 from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from moezoo.generation.engine import Engine
+from moezoo.generation.pages import num_pages
 from moezoo.layers.attention import CausalMask, DenseContext, visible_tokens
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.linear import without_onednn
@@ -97,3 +99,126 @@ def decode(
         streamer.end()
     result.sequences = sequences
     return result
+
+
+@torch.inference_mode()
+def decode_paged(
+    engine: Engine,
+    prompts: list[list[int]],
+    input_ids: torch.Tensor,
+    *,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None = None,
+) -> Decoded:
+    """`decode` on an engine whose rows are free: `prompts` are input_ids [B, S] without padding.
+
+    The host looks at a step's tokens while the next step runs.
+    """
+    batch, length = input_ids.shape
+    pad = generation_config._pad_token_tensor
+    longest = stopping_criteria.max_length or generation_config.max_length
+    kept = num_pages(longest)
+    for row in range(batch):
+        engine.assign(row, range(row * kept, (row + 1) * kept))
+    logits = engine.prefill_all(prompts)
+    sequences = input_ids.new_full((batch, longest), 0)
+    sequences[:, :length] = input_ids
+    unfinished = torch.ones(batch, dtype=torch.bool, device=sequences.device)
+    result = Decoded(sequences)
+    keeps = generation_config.output_logits or generation_config.output_scores
+    greedy = not (len(logits_processor) or generation_config.do_sample or keeps)
+    sampler = engine.greedy if greedy else None
+    started = False
+    while True:
+        if greedy and started:
+            next_ids = engine.ids[:batch]
+        else:
+            logits = logits[:batch].float()
+            if keeps:
+                logits = logits.clone()  # the engine's are overwritten by the next step
+            scores = logits
+            for processor in logits_processor:
+                scores = processor(sequences[:, :length], scores)
+            if generation_config.output_logits:
+                result.logits.append(logits)
+            if generation_config.output_scores:
+                result.scores.append(scores)
+            if generation_config.do_sample:
+                next_ids = torch.multinomial(torch.softmax(scores, -1), 1).squeeze(1)
+            else:
+                next_ids = scores.argmax(-1)
+        if started:
+            engine.ids[:batch] = next_ids
+        else:
+            engine.start(range(batch), [len(prompt) for prompt in prompts], next_ids)
+            started = True
+        if batch > 1 and pad is not None:
+            next_ids = torch.where(unfinished, next_ids, pad)
+        sequences[:, length] = next_ids
+        length += 1
+        unfinished = unfinished & ~stopping_criteria(sequences[:, :length], logits)
+        read = _Reading(unfinished.any(), next_ids if streamer is not None else None)
+        if length < longest:
+            logits = engine.step(engine.num_rows, sampler)
+        goes_on, new_ids = read.wait()
+        if streamer is not None:
+            streamer.put(new_ids)
+        if not goes_on or length == longest:
+            break
+    if streamer is not None:
+        streamer.end()
+    engine.stop(range(engine.num_rows))
+    result.sequences = sequences[:, :length]
+    return result
+
+
+def unpadded(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+) -> list[list[int]] | None:
+    """The tokens of each row of input_ids [B, S] without padding on the left.
+
+    None where the mask hides something else too, or positions are not those of the tokens.
+    """
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if mask.shape != input_ids.shape:
+        return None
+    mask = mask.long().cpu()
+    counted = mask.cumsum(1)
+    if position_ids is not None:
+        expected = (counted - 1).clamp(min=0)
+        given = position_ids.cpu().expand_as(expected)
+        if not torch.equal(given * mask, expected * mask):
+            return None
+    if not torch.equal(mask, mask.cummax(1).values) or not mask[:, -1].all():
+        return None
+    return [
+        ids[len(ids) - number :]
+        for ids, number in zip(input_ids.tolist(), counted[:, -1].tolist(), strict=True)
+    ]
+
+
+class _Reading:
+    """Values on their way to the host."""
+
+    def __init__(self, flag: torch.Tensor, ids: torch.Tensor | None) -> None:
+        self._values = [_to_host(x) for x in (flag, ids) if x is not None]
+        self._event: torch.cuda.Event | None = None
+        if flag.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> tuple[bool, torch.Tensor | None]:
+        if self._event is not None:
+            self._event.synchronize()
+        flag, *ids = self._values
+        return bool(flag), ids[0] if ids else None
+
+
+def _to_host(x: torch.Tensor) -> torch.Tensor:
+    if not x.is_cuda:
+        return x.clone()
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

@@ -1,43 +1,42 @@
-"""Offline generation: many prompts in, one completion each out, in input order.
+"""Offline generation: many prompts in, one completion each out.
 
-Legend: B prompts of a batch, T prompt tokens, V vocabulary.
+A moezoo model completes them by continuous batching, as long as the settings are what its engine
+does; another model, or other settings, by `model.generate` on one batch after the other.
 """
 
 import copy
-import json
 import math
-import random
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from hashlib import sha256
 from itertools import islice
 from typing import Any, Literal
 
 import jinja2
 import torch
 from transformers import (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
-    MinPLogitsWarper,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TopHLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
 )
+from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from moezoo.errors import MoEOutOfMemoryError
+from moezoo.generation.continuous import Batcher, Request
+from moezoo.generation.engine import CHUNK_TOKENS, Engine, pages_that_fit, supports
+from moezoo.generation.sampling import Sampler, SeededDraw, uniforms, warpers
+from moezoo.layers.decoder import Decoder
 
 Messages = Sequence[Mapping[str, Any]]
 
 DEFAULT_MAX_NEW_TOKENS = 256
+
+DEFAULT_BATCH_SIZE = 8
+
+MAX_CONTEXT = 2**17
+"""Tokens of a text where the config sets no limit."""
 
 # Sampling settings as a greedy run has them; others make transformers warn that they go unused.
 _NEUTRAL = {
@@ -107,53 +106,30 @@ class Completion:
     error: str | None = None
 
 
-class SeededDraw(LogitsProcessor):
-    """Sample from a table of uniform numbers instead of the global random state.
-
-    Applies the warpers of `config`, draws by inverting the cumulative distribution in float64, and
-    leaves the drawn token as the only one with a finite score, so that a greedy loop picks it.
-
-    Args:
-        config: resolved sampling settings.
-        uniforms: float64 [B, steps] in [0, 1), on the device of the scores.
-        prompt_length: number of columns of `input_ids` at the first step, padding included.
-    """
-
-    def __init__(
-        self, config: GenerationConfig, uniforms: torch.Tensor, prompt_length: int
-    ) -> None:
-        self.warpers = _warpers(config, uniforms.device)
-        self.uniforms = uniforms
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [B, V] -> [B, V], zero at the drawn token and -inf elsewhere."""
-        cumulative = self.warpers(input_ids, scores).softmax(-1, dtype=torch.float64).cumsum(-1)
-        step = input_ids.shape[1] - self.prompt_length
-        target = self.uniforms[:, step, None] * cumulative[:, -1:]
-        # right=True: the first token whose cumulative probability exceeds the target, so never one
-        # of probability zero
-        token = torch.searchsorted(cumulative, target, right=True).clamp_(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
-
-
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Iterable[str | Mapping[str, Any] | Prompt],
     *,
     generation_config: GenerationConfig | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
+    batch_tokens: int = CHUNK_TOKENS,
+    cache_bytes: int | None = None,
     seed: int | None = None,
     chat: bool = False,
     streamer: BaseStreamer | None = None,
     **overrides: Any,
 ) -> Iterator[Completion]:
-    """Complete every prompt and yield the results in the order of the prompts.
+    """Complete every prompt and yield the results as they finish, in whatever order.
 
-    Prompts are read as they are needed, `batch_size` at a time. A prompt that cannot be completed
-    (longer than the model's context, empty without a token to begin with, refused by the chat
-    template) gives a completion with `finish_reason="error"`; the others go on.
+    Prompts are read as they are needed. A prompt that cannot be completed (longer than the model's
+    context or the whole KV cache, empty without a token to begin with, refused by the chat
+    template) gives a completion with `finish_reason="error"`; the others go on. Prompts that begin
+    with the same tokens compute them once.
+
+    A model of moezoo runs with continuous batching: greedy or sampled, with `temperature`, `top_k`,
+    `top_p`, `min_p`, `repetition_penalty` and `stop_strings`. Other settings, other models and
+    streamers go through `model.generate`, batch by batch in the order of the prompts.
 
     Args:
         model: any transformers causal language model.
@@ -162,6 +138,11 @@ def generate(
             id), or `Prompt`s. Messages go through the tokenizer's chat template.
         generation_config: as in transformers; what it leaves unset comes from
             `model.generation_config`. `max_new_tokens` is 256 where neither sets it.
+        batch_size: the most prompts at once; by default 256 on a GPU and 8 on a CPU or where
+            batches go through `model.generate`.
+        batch_tokens: the most prompt tokens in one forward pass; longer prompts take several.
+        cache_bytes: memory of the KV cache; by default what is free on a GPU but for room for a
+            forward pass, and 4 GiB at most on a CPU.
         seed: makes sampling repeatable: each prompt draws from its own stream of random numbers,
             which depends on the seed and the prompt's id alone, not on the batch it is in. (The
             logits themselves may differ in the last bit between batches, which can tip a draw.)
@@ -174,10 +155,15 @@ def generate(
     Raises:
         ValueError: an option is unknown, out of range or contradicts another, a prompt is
             malformed, or `chat` is asked of a tokenizer without a chat template.
-        MoEOutOfMemoryError: a batch does not fit the device; says what needs less.
+        MoEOutOfMemoryError: one prompt alone does not fit the device; says what needs less.
     """
-    if not _is_integer(batch_size) or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+    for name, value in (
+        ("batch_size", batch_size),
+        ("batch_tokens", batch_tokens),
+        ("cache_bytes", cache_bytes),
+    ):
+        if value is not None and (not _is_integer(value) or value < 1):
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     if seed is not None and not _is_integer(seed):
         raise ValueError(f"seed must be an integer, or None to draw anew each time, got {seed!r}")
     if streamer is not None and batch_size != 1:
@@ -190,19 +176,203 @@ def generate(
     config = _resolve(model, tokenizer, generation_config, overrides)
     if seed is not None and config.do_sample and config.num_beams > 1:
         raise ValueError(f"seed needs num_beams=1, got num_beams={config.num_beams}")
-    batch = _BatchGenerator(model, tokenizer, config, seed, chat, streamer)
-    return batch.run((_as_prompt(item, index) for index, item in enumerate(prompts)), batch_size)
+    texts = _Texts(model, tokenizer, config, chat)
+    given = (_as_prompt(item, index) for index, item in enumerate(prompts))
+    if streamer is None and _in_engine(model, config):
+        rows = batch_size or (256 if model.device.type == "cuda" else DEFAULT_BATCH_SIZE)
+        if isinstance(prompts, Sized):
+            rows = max(1, min(rows, len(prompts)))
+        continuous = _ContinuousGenerator(texts, seed, rows, batch_tokens, cache_bytes)
+        return continuous.run(given)
+    batches = _BatchGenerator(texts, seed, streamer)
+    return batches.run(given, batch_size or DEFAULT_BATCH_SIZE)
+
+
+def _in_engine(model: PreTrainedModel, config: GenerationConfig) -> bool:
+    """Whether the engine runs this model and does all that these settings ask for."""
+    decoder = getattr(model, "decoder", None)
+    if not isinstance(decoder, Decoder) or not supports(decoder) or config.num_beams != 1:
+        return False
+    generation_mode = config.get_generation_mode()
+    if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        return False
+    processors = model._get_logits_processor(config, input_ids_seq_length=1, device="cpu")
+    return {type(processor) for processor in processors} <= set(Sampler.PROCESSORS)
 
 
 @dataclass(frozen=True)
-class _BatchGenerator:
-    """`generate` after its arguments are checked."""
+class _Texts:
+    """Prompts to tokens, and tokens to completions."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     config: GenerationConfig
-    seed: int | None
     chat: bool
+
+    def encode(self, prompt: Prompt) -> tuple[list[int], int] | Completion:
+        """The prompt's tokens and how many may follow; or its completion, if none can."""
+        try:
+            ids = encode(self.tokenizer, prompt, chat=self.chat)
+        except (ValueError, jinja2.TemplateError) as error:
+            return self.failed(prompt, 0, str(error))
+        limit: int = self.config.max_new_tokens
+        context = context_length(self.model)
+        if context is not None:
+            limit = min(limit, context - len(ids))
+        if limit < 1:
+            too_long = (
+                f"the prompt has {len(ids)} tokens and the model's context is {context}; "
+                "shorten it to leave room for at least one more"
+            )
+            return self.failed(prompt, len(ids), too_long)
+        return ids, limit
+
+    def failed(self, prompt: Prompt, num_tokens: int, error: str) -> Completion:
+        return Completion(prompt.id, prompt.prompt, "", (), "error", num_tokens, error=error)
+
+    @property
+    def ends(self) -> set[int]:
+        return set(_as_list(self.config.eos_token_id))
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return _as_list(self.config.stop_strings)
+
+    def has_stop(self, ids: list[int], new_ids: list[int]) -> bool:
+        """Whether a stop string is in the text of the newest tokens."""
+        # A character may take four tokens; a few more for those that write nothing.
+        tail = new_ids[-4 * max(map(len, self.stop_strings)) - 8 :]
+        near: str = self.tokenizer.decode(tail, skip_special_tokens=True)
+        if not any(string in near for string in self.stop_strings):
+            return False
+        text = self.text(ids, new_ids)
+        return any(string in text for string in self.stop_strings)
+
+    def complete(
+        self, prompt: Prompt, ids: list[int], new_ids: list[int], *, stopped: bool
+    ) -> Completion:
+        """`new_ids` without a token that ends the text, which is what `stopped` says came after."""
+        text = self.text(ids, new_ids)
+        if cuts := [text.index(string) for string in self.stop_strings if string in text]:
+            stopped = True
+            # the fewest tokens whose text holds a stop string
+            stop = bisect_left(
+                range(len(new_ids)),
+                True,
+                key=lambda n: any(s in self.text(ids, new_ids[:n]) for s in self.stop_strings),
+            )
+            new_ids, text = new_ids[:stop], text[: min(cuts)]
+        return Completion(
+            id=prompt.id,
+            prompt=prompt.prompt,
+            text=text,
+            token_ids=tuple(new_ids),
+            finish_reason="stop" if stopped else "length",
+            num_prompt_tokens=len(ids),
+        )
+
+    def text(self, ids: list[int], new_ids: list[int]) -> str:
+        # Decoded alone, a sentencepiece tokenizer would drop the space before the first new word.
+        before: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        whole: str = self.tokenizer.decode([*ids, *new_ids], skip_special_tokens=True)
+        if whole.startswith(before):
+            return whole[len(before) :]
+        return str(self.tokenizer.decode(new_ids, skip_special_tokens=True))
+
+
+@dataclass(frozen=True)
+class _ContinuousGenerator:
+    """`generate` on moezoo's engine."""
+
+    texts: _Texts
+    seed: int | None
+    batch_size: int
+    batch_tokens: int
+    cache_bytes: int | None
+
+    def run(self, prompts: Iterator[Prompt]) -> Iterator[Completion]:
+        """Nothing is allocated before the first completion is asked for."""
+        model, config = self.texts.model, self.texts.config
+        started: dict[int, Prompt] = {}
+        failed: list[Completion] = []
+        try:
+            engine, sampler = self._engine()
+            stops = self.texts.has_stop if self.texts.stop_strings else None
+            batcher = Batcher(
+                engine,
+                sampler,
+                ends=self.texts.ends,
+                is_stopped=stops and (lambda request: stops(request.prompt, request.tokens)),
+            )
+            for request in batcher.run(self._requests(prompts, started, failed)):
+                yield from failed
+                failed.clear()
+                yield self._completion(started.pop(request.index), request)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise MoEOutOfMemoryError(
+                f"{error}\none prompt alone is too much for {model.device} beside a KV cache of "
+                f"its size: a smaller cache_bytes or max_new_tokens (now {config.max_new_tokens}), "
+                "or a shorter prompt, needs less"
+            ) from error
+        yield from failed
+
+    def _engine(self) -> tuple[Engine, Sampler]:
+        model, config = self.texts.model, self.texts.config
+        decoder = model.decoder
+        context = context_length(model) or MAX_CONTEXT
+        engine = Engine(
+            decoder,
+            num_rows=self.batch_size,
+            context=context,
+            pages=pages_that_fit(
+                decoder,
+                num_rows=self.batch_size,
+                context=context,
+                chunk=self.batch_tokens,
+                cache_bytes=self.cache_bytes,
+            ),
+            chunk=self.batch_tokens,
+        )
+        sampler = Sampler(
+            config,
+            num_rows=self.batch_size,
+            vocab_size=decoder.embed.num_embeddings,
+            device=model.device,
+            steps=None if self.seed is None else config.max_new_tokens,
+        )
+        return engine, sampler
+
+    def _requests(
+        self, prompts: Iterator[Prompt], started: dict[int, Prompt], failed: list[Completion]
+    ) -> Iterator[Request]:
+        for index, prompt in enumerate(prompts):
+            encoded = self.texts.encode(prompt)
+            if isinstance(encoded, Completion):
+                failed.append(encoded)
+                continue
+            ids, limit = encoded
+            stream: list[float] = []
+            if self.seed is not None and self.texts.config.do_sample:
+                stream = uniforms(self.seed, prompt.id, limit)
+            started[index] = prompt
+            yield Request(index, ids, limit, stream)
+
+    def _completion(self, prompt: Prompt, request: Request) -> Completion:
+        if request.error is not None:
+            return self.texts.failed(prompt, len(request.prompt), request.error)
+        return self.texts.complete(
+            prompt, request.prompt, request.tokens, stopped=request.finish_reason == "stop"
+        )
+
+
+@dataclass(frozen=True)
+class _BatchGenerator:
+    """`generate` by `model.generate`, on so many prompts at a time."""
+
+    texts: _Texts
+    seed: int | None
     streamer: BaseStreamer | None
 
     def run(self, prompts: Iterator[Prompt], batch_size: int) -> Iterator[Completion]:
@@ -213,7 +383,8 @@ class _BatchGenerator:
                 if not _is_out_of_memory(error):
                     raise
                 raise MoEOutOfMemoryError(
-                    f"{error}\n{_prompts(len(batch))} at once is too much for {self.model.device}: "
+                    f"{error}\n{_prompts(len(batch))} at once is too much for "
+                    f"{self.texts.model.device}: "
                     + (
                         f"a batch size below {len(batch)} needs less"
                         if len(batch) > 1
@@ -225,105 +396,62 @@ class _BatchGenerator:
     def _complete(self, prompts: list[Prompt]) -> list[Completion]:
         completions: dict[int, Completion] = {}
         encoded: dict[int, list[int]] = {}
+        limits: dict[int, int] = {}
         for row, prompt in enumerate(prompts):
-            try:
-                encoded[row] = encode(self.tokenizer, prompt, chat=self.chat)
-            except (ValueError, jinja2.TemplateError) as error:
-                completions[row] = Completion(
-                    prompt.id, prompt.prompt, "", (), "error", 0, error=str(error)
-                )
-        limits = {row: self._num_new_tokens(ids) for row, ids in encoded.items()}
+            found = self.texts.encode(prompt)
+            if isinstance(found, Completion):
+                completions[row] = found
+            else:
+                encoded[row], limits[row] = found
         # Rows that would run over the context stop earlier, so each limit is a batch of its own.
         for limit in sorted(set(limits.values()), reverse=True):
             rows = [row for row in encoded if limits[row] == limit]
-            if limit < 1:
-                for row in rows:
-                    completions[row] = self._too_long(prompts[row], len(encoded[row]))
-                continue
             new_ids = self._generate(
                 [prompts[row].id for row in rows], [encoded[row] for row in rows], limit
             )
+            ends = {self.texts.config.pad_token_id, *self.texts.ends}
             for row, ids in zip(rows, new_ids, strict=True):
-                completions[row] = self._decode(prompts[row], encoded[row], ids)
+                stop = next((i for i, token in enumerate(ids) if token in ends), None)
+                completions[row] = self.texts.complete(
+                    prompts[row], encoded[row], ids[:stop], stopped=stop is not None
+                )
         return [completions[row] for row in range(len(prompts))]
-
-    def _num_new_tokens(self, ids: list[int]) -> int:
-        limit: int = self.config.max_new_tokens
-        context = context_length(self.model)
-        return limit if context is None else min(limit, context - len(ids))
-
-    def _too_long(self, prompt: Prompt, num_tokens: int) -> Completion:
-        error = (
-            f"the prompt has {num_tokens} tokens and the model's context is "
-            f"{context_length(self.model)}; shorten it to leave room for at least one more"
-        )
-        return Completion(prompt.id, prompt.prompt, "", (), "error", num_tokens, error=error)
 
     def _generate(
         self, prompt_ids: list[int | str], rows: list[list[int]], num_new_tokens: int
     ) -> list[list[int]]:
         """The new tokens of each row, whatever follows the end of a row still among them."""
+        model = self.texts.model
+        config = copy.deepcopy(self.texts.config)
         length = max(len(row) for row in rows)
-        input_ids = torch.full((len(rows), length), self.config.pad_token_id or 0)
+        input_ids = torch.full((len(rows), length), config.pad_token_id or 0)
         attention_mask = torch.zeros_like(input_ids)
         for row, ids in enumerate(rows):
             input_ids[row, length - len(ids) :] = torch.tensor(ids)
             attention_mask[row, length - len(ids) :] = 1
-        config = copy.deepcopy(self.config)
         config.max_new_tokens = num_new_tokens
         arguments: dict[str, Any] = {}
         if config.stop_strings is not None:
-            arguments["tokenizer"] = self.tokenizer
+            arguments["tokenizer"] = self.texts.tokenizer
         if self.streamer is not None:
             arguments["streamer"] = self.streamer
         if config.do_sample and self.seed is not None:
-            uniforms = torch.tensor(
-                [_uniforms(self.seed, id, num_new_tokens) for id in prompt_ids],
+            numbers = torch.tensor(
+                [uniforms(self.seed, id, num_new_tokens) for id in prompt_ids],
                 dtype=torch.float64,
-                device=self.model.device,
+                device=model.device,
             )
-            draw = SeededDraw(self.config, uniforms, length)
+            draw = SeededDraw(self.texts.config, numbers, length)
             arguments["logits_processor"] = LogitsProcessorList([draw])
             config.update(do_sample=False, **_NEUTRAL)
-        output = self.model.generate(
-            input_ids=input_ids.to(self.model.device),
-            attention_mask=attention_mask.to(self.model.device),
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
             generation_config=config,
             **arguments,
         )
         new_ids: list[list[int]] = output[:, length:].tolist()
         return new_ids
-
-    def _decode(self, prompt: Prompt, ids: list[int], new_ids: list[int]) -> Completion:
-        ends = {self.config.pad_token_id, *_as_list(self.config.eos_token_id)}
-        stop = next((i for i, token in enumerate(new_ids) if token in ends), None)
-        new_ids = new_ids[:stop]
-        text = self._text(ids, new_ids)
-        stop_strings = _as_list(self.config.stop_strings)
-        if cuts := [text.index(string) for string in stop_strings if string in text]:
-            # the fewest tokens whose text holds a stop string
-            stop = bisect_left(
-                range(len(new_ids)),
-                True,
-                key=lambda n: any(s in self._text(ids, new_ids[:n]) for s in stop_strings),
-            )
-            new_ids, text = new_ids[:stop], text[: min(cuts)]
-        return Completion(
-            id=prompt.id,
-            prompt=prompt.prompt,
-            text=text,
-            token_ids=tuple(new_ids),
-            finish_reason="length" if stop is None else "stop",
-            num_prompt_tokens=len(ids),
-        )
-
-    def _text(self, ids: list[int], new_ids: list[int]) -> str:
-        # Decoded alone, a sentencepiece tokenizer would drop the space before the first new word.
-        before: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        whole: str = self.tokenizer.decode([*ids, *new_ids], skip_special_tokens=True)
-        if whole.startswith(before):
-            return whole[len(before) :]
-        return str(self.tokenizer.decode(new_ids, skip_special_tokens=True))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat: bool = False) -> list[int]:
@@ -380,7 +508,7 @@ def check_options(**options: Any) -> None:
 
 def _check(config: GenerationConfig) -> None:
     if config.do_sample:
-        _warpers(config, torch.device("cpu"))  # each refuses what it cannot do
+        warpers(config, torch.device("cpu"))  # each refuses what it cannot do
     penalty = config.repetition_penalty
     if penalty is not None and not 0 < penalty < math.inf:
         raise ValueError(f"repetition_penalty must be above 0 and finite, got {penalty}")
@@ -430,34 +558,6 @@ def _resolve(
         config.pad_token_id = next((token for token in known if token is not None), None)
     _check(config)
     return config
-
-
-def _warpers(config: GenerationConfig, device: torch.device) -> LogitsProcessorList:
-    """What transformers applies to the logits of a sampled step, in its order."""
-    warpers: list[LogitsProcessor] = []
-    if config.temperature not in (None, 1.0):
-        warpers.append(TemperatureLogitsWarper(config.temperature))
-    if config.top_h is not None:
-        warpers.append(TopHLogitsWarper(config.top_h))
-    if config.top_k:
-        warpers.append(TopKLogitsWarper(config.top_k))
-    if config.top_p not in (None, 1.0):
-        warpers.append(TopPLogitsWarper(config.top_p))
-    if config.min_p is not None:
-        warpers.append(MinPLogitsWarper(config.min_p))
-    if config.typical_p not in (None, 1.0):
-        warpers.append(TypicalLogitsWarper(config.typical_p))
-    if config.epsilon_cutoff:
-        warpers.append(EpsilonLogitsWarper(config.epsilon_cutoff))
-    if config.eta_cutoff:
-        warpers.append(EtaLogitsWarper(config.eta_cutoff, device=str(device)))
-    return LogitsProcessorList(warpers)
-
-
-def _uniforms(seed: int, prompt_id: int | str, steps: int) -> list[float]:
-    digest = sha256(json.dumps([seed, prompt_id]).encode()).digest()
-    draw = random.Random(digest)
-    return [draw.random() for _ in range(steps)]
 
 
 def context_length(model: PreTrainedModel) -> int | None:

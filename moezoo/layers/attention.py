@@ -149,13 +149,25 @@ class Context(Protocol):
         ...
 
     def attend(
-        self, q: torch.Tensor, keys: Keys, *, window: int | None = None, scale: float
+        self,
+        q: torch.Tensor,
+        keys: Keys,
+        *,
+        window: int | None = None,
+        scale: float,
+        value_dim: int | None = None,
     ) -> torch.Tensor:
-        """Softmax attention, q [B, T, Hq, D] -> [B, T, Hq, Dv].
+        """Softmax attention to what `append_..` returned, q [B, T, Hq, D] -> [B, T, Hq, Dv].
 
         Query head h reads key head h // (Hq / Hk). A query sees the `window` newest keys up to its
-        own. Keys without values are the values too, and Dv may be less than D then.
+        own. Where keys have no values, their first `value_dim` numbers are.
         """
+        ...
+
+    def attend_to(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
+    ) -> torch.Tensor:
+        """The same with keys [B, Hq, S, D] and values [B, Hq, S, Dv] of all tokens."""
         ...
 
 
@@ -180,11 +192,13 @@ class DenseContext:
             k, v = self.cache.update(k, v, layer_idx)
         return q, Keys(k, v)
 
-    def append_latents(self, attention: Any, latents: torch.Tensor, layer_idx: int) -> Keys:
+    def append_latents(
+        self, attention: Any, q: torch.Tensor, latents: torch.Tensor, layer_idx: int
+    ) -> tuple[torch.Tensor, Keys]:
         stored = attention.stored(latents, self.rotation).unsqueeze(1)
         if self.cache is not None:
             stored, _ = self.cache.update(stored, stored[..., :0], layer_idx)
-        return Keys(stored, None)
+        return attention.rotated(q, self.rotation), Keys(stored, None)
 
     def latents(self, keys: Keys) -> torch.Tensor:
         return keys.keys.squeeze(1)
@@ -235,6 +249,11 @@ class GroupedQueryAttention(nn.Module):
     @property
     def scale(self) -> float:
         return self.head_dim**-0.5
+
+    @property
+    def cache_shapes(self) -> tuple[tuple[int, int], ...]:
+        """What a cache keeps of a token: keys and values, each [heads, width]."""
+        return ((self.num_kv_heads, self.head_dim),) * 2
 
     def forward(self, x: torch.Tensor, context: Context, layer_idx: int) -> torch.Tensor:
         """x [B, T, H] -> [B, T, H]; keys and values go to the cache under `layer_idx`."""

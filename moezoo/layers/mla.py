@@ -91,12 +91,17 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(self, x: torch.Tensor, context: Context, layer_idx: int) -> torch.Tensor:
         """x [B, T, H] -> [B, T, H]; latents and rotated keys go to the cache, C + R a token."""
         q = self.q(x).unflatten(-1, (self.num_heads, -1))
-        keys = context.append_latents(self, self.kv_a(x), layer_idx)
+        q, keys = context.append_latents(self, q, self.kv_a(x), layer_idx)
         if context.num_queries < self.absorb_below:
             out = self._attend_to_latents(q, keys, context)
         else:
             out = self._attend_to_heads(q, keys, context)
         return self.o(out.flatten(2))
+
+    @property
+    def cache_shapes(self) -> tuple[tuple[int, int], ...]:
+        """What a cache keeps of a token: one latent with its rotated key, [1, C + R]."""
+        return ((1, self.kv_norm.dim + self.rope_dim),)
 
     def stored(self, latents: torch.Tensor, rotation: Rotation) -> torch.Tensor:
         """What the cache keeps of latents [B, T, C + R]: the first C normed, the last R rotated."""
@@ -104,10 +109,10 @@ class MultiHeadLatentAttention(nn.Module):
         k_rope = self.rotate(k_rope.unsqueeze(2), rotation).squeeze(2)
         return torch.cat((self.kv_norm(latent), k_rope), -1)
 
-    def _split(self, q: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
-        """q [B, T, N, nope_dim + R] in its two parts, the second rotated."""
+    def rotated(self, q: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+        """q [B, T, N, nope_dim + R] with its last R numbers rotated."""
         q_nope, q_rope = q.split_with_sizes((self.nope_dim, self.rope_dim), -1)
-        return q_nope, self.rotate(q_rope, context.rotation)
+        return torch.cat((q_nope, self.rotate(q_rope, rotation)), -1)
 
     def _projections(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows of `kv_b` as key and value projections, [N, nope_dim, C] and [N, v_dim, C]."""
@@ -119,11 +124,9 @@ class MultiHeadLatentAttention(nn.Module):
     def _attend_to_latents(self, q: torch.Tensor, keys: Keys, context: Context) -> torch.Tensor:
         """q [B, T, N, ..] -> [B, T, N, v_dim]."""
         key, value = self._projections()
-        q_nope, q_rope = self._split(q, context)
+        q_nope, q_rope = q.split_with_sizes((self.nope_dim, self.rope_dim), -1)
         q = torch.cat((_per_head(q_nope, key), q_rope), -1)
-        # The values are the latents; fused kernels want equal widths, and the rotated part comes
-        # along then.
-        out = context.attend(q, keys, scale=self.scale)[..., : self.kv_norm.dim]
+        out = context.attend(q, keys, scale=self.scale, value_dim=self.kv_norm.dim)
         return _per_head(out, value.transpose(1, 2))
 
     def _attend_to_heads(self, q: torch.Tensor, keys: Keys, context: Context) -> torch.Tensor:
@@ -132,5 +135,4 @@ class MultiHeadLatentAttention(nn.Module):
         kv = self.kv_b(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k_nope, v = kv.split_with_sizes((self.nope_dim, self.v_dim), -1)
         k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, self.num_heads, -1, -1)), -1)
-        q = torch.cat(self._split(q, context), -1)
-        return context.attend(q, Keys(k, v), scale=self.scale)
+        return context.attend_to(q, k, v, scale=self.scale)

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from moezoo.device import runs_kernels
 from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.moe import ACTIVATIONS
 
@@ -16,11 +17,17 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.gate_up = FusedLinear(hidden_size, (intermediate_size, intermediate_size), bias)
         self.down = Linear(intermediate_size, hidden_size, bias=bias)
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up.parts(x)
-        return self.down(self.activation(gate) * up)
+        gate_up = self.gate_up(x)
+        if runs_kernels(gate_up):
+            from moezoo.layers.kernels.gated import gate
+
+            rows = gate(gate_up.reshape(-1, gate_up.shape[-1]), self.activation)
+            return self.down(rows.view(*x.shape[:-1], -1))
+        gates, ups = gate_up.split_with_sizes(self.gate_up.part_sizes, -1)
+        return self.down(ACTIVATIONS[self.activation](gates) * ups)
 
 
 class SigmoidGatedMLP(GatedMLP):

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from moezoo.device import runs_kernels
+
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension [.., dim].
@@ -34,6 +36,12 @@ class RMSNorm(nn.Module):
         self, x: torch.Tensor, update: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of x + update, and that sum, rounded to the dtype of x; x [.., dim]."""
+        if runs_kernels(x):
+            from moezoo.layers.kernels.add_norm import add_rms_norm
+
+            rows = None if update is None else update.reshape(-1, self.dim)
+            normed, total = add_rms_norm(x.reshape(-1, self.dim), rows, self.weight, self.eps)
+            return normed.view(x.shape), total.view(x.shape)
         if update is not None:
             x = x + update
         return self(x), x

@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import moezoo
 from moezoo.assets import tiny_model
 from moezoo.errors import MoEOutOfMemoryError
-from moezoo.generation.offline import Completion, Prompt, SeededDraw, check_options, generate
+from moezoo.generation.offline import Completion, Prompt, check_options, generate
+from moezoo.generation.sampling import SeededDraw
 
 PROMPTS = [
     "Once upon a time",
@@ -38,8 +39,13 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(tiny_model())
 
 
+def in_order(completions):
+    """They come as they finish."""
+    return sorted(completions, key=lambda completion: completion.id)
+
+
 def texts(completions):
-    return [completion.text for completion in completions]
+    return [completion.text for completion in in_order(completions)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
@@ -47,7 +53,7 @@ def test_greedy_is_what_transformers_writes_for_each_prompt_alone(
     model, reference, tokenizer, batch_size
 ):
     options = {"batch_size": batch_size, "max_new_tokens": 12, "do_sample": False}
-    completions = list(generate(model, tokenizer, PROMPTS, **options))
+    completions = in_order(generate(model, tokenizer, PROMPTS, **options))
     assert completions == list(generate(reference, tokenizer, PROMPTS, **options))
     for prompt, completion in zip(PROMPTS, completions, strict=True):
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -105,14 +111,23 @@ def test_what_greedy_search_does_not_use_is_not_refused(model, tokenizer):
     assert completion.error is None
 
 
-@pytest.mark.parametrize(("num_prompts", "advice"), [(3, "batch size below 3"), (1, "max_new_tok")])
-def test_a_batch_that_does_not_fit_is_an_out_of_memory_error(model, tokenizer, num_prompts, advice):
+@pytest.mark.parametrize(
+    ("num_prompts", "settings", "message"),
+    [
+        (3, {}, "one prompt alone is too much for cpu.*: a smaller cache_bytes or max_new_tokens"),
+        (3, {"num_beams": 2}, "3 prompts at once is too much for cpu: a batch size below 3"),
+        (1, {"num_beams": 2}, "1 prompt at once is too much for cpu: a shorter prompt or a small"),
+    ],
+)
+def test_what_does_not_fit_is_an_out_of_memory_error(
+    model, tokenizer, num_prompts, settings, message
+):
     """torch's CPU allocator raises a plain RuntimeError, as this hook finds."""
     layer = model.decoder.layers[3]
     hook = layer.register_forward_pre_hook(lambda *_: torch.empty(1 << 50) and None)
     try:
-        with pytest.raises(MoEOutOfMemoryError, match=f"at once is too much for cpu: a .*{advice}"):
-            next(generate(model, tokenizer, ["It"] * num_prompts, batch_size=4))
+        with pytest.raises(MoEOutOfMemoryError, match=message):
+            next(generate(model, tokenizer, ["It"] * num_prompts, batch_size=4, **settings))
     finally:
         hook.remove()
 
@@ -190,7 +205,7 @@ def test_end_of_text_ends_the_tokens_before_it(model, tokenizer):
 
 
 def test_a_prompt_longer_than_the_context_fails_alone(model, tokenizer):
-    completions = list(
+    completions = in_order(
         generate(
             model,
             tokenizer,
@@ -223,12 +238,14 @@ def test_chat_goes_through_the_template(model, tokenizer):
     options = {"max_new_tokens": 5, "do_sample": False}
     tokenizer.chat_template = TEMPLATE
     hello = [{"role": "user", "content": "hello"}]
-    chat, messages, refused = generate(
-        model,
-        tokenizer,
-        ["hello", {"messages": hello}, {"messages": [{"role": "robot", "content": ""}]}],
-        chat=True,
-        **options,
+    chat, messages, refused = in_order(
+        generate(
+            model,
+            tokenizer,
+            ["hello", {"messages": hello}, {"messages": [{"role": "robot", "content": ""}]}],
+            chat=True,
+            **options,
+        )
     )
     (plain,) = generate(model, tokenizer, ["user: hello\nassistant:"], **options)
     assert chat.text == messages.text == plain.text

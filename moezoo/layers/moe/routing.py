@@ -20,6 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moezoo.device import runs_kernels
+
 
 def softmax_topk(logits: Tensor, k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
     """The k largest of softmax(logits), divided by their sum if `renormalize`.
@@ -28,7 +30,7 @@ def softmax_topk(logits: Tensor, k: int, *, renormalize: bool) -> tuple[Tensor, 
     The router of Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and, without groups, of DeepSeek-V2.
     """
     _require_k(k, logits.shape[-1])
-    if _in_one_launch(logits):
+    if logits.ndim == 2 and runs_kernels(logits):
         from moezoo.layers.kernels.topk import topk
 
         with torch.cuda.device_of(logits):
@@ -74,7 +76,7 @@ def grouped_topk(
         )
     if scoring not in ("softmax", "sigmoid"):
         raise ValueError(f"scoring must be 'softmax' or 'sigmoid', got {scoring!r}")
-    if _in_one_launch(logits):
+    if logits.ndim == 2 and runs_kernels(logits):
         from moezoo.layers.kernels.topk import topk
 
         with torch.cuda.device_of(logits):
@@ -113,12 +115,6 @@ def grouped_topk(
     if scaling != 1.0:
         weights = weights * scaling
     return weights, ids.int()
-
-
-def _in_one_launch(logits: Tensor) -> bool:
-    """Whether the Triton kernel routes: not for a compiler or a gradient, which look inside."""
-    in_torch = torch.compiler.is_compiling() or (torch.is_grad_enabled() and logits.requires_grad)
-    return logits.is_cuda and logits.ndim == 2 and not in_torch
 
 
 def _require_k(k: int, num_experts: int) -> None:

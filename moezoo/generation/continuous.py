@@ -1,0 +1,282 @@
+"""Continuous batching (Yu et al., 2022): a prompt begins as soon as a row and pages are free.
+
+The host reads the tokens of a step while the next one runs. A sequence that turns out to have ended
+has then been given one token more, which is dropped.
+"""
+
+import heapq
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from moezoo.generation.engine import Chunk, Engine, batch_size
+from moezoo.generation.pages import PAGE_SIZE, Allocation, PageAllocator
+from moezoo.generation.sampling import Sampler
+
+MIN_CHUNK = 256
+"""Prompt tokens of a forward pass below which running out of memory is final."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt, and the tokens that have come of it.
+
+    `limit` is how many may come, 1 or more; `stream` has the numbers of a seeded draw.
+    `finish_reason` is set when it is over: "stop", "length" or "error".
+    """
+
+    index: int
+    prompt: list[int]
+    limit: int
+    stream: Sequence[float] = ()
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: str | None = None
+    _row: int | None = None
+    _allocation: Allocation | None = None
+    _launched: int = 0
+    """Tokens computed or being computed."""
+
+
+class Batcher:
+    """Runs requests on an engine, all of whose rows and pages are its own meanwhile.
+
+    Args:
+        ends: tokens that end a sequence; they are not among its tokens.
+        is_stopped: called after each token of a request.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        sampler: Sampler,
+        *,
+        ends: set[int],
+        is_stopped: Callable[[Request], bool] | None = None,
+    ) -> None:
+        self.engine = engine
+        self.sampler = sampler
+        self.ends = ends
+        self.is_stopped = is_stopped
+        self.chunk = engine.chunk
+        shares = set(engine.tables) == {None}  # a ring of pages is one sequence's alone
+        self._pages = PageAllocator(engine.pages, share=shares)
+        self._waiting: deque[Request] = deque()
+        self._rows: dict[int, Request] = {}
+        self._num_rows = engine.num_rows
+        self._free = list(range(engine.num_rows))
+        self._on_device = engine.device.type == "cuda"
+        self._flying: deque[tuple[Tensor, torch.cuda.Event | None, list[Request | None]]] = deque()
+
+    def run(self, requests: Iterator[Request]) -> Iterator[Request]:
+        """Yield each request as it finishes; they are read as they are needed."""
+        while True:
+            missing = max(self._enough_free(), len(self._free)) - len(self._waiting)
+            self._waiting.extend(islice(requests, max(0, missing)))
+            try:
+                yield from self._admit()
+                launched = self._step()
+            except torch.OutOfMemoryError:
+                yield from self._collect_all()
+                self._shrink()
+                continue
+            while len(self._flying) > int(launched and self._on_device):
+                yield from self._collect()
+            if not (launched or self._flying or self._waiting):
+                return
+
+    def _enough_free(self) -> int:
+        """How many free rows make a forward pass for new prompts worth interrupting the others."""
+        return max(1, self._num_rows // 16)
+
+    def _admit(self) -> Iterator[Request]:
+        """Start waiting requests, up to `chunk` tokens of them; yield those that never can."""
+        if not self._waiting or len(self._free) < min(self._enough_free(), len(self._waiting)):
+            return
+        started: list[Request] = []
+        budget = self.chunk
+        while self._waiting and self._free and budget > 0:
+            request = self._waiting[0]
+            tokens = request.prompt + request.tokens
+            # The last token that comes is kept nowhere.
+            kept = len(request.prompt) + request.limit - 1
+            if kept > self._pages.total * PAGE_SIZE:
+                self._waiting.popleft()
+                request.finish_reason = "error"
+                request.error = (
+                    f"{kept} tokens of prompt and completion do not fit the KV cache of "
+                    f"{self._pages.total * PAGE_SIZE}: shorten the prompt or max_new_tokens, or "
+                    "give the cache more memory (cache_bytes)"
+                )
+                yield request
+                continue
+            allocation = self._pages.allocate(tokens, kept)
+            if allocation is None:
+                break
+            budget -= len(tokens) - allocation.num_cached
+            if budget < 0 and started:
+                self._pages.release(allocation)
+                break
+            self._waiting.popleft()
+            request._row, request._allocation = heapq.heappop(self._free), allocation
+            self._rows[request._row] = request
+            started.append(request)
+        if started:
+            self._prefill(started)
+
+    def _prefill(self, requests: list[Request]) -> None:
+        chunks: list[Chunk] = []
+        for request in requests:
+            assert request._row is not None and request._allocation is not None
+            self.engine.assign(request._row, request._allocation.pages)
+            tokens = request.prompt + request.tokens
+            for start in range(request._allocation.num_cached, len(tokens), self.chunk):
+                end = min(start + self.chunk, len(tokens))
+                chunks.append(Chunk(request._row, tokens[start:end], start))
+        while chunks:
+            budget = self.chunk
+            taken: list[Chunk] = []
+            while chunks and len(chunks[0].tokens) <= budget:
+                budget -= len(chunks[0].tokens)
+                taken.append(chunks.pop(0))
+            self._prefill_chunks(taken)
+
+    def _prefill_chunks(self, chunks: list[Chunk]) -> None:
+        logits = self.engine.prefill(chunks)
+        whole = []
+        for i, chunk in enumerate(chunks):
+            request = self._rows[chunk.row]
+            if chunk.end == len(request.prompt) + len(request.tokens):
+                assert request._allocation is not None
+                self._pages.written(request._allocation)
+                tokens = request.prompt + request.tokens
+                step = len(request.tokens)
+                self.sampler.start(chunk.row, tokens, request.stream, step=step)
+                whole.append(i)
+        if not whole:
+            return
+        rows = [chunks[i].row for i in whole]
+        if len(whole) < len(chunks):
+            logits = logits[whole]
+        drawn = self.sampler(logits, torch.tensor(rows, device=logits.device))
+        self.engine.start(rows, [chunks[i].end for i in whole], drawn)
+        self._launched(drawn, rows)
+
+    def _step(self) -> bool:
+        """One more token for every row; whether there was one."""
+        if not self._rows:
+            return False
+        self._compact()
+        highest = max(self._rows) + 1
+        batch = min(batch_size(highest), self.engine.num_rows) if self._on_device else highest
+        self.engine.step(batch, self.sampler)
+        self._launched(self.engine.ids[:batch], range(batch))
+        return True
+
+    def _launched(self, tokens: Tensor, rows: Sequence[int]) -> None:
+        """Have the tokens of rows read; rows that need no more of them are free again."""
+        requests = [self._rows.get(row) for row in rows]
+        event = None
+        if self._on_device:
+            copy = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            tokens = copy.copy_(tokens, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        else:
+            tokens = tokens.clone()
+        self._flying.append((tokens, event, requests))
+        done = []
+        for request in requests:
+            if request is not None:
+                request._launched += 1
+                if request._launched == request.limit:
+                    done.append(request)
+        self._vacate(done)
+
+    def _vacate(self, requests: list[Request]) -> None:
+        rows = [request._row for request in requests if request._row is not None]
+        if not rows:
+            return
+        self.engine.stop(rows)
+        for request in requests:
+            if request._row is not None:
+                del self._rows[request._row]
+                heapq.heappush(self._free, request._row)
+                request._row = None
+
+    def _collect(self) -> Iterator[Request]:
+        """Read the oldest tokens that are on their way; yield the requests that they finish."""
+        tokens, event, requests = self._flying.popleft()
+        if event is not None:
+            event.synchronize()
+        finished = []
+        for request, token in zip(requests, tokens.tolist(), strict=True):
+            if request is None or request.finish_reason is not None:
+                continue
+            if token in self.ends:
+                request.finish_reason = "stop"
+            else:
+                request.tokens.append(token)
+                if self.is_stopped is not None and self.is_stopped(request):
+                    request.finish_reason = "stop"
+                elif len(request.tokens) == request.limit:
+                    request.finish_reason = "length"
+            if request.finish_reason is not None:
+                assert request._allocation is not None
+                self._pages.release(request._allocation)
+                finished.append(request)
+        self._vacate(finished)
+        yield from finished
+
+    def _collect_all(self) -> Iterator[Request]:
+        while self._flying:
+            yield from self._collect()
+
+    def _compact(self) -> None:
+        """Move rows together if a smaller batch holds them then."""
+        number, highest = len(self._rows), max(self._rows) + 1
+        if self._on_device and batch_size(number) == batch_size(highest):
+            return
+        targets = [row for row in range(number) if row not in self._rows]
+        if not targets:
+            return
+        sources = sorted(row for row in self._rows if row >= number)
+        self.engine.move(sources, targets, self.sampler.state())
+        for source, target in zip(sources, targets, strict=True):
+            request = self._rows.pop(source)
+            request._row = target
+            self._rows[target] = request
+        self._free = [row for row in range(self._num_rows) if row not in self._rows]
+
+    def _shrink(self) -> None:
+        """After running out of memory: the rows start again, fewer of them and in shorter pieces.
+
+        Raises what is being handled where there is nothing left to shrink.
+        """
+        running = sorted(self._rows.values(), key=lambda request: request.index)
+        if self.chunk < 2 * MIN_CHUNK and len(running) <= 1:
+            raise
+        self._vacate(running)
+        for request in reversed(running):
+            assert request._allocation is not None
+            self._pages.release(request._allocation)
+            request._allocation = None
+            request._launched = len(request.tokens)
+            self._waiting.appendleft(request)
+        self.chunk = max(MIN_CHUNK, self.chunk // 2)
+        self._num_rows = max(1, len(running) // 2)
+        self._free = list(range(self._num_rows))
+        torch.cuda.empty_cache()
+        _log.warning(
+            "out of memory: going on with at most %d prompts at once and %d prompt tokens in a "
+            "forward pass",
+            self._num_rows,
+            self.chunk,
+        )

@@ -1,0 +1,336 @@
+"""Runs a decoder over a paged cache: prompts in chunks, then one token a row and step.
+
+On a GPU a step, the choice of its tokens included, is a CUDA graph that is captured once for each
+size of batch. It takes its input from where it left its output, so that steps follow each other
+without the host.
+
+Legend: R rows, B rows of a step, T tokens, V vocabulary, P pages of a row.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moezoo.generation.paged import (
+    DecodeContext,
+    PagedCache,
+    PromptContext,
+    Window,
+    slots_of,
+    to_device,
+    token_bytes,
+    windows,
+)
+from moezoo.generation.pages import PAGE_SIZE, num_pages
+from moezoo.generation.sampling import Sampler
+from moezoo.layers.attention import CausalMask, DenseContext
+from moezoo.layers.decoder import Decoder
+
+BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256, 384, 512)
+"""Steps are made for so many rows; rows without a sequence fill them up."""
+
+CHUNK_TOKENS = 8192
+"""Prompt tokens in one forward pass."""
+
+KEPT_BYTES = 4 * 2**30
+"""The largest KV cache that is kept between two calls of `model.generate`."""
+
+CPU_CACHE_BYTES = 4 * 2**30
+"""The largest KV cache on a CPU by default."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of a row's prompt, of which `start` tokens are in the cache already."""
+
+    row: int
+    tokens: Sequence[int]
+    start: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+class Engine:
+    """`num_rows` rows of at most `context` tokens each, and the pages that hold them.
+
+    Args:
+        decoder: all of it on one device, its positions' rotation independent of the length.
+        pages: of all rows together; by default as many as fit the context of each row.
+        chunk: the most tokens in one call of `prefill`.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        num_rows: int,
+        context: int,
+        pages: int | None = None,
+        chunk: int = CHUNK_TOKENS,
+    ) -> None:
+        self.decoder = decoder
+        self.num_rows = num_rows
+        self.context = context
+        self.chunk = chunk
+        self.pages = num_rows * num_pages(context) if pages is None else pages
+        self.device = decoder.embed.weight.device
+        self.cache = PagedCache(decoder, pages=self.pages, num_rows=num_rows, chunk=chunk)
+        self.ids = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
+        """The next token of each row, not in the cache yet."""
+        self.lengths = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
+        """Tokens in the cache; 0 for a row without a sequence."""
+        self.tables: dict[Window, Tensor] = {
+            window: torch.zeros(num_rows, num_pages(context), dtype=torch.int32, device=self.device)
+            for window in {None, *windows(decoder)}
+        }
+        for window, table in self.tables.items():
+            if window is not None:
+                ring = self.cache.ring_pages(window)
+                first = torch.arange(num_rows, device=self.device)[:, None] * ring
+                table.copy_(first + torch.arange(table.shape[1], device=self.device) % ring)
+        self.captures = self.device.type == "cuda" and capturable(decoder)
+        self.greedy = Sampler.greedy(num_rows, self.device)
+        self._graphs: dict[tuple[int, Sampler | None], tuple[Any, Tensor]] = {}
+        self._pool: Any = None
+
+    def assign(self, row: int, pages: Sequence[int]) -> None:
+        """Give a row its pages."""
+        table = torch.tensor(pages, dtype=torch.int32)
+        self.tables[None][row, : len(pages)] = to_device(table, self.device)
+
+    @torch.inference_mode()
+    def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Put the chunks' tokens into the cache; the logits [len(chunks), V] of each one's last."""
+        num_new = [len(chunk.tokens) for chunk in chunks]
+        tokens = torch.tensor(list(itertools.chain.from_iterable(c.tokens for c in chunks)))
+        positions = torch.cat([torch.arange(chunk.start, chunk.end) for chunk in chunks])
+        rows = torch.tensor([chunk.row for chunk in chunks]).repeat_interleave(
+            torch.tensor(num_new)
+        )
+        tokens, positions, rows = (to_device(x, self.device) for x in (tokens, positions, rows))
+        slots, seen = {}, {}
+        for window, table in self.tables.items():
+            slots[window] = _slots(table, rows, positions)
+            firsts = [0 if window is None else max(0, c.start - window + 1) for c in chunks]
+            lengths = [chunk.end - first for chunk, first in zip(chunks, firsts, strict=True)]
+            if lengths == num_new:
+                seen[window] = slots[window], lengths
+                continue
+            key_positions = torch.cat(
+                [torch.arange(first, c.end) for first, c in zip(firsts, chunks, strict=True)]
+            )
+            key_rows = torch.tensor([c.row for c in chunks]).repeat_interleave(
+                torch.tensor(lengths)
+            )
+            seen[window] = (
+                _slots(table, *(to_device(x, self.device) for x in (key_rows, key_positions))),
+                lengths,
+            )
+        context = PromptContext(
+            self.decoder.rotation(positions[None]), self.cache, slots, num_new, seen
+        )
+        hidden = self.decoder(self.decoder.embed(tokens[None]), context)[0]
+        last = torch.tensor(list(itertools.accumulate(num_new))) - 1
+        return self.decoder.logits(hidden[to_device(last, self.device)])
+
+    def prefill_all(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """`prefill` of a whole prompt in each of the rows 0, 1, ..: the logits of their ends."""
+        found = []
+        chunks: list[Chunk] = []
+        for row, prompt in enumerate(prompts):
+            for start in range(0, len(prompt), self.chunk):
+                chunk = Chunk(row, prompt[start : start + self.chunk], start)
+                if sum(len(other.tokens) for other in (*chunks, chunk)) > self.chunk:
+                    found.append((chunks, self.prefill(chunks)))
+                    chunks = []
+                chunks.append(chunk)
+        found.append((chunks, self.prefill(chunks)))
+        return torch.cat(
+            [
+                logits[i : i + 1]
+                for chunks, logits in found
+                for i, chunk in enumerate(chunks)
+                if chunk.end == len(prompts[chunk.row])
+            ]
+        )
+
+    @torch.inference_mode()
+    def start(self, rows: Sequence[int], lengths: Sequence[int], tokens: Tensor) -> None:
+        """Let rows go on from `lengths` tokens in the cache with tokens int64 [len(rows)]."""
+        at = to_device(torch.tensor(rows), self.device)
+        self.ids[at] = tokens
+        self.lengths[at] = to_device(torch.tensor(lengths, dtype=torch.int32), self.device)
+
+    @torch.inference_mode()
+    def stop(self, rows: Sequence[int]) -> None:
+        self.lengths[to_device(torch.tensor(rows), self.device)] = 0
+
+    @torch.inference_mode()
+    def move(self, sources: Sequence[int], targets: Sequence[int], more: Iterable[Tensor]) -> None:
+        """Target rows, which have no sequence, take over those of source rows.
+
+        `more` is further state of rows, [R, ..].
+        """
+        source, target = (to_device(torch.tensor(x), self.device) for x in (sources, targets))
+        for state in (self.ids, self.lengths, *self.tables.values(), *more):
+            held = state[target]
+            state[target] = state[source]
+            state[source] = held
+        self.lengths[source] = 0
+
+    @torch.inference_mode()
+    def step(self, batch: int, sampler: Sampler | None = None) -> Tensor:
+        """Put the next token of the first `batch` rows into the cache, and find those after them.
+
+        Returns logits [batch, V], valid until the next step. With a sampler `ids` has its tokens
+        afterwards; without one the caller puts them there.
+        """
+        if not self.captures:
+            return self._step(batch, sampler)
+        key = batch, sampler
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(batch, sampler)
+        graph, logits = self._graphs[key]
+        graph.replay()
+        return logits
+
+    def _step(self, batch: int, sampler: Sampler | None) -> Tensor:
+        lengths = self.lengths[:batch]
+        lengths += lengths > 0
+        positions = (lengths - 1).clamp(min=0).long()
+        tables = {window: table[:batch] for window, table in self.tables.items()}
+        slots = {
+            window: torch.where(lengths > 0, slots_of(table, positions[:, None])[:, 0], -1)
+            for window, table in tables.items()
+        }
+        context = DecodeContext(
+            self.decoder.rotation(positions[None]), self.cache, slots, tables, lengths
+        )
+        hidden = self.decoder(self.decoder.embed(self.ids[None, :batch]), context)
+        logits = self.decoder.logits(hidden[0])
+        if sampler is not None:
+            self.ids[:batch] = sampler(logits, slice(0, batch))
+        return logits
+
+    def _capture(self, batch: int, sampler: Sampler | None) -> tuple[Any, Tensor]:
+        state = [self.ids, self.lengths, *([] if sampler is None else sampler.state())]
+        before = [x.clone() for x in state]
+        self._step(batch, sampler)  # compiles kernels, which a capture must not
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits = self._step(batch, sampler)
+        self._pool = graph.pool()
+        for x, old in zip(state, before, strict=True):
+            x.copy_(old)
+        return graph, logits
+
+
+class EngineKeeper:
+    """Keeps a model's engine, and with it the graphs of its steps, from one call to the next.
+
+    A copy of the model gets a keeper of its own.
+    """
+
+    def __init__(self) -> None:
+        self._engine: Engine | None = None
+        self._made_for: tuple[int, ...] = ()
+
+    def __deepcopy__(self, memo: object) -> "EngineKeeper":
+        return EngineKeeper()
+
+    def __reduce__(self) -> tuple[type["EngineKeeper"], tuple[()]]:
+        return EngineKeeper, ()
+
+    def engine(self, decoder: Decoder, rows: int, context: int) -> Engine:
+        """An engine with the number of rows that `rows` take, each with room for `context`."""
+        rows = batch_size(rows)
+        made_for = fingerprint(decoder)
+        engine = self._engine
+        fits = engine is not None and engine.num_rows == rows and engine.context >= context
+        if engine is not None and fits and made_for == self._made_for:
+            engine.captures = engine.device.type == "cuda" and capturable(decoder)
+            return engine
+        self._engine = None  # its memory may be needed
+        room = 2 ** max(9, (context - 1).bit_length())
+        engine = Engine(decoder, num_rows=rows, context=room)
+        if engine.cache.nbytes <= KEPT_BYTES:
+            self._engine, self._made_for = engine, made_for
+        return engine
+
+
+def batch_size(rows: int) -> int:
+    """For how many rows a step is made that has at least so many."""
+    return next((size for size in BATCH_SIZES if size >= rows), rows)
+
+
+def capturable(decoder: nn.Module) -> bool:
+    """Whether a recorded step would do what the modules do when they are called."""
+    return not any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+        for module in decoder.modules()
+    )
+
+
+def fingerprint(decoder: nn.Module) -> tuple[int, ...]:
+    """Other numbers once a module or the memory of a weight is another: old graphs are stale."""
+    modules = (id(module) for module in decoder.modules())
+    return (*modules, *(parameter.data_ptr() for parameter in decoder.parameters()))
+
+
+def supports(decoder: Decoder) -> bool:
+    """Whether an `Engine` can run it: one device, and a rotation that ignores the length."""
+    devices = {parameter.device for parameter in decoder.parameters()}
+    return len(devices) == 1 and decoder.rope.kind not in ("dynamic", "longrope")
+
+
+def _slots(table: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    """int64 [T]: where the tokens at `positions` of `rows`, both int64 [T], are."""
+    return table[rows, positions // PAGE_SIZE].long() * PAGE_SIZE + positions % PAGE_SIZE
+
+
+def pages_that_fit(
+    decoder: Decoder, *, num_rows: int, context: int, chunk: int, cache_bytes: int | None
+) -> int:
+    """Pages for an `Engine` of `num_rows` rows: of `cache_bytes`, or of the memory that is free.
+
+    On a GPU a forward pass of `chunk` tokens is made to see what it takes beside the cache.
+    Raises `ValueError` if `cache_bytes` has no room for a page.
+    """
+    weight = decoder.embed.weight
+    page_bytes = token_bytes(decoder) * PAGE_SIZE
+    wanted = num_rows * num_pages(context)
+    if cache_bytes is None and weight.is_cpu:
+        cache_bytes = max(CPU_CACHE_BYTES, page_bytes)
+    elif cache_bytes is None:
+        activations = _activation_bytes(decoder, min(chunk, context))
+        # The widest temporaries of sampling: scores sorted, and summed up in float64.
+        logits = num_rows * decoder.embed.num_embeddings * 40
+        free = torch.cuda.mem_get_info(weight.device)[0]
+        free += torch.cuda.memory_reserved(weight.device)
+        free -= torch.cuda.memory_allocated(weight.device)
+        cache_bytes = int(0.95 * free - 1.25 * activations - logits)
+        cache_bytes = max(cache_bytes, page_bytes)
+    if page_bytes == 0:  # every layer has a sliding window
+        return 0
+    if cache_bytes < page_bytes:
+        raise ValueError(
+            f"cache_bytes is {cache_bytes}, but {PAGE_SIZE} tokens, the least, take {page_bytes}"
+        )
+    return min(wanted, cache_bytes // page_bytes)
+
+
+@torch.inference_mode()
+def _activation_bytes(decoder: Decoder, num_tokens: int) -> int:
+    device = decoder.embed.weight.device
+    ids = torch.arange(num_tokens, device=device)[None]
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    context = DenseContext(decoder.rotation(ids), CausalMask(0, num_tokens, device))
+    decoder(decoder.embed(ids % decoder.embed.num_embeddings), context)
+    return torch.cuda.max_memory_allocated(device) - before

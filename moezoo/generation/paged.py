@@ -1,0 +1,321 @@
+"""A KV cache in pages, and the two ways in which attention uses it: prompts, and steps of decoding.
+
+Sequences lie one behind another, without padding: B is 1 in every [B, T, ..] of the layers. The
+slot page * PAGE_SIZE + offset of a layer's tensors holds one token. Layers with a sliding window
+have pages of their own, a ring for each row of the batch, with room for the window and the longest
+chunk of a prompt.
+
+Legend: T new tokens, S keys (cached and new), R rows, P pages of a row, Hq query heads, Hk key
+heads, D head width, C latent width, R rotated width (in C + R).
+"""
+
+import inspect
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+
+from moezoo.device import runs_kernels
+from moezoo.generation.pages import PAGE_SIZE, num_pages
+from moezoo.layers.attention import CausalMask, GroupedQueryAttention, Keys, attend
+from moezoo.layers.decoder import Decoder
+from moezoo.layers.mla import MultiHeadLatentAttention
+from moezoo.layers.rope import Rotation, rotate_interleaved
+
+Window = int | None
+
+
+def attentions(decoder: Decoder) -> list[Any]:
+    return [layer.attn for layer in decoder.layers]
+
+
+def windows(decoder: Decoder) -> list[Window]:
+    """The sliding window of each layer, None where there is none."""
+    return [getattr(attention, "window", None) for attention in attentions(decoder)]
+
+
+def token_bytes(decoder: Decoder, window: Window = None) -> int:
+    """Bytes that a token takes in the layers with this window."""
+    numbers = sum(
+        heads * width
+        for attention, own in zip(attentions(decoder), windows(decoder), strict=True)
+        for heads, width in attention.cache_shapes
+        if own == window
+    )
+    return numbers * decoder.embed.weight.dtype.itemsize
+
+
+class PagedCache:
+    """Keys and values of all layers, each [slots, Hk, D] in the model's dtype.
+
+    `pages` is the number of pages of the layers without a window; with a window of w each of the
+    `num_rows` rows has `ring_pages(w)` pages for itself.
+    """
+
+    def __init__(self, decoder: Decoder, *, pages: int, num_rows: int, chunk: int) -> None:
+        self.chunk = chunk
+        weight = decoder.embed.weight
+        self.layers: list[Keys] = []
+        for attention, window in zip(attentions(decoder), windows(decoder), strict=True):
+            total = pages if window is None else num_rows * self.ring_pages(window)
+            stored = [
+                weight.new_empty(total * PAGE_SIZE, heads, width)
+                for heads, width in attention.cache_shapes
+            ]
+            self.layers.append(Keys(stored[0], stored[1] if len(stored) == 2 else None))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for layer in self.layers for x in layer if x is not None)
+
+    def ring_pages(self, window: int) -> int:
+        return num_pages(window + self.chunk) + 1
+
+
+class _PagedContext:
+    """What prompts and steps have in common: how keys get into the pages."""
+
+    rotation: Rotation
+    cache: PagedCache
+    slots: dict[Window, Tensor]
+    """int64 [T], where each new token goes; -1 for one that is kept nowhere (on CUDA only)."""
+
+    def append_heads(
+        self, attention: GroupedQueryAttention, qkv: Tensor, layer_idx: int
+    ) -> tuple[Tensor, Keys]:
+        pages = self.cache.layers[layer_idx]
+        slots = self.slots[attention.window]
+        assert pages.values is not None
+        if runs_kernels(qkv):
+            from moezoo.layers.kernels.rotate_store import rotate_and_store
+
+            norms = attention.q_norm, attention.k_norm
+            q = rotate_and_store(
+                qkv[0],
+                self.rotation,
+                slots,
+                pages.keys,
+                pages.values,
+                num_heads=attention.num_heads,
+                num_kv_heads=attention.num_kv_heads,
+                q_weight=None if norms[0] is None else norms[0].weight,
+                k_weight=None if norms[1] is None else norms[1].weight,
+                eps=0.0 if norms[0] is None else norms[0].eps,
+                clip=attention.clip,
+            )
+            return q[None], pages
+        q, k, v = attention.heads(qkv, self.rotation)
+        pages.keys.index_copy_(0, slots, k[0])
+        pages.values.index_copy_(0, slots, v[0])
+        return q, pages
+
+    def append_latents(
+        self, attention: MultiHeadLatentAttention, q: Tensor, latents: Tensor, layer_idx: int
+    ) -> tuple[Tensor, Keys]:
+        pages = self.cache.layers[layer_idx]
+        if runs_kernels(latents):
+            from moezoo.layers.kernels.latent_store import latent_store
+
+            latent_store(
+                q[0],
+                latents[0],
+                self.rotation,
+                self.slots[None],
+                pages.keys,
+                norm_weight=attention.kv_norm.weight,
+                eps=attention.kv_norm.eps,
+                interleaved=attention.rotate is rotate_interleaved,
+                out=q[0],
+            )
+            return q, pages
+        stored = attention.stored(latents, self.rotation)
+        pages.keys.index_copy_(0, self.slots[None], stored[0, :, None])
+        return attention.rotated(q, self.rotation), pages
+
+
+@dataclass(frozen=True)
+class DecodeContext(_PagedContext):
+    """One new token for each of T rows.
+
+    tables[window] is int32 [T, P], the pages of each row; lengths int32 [T] counts its tokens, the
+    new one included, and is 0 for a row that is none (on CUDA only).
+    """
+
+    rotation: Rotation
+    cache: PagedCache
+    slots: dict[Window, Tensor]
+    tables: dict[Window, Tensor]
+    lengths: Tensor
+    num_queries: int = 1
+
+    def latents(self, keys: Keys) -> Tensor:
+        raise AssertionError("one query a sequence attends to the latents themselves")
+
+    def attend_to(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+        raise AssertionError("keys and values of decoding are in pages")
+
+    def attend(
+        self,
+        q: Tensor,
+        keys: Keys,
+        *,
+        window: int | None = None,
+        scale: float,
+        value_dim: int | None = None,
+    ) -> Tensor:
+        if runs_kernels(q):
+            from moezoo.layers.kernels.decode_attention import decode_attention
+
+            return decode_attention(
+                q[0],
+                keys.keys,
+                keys.values,
+                self.tables[window],
+                self.lengths,
+                page_size=PAGE_SIZE,
+                scale=scale,
+                value_dim=value_dim,
+                window=window,
+            )[None]
+        index, mask = self._padded[window]
+        k = keys.keys[index].transpose(1, 2)  # [T, Hk, S, D]
+        v = k if keys.values is None else keys.values[index].transpose(1, 2)
+        out = attend(q.squeeze(0).unsqueeze(2), k, v, mask, scale=scale)
+        return out[..., :value_dim].squeeze(2).unsqueeze(0)
+
+    @cached_property
+    def _padded(self) -> dict[Window, tuple[Tensor, CausalMask]]:
+        """The slots of all keys that the rows see, int64 [T, S] flush right, and which count."""
+        longest = int(self.lengths.max())
+        found = {}
+        for window, table in self.tables.items():
+            width = longest if window is None else min(window, longest)
+            at = self.lengths[:, None] - width + torch.arange(width, device=table.device)
+            visible = at >= 0
+            slots = slots_of(table, at.clamp(min=0))
+            mask = CausalMask(width - 1, 1, table.device, None if visible.all() else visible)
+            found[window] = slots, mask
+        return found
+
+
+@dataclass(frozen=True)
+class PromptContext(_PagedContext):
+    """Chunks of prompts, T tokens of all of them together.
+
+    seen[window] has for each layer with that window the slots of all keys, int64 [S], and how many
+    each sequence has; `num_new` says of how many a sequence's new tokens are.
+    """
+
+    rotation: Rotation
+    cache: PagedCache
+    slots: dict[Window, Tensor]
+    num_new: list[int]
+    seen: dict[Window, tuple[Tensor, list[int]]]
+
+    @property
+    def num_queries(self) -> int:
+        return max(self.num_new)
+
+    def latents(self, keys: Keys) -> Tensor:
+        slots, _ = self.seen[None]
+        return keys.keys[slots].transpose(0, 1)
+
+    def attend(
+        self,
+        q: Tensor,
+        keys: Keys,
+        *,
+        window: int | None = None,
+        scale: float,
+        value_dim: int | None = None,
+    ) -> Tensor:
+        slots, _ = self.seen[window]
+        k = keys.keys[slots]
+        v = k[..., :value_dim] if keys.values is None else keys.values[slots]
+        return self._attend(q, k, v, window, scale)
+
+    def attend_to(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+        return self._attend(q, k[0].transpose(0, 1), v[0].transpose(0, 1), None, scale)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float) -> Tensor:
+        """q [1, T, Hq, D], k [S, Hk, D], v [S, Hk, Dv] -> [1, T, Hq, Dv]."""
+        if _in_flash_attention(q):
+            return self._flash(q[0], k, v, window, scale)[None]
+        attended = []
+        lengths = self.seen[window][1]
+        for one_q, one_k, one_v in zip(
+            q[0].split(self.num_new), k.split(lengths), v.split(lengths), strict=True
+        ):
+            mask = CausalMask(len(one_k) - len(one_q), len(one_q), q.device)
+            out = attend(
+                *(_heads_first(one_q), _heads_first(one_k), _heads_first(one_v)),
+                mask,
+                window=window,
+                scale=scale,
+            )
+            attended.append(out[0].transpose(0, 1))
+        return torch.cat(attended)[None]
+
+    def _flash(self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float) -> Tensor:
+        ends, longest = self._ends[window]
+        new_ends, _ = self._new_ends
+        attend_flash: Any = varlen_attn
+        out: torch.Tensor = attend_flash(
+            q,
+            k,
+            F.pad(v, (0, k.shape[-1] - v.shape[-1])),
+            new_ends,
+            ends,
+            self.num_queries,
+            longest,
+            scale=scale,
+            window_size=(-1 if window is None else window - 1, 0),
+            **_GROUPED,
+        )
+        return out[..., : v.shape[-1]]
+
+    @cached_property
+    def _new_ends(self) -> tuple[Tensor, int]:
+        return _ends(self.num_new, self.slots[next(iter(self.slots))].device)
+
+    @cached_property
+    def _ends(self) -> dict[Window, tuple[Tensor, int]]:
+        return {
+            window: _ends(lengths, slots.device) for window, (slots, lengths) in self.seen.items()
+        }
+
+
+def slots_of(table: Tensor, positions: Tensor) -> Tensor:
+    """The slots, int64 [R, n], of positions [R, n] of rows whose pages are table [R, P]."""
+    return table.long().gather(1, positions // PAGE_SIZE) * PAGE_SIZE + positions % PAGE_SIZE
+
+
+def _ends(lengths: list[int], device: torch.device) -> tuple[Tensor, int]:
+    """Where each of several sequences begins, and where the last ends, int32; and the longest."""
+    starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return to_device(starts, device), max(lengths)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy that does not wait for the device."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """[S, heads, D] -> [1, heads, S, D]."""
+    return x.transpose(0, 1)[None]
+
+
+def _in_flash_attention(q: Tensor) -> bool:
+    return q.is_cuda and q.element_size() == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+"""torch 2.11 takes fewer key heads than query heads as they come, later ones want to be told."""
