@@ -70,7 +70,8 @@ def _rotate(
     HALF: tl.constexpr = DIM // 2
     cols = tl.arange(0, BLOCK_HALF)[None, :]
     m_x = m_rows & (cols < HALF)
-    cos_1, sin_1, cos_2, sin_2 = load_rotation(p_cos, p_sin, HALF, BLOCK_HALF)
+    o_rotation = tl.broadcast_to(cols, [ROWS, BLOCK_HALF])
+    cos_1, sin_1, cos_2, sin_2 = load_rotation(p_cos, p_sin, o_rotation, m_x, HALF)
     if INTERLEAVED:
         both = tl.arange(0, 2 * BLOCK_HALF)[None, :]
         x = tl.load(p_x + both, mask=m_rows & (both < DIM), other=0.0).to(tl.float32)

@@ -62,20 +62,18 @@ def rotate_and_store_ref(
 
 
 @triton.jit
-def load_rotation(p_cos, p_sin, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """Cosine and sine of the pairs' first members, and of their second ones, each [1, HALF]."""
-    cols = tl.arange(0, BLOCK_HALF)[None, :]
-    m_cols = cols < HALF
-    cos_first = tl.load(p_cos + cols, mask=m_cols, other=0.0).to(tl.float32)
-    sin_first = tl.load(p_sin + cols, mask=m_cols, other=0.0).to(tl.float32)
-    cos_second = tl.load(p_cos + HALF + cols, mask=m_cols, other=0.0).to(tl.float32)
-    sin_second = tl.load(p_sin + HALF + cols, mask=m_cols, other=0.0).to(tl.float32)
-    return cos_first, sin_first, cos_second, sin_second
+def load_rotation(p_cos, p_sin, cols, mask, HALF: tl.constexpr):
+    """Cosine and sine of the pairs' first members, and of their second ones, at `cols` < HALF."""
+    cos_1 = tl.load(p_cos + cols, mask=mask, other=0.0).to(tl.float32)
+    sin_1 = tl.load(p_sin + cols, mask=mask, other=0.0).to(tl.float32)
+    cos_2 = tl.load(p_cos + HALF + cols, mask=mask, other=0.0).to(tl.float32)
+    sin_2 = tl.load(p_sin + HALF + cols, mask=mask, other=0.0).to(tl.float32)
+    return cos_1, sin_1, cos_2, sin_2
 
 
 @triton.jit
-def rotate_pairs(first, second, cos_first, sin_first, cos_second, sin_second):
-    return first * cos_first + second * sin_first, second * cos_second + first * sin_second
+def rotate_pairs(first, second, cos_1, sin_1, cos_2, sin_2):
+    return first * cos_1 + second * sin_1, second * cos_2 + first * sin_2
 
 
 @triton.jit
@@ -118,8 +116,10 @@ def _part(
     first = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
     second = tl.load(p_x + HALF + o_x, mask=m_x, other=0.0).to(tl.float32)
     if ROTATE:
-        # Before the sum of squares, so that nothing waits for memory twice.
-        cos_1, sin_1, cos_2, sin_2 = load_rotation(p_cos, p_sin, HALF, BLOCK_HALF)
+        # Before the sum of squares, so that nothing waits for memory twice; and for each head, in
+        # the threads that have its numbers: from one to all, a row would go through shared memory.
+        o_rotation = tl.broadcast_to(cols, [BLOCK_HEADS, BLOCK_HALF])
+        cos_1, sin_1, cos_2, sin_2 = load_rotation(p_cos, p_sin, o_rotation, m_x, HALF)
     if NORM != "none":
         squares = tl.sum(first * first + second * second, 1)
         if NORM == "all_heads":
