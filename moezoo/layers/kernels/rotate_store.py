@@ -1,0 +1,322 @@
+"""rotate_and_store: what lies between the query, key and value product and attention.
+
+    q, k    = norm(q) * q_weight, norm(k) * k_weight    each head alone, or all at once
+    q, k, v = q, k, v bounded to [-clip, clip]
+    q, k    = q, k * cos + their halves exchanged * sin
+    keys[slots[n]], values[slots[n]] = k[n], v[n]       where slots[n] is not negative
+
+with norm(x) = x / sqrt(mean(x^2) + eps). Computed in fp32; q, k and v are rounded once, at the end.
+
+Legend: N rows, Hq query heads, Hk key heads, D head width, S slots of the cache.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from moezoo.layers.kernels.overlap import launch_options, wait
+
+BLOCK = 512
+"""Numbers that one warp holds: 32 bytes a thread, of 16-bit numbers."""
+
+
+def rotate_and_store_ref(
+    qkv: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    clip: float | None = None,
+) -> Tensor:
+    head_dim = keys.shape[-1]
+    cos, sin = (part.reshape(len(qkv), 1, head_dim).float() for part in rotation)
+
+    def normed(x: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is None:
+            return x
+        groups = x.unflatten(-1, (-1, weight.numel()))
+        return F.rms_norm(groups, weight.shape, weight.float(), eps).flatten(1)
+
+    def rotated(x: Tensor) -> Tensor:
+        return x * cos + x.roll(head_dim // 2, -1) * sin
+
+    q, k, v = qkv.float().split_with_sizes(
+        [heads * head_dim for heads in (num_heads, num_kv_heads, num_kv_heads)], -1
+    )
+    q, k = normed(q, q_weight), normed(k, k_weight)
+    if clip is not None:
+        q, k, v = (x.clamp(-clip, clip) for x in (q, k, v))
+    q, k, v = (x.unflatten(-1, (-1, head_dim)) for x in (q, k, v))
+    kept = slots >= 0
+    keys[slots[kept].long()] = rotated(k)[kept].to(keys.dtype)
+    values[slots[kept].long()] = v[kept].to(values.dtype)
+    return rotated(q).to(qkv.dtype)
+
+
+@triton.jit
+def load_rotation(p_cos, p_sin, cols, mask, HALF: tl.constexpr):
+    """Cosine and sine of the pairs' first members, and of their second ones, at `cols` < HALF."""
+    cos_1 = tl.load(p_cos + cols, mask=mask, other=0.0).to(tl.float32)
+    sin_1 = tl.load(p_sin + cols, mask=mask, other=0.0).to(tl.float32)
+    cos_2 = tl.load(p_cos + HALF + cols, mask=mask, other=0.0).to(tl.float32)
+    sin_2 = tl.load(p_sin + HALF + cols, mask=mask, other=0.0).to(tl.float32)
+    return cos_1, sin_1, cos_2, sin_2
+
+
+@triton.jit
+def rotate_pairs(first, second, cos_1, sin_1, cos_2, sin_2):
+    return first * cos_1 + second * sin_1, second * cos_2 + first * sin_2
+
+
+@triton.jit
+def _part(
+    row,
+    first_head,
+    p_x,
+    weight_ptr,
+    p_cos,
+    p_sin,
+    slots_ptr,
+    out_ptr,
+    stride_row,
+    stride_head,
+    eps,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    NORM: tl.constexpr,
+    CLIP: tl.constexpr,
+    ROTATE: tl.constexpr,
+    BY_SLOT: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """BLOCK_HEADS heads of a row's queries, keys or values, which lie at p_x."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    heads = first_head + tl.arange(0, BLOCK_HEADS)[:, None]
+    cols = tl.arange(0, BLOCK_HALF)[None, :]
+    m_x = (heads < NUM_HEADS) & (cols < HALF)
+    if NORM != "none":
+        o_weight = heads * (HEAD_DIM if NORM == "all_heads" else 0) + cols
+        weight_first = tl.load(weight_ptr + o_weight, mask=m_x, other=0.0).to(tl.float32)
+        weight_second = tl.load(weight_ptr + HALF + o_weight, mask=m_x, other=0.0).to(tl.float32)
+    wait(OVERLAP)
+    out_row = row
+    if BY_SLOT:
+        out_row = tl.load(slots_ptr + row).to(tl.int64)
+    o_x = heads * HEAD_DIM + cols
+    first = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
+    second = tl.load(p_x + HALF + o_x, mask=m_x, other=0.0).to(tl.float32)
+    if ROTATE:
+        # Before the sum of squares, so that nothing waits for memory twice; and for each head, in
+        # the threads that have its numbers: from one to all, a row would go through shared memory.
+        o_rotation = tl.broadcast_to(cols, [BLOCK_HEADS, BLOCK_HALF])
+        cos_1, sin_1, cos_2, sin_2 = load_rotation(p_cos, p_sin, o_rotation, m_x, HALF)
+    if NORM != "none":
+        squares = tl.sum(first * first + second * second, 1)
+        if NORM == "all_heads":
+            scale = tl.rsqrt(tl.sum(squares, 0) / (NUM_HEADS * HEAD_DIM) + eps)
+        else:
+            scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+        first = first * scale * weight_first
+        second = second * scale * weight_second
+    if CLIP is not None:
+        # Not minimum and maximum, which would swallow NaN.
+        first = tl.where(first > CLIP, CLIP, tl.where(first < -CLIP, -CLIP, first))
+        second = tl.where(second > CLIP, CLIP, tl.where(second < -CLIP, -CLIP, second))
+    if ROTATE:
+        first, second = rotate_pairs(first, second, cos_1, sin_1, cos_2, sin_2)
+    dtype = out_ptr.dtype.element_ty
+    p_out = out_ptr + out_row * stride_row + heads * stride_head + cols
+    m_out = m_x & (out_row >= 0)
+    tl.store(p_out, first.to(dtype), mask=m_out)
+    tl.store(p_out + HALF, second.to(dtype), mask=m_out)
+
+
+@triton.jit
+def _rotate_and_store_kernel(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    slots_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    q_ptr,
+    keys_ptr,
+    values_ptr,
+    eps,
+    stride_qkv,
+    stride_cos,
+    stride_sin,
+    stride_ks,
+    stride_kh,
+    stride_vs,
+    stride_vh,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    NORM: tl.constexpr,
+    CLIP: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    Q_BLOCKS: tl.constexpr = (NUM_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
+    KV_BLOCKS: tl.constexpr = (NUM_KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
+    BLOCKS: tl.constexpr = Q_BLOCKS + 2 * KV_BLOCKS
+    row = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    block = tl.program_id(0) % BLOCKS
+    p_q = qkv_ptr + row * stride_qkv
+    p_k = p_q + NUM_HEADS * HEAD_DIM
+    p_v = p_k + NUM_KV_HEADS * HEAD_DIM
+    p_cos = cos_ptr + row * stride_cos
+    p_sin = sin_ptr + row * stride_sin
+    # fmt: off
+    if block < Q_BLOCKS:
+        _part(
+            row, block * BLOCK_HEADS, p_q, q_weight_ptr, p_cos, p_sin, slots_ptr, q_ptr,
+            NUM_HEADS * HEAD_DIM, HEAD_DIM, eps, NUM_HEADS, HEAD_DIM, NORM, CLIP, True, False,
+            BLOCK_HEADS, BLOCK_HALF, OVERLAP,
+        )
+    elif block < Q_BLOCKS + KV_BLOCKS:
+        _part(
+            row, (block - Q_BLOCKS) * BLOCK_HEADS, p_k, k_weight_ptr, p_cos, p_sin, slots_ptr,
+            keys_ptr, stride_ks, stride_kh, eps, NUM_KV_HEADS, HEAD_DIM, NORM, CLIP, True, True,
+            BLOCK_HEADS, BLOCK_HALF, OVERLAP,
+        )
+    else:
+        _part(
+            row, (block - Q_BLOCKS - KV_BLOCKS) * BLOCK_HEADS, p_v, None, p_cos, p_sin, slots_ptr,
+            values_ptr, stride_vs, stride_vh, eps, NUM_KV_HEADS, HEAD_DIM, "none", CLIP, False,
+            True, BLOCK_HEADS, BLOCK_HALF, OVERLAP,
+        )
+    # fmt: on
+
+
+def rotation_rows(
+    rotation: tuple[Tensor, Tensor], num_rows: int, dim: int
+) -> tuple[Tensor, Tensor]:
+    """Cosine and signed sine as [num_rows, dim], of one of any shape that has as many rows.
+
+    Raises ValueError where it has not, or where rows are not dense.
+    """
+    cos, sin = rotation
+    for part in rotation:
+        if part.shape[-1] != dim or part.numel() != num_rows * dim or part.stride(-1) != 1:
+            raise ValueError(
+                f"rotation must be a cosine and a sine [{num_rows}, {dim}] of dense rows, "
+                f"got {list(part.shape)}, {part.stride()}"
+            )
+    return cos.reshape(num_rows, dim), sin.reshape(num_rows, dim)
+
+
+def check_slots(slots: Tensor, num_rows: int) -> None:
+    if slots.shape != (num_rows,) or slots.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"slots must be [{num_rows}] int32 or int64, got {list(slots.shape)} {slots.dtype}"
+        )
+
+
+def _norm(q_weight: Tensor | None, k_weight: Tensor | None, widths: tuple[int, int, int]) -> str:
+    """What the weights' sizes say is normalised; `widths` of all query heads, all key heads, one
+    head."""
+    if q_weight is None and k_weight is None:
+        return "none"
+    sizes = tuple(None if w is None else tuple(w.shape) for w in (q_weight, k_weight))
+    q_width, k_width, head_dim = widths
+    if sizes == ((head_dim,), (head_dim,)):
+        return "each_head"
+    if sizes != ((q_width,), (k_width,)):
+        raise ValueError(
+            f"q_weight and k_weight must both be [{head_dim}], or [{q_width}] and [{k_width}], "
+            f"or None, got {sizes[0]} and {sizes[1]}"
+        )
+    return "all_heads"
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    clip: float | None = None,
+) -> Tensor:
+    """qkv [N, (Hq + 2 Hk) D] -> q [N, Hq, D]; keys and values [S, Hk, D] get those of the rows.
+
+    `rotation` is cosine and signed sine, [N, D] or [1, N, 1, D], of any float dtype. slots [N]
+    int32 or int64, below S; a row whose slot is negative is stored nowhere. q_weight and k_weight
+    are [D] and [D], or [Hq D] and [Hk D], of any float dtype, or both None: no norm. qkv, keys and
+    values are of one dtype. Rows and heads may lie apart.
+
+    Raises ValueError for shapes, dtypes or strides that do not fit.
+    """
+    num_rows, head_dim = len(qkv), keys.shape[-1]
+    q_width, k_width = num_heads * head_dim, num_kv_heads * head_dim
+    if qkv.shape != (num_rows, q_width + 2 * k_width) or qkv.stride(1) != 1:
+        raise ValueError(
+            f"qkv must be [N, {q_width + 2 * k_width}] of dense rows, "
+            f"got {list(qkv.shape)}, {qkv.stride()}"
+        )
+    if head_dim % 2:
+        raise ValueError(f"heads must be of even width, got {head_dim}")
+    for name, cache in (("keys", keys), ("values", values)):
+        if cache.shape[1:] != (num_kv_heads, head_dim) or cache.dtype != qkv.dtype:
+            raise ValueError(
+                f"{name} must be [S, {num_kv_heads}, {head_dim}] {qkv.dtype} as qkv is, "
+                f"got {list(cache.shape)} {cache.dtype}"
+            )
+        if cache.stride(2) != 1:
+            raise ValueError(f"{name} must have dense heads, got strides {cache.stride()}")
+    check_slots(slots, num_rows)
+    cos, sin = rotation_rows(rotation, num_rows, head_dim)
+    norm = _norm(q_weight, k_weight, (q_width, k_width, head_dim))
+    q = torch.empty(num_rows, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    if q.numel() == 0:
+        return q
+    block_half = triton.next_power_of_2(head_dim // 2)
+    block_heads = triton.next_power_of_2(max(num_heads, num_kv_heads))
+    if norm != "all_heads":
+        block_heads = min(block_heads, max(1, BLOCK // (2 * block_half)))
+    blocks = triton.cdiv(num_heads, block_heads) + 2 * triton.cdiv(num_kv_heads, block_heads)
+    _rotate_and_store_kernel[(num_rows * blocks,)](
+        qkv,
+        cos,
+        sin,
+        slots.contiguous(),
+        None if q_weight is None else q_weight.contiguous(),
+        None if k_weight is None else k_weight.contiguous(),
+        q,
+        keys,
+        values,
+        eps,
+        qkv.stride(0),
+        cos.stride(0),
+        sin.stride(0),
+        *keys.stride()[:2],
+        *values.stride()[:2],
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        NORM=norm,
+        CLIP=clip,
+        BLOCK_HEADS=block_heads,
+        BLOCK_HALF=block_half,
+        num_warps=min(16, max(1, 2 * block_heads * block_half // BLOCK)),
+        **launch_options(qkv.device),
+    )
+    return q
