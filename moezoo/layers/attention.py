@@ -140,8 +140,14 @@ class Context(Protocol):
         """Queries [B, T, Hq, D] of qkv [B, T, (Hq + 2 Hk) D], and the keys with its own added."""
         ...
 
-    def append_latents(self, attention: Any, latents: torch.Tensor, layer_idx: int) -> Keys:
-        """The latents with those of the new tokens, [B, T, C + R] before norm and rotation."""
+    def append_latents(
+        self, attention: Any, q: torch.Tensor, latents: torch.Tensor, layer_idx: int
+    ) -> tuple[torch.Tensor, Keys]:
+        """Queries with their last R numbers rotated, and the latents with the new ones added.
+
+        q is [B, T, N, nope_dim + R], and may be changed; latents are [B, T, C + R] before norm and
+        rotation.
+        """
         ...
 
     def latents(self, keys: Keys) -> torch.Tensor:
@@ -204,12 +210,23 @@ class DenseContext:
         return keys.keys.squeeze(1)
 
     def attend(
-        self, q: torch.Tensor, keys: Keys, *, window: int | None = None, scale: float
+        self,
+        q: torch.Tensor,
+        keys: Keys,
+        *,
+        window: int | None = None,
+        scale: float,
+        value_dim: int | None = None,
     ) -> torch.Tensor:
+        # Fused kernels want equal widths: numbers that are no values come along as such.
         k, v = keys.keys, keys.keys if keys.values is None else keys.values
-        return attend(q.transpose(1, 2), k, v, self.mask, window=window, scale=scale).transpose(
-            1, 2
-        )
+        out = attend(q.transpose(1, 2), k, v, self.mask, window=window, scale=scale)
+        return out[..., :value_dim].transpose(1, 2)
+
+    def attend_to(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
+    ) -> torch.Tensor:
+        return attend(q.transpose(1, 2), k, v, self.mask, scale=scale).transpose(1, 2)
 
 
 class GroupedQueryAttention(nn.Module):
