@@ -30,7 +30,7 @@ from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.tiles import multiprocessors, shared_memory
 
 LOG2E = math.log2(math.e)
-MAX_SPLITS = 64
+MAX_SPLITS = 128
 
 
 def decode_attention_ref(
@@ -49,22 +49,22 @@ def decode_attention_ref(
 ) -> Tensor:
     if values is None:
         values = keys[..., :value_dim]
-    groups = q.shape[1] // keys.shape[1]
+    num_key_heads = keys.shape[1]
     out = q.new_zeros(*q.shape[:2], values.shape[2])
     for b, length in enumerate(lengths.tolist()):
         if length == 0:
             continue
         seen = torch.arange(max(length - (window or length), 0), length, device=q.device)
         slots = page_table[b, seen // page_size].long() * page_size + seen % page_size
-        k = keys[slots].float().repeat_interleave(groups, 1)  # [seen, Hq, D]
-        v = values[slots].float().repeat_interleave(groups, 1)
-        scores = torch.einsum("hd,shd->hs", q[b].float(), k) * scale
+        rows = q[b].float().unflatten(0, (num_key_heads, -1))  # [Hk, Hq / Hk, D]
+        scores = scale * rows @ keys[slots].float().permute(1, 2, 0)  # [Hk, Hq / Hk, seen]
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         if sinks is not None:
-            scores = torch.cat((scores, sinks.float()[:, None]), 1)
-        weights = scores.softmax(1)[:, : len(seen)]
-        out[b] = torch.einsum("hs,shd->hd", weights, v).to(q.dtype)
+            sink = sinks.float().view(num_key_heads, -1, 1)
+            scores = torch.cat((scores, sink), -1)
+        weights = scores.softmax(-1)[..., : len(seen)]
+        out[b] = (weights @ values[slots].float().transpose(0, 1)).flatten(0, 1).to(q.dtype)
     return out
 
 
@@ -80,29 +80,33 @@ class Plan:
 
 
 def plan(
-    q: Tensor, keys: Tensor, value_dim: int, shared: bool, *, page_size: int, max_keys: int
+    q: Tensor, keys: Tensor, *, key_width: int, value_width: int, page_size: int, max_keys: int
 ) -> Plan:
-    """q [B, Hq, D] and keys [S, Hk, D]; `shared` if the values are a part of the keys.
+    """q [B, Hq, D], keys [S, Hk, D]; the widths of a key's and a value's row in shared memory.
 
     No query sees more than `max_keys`.
     """
-    batch, num_heads, dim = q.shape
+    batch, num_heads, _ = q.shape
     num_key_heads = keys.shape[1]
     groups = num_heads // num_key_heads
-    block_heads = 64 if groups > 32 and keys.element_size() == 2 else 16
-    width = dim if shared else dim + value_dim
-    key_bytes = triton.next_power_of_2(width) * keys.element_size()
-    block_keys = min(page_size, 64, max(16, 32768 // key_bytes))
-    block_bytes = block_keys * width * keys.element_size()
+    shared, itemsize = shared_memory(q.device), q.element_size()
+    # Hopper's matrix instructions take 64 rows; with fewer heads, two programs a multiprocessor.
+    many = groups > 32 and itemsize == 2 and shared > 200 * 1024
+    block_heads, per_sm = (64, 1) if many else (16, 2)
+    row_bytes = (key_width + value_width) * itemsize
+    block_keys = min(page_size, 64)
+    while block_keys > 16 and block_keys * row_bytes > 36 * 1024:
+        block_keys //= 2
+    room = shared // per_sm - 4096 - block_heads * key_width * itemsize
+    buffers = max(1, min(4, room // (block_keys * row_bytes)))
     programs = batch * num_key_heads * triton.cdiv(groups, block_heads)
-    wanted = 2 * multiprocessors(q.device) // programs
-    room = shared_memory(q.device) // 2 - 4096
+    num_splits = min(per_sm * multiprocessors(q.device) // programs, max_keys // (2 * block_keys))
     return Plan(
         block_heads=block_heads,
         block_keys=block_keys,
-        num_splits=max(1, min(wanted, MAX_SPLITS, max_keys // (2 * block_keys))),
-        num_warps=8 if block_heads == 64 else 4,
-        num_stages=max(2, min(5, 1 + room // block_bytes)),
+        num_splits=max(1, min(num_splits, MAX_SPLITS)),
+        num_warps=8 if many or itemsize == 4 else 4,
+        num_stages=max(2, buffers if many else buffers + 1),
     )
 
 
@@ -184,10 +188,11 @@ def _decode_attention_kernel(
         top = tl.full([BLOCK_H], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_H], tl.float32)
         if HAS_SINKS:
-            if split == 0:
-                sinks = tl.load(sinks_ptr + heads, mask=m_heads, other=0.0)
-                top = sinks.to(tl.float32) * 1.4426950408889634
-                total += 1.0
+            # The first share starts with the sink as if it were a key of value 0.
+            m_sinks = m_heads & (split == 0)
+            sinks = tl.load(sinks_ptr + heads, mask=m_sinks, other=float("-inf"))
+            top = sinks.to(tl.float32) * 1.4426950408889634
+            total += tl.where(split == 0, 1.0, 0.0)
         acc = tl.zeros([BLOCK_H, BLOCK_V], tl.float32)
         # One block ahead: pages read where they are used would take every other pipeline stage.
         p_pages = page_table_ptr + row * stride_pb
@@ -197,9 +202,7 @@ def _decode_attention_kernel(
             positions = start + tokens
             m_tokens = (positions >= first_key) & (positions < length)
             slot = page.to(tl.int64) * PAGE_SIZE + start % PAGE_SIZE
-            page = tl.load(
-                p_pages + (start + BLOCK_N) // PAGE_SIZE, mask=block + 1 < end, other=0
-            )
+            page = tl.load(p_pages + (start + BLOCK_N) // PAGE_SIZE, mask=block + 1 < end, other=0)
             p_keys = keys_ptr + (slot * stride_ks + key_head * stride_kh)
             m_k = m_tokens[:, None] & m_cols[None, :]
             b_k = tl.load(p_keys + o_keys, mask=m_k, other=0.0)
@@ -262,7 +265,7 @@ def _merge_kernel(
     wait(OVERLAP)
     row = tl.program_id(2).to(tl.int64)
     length = tl.load(lengths_ptr + row)
-    first_key, first_block, num_blocks = _shares(length, window, num_splits, BLOCK_N)
+    _, first_block, num_blocks = _shares(length, window, num_splits, BLOCK_N)
     splits = tl.arange(0, BLOCK_SPLITS)
     # Nobody wrote the shares without blocks.
     m_splits = splits * num_blocks < tl.cdiv(length, BLOCK_N) - first_block
@@ -278,6 +281,10 @@ def _merge_kernel(
     total = tl.sum(weights * totals, 0)
     out = tl.sum(weights[:, None] * b_partial, 0) / tl.where(total > 0.0, total, 1.0)
     tl.store(out_ptr + row_head * VALUE_DIM + cols, out.to(out_ptr.dtype.element_ty), mask=m_cols)
+
+
+def _block_width(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
 
 
 def decode_attention(
@@ -357,8 +364,16 @@ def decode_attention(
     max_keys = page_table.shape[1] * page_size
     if window is None:
         window = max_keys
+    first = value_width if values is None else dim
+    block_d, block_v = _block_width(first), _block_width(value_width)
+    block_rest = _block_width(dim - first) if dim > first else 0
     p = plan(
-        q, keys, value_width, values is None, page_size=page_size, max_keys=min(max_keys, window)
+        q,
+        keys,
+        key_width=block_d + block_rest,
+        value_width=0 if values is None else block_v,
+        page_size=page_size,
+        max_keys=min(max_keys, window),
     )
     split = p.num_splits > 1
     partial, logs = out, None
@@ -366,10 +381,8 @@ def decode_attention(
         size = (batch, num_heads, p.num_splits)
         partial = torch.empty(*size, value_width, dtype=torch.float32, device=q.device)
         logs = torch.empty(*size, 2, dtype=torch.float32, device=q.device)
-    first = dim if values is not None else value_width
     groups = num_heads // num_key_heads
     options = launch_options(q.device)
-    block_d, block_v = max(16, triton.next_power_of_2(first)), triton.next_power_of_2(value_width)
     grid = (num_key_heads * triton.cdiv(groups, p.block_heads), p.num_splits, batch)
     _decode_attention_kernel[grid](
         q,
@@ -401,14 +414,15 @@ def decode_attention(
         BLOCK_H=p.block_heads,
         BLOCK_N=p.block_keys,
         BLOCK_D=block_d,
-        BLOCK_REST=max(16, triton.next_power_of_2(dim - first)) if dim > first else 0,
-        BLOCK_V=max(16, block_v),
+        BLOCK_REST=block_rest,
+        BLOCK_V=block_v,
         num_warps=p.num_warps,
         num_stages=p.num_stages,
         **options,
     )
     if split:
-        block_v = min(128, block_v)
+        block_splits = triton.next_power_of_2(p.num_splits)
+        block_v = min(128, 8192 // block_splits, block_v)
         _merge_kernel[(triton.cdiv(value_width, block_v), num_heads, batch)](
             partial,
             logs,
@@ -418,7 +432,7 @@ def decode_attention(
             p.num_splits,
             VALUE_DIM=value_width,
             BLOCK_N=p.block_keys,
-            BLOCK_SPLITS=triton.next_power_of_2(p.num_splits),
+            BLOCK_SPLITS=block_splits,
             BLOCK_V=block_v,
             **options,
         )

@@ -12,17 +12,17 @@ from moezoo.layers.kernels import decode_attention as module
 from moezoo.layers.kernels.decode_attention import Plan, decode_attention, decode_attention_ref
 
 PAGE_SIZE = 16
-LENGTHS = (37, 1, 0, 16, 17, 80, 64)
+LENGTHS = (37, 1, 0, 16, 81)
 
 SHAPES = {
     "gqa": (8, 2, 32, 32),
     "mha": (3, 3, 16, 16),
-    "mqa": (40, 1, 32, 16),
+    "mqa": (20, 1, 32, 16),
     "one_head": (1, 1, 64, 64),
     "odd": (4, 2, 48, 20),
     "wide": (4, 1, 80, 96),
     "mla": (4, 1, 40, None),
-    "mla_many_heads": (72, 1, 48, None),
+    "mla_many_heads": (34, 1, 48, None),
     "mla_odd": (5, 1, 29, None),
 }
 """Query heads, key heads, key width, value width; None: the first 24 numbers of the keys."""
@@ -87,18 +87,18 @@ def sdpa(arguments: dict[str, Any], window: int | None = None) -> Tensor:
     rows = []
     for b in range(len(arguments["lengths"])):
         q, k, v = gathered(arguments, b, window)
+        if k.shape[2] == 0:
+            rows.append(q.new_zeros(q.shape[1], v.shape[3]))
+            continue
         out = F.scaled_dot_product_attention(q, k, v, scale=arguments["scale"], enable_gqa=True)
-        empty = k.shape[2] == 0
-        rows.append(torch.zeros_like(out[0, :, 0]) if empty else out[0, :, 0])
+        rows.append(out[0, :, 0])
     return torch.stack(rows).to(arguments["q"].dtype)
 
 
-@pytest.fixture(params=["planned", "one_split", "five_splits"])
+@pytest.fixture(params=[1, 4], ids=["one_share", "four_shares"])
 def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launch as planned, or with another number of shares."""
-    number = {"planned": None, "one_split": 1, "five_splits": 5}[request.param]
-    if number is not None:
-        use(monkeypatch, num_splits=number)
+    """The keys in one share, or in four, some of which have none."""
+    use(monkeypatch, num_splits=request.param)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
@@ -111,9 +111,7 @@ def use(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_matches_sdpa(
-    shape: str, dtype: torch.dtype, device: torch.device, splits: None
-) -> None:
+def test_matches_sdpa(shape: str, dtype: torch.dtype, device: torch.device, splits: None) -> None:
     arguments = inputs(shape, dtype, device)
     out = decode_attention(**arguments)
     assert out.is_contiguous()
@@ -122,7 +120,7 @@ def test_matches_sdpa(
     assert_close(decode_attention_ref(**arguments), sdpa(arguments))
 
 
-@pytest.mark.parametrize("window", [1, 15, 16, 40, 500])
+@pytest.mark.parametrize("window", [1, 16, 40, 500])
 @pytest.mark.parametrize("shape", ["gqa", "mla"])
 def test_window(shape: str, window: int, device: torch.device, splits: None) -> None:
     arguments = inputs(shape, torch.float32, device)
@@ -189,11 +187,11 @@ def test_a_sequence_gets_the_same_whatever_the_others(
 ) -> None:
     arguments = inputs(shape, torch.float32, device)
     out = decode_attention(**arguments)
-    order = torch.tensor([5, 3, 1, 0, 2, 6, 4], device=device)
+    order = torch.tensor([4, 3, 1, 0, 2], device=device)
     moved = {name: arguments[name][order] for name in ("q", "page_table", "lengths")}
     moved["lengths"][1:3] = 0
     changed = decode_attention(**(arguments | moved))
-    for b in (0, 3, 4, 5, 6):
+    for b in (0, 3, 4):
         assert torch.equal(changed[b], out[order[b]])
 
 
@@ -265,9 +263,7 @@ def test_models_shapes(
         count = -(-length // 64)
         row[:count], pages = pages[:count], pages[count:]
     arguments = {
-        "q": torch.randn(
-            len(lengths), heads, dim, device=device, dtype=dtype, generator=generator
-        ),
+        "q": torch.randn(len(lengths), heads, dim, device=device, dtype=dtype, generator=generator),
         "keys": cache[0],
         "values": cache[1] if value_dim is None else None,
         "page_table": table,
@@ -288,7 +284,7 @@ def test_captured_graph_follows_lengths() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = decode_attention(**arguments)
-    arguments["lengths"].copy_(torch.tensor([20, 1, 0, 9, 17, 33, 64]))
+    arguments["lengths"].copy_(torch.tensor([20, 1, 0, 9, 33]))
     graph.replay()
     assert torch.equal(out, decode_attention(**arguments))
 
@@ -296,16 +292,16 @@ def test_captured_graph_follows_lengths() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": torch.zeros(7, 8, 31)}, "q must be [B, Hq, D] and keys [S, Hk, D]"),
-        ({"q": torch.zeros(7, 5, 32)}, "5 query heads cannot share 2 key heads"),
+        ({"q": torch.zeros(5, 8, 31)}, "q must be [B, Hq, D] and keys [S, Hk, D]"),
+        ({"q": torch.zeros(5, 5, 32)}, "5 query heads cannot share 2 key heads"),
         ({"value_dim": 16}, "one of values and value_dim"),
         ({"values": None}, "one of values and value_dim"),
         ({"values": None, "value_dim": 33}, "value_dim must be in 1..32"),
         ({"values": torch.zeros(3, 2, 32)}, "values must be ["),
-        ({"q": torch.zeros(7, 32, 8).mT}, "the last stride of q must be 1"),
-        ({"q": torch.zeros(7, 8, 32).half()}, "must be torch.float16 as q is"),
-        ({"lengths": torch.zeros(6).int()}, "page_table must be [7, P] and lengths [7]"),
-        ({"lengths": torch.zeros(7).long()}, "must be int32"),
+        ({"q": torch.zeros(5, 32, 8).mT}, "the last stride of q must be 1"),
+        ({"q": torch.zeros(5, 8, 32).half()}, "must be torch.float16 as q is"),
+        ({"lengths": torch.zeros(4).int()}, "page_table must be [5, P] and lengths [5]"),
+        ({"lengths": torch.zeros(5).long()}, "must be int32"),
         ({"page_size": 24}, "page_size must be a power of two"),
         ({"page_size": 8}, "page_size must be a power of two"),
         ({"window": 0}, "window must be at least 1"),
