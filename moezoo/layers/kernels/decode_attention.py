@@ -31,6 +31,7 @@ from moezoo.layers.kernels.tiles import multiprocessors, shared_memory
 
 LOG2E = math.log2(math.e)
 MAX_SPLITS = 128
+"""The merge holds a column of every share's sums in registers."""
 
 
 def decode_attention_ref(
@@ -127,7 +128,7 @@ def _decode_attention_kernel(
     lengths_ptr,
     sinks_ptr,
     out_ptr,
-    logs_ptr,
+    normalizers_ptr,
     window,
     num_splits,
     scale,
@@ -169,14 +170,14 @@ def _decode_attention_kernel(
         heads = key_head * GROUPS + groups
         tokens = tl.arange(0, BLOCK_N)
         # Values that are a part of the keys: the keys in two parts, this one and the rest.
-        D_FIRST: tl.constexpr = VALUE_DIM if SHARED else DIM
+        FIRST_DIM: tl.constexpr = VALUE_DIM if SHARED else DIM
         cols = tl.arange(0, BLOCK_D)
-        m_cols = cols < D_FIRST
+        m_cols = cols < FIRST_DIM
         p_q = q_ptr + row * stride_qb + heads[:, None] * stride_qh
         b_q = tl.load(p_q + cols[None, :], mask=m_heads[:, None] & m_cols[None, :], other=0.0)
         o_keys = tokens[:, None] * stride_ks + cols[None, :]
         if BLOCK_REST:
-            rest = D_FIRST + tl.arange(0, BLOCK_REST)
+            rest = FIRST_DIM + tl.arange(0, BLOCK_REST)
             m_rest = rest < DIM
             m_q = m_heads[:, None] & m_rest[None, :]
             b_q_rest = tl.load(p_q + rest[None, :], mask=m_q, other=0.0)
@@ -191,7 +192,7 @@ def _decode_attention_kernel(
             # The first share starts with the sink as if it were a key of value 0.
             m_sinks = m_heads & (split == 0)
             sinks = tl.load(sinks_ptr + heads, mask=m_sinks, other=float("-inf"))
-            top = sinks.to(tl.float32) * 1.4426950408889634
+            top = sinks.to(tl.float32) * 1.4426950408889634  # LOG2E
             total += tl.where(split == 0, 1.0, 0.0)
         acc = tl.zeros([BLOCK_H, BLOCK_V], tl.float32)
         # One block ahead: pages read where they are used would take every other pipeline stage.
@@ -236,9 +237,9 @@ def _decode_attention_kernel(
         row_heads = row * num_heads + heads
         if SPLIT:
             slots = row_heads * num_splits + split
-            p_logs = logs_ptr + slots * 2
-            tl.store(p_logs, top, mask=m_heads)
-            tl.store(p_logs + 1, total, mask=m_heads)
+            p_normalizers = normalizers_ptr + slots * 2
+            tl.store(p_normalizers, top, mask=m_heads)
+            tl.store(p_normalizers + 1, total, mask=m_heads)
             p_out = out_ptr + slots[:, None] * VALUE_DIM + value_cols[None, :]
             tl.store(p_out, acc, mask=m_out)
         else:
@@ -251,7 +252,7 @@ def _decode_attention_kernel(
 @triton.jit(do_not_specialize=["window", "num_splits"])
 def _merge_kernel(
     partial_ptr,
-    logs_ptr,
+    normalizers_ptr,
     lengths_ptr,
     out_ptr,
     window,
@@ -271,8 +272,8 @@ def _merge_kernel(
     m_splits = splits * num_blocks < tl.cdiv(length, BLOCK_N) - first_block
     row_head = row * tl.num_programs(1) + tl.program_id(1)
     slots = row_head * num_splits + splits
-    tops = tl.load(logs_ptr + slots * 2, mask=m_splits, other=float("-inf"))
-    totals = tl.load(logs_ptr + slots * 2 + 1, mask=m_splits, other=0.0)
+    tops = tl.load(normalizers_ptr + slots * 2, mask=m_splits, other=float("-inf"))
+    totals = tl.load(normalizers_ptr + slots * 2 + 1, mask=m_splits, other=0.0)
     cols = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     m_cols = cols < VALUE_DIM
     p_partial = partial_ptr + slots[:, None] * VALUE_DIM + cols[None, :]
@@ -338,8 +339,9 @@ def decode_attention(
     for name, tensor in tensors.items():
         if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"the last stride of {name} must be 1, got {tensor.stride()}")
-    if keys.dtype != q.dtype or (values is not None and values.dtype != q.dtype):
-        raise ValueError(f"keys and values must be {q.dtype} as q is, got {keys.dtype}")
+    for name, tensor in (("keys", keys), ("values", values)):
+        if tensor is not None and tensor.dtype != q.dtype:
+            raise ValueError(f"{name} must be {q.dtype} as q is, got {tensor.dtype}")
     if page_table.ndim != 2 or len(page_table) != batch or lengths.shape != (batch,):
         raise ValueError(
             f"page_table must be [{batch}, P] and lengths [{batch}], "
@@ -376,11 +378,11 @@ def decode_attention(
         max_keys=min(max_keys, window),
     )
     split = p.num_splits > 1
-    partial, logs = out, None
+    partial, normalizers = out, None
     if split:
         size = (batch, num_heads, p.num_splits)
         partial = torch.empty(*size, value_width, dtype=torch.float32, device=q.device)
-        logs = torch.empty(*size, 2, dtype=torch.float32, device=q.device)
+        normalizers = torch.empty(*size, 2, dtype=torch.float32, device=q.device)
     groups = num_heads // num_key_heads
     options = launch_options(q.device)
     grid = (num_key_heads * triton.cdiv(groups, p.block_heads), p.num_splits, batch)
@@ -392,7 +394,7 @@ def decode_attention(
         lengths,
         sinks.contiguous() if sinks is not None else None,
         partial,
-        logs,
+        normalizers,
         window,
         p.num_splits,
         scale * LOG2E if softcap is None else 2.0 * LOG2E * scale / softcap,
@@ -425,7 +427,7 @@ def decode_attention(
         block_v = min(128, 8192 // block_splits, block_v)
         _merge_kernel[(triton.cdiv(value_width, block_v), num_heads, batch)](
             partial,
-            logs,
+            normalizers,
             lengths,
             out,
             window,
