@@ -1,4 +1,5 @@
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -107,35 +108,29 @@ def test_nan_stays_in_its_row(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_in_a_graph_each_waits_for_the_one_before() -> None:
+@pytest.mark.parametrize("num_rows", [1, 8])
+def test_in_a_graph_each_waits_for_the_one_before(num_rows: int) -> None:
     device = torch.device("cuda")
-    for num_rows in (1, 8):
-        arguments = inputs(num_rows, 2048, 2048, torch.bfloat16, device)
-        norm, weight = arguments["norm_weight"], arguments["weight"]
-        x = arguments["x"].clone()
+    arguments = inputs(num_rows, 2048, 2048, torch.bfloat16, device)
+    x, norm, weight = (arguments[name] for name in ("x", "norm_weight", "weight"))
 
-        def layers(linear, x=x, norm=norm, weight=weight) -> Tensor:
-            y = x
-            for _ in range(20):
-                y = linear(linear(y, weight, norm_weight=norm), weight, residual=y)
-            return y
+    def layers(finish: Callable[[], None]) -> Tensor:
+        y = x
+        for _ in range(20):
+            normed = few_rows_linear(y, weight, norm_weight=norm)
+            finish()
+            y = few_rows_linear(normed, weight, residual=y)
+            finish()
+        return y
 
-        torch.cuda.synchronize()
-        alone = []
-
-        def one_by_one(*args, **kwargs) -> Tensor:
-            alone.append(few_rows_linear(*args, **kwargs))
-            torch.cuda.synchronize()
-            return alone[-1]
-
-        layers(one_by_one)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = layers(few_rows_linear)
-        for _ in range(5):
-            y.fill_(torch.nan)
-            graph.replay()
-            assert torch.equal(y, alone[-1])
+    expected = layers(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layers(lambda: None)
+    for _ in range(5):
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, expected)
 
 
 @pytest.mark.parametrize(
