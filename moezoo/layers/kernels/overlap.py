@@ -4,6 +4,9 @@ Between the small kernels of a layer the GPU would otherwise idle for a few micr
 Hopper and later a launch may ask for that (programmatic dependent launch); it then has to wait for
 its predecessor before it touches memory. Every kernel here begins with `wait`, so each finishes
 after all before it have, and memory that they share may be used again in stream order.
+
+Only weights, which no kernel writes, may be read earlier: `start_next`, the first weights, then
+`wait_for_previous`.
 """
 
 from functools import cache
@@ -17,9 +20,34 @@ import triton.language as tl
 @triton.jit
 def wait(OVERLAP: tl.constexpr):
     """Wait for the kernel before this one, and let the one after it start."""
+    wait_for_previous(OVERLAP)
+    start_next(OVERLAP)
+
+
+@triton.jit
+def wait_for_previous(OVERLAP: tl.constexpr):
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def start_next(OVERLAP: tl.constexpr):
+    """Let the kernel after this one start: once all the programs of this one have said so."""
+    if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(pointers):
+    """Ask for the 128 bytes around each of the pointers, to lie in L2 when they are loaded."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @cache
