@@ -29,7 +29,8 @@ def device_of(device: torch.device | str | None) -> torch.device:
     return chosen
 
 
-def runs_kernels(x: torch.Tensor) -> bool:
-    """Whether kernels take x: on CUDA, but not for a compiler or a gradient, which look inside."""
-    in_torch = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
-    return x.is_cuda and not in_torch
+def runs_kernels(*tensors: torch.Tensor) -> bool:
+    """Whether kernels take them: on CUDA, but not for a compiler or a gradient, which look inside."""
+    if not tensors[0].is_cuda or torch.compiler.is_compiling():
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))

@@ -36,7 +36,7 @@ class RMSNorm(nn.Module):
         self, x: torch.Tensor, update: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of x + update, and that sum, rounded to the dtype of x; x [.., dim]."""
-        if runs_kernels(x):
+        if runs_kernels(x, self.weight):
             from moezoo.layers.kernels.add_norm import add_rms_norm
 
             rows = None if update is None else update.reshape(-1, self.dim)

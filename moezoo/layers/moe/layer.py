@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moezoo.device import runs_kernels
 from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.moe.experts import fused_experts
 
@@ -99,6 +100,10 @@ class FusedMoE(nn.Module):
 
     def router_logits(self, x: Tensor) -> Tensor:
         """x [T, H] -> [T, E] fp32, computed in fp32: 16-bit logits would swap close experts."""
+        if runs_kernels(x, self.gate):
+            from moezoo.layers.kernels.router_logits import router_logits
+
+            return router_logits(x, self.gate)
         return F.linear(x.float(), self.gate.float())
 
     def experts(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:

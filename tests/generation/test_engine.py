@@ -1,0 +1,84 @@
+"""The engine against transformers' greedy `generate`, prompt by prompt, for every architecture."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from configurations import CONFIGURATIONS, reference
+
+import moezoo
+from moezoo.generation.continuous import Batcher, Request
+from moezoo.generation.engine import Chunk, Engine, supports
+from moezoo.generation.pages import num_pages
+from moezoo.generation.sampling import Sampler
+
+LENGTHS = (5, 1, 13, 8, 2, 11, 3)
+NEW = 9
+CASES = [(model_type, name) for model_type, cases in CONFIGURATIONS.items() for name in cases]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def prompts(seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, 61, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=[f"{m}-{n}" for m, n in CASES])
+def folder(request, tmp_path_factory):
+    """A checkpoint, and what transformers writes after each prompt."""
+    model_type, name = request.param
+    if model_type == "kimi_k2":
+        pytest.skip("another name of deepseek_v3")
+    theirs = reference(model_type, CONFIGURATIONS[model_type][name])
+    path = tmp_path_factory.mktemp(f"{model_type}-{name}")
+    theirs.save_pretrained(path)
+    with torch.inference_mode():
+        written = [
+            theirs.generate(
+                torch.tensor([ids]), max_new_tokens=NEW, do_sample=False, pad_token_id=0
+            )[0, len(ids) :].tolist()
+            for ids in prompts()
+        ]
+    return path, written
+
+
+def load(path, device):
+    return moezoo.from_pretrained(path, dtype=torch.float32, device=device, progress=False)
+
+
+def batcher(model, *, rows=3, chunk=16, pages=None, ends=()):
+    decoder = model.decoder
+    engine = Engine(decoder, num_rows=rows, context=64, pages=pages, chunk=chunk)
+    return Batcher(engine, engine.greedy, ends=set(ends))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_continuous_batching_writes_what_transformers_writes(folder, device):
+    path, written = folder
+    model = load(path, device)
+    if not supports(model.decoder):
+        pytest.skip("its rotation depends on the length")
+    requests = [Request(i, ids, NEW) for i, ids in enumerate(prompts())]
+    finished = list(batcher(model).run(iter(requests)))
+    assert sorted(request.index for request in finished) == list(range(len(requests)))
+    assert [request.tokens for request in requests] == written
+    assert {request.finish_reason for request in requests} == {"length"}
+
+
+@pytest.mark.gpu
+def test_generate_writes_what_transformers_writes(folder):
+    path, written = folder
+    model = load(path, "cuda")
+    given = prompts()
+    longest = max(map(len, given))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in given])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in given])
+    for _ in range(2):  # the second time with the graph of the first
+        out = model.generate(
+            ids.cuda(),
+            attention_mask=mask.cuda(),
+            max_new_tokens=NEW,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        assert out[:, longest:].tolist() == written
