@@ -28,7 +28,7 @@ FEW_ROWS = 8
 """The most rows of x."""
 
 REGISTER_ROWS = 2
-"""The most rows of 16-bit x whose products are made in ordinary registers."""
+"""The most rows of 16-bit x whose products are made in ordinary registers, if K <= 16384."""
 
 
 def few_rows_linear_ref(
@@ -240,9 +240,9 @@ class Launch:
 
 def launch(num_rows: int, n: int, k: int, itemsize: int, device: torch.device) -> Launch:
     """How `few_rows_linear` runs for x [num_rows, k] and weight [n, k] of `itemsize` bytes."""
-    if num_rows > REGISTER_ROWS and itemsize == 2:
-        return Launch(16, num_warps=4, block_k=512, num_stages=4)
     row_bytes = triton.next_power_of_2(k) * itemsize
+    if itemsize == 2 and (num_rows > REGISTER_ROWS or row_bytes > 32768):
+        return Launch(16, num_warps=4, block_k=512, num_stages=4)
     block_n = max(1, min(4, 16384 // row_bytes))
     while block_n > 1 and triton.cdiv(n, block_n) < 2 * multiprocessors(device):
         block_n //= 2

@@ -29,7 +29,7 @@ def inputs(
     return x.to(device, dtype), gate.to(device, dtype)
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 16, 17, 300])
+@pytest.mark.parametrize("num_tokens", [0, 1, 3, 17, 300])
 @pytest.mark.parametrize(
     ("num_experts", "hidden"),
     [(1, 1), (7, 100), (60, 129), (128, 2048), (257, 2049), (512, 8192)],
