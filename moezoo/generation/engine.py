@@ -8,8 +8,10 @@ Legend: R rows, B rows of a step, T tokens, V vocabulary, P pages of a row.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -237,10 +239,12 @@ class Engine:
 class EngineKeeper:
     """Keeps a model's engine, and with it the graphs of its steps, from one call to the next.
 
-    A copy of the model gets a keeper of its own.
+    One call has it at a time: another thread's gets one of its own, and what a call leaves behind
+    that fails is not used again. A copy of the model gets a keeper of its own.
     """
 
     def __init__(self) -> None:
+        self._lock = Lock()
         self._engine: Engine | None = None
         self._made_for: tuple[int, ...] = ()
 
@@ -250,21 +254,24 @@ class EngineKeeper:
     def __reduce__(self) -> tuple[type["EngineKeeper"], tuple[()]]:
         return EngineKeeper, ()
 
-    def engine(self, decoder: Decoder, rows: int, context: int) -> Engine:
+    @contextmanager
+    def engine(self, decoder: Decoder, rows: int, context: int) -> Iterator[Engine]:
         """An engine with the number of rows that `rows` take, each with room for `context`."""
         rows = batch_size(rows)
         made_for = fingerprint(decoder)
-        engine = self._engine
-        fits = engine is not None and engine.num_rows == rows and engine.context >= context
-        if engine is not None and fits and made_for == self._made_for:
-            engine.captures = engine.device.type == "cuda" and capturable(decoder)
-            return engine
-        self._engine = None  # its memory may be needed
-        room = 2 ** max(9, (context - 1).bit_length())
-        engine = Engine(decoder, num_rows=rows, context=room)
+        with self._lock:
+            engine, self._engine = self._engine, None
+            fits = engine is not None and engine.num_rows == rows and engine.context >= context
+            if not fits or made_for != self._made_for:
+                engine = None  # its memory may be needed
+        if engine is None:
+            room = 2 ** max(9, (context - 1).bit_length())
+            engine = Engine(decoder, num_rows=rows, context=room)
+        engine.captures = engine.device.type == "cuda" and capturable(decoder)
+        yield engine
         if engine.cache.nbytes <= KEPT_BYTES:
-            self._engine, self._made_for = engine, made_for
-        return engine
+            with self._lock:
+                self._engine, self._made_for = engine, made_for
 
 
 def batch_size(rows: int) -> int:
