@@ -266,6 +266,9 @@ class EngineKeeper:
                 engine = None  # its memory may be needed
         if engine is None:
             room = 2 ** max(9, (context - 1).bit_length())
+            numbers = sum(token_bytes(decoder, window) for window in set(windows(decoder)))
+            if rows * room * numbers > KEPT_BYTES:
+                room = context  # it would not be kept, and all memory may be needed
             engine = Engine(decoder, num_rows=rows, context=room)
         engine.captures = engine.device.type == "cuda" and capturable(decoder)
         yield engine

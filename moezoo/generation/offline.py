@@ -193,6 +193,8 @@ def _in_engine(model: PreTrainedModel, config: GenerationConfig) -> bool:
     decoder = getattr(model, "decoder", None)
     if not isinstance(decoder, Decoder) or not supports(decoder) or config.num_beams != 1:
         return False
+    if config.max_time is not None or config.cache_implementation not in (None, "dynamic"):
+        return False
     generation_mode = config.get_generation_mode()
     if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return False
