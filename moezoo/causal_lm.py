@@ -249,15 +249,16 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             prompts = unpadded(input_ids, attention_mask, position_ids)
         if prompts is not None:
             longest = stopping_criteria.max_length or generation_config.max_length
-            decoded = decode_paged(
-                self._engines.engine(self.decoder, len(prompts), longest),
-                prompts,
-                input_ids,
-                logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria,
-                generation_config=generation_config,
-                streamer=streamer,
-            )
+            with self._engines.engine(self.decoder, len(prompts), longest) as engine:
+                decoded = decode_paged(
+                    engine,
+                    prompts,
+                    input_ids,
+                    logits_processor=logits_processor,
+                    stopping_criteria=stopping_criteria,
+                    generation_config=generation_config,
+                    streamer=streamer,
+                )
         else:
             if own_cache:
                 cache = growing_cache(self.config)

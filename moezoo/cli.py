@@ -139,8 +139,9 @@ def _add_generate(commands: Any) -> None:
         help="complete prompts",
         description=(
             "Complete prompts. One --prompt is printed as text; several, and those of --input, as "
-            "JSON lines.\nWith --output, a run that was stopped goes on where it stopped: finished "
-            "prompts are kept, none is done twice."
+            "JSON lines,\neach when it is finished: in any order, told apart by their ids.\nWith "
+            "--output, a run that was stopped goes on where it stopped: finished prompts are kept, "
+            "none is\ndone twice."
         ),
     )
     parser.add_argument(
@@ -153,7 +154,12 @@ def _add_generate(commands: Any) -> None:
         metavar="FILE",
         help='JSON lines with "prompt" or "messages" and, if wished, "id"; - is stdin',
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON lines, appended to")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines, appended to as prompts finish, in any order",
+    )
     parser.add_argument(
         "--overwrite", action="store_true", help="start --output anew instead of going on"
     )
@@ -180,7 +186,26 @@ def _add_generate(commands: Any) -> None:
     )
     sampling.add_argument("--seed", type=int, help="the same seed gives the same completions")
     running = parser.add_argument_group("running")
-    running.add_argument("--batch-size", type=at_least_1, default=8, metavar="N", help="default 8")
+    running.add_argument(
+        "--batch-size",
+        type=at_least_1,
+        metavar="N",
+        help="the most prompts at once (default: 256 on a GPU, 8 on a CPU; fewer if they do not "
+        "fit the KV cache)",
+    )
+    running.add_argument(
+        "--batch-tokens",
+        type=at_least_1,
+        metavar="N",
+        help="the most prompt tokens in one forward pass (default 8192); longer prompts take "
+        "several",
+    )
+    running.add_argument(
+        "--cache-gib",
+        type=_number(float, 0.001, 1e6),
+        metavar="G",
+        help="memory of the KV cache (default: what is free on a GPU, at most 4 on a CPU)",
+    )
     running.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as stored")
     running.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is one")
     running.add_argument("--quiet", action="store_true", help="no progress, only errors")
@@ -266,7 +291,7 @@ def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], A
 
 def _generate(arguments: argparse.Namespace) -> int:
     from moezoo.generation.offline import check_options
-    from moezoo.generation.prompt_files import OutputFile, to_do
+    from moezoo.generation.prompt_files import OutputFile
     from moezoo.loaders.checkpoint import open_checkpoint
 
     options = _sampling_options(arguments)
@@ -298,13 +323,11 @@ def _generate(arguments: argparse.Namespace) -> int:
     finished = {} if file is None else file.finished
     num_finished_before = len(finished)
     with naming("stdout" if file is None else file.path), file or nullcontext():
-        if pending := to_do(prompts, finished, arguments.batch_size):
+        if pending := [prompt for prompt in prompts if prompt.id not in finished]:
             completions, streamed = _completions(checkpoint, arguments, pending, options)
             write = _print(arguments, run, streamed) if file is None else file.write
             with _progress(arguments, len(prompts), num_finished_before) as advance:
                 for completion in completions:
-                    if completion.id in finished:
-                        continue
                     finished[completion.id] = completion.error is not None
                     write(completion)
                     advance(len(completion.token_ids))
@@ -394,7 +417,7 @@ def _completions(
     prompts: list[Prompt],
     options: dict[str, Any],
 ) -> tuple[Iterator[Completion], bool]:
-    """Load the model; its completions, one batch after the other as they are asked for.
+    """Load the model; its completions as they finish, which they do as they are asked for.
 
     And whether they are printed already, token by token.
     """
@@ -430,9 +453,11 @@ def _completions(
         tokenizer,
         prompts,
         batch_size=arguments.batch_size if streamer is None else 1,
+        cache_bytes=None if arguments.cache_gib is None else int(arguments.cache_gib * 2**30),
         seed=arguments.seed,
         chat=arguments.chat,
         streamer=streamer,
+        **({} if arguments.batch_tokens is None else {"batch_tokens": arguments.batch_tokens}),
         **options,
     )
     return completions, streamer is not None

@@ -80,12 +80,15 @@ class Batcher:
         while True:
             missing = max(self._enough_free(), len(self._free)) - len(self._waiting)
             self._waiting.extend(islice(requests, max(0, missing)))
+            admitted = False
             try:
                 yield from self._admit()
+                admitted = True
                 launched = self._step()
             except torch.OutOfMemoryError:
                 yield from self._collect_all()
-                self._shrink()
+                if not self._shrink(in_prefill=not admitted):
+                    raise
                 continue
             while len(self._flying) > int(launched and self._on_device):
                 yield from self._collect()
@@ -255,14 +258,18 @@ class Batcher:
             self._rows[target] = request
         self._free = [row for row in range(self._num_rows) if row not in self._rows]
 
-    def _shrink(self) -> None:
-        """After running out of memory: the rows start again, fewer of them and in shorter pieces.
+    def _shrink(self, *, in_prefill: bool) -> bool:
+        """After running out of memory: the rows start again, in shorter pieces or fewer of them.
 
-        Raises what is being handled where there is nothing left to shrink.
+        False where there is nothing left to shrink.
         """
         running = sorted(self._rows.values(), key=lambda request: request.index)
-        if self.chunk < 2 * MIN_CHUNK and len(running) <= 1:
-            raise
+        if in_prefill and self.chunk > MIN_CHUNK:
+            self.chunk = max(MIN_CHUNK, self.chunk // 2)
+        elif len(running) > 1:
+            self._num_rows = len(running) // 2
+        else:
+            return False
         self._vacate(running)
         for request in reversed(running):
             assert request._allocation is not None
@@ -270,13 +277,11 @@ class Batcher:
             request._allocation = None
             request._launched = len(request.tokens)
             self._waiting.appendleft(request)
-        self.chunk = max(MIN_CHUNK, self.chunk // 2)
-        self._num_rows = max(1, len(running) // 2)
         self._free = list(range(self._num_rows))
-        torch.cuda.empty_cache()
         _log.warning(
             "out of memory: going on with at most %d prompts at once and %d prompt tokens in a "
             "forward pass",
             self._num_rows,
             self.chunk,
         )
+        return True

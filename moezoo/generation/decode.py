@@ -123,9 +123,10 @@ def decode_paged(
     for row in range(batch):
         engine.assign(row, range(row * kept, (row + 1) * kept))
     logits = engine.prefill_all(prompts)
-    sequences = input_ids.new_full((batch, longest), 0)
+    sequences = torch.zeros(batch, longest, dtype=input_ids.dtype, device=engine.device)
     sequences[:, :length] = input_ids
-    unfinished = torch.ones(batch, dtype=torch.bool, device=sequences.device)
+    unfinished = torch.ones(batch, dtype=torch.bool, device=engine.device)
+    stops_at_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     result = Decoded(sequences)
     keeps = generation_config.output_logits or generation_config.output_scores
     greedy = not (len(logits_processor) or generation_config.do_sample or keeps)
@@ -149,13 +150,13 @@ def decode_paged(
                 next_ids = torch.multinomial(torch.softmax(scores, -1), 1).squeeze(1)
             else:
                 next_ids = scores.argmax(-1)
+        if stops_at_eos and batch > 1:
+            next_ids = torch.where(unfinished, next_ids, pad)
         if started:
             engine.ids[:batch] = next_ids
         else:
             engine.start(range(batch), [len(prompt) for prompt in prompts], next_ids)
             started = True
-        if batch > 1 and pad is not None:
-            next_ids = torch.where(unfinished, next_ids, pad)
         sequences[:, length] = next_ids
         length += 1
         unfinished = unfinished & ~stopping_criteria(sequences[:, :length], logits)

@@ -8,8 +8,10 @@ Legend: R rows, B rows of a step, T tokens, V vocabulary, P pages of a row.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from moezoo.generation.paged import (
     PagedCache,
     PromptContext,
     Window,
+    ring_pages,
     slots_of,
     to_device,
     token_bytes,
@@ -80,7 +83,9 @@ class Engine:
         self.chunk = chunk
         self.pages = num_rows * num_pages(context) if pages is None else pages
         self.device = decoder.embed.weight.device
-        self.cache = PagedCache(decoder, pages=self.pages, num_rows=num_rows, chunk=chunk)
+        self.cache = PagedCache(
+            decoder, pages=self.pages, num_rows=num_rows, context=context, chunk=chunk
+        )
         self.ids = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
         """The next token of each row, not in the cache yet."""
         self.lengths = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
@@ -91,7 +96,7 @@ class Engine:
         }
         for window, table in self.tables.items():
             if window is not None:
-                ring = self.cache.ring_pages(window)
+                ring = ring_pages(window, context=context, chunk=chunk)
                 first = torch.arange(num_rows, device=self.device)[:, None] * ring
                 table.copy_(first + torch.arange(table.shape[1], device=self.device) % ring)
         self.captures = self.device.type == "cuda" and capturable(decoder)
@@ -234,10 +239,12 @@ class Engine:
 class EngineKeeper:
     """Keeps a model's engine, and with it the graphs of its steps, from one call to the next.
 
-    A copy of the model gets a keeper of its own.
+    One call has it at a time: another thread's gets one of its own, and what a call leaves behind
+    that fails is not used again. A copy of the model gets a keeper of its own.
     """
 
     def __init__(self) -> None:
+        self._lock = Lock()
         self._engine: Engine | None = None
         self._made_for: tuple[int, ...] = ()
 
@@ -247,21 +254,27 @@ class EngineKeeper:
     def __reduce__(self) -> tuple[type["EngineKeeper"], tuple[()]]:
         return EngineKeeper, ()
 
-    def engine(self, decoder: Decoder, rows: int, context: int) -> Engine:
+    @contextmanager
+    def engine(self, decoder: Decoder, rows: int, context: int) -> Iterator[Engine]:
         """An engine with the number of rows that `rows` take, each with room for `context`."""
         rows = batch_size(rows)
         made_for = fingerprint(decoder)
-        engine = self._engine
-        fits = engine is not None and engine.num_rows == rows and engine.context >= context
-        if engine is not None and fits and made_for == self._made_for:
-            engine.captures = engine.device.type == "cuda" and capturable(decoder)
-            return engine
-        self._engine = None  # its memory may be needed
-        room = 2 ** max(9, (context - 1).bit_length())
-        engine = Engine(decoder, num_rows=rows, context=room)
+        with self._lock:
+            engine, self._engine = self._engine, None
+            fits = engine is not None and engine.num_rows == rows and engine.context >= context
+            if not fits or made_for != self._made_for:
+                engine = None  # its memory may be needed
+        if engine is None:
+            room = 2 ** max(9, (context - 1).bit_length())
+            numbers = sum(token_bytes(decoder, window) for window in set(windows(decoder)))
+            if rows * room * numbers > KEPT_BYTES:
+                room = context  # it would not be kept, and all memory may be needed
+            engine = Engine(decoder, num_rows=rows, context=room)
+        engine.captures = engine.device.type == "cuda" and capturable(decoder)
+        yield engine
         if engine.cache.nbytes <= KEPT_BYTES:
-            self._engine, self._made_for = engine, made_for
-        return engine
+            with self._lock:
+                self._engine, self._made_for = engine, made_for
 
 
 def batch_size(rows: int) -> int:
@@ -294,19 +307,25 @@ def _slots(table: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     return table[rows, positions // PAGE_SIZE].long() * PAGE_SIZE + positions % PAGE_SIZE
 
 
-def pages_that_fit(
+def rows_and_pages_that_fit(
     decoder: Decoder, *, num_rows: int, context: int, chunk: int, cache_bytes: int | None
-) -> int:
-    """Pages for an `Engine` of `num_rows` rows: of `cache_bytes`, or of the memory that is free.
+) -> tuple[int, int]:
+    """For an `Engine` of at most `num_rows` rows: of `cache_bytes`, or of the memory that is free.
 
+    Where only some layers have a sliding window, their rings take half of it at most.
     On a GPU a forward pass of `chunk` tokens is made to see what it takes beside the cache.
-    Raises `ValueError` if `cache_bytes` has no room for a page.
+    Raises `ValueError` if `cache_bytes` has no room for a page and a ring.
     """
     weight = decoder.embed.weight
     page_bytes = token_bytes(decoder) * PAGE_SIZE
-    wanted = num_rows * num_pages(context)
+    row_bytes = PAGE_SIZE * sum(
+        token_bytes(decoder, window) * ring_pages(window, context=context, chunk=chunk)
+        for window in set(windows(decoder))
+        if window is not None
+    )
+    least = page_bytes + row_bytes
     if cache_bytes is None and weight.is_cpu:
-        cache_bytes = max(CPU_CACHE_BYTES, page_bytes)
+        cache_bytes = max(CPU_CACHE_BYTES, least)
     elif cache_bytes is None:
         activations = _activation_bytes(decoder, min(chunk, context))
         # The widest temporaries of sampling: scores sorted, and summed up in float64.
@@ -315,14 +334,18 @@ def pages_that_fit(
         free += torch.cuda.memory_reserved(weight.device)
         free -= torch.cuda.memory_allocated(weight.device)
         cache_bytes = int(0.95 * free - 1.25 * activations - logits)
-        cache_bytes = max(cache_bytes, page_bytes)
-    if page_bytes == 0:  # every layer has a sliding window
-        return 0
-    if cache_bytes < page_bytes:
+        cache_bytes = max(cache_bytes, least)
+    if cache_bytes < least:
         raise ValueError(
-            f"cache_bytes is {cache_bytes}, but {PAGE_SIZE} tokens, the least, take {page_bytes}"
+            f"cache_bytes is {cache_bytes}, but one prompt of {PAGE_SIZE} tokens takes {least}"
         )
-    return min(wanted, cache_bytes // page_bytes)
+    if row_bytes:
+        room = cache_bytes // 2 if page_bytes else cache_bytes
+        num_rows = max(1, min(num_rows, room // row_bytes))
+    wanted = num_rows * num_pages(context)
+    if page_bytes:
+        wanted = min(wanted, (cache_bytes - num_rows * row_bytes) // page_bytes)
+    return num_rows, wanted
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from moezoo.errors import MoEOutOfMemoryError
 from moezoo.generation.continuous import Batcher, Request
-from moezoo.generation.engine import CHUNK_TOKENS, Engine, pages_that_fit, supports
+from moezoo.generation.engine import CHUNK_TOKENS, Engine, rows_and_pages_that_fit, supports
 from moezoo.generation.sampling import Sampler, SeededDraw, uniforms, warpers
 from moezoo.layers.decoder import Decoder
 
@@ -193,6 +193,8 @@ def _in_engine(model: PreTrainedModel, config: GenerationConfig) -> bool:
     decoder = getattr(model, "decoder", None)
     if not isinstance(decoder, Decoder) or not supports(decoder) or config.num_beams != 1:
         return False
+    if config.max_time is not None or config.cache_implementation not in (None, "dynamic"):
+        return False
     generation_mode = config.get_generation_mode()
     if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return False
@@ -216,9 +218,8 @@ class _Texts:
         except (ValueError, jinja2.TemplateError) as error:
             return self.failed(prompt, 0, str(error))
         limit: int = self.config.max_new_tokens
-        context = context_length(self.model)
-        if context is not None:
-            limit = min(limit, context - len(ids))
+        context = context_length(self.model) or MAX_CONTEXT
+        limit = min(limit, context - len(ids))
         if limit < 1:
             too_long = (
                 f"the prompt has {len(ids)} tokens and the model's context is {context}; "
@@ -322,25 +323,22 @@ class _ContinuousGenerator:
         model, config = self.texts.model, self.texts.config
         decoder = model.decoder
         context = context_length(model) or MAX_CONTEXT
-        engine = Engine(
+        rows, pages = rows_and_pages_that_fit(
             decoder,
             num_rows=self.batch_size,
             context=context,
-            pages=pages_that_fit(
-                decoder,
-                num_rows=self.batch_size,
-                context=context,
-                chunk=self.batch_tokens,
-                cache_bytes=self.cache_bytes,
-            ),
             chunk=self.batch_tokens,
+            cache_bytes=self.cache_bytes,
+        )
+        engine = Engine(
+            decoder, num_rows=rows, context=context, pages=pages, chunk=self.batch_tokens
         )
         sampler = Sampler(
             config,
-            num_rows=self.batch_size,
+            num_rows=rows,
             vocab_size=decoder.embed.num_embeddings,
             device=model.device,
-            steps=None if self.seed is None else config.max_new_tokens,
+            steps=None if self.seed is None else min(config.max_new_tokens, context),
         )
         return engine, sampler
 

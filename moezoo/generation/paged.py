@@ -50,19 +50,27 @@ def token_bytes(decoder: Decoder, window: Window = None) -> int:
     return numbers * decoder.embed.weight.dtype.itemsize
 
 
+def ring_pages(window: int, *, context: int, chunk: int) -> int:
+    """Pages that a row needs for the window before a chunk, and the chunk."""
+    return min(num_pages(window + chunk) + 1, num_pages(context))
+
+
 class PagedCache:
     """Keys and values of all layers, each [slots, Hk, D] in the model's dtype.
 
     `pages` is the number of pages of the layers without a window; with a window of w each of the
-    `num_rows` rows has `ring_pages(w)` pages for itself.
+    `num_rows` rows has `ring_pages(w, ..)` pages for itself.
     """
 
-    def __init__(self, decoder: Decoder, *, pages: int, num_rows: int, chunk: int) -> None:
-        self.chunk = chunk
+    def __init__(
+        self, decoder: Decoder, *, pages: int, num_rows: int, context: int, chunk: int
+    ) -> None:
         weight = decoder.embed.weight
         self.layers: list[Keys] = []
         for attention, window in zip(attentions(decoder), windows(decoder), strict=True):
-            total = pages if window is None else num_rows * self.ring_pages(window)
+            total = pages
+            if window is not None:
+                total = num_rows * ring_pages(window, context=context, chunk=chunk)
             stored = [
                 weight.new_empty(total * PAGE_SIZE, heads, width)
                 for heads, width in attention.cache_shapes
@@ -72,9 +80,6 @@ class PagedCache:
     @property
     def nbytes(self) -> int:
         return sum(x.nbytes for layer in self.layers for x in layer if x is not None)
-
-    def ring_pages(self, window: int) -> int:
-        return num_pages(window + self.chunk) + 1
 
 
 class _PagedContext:

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -110,23 +110,6 @@ def resume(path: Path, prompts: Sequence[Prompt], run: str) -> dict[int | str, b
             first_line[prompt.id] = number
             finished[prompt.id] = failed
     return finished
-
-
-def to_do(
-    prompts: Sequence[Prompt], finished: Container[int | str], batch_size: int
-) -> list[Prompt]:
-    """The prompts of the batches that are not finished.
-
-    Batches are made of the same prompts as in a run that was never stopped, so that resuming
-    changes no bit of a completion; what a half-finished batch had written comes again.
-    """
-    batches = (prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size))
-    return [
-        prompt
-        for batch in batches
-        if any(prompt.id not in finished for prompt in batch)
-        for prompt in batch
-    ]
 
 
 class OutputFile:
