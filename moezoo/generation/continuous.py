@@ -24,6 +24,12 @@ MIN_CHUNK = 256
 _log = logging.getLogger(__name__)
 
 
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether a device has no room; torch's CPU allocator has no class of its own for that."""
+    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return out_of_memory or "can't allocate memory" in str(error)
+
+
 @dataclass(eq=False)
 class Request:
     """One prompt, and the tokens that have come of it.
@@ -85,7 +91,9 @@ class Batcher:
                 yield from self._admit()
                 admitted = True
                 launched = self._step()
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 yield from self._collect_all()
                 if not self._shrink(in_prefill=not admitted):
                     raise

@@ -24,7 +24,7 @@ from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from moezoo.errors import MoEOutOfMemoryError
-from moezoo.generation.continuous import Batcher, Request
+from moezoo.generation.continuous import Batcher, Request, is_out_of_memory
 from moezoo.generation.engine import CHUNK_TOKENS, Engine, rows_and_pages_that_fit, supports
 from moezoo.generation.sampling import Sampler, SeededDraw, uniforms, warpers
 from moezoo.layers.decoder import Decoder
@@ -310,7 +310,7 @@ class _ContinuousGenerator:
                 failed.clear()
                 yield self._completion(started.pop(request.index), request)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise MoEOutOfMemoryError(
                 f"{error}\none prompt alone is too much for {model.device} beside a KV cache of "
@@ -378,7 +378,7 @@ class _BatchGenerator:
             try:
                 completions = self._complete(batch)
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 raise MoEOutOfMemoryError(
                     f"{error}\n{_prompts(len(batch))} at once is too much for "
@@ -487,12 +487,6 @@ def _first_token(tokenizer: PreTrainedTokenizerBase) -> int:
         if token is not None:
             return int(token)
     raise ValueError("the prompt is empty and the tokenizer has no beginning- or end-of-text token")
-
-
-def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Whether a device has no room; torch's CPU allocator has no class of its own for that."""
-    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return out_of_memory or "can't allocate memory" in str(error)
 
 
 def _prompts(number: int) -> str:
