@@ -83,9 +83,12 @@ class Batcher:
 
     def run(self, requests: Iterator[Request]) -> Iterator[Request]:
         """Yield each request as it finishes; they are read as they are needed."""
+        self.engine.stop(range(self.engine.num_rows))  # of a run that was left halfway
         while True:
             missing = max(self._enough_free(), len(self._free)) - len(self._waiting)
             self._waiting.extend(islice(requests, max(0, missing)))
+            if not (self._waiting or self._rows or self._flying):
+                return
             admitted = False
             try:
                 yield from self._admit()
@@ -100,8 +103,6 @@ class Batcher:
                 continue
             while len(self._flying) > int(launched and self._on_device):
                 yield from self._collect()
-            if not (launched or self._flying or self._waiting):
-                return
 
     def _enough_free(self) -> int:
         """How many free rows make a forward pass for new prompts worth interrupting the others."""
@@ -272,7 +273,7 @@ class Batcher:
         False where there is nothing left to shrink.
         """
         running = sorted(self._rows.values(), key=lambda request: request.index)
-        if in_prefill and self.chunk > MIN_CHUNK:
+        if self.chunk > MIN_CHUNK and (in_prefill or len(running) <= 1):
             self.chunk = max(MIN_CHUNK, self.chunk // 2)
         elif len(running) > 1:
             self._num_rows = len(running) // 2
