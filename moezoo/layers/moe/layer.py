@@ -101,9 +101,11 @@ class FusedMoE(nn.Module):
     def router_logits(self, x: Tensor) -> Tensor:
         """x [T, H] -> [T, E] fp32, computed in fp32: 16-bit logits would swap close experts."""
         if runs_kernels(x, self.gate):
-            from moezoo.layers.kernels.router_logits import router_logits
+            from moezoo.layers.kernels.router_logits import FEW_TOKENS, router_logits
 
-            return router_logits(x, self.gate)
+            if len(x) <= FEW_TOKENS:
+                return router_logits(x, self.gate)
+            return torch.mm(x, self.gate.T, out_dtype=torch.float32)
         return F.linear(x.float(), self.gate.float())
 
     def experts(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:

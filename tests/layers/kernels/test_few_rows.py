@@ -78,7 +78,7 @@ def test_rounds_the_result_and_then_the_sum(num_rows: int, device: torch.device)
     assert torch.equal(result, residual + F.linear(x, weight))
 
 
-@pytest.mark.parametrize("num_rows", [1, 2])
+@pytest.mark.parametrize("num_rows", [1, 4])
 def test_programs_that_share_out_the_rows(
     num_rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
