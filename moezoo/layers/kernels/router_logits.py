@@ -1,10 +1,12 @@
 """router_logits: the gate's logits in fp32 for few tokens, from numbers of 16 bit or fp32.
 
-    logits = x.float() @ gate.float().T
+    router_logits             logits = x.float() @ gate.float().T
+    add_norm_router_logits    sum = x + update, normed = rmsnorm(sum), logits of normed
 
 Nothing is widened in memory. A program makes the products of one token with a few experts in
-registers, and asks for the gate before the kernel that computes x has finished. Products of 16-bit
-numbers are exact in fp32, and summed in it.
+registers, and asks for the gate before the kernel that computes x has finished. Each computes sum
+and norm again, which costs less than a launch. Products of 16-bit numbers are exact in fp32, and
+summed in it. Sum and normed x are rounded one after the other, as separate operations round them.
 
 Legend: T tokens, H hidden, E experts.
 """
@@ -15,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moezoo.layers.kernels.add_norm import add_rms_norm_ref
 from moezoo.layers.kernels.overlap import launch_options, start_next, wait_for_previous
 
 FEW_TOKENS = 64
@@ -25,15 +28,30 @@ def router_logits_ref(x: Tensor, gate: Tensor) -> Tensor:
     return F.linear(x.float(), gate.float())
 
 
+def add_norm_router_logits_ref(
+    x: Tensor, update: Tensor | None, gate: Tensor, *, norm_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    normed, total = add_rms_norm_ref(x, update, norm_weight, eps)
+    return router_logits_ref(normed, gate), normed, total
+
+
 @triton.jit(do_not_specialize=["num_experts"])
 def _router_logits_kernel(
     x_ptr,
+    update_ptr,
+    norm_ptr,
     gate_ptr,
     logits_ptr,
+    normed_ptr,
+    sum_ptr,
     num_experts,
     hidden_size,
+    eps,
     stride_xt,
+    stride_ut,
     stride_ge,
+    HAS_NORM: tl.constexpr,
+    HAS_UPDATE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_H: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -45,9 +63,22 @@ def _router_logits_kernel(
     m_inner = inner < hidden_size
     p_gate = gate_ptr + experts[:, None] * stride_ge + inner
     gate = tl.load(p_gate, mask=m_experts[:, None] & m_inner, other=0.0)
+    if HAS_NORM:
+        norm = tl.load(norm_ptr + inner, mask=m_inner, other=0.0).to(tl.float32)
     wait_for_previous(OVERLAP)
     token = tl.program_id(1)
+    # One program of each token stores sum and normed x.
+    m_store = m_inner & (tl.program_id(0) == 0)
     x = tl.load(x_ptr + token * stride_xt + inner, mask=m_inner, other=0.0)
+    if HAS_UPDATE:
+        update = tl.load(update_ptr + token * stride_ut + inner, mask=m_inner, other=0.0)
+        x = (x.to(tl.float32) + update.to(tl.float32)).to(x.dtype)
+        tl.store(sum_ptr + token * hidden_size + inner, x, mask=m_store)
+    if HAS_NORM:
+        wide = x.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(wide * wide, 1) / hidden_size + eps)
+        x = (wide * scale[:, None] * norm).to(x.dtype)
+        tl.store(normed_ptr + token * hidden_size + inner, x, mask=m_store)
     logits = tl.sum(gate.to(tl.float32) * x.to(tl.float32), 1)
     tl.store(logits_ptr + token * num_experts + experts, logits, mask=m_experts)
 
@@ -59,34 +90,73 @@ def router_logits(x: Tensor, gate: Tensor) -> Tensor:
 
     Raises ValueError for shapes, dtypes or strides that do not fit.
     """
+    return _launch(x, None, gate, norm_weight=None, eps=0.0)[0]
+
+
+def add_norm_router_logits(
+    x: Tensor, update: Tensor | None, gate: Tensor, *, norm_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x and update [T, H], gate [E, H] of one dtype, norm_weight [H] of any
+    -> logits [T, E] fp32, normed [T, H], sum [T, H].
+
+    As `router_logits`. Without an update the sum is x itself, not a copy.
+    """
+    return _launch(x, update, gate, norm_weight=norm_weight, eps=eps)
+
+
+def _launch(
+    x: Tensor, update: Tensor | None, gate: Tensor, *, norm_weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     if x.ndim != 2 or gate.ndim != 2 or x.shape[1] != gate.shape[1] or len(x) > FEW_TOKENS:
         raise ValueError(
             f"x must be [T, H] with T <= {FEW_TOKENS} and gate [E, H], "
             f"got {list(x.shape)} and {list(gate.shape)}"
         )
+    (num_tokens, hidden_size), num_experts = x.shape, len(gate)
     if gate.dtype != x.dtype:
         raise ValueError(f"gate must be {x.dtype} as x is, got {gate.dtype}")
-    for name, tensor in (("x", x), ("gate", gate)):
-        if tensor.stride(1) != 1 and tensor.shape[1] > 1:
+    if update is not None and (update.shape != x.shape or update.dtype != x.dtype):
+        raise ValueError(
+            f"update must be {list(x.shape)} {x.dtype} as x is, "
+            f"got {list(update.shape)} {update.dtype}"
+        )
+    if norm_weight is not None and norm_weight.shape != (hidden_size,):
+        raise ValueError(f"norm_weight must be [{hidden_size}], got {list(norm_weight.shape)}")
+    operands = {"x": x, "update": update, "gate": gate, "norm_weight": norm_weight}
+    for name, tensor in operands.items():
+        if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(f"{name}'s last stride must be 1, got strides {tensor.stride()}")
-    (num_tokens, hidden_size), num_experts = x.shape, len(gate)
+
+    def rows() -> Tensor:
+        return torch.empty(num_tokens, hidden_size, dtype=x.dtype, device=x.device)
+
     logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
-    if logits.numel() == 0:
-        return logits
+    normed = x if norm_weight is None else rows()
+    total = x if update is None else rows()
+    if num_tokens == 0:
+        return logits, normed, total
     # Programs for a hundred multiprocessors come first, then sharing x.
     block_e = min(4, triton.next_power_of_2(num_tokens))
     block_h = triton.next_power_of_2(hidden_size)
-    _router_logits_kernel[(triton.cdiv(num_experts, block_e), num_tokens)](
+    _router_logits_kernel[(max(1, triton.cdiv(num_experts, block_e)), num_tokens)](
         x,
+        update,
+        norm_weight,
         gate,
         logits,
+        normed,
+        total,
         num_experts,
         hidden_size,
+        eps,
         x.stride(0),
+        0 if update is None else update.stride(0),
         gate.stride(0),
+        HAS_NORM=norm_weight is not None,
+        HAS_UPDATE=update is not None,
         BLOCK_E=block_e,
         BLOCK_H=block_h,
         num_warps=8 if block_h > 4096 else 4,
         **launch_options(x.device),
     )
-    return logits
+    return logits, normed, total
