@@ -137,7 +137,7 @@ def plan(q: Tensor, keys: Tensor, values: Tensor, *, page_size: int | None) -> P
         num_warps=8 if block_queries * value_width > 64 * 64 else 4,
         num_stages=max(1, min(3, buffers)),
         descriptors=descriptors,
-        ahead=descriptors,
+        ahead=descriptors and value_width <= 256,
     )
 
 
@@ -240,6 +240,25 @@ def _prompt_attention_kernel(
         has_tail = end_block * BLOCK_N > sequence_keys
         end_block = tl.minimum(end_block, sequence_keys // BLOCK_N)
 
+    # AHEAD: the product with values is one block late, so that matrix units compute it during the
+    # next block's softmax; the first one multiplies zeros, and the last block comes twice.
+    LATE: tl.constexpr = 1 if AHEAD else 0
+    stop = end_block
+    if AHEAD:
+        stop = tl.where(first_block < end_block, end_block + 1, end_block)
+    if PAGE_SIZE is not None:
+        p_page = p_pages + first_block * BLOCK_N // PAGE_SIZE
+        page = tl.load(p_page, mask=first_block < stop, other=0)
+        slot = page * PAGE_SIZE + first_block * BLOCK_N % PAGE_SIZE
+        if BOXES:
+            p_page = p_pages + end_block * BLOCK_N // PAGE_SIZE
+            page = tl.load(p_page, mask=has_tail, other=0)
+            tail_slot = page * PAGE_SIZE + end_block * BLOCK_N % PAGE_SIZE
+    else:
+        slot = key_start + first_block * BLOCK_N
+        tail_slot = key_start + end_block * BLOCK_N
+    old_slot = slot
+
     rows = first_row + tl.arange(0, BLOCK_M)
     m_rows = rows < end
     positions = first_position + tl.arange(0, BLOCK_M)
@@ -269,27 +288,13 @@ def _prompt_attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     factor = 1.0 if HAS_SOFTCAP else scale
 
-    # AHEAD: the product with values is one block late, so that matrix units compute it while the
-    # next block's softmax does; the first one multiplies zeros, and the last block comes twice.
-    LATE: tl.constexpr = 1 if AHEAD else 0
     weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    shrink = tl.full([BLOCK_M], 1.0, tl.float32)
-    stop = end_block
-    if AHEAD:
-        stop = tl.where(first_block < end_block, end_block + 1, end_block)
-    # Pages are read one block ahead: where they are used, they would take every other stage of
-    # the pipeline.
-    slot = 0
-    if PAGE_SIZE is not None:
-        p_page = p_pages + first_block * BLOCK_N // PAGE_SIZE
-        page = tl.load(p_page, mask=first_block < stop, other=0)
-        slot = page * PAGE_SIZE + first_block * BLOCK_N % PAGE_SIZE
-    else:
-        slot = key_start + first_block * BLOCK_N
-    old_slot = slot
+    shrink = tl.zeros([BLOCK_M], tl.float32)
     for block in range(first_block, stop):
         m_next = block + 1 < end_block
         if PAGE_SIZE is not None:
+            # One block ahead: a page read where it is used would take every other stage of the
+            # pipeline.
             p_page = p_pages + (block + 1) * BLOCK_N // PAGE_SIZE
             next_page = tl.load(p_page, mask=m_next, other=0)
             next_slot = next_page * PAGE_SIZE + (block + 1) * BLOCK_N % PAGE_SIZE
@@ -341,22 +346,19 @@ def _prompt_attention_kernel(
     if has_tail:
         keys_at = end_block * BLOCK_N + tokens
         m_keys = keys_at < num_keys
-        if PAGE_SIZE is not None:
-            page = tl.load(p_pages + end_block * BLOCK_N // PAGE_SIZE)
-            slot = page * PAGE_SIZE + end_block * BLOCK_N % PAGE_SIZE
-        else:
-            slot = key_start + end_block * BLOCK_N
-        p_k = p_keys + (slot + tokens).to(tl.int64)[:, None] * stride_ks
+        slots = (tail_slot + tokens).to(tl.int64)[:, None]
+        p_k = p_keys + slots * stride_ks
         m_k = m_keys[:, None] & m_cols[None, :]
         b_k = tl.load(p_k + cols[None, :], mask=m_k, other=0.0)
-        scores = tl.dot(b_q, b_k.T, input_precision="ieee")
         if BLOCK_REST:
             m_k = m_keys[:, None] & m_rest[None, :]
-            b_k = tl.load(p_k + rest[None, :], mask=m_k, other=0.0)
-            scores = tl.dot(b_q_rest, b_k.T, scores, input_precision="ieee")
-        p_v = p_values + (slot + tokens).to(tl.int64)[:, None] * stride_vs
+            b_k_rest = tl.load(p_k + rest[None, :], mask=m_k, other=0.0)
+        p_v = p_values + slots * stride_vs
         m_v = m_keys[:, None] & m_value_cols[None, :]
         b_v = tl.load(p_v + value_cols[None, :], mask=m_v, other=0.0)
+        scores = tl.dot(b_q, b_k.T, input_precision="ieee")
+        if BLOCK_REST:
+            scores = tl.dot(b_q_rest, b_k_rest.T, scores, input_precision="ieee")
         scores = _capped(scores, scale, softcap, HAS_SOFTCAP)
         scores = _hide(scores, positions, keys_at, window, HAS_WINDOW)
         weights, shrink, top, total = _weights(scores, factor, top, total)

@@ -17,8 +17,8 @@ from moezoo.layers.kernels.prompt_attention import (
 )
 
 PAGE_SIZE = 16
-NUM_NEW = (37, 1, 1, 20, 16)
-NUM_KEYS = (37, 1, 70, 81, 48)
+NUM_NEW = (37, 1, 16)
+NUM_KEYS = (37, 70, 48)
 
 SHAPES = {
     "gqa": (4, 2, 32, 32),
@@ -138,7 +138,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     use(
         monkeypatch,
         block_keys=16,
-        block_queries=16,
+        block_queries=32,
         num_warps=4,
         descriptors=request.param != "pointers",
         ahead=request.param == "ahead",
@@ -175,14 +175,13 @@ def test_packed(shape: str, dtype: torch.dtype, device: torch.device) -> None:
     assert_close(prompt_attention_ref(**arguments), sdpa(arguments))
 
 
-@pytest.mark.parametrize("shape", ["gqa", "mla"])
-@pytest.mark.parametrize("page_size", [None, 16, 32])
+@pytest.mark.parametrize(("shape", "page_size"), [("gqa", 16), ("mla", None), ("mla", 32)])
 def test_ways(shape: str, page_size: int | None, device: torch.device, way: None) -> None:
     arguments = inputs(shape, torch.float16, device, page_size=page_size)
     assert_close(prompt_attention(**arguments), sdpa(arguments))
 
 
-@pytest.mark.parametrize("window", [1, 16, 30, 500])
+@pytest.mark.parametrize("window", [1, 20, 500])
 def test_window(window: int, device: torch.device, way: None) -> None:
     arguments = inputs("gqa", torch.float16, device)
     expected = sdpa(arguments, window)
@@ -194,13 +193,10 @@ def test_window(window: int, device: torch.device, way: None) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("sink_dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_sinks_as_gpt_oss(
-    sink_dtype: torch.dtype, window: int | None, device: torch.device, way: None
-) -> None:
+def test_sinks_as_gpt_oss(window: int | None, device: torch.device, way: None) -> None:
     gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
     arguments = inputs("gqa", torch.float16, device)
-    sinks = torch.linspace(-2, 4, 4, device=device).to(sink_dtype)
+    sinks = torch.linspace(-2, 4, 4, device=device)
     attention = SimpleNamespace(num_key_value_groups=2, sinks=sinks.double(), training=False)
     rows = []
     for b, (new, keys) in enumerate(zip(NUM_NEW, NUM_KEYS, strict=True)):
@@ -211,7 +207,9 @@ def test_sinks_as_gpt_oss(
         )
         rows.append(expected[0])
     expected = torch.cat(rows).half()
-    assert_close(prompt_attention(**arguments, sinks=sinks, window=window), expected)
+    out = prompt_attention(**arguments, sinks=sinks, window=window)
+    assert_close(out, expected)
+    assert torch.equal(prompt_attention(**arguments, sinks=sinks.half(), window=window), out)
     assert_close(prompt_attention_ref(**arguments, sinks=sinks, window=window), expected)
 
 
@@ -236,9 +234,9 @@ def test_softcap(with_sinks: bool, device: torch.device, way: None) -> None:
 @pytest.mark.parametrize(
     ("num_new", "num_keys"),
     [
-        ((300,), (300,)),
-        ((129, 128, 127), (129, 256, 130)),
-        ((5, 130), (400, 131)),
+        ((260,), (260,)),
+        ((129, 128), (129, 256)),
+        ((5, 130), (300, 131)),
     ],
     ids=str,
 )
@@ -258,7 +256,7 @@ def test_several_tiles(
 def test_a_sequence_gets_the_same_whatever_the_others(device: torch.device, way: None) -> None:
     arguments = inputs("gqa", torch.float16, device)
     rows = prompt_attention(**arguments).split(NUM_NEW)
-    for b in (0, 3):
+    for b in (0, 2):
         alone = arguments | {
             "q": arguments["q"].split(NUM_NEW)[b],
             "tiles": query_tiles([NUM_NEW[b]], [NUM_KEYS[b]]).to(device),
@@ -267,17 +265,14 @@ def test_a_sequence_gets_the_same_whatever_the_others(device: torch.device, way:
         assert torch.equal(prompt_attention(**alone), rows[b])
 
 
-@pytest.mark.parametrize("values_of", [None, 32])
-def test_strided_views(values_of: int | None, device: torch.device, way: None) -> None:
+def test_strided_views(device: torch.device, way: None) -> None:
     arguments = inputs("gqa", torch.float16, device)
-    if values_of is not None:
-        arguments["values"] = arguments["keys"][..., :24].contiguous()
     expected = prompt_attention(**arguments)
     q, both = arguments["q"], torch.cat((arguments["keys"], arguments["values"]), -1)
     strided = {
         "q": torch.cat((q, q), -1).transpose(0, 1).contiguous().transpose(0, 1)[..., :32],
         "keys": both[..., :32],
-        "values": both[..., 32:] if values_of is None else both[..., :24],
+        "values": both[..., 32:],
         "page_table": F.pad(arguments["page_table"], (0, 3))[:, :-3],
         "tiles": arguments["tiles"].T.contiguous().T,
     }
@@ -286,6 +281,12 @@ def test_strided_views(values_of: int | None, device: torch.device, way: None) -
         name: arguments[name].transpose(0, 1).contiguous().transpose(0, 1) for name in KV
     }
     assert torch.equal(prompt_attention(**(arguments | heads_first)), expected)
+
+
+def test_values_that_are_part_of_keys(device: torch.device, way: None) -> None:
+    arguments = inputs("latents", torch.float16, device)
+    arguments["values"] = arguments["keys"][..., :32]
+    assert_close(prompt_attention(**arguments), sdpa(arguments))
 
 
 def test_strides_that_boxes_cannot_take(device: torch.device) -> None:
@@ -297,7 +298,7 @@ def test_strides_that_boxes_cannot_take(device: torch.device) -> None:
 
 
 def test_large_scores(device: torch.device, way: None) -> None:
-    arguments = inputs("gqa", torch.float16, device) | {"scale": 1e3}
+    arguments = inputs("gqa", torch.float16, device) | {"scale": 1e2}
     assert_close(prompt_attention(**arguments), sdpa(arguments))
 
 
@@ -319,9 +320,17 @@ def test_no_sequences(device: torch.device) -> None:
         (16, 1, 576, 512),
     ],
 )
-@pytest.mark.parametrize("page_size", [None, 16, 64])
-@pytest.mark.parametrize("window", [None, 128, 700])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("page_size", "window", "dtype"),
+    [
+        (64, None, torch.bfloat16),
+        (64, 128, torch.bfloat16),
+        (None, 700, torch.bfloat16),
+        (64, 700, torch.float16),
+        (16, None, torch.float32),
+    ],
+    ids=str,
+)
 def test_models_shapes(
     heads: int,
     key_heads: int,
