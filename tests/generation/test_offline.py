@@ -272,6 +272,8 @@ def test_a_model_of_sliding_windows_only(tokenizer, tmp_path):
         ({"do_sample": True, "typical_p": 0.5}, False),
         ({"no_repeat_ngram_size": 2}, False),
         ({"min_new_tokens": 2}, False),
+        ({"min_length": 9}, False),
+        ({"encoder_repetition_penalty": 1.3}, False),
         ({"max_time": 5.0}, False),
         ({"cache_implementation": "static", "disable_compile": True}, False),
         ({"prompt_lookup_num_tokens": 2, "batch_size": 1}, False),
