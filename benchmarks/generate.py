@@ -1,293 +1,223 @@
-"""Tokens a second of `generate`, and the time of a prefill, beside transformers' and the roofline.
+"""`generate` of whole models beside transformers' over the same weights, and beside the roofline.
 
-    python benchmarks/generate.py [--device cpu] [--case olmoe-4-layers] [--batch 1 --batch 8]
+    python benchmarks/generate.py [--section decode prefill offline start] [--case qwen3-30b-a3b]
+                                  [--device cpu] [--time-budget SECONDS]
 
-Both implementations hold the same random weights, in the same memory: transformers' model is given
-views of moezoo's tensors. Their prefill logits are compared before anything is timed. Runs of the
-two alternate; the table gives medians, and the roofline is the bytes that a step has to read
-(experts that the batch hits, counted in a run) over the read bandwidth measured in the same run.
+Random weights; transformers' model is given views of moezoo's tensors, so both are in memory once.
+Nothing of a case is timed before its logits and greedy tokens have been compared with transformers'
+(correctness.py). decoding.py, prefilling.py, offline.py and start.py say what their sections
+measure. Read bandwidth and matmul peak, which shares are of, are measured in the same run.
+
+What fails, does not fit or finds no time left is skipped by name with the reason. Results are
+written after each case: as generate_partial_<device>.json, and once a run has gone through all the
+cases and sections that are the device's default, as generate_<device>.json instead. The run ends
+with status 1 if a comparison or a whole section has failed.
 """
 
 import argparse
-import statistics
+import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
+import correctness
+import decoding
+import offline
+import prefilling
+import start
 import torch
-from machine import describe, read_bandwidth, synchronize, write_result
+from cases import CASES, DEFAULT_CASES, TOLERANCE, in_transformers
+from machine import describe, write_result
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    DeepseekV3Config,
-    MixtralConfig,
-    OlmoeConfig,
-    PreTrainedConfig,
-    Qwen3MoeConfig,
-)
+from subject import Row, Subject, reason, release, say
 
 import moezoo
-from moezoo.assets import tiny_model
-from moezoo.causal_lm import MoECausalLM
-from moezoo.loaders.mapping import layout, parameter_infos
-from moezoo.registry import architecture
+from moezoo.tools.layer import Ceilings, measure_ceilings
 
-TINY = {
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "num_hidden_layers": 6,
-    "max_position_embeddings": 2048,
+SECTIONS: dict[str, ModuleType] = {
+    "decode": decoding,
+    "prefill": prefilling,
+    "offline": offline,
+    "start": start,
 }
+DEFAULT_SECTIONS = {"cpu": ["decode", "prefill"], "cuda": list(SECTIONS)}
+BATCH = {"cpu": [1, 8], "cuda": [1, 8, 32]}
+CONTEXT = {"cpu": [96], "cuda": [512, 2048, 8192]}
+PREFILL = {"cpu": [512], "cuda": [512, 2048, 8192, 32768]}
+REPEATS = {"cpu": 5, "cuda": 3}
+TIME_BUDGET = {"cpu": math.inf, "cuda": 225.0}
+START_SECONDS = 25.0
+"""Kept back of a case's time for the process of its section start."""
 
 
-def tiny_mixtral() -> PreTrainedConfig:
-    return MixtralConfig(
-        **TINY,
-        intermediate_size=128,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        tie_word_embeddings=True,
-    )
-
-
-def tiny_qwen3() -> PreTrainedConfig:
-    return AutoConfig.from_pretrained(tiny_model(), max_position_embeddings=2048)
-
-
-def tiny_deepseek() -> PreTrainedConfig:
-    return DeepseekV3Config(
-        **TINY,
-        intermediate_size=512,
-        moe_intermediate_size=64,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        q_lora_rank=64,
-        kv_lora_rank=64,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-        n_routed_experts=16,
-        num_experts_per_tok=4,
-        n_group=4,
-        topk_group=2,
-        first_k_dense_replace=1,
-    )
-
-
-def olmoe(num_layers: int) -> PreTrainedConfig:
-    return OlmoeConfig(intermediate_size=1024, num_hidden_layers=num_layers)
-
-
-def qwen3_30b() -> PreTrainedConfig:
-    return Qwen3MoeConfig(
-        num_hidden_layers=48,
-        num_key_value_heads=4,
-        head_dim=128,
-        norm_topk_prob=True,
-        max_position_embeddings=40960,
-    )
-
-
-CASES: dict[str, Callable[[], PreTrainedConfig]] = {
-    "tiny-mixtral": tiny_mixtral,
-    "tiny-qwen3-moe": tiny_qwen3,
-    "tiny-deepseek-v3": tiny_deepseek,
-    "olmoe-4-layers": lambda: olmoe(4),
-    "olmoe-1b-7b": lambda: olmoe(16),
-    "qwen3-30b-a3b": qwen3_30b,
-}
-DEFAULT_CASES = {
-    "cpu": ["tiny-mixtral", "tiny-qwen3-moe", "tiny-deepseek-v3", "olmoe-4-layers"],
-    "cuda": ["olmoe-1b-7b", "qwen3-30b-a3b"],
-}
-
-
-def in_transformers(model: MoECausalLM) -> nn.Module:
-    """transformers' model over the same memory: every parameter a view of one of moezoo's."""
-    # A fresh config: moezoo's names the attention and the experts that moezoo's model is given,
-    # and those that transformers chooses for its own are faster.
-    config = type(model.config).from_dict(model.config.to_dict())
-    with torch.device("meta"):
-        twin = AutoModelForCausalLM.from_config(config)
-    # The last rule of a target is the stacked layout, which transformers holds in memory.
-    rules = tuple(reversed(architecture(model.config.model_type).CHECKPOINT))
-    own = model.decoder.state_dict()
-    infos = parameter_infos(model.decoder, model.dtype)
-    views = {copy.source: own[copy.target][copy.target_index] for copy in layout(rules, infos)}
-    twin.load_state_dict(views, strict=not model.config.tie_word_embeddings, assign=True)
-    twin.tie_weights()
-    rope = type(twin.model.rotary_emb)
-    twin.model.rotary_emb = rope(config=model.config).to(model.device)
-    left = [name for name, tensor in twin.named_parameters() if tensor.is_meta]
-    assert not left, left
-    return twin.eval()
-
-
-def step_bytes(model: nn.Module, ids: torch.Tensor) -> int:
-    """Bytes of the weights that one decode step of the batch `ids` [B, T] reads.
-
-    `model` is transformers', whose decorator marks the modules that hold stacked experts.
-    """
-    layers = [module for module in model.modules() if hasattr(module, "is_transposed")]
-    stacked = {layer: sum(p.nbytes for p in layer.parameters()) for layer in layers}
-    hit = 0
-
-    def count(experts: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        nonlocal hit
-        hit += len(args[1].unique()) * stacked[experts] // experts.num_experts
-
-    with torch.inference_mode():
-        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-        hooks = [layer.register_forward_pre_hook(count) for layer in layers]
-        model(ids[:, -1:], past_key_values=cache)
-    for hook in hooks:
-        hook.remove()
-    tied = model.config.tie_word_embeddings
-    embedding = 0 if tied else model.get_input_embeddings().weight.nbytes
-    return sum(p.nbytes for p in model.parameters()) - sum(stacked.values()) - embedding + hit
-
-
-def logit_difference(model: nn.Module, twin: nn.Module, ids: torch.Tensor) -> float:
-    with torch.inference_mode():
-        ours, theirs = model(ids).logits.double(), twin(ids).logits.double()
-    return ((ours - theirs).norm() / theirs.norm()).item()
-
-
-def decode(model: nn.Module, ids: torch.Tensor, new_tokens: int) -> Callable[[], object]:
-    return lambda: model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        pad_token_id=0,
-    )
-
-
-def prefill(model: nn.Module, ids: torch.Tensor) -> Callable[[], object]:
-    @torch.inference_mode()
-    def run() -> object:
-        return model(ids, use_cache=True, logits_to_keep=1)
-
-    return run
-
-
-def alternate(
-    contenders: dict[str, Callable[[], object]], repeats: int, device: torch.device
-) -> dict[str, dict[str, float]]:
-    """Seconds of each: one run unmeasured, then `repeats` rounds in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(repeats + 1):
-        for name, run in contenders.items():
-            synchronize(device)
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {
-        name: {"median": statistics.median(runs), "min": min(runs), "max": max(runs)}
-        for name, runs in seconds.items()
-    }
-
-
-def measure(case: str, args: argparse.Namespace, bandwidth: float) -> list[dict[str, Any]]:
-    dtype = getattr(torch, args.dtype)
+def subject_of(case: str, args: argparse.Namespace, ceilings: Ceilings, deadline: float) -> Subject:
     torch.manual_seed(0)
-    model = moezoo.from_config(CASES[case](), dtype=dtype, device=args.device)
+    model = moezoo.from_config(CASES[case](), dtype=getattr(torch, args.dtype), device=args.device)
     twin = in_transformers(model)
     for contender in (model, twin):  # random weights end no text, at its length all do
         contender.generation_config.eos_token_id = None
-    device = model.device
-    vocabulary = model.config.vocab_size
-    ids = torch.randint(1, vocabulary, (1, args.prompt), device=device)
-    difference = logit_difference(model, twin, ids)
-    if not difference < args.tolerance:
-        raise SystemExit(f"{case}: logits differ from transformers' by {difference:.1e}")
-    rows = []
-    for batch in args.batch:
-        ids = torch.randint(1, vocabulary, (batch, args.prompt), device=device)
-        runs = {
-            "moezoo": decode(model, ids, args.new_tokens),
-            "transformers": decode(twin, ids, args.new_tokens),
-        }
-        tokens = batch * args.new_tokens
-        floor = step_bytes(twin, ids) / bandwidth
-        row = summary(case, "decode", alternate(runs, args.repeats, device))
-        row |= {
-            "batch": batch,
-            "prompt_tokens": args.prompt,
-            "new_tokens": args.new_tokens,
-            "tokens_per_second": {n: tokens / s["median"] for n, s in row["seconds"].items()},
-            "roofline_tokens_per_second": batch / floor,
-        }
-        rows.append(row)
-    ids = torch.randint(1, vocabulary, (1, args.prefill), device=device)
-    runs = {"moezoo": prefill(model, ids), "transformers": prefill(twin, ids)}
-    row = summary(case, "prefill", alternate(runs, args.repeats, device))
-    row |= {
-        "batch": 1,
-        "prompt_tokens": args.prefill,
-        "tokens_per_second": {n: args.prefill / s["median"] for n, s in row["seconds"].items()},
-    }
-    rows.append(row)
+    return Subject(case, args.dtype, model, twin, ceilings, deadline, args.repeats)
+
+
+def measure(
+    case: str, args: argparse.Namespace, ceilings: Ceilings, seconds: float
+) -> Iterator[Row]:
+    """A case's rows; those of the comparison first, with "failed" where nothing else follows."""
+    end = time.perf_counter() + seconds
+    sections = [name for name in SECTIONS if name in args.section]
+    inside = [name for name in sections if name != "start"]
+    begin = time.perf_counter()
+    try:
+        kept = START_SECONDS if "start" in sections else 0.0
+        subject = subject_of(case, args, ceilings, end - kept)
+        checked = correctness.check(subject)
+    except Exception as error:  # the other cases go on
+        say(f"{case}: {reason(error)}")
+        yield {"section": "correctness", "case": case, "failed": reason(error)}
+        return
+    took = time.perf_counter() - begin
+    yield {"section": "correctness", "case": case, "dtype": args.dtype, **checked, "took": took}
+    for name in inside:
+        begin = time.perf_counter()
+        try:
+            yield from SECTIONS[name].section(subject, args)
+        except Exception as error:
+            yield {"section": name, "case": case, "failed": reason(error)}
+        say(f"{case}: {name} took {time.perf_counter() - begin:.0f} s")
+    device = subject.device
+    del subject
+    release(device)
+    if "start" in sections:
+        begin = time.perf_counter()
+        yield from start.section(case, args, max(end - begin, START_SECONDS))
+        say(f"{case}: start took {time.perf_counter() - begin:.0f} s")
+
+
+def tables(rows: list[Row], title: str) -> Iterator[Table]:
+    for name, section in SECTIONS.items():
+        own = [row for row in rows if row["section"] == name]
+        if not own:
+            continue
+        shown = Table(title=f"{name}: {title}")
+        for column in section.COLUMNS:
+            shown.add_column(column, justify="right" if column else "left")
+        for row in own:
+            shown.add_row(
+                *([row["case"], row["failed"]] if "failed" in row else section.figures(row))
+            )
+        yield shown
+
+
+def skipped(rows: list[Row]) -> Iterator[str]:
+    keys = ("batch", "context", "prompt_tokens", "triton_cache")
     for row in rows:
-        row |= {"dtype": args.dtype, "logit_difference": difference}
-    return rows
+        which = ", ".join(f"{key} {row[key]}" for key in keys if key in row)
+        for name, why in row.get("skipped", {}).items():
+            yield f"{row['case']} {row['section']} ({which}): {name} skipped: {why}"
+        if "failed" in row:
+            yield f"{row['case']} {row['section']} failed: {row['failed']}"
 
 
-def summary(case: str, phase: str, seconds: dict[str, dict[str, float]]) -> dict[str, Any]:
-    ratio = seconds["transformers"]["median"] / seconds["moezoo"]["median"]
-    return {"case": case, "phase": phase, "seconds": seconds, "times_transformers": ratio}
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Options, what is not given by device."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--section", nargs="+", choices=SECTIONS, help="default: by device")
+    parser.add_argument("--case", nargs="+", choices=CASES, help="default: by device")
+    parser.add_argument("--dtype", default="bfloat16", choices=TOLERANCE)
+    parser.add_argument("--batch", type=int, nargs="+", help="rows that are decoded")
+    parser.add_argument(
+        "--context", type=int, nargs="+", help="tokens of a row at the end of decoding"
+    )
+    parser.add_argument("--new-tokens", type=int, default=64, help="steps that are timed")
+    parser.add_argument("--prefill", type=int, nargs="+", help="tokens of the prompts")
+    parser.add_argument("--prompts", type=int, help="of section offline; default 512")
+    parser.add_argument(
+        "--peer-seconds", type=float, default=15, help="for transformers' continuous batching"
+    )
+    parser.add_argument("--cold", action="store_true", help="start also with no kernel compiled")
+    parser.add_argument("--repeats", type=int)
+    parser.add_argument(
+        "--time-budget",
+        type=float,
+        metavar="SECONDS",
+        help="shared out evenly over the cases, what one leaves to those after it; "
+        "default 225 on a GPU",
+    )
+    args = parser.parse_args(arguments)
+    kind = torch.device(args.device).type
+    for option, default in (
+        ("section", DEFAULT_SECTIONS),
+        ("case", DEFAULT_CASES),
+        ("batch", BATCH),
+        ("context", CONTEXT),
+        ("prefill", PREFILL),
+        ("repeats", REPEATS),
+        ("time_budget", TIME_BUDGET),
+    ):
+        if getattr(args, option) is None:
+            setattr(args, option, default[kind])
+    if "decode" in args.section:
+        lead = decoding.LEAD if kind == "cuda" else 0
+        if args.new_tokens < decoding.COUNTED_STEPS:
+            parser.error(f"--new-tokens must be at least {decoding.COUNTED_STEPS}")
+        if min(args.context) <= args.new_tokens + lead:
+            parser.error(f"--context must be more than --new-tokens and {lead}")
+    return args
 
 
-def table(rows: list[dict[str, Any]], title: str) -> Table:
-    shown = Table(title=title)
-    for column in ("", "batch", "moezoo tok/s", "transformers tok/s", "ratio", "of roofline"):
-        shown.add_column(column, justify="right" if column else "left")
-    for row in rows:
-        speed = row["tokens_per_second"]
-        roofline = row.get("roofline_tokens_per_second")
-        shown.add_row(
-            f"{row['case']} {row['phase']} {row['dtype']}",
-            str(row["batch"]),
-            f"{speed['moezoo']:.1f}",
-            f"{speed['transformers']:.1f}",
-            f"{row['times_transformers']:.2f}",
-            f"{speed['moezoo'] / roofline:.0%}" if roofline else "",
-        )
-    return shown
+def is_whole(args: argparse.Namespace) -> bool:
+    """Whether nothing was left out that the device's default has."""
+    kind = torch.device(args.device).type
+    defaults = (
+        (args.section, DEFAULT_SECTIONS),
+        (args.case, DEFAULT_CASES),
+        (args.batch, BATCH),
+        (args.context, CONTEXT),
+        (args.prefill, PREFILL),
+    )
+    enough = args.prompts is None or args.prompts >= offline.PROMPTS[kind]
+    return enough and all(set(given) >= set(default[kind]) for given, default in defaults)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--case", action="append", choices=CASES, help="default: by device")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--batch", type=int, action="append", help="default: 1 and 8")
-    parser.add_argument("--prompt", type=int, default=32, help="prompt tokens before decoding")
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--prefill", type=int, default=512, help="tokens of the prefill")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tolerance", type=float, default=3e-2, help="relative, of the logits")
-    args = parser.parse_args()
-    args.batch = args.batch or [1, 8]
-    bandwidth = read_bandwidth(args.device)
-    rows: list[dict[str, Any]] = []
-    for case in args.case or DEFAULT_CASES[torch.device(args.device).type]:
-        rows += measure(case, args, bandwidth)
-    device = describe(args.device)["device"]
-    Console().print(table(rows, f"{device}, {bandwidth / 1e9:.0f} GB/s read"))
-    path = write_result(
-        "generate",
-        args.device,
-        {"read_bytes_per_second": bandwidth, "repeats": args.repeats, "rows": rows},
+    args = parsed()
+    begin = time.perf_counter()
+    device = torch.device(args.device)
+    ceilings = measure_ceilings(device, getattr(torch, args.dtype))
+    release(device)
+    content: dict[str, Any] = {
+        "read_bytes_per_second": ceilings.read_bytes_per_second,
+        "matmul_flop_per_second": ceilings.flop_per_second,
+        "repeats": args.repeats,
+        "time_budget": args.time_budget if math.isfinite(args.time_budget) else None,
+    }
+    rows: list[Row] = []
+    for done, case in enumerate(args.case):
+        left = args.time_budget - (time.perf_counter() - begin)
+        for row in measure(case, args, ceilings, left / (len(args.case) - done)):
+            rows.append(row)
+            content |= {"seconds": time.perf_counter() - begin, "rows": rows}
+            path = write_result("generate_partial", device, content)
+        say(f"{case} done after {time.perf_counter() - begin:.0f} s")
+    if is_whole(args):
+        path.unlink()
+        path = write_result("generate", device, content)
+    title = (
+        f"{describe(device)['device']}, {args.dtype}, "
+        f"{ceilings.read_bytes_per_second / 1e9:,.0f} GB/s read, "
+        f"{ceilings.flop_per_second / 1e12:.3g} TFLOP/s"
     )
-    print(f"written to {path}")
+    console = Console(width=150)
+    for shown in tables(rows, title):
+        console.print(shown)
+    print("\n".join(skipped(rows)))
+    print(f"written to {path} after {time.perf_counter() - begin:.0f} s")
+    if any("failed" in row for row in rows):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

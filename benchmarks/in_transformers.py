@@ -28,10 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from generate import CASES, decode, in_transformers, prefill, step_bytes
+from cases import CASES, TOLERANCE, in_transformers
 from machine import describe, read_bandwidth, synchronize, write_result
 from rich.console import Console
 from rich.table import Table
+from subject import forward, greedy
 from torch import Tensor, nn
 from transformers import StaticCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -49,9 +50,6 @@ CONTENDERS = {
 KEPT = "grouped_mm_kept"
 IMPLEMENTATION = {"default": "grouped_mm", "grouped_mm": KEPT}
 """What is set in transformers, where it is not the contender's name."""
-# Relative, of the logits. In 16 bits, near ties in the routers go either way, in every layer;
-# experts that are computed wrongly are off by about 1.
-TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.1}
 WARM_UP = 3
 
 Run = Callable[[], object]
@@ -69,6 +67,30 @@ def use(model: nn.Module, contender: str) -> None:
 def last_logits(model: nn.Module, ids: Tensor) -> Tensor:
     """[B, V], of the tokens after `ids` [B, T]."""
     return model(ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+
+
+def step_bytes(model: nn.Module, ids: Tensor) -> int:
+    """Bytes of the weights that one decode step of the batch `ids` [B, T] reads.
+
+    `model` is transformers', whose decorator marks the modules that hold stacked experts.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "is_transposed")]
+    stacked = {layer: sum(p.nbytes for p in layer.parameters()) for layer in layers}
+    hit = 0
+
+    def count(experts: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal hit
+        hit += len(args[1].unique()) * stacked[experts] // experts.num_experts
+
+    with torch.inference_mode():
+        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        hooks = [layer.register_forward_pre_hook(count) for layer in layers]
+        model(ids[:, -1:], past_key_values=cache)
+    for hook in hooks:
+        hook.remove()
+    tied = model.config.tie_word_embeddings
+    embedding = 0 if tied else model.get_input_embeddings().weight.nbytes
+    return sum(p.nbytes for p in model.parameters()) - sum(stacked.values()) - embedding + hit
 
 
 class Check:
@@ -147,15 +169,15 @@ def steps(
 
 def prompt(model: nn.Module, ids: Tensor, check: Check) -> Run:
     check(last_logits(model, ids))
-    run = prefill(model, ids)
+    run = forward(model, ids)
     run()
     return run
 
 
 def generation(model: nn.Module, ids: Tensor, check: Check, args: argparse.Namespace) -> Run:
     check(last_logits(model, ids))
-    decode(model, ids, 2)()
-    return decode(model, ids, args.new_tokens)
+    greedy(model, ids, 2)()
+    return greedy(model, ids, args.new_tokens)
 
 
 def timings(run: Run, device: torch.device, args: argparse.Namespace) -> dict[str, float]:

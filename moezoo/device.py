@@ -30,7 +30,7 @@ def device_of(device: torch.device | str | None) -> torch.device:
 
 
 def runs_kernels(*tensors: torch.Tensor) -> bool:
-    """Whether kernels take them: on CUDA, but not for a compiler or a gradient, which look inside."""
+    """Whether kernels take them: on CUDA, and neither a compiler nor a gradient looks inside."""
     if not tensors[0].is_cuda or torch.compiler.is_compiling():
         return False
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))

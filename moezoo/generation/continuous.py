@@ -14,8 +14,9 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from moezoo.generation.engine import Chunk, Engine, batch_size
+from moezoo.generation.engine import Engine, batch_size
 from moezoo.generation.pages import PAGE_SIZE, Allocation, PageAllocator
+from moezoo.generation.prompts import Chunk
 from moezoo.generation.sampling import Sampler
 
 MIN_CHUNK = 256

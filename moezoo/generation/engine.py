@@ -8,20 +8,20 @@ Legend: R rows, B rows of a step, T tokens, V vocabulary, P pages of a row.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moezoo.device import runs_kernels
 from moezoo.generation.paged import (
     DecodeContext,
     PagedCache,
-    PromptContext,
     Window,
+    attentions,
     ring_pages,
     slots_of,
     to_device,
@@ -29,6 +29,16 @@ from moezoo.generation.paged import (
     windows,
 )
 from moezoo.generation.pages import PAGE_SIZE, num_pages
+from moezoo.generation.prompts import (
+    Chunk,
+    PromptContext,
+    PromptInputs,
+    Sizes,
+    key_places,
+    packed,
+    slots_of_rows,
+    torch_context,
+)
 from moezoo.generation.sampling import Sampler
 from moezoo.layers.attention import CausalMask, DenseContext
 from moezoo.layers.decoder import Decoder
@@ -39,24 +49,14 @@ BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 
 CHUNK_TOKENS = 8192
 """Prompt tokens in one forward pass."""
 
+GRAPH_TOKENS = 2048
+"""Prompt tokens of a forward pass up to which it becomes a CUDA graph."""
+
 KEPT_BYTES = 4 * 2**30
 """The largest KV cache that is kept between two calls of `model.generate`."""
 
 CPU_CACHE_BYTES = 4 * 2**30
 """The largest KV cache on a CPU by default."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens of a row's prompt, of which `start` tokens are in the cache already."""
-
-    row: int
-    tokens: Sequence[int]
-    start: int = 0
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.tokens)
 
 
 class Engine:
@@ -102,7 +102,10 @@ class Engine:
         self.captures = self.device.type == "cuda" and capturable(decoder)
         self.greedy = Sampler.greedy(num_rows, self.device)
         self._graphs: dict[tuple[int, Sampler | None], tuple[Any, Tensor]] = {}
+        self._prompt_graphs: dict[Sizes, tuple[Tensor, Any, Tensor] | None] = {}
+        """None for a size that was seen once."""
         self._pool: Any = None
+        self._unfolds = any(len(layer.cache_shapes) == 1 for layer in attentions(decoder))
 
     def assign(self, row: int, pages: Sequence[int]) -> None:
         """Give a row its pages."""
@@ -111,38 +114,66 @@ class Engine:
 
     @torch.inference_mode()
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Put the chunks' tokens into the cache; the logits [len(chunks), V] of each one's last."""
-        num_new = [len(chunk.tokens) for chunk in chunks]
-        tokens = torch.tensor(list(itertools.chain.from_iterable(c.tokens for c in chunks)))
-        positions = torch.cat([torch.arange(chunk.start, chunk.end) for chunk in chunks])
-        rows = torch.tensor([chunk.row for chunk in chunks]).repeat_interleave(
-            torch.tensor(num_new)
-        )
-        tokens, positions, rows = (to_device(x, self.device) for x in (tokens, positions, rows))
-        slots, seen = {}, {}
-        for window, table in self.tables.items():
-            slots[window] = _slots(table, rows, positions)
-            firsts = [0 if window is None else max(0, c.start - window + 1) for c in chunks]
-            lengths = [chunk.end - first for chunk, first in zip(chunks, firsts, strict=True)]
-            if lengths == num_new:
-                seen[window] = slots[window], lengths
-                continue
-            key_positions = torch.cat(
-                [torch.arange(first, c.end) for first, c in zip(firsts, chunks, strict=True)]
-            )
-            key_rows = torch.tensor([c.row for c in chunks]).repeat_interleave(
-                torch.tensor(lengths)
-            )
-            seen[window] = (
-                _slots(table, *(to_device(x, self.device) for x in (key_rows, key_positions))),
-                lengths,
-            )
+        """Put the chunks' tokens into the cache; the logits [len(chunks), V] of each one's last.
+
+        On a GPU a pass of few tokens is a CUDA graph from the second of its size on, since it takes
+        longer to launch its kernels than to run them.
+        """
+        if not runs_kernels(self.decoder.embed.weight):
+            return self._prefill_in_torch(chunks)
+        exact = Sizes.of(chunks)
+        fresh = all(chunk.start == 0 for chunk in chunks)
+        if self.captures and exact.tokens <= GRAPH_TOKENS and (fresh or not self._unfolds):
+            sizes = exact.rounded()
+            if sizes in self._prompt_graphs:
+                logits = self._replay_prefill(packed(chunks, sizes), sizes)
+                return logits[: len(chunks)].clone()
+            self._prompt_graphs[sizes] = None
+        inputs = PromptInputs.views(to_device(packed(chunks, exact), self.device), exact)
+        keys = None
+        if self._unfolds and not fresh:
+            rows, positions = to_device(key_places(chunks), self.device)
+            keys = slots_of_rows(self.tables[None], rows, positions)
+        return self._prefill(inputs, max(len(chunk.tokens) for chunk in chunks), keys)
+
+    def _prefill(self, inputs: PromptInputs, longest: int, key_slots: Tensor | None) -> Tensor:
+        """`longest` bounds a chunk's tokens; no `key_slots`: the chunks see their own keys only."""
+        slots = {
+            window: slots_of_rows(table, inputs.rows, inputs.positions)
+            for window, table in self.tables.items()
+        }
         context = PromptContext(
-            self.decoder.rotation(positions[None]), self.cache, slots, num_new, seen
+            self.decoder.rotation(inputs.positions[None]),
+            self.cache,
+            slots,
+            num_queries=longest,
+            tiles=inputs.tiles,
+            tables=self.tables,
+            packed_slots=slots[None].clamp(min=0) if key_slots is None else key_slots,
         )
-        hidden = self.decoder(self.decoder.embed(tokens[None]), context)[0]
-        last = torch.tensor(list(itertools.accumulate(num_new))) - 1
-        return self.decoder.logits(hidden[to_device(last, self.device)])
+        hidden = self.decoder(self.decoder.embed(inputs.tokens[None]), context)[0]
+        return self.decoder.logits(hidden[inputs.last])
+
+    def _replay_prefill(self, packed_chunks: Tensor, sizes: Sizes) -> Tensor:
+        recorded = self._prompt_graphs[sizes]
+        if recorded is None:
+            memory = torch.zeros(sizes.numbers, dtype=torch.int32, device=self.device)
+            inputs = PromptInputs.views(memory, sizes)
+            graph, logits = self._record(lambda: self._prefill(inputs, sizes.tokens, None))
+            recorded = self._prompt_graphs[sizes] = memory, graph, logits
+        memory, graph, logits = recorded
+        memory.copy_(packed_chunks.pin_memory(), non_blocking=True)
+        graph.replay()
+        return logits
+
+    def _prefill_in_torch(self, chunks: Sequence[Chunk]) -> Tensor:
+        positions = torch.cat([torch.arange(chunk.start, chunk.end) for chunk in chunks])
+        tokens = torch.tensor(list(itertools.chain.from_iterable(c.tokens for c in chunks)))
+        last = torch.tensor(list(itertools.accumulate(len(chunk.tokens) for chunk in chunks))) - 1
+        rotation = self.decoder.rotation(positions[None].to(self.device))
+        context = torch_context(chunks, rotation, self.cache, self.tables)
+        hidden = self.decoder(self.decoder.embed(tokens[None].to(self.device)), context)[0]
+        return self.decoder.logits(hidden[last.to(self.device)])
 
     def prefill_all(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """`prefill` of a whole prompt in each of the rows 0, 1, ..: the logits of their ends."""
@@ -226,14 +257,19 @@ class Engine:
     def _capture(self, batch: int, sampler: Sampler | None) -> tuple[Any, Tensor]:
         state = [self.ids, self.lengths, *([] if sampler is None else sampler.state())]
         before = [x.clone() for x in state]
-        self._step(batch, sampler)  # compiles kernels, which a capture must not
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._step(batch, sampler)
-        self._pool = graph.pool()
+        recorded = self._record(lambda: self._step(batch, sampler))
         for x, old in zip(state, before, strict=True):
             x.copy_(old)
-        return graph, logits
+        return recorded
+
+    def _record(self, run: Callable[[], Tensor]) -> tuple[Any, Tensor]:
+        """A CUDA graph of `run`, and the memory where it leaves its result."""
+        run()  # compiles kernels, which a capture must not
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = run()
+        self._pool = graph.pool()
+        return graph, result
 
 
 class EngineKeeper:
@@ -300,11 +336,6 @@ def supports(decoder: Decoder) -> bool:
     """Whether an `Engine` can run it: one device, and a rotation that ignores the length."""
     devices = {parameter.device for parameter in decoder.parameters()}
     return len(devices) == 1 and decoder.rope.kind not in ("dynamic", "longrope")
-
-
-def _slots(table: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-    """int64 [T]: where the tokens at `positions` of `rows`, both int64 [T], are."""
-    return table[rows, positions // PAGE_SIZE].long() * PAGE_SIZE + positions % PAGE_SIZE
 
 
 def rows_and_pages_that_fit(

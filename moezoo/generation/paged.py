@@ -1,4 +1,4 @@
-"""A KV cache in pages, and the two ways in which attention uses it: prompts, and steps of decoding.
+"""A KV cache in pages, and how attention uses it in steps of decoding; `prompts` has the other way.
 
 Sequences lie one behind another, without padding: B is 1 in every [B, T, ..] of the layers. The
 slot page * PAGE_SIZE + offset of a layer's tensors holds one token. Layers with a sliding window
@@ -9,16 +9,12 @@ Legend: T new tokens, S keys (cached and new), R rows, P pages of a row, Hq quer
 heads, D head width, C latent width, R rotated width (in C + R).
 """
 
-import inspect
-import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 from moezoo.device import runs_kernels
 from moezoo.generation.pages import PAGE_SIZE, num_pages
@@ -82,7 +78,7 @@ class PagedCache:
         return sum(x.nbytes for layer in self.layers for x in layer if x is not None)
 
 
-class _PagedContext:
+class PagedContext:
     """What prompts and steps have in common: how keys get into the pages."""
 
     rotation: Rotation
@@ -144,7 +140,7 @@ class _PagedContext:
 
 
 @dataclass(frozen=True)
-class DecodeContext(_PagedContext):
+class DecodeContext(PagedContext):
     """One new token for each of T rows.
 
     tables[window] is int32 [T, P], the pages of each row; lengths int32 [T] counts its tokens, the
@@ -208,102 +204,9 @@ class DecodeContext(_PagedContext):
         return found
 
 
-@dataclass(frozen=True)
-class PromptContext(_PagedContext):
-    """Chunks of prompts, T tokens of all of them together.
-
-    seen[window] has for each layer with that window the slots of all keys, int64 [S], and how many
-    each sequence has; `num_new` says of how many a sequence's new tokens are.
-    """
-
-    rotation: Rotation
-    cache: PagedCache
-    slots: dict[Window, Tensor]
-    num_new: list[int]
-    seen: dict[Window, tuple[Tensor, list[int]]]
-
-    @property
-    def num_queries(self) -> int:
-        return max(self.num_new)
-
-    def latents(self, keys: Keys) -> Tensor:
-        slots, _ = self.seen[None]
-        return keys.keys[slots].transpose(0, 1)
-
-    def attend(
-        self,
-        q: Tensor,
-        keys: Keys,
-        *,
-        window: int | None = None,
-        scale: float,
-        value_dim: int | None = None,
-    ) -> Tensor:
-        slots, _ = self.seen[window]
-        k = keys.keys[slots]
-        v = k[..., :value_dim] if keys.values is None else keys.values[slots]
-        return self._attend(q, k, v, window, scale)
-
-    def attend_to(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-        return self._attend(q, k[0].transpose(0, 1), v[0].transpose(0, 1), None, scale)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float) -> Tensor:
-        """q [1, T, Hq, D], k [S, Hk, D], v [S, Hk, Dv] -> [1, T, Hq, Dv]."""
-        if _in_flash_attention(q):
-            return self._flash(q[0], k, v, window, scale)[None]
-        attended = []
-        lengths = self.seen[window][1]
-        for one_q, one_k, one_v in zip(
-            q[0].split(self.num_new), k.split(lengths), v.split(lengths), strict=True
-        ):
-            mask = CausalMask(len(one_k) - len(one_q), len(one_q), q.device)
-            out = attend(
-                *(_heads_first(one_q), _heads_first(one_k), _heads_first(one_v)),
-                mask,
-                window=window,
-                scale=scale,
-            )
-            attended.append(out[0].transpose(0, 1))
-        return torch.cat(attended)[None]
-
-    def _flash(self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float) -> Tensor:
-        ends, longest = self._ends[window]
-        new_ends, _ = self._new_ends
-        attend_flash: Any = varlen_attn
-        out: torch.Tensor = attend_flash(
-            q,
-            k,
-            F.pad(v, (0, k.shape[-1] - v.shape[-1])),
-            new_ends,
-            ends,
-            self.num_queries,
-            longest,
-            scale=scale,
-            window_size=(-1 if window is None else window - 1, 0),
-            **_GROUPED,
-        )
-        return out[..., : v.shape[-1]]
-
-    @cached_property
-    def _new_ends(self) -> tuple[Tensor, int]:
-        return _ends(self.num_new, self.slots[next(iter(self.slots))].device)
-
-    @cached_property
-    def _ends(self) -> dict[Window, tuple[Tensor, int]]:
-        return {
-            window: _ends(lengths, slots.device) for window, (slots, lengths) in self.seen.items()
-        }
-
-
 def slots_of(table: Tensor, positions: Tensor) -> Tensor:
     """The slots, int64 [R, n], of positions [R, n] of rows whose pages are table [R, P]."""
     return table.long().gather(1, positions // PAGE_SIZE) * PAGE_SIZE + positions % PAGE_SIZE
-
-
-def _ends(lengths: list[int], device: torch.device) -> tuple[Tensor, int]:
-    """Where each of several sequences begins, and where the last ends, int32; and the longest."""
-    starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    return to_device(starts, device), max(lengths)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -311,16 +214,3 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    """[S, heads, D] -> [1, heads, S, D]."""
-    return x.transpose(0, 1)[None]
-
-
-def _in_flash_attention(q: Tensor) -> bool:
-    return q.is_cuda and q.element_size() == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-
-
-_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-"""torch 2.11 takes fewer key heads than query heads as they come, later ones want to be told."""

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moezoo.layers.linear import FusedLinear, Linear
-from moezoo.layers.norm import RMSNorm
+from moezoo.layers.norm import NormOfSum, RMSNorm, normed
 from moezoo.layers.rope import Rotation, rotate_half
 
 
@@ -272,9 +272,13 @@ class GroupedQueryAttention(nn.Module):
         """What a cache keeps of a token: keys and values, each [heads, width]."""
         return ((self.num_kv_heads, self.head_dim),) * 2
 
-    def forward(self, x: torch.Tensor, context: Context, layer_idx: int) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor | NormOfSum, context: Context, layer_idx: int
+    ) -> torch.Tensor:
         """x [B, T, H] -> [B, T, H]; keys and values go to the cache under `layer_idx`."""
-        q, keys = context.append_heads(self, self.qkv(x), layer_idx)
+        # What replaces `qkv`, as adapters do, gets a tensor.
+        qkv = self.qkv(x if isinstance(self.qkv, FusedLinear) else normed(x))
+        q, keys = context.append_heads(self, qkv, layer_idx)
         return self.o(context.attend(q, keys, window=self.window, scale=self.scale).flatten(2))
 
     def heads(

@@ -33,11 +33,13 @@ class DecoderLayer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The stream x [B, T, H] and what is still to be added to it -> the same two after it.
 
-        Each sum is made together with the norm that follows.
+        Each sum is made together with the norm that follows, at the latest by the layer it is for.
         """
-        normed, x = self.attn_norm.add(x, update)
-        normed, x = self.mlp_norm.add(x, self.attn(normed, context, layer_idx))
-        return x, self.mlp(normed)
+        normed = self.attn_norm.of_sum(x, update)
+        update = self.attn(normed, context, layer_idx)
+        normed = self.mlp_norm.of_sum(normed.sum, update)
+        update = self.mlp(normed)
+        return normed.sum, update
 
 
 class Decoder(nn.Module):

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moezoo.device import runs_kernels
+from moezoo.layers.norm import NormOfSum
 
 ONEDNN_DTYPES = tuple(
     dtype
@@ -30,6 +31,9 @@ FP32_ROWS = 4
 
 FEW_ROWS = 8
 """Up to this many rows on CUDA a kernel reads the weights faster than cuBLAS does."""
+
+NORM_ROWS = 2
+"""Up to this many rows that kernel computes the norm of x as well, faster than another launch."""
 
 FP32_BLOCK = 2**20
 """Weights widened at a time: 4 MB, which caches hold. New memory would cost more than the product.
@@ -133,6 +137,18 @@ class FusedLinear(Linear):
     def __init__(self, in_features: int, part_sizes: tuple[int, ...], bias: bool = False) -> None:
         super().__init__(in_features, sum(part_sizes), bias=bias)
         self.part_sizes = part_sizes
+
+    def forward(self, x: torch.Tensor | NormOfSum) -> torch.Tensor:
+        if not isinstance(x, NormOfSum):
+            return super().forward(x)
+        arguments = x.kernel_arguments(NORM_ROWS, self.weight)
+        if arguments is None:
+            return super().forward(x.normed)
+        from moezoo.layers.kernels.few_rows import add_norm_linear
+
+        y, total = add_norm_linear(weight=self.weight, bias=self.bias, **arguments)
+        x.store(total)
+        return y.view(*x.sum.shape[:-1], -1)
 
     def parts(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[.., in_features] -> one [.., size] a part, views of one product."""

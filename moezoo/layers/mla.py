@@ -12,7 +12,7 @@ from torch import nn
 
 from moezoo.layers.attention import Context, Keys
 from moezoo.layers.linear import FusedLinear, Linear
-from moezoo.layers.norm import RMSNorm
+from moezoo.layers.norm import NormOfSum, RMSNorm, normed
 from moezoo.layers.rope import Rotation
 
 
@@ -88,8 +88,11 @@ class MultiHeadLatentAttention(nn.Module):
         extra = 2 * latent_dim - nope_dim - v_dim
         self.absorb_below = latent_dim * (nope_dim + v_dim) / extra if extra > 0 else math.inf
 
-    def forward(self, x: torch.Tensor, context: Context, layer_idx: int) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor | NormOfSum, context: Context, layer_idx: int
+    ) -> torch.Tensor:
         """x [B, T, H] -> [B, T, H]; latents and rotated keys go to the cache, C + R a token."""
+        x = normed(x)
         q = self.q(x).unflatten(-1, (self.num_heads, -1))
         q, keys = context.append_latents(self, q, self.kv_a(x), layer_idx)
         if context.num_queries < self.absorb_below:

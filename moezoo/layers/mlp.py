@@ -6,6 +6,7 @@ from torch import nn
 from moezoo.device import runs_kernels
 from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.moe import ACTIVATIONS
+from moezoo.layers.norm import NormOfSum, normed
 
 
 class GatedMLP(nn.Module):
@@ -19,7 +20,8 @@ class GatedMLP(nn.Module):
         self.down = Linear(intermediate_size, hidden_size, bias=bias)
         self.activation = activation
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | NormOfSum) -> torch.Tensor:
+        x = normed(x)
         gate_up = self.gate_up(x)
         if runs_kernels(gate_up):
             from moezoo.layers.kernels.gated import gate
@@ -37,5 +39,6 @@ class SigmoidGatedMLP(GatedMLP):
         super().__init__(hidden_size, intermediate_size, activation=activation)
         self.gate = Linear(hidden_size, 1, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | NormOfSum) -> torch.Tensor:
+        x = normed(x)
         return torch.sigmoid(self.gate(x)) * super().forward(x)

@@ -1,5 +1,7 @@
 """Root-mean-square normalisation (Zhang and Sennrich, 2019)."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -45,3 +47,61 @@ class RMSNorm(nn.Module):
         if update is not None:
             x = x + update
         return self(x), x
+
+    def of_sum(self, x: torch.Tensor, update: torch.Tensor | None) -> "NormOfSum":
+        """What `add` computes, once somebody asks for it."""
+        return NormOfSum(self, x, update)
+
+
+class NormOfSum:
+    """norm(x + update) and x + update, [.., dim], computed when first asked for.
+
+    A layer that begins with a product of few tokens on CUDA lets the product's kernel compute them
+    (`kernel_arguments`, `store`): in a decode step a launch costs more. Others take `normed`.
+    """
+
+    def __init__(self, norm: RMSNorm, x: torch.Tensor, update: torch.Tensor | None) -> None:
+        self._norm = norm
+        self._x = x
+        self._update = update
+        self._normed: torch.Tensor | None = None
+
+    @property
+    def normed(self) -> torch.Tensor:
+        if self._normed is None:
+            self._normed, self._x = self._norm.add(self._x, self._update)
+            self._update = None
+        return self._normed
+
+    @property
+    def sum(self) -> torch.Tensor:
+        if self._update is not None:
+            self._x, self._update = self._x + self._update, None
+        return self._x
+
+    def kernel_arguments(self, max_tokens: int, weight: torch.Tensor) -> dict[str, Any] | None:
+        """For a kernel that multiplies up to max_tokens tokens by `weight`; None if none runs."""
+        tensors = [self._x, self._norm.weight, weight]
+        if self._update is not None:
+            tensors.append(self._update)
+        if self._normed is not None or self._x.numel() > max_tokens * self._norm.dim:
+            return None
+        if not runs_kernels(*tensors):
+            return None
+        return {
+            "x": self._x.reshape(-1, self._norm.dim),
+            "update": None if self._update is None else self._update.reshape(-1, self._norm.dim),
+            "norm_weight": self._norm.weight,
+            "eps": self._norm.eps,
+        }
+
+    def store(self, total: torch.Tensor, normed: torch.Tensor | None = None) -> None:
+        """Keep what a kernel computed, rows [T, dim]."""
+        shape = self._x.shape
+        self._x, self._update = total.view(shape), None
+        self._normed = None if normed is None else normed.view(shape)
+
+
+def normed(x: torch.Tensor | NormOfSum) -> torch.Tensor:
+    """For layers that take either: a tensor as it is, or the norm that is due."""
+    return x.normed if isinstance(x, NormOfSum) else x

@@ -101,7 +101,17 @@ def plan(
     room = shared // per_sm - 4096 - block_heads * key_width * itemsize
     buffers = max(1, min(4, room // (block_keys * row_bytes)))
     programs = batch * num_key_heads * triton.cdiv(groups, block_heads)
-    num_splits = min(per_sm * multiprocessors(q.device) // programs, max_keys // (2 * block_keys))
+    num_splits = per_sm * multiprocessors(q.device) // programs  # that run at once
+    if per_sm == 2 and programs > 16:
+        # Half of them: one a multiprocessor. Measured on an H100 with a page table of 16384
+        # keys, us with all of them and with half, at lengths of 512, 2048 and 8192:
+        #     32 programs (Qwen3-MoE, B 8)   9.1 and 7.7, 19.8 and 18.0, 55.8 and 53.9
+        #     128 programs (its B 32)        19.7 and 16.3, 55.7 and 51.9, 188.4 and 185.6
+        #     128 programs (OLMoE, B 8)      17.3 and 15.3, 52.4 and 49.9
+        # With fewer programs half was better once in three lengths: 16 (OLMoE, B 1) took 30.2 and
+        # 29.6 at 8192, 4 (Qwen3-MoE, B 1) 7.3 and 6.4 at 2048.
+        num_splits = triton.cdiv(num_splits, 2)
+    num_splits = min(num_splits, max_keys // (2 * block_keys))
     return Plan(
         block_heads=block_heads,
         block_keys=block_keys,

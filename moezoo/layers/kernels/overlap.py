@@ -37,19 +37,6 @@ def start_next(OVERLAP: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
-@triton.jit
-def prefetch(pointers):
-    """Ask for the 128 bytes around each of the pointers, to lie in L2 when they are loaded."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 @cache
 def launch_options(device: torch.device) -> dict[str, Any]:
     """What a launch of a kernel that calls `wait` takes on `device`."""

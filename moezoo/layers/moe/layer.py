@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from moezoo.device import runs_kernels
 from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.moe.experts import fused_experts
+from moezoo.layers.norm import NormOfSum, normed
+
+NORM_TOKENS = 8
+"""For up to this many tokens the router's kernel computes the norm of x as well."""
 
 Route = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -89,21 +93,35 @@ class FusedMoE(nn.Module):
         for parameter in (self.gate, self.w13, self.w2):
             nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | NormOfSum) -> Tensor:
         """x [..., H] -> [..., H] of the same dtype."""
+        logits = self.router_logits(x)
+        x = normed(x)
         tokens = x.reshape(-1, x.shape[-1])
-        topk_weights, topk_ids = self.route(self.router_logits(tokens))
+        topk_weights, topk_ids = self.route(logits)
         y = self.experts(tokens, topk_weights, topk_ids)
         if self.shared is not None:
             y = y + self.shared(tokens)
         return y.view(x.shape)
 
-    def router_logits(self, x: Tensor) -> Tensor:
-        """x [T, H] -> [T, E] fp32, computed in fp32: 16-bit logits would swap close experts."""
-        if runs_kernels(x, self.gate):
-            from moezoo.layers.kernels.router_logits import router_logits
+    def router_logits(self, x: Tensor | NormOfSum) -> Tensor:
+        """x [.., H] -> [T, E] fp32, computed in fp32: 16-bit logits would swap close experts."""
+        if isinstance(x, NormOfSum):
+            arguments = x.kernel_arguments(NORM_TOKENS, self.gate)
+            if arguments is not None:
+                from moezoo.layers.kernels.router_logits import add_norm_router_logits
 
-            return router_logits(x, self.gate)
+                logits, rows, total = add_norm_router_logits(gate=self.gate, **arguments)
+                x.store(total, rows)
+                return logits
+            x = x.normed
+        x = x.reshape(-1, x.shape[-1])
+        if runs_kernels(x, self.gate):
+            from moezoo.layers.kernels.router_logits import FEW_TOKENS, router_logits
+
+            if len(x) <= FEW_TOKENS:
+                return router_logits(x, self.gate)
+            return torch.mm(x, self.gate.T, out_dtype=torch.float32)
         return F.linear(x.float(), self.gate.float())
 
     def experts(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:

@@ -241,7 +241,11 @@ def test_unused_rows_alone(device: torch.device, splits: None) -> None:
         (128, 1, 576, 512),
     ],
 )
-@pytest.mark.parametrize("lengths", [(8192, 500, 0, 3001), (1, 64, 65, 700) * 16], ids=["4", "64"])
+@pytest.mark.parametrize(
+    "lengths",
+    [(8192, 500, 0, 3001), (8192,) * 8, (1, 64, 65, 700) * 16],
+    ids=["4", "8_long", "64"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_models_shapes(
     heads: int,
@@ -275,6 +279,29 @@ def test_models_shapes(
     out = decode_attention(**arguments)
     assert_close(out, decode_attention_ref(**arguments))
     assert torch.equal(out, decode_attention(**arguments))
+
+
+@pytest.mark.gpu
+def test_cache_of_more_numbers_than_int32_counts(splits: None) -> None:
+    device = torch.device("cuda")
+    num_slots = 2**20 + 256
+    cache = torch.empty(num_slots, 16, 128, device=device, dtype=torch.float16)
+    used = cache[-256:]
+    used.copy_(torch.randn(used.shape, generator=torch.Generator().manual_seed(0)))
+    table = torch.tensor([[2, 0], [3, 1]], dtype=torch.int32, device=device)
+
+    def attended(cache: Tensor, first_slot: int) -> Tensor:
+        return decode_attention(
+            used[:2, :8],
+            cache[:, :8],
+            cache[:, 8:],
+            table + first_slot // 64,
+            torch.tensor([128, 100], dtype=torch.int32, device=device),
+            page_size=64,
+            scale=0.1,
+        )
+
+    assert torch.equal(attended(cache, num_slots - 256), attended(used, 0))
 
 
 @pytest.mark.gpu

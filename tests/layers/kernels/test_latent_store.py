@@ -97,6 +97,18 @@ def test_other_slots_stay_as_they_are(device: torch.device) -> None:
     assert torch.equal(cache[others.to(device)], arguments["cache"][others.to(device)])
 
 
+@pytest.mark.gpu
+def test_cache_of_more_numbers_than_int32_counts() -> None:
+    device = torch.device("cuda")
+    arguments = inputs((5, 3, 40, 12, 20), torch.float16, device)
+    expected, _ = results(latent_store, arguments)
+    cache = torch.empty(2**20 + 8, 1, 2048, device=device, dtype=torch.float16)[..., :52]
+    slots = torch.where(arguments["slots"] < 0, -1, arguments["slots"] + 2**20).int()
+    latent_store(**(arguments | {"slots": slots, "cache": cache}))
+    stored = arguments["slots"][arguments["slots"] >= 0]
+    assert_close(cache[2**20 :][stored], expected[stored])
+
+
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_in_place(interleaved: bool, dtype: torch.dtype, device: torch.device) -> None:
     arguments = inputs((5, 40, 40, 64, 20), dtype, device) | {"interleaved": interleaved}

@@ -136,6 +136,23 @@ def test_strides_and_types(device: torch.device) -> None:
     assert_close(cache[:, :, 1], expected[2])
 
 
+@pytest.mark.gpu
+def test_cache_of_more_numbers_than_int32_counts() -> None:
+    device = torch.device("cuda")
+    arguments = inputs((5, 6, 2, 20), torch.float16, device)
+    _, keys, values = results(rotate_and_store, arguments)
+    cache = torch.empty(2**20 + 8, 2, 1024, device=device, dtype=torch.float16)
+    moved = {
+        "slots": torch.where(arguments["slots"] < 0, -1, arguments["slots"] + 2**20).int(),
+        "keys": cache[:, :, :20],
+        "values": cache[:, :, 20:40],
+    }
+    rotate_and_store(**(arguments | moved))
+    stored = arguments["slots"][arguments["slots"] >= 0]
+    assert torch.equal(moved["keys"][2**20 :][stored], keys[stored])
+    assert torch.equal(moved["values"][2**20 :][stored], values[stored])
+
+
 @pytest.mark.parametrize("norm", ["each_head", "all_heads"])
 def test_nan_stays_in_its_row(norm: str, device: torch.device) -> None:
     arguments = inputs((5, 6, 2, 20), torch.float32, device, norm) | {"clip": 2.0}

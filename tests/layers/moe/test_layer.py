@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import assert_close
+import torch.nn.functional as F
+from tolerances import assert_close, relative_difference
 from torch import Tensor, nn
 from transformers import (
     DeepseekV2Config,
@@ -142,6 +143,22 @@ def test_routes_in_fp32() -> None:
     assert logits.tolist() == [[256.0, 256.5]]
     moe.w13.data[0] = torch.nan
     assert moe(torch.ones(1, 2).bfloat16()).isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 64, 65, 1000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_logits_on_cuda_are_those_of_fp32(dtype: torch.dtype, num_tokens: int) -> None:
+    torch.manual_seed(0)
+    moe = FusedMoE(2048, 4, 60, partial(softmax_topk, k=1, renormalize=True)).to("cuda", dtype)
+    moe.reset_parameters()
+    x = torch.randn(num_tokens, 2048, device="cuda").to(dtype)
+    with torch.no_grad():
+        logits = moe.router_logits(x)
+    assert logits.dtype == torch.float32
+    # Matrix units cut off the last bit of a sum where others round it.
+    expected = F.linear(x.double(), moe.gate.double())
+    assert relative_difference(logits, expected) <= 5e-5
 
 
 def test_correction_bias_keeps_its_dtype() -> None:

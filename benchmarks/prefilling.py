@@ -1,0 +1,96 @@
+"""Section prefill: milliseconds from a prompt's tokens to the logits after it.
+
+On a GPU moezoo's figure is that of its engine, in chunks of 8,192 tokens as `generate` has them; on
+a CPU that of a forward pass. transformers' is a forward pass with a cache, and once more with
+grouped_mm experts where it does not choose these itself. The share of the matmul peak counts 2 FLOP
+for each active parameter and token, and causal attention.
+"""
+
+import argparse
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from roofline import prefill_flop
+from subject import Row, Run, Subject, forward, spread, timed
+
+from moezoo.generation.engine import Engine
+
+GROUPED = "grouped_mm"
+PEER_TOKENS = 8192
+"""Longer prompts are moezoo's alone."""
+
+
+def section(subject: Subject, args: argparse.Namespace) -> Iterator[Row]:
+    for num_tokens in args.prefill:
+        row = subject.row("prefill", batch=1, prompt_tokens=num_tokens)
+        row |= {"seconds": {}, "tokens_per_second": {}, "of_peak": {}}
+        prompt = subject.draw(1, num_tokens)
+        contenders = {"moezoo": ours, "transformers": theirs}
+        default = subject.twin.get_experts_implementation()
+        row["transformers_experts"] = default[""]
+        if subject.device.type == "cuda" and default[""] != GROUPED:
+            contenders[f"transformers_{GROUPED}"] = theirs
+        flop = prefill_flop(subject.model.decoder, experts_per_token(subject), num_tokens)
+        row["flop"] = flop
+        for name, prepare in contenders.items():
+            if name != "moezoo" and num_tokens > PEER_TOKENS:
+                continue
+            if name.endswith(GROUPED):
+                subject.twin.set_experts_implementation(GROUPED)
+            run = subject.attempt(row, name, partial(prepare, subject, prompt))
+            if run is not None:
+                seconds = subject.attempt(row, name, partial(repeated, subject, run))
+                if seconds is not None:
+                    row["seconds"][name] = seconds
+                    row["tokens_per_second"][name] = num_tokens / seconds["median"]
+                    peak = subject.ceilings.flop_per_second
+                    row["of_peak"][name] = flop / seconds["median"] / peak
+            subject.twin.set_experts_implementation(default)
+        peers = [s["median"] for name, s in row["seconds"].items() if name != "moezoo"]
+        if peers and "moezoo" in row["seconds"]:
+            row["times_transformers"] = min(peers) / row["seconds"]["moezoo"]["median"]
+        yield row
+
+
+def experts_per_token(subject: Subject) -> int:
+    return subject.model.config.num_experts_per_tok
+
+
+def repeated(subject: Subject, run: Run) -> dict[str, float]:
+    """Seconds, after one run that compiles what there is to compile."""
+    run()
+    return spread(timed(run, subject.device) for _ in range(subject.repeats))
+
+
+def ours(subject: Subject, prompt: torch.Tensor) -> Run:
+    if subject.device.type != "cuda":
+        return forward(subject.model, prompt)
+    tokens = prompt[0].tolist()
+    engine = Engine(subject.model.decoder, num_rows=1, context=len(tokens))
+    engine.assign(0, range(engine.pages))
+    return partial(engine.prefill_all, [tokens])
+
+
+def theirs(subject: Subject, prompt: torch.Tensor) -> Run:
+    return forward(subject.twin, prompt)
+
+
+def figures(row: Row) -> list[str]:
+    """Cells of the table: see COLUMNS."""
+    cells = [
+        f"{1e3 * row['seconds'][name]['median']:,.1f}" if name in row["seconds"] else ""
+        for name in ("moezoo", "transformers", f"transformers_{GROUPED}")
+    ]
+    share = row["of_peak"].get("moezoo")
+    return [
+        *(row["case"], f"{row['prompt_tokens']:,}", *cells),
+        f"{row['times_transformers']:.2f}" if "times_transformers" in row else "",
+        "" if share is None else f"{share:.0%}",
+    ]
+
+
+COLUMNS = (
+    *("", "tokens", "moezoo ms", "transformers ms", "with grouped_mm", "ratio"),
+    "of matmul peak",
+)
