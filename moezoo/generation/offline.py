@@ -198,7 +198,12 @@ def _in_engine(model: PreTrainedModel, config: GenerationConfig) -> bool:
     generation_mode = config.get_generation_mode()
     if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return False
-    processors = model._get_logits_processor(config, input_ids_seq_length=1, device="cpu")
+    # Some processors are made only where there are end-of-text tokens, or a prompt.
+    config = copy.deepcopy(config)
+    model._prepare_special_tokens(config, device="cpu")
+    processors = model._get_logits_processor(
+        config, input_ids_seq_length=1, encoder_input_ids=torch.zeros(1, 1).long(), device="cpu"
+    )
     return {type(processor) for processor in processors} <= set(Sampler.PROCESSORS)
 
 

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from configurations import CONFIGURATIONS
+from configurations import reference as model_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import moezoo
 from moezoo.assets import tiny_model
 from moezoo.errors import MoEOutOfMemoryError
+from moezoo.generation import offline
 from moezoo.generation.offline import Completion, Prompt, check_options, generate
 from moezoo.generation.sampling import SeededDraw
 
@@ -221,6 +224,72 @@ def test_a_prompt_longer_than_the_context_fails_alone(model, tokenizer):
     assert completions[2].num_prompt_tokens + len(completions[2].token_ids) == 512
     alone = generate(model, tokenizer, [PROMPTS[0]], max_new_tokens=12, do_sample=False)
     assert completions[0] == next(alone)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, None])
+def test_one_new_token(model, reference, tokenizer, batch_size):
+    options = {"max_new_tokens": 1, "do_sample": False, "batch_size": batch_size}
+    completions = in_order(generate(model, tokenizer, iter(PROMPTS * 3), **options))
+    assert completions == list(generate(reference, tokenizer, PROMPTS * 3, **options))
+
+
+def test_what_the_cache_has_no_room_for_fails_alone(model, tokenizer):
+    page = 64 * 3072 * 2  # of the small model in fp32
+    options = {"max_new_tokens": 60, "do_sample": False, "cache_bytes": 2 * page + 5}
+    first, failed, last = in_order(
+        generate(model, tokenizer, [PROMPTS[0], "word " * 80, PROMPTS[1]], **options)
+    )
+    assert failed.finish_reason == "error"
+    assert failed.error.startswith("141 tokens of prompt and completion do not fit the KV cache of")
+    assert failed.num_prompt_tokens == 82
+    for completion, prompt in ((first, PROMPTS[0]), (last, PROMPTS[1])):
+        (alone,) = generate(model, tokenizer, [prompt], max_new_tokens=60, do_sample=False)
+        assert completion.token_ids == alone.token_ids
+    with pytest.raises(ValueError, match=f"cache_bytes is {page - 1}, but one prompt of 64 tokens"):
+        next(generate(model, tokenizer, PROMPTS, cache_bytes=page - 1))
+
+
+def test_a_model_of_sliding_windows_only(tokenizer, tmp_path):
+    config = CONFIGURATIONS["mixtral"]["window"]
+    theirs = model_of("mixtral", config | {"vocab_size": 4096, "max_position_embeddings": 400})
+    theirs.save_pretrained(tmp_path)
+    ours = moezoo.from_pretrained(tmp_path, dtype=torch.float32, device="cpu", progress=False)
+    prompts = [*PROMPTS, "word " * 200]
+    options = {"max_new_tokens": 70, "do_sample": False}
+    expected = list(generate(theirs, tokenizer, prompts, batch_size=1, **options))
+    for limits in ({}, {"cache_bytes": 200_000, "batch_tokens": 30}):
+        assert in_order(generate(ours, tokenizer, prompts, **options, **limits)) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "in_engine"),
+    [
+        ({}, True),
+        ({"do_sample": True, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.1}, True),
+        ({"repetition_penalty": 1.2, "stop_strings": ["."]}, True),
+        ({"max_new_tokens": 10**12, "stop_strings": [" "], "do_sample": True, "seed": 1}, True),
+        ({"num_beams": 2}, False),
+        ({"do_sample": True, "typical_p": 0.5}, False),
+        ({"no_repeat_ngram_size": 2}, False),
+        ({"min_new_tokens": 2}, False),
+        ({"min_length": 9}, False),
+        ({"encoder_repetition_penalty": 1.3}, False),
+        ({"max_time": 5.0}, False),
+        ({"cache_implementation": "static", "disable_compile": True}, False),
+        ({"prompt_lookup_num_tokens": 2, "batch_size": 1}, False),
+    ],
+)
+def test_what_runs_on_the_engine_and_what_does_not(
+    model, tokenizer, monkeypatch, settings, in_engine
+):
+    made = []
+    engine = offline.Engine
+    monkeypatch.setattr(offline, "Engine", lambda *a, **k: made.append(1) or engine(*a, **k))
+    settings = {"max_new_tokens": 3, "do_sample": False} | settings
+    (completion,) = generate(model, tokenizer, PROMPTS[:1], **settings)
+    assert completion.error is None
+    assert completion.token_ids
+    assert bool(made) == in_engine
 
 
 def test_an_empty_prompt_begins_with_the_first_token_there_is(model, tokenizer):

@@ -1,0 +1,238 @@
+"""The token loop on the engine against the one on transformers' caches, both on the CPU."""
+
+from threading import Barrier, Thread
+
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MinNewTokensLengthLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+
+import moezoo
+from moezoo.assets import tiny_model
+from moezoo.generation import engine as engine_module
+from moezoo.generation.cache import growing_cache
+from moezoo.generation.decode import decode, decode_paged, unpadded
+from moezoo.generation.engine import Engine, EngineKeeper
+from moezoo.layers.attention import visible_tokens
+
+PROMPTS = ["Once upon a time there was a little fox", "The boat", "In the morning, the king said"]
+PAD = 0
+NEW = 14
+
+
+class Stream(BaseStreamer):
+    def __init__(self):
+        self.pieces = []
+        self.ended = False
+
+    def put(self, value):
+        self.pieces.append(value.tolist())
+
+    def end(self):
+        self.ended = True
+
+
+class RowLength(StoppingCriteria):
+    """Ends the first row after two tokens, the next after four, and so on."""
+
+    def __init__(self, prompt_length):
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids, scores, **kwargs):
+        rows = torch.arange(len(input_ids))
+        return input_ids.shape[1] - self.prompt_length >= 2 * (rows + 1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return moezoo.from_pretrained(tiny_model(), dtype=torch.float32, device="cpu", progress=False)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model(), padding_side="left")
+    return dict(tokenizer(PROMPTS, return_tensors="pt", padding=True))
+
+
+def both(model, inputs, processors=(), criteria=(), *, engine=None, **settings):
+    """What each loop makes of the same arguments, with its stream."""
+    input_ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    config = GenerationConfig(**settings)
+    config._pad_token_tensor = torch.tensor(PAD)
+    criteria = [MaxLengthCriteria(input_ids.shape[1] + NEW), *criteria]
+    results = []
+    for paged in (True, False):
+        stream = Stream()
+        arguments = {
+            "logits_processor": LogitsProcessorList(processors),
+            "stopping_criteria": StoppingCriteriaList(criteria),
+            "generation_config": config,
+            "streamer": stream,
+        }
+        torch.manual_seed(7)
+        if paged:
+            engine = engine or Engine(model.decoder, num_rows=len(input_ids), context=64, chunk=8)
+            prompts = unpadded(input_ids, mask, None)
+            decoded = decode_paged(engine, prompts, input_ids, **arguments)
+            assert not engine.lengths.any()
+        else:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            decoded = decode(
+                model.decoder,
+                input_ids,
+                growing_cache(model.config),
+                attention_mask=mask,
+                position_ids=None if visible_tokens(mask) is None else positions,
+                **arguments,
+            )
+        assert stream.ended
+        results.append((decoded, stream.pieces))
+    return results
+
+
+def assert_same(results):
+    (ours, our_stream), (theirs, their_stream) = results
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
+    assert our_stream == their_stream
+    for name in ("scores", "logits"):
+        kept = getattr(ours, name), getattr(theirs, name)
+        assert len(kept[0]) == len(kept[1])
+        for one, other in zip(*kept, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def ends_of(model, inputs, places):
+    """Tokens that greedy search writes at these (row, step)."""
+    (ours, _), _ = both(model, inputs)
+    length = inputs["input_ids"].shape[1]
+    return [int(ours.sequences[row, length + step]) for row, step in places]
+
+
+def test_greedy(model, inputs):
+    results = both(model, inputs)
+    assert_same(results)
+    assert results[0][0].sequences.shape[1] == inputs["input_ids"].shape[1] + NEW
+
+
+def test_one_prompt(model, inputs):
+    one = {name: x[:1] for name, x in inputs.items()}
+    assert_same(both(model, one))
+    assert_same(both(model, one, do_sample=True))
+
+
+PROCESSORS = {
+    "penalty": [RepetitionPenaltyLogitsProcessor(1.5)],
+    "no-repeats": [NoRepeatNGramLogitsProcessor(2)],
+    "warped": [TemperatureLogitsWarper(0.7), TopPLogitsWarper(0.9)],
+}
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_processors_see_all_tokens_and_scores_are_kept(model, inputs, name, sampled):
+    results = both(
+        model,
+        inputs,
+        PROCESSORS[name],
+        do_sample=sampled,
+        output_scores=True,
+        output_logits=True,
+    )
+    assert_same(results)
+    assert len(results[0][0].scores) == len(results[0][0].logits) == NEW
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("places", [[(0, 3)], [(0, 2), (1, 6), (2, 4)], [(1, 0)]])
+def test_rows_end_one_before_another(model, inputs, places, keeps):
+    ends = EosTokenCriteria(ends_of(model, inputs, places))
+    results = both(model, inputs, criteria=[ends], output_scores=keeps)
+    assert_same(results)
+    assert (results[0][0].sequences[:, inputs["input_ids"].shape[1] :] == PAD).any()
+
+
+def test_the_loop_ends_with_the_last_row(model, inputs):
+    ends = ends_of(model, inputs, [(0, 2), (1, 3), (2, 5)])
+    results = both(model, inputs, criteria=[EosTokenCriteria(ends)])
+    assert_same(results)
+    assert results[0][0].sequences.shape[1] <= inputs["input_ids"].shape[1] + 6
+
+
+def test_an_end_that_may_not_come_yet(model, inputs):
+    (end,) = ends_of(model, inputs, [(0, 1)])
+    length = inputs["input_ids"].shape[1]
+    least = MinNewTokensLengthLogitsProcessor(length, 5, end, device="cpu")
+    assert_same(both(model, inputs, [least], [EosTokenCriteria(end)], output_scores=True))
+
+
+def test_without_an_end_of_text_token_nothing_is_padded(model, inputs):
+    """Other criteria end rows too; transformers goes on with their tokens until all have ended."""
+    results = both(model, inputs, criteria=[RowLength(inputs["input_ids"].shape[1])])
+    assert_same(results)
+    assert results[0][0].sequences.shape[1] == inputs["input_ids"].shape[1] + 6
+    assert not (results[0][0].sequences[:, inputs["input_ids"].shape[1] :] == PAD).any()
+
+
+def test_an_engine_serves_call_after_call(model, inputs):
+    engine = Engine(model.decoder, num_rows=3, context=64, chunk=8)
+    assert_same(both(model, inputs, engine=engine))
+    turned = {name: x.flip(0) for name, x in inputs.items()}
+    assert_same(both(model, turned, engine=engine))
+
+
+def test_one_call_at_a_time_has_the_kept_engine(model):
+    keeper = EngineKeeper()
+    one, other = (keeper.engine(model.decoder, 3, 100) for _ in range(2))
+    with one as first, other as second:
+        assert second is not first
+    with keeper.engine(model.decoder, 3, 512) as again:
+        assert again is first
+    with keeper.engine(model.decoder, 4, 100) as wider:
+        assert wider.num_rows == 4
+    with keeper.engine(model.decoder, 4, 513) as longer:
+        assert longer.context == 1024
+
+
+def test_what_a_failed_call_leaves_is_not_used(model):
+    keeper = EngineKeeper()
+    with pytest.raises(KeyboardInterrupt), keeper.engine(model.decoder, 2, 100) as failed:
+        raise KeyboardInterrupt
+    with keeper.engine(model.decoder, 2, 100) as engine:
+        assert engine is not failed
+
+
+def test_threads_get_engines_of_their_own(model):
+    keeper, meet, found = EngineKeeper(), Barrier(4), []
+
+    def call():
+        with keeper.engine(model.decoder, 1, 100) as engine:
+            found.append(engine)
+            meet.wait()
+
+    threads = [Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(engine) for engine in found}) == 4
+
+
+def test_a_cache_too_large_to_keep_is_no_larger_than_needed(model, monkeypatch):
+    monkeypatch.setattr(engine_module, "KEPT_BYTES", 2 * 3072 * 2 * 600)
+    keeper = EngineKeeper()
+    with keeper.engine(model.decoder, 2, 600) as engine:
+        assert engine.context == 600
+    assert keeper._engine is None
