@@ -233,7 +233,6 @@ def _prompt_attention_kernel(
     end_full = (first_position + 1) // BLOCK_N
     first_block = first_key // BLOCK_N
     end_block = tl.cdiv(num_keys, BLOCK_N)
-    has_tail = False
     if BOXES:
         # A box with slots that nobody has written, or others: their values may be NaN.
         sequence_keys = first_position + end - first_row
@@ -343,7 +342,7 @@ def _prompt_attention_kernel(
         old_slot = slot
         slot = next_slot
 
-    if has_tail:
+    if BOXES and has_tail:
         keys_at = end_block * BLOCK_N + tokens
         m_keys = keys_at < num_keys
         slots = (tail_slot + tokens).to(tl.int64)[:, None]
