@@ -278,7 +278,6 @@ def collected(manager: Any, workload: Workload, end: float) -> tuple[dict[str, i
 def figures(row: Row) -> list[str]:
     """Cells of the table: see COLUMNS."""
     found = row["contenders"]
-    ratios = ("times_static", "times_generate_batch")
     static = [c for name, c in found.items() if "_static_" in name]
     best = max(static, key=lambda c: c["output_tokens_per_second"], default=None)
     shown = (found.get("moezoo"), best, found.get("transformers_generate_batch"))
