@@ -222,6 +222,8 @@ def their_batching(subject: Subject, workload: Workload, limit: float) -> dict[s
     """What `generate_batch` runs, with each prompt's own limit, stopped after `limit` seconds."""
     from transformers.generation.continuous_batching.utils import WorkloadHints
 
+    if subject.left() < limit:
+        raise TimeoutError(f"time budget: {subject.left():.0f} s were left")
     twin = subject.twin
     config = deepcopy(twin.generation_config)
     config.max_new_tokens, config.do_sample = max(workload.limits), False
@@ -236,7 +238,7 @@ def their_batching(subject: Subject, workload: Workload, limit: float) -> dict[s
         ) as manager:
             start = time.perf_counter()
             try:
-                come, finished = collected(manager, workload, start + min(limit, subject.left()))
+                come, finished = collected(manager, workload, start + limit)
             finally:
                 seconds = time.perf_counter() - start
                 manager.stop(block=True, timeout=30, hard_stop=True)

@@ -44,8 +44,10 @@ def section(subject: Subject, args: argparse.Namespace) -> Iterator[Row]:
                 if seconds is not None:
                     row["seconds"][name] = seconds
                     row["tokens_per_second"][name] = num_tokens / seconds["median"]
-                    peak = subject.ceilings.flop_per_second
-                    row["of_peak"][name] = flop / seconds["median"] / peak
+                    # What a CPU reaches in a 16-bit product says little of what it could.
+                    if subject.device.type == "cuda":
+                        peak = subject.ceilings.flop_per_second
+                        row["of_peak"][name] = flop / seconds["median"] / peak
             subject.twin.set_experts_implementation(default)
         peers = [s["median"] for name, s in row["seconds"].items() if name != "moezoo"]
         if peers and "moezoo" in row["seconds"]:
