@@ -141,7 +141,8 @@ def test_a_failing_prompt_does_not_stop_the_others(capsys, tmp_path):
     assert "4 completions, 2 of them failed, 4 were there before" in again[2]
 
 
-def test_resuming_after_a_kill_loses_and_repeats_nothing(capsys, tmp_path):
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
+def test_resuming_after_a_kill_loses_and_repeats_nothing(capsys, tmp_path, kill):
     texts = [f"The {animal} number {n}" for n in range(20) for animal in ("dog", "cat", "goat")]
     lines = prompts_file(tmp_path / "in.jsonl", *texts)
     sampling = ("--seed", "3", "--max-new-tokens", "12", "--dtype", "float32")
@@ -158,8 +159,8 @@ def test_resuming_after_a_kill_loses_and_repeats_nothing(capsys, tmp_path):
     while not (killed.exists() and killed.read_bytes().count(b"\n") >= 5):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(kill)
+    assert process.wait() == (130 if kill == signal.SIGINT else -kill)
     written = killed.read_bytes()
     num_whole = written.count(b"\n") - 1
     assert 4 <= num_whole < len(texts)
