@@ -99,8 +99,7 @@ def prompt_attention_ref(
 class Plan:
     """A program takes `block_queries` queries, and `block_keys` keys at once.
 
-    `descriptors` reads keys and values through the bulk copy engine. `ahead` starts on the scores
-    of a block before the one before is multiplied by its values.
+    `descriptors` reads keys and values through the bulk copy engine.
     """
 
     block_queries: int
@@ -108,7 +107,6 @@ class Plan:
     num_warps: int
     num_stages: int
     descriptors: bool
-    ahead: bool
 
 
 def plan(q: Tensor, keys: Tensor, values: Tensor, *, page_size: int | None) -> Plan:
@@ -118,9 +116,12 @@ def plan(q: Tensor, keys: Tensor, values: Tensor, *, page_size: int | None) -> P
     value_width = _block_width(values.shape[2])
     row_bytes = (key_width + value_width) * itemsize
     room = shared_memory(q.device) - 4096
-    block_queries, block_keys = (TILE, 64) if itemsize == 2 else (32, 32)
-    if value_width > 256:
-        block_queries //= 2
+    # Two small programs on a multiprocessor overlap one's softmax with the other's products: 76
+    # instead of 93 us at 2048 tokens (32 heads of 128, 4 key heads), 1072 instead of 1140 at 8192.
+    # Wider heads (192 and 128) leave no room for two, and are faster in blocks of 128 queries.
+    block_queries, block_keys = (64, 64) if itemsize == 2 else (32, 32)
+    if itemsize == 2 and 128 < key_width <= 256:
+        block_queries = TILE
     if page_size is not None:
         block_keys = min(block_keys, page_size)
     while block_keys > 16 and block_keys * row_bytes > 80 * 1024:
@@ -137,7 +138,6 @@ def plan(q: Tensor, keys: Tensor, values: Tensor, *, page_size: int | None) -> P
         num_warps=8 if block_queries * value_width > 64 * 64 else 4,
         num_stages=max(1, min(3, buffers)),
         descriptors=descriptors,
-        ahead=descriptors and value_width <= 256,
     )
 
 
@@ -198,7 +198,6 @@ def _prompt_attention_kernel(
     HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     BOXES: tl.constexpr,
-    AHEAD: tl.constexpr,
     TILE_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -239,15 +238,9 @@ def _prompt_attention_kernel(
         has_tail = end_block * BLOCK_N > sequence_keys
         end_block = tl.minimum(end_block, sequence_keys // BLOCK_N)
 
-    # AHEAD: the product with values is one block late, so that matrix units compute it during the
-    # next block's softmax; the first one multiplies zeros, and the last block comes twice.
-    LATE: tl.constexpr = 1 if AHEAD else 0
-    stop = end_block
-    if AHEAD:
-        stop = tl.where(first_block < end_block, end_block + 1, end_block)
     if PAGE_SIZE is not None:
         p_page = p_pages + first_block * BLOCK_N // PAGE_SIZE
-        page = tl.load(p_page, mask=first_block < stop, other=0)
+        page = tl.load(p_page, mask=first_block < end_block, other=0)
         slot = page * PAGE_SIZE + first_block * BLOCK_N % PAGE_SIZE
         if BOXES:
             p_page = p_pages + end_block * BLOCK_N // PAGE_SIZE
@@ -255,8 +248,8 @@ def _prompt_attention_kernel(
             tail_slot = page * PAGE_SIZE + end_block * BLOCK_N % PAGE_SIZE
     else:
         slot = key_start + first_block * BLOCK_N
-        tail_slot = key_start + end_block * BLOCK_N
-    old_slot = slot
+        if BOXES:
+            tail_slot = key_start + end_block * BLOCK_N
 
     rows = first_row + tl.arange(0, BLOCK_M)
     m_rows = rows < end
@@ -287,9 +280,7 @@ def _prompt_attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     factor = 1.0 if HAS_SOFTCAP else scale
 
-    weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    shrink = tl.zeros([BLOCK_M], tl.float32)
-    for block in range(first_block, stop):
+    for block in range(first_block, end_block):
         m_next = block + 1 < end_block
         if PAGE_SIZE is not None:
             # One block ahead: a page read where it is used would take every other stage of the
@@ -299,8 +290,6 @@ def _prompt_attention_kernel(
             next_slot = next_page * PAGE_SIZE + (block + 1) * BLOCK_N % PAGE_SIZE
         else:
             next_slot = slot + BLOCK_N
-        next_slot = tl.where(m_next, next_slot, slot)
-        value_slot = old_slot if AHEAD else slot
         keys_at = block * BLOCK_N + tokens
         if not BOXES:
             m_keys = (keys_at >= first_key) & (keys_at < num_keys)
@@ -320,49 +309,41 @@ def _prompt_attention_kernel(
                 b_k = tl.load(p_k + rest[None, :], mask=m_k, other=0.0)
             scores = tl.dot(b_q_rest, b_k.T, scores, input_precision="ieee")
         if BOXES:
-            b_v = tl.reshape(values_box.load([key_head, value_slot, 0]), [BLOCK_N, BLOCK_V])
+            b_v = tl.reshape(values_box.load([key_head, slot, 0]), [BLOCK_N, BLOCK_V])
         else:
-            values_at = keys_at - LATE * BLOCK_N
-            m_values = (values_at >= first_key) & (values_at < num_keys)
-            p_v = p_values + value_slot.to(tl.int64) * stride_vs + tokens[:, None] * stride_vs
-            m_v = m_values[:, None] & m_value_cols[None, :]
+            p_v = p_values + slot.to(tl.int64) * stride_vs + tokens[:, None] * stride_vs
+            m_v = m_keys[:, None] & m_value_cols[None, :]
             b_v = tl.load(p_v + value_cols[None, :], mask=m_v, other=0.0)
-        if AHEAD:
-            acc *= shrink[:, None]
-            acc = tl.dot(weights.to(b_v.dtype), b_v, acc, input_precision="ieee")
         scores = _capped(scores, scale, softcap, HAS_SOFTCAP)
         if (block < first_full) | (block >= end_full):
-            if AHEAD:
-                keys_at = tl.where(block < end_block, keys_at, 2147483647)
             scores = _hide(scores, positions, keys_at, window, HAS_WINDOW)
-        weights, shrink, top, total = _weights(scores, factor, top, total)
-        if not AHEAD:
-            acc *= shrink[:, None]
-            acc = tl.dot(weights.to(b_v.dtype), b_v, acc, input_precision="ieee")
-        old_slot = slot
-        slot = next_slot
-
-    if BOXES and has_tail:
-        keys_at = end_block * BLOCK_N + tokens
-        m_keys = keys_at < num_keys
-        slots = (tail_slot + tokens).to(tl.int64)[:, None]
-        p_k = p_keys + slots * stride_ks
-        m_k = m_keys[:, None] & m_cols[None, :]
-        b_k = tl.load(p_k + cols[None, :], mask=m_k, other=0.0)
-        if BLOCK_REST:
-            m_k = m_keys[:, None] & m_rest[None, :]
-            b_k_rest = tl.load(p_k + rest[None, :], mask=m_k, other=0.0)
-        p_v = p_values + slots * stride_vs
-        m_v = m_keys[:, None] & m_value_cols[None, :]
-        b_v = tl.load(p_v + value_cols[None, :], mask=m_v, other=0.0)
-        scores = tl.dot(b_q, b_k.T, input_precision="ieee")
-        if BLOCK_REST:
-            scores = tl.dot(b_q_rest, b_k_rest.T, scores, input_precision="ieee")
-        scores = _capped(scores, scale, softcap, HAS_SOFTCAP)
-        scores = _hide(scores, positions, keys_at, window, HAS_WINDOW)
         weights, shrink, top, total = _weights(scores, factor, top, total)
         acc *= shrink[:, None]
         acc = tl.dot(weights.to(b_v.dtype), b_v, acc, input_precision="ieee")
+        slot = next_slot
+
+    if BOXES:
+        if has_tail:
+            keys_at = end_block * BLOCK_N + tokens
+            m_keys = keys_at < num_keys
+            slots = (tail_slot + tokens).to(tl.int64)[:, None]
+            p_k = p_keys + slots * stride_ks
+            m_k = m_keys[:, None] & m_cols[None, :]
+            b_k = tl.load(p_k + cols[None, :], mask=m_k, other=0.0)
+            if BLOCK_REST:
+                m_k = m_keys[:, None] & m_rest[None, :]
+                b_k_rest = tl.load(p_k + rest[None, :], mask=m_k, other=0.0)
+            p_v = p_values + slots * stride_vs
+            m_v = m_keys[:, None] & m_value_cols[None, :]
+            b_v = tl.load(p_v + value_cols[None, :], mask=m_v, other=0.0)
+            scores = tl.dot(b_q, b_k.T, input_precision="ieee")
+            if BLOCK_REST:
+                scores = tl.dot(b_q_rest, b_k_rest.T, scores, input_precision="ieee")
+            scores = _capped(scores, scale, softcap, HAS_SOFTCAP)
+            scores = _hide(scores, positions, keys_at, window, HAS_WINDOW)
+            weights, shrink, top, total = _weights(scores, factor, top, total)
+            acc *= shrink[:, None]
+            acc = tl.dot(weights.to(b_v.dtype), b_v, acc, input_precision="ieee")
 
     # Rows past the end may have seen no key.
     acc /= tl.where(total > 0.0, total, 1.0)[:, None]
@@ -495,7 +476,6 @@ def prompt_attention(
         HAS_SINKS=sinks is not None,
         HAS_SOFTCAP=softcap is not None,
         BOXES=p.descriptors,
-        AHEAD=p.ahead,
         TILE_M=TILE,
         BLOCK_M=p.block_queries,
         BLOCK_N=p.block_keys,

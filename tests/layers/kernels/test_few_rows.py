@@ -160,9 +160,10 @@ def test_strides_and_unused_memory(num_rows: int, dtype: torch.dtype, device: to
         wide = torch.full((len(tensor), tensor.shape[1] + 28), torch.nan).to(dtype)
         wide[:, : tensor.shape[1]] = tensor
         arguments[name] = wide.to(device)[:, : tensor.shape[1]]
-    assert torch.equal(few_rows_linear(arguments["x"], arguments["weight"]), expected)
+    # Other strides may be loaded, and then summed, in another order.
+    assert_close(few_rows_linear(arguments["x"], arguments["weight"]), expected)
     y, total = add_norm_linear(**arguments)
-    assert torch.equal(y, expected_y)
+    assert_close(y, expected_y)
     assert torch.equal(total, expected_sum)
 
 

@@ -132,16 +132,15 @@ def use(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     monkeypatch.setattr(module, "plan", changed)
 
 
-@pytest.fixture(params=["ahead", "in_order", "pointers"])
+@pytest.fixture(params=["descriptors", "pointers"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With descriptors, one block ahead or not, or without; in blocks as small as can be."""
+    """With descriptors or without; in blocks as small as can be."""
     use(
         monkeypatch,
         block_keys=16,
         block_queries=32,
         num_warps=4,
-        descriptors=request.param != "pointers",
-        ahead=request.param == "ahead",
+        descriptors=request.param == "descriptors",
     )
 
 
