@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from moezoo.generation.cache import growing_cache
 from moezoo.generation.decode import decode, decode_paged, unpadded
 from moezoo.generation.engine import EngineKeeper, supports
+from moezoo.generation.paged import windows
 from moezoo.layers.attention import CausalMask, DenseContext, visible_tokens
 from moezoo.layers.decoder import Decoder
 from moezoo.loaders.save import save_pretrained
@@ -243,8 +244,9 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         attention_mask = model_kwargs.get("attention_mask")
         position_ids = model_kwargs.get("position_ids")
         prompts = None
-        # A caller who gets the cache to go on with gets transformers' own kind.
-        in_pages = own_cache and not generation_config.return_dict_in_generate
+        returns_cache = generation_config.return_dict_in_generate
+        # A window's pages do not hold all that transformers' cache would.
+        in_pages = own_cache and not (returns_cache and any(windows(self.decoder)))
         if in_pages and self.device.type == "cuda" and supports(self.decoder):
             prompts = unpadded(input_ids, attention_mask, position_ids)
         if prompts is not None:
@@ -259,6 +261,11 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
                     generation_config=generation_config,
                     streamer=streamer,
                 )
+                if returns_cache:
+                    # The last token is not in the cache.
+                    new = decoded.sequences.shape[1] - input_ids.shape[1] - 1
+                    lengths = [len(prompt) + new for prompt in prompts]
+                    cache = engine.dense_cache(self.config, lengths)
         else:
             if own_cache:
                 cache = growing_cache(self.config)

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig
 
 from moezoo.device import runs_kernels
+from moezoo.generation.cache import growing_cache
 from moezoo.generation.paged import (
     DecodeContext,
     PagedCache,
@@ -206,6 +208,27 @@ class Engine:
     @torch.inference_mode()
     def stop(self, rows: Sequence[int]) -> None:
         self.lengths[to_device(torch.tensor(rows), self.device)] = 0
+
+    @torch.inference_mode()
+    def dense_cache(self, config: PreTrainedConfig, lengths: Sequence[int]) -> DynamicCache:
+        """transformers' cache with the first `lengths` tokens of the rows 0, 1, ..
+
+        It is padded on the left, with zeros. For decoders without a sliding window.
+        """
+        cache = growing_cache(config)
+        width = max(lengths)
+        ends = torch.tensor(lengths, device=self.device)[:, None]
+        positions = torch.arange(width, device=self.device) - width + ends
+        slots = slots_of(self.tables[None][: len(lengths)], positions.clamp(min=0))
+        hidden = (positions < 0)[..., None, None]
+        for layer_idx, stored in enumerate(self.cache.layers):
+            keys, values = (
+                None if x is None else x[slots].masked_fill(hidden, 0).transpose(1, 2)
+                for x in stored
+            )
+            assert keys is not None
+            cache.update(keys, keys[..., :0] if values is None else values, layer_idx)
+        return cache
 
     @torch.inference_mode()
     def move(self, sources: Sequence[int], targets: Sequence[int], more: Iterable[Tensor]) -> None:

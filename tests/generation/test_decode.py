@@ -236,3 +236,23 @@ def test_a_cache_too_large_to_keep_is_no_larger_than_needed(model, monkeypatch):
     with keeper.engine(model.decoder, 2, 600) as engine:
         assert engine.context == 600
     assert keeper._engine is None
+
+
+def test_the_pages_become_the_cache_that_transformers_would_have(model, inputs):
+    engine = Engine(model.decoder, num_rows=len(PROMPTS), context=64)
+    both(model, inputs, engine=engine)
+    mask = inputs["attention_mask"]
+    lengths = (mask.sum(1) + NEW - 1).tolist()
+    cache = engine.dense_cache(model.config, lengths)
+    sequences = both(model, inputs)[1][0].sequences[:, :-1]
+    mask = torch.cat((mask, mask.new_ones(len(mask), NEW - 1)), 1)
+    with torch.inference_mode():
+        expected = model(
+            sequences, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
+        ).past_key_values
+    kept = mask.bool()[:, None, :, None]
+    for ours, theirs in zip(cache.layers, expected.layers, strict=True):
+        for name in ("keys", "values"):
+            torch.testing.assert_close(
+                getattr(ours, name) * kept, getattr(theirs, name) * kept, atol=1e-4, rtol=1e-4
+            )

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moezoo.layers.kernels.overlap import launch_options, wait
+from moezoo.layers.kernels.sizes import next_power_of_2
 
 LARGEST_BLOCK = 8192
 """What a program keeps of a row. Longer rows are read twice."""
@@ -117,7 +118,7 @@ def add_rms_norm(
     total = x if residual is None else torch.empty_like(normed)
     if normed.numel() == 0:
         return normed, total
-    block = min(LARGEST_BLOCK, triton.next_power_of_2(hidden_size))
+    block = min(LARGEST_BLOCK, next_power_of_2(hidden_size))
     _add_rms_norm_kernel[(num_rows,)](
         x,
         residual,

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moezoo.layers.kernels.overlap import launch_options, wait
+from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 
 
 def combine_ref(y: Tensor, topk_weights: Tensor, positions: Tensor) -> Tensor:
@@ -67,8 +68,8 @@ def combine(y: Tensor, topk_weights: Tensor, positions: Tensor) -> Tensor:
     out = torch.empty(num_tokens, hidden_size, dtype=y.dtype, device=y.device)
     if out.numel() == 0:
         return out
-    block = min(1024, triton.next_power_of_2(hidden_size))
-    _combine_kernel[(num_tokens, triton.cdiv(hidden_size, block))](
+    block = min(1024, next_power_of_2(hidden_size))
+    _combine_kernel[(num_tokens, cdiv(hidden_size, block))](
         y,
         topk_weights.contiguous(),
         positions.contiguous(),

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moezoo.layers.kernels.overlap import launch_options, wait
+from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 from moezoo.layers.kernels.tiles import multiprocessors, shared_memory
 
 LOG2E = math.log2(math.e)
@@ -100,7 +101,7 @@ def plan(
         block_keys //= 2
     room = shared // per_sm - 4096 - block_heads * key_width * itemsize
     buffers = max(1, min(4, room // (block_keys * row_bytes)))
-    programs = batch * num_key_heads * triton.cdiv(groups, block_heads)
+    programs = batch * num_key_heads * cdiv(groups, block_heads)
     num_splits = per_sm * multiprocessors(q.device) // programs  # that run at once
     if per_sm == 2 and programs > 16:
         # Half of them: one a multiprocessor. Measured on an H100 with a page table of 16384
@@ -110,7 +111,7 @@ def plan(
         #     128 programs (OLMoE, B 8)      17.3 and 15.3, 52.4 and 49.9
         # With fewer programs half was better once in three lengths: 16 (OLMoE, B 1) took 30.2 and
         # 29.6 at 8192, 4 (Qwen3-MoE, B 1) 7.3 and 6.4 at 2048.
-        num_splits = triton.cdiv(num_splits, 2)
+        num_splits = cdiv(num_splits, 2)
     num_splits = min(num_splits, max_keys // (2 * block_keys))
     return Plan(
         block_heads=block_heads,
@@ -295,7 +296,7 @@ def _merge_kernel(
 
 
 def _block_width(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, next_power_of_2(width))
 
 
 def decode_attention(
@@ -395,7 +396,7 @@ def decode_attention(
         normalizers = torch.empty(*size, 2, dtype=torch.float32, device=q.device)
     groups = num_heads // num_key_heads
     options = launch_options(q.device)
-    grid = (num_key_heads * triton.cdiv(groups, p.block_heads), p.num_splits, batch)
+    grid = (num_key_heads * cdiv(groups, p.block_heads), p.num_splits, batch)
     _decode_attention_kernel[grid](
         q,
         keys,
@@ -433,9 +434,9 @@ def decode_attention(
         **options,
     )
     if split:
-        block_splits = triton.next_power_of_2(p.num_splits)
+        block_splits = next_power_of_2(p.num_splits)
         block_v = min(128, 8192 // block_splits, block_v)
-        _merge_kernel[(triton.cdiv(value_width, block_v), num_heads, batch)](
+        _merge_kernel[(cdiv(value_width, block_v), num_heads, batch)](
             partial,
             normalizers,
             lengths,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moezoo.layers.kernels.add_norm import add_rms_norm, add_rms_norm_ref
 from moezoo.layers.kernels.overlap import launch_options, start_next, wait, wait_for_previous
+from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 from moezoo.layers.kernels.tiles import multiprocessors
 
 FEW_ROWS = 8
@@ -204,7 +205,7 @@ class Launch:
 def launch(x: Tensor, weight: Tensor) -> Launch:
     """How to multiply x [T, K] by weight [N, K]. Figures are microseconds on one H100 in bf16."""
     (num_rows, k), n, itemsize = x.shape, len(weight), x.dtype.itemsize
-    block_k = triton.next_power_of_2(k)
+    block_k = next_power_of_2(k)
     if itemsize == 2 and num_rows > min(REGISTER_ROWS, 16384 // block_k):
         # T=8, n=5120, k=2048: 10.3, and 11.2 with weights brought to L2 first; cuBLAS 10.1.
         return Launch(16, num_warps=4, block_k=512, num_stages=4)
@@ -214,7 +215,7 @@ def launch(x: Tensor, weight: Tensor) -> Launch:
         return Launch(1, num_warps=16)
     # A thread holds up to 128 bytes of the weight.
     block_n = min(4, 16384 // row_bytes)
-    rounds = triton.cdiv(n, block_n) / multiprocessors(x.device)
+    rounds = cdiv(n, block_n) / multiprocessors(x.device)
     if 8 <= rounds < 32 and num_rows * block_k <= 4096:
         # Four programs that fit on a multiprocessor stay there, and ask for their next rows while
         # they multiply. T=1, n=6144, k=2048: 9.5, and 10.0 with programs that come and go. With
@@ -222,7 +223,7 @@ def launch(x: Tensor, weight: Tensor) -> Launch:
         return Launch(block_n, num_warps=4, programs_per_sm=4)
     # T=2, n=2048, k=2048: 3.9, and 4.8 with 4 rows; cuBLAS 6.2.
     block_n = min(2, block_n)
-    return Launch(block_n, num_warps=max(1, triton.cdiv(block_n * row_bytes, 4096)))
+    return Launch(block_n, num_warps=max(1, cdiv(block_n * row_bytes, 4096)))
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -240,7 +241,7 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     y = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    _few_rows_dot_kernel[(triton.cdiv(n, chosen.block_n),)](
+    _few_rows_dot_kernel[(cdiv(n, chosen.block_n),)](
         x,
         weight,
         bias,
@@ -331,11 +332,11 @@ def _in_registers(
     # 4-byte rows of x would not fit beside the weights.
     rows_of_x = num_rows if x.dtype.itemsize == 2 else 1
     # The first program writes the sum, even if there is nothing to multiply.
-    num_tiles = max(1, triton.cdiv(n, chosen.block_n))
+    num_tiles = max(1, cdiv(n, chosen.block_n))
     num_programs = num_tiles
     if chosen.programs_per_sm:
         num_programs = min(num_tiles, chosen.programs_per_sm * multiprocessors(x.device))
-    block_k = triton.next_power_of_2(k)
+    block_k = next_power_of_2(k)
     _few_rows_kernel[(num_programs, num_rows // rows_of_x)](
         x,
         update,

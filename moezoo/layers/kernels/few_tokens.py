@@ -21,6 +21,7 @@ from torch import Tensor
 from moezoo.layers.kernels.activations import ACTIVATIONS, Gating, in_parts
 from moezoo.layers.kernels.gated_up import activate, activate_gated
 from moezoo.layers.kernels.overlap import launch_options, wait
+from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 
 
 def few_tokens_ref(
@@ -218,8 +219,8 @@ def few_tokens(
     if topk_ids.numel() == 0:
         return out.zero_()
     options = launch_options(x.device)
-    block_n, block_k = 2, min(1024, triton.next_power_of_2(hidden_size))
-    _few_tokens_gated_up_kernel[(num_tokens * k, triton.cdiv(intermediate_size, block_n))](
+    block_n, block_k = 2, min(1024, next_power_of_2(hidden_size))
+    _few_tokens_gated_up_kernel[(num_tokens * k, cdiv(intermediate_size, block_n))](
         x,
         w13,
         bias13,
@@ -242,9 +243,9 @@ def few_tokens(
         num_warps=2,
         **options,
     )
-    block_slots = triton.next_power_of_2(k)
+    block_slots = next_power_of_2(k)
     # One column a program, and what eight warps hold of K rows of weights.
-    block_k = min(2048 // block_slots, triton.next_power_of_2(intermediate_size))
+    block_k = min(2048 // block_slots, next_power_of_2(intermediate_size))
     _few_tokens_down_kernel[(num_tokens, hidden_size)](
         h,
         w2,

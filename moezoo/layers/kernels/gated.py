@@ -15,6 +15,7 @@ from torch import Tensor
 from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.kernels.gated_up import activate_gated
 from moezoo.layers.kernels.overlap import launch_options, wait
+from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 
 
 def gate_ref(gate_up: Tensor, activation: str | Gating = "silu") -> Tensor:
@@ -61,8 +62,8 @@ def gate(gate_up: Tensor, activation: str | Gating = "silu") -> Tensor:
     out = torch.empty(num_rows, intermediate_size, dtype=gate_up.dtype, device=gate_up.device)
     if out.numel() == 0:
         return out
-    block = min(1024, triton.next_power_of_2(intermediate_size))
-    _gate_kernel[(num_rows, triton.cdiv(intermediate_size, block))](
+    block = min(1024, next_power_of_2(intermediate_size))
+    _gate_kernel[(num_rows, cdiv(intermediate_size, block))](
         gate_up,
         out,
         intermediate_size,

@@ -23,6 +23,7 @@ from moezoo.layers.kernels.rotate_store import (
     rotate_pairs,
     rotation_rows,
 )
+from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 
 
 def latent_store_ref(
@@ -201,10 +202,10 @@ def latent_store(
     if num_rows == 0:
         return
     num_heads = q.shape[1]
-    block_half = triton.next_power_of_2(rope_dim // 2)
+    block_half = next_power_of_2(rope_dim // 2)
     # Eight numbers a thread.
-    block_heads = min(triton.next_power_of_2(num_heads), max(1, 512 // block_half))
-    _latent_store_kernel[(num_rows * (1 + triton.cdiv(num_heads, block_heads)),)](
+    block_heads = min(next_power_of_2(num_heads), max(1, 512 // block_half))
+    _latent_store_kernel[(num_rows * (1 + cdiv(num_heads, block_heads)),)](
         q,
         kv_a,
         cos,
@@ -227,7 +228,7 @@ def latent_store(
         ROPE_DIM=rope_dim,
         INTERLEAVED=interleaved,
         BLOCK_HEADS=block_heads,
-        BLOCK_C=triton.next_power_of_2(latent_dim),
+        BLOCK_C=next_power_of_2(latent_dim),
         BLOCK_HALF=block_half,
         num_warps=4,
         **launch_options(kv_a.device),

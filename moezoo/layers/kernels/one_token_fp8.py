@@ -23,6 +23,7 @@ from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.kernels.gated_up import activate, activate_gated
 from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.quantize import fp8_factor
+from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 from moezoo.layers.quant.fp8 import BLOCK, BlockFp8, blocks, quantize_rows
 
 UP_BLOCK = (4, 8, 2)
@@ -254,7 +255,7 @@ def one_token_fp8(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     options = launch_options(x.device)
     block_n, max_groups, num_warps = UP_BLOCK
-    _one_token_gated_up_fp8_kernel[(triton.cdiv(intermediate_size, block_n), k)](
+    _one_token_gated_up_fp8_kernel[(cdiv(intermediate_size, block_n), k)](
         x,
         w13.data,
         w13.scales,
@@ -273,16 +274,16 @@ def one_token_fp8(
         LIMIT=gating.limit,
         UP_OFFSET=gating.up_offset,
         HAS_BIAS=bias13 is not None,
-        GROUPS=min(max_groups, triton.next_power_of_2(blocks(hidden_size))),
+        GROUPS=min(max_groups, next_power_of_2(blocks(hidden_size))),
         GROUP=BLOCK,
         BLOCK_N=block_n,
         num_warps=num_warps,
         **options,
     )
     block_n, max_groups, num_warps = DOWN_BLOCK
-    block_slots = triton.next_power_of_2(k)
+    block_slots = next_power_of_2(k)
     groups = max(1, max_groups // block_slots)
-    _one_token_down_fp8_kernel[(triton.cdiv(hidden_size, block_n),)](
+    _one_token_down_fp8_kernel[(cdiv(hidden_size, block_n),)](
         h,
         w2.data,
         w2.scales,
@@ -299,7 +300,7 @@ def one_token_fp8(
         K=k,
         HAS_BIAS=bias2 is not None,
         BLOCK_SLOTS=block_slots,
-        GROUPS=min(groups, triton.next_power_of_2(blocks(intermediate_size))),
+        GROUPS=min(groups, next_power_of_2(blocks(intermediate_size))),
         GROUP=BLOCK,
         BLOCK_N=block_n,
         num_warps=num_warps,

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moezoo.layers.kernels.overlap import launch_options, wait
+from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 
 FEW_ROWS = 8192
 """Up to here one launch is the faster way (H100, 128 experts)."""
@@ -286,12 +287,12 @@ def permute(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutation:
     num_rows, topk_ids = topk_ids.numel(), topk_ids.contiguous()
     shared = {
         "TILE_ROWS": tile_rows,
-        "BLOCK_E": triton.next_power_of_2(num_experts),
+        "BLOCK_E": next_power_of_2(num_experts),
         "BLOCK_N": 32,
         **launch_options(topk_ids.device),
     }
     if num_rows <= FEW_ROWS:
-        block = min(4096, max(128, triton.next_power_of_2(num_rows)))
+        block = min(4096, max(128, next_power_of_2(num_rows)))
         _permute_kernel[(num_experts,)](
             topk_ids,
             *out,
@@ -319,7 +320,7 @@ def permute(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutation:
 
 def empty_counts(num_rows: int, num_experts: int, device: torch.device) -> Tensor:
     """[blocks, E rounded up] int32: the rows of each expert in each block of many rows."""
-    shape = (triton.cdiv(num_rows, BLOCK_ROWS), triton.next_power_of_2(num_experts))
+    shape = (cdiv(num_rows, BLOCK_ROWS), next_power_of_2(num_experts))
     return torch.empty(shape, dtype=torch.int32, device=device)
 
 

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moezoo.layers.kernels.overlap import launch_options, wait
+from moezoo.layers.kernels.sizes import next_power_of_2
 from moezoo.layers.kernels.tiles import can_describe, descriptor, shared_memory
 
 LOG2E = math.log2(math.e)
@@ -322,7 +323,7 @@ def _prompt_attention_kernel(
         acc = tl.dot(weights.to(b_v.dtype), b_v, acc, input_precision="ieee")
         slot = next_slot
 
-    if BOXES:
+    if BOXES:  # noqa: SIM102  (without boxes what is below must not be compiled)
         if has_tail:
             keys_at = end_block * BLOCK_N + tokens
             m_keys = keys_at < num_keys
@@ -353,7 +354,7 @@ def _prompt_attention_kernel(
 
 
 def _block_width(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, next_power_of_2(width))
 
 
 def _block_widths(width: int) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from moezoo.layers.kernels.permute import (
     permute_ref,
     place,
 )
+from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 from moezoo.layers.quant.fp8 import BLOCK, LARGEST, TINY, Fp8Rows, blocks, quantize_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -184,7 +185,7 @@ def permute_and_quantize(
     options = launch_options(x.device)
     if num_rows > permuting.FEW_ROWS:
         counts = empty_counts(num_rows, num_experts, x.device)
-        num_programs = len(counts) + triton.cdiv(num_tokens * num_groups, 32)
+        num_programs = len(counts) + cdiv(num_tokens * num_groups, 32)
         _count_and_quantize_kernel[(num_programs,)](
             topk_ids,
             counts,
@@ -207,9 +208,9 @@ def permute_and_quantize(
         place(topk_ids, counts, out, num_experts, tile_rows)
         return out, rows
     # Smaller than `permute`'s: its registers would leave room for one program on a multiprocessor.
-    block = min(2048, max(128, triton.next_power_of_2(num_rows)))
+    block = min(2048, max(128, next_power_of_2(num_rows)))
     groups = 8 if block <= 1024 else 32
-    num_programs = num_experts + triton.cdiv(num_tokens * num_groups, groups)
+    num_programs = num_experts + cdiv(num_tokens * num_groups, groups)
     _permute_and_quantize_kernel[(num_programs,)](
         topk_ids,
         *out,
@@ -224,7 +225,7 @@ def permute_and_quantize(
         *x.stride(),
         TILE_ROWS=tile_rows,
         BLOCK_S=block,
-        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_E=next_power_of_2(num_experts),
         BLOCK_N=32,
         GROUPS=groups,
         GROUP=BLOCK,

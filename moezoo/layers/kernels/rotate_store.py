@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moezoo.layers.kernels.overlap import launch_options, wait
+from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 
 BLOCK = 512
 """Numbers that one warp holds: 32 bytes a thread, of 16-bit numbers."""
@@ -288,11 +289,11 @@ def rotate_and_store(
     q = torch.empty(num_rows, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     if q.numel() == 0:
         return q
-    block_half = triton.next_power_of_2(head_dim // 2)
-    block_heads = triton.next_power_of_2(max(num_heads, num_kv_heads))
+    block_half = next_power_of_2(head_dim // 2)
+    block_heads = next_power_of_2(max(num_heads, num_kv_heads))
     if norm != "all_heads":
         block_heads = min(block_heads, max(1, BLOCK // (2 * block_half)))
-    blocks = triton.cdiv(num_heads, block_heads) + 2 * triton.cdiv(num_kv_heads, block_heads)
+    blocks = cdiv(num_heads, block_heads) + 2 * cdiv(num_kv_heads, block_heads)
     _rotate_and_store_kernel[(num_rows * blocks,)](
         qkv,
         cos,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moezoo.layers.kernels.add_norm import add_rms_norm_ref
 from moezoo.layers.kernels.overlap import launch_options, start_next, wait_for_previous
+from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 
 FEW_TOKENS = 64
 """The most tokens: each reads the gate again. 64 take as long as a product of torch's (5 us)."""
@@ -136,9 +137,9 @@ def _launch(
     if num_tokens == 0:
         return logits, normed, total
     # Programs for a hundred multiprocessors come first, then sharing x.
-    block_e = min(4, triton.next_power_of_2(num_tokens))
-    block_h = triton.next_power_of_2(hidden_size)
-    _router_logits_kernel[(max(1, triton.cdiv(num_experts, block_e)), num_tokens)](
+    block_e = min(4, next_power_of_2(num_tokens))
+    block_h = next_power_of_2(hidden_size)
+    _router_logits_kernel[(max(1, cdiv(num_experts, block_e)), num_tokens)](
         x,
         update,
         norm_weight,

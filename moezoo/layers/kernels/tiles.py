@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moezoo.layers.kernels.overlap import capability
+from moezoo.layers.kernels.sizes import cdiv
 from moezoo.layers.quant.fp8 import BLOCK_FP8
 
 TABLES = Path(__file__).parent / "tables"
@@ -55,7 +56,7 @@ class Tile:
     group_m: int = 8
 
     def num_programs(self, max_tiles: int, num_columns: int, device: torch.device) -> int:
-        every = max_tiles * triton.cdiv(num_columns, self.n)
+        every = max_tiles * cdiv(num_columns, self.n)
         if not self.programs_per_sm:
             return every
         return min(every, self.programs_per_sm * multiprocessors(device))

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moezoo.layers.kernels.overlap import launch_options, wait
+from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -155,9 +156,9 @@ def topk(
     if num_tokens == 0:
         return weights, ids
     # A warp a token.
-    block_t = min(4, triton.next_power_of_2(num_tokens))
+    block_t = min(4, next_power_of_2(num_tokens))
     bias = None if correction_bias is None else correction_bias.float().contiguous()
-    _topk_kernel[(triton.cdiv(num_tokens, block_t),)](
+    _topk_kernel[(cdiv(num_tokens, block_t),)](
         logits,
         bias,
         weights,
@@ -175,9 +176,9 @@ def topk(
         GROUP_SIZE=num_experts // num_groups,
         K=k,
         BLOCK_T=block_t,
-        BLOCK_E=triton.next_power_of_2(num_experts),
-        BLOCK_K=triton.next_power_of_2(k),
-        BLOCK_G=triton.next_power_of_2(num_groups),
+        BLOCK_E=next_power_of_2(num_experts),
+        BLOCK_K=next_power_of_2(k),
+        BLOCK_G=next_power_of_2(num_groups),
         num_warps=block_t,
         **launch_options(logits.device),
     )
