@@ -17,6 +17,7 @@ experts those that the rows chose in a step of that run, and the keys and values
 import argparse
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -85,9 +86,10 @@ class OneEngine:
 
     only: Engine
 
-    def engine(self, decoder: Decoder, rows: int, context: int) -> Engine:
+    @contextmanager
+    def engine(self, decoder: Decoder, rows: int, context: int) -> Iterator[Engine]:
         assert self.only.num_rows == batch_size(rows) and self.only.context >= context
-        return self.only
+        yield self.only
 
 
 def section(subject: Subject, args: argparse.Namespace) -> Iterator[Row]:

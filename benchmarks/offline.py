@@ -30,9 +30,15 @@ from subject import Clock, Row, Subject, greedy, release, spread
 from torch import nn
 
 from moezoo.generation.continuous import Batcher, Request
-from moezoo.generation.engine import BATCH_SIZES, CHUNK_TOKENS, Chunk, Engine, pages_that_fit
+from moezoo.generation.engine import (
+    BATCH_SIZES,
+    CHUNK_TOKENS,
+    Engine,
+    rows_and_pages_that_fit,
+)
 from moezoo.generation.offline import MAX_CONTEXT, context_length
 from moezoo.generation.pages import PAGE_SIZE, num_pages
+from moezoo.generation.prompts import Chunk
 
 SEED = 4
 PROMPTS = {"cuda": 512, "cpu": 12}
@@ -154,7 +160,7 @@ def continuous(subject: Subject, workload: Workload, rows: int) -> dict[str, Any
     context = context_length(model) or MAX_CONTEXT
     synchronize(subject.device)
     start = time.perf_counter()
-    pages = pages_that_fit(
+    rows, pages = rows_and_pages_that_fit(
         model.decoder, num_rows=rows, context=context, chunk=CHUNK_TOKENS, cache_bytes=None
     )
     engine = CountedEngine(

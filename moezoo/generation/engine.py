@@ -45,7 +45,7 @@ from moezoo.generation.sampling import Sampler
 from moezoo.layers.attention import CausalMask, DenseContext
 from moezoo.layers.decoder import Decoder
 
-BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256, 384, 512)
+BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Steps are made for so many rows; rows without a sequence fill them up."""
 
 CHUNK_TOKENS = 8192
