@@ -159,7 +159,8 @@ class Engine:
     def _replay_prefill(self, packed_chunks: Tensor, sizes: Sizes) -> Tensor:
         recorded = self._prompt_graphs[sizes]
         if recorded is None:
-            memory = torch.zeros(sizes.numbers, dtype=torch.int32, device=self.device)
+            # Filled before it is recorded: what runs then goes to the cache as well.
+            memory = to_device(packed_chunks, self.device)
             inputs = PromptInputs.views(memory, sizes)
             graph, logits = self._record(lambda: self._prefill(inputs, sizes.tokens, None))
             recorded = self._prompt_graphs[sizes] = memory, graph, logits
