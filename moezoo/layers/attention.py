@@ -193,18 +193,27 @@ class DenseContext:
         self, attention: "GroupedQueryAttention", qkv: torch.Tensor, layer_idx: int
     ) -> tuple[torch.Tensor, Keys]:
         q, k, v = attention.heads(qkv, self.rotation)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if self.cache is not None:
-            k, v = self.cache.update(k, v, layer_idx)
+        k, v = self._updated(k.transpose(1, 2), v.transpose(1, 2), layer_idx)
         return q, Keys(k, v)
 
     def append_latents(
         self, attention: Any, q: torch.Tensor, latents: torch.Tensor, layer_idx: int
     ) -> tuple[torch.Tensor, Keys]:
         stored = attention.stored(latents, self.rotation).unsqueeze(1)
-        if self.cache is not None:
-            stored, _ = self.cache.update(stored, stored[..., :0], layer_idx)
+        stored, _ = self._updated(stored, stored[..., :0], layer_idx)
         return attention.rotated(q, self.rotation), Keys(stored, None)
+
+    def _updated(
+        self, k: torch.Tensor, v: torch.Tensor, layer_idx: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.cache is None:
+            return k, v
+        k, v = self.cache.update(k, v, layer_idx)
+        if getattr(self.cache, "offloading", False):
+            # It copies to pageable memory and back without waiting, and reads what is not there yet
+            # where the layers between are fast.
+            torch.cuda.synchronize(k.device)
+        return k, v
 
     def latents(self, keys: Keys) -> torch.Tensor:
         return keys.keys.squeeze(1)
