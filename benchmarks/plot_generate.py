@@ -1,6 +1,6 @@
-"""docs/generate.png: one column a model; decoding, prefill and many prompts beside transformers.
+"""docs/generate.png: one line a model; decoding, prefill and many prompts beside transformers.
 
-python benchmarks/plot_generate.py benchmarks/results/generate_nvidia_h100_80gb_hbm3.json
+    python benchmarks/plot_generate.py benchmarks/results/generate_partial_<..>.json
 """
 
 import argparse
@@ -96,13 +96,13 @@ def plot(document: dict[str, Any]) -> Figure:
     measured = {row["section"] for row in rows if "failed" not in row}
     sections = [name for name in PANELS if name in measured]
     figure, panels = plt.subplots(
-        len(sections),
         len(cases),
-        figsize=(4.4 * len(cases), 3.2 * len(sections) + 0.4),
+        len(sections),
+        figsize=(4.4 * len(sections), 3.2 * len(cases) + 0.4),
         squeeze=False,
     )
-    for line, section in zip(panels, sections, strict=True):
-        for panel, case in zip(line, cases, strict=True):
+    for line, case in zip(panels, cases, strict=True):
+        for panel, section in zip(line, sections, strict=True):
             own = [row for row in rows if (row["section"], row["case"]) == (section, case)]
             own = [row for row in own if "failed" not in row]
             if not own:
@@ -113,7 +113,7 @@ def plot(document: dict[str, Any]) -> Figure:
             panel.grid(alpha=0.3)
             if section != "offline":
                 panel.legend(fontsize=7, frameon=False)
-    figure.suptitle(f"generate, random weights in bfloat16, {document['device']}")
+    figure.suptitle(f"random weights in bfloat16, {document['device']}", fontsize=9)
     figure.tight_layout()
     return figure
 

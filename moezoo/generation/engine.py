@@ -290,7 +290,8 @@ class Engine:
         """A CUDA graph of `run`, and the memory where it leaves its result."""
         run()  # compiles kernels, which a capture must not
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # Relaxed, as other threads and the garbage collector may free memory meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="relaxed"):
             result = run()
         self._pool = graph.pool()
         return graph, result
