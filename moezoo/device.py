@@ -1,4 +1,4 @@
-"""Which device a name means, and whether Triton's kernels run on a tensor's."""
+"""Which device a name means, how tensors get there, and whether kernels run on them."""
 
 import torch
 
@@ -29,8 +29,20 @@ def device_of(device: torch.device | str | None) -> torch.device:
     return chosen
 
 
-def runs_kernels(*tensors: torch.Tensor) -> bool:
-    """Whether kernels take them: on CUDA, and neither a compiler nor a gradient looks inside."""
-    if not tensors[0].is_cuda or torch.compiler.is_compiling():
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of a tensor on the host; the host does not wait for it."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def runs_kernels(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether kernels take them: on CUDA, and neither a compiler nor a gradient looks inside.
+
+    `others` are all else that the result depends on; kernels have no backward.
+    """
+    if not x.is_cuda or torch.compiler.is_compiling():
         return False
-    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    return not torch.is_grad_enabled() or not any(
+        tensor is not None and tensor.requires_grad for tensor in (x, *others)
+    )

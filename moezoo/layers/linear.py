@@ -93,7 +93,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     16 bit are multiplied in fp32: twice as fast with 8 rows, 6 times with 64 (AMD EPYC with AVX2).
     On CUDA a kernel of our own takes few rows.
     """
-    if x.numel() <= FEW_ROWS * x.shape[-1] and runs_kernels(x, weight):
+    if x.numel() <= FEW_ROWS * x.shape[-1] and runs_kernels(x, weight, bias):
         from moezoo.layers.kernels.few_rows import few_rows_linear
 
         return few_rows_linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
@@ -141,7 +141,7 @@ class FusedLinear(Linear):
     def forward(self, x: torch.Tensor | NormOfSum) -> torch.Tensor:
         if not isinstance(x, NormOfSum):
             return super().forward(x)
-        arguments = x.kernel_arguments(NORM_ROWS, self.weight)
+        arguments = x.kernel_arguments(NORM_ROWS, self.weight, self.bias)
         if arguments is None:
             return super().forward(x.normed)
         from moezoo.layers.kernels.few_rows import add_norm_linear

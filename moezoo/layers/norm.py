@@ -38,7 +38,7 @@ class RMSNorm(nn.Module):
         self, x: torch.Tensor, update: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of x + update, and that sum, rounded to the dtype of x; x [.., dim]."""
-        if runs_kernels(x, self.weight):
+        if runs_kernels(x, self.weight, update):
             from moezoo.layers.kernels.add_norm import add_rms_norm
 
             rows = None if update is None else update.reshape(-1, self.dim)
@@ -79,14 +79,13 @@ class NormOfSum:
             self._x, self._update = self._x + self._update, None
         return self._x
 
-    def kernel_arguments(self, max_tokens: int, weight: torch.Tensor) -> dict[str, Any] | None:
-        """For a kernel that multiplies up to max_tokens tokens by `weight`; None if none runs."""
-        tensors = [self._x, self._norm.weight, weight]
-        if self._update is not None:
-            tensors.append(self._update)
+    def kernel_arguments(
+        self, max_tokens: int, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> dict[str, Any] | None:
+        """For a linear layer's kernel that takes up to max_tokens tokens; None if none runs."""
         if self._normed is not None or self._x.numel() > max_tokens * self._norm.dim:
             return None
-        if not runs_kernels(*tensors):
+        if not runs_kernels(self._x, self._update, self._norm.weight, weight, bias):
             return None
         return {
             "x": self._x.reshape(-1, self._norm.dim),

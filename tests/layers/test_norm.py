@@ -63,3 +63,27 @@ def test_gradient_on_cuda() -> None:
     linear(norm.of_sum(x, update)).sum().backward()
     assert norm.weight.grad is not None
     assert linear.weight.grad is not None
+
+
+@pytest.mark.gpu
+def test_gradient_of_what_is_added_on_cuda() -> None:
+    """Adapters: the norms are frozen, and so is the stream until the first adapter adds to it."""
+    norm, x, update = inputs((1, 1), "cuda")
+    norm.requires_grad_(False)
+    update.requires_grad_(True)
+    due = norm.of_sum(x, update)
+    (gradient,) = torch.autograd.grad(due.normed.sum() + due.sum.sum(), update)
+    assert gradient.any()
+    normed, total = norm.add(x, update)
+    assert normed.requires_grad and total.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sum_is_due", [True, False])
+def test_gradient_of_a_bias_alone_on_cuda(sum_is_due: bool) -> None:
+    norm, x, update = inputs((1, 1), "cuda")
+    linear = FusedLinear(H, (96,), bias=True).cuda()
+    norm.requires_grad_(False)
+    linear.weight.requires_grad_(False)
+    linear(norm.of_sum(x, update) if sum_is_due else x).sum().backward()
+    assert linear.bias.grad is not None
