@@ -14,6 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from moezoo.device import to_device
 from moezoo.generation.engine import Engine, batch_size
 from moezoo.generation.pages import PAGE_SIZE, Allocation, PageAllocator
 from moezoo.generation.prompts import Chunk
@@ -177,8 +178,8 @@ class Batcher:
             return
         rows = [chunks[i].row for i in whole]
         if len(whole) < len(chunks):
-            logits = logits[whole]
-        drawn = self.sampler(logits, torch.tensor(rows, device=logits.device))
+            logits = logits[to_device(torch.tensor(whole), logits.device)]
+        drawn = self.sampler(logits, to_device(torch.tensor(rows), logits.device))
         self.engine.start(rows, [chunks[i].end for i in whole], drawn)
         self._launched(drawn, rows)
 
@@ -279,7 +280,8 @@ class Batcher:
         elif len(running) > 1:
             self._num_rows = len(running) // 2
         else:
-            return False
+            # Not even the one that ran is left: it has ended since.
+            return not running
         self._vacate(running)
         for request in reversed(running):
             assert request._allocation is not None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 
-from moezoo.device import runs_kernels
+from moezoo.device import runs_kernels, to_device
 from moezoo.generation.cache import growing_cache
 from moezoo.generation.paged import (
     DecodeContext,
@@ -26,7 +26,6 @@ from moezoo.generation.paged import (
     attentions,
     ring_pages,
     slots_of,
-    to_device,
     token_bytes,
     windows,
 )
@@ -109,6 +108,7 @@ class Engine:
         self._pool: Any = None
         self._unfolds = any(len(layer.cache_shapes) == 1 for layer in attentions(decoder))
 
+    @torch.inference_mode()
     def assign(self, row: int, pages: Sequence[int]) -> None:
         """Give a row its pages."""
         table = torch.tensor(pages, dtype=torch.int32)
@@ -301,7 +301,9 @@ class EngineKeeper:
     """Keeps a model's engine, and with it the graphs of its steps, from one call to the next.
 
     One call has it at a time: another thread's gets one of its own, and what a call leaves behind
-    that fails is not used again. A copy of the model gets a keeper of its own.
+    that fails is not used again. Nor is that of a decoder with modules of others, adapters for
+    instance: a switch of theirs may change what a step does. A copy of the model gets a keeper of
+    its own.
     """
 
     def __init__(self) -> None:
@@ -333,7 +335,7 @@ class EngineKeeper:
             engine = Engine(decoder, num_rows=rows, context=room)
         engine.captures = engine.device.type == "cuda" and capturable(decoder)
         yield engine
-        if engine.cache.nbytes <= KEPT_BYTES:
+        if engine.cache.nbytes <= KEPT_BYTES and not has_modules_of_others(decoder):
             with self._lock:
                 self._engine, self._made_for = engine, made_for
 
@@ -349,6 +351,12 @@ def capturable(decoder: nn.Module) -> bool:
         module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
         for module in decoder.modules()
     )
+
+
+def has_modules_of_others(decoder: nn.Module) -> bool:
+    """Whether there are modules of other packages, of whose state `fingerprint` sees too little."""
+    packages = {type(module).__module__.partition(".")[0] for module in decoder.modules()}
+    return not packages <= {"moezoo", "torch"}
 
 
 def fingerprint(decoder: nn.Module) -> tuple[int, ...]:

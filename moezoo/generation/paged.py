@@ -207,10 +207,3 @@ class DecodeContext(PagedContext):
 def slots_of(table: Tensor, positions: Tensor) -> Tensor:
     """The slots, int64 [R, n], of positions [R, n] of rows whose pages are table [R, P]."""
     return table.long().gather(1, positions // PAGE_SIZE) * PAGE_SIZE + positions % PAGE_SIZE
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy that does not wait for the device."""
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)

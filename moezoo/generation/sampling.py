@@ -25,6 +25,8 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from moezoo.device import to_device
+
 
 def warpers(config: GenerationConfig, device: torch.device) -> LogitsProcessorList:
     """What transformers applies to the logits of a sampled step, in its order."""
@@ -141,6 +143,7 @@ class Sampler:
         """All that belongs to rows, each [R, ..]."""
         return [x for x in (self.step, self.seen, self.uniforms) if x is not None]
 
+    @torch.inference_mode()
     def start(
         self, row: int, tokens: Sequence[int], stream: Sequence[float], *, step: int = 0
     ) -> None:
@@ -148,11 +151,12 @@ class Sampler:
         self.step[row] = step
         if self.seen is not None:
             self.seen[row] = False
-            self.seen[row, torch.tensor(sorted(set(tokens)), device=self.seen.device)] = True
+            self.seen[row, to_device(torch.tensor(sorted(set(tokens))), self.seen.device)] = True
         if self.uniforms is not None:
             numbers = torch.tensor(stream, dtype=torch.float64)
-            self.uniforms[row, : len(stream)] = numbers.to(self.uniforms.device)
+            self.uniforms[row, : len(stream)] = to_device(numbers, self.uniforms.device)
 
+    @torch.inference_mode()
     def __call__(self, logits: Tensor, rows: slice | Tensor) -> Tensor:
         """logits [B, V] of the rows -> tokens int64 [B]."""
         scores = logits.float()

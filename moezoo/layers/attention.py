@@ -295,14 +295,15 @@ class GroupedQueryAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """qkv [B, T, ..] -> q [B, T, Hq, D], k and v [B, T, Hk, D]; normed, clipped and rotated."""
         if self.q_norm is not None and self.k_norm is not None:
-            q, k, v = qkv.split_with_sizes(self.qkv.part_sizes, -1)
+            heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+            q, k, v = qkv.split_with_sizes([number * self.head_dim for number in heads], -1)
             q = self.q_norm(q.unflatten(-1, (-1, self.q_norm.dim))).flatten(2)
             k = self.k_norm(k.unflatten(-1, (-1, self.k_norm.dim))).flatten(2)
             qkv = torch.cat((q, k, v), -1)
         if self.clip is not None:
             qkv = qkv.clamp(-self.clip, self.clip)
         # Queries and keys are rotated together: on a CPU a token's time is the number of calls.
-        heads = qkv.view(*qkv.shape[:2], -1, self.head_dim)
-        qk, v = heads.split_with_sizes((self.num_heads + self.num_kv_heads, self.num_kv_heads), 2)
+        every = qkv.view(*qkv.shape[:2], -1, self.head_dim)
+        qk, v = every.split_with_sizes((self.num_heads + self.num_kv_heads, self.num_kv_heads), 2)
         q, k = rotate_half(qk, rotation).split_with_sizes((self.num_heads, self.num_kv_heads), 2)
         return q, k, v

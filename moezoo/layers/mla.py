@@ -108,7 +108,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     def stored(self, latents: torch.Tensor, rotation: Rotation) -> torch.Tensor:
         """What the cache keeps of latents [B, T, C + R]: the first C normed, the last R rotated."""
-        latent, k_rope = latents.split_with_sizes(self.kv_a.part_sizes, -1)
+        latent, k_rope = latents.split_with_sizes((self.kv_norm.dim, self.rope_dim), -1)
         k_rope = self.rotate(k_rope.unsqueeze(2), rotation).squeeze(2)
         return torch.cat((self.kv_norm(latent), k_rope), -1)
 
@@ -134,7 +134,8 @@ class MultiHeadLatentAttention(nn.Module):
 
     def _attend_to_heads(self, q: torch.Tensor, keys: Keys, context: Context) -> torch.Tensor:
         """q [B, T, N, ..] -> [B, T, N, v_dim]."""
-        latent, k_rope = context.latents(keys).split_with_sizes(self.kv_a.part_sizes, -1)
+        latents = context.latents(keys)
+        latent, k_rope = latents.split_with_sizes((self.kv_norm.dim, self.rope_dim), -1)
         kv = self.kv_b(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k_nope, v = kv.split_with_sizes((self.nope_dim, self.v_dim), -1)
         k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, self.num_heads, -1, -1)), -1)

@@ -28,7 +28,7 @@ class GatedMLP(nn.Module):
 
             rows = gate(gate_up.reshape(-1, gate_up.shape[-1]), self.activation)
             return self.down(rows.view(*x.shape[:-1], -1))
-        gates, ups = gate_up.split_with_sizes(self.gate_up.part_sizes, -1)
+        gates, ups = gate_up.chunk(2, -1)
         return self.down(ACTIVATIONS[self.activation](gates) * ups)
 
 

@@ -176,8 +176,9 @@ def test_a_prefix_is_remembered_after_its_request_until_its_room_is_needed(pair,
     assert [requests[i].tokens for i in (0, 1, 3)] == [expected] * 3
 
 
-def test_latents_share_prefixes_too(tmp_path, monkeypatch):
-    pair = make_pair(tmp_path, "deepseek_v3", "groups")
+@pytest.mark.parametrize("device", DEVICES)
+def test_latents_share_prefixes_too(tmp_path, monkeypatch, device):
+    pair = make_pair(tmp_path, "deepseek_v3", "groups", device=device)
     system = tokens(100)
     prompts = [system + tokens(n, seed=n) for n in (3, 8, 40)]
     engine = pair.engine(chunk=32)
@@ -431,6 +432,19 @@ def test_out_of_memory_without_end_is_an_error_and_nothing_finished_is_lost(
             finished.append(request.index)
     assert finished == ([] if name == "prefill" else [0])
     assert failure.raised < 10
+
+
+def test_out_of_memory_after_the_last_row_has_ended_is_no_error(pair, monkeypatch):
+    """Its end is read after memory ran out for a step that it did not need."""
+    engine = pair.engine(rows=1, chunk=16)
+    monkeypatch.setattr(continuous, "MIN_CHUNK", 16)
+    OutOfMemory(engine, "step", monkeypatch, [1])
+    prompts = prompts_of(5, 9)
+    ends = set(pair.written(prompts[0], 1))
+    requests = requests_of(prompts, [6, 6])
+    run(engine, requests, ends=ends)
+    assert requests[0].tokens == []
+    assert requests[1].tokens == pair.written(prompts[1], 6, ends)
 
 
 def test_pieces_never_grow(pair, monkeypatch):

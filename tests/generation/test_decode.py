@@ -1,9 +1,11 @@
 """The token loop on the engine against the one on transformers' caches, both on the CPU."""
 
+from copy import deepcopy
 from threading import Barrier, Thread
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     AutoTokenizer,
     EosTokenCriteria,
@@ -24,6 +26,7 @@ import moezoo
 from moezoo.assets import tiny_model
 from moezoo.generation import engine as engine_module
 from moezoo.generation.cache import growing_cache
+from moezoo.generation.continuous import Batcher, Request
 from moezoo.generation.decode import decode, decode_paged, unpadded
 from moezoo.generation.engine import Engine, EngineKeeper
 from moezoo.layers.attention import visible_tokens
@@ -212,6 +215,46 @@ def test_what_a_failed_call_leaves_is_not_used(model):
         raise KeyboardInterrupt
     with keeper.engine(model.decoder, 2, 100) as engine:
         assert engine is not failed
+
+
+class Adapter(nn.Module):
+    """As adapters do it: around a layer, with a switch that is neither a weight nor a module."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+        self.disabled = False
+
+    def forward(self, x):
+        y = self.base_layer(x)
+        return y if self.disabled else y + 0.1 * y.flip(-1)
+
+
+def test_adapters_around_layers_work_and_their_switches_count(model, inputs):
+    adapted = deepcopy(model)
+    for layer in adapted.decoder.layers:
+        layer.attn.qkv = Adapter(layer.attn.qkv)
+    results = both(adapted, inputs)
+    assert_same(results)
+    assert results[0][0].sequences.tolist() != both(model, inputs)[0][0].sequences.tolist()
+    keeper = EngineKeeper()
+    with keeper.engine(model.decoder, 1, 100):
+        pass
+    assert keeper._engine is not None
+    with keeper.engine(adapted.decoder, 1, 100):
+        pass
+    with keeper.engine(adapted.decoder, 1, 100) as engine:
+        assert engine.decoder is adapted.decoder
+        assert keeper._engine is None, "its graphs hold what the switches were"
+
+
+def test_an_engine_made_in_inference_mode_serves_outside_it(model, inputs):
+    with torch.inference_mode():
+        engine = Engine(model.decoder, num_rows=3, context=64, chunk=8)
+    assert_same(both(model, inputs, engine=engine))
+    prompts = unpadded(inputs["input_ids"], inputs["attention_mask"], None)
+    requests = [Request(i, prompt, 4) for i, prompt in enumerate(prompts)]
+    assert len(list(Batcher(engine, engine.greedy, ends=set()).run(iter(requests)))) == 3
 
 
 def test_threads_get_engines_of_their_own(model):
