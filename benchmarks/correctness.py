@@ -12,7 +12,7 @@ from subject import Subject, greedy
 from torch import Tensor, nn
 
 from moezoo.generation.engine import Engine
-from moezoo.generation.paged import PAGE_SIZE
+from moezoo.generation.pages import PAGE_SIZE
 from moezoo.tools.layer import WrongResultError
 
 PROMPT = 128

@@ -101,7 +101,9 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         self.decoder.lm_head = new_embeddings
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ValueError("moezoo's layers have no paged cache; use moezoo.generate(...)")
+        raise ValueError(
+            "transformers' paged cache does not fit moezoo's layers; use moezoo.generate(...)"
+        )
 
     @staticmethod
     def create_masks_for_generate(

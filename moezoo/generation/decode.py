@@ -134,7 +134,7 @@ def decode_paged(
     started = False
     while True:
         if greedy and started:
-            next_ids = engine.ids[:batch]
+            next_ids, scores = engine.ids[:batch], logits[:batch]
         else:
             logits = logits[:batch].float()
             if keeps:
@@ -159,7 +159,7 @@ def decode_paged(
             started = True
         sequences[:, length] = next_ids
         length += 1
-        unfinished = unfinished & ~stopping_criteria(sequences[:, :length], logits)
+        unfinished = unfinished & ~stopping_criteria(sequences[:, :length], scores)
         read = _Reading(unfinished.any(), next_ids if streamer is not None else None)
         if length < longest:
             logits = engine.step(engine.num_rows, sampler)

@@ -16,9 +16,7 @@ from moezoo.layers.attention import CausalMask, Keys, attend
 from moezoo.layers.rope import Rotation
 
 PROMPT_SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048)
-
-TILE = 128
-"""Queries of a tile of `prompt_attention`."""
+"""Passes that are CUDA graphs have room for so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,8 @@ class Sizes:
 
     def rounded(self) -> "Sizes":
         """The next of few sizes, so that few graphs serve all."""
+        from moezoo.layers.kernels.prompt_attention import TILE
+
         tokens = next((size for size in PROMPT_SIZES if size >= self.tokens), self.tokens)
         chunks = 1 << (self.chunks - 1).bit_length()
         # Each chunk may begin a tile that it does not fill.
