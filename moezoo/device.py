@@ -1,5 +1,7 @@
 """Which device a name means, how tensors get there, and whether kernels run on them."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 
@@ -46,3 +48,10 @@ def runs_kernels(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     return not torch.is_grad_enabled() or not any(
         tensor is not None and tensor.requires_grad for tensor in (x, *others)
     )
+
+
+def device_made_current(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of a model's tensors."""
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return nullcontext()
+    return torch.cuda.device_of(x)

@@ -202,7 +202,7 @@ class Batcher:
             copy = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
             tokens = copy.copy_(tokens, non_blocking=True)
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(self.engine.device))
         else:
             tokens = tokens.clone()
         self._flying.append((tokens, event, requests))

@@ -210,7 +210,7 @@ class _Reading:
         self._event: torch.cuda.Event | None = None
         if flag.is_cuda:
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(flag.device))
 
     def wait(self) -> tuple[bool, torch.Tensor | None]:
         if self._event is not None:

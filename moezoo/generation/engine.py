@@ -10,6 +10,7 @@ Legend: R rows, B rows of a step, T tokens, V vocabulary, P pages of a row.
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from threading import Lock
 from typing import Any
 
@@ -290,8 +291,14 @@ class Engine:
         """A CUDA graph of `run`, and the memory where it leaves its result."""
         run()  # compiles kernels, which a capture must not
         graph = torch.cuda.CUDAGraph()
-        # Relaxed, as other threads and the garbage collector may free memory meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="relaxed"):
+        capture = torch.cuda.graph(
+            graph,
+            pool=self._pool,
+            stream=_capture_stream(self.device),
+            # Other threads and the garbage collector may free memory meanwhile.
+            capture_error_mode="relaxed",
+        )
+        with torch.cuda.device(self.device), capture:
             result = run()
         self._pool = graph.pool()
         return graph, result
@@ -338,6 +345,12 @@ class EngineKeeper:
         if engine.cache.nbytes <= KEPT_BYTES and not has_modules_of_others(decoder):
             with self._lock:
                 self._engine, self._made_for = engine, made_for
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """torch has one for all devices, on that which is current at the first capture."""
+    return torch.cuda.Stream(device)
 
 
 def batch_size(rows: int) -> int:

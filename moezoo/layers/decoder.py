@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from moezoo.device import device_made_current
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import Context
 from moezoo.layers.linear import Linear, linear
@@ -79,11 +80,12 @@ class Decoder(nn.Module):
         The input of each layer, and last the result, are appended to `states`.
         """
         update: torch.Tensor | None = None
-        for layer_idx, layer in enumerate(self.layers):
-            if states is not None:
-                states.append(x if update is None else x + update)
-            x, update = layer(x, update, context, layer_idx)
-        x, _ = self.norm.add(x, update)
+        with device_made_current(x):
+            for layer_idx, layer in enumerate(self.layers):
+                if states is not None:
+                    states.append(x if update is None else x + update)
+                x, update = layer(x, update, context, layer_idx)
+            x, _ = self.norm.add(x, update)
         if states is not None:
             states.append(x)
         return x
@@ -95,7 +97,8 @@ class Decoder(nn.Module):
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states [.., H] -> logits [.., V] in the model's dtype."""
         head = self.embed if self.lm_head is None else self.lm_head
-        return linear(x, head.weight)
+        with device_made_current(x):
+            return linear(x, head.weight)
 
 
 def pre_norm_decoder(

@@ -62,6 +62,23 @@ def test_continuous_batching_writes_what_transformers_writes(folder, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_the_current_one(folder):
+    path, written = folder
+    model = load(path, "cuda:1")
+    if not supports(model.decoder):
+        pytest.skip("its rotation depends on the length")
+    requests = [Request(i, ids, NEW) for i, ids in enumerate(prompts())]
+    list(batcher(model).run(iter(requests)))
+    assert [request.tokens for request in requests] == written
+    ids = torch.tensor(prompts()[:1]).to("cuda:1")
+    for _ in range(2):
+        out = model.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+        assert out[0, ids.shape[1] :].tolist() == written[0]
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.gpu
 def test_generate_writes_what_transformers_writes(folder):
     path, written = folder
     model = load(path, "cuda")
