@@ -316,3 +316,18 @@ def test_save_refuses_by_name_what_it_does_not_do(
 def test_continuous_batching_of_transformers_is_refused(pair: Pair) -> None:
     with pytest.raises(ValueError, match=r"moezoo\.generate"):
         pair.ours.generate_batch([[1, 2]])
+
+
+def test_hooks_see_tensors(pair: Pair) -> None:
+    """Calibration and activation patching hook the inputs of attention and experts."""
+    seen = []
+    layer = pair.ours.decoder.layers[0]
+    hooked = (layer.attn, layer.attn.qkv, layer.mlp)
+    handles = [
+        module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        for module in hooked
+    ]
+    pair.ours(torch.tensor([[1, 2, 3]]))
+    for handle in handles:
+        handle.remove()
+    assert [tuple(x.shape[:2]) for x in seen] == [(1, 3)] * 3

@@ -44,6 +44,7 @@ from moezoo.generation.prompts import (
 from moezoo.generation.sampling import Sampler
 from moezoo.layers.attention import CausalMask, DenseContext
 from moezoo.layers.decoder import Decoder
+from moezoo.layers.norm import is_hooked
 
 BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Steps are made for so many rows; rows without a sequence fill them up."""
@@ -360,10 +361,7 @@ def batch_size(rows: int) -> int:
 
 def capturable(decoder: nn.Module) -> bool:
     """Whether a recorded step would do what the modules do when they are called."""
-    return not any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-        for module in decoder.modules()
-    )
+    return not any(is_hooked(module) for module in decoder.modules())
 
 
 def has_modules_of_others(decoder: nn.Module) -> bool:

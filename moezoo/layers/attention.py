@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moezoo.layers.linear import FusedLinear, Linear
-from moezoo.layers.norm import NormOfSum, RMSNorm, normed
+from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.rope import Rotation, rotate_half
 
 
@@ -285,8 +285,7 @@ class GroupedQueryAttention(nn.Module):
         self, x: torch.Tensor | NormOfSum, context: Context, layer_idx: int
     ) -> torch.Tensor:
         """x [B, T, H] -> [B, T, H]; keys and values go to the cache under `layer_idx`."""
-        # What replaces `qkv`, as adapters do, gets a tensor.
-        qkv = self.qkv(x if isinstance(self.qkv, FusedLinear) else normed(x))
+        qkv = self.qkv(handed_to(self.qkv, x) if isinstance(x, NormOfSum) else x)
         q, keys = context.append_heads(self, qkv, layer_idx)
         return self.o(context.attend(q, keys, window=self.window, scale=self.scale).flatten(2))
 

@@ -13,7 +13,7 @@ from moezoo.device import device_made_current
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import Context
 from moezoo.layers.linear import Linear, linear
-from moezoo.layers.norm import RMSNorm
+from moezoo.layers.norm import RMSNorm, handed_to
 from moezoo.layers.rope import RotaryEmbedding, Rotation
 
 
@@ -37,9 +37,9 @@ class DecoderLayer(nn.Module):
         Each sum is made together with the norm that follows, at the latest by the layer it is for.
         """
         normed = self.attn_norm.of_sum(x, update)
-        update = self.attn(normed, context, layer_idx)
+        update = self.attn(handed_to(self.attn, normed), context, layer_idx)
         normed = self.mlp_norm.of_sum(normed.sum, update)
-        update = self.mlp(normed)
+        update = self.mlp(handed_to(self.mlp, normed))
         return normed.sum, update
 
 

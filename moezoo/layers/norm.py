@@ -104,3 +104,14 @@ class NormOfSum:
 def normed(x: torch.Tensor | NormOfSum) -> torch.Tensor:
     """For layers that take either: a tensor as it is, or the norm that is due."""
     return x.normed if isinstance(x, NormOfSum) else x
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call does more than its class says."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def handed_to(module: nn.Module, due: NormOfSum) -> torch.Tensor | NormOfSum:
+    """What a layer is called with: a tensor if it has hooks, or is not one of ours."""
+    ours = type(module).__module__.startswith("moezoo.")
+    return due if ours and not is_hooked(module) else due.normed
