@@ -67,7 +67,6 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_sdpa = True
     _no_split_modules = ("DecoderLayer",)
-    _skip_keys_device_placement = ("cache",)
 
     def __new__(cls, config: PreTrainedConfig | None = None, *args: Any) -> "MoECausalLM":
         if cls is MoECausalLM and config is not None:
@@ -249,10 +248,16 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         returns_cache = generation_config.return_dict_in_generate
         # A window's pages do not hold all that transformers' cache would.
         in_pages = own_cache and not (returns_cache and any(windows(self.decoder)))
-        if in_pages and self.device.type == "cuda" and supports(self.decoder):
+        longest = stopping_criteria.max_length or generation_config.max_length
+        # Pages are taken for the longest that is allowed; a cache that grows may never need it.
+        if (
+            in_pages
+            and self.device.type == "cuda"
+            and supports(self.decoder)
+            and self._engines.has_room(self.decoder, len(input_ids), longest)
+        ):
             prompts = unpadded(input_ids, attention_mask, position_ids)
         if prompts is not None:
-            longest = stopping_criteria.max_length or generation_config.max_length
             with self._engines.engine(self.decoder, len(prompts), longest) as engine:
                 decoded = decode_paged(
                     engine,

@@ -325,22 +325,35 @@ class EngineKeeper:
     def __reduce__(self) -> tuple[type["EngineKeeper"], tuple[()]]:
         return EngineKeeper, ()
 
+    def release(self) -> None:
+        """Give back the memory of the engine that is kept."""
+        with self._lock:
+            self._engine = None
+
+    def has_room(self, decoder: Decoder, rows: int, context: int) -> bool:
+        """Whether the GPU has memory for `rows` rows of `context` tokens, and some to spare."""
+        with self._lock:
+            kept = 0 if self._engine is None else self._engine.cache.nbytes
+        needed = rows * num_pages(context) * PAGE_SIZE * _all_token_bytes(decoder)
+        return needed <= 0.9 * (free_bytes(decoder.embed.weight.device) + kept)
+
     @contextmanager
     def engine(self, decoder: Decoder, rows: int, context: int) -> Iterator[Engine]:
-        """An engine with the number of rows that `rows` take, each with room for `context`."""
-        rows = batch_size(rows)
+        """An engine with the number of rows that `rows` take, with pages for `context` in each."""
+        size, pages = batch_size(rows), rows * num_pages(context)
         made_for = fingerprint(decoder)
         with self._lock:
             engine, self._engine = self._engine, None
-            fits = engine is not None and engine.num_rows == rows and engine.context >= context
-            if not fits or made_for != self._made_for:
+            if engine is None or made_for != self._made_for:
+                engine = None
+            elif engine.num_rows != size or engine.context < context or engine.pages < pages:
                 engine = None  # its memory may be needed
         if engine is None:
             room = 2 ** max(9, (context - 1).bit_length())
-            numbers = sum(token_bytes(decoder, window) for window in set(windows(decoder)))
-            if rows * room * numbers > KEPT_BYTES:
-                room = context  # it would not be kept, and all memory may be needed
-            engine = Engine(decoder, num_rows=rows, context=room)
+            if size * room * _all_token_bytes(decoder) <= KEPT_BYTES:
+                engine = Engine(decoder, num_rows=size, context=room)
+            else:  # it will not be kept, and all memory may be needed
+                engine = Engine(decoder, num_rows=size, context=context, pages=pages)
         engine.captures = engine.device.type == "cuda" and capturable(decoder)
         yield engine
         if engine.cache.nbytes <= KEPT_BYTES and not has_modules_of_others(decoder):
@@ -382,6 +395,16 @@ def supports(decoder: Decoder) -> bool:
     return len(devices) == 1 and decoder.rope.kind not in ("dynamic", "longrope")
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that nothing uses, that which torch keeps for later included."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def _all_token_bytes(decoder: Decoder) -> int:
+    return sum(token_bytes(decoder, window) for window in set(windows(decoder)))
+
+
 def rows_and_pages_that_fit(
     decoder: Decoder, *, num_rows: int, context: int, chunk: int, cache_bytes: int | None
 ) -> tuple[int, int]:
@@ -405,10 +428,7 @@ def rows_and_pages_that_fit(
         activations = _activation_bytes(decoder, min(chunk, context))
         # The widest temporaries of sampling: scores sorted, and summed up in float64.
         logits = num_rows * decoder.embed.num_embeddings * 40
-        free = torch.cuda.mem_get_info(weight.device)[0]
-        free += torch.cuda.memory_reserved(weight.device)
-        free -= torch.cuda.memory_allocated(weight.device)
-        cache_bytes = int(0.95 * free - 1.25 * activations - logits)
+        cache_bytes = int(0.95 * free_bytes(weight.device) - 1.25 * activations - logits)
         cache_bytes = max(cache_bytes, least)
     if cache_bytes < least:
         raise ValueError(

@@ -25,7 +25,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from moezoo.errors import MoEOutOfMemoryError
 from moezoo.generation.continuous import Batcher, Request, is_out_of_memory
-from moezoo.generation.engine import CHUNK_TOKENS, Engine, rows_and_pages_that_fit, supports
+from moezoo.generation.engine import (
+    CHUNK_TOKENS,
+    Engine,
+    EngineKeeper,
+    rows_and_pages_that_fit,
+    supports,
+)
 from moezoo.generation.sampling import Sampler, SeededDraw, uniforms, warpers
 from moezoo.layers.decoder import Decoder
 
@@ -327,6 +333,9 @@ class _ContinuousGenerator:
     def _engine(self) -> tuple[Engine, Sampler]:
         model, config = self.texts.model, self.texts.config
         decoder = model.decoder
+        keeper = getattr(model, "_engines", None)
+        if isinstance(keeper, EngineKeeper):
+            keeper.release()
         context = context_length(model) or MAX_CONTEXT
         rows, pages = rows_and_pages_that_fit(
             decoder,

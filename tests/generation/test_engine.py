@@ -3,8 +3,10 @@
 import pytest
 import torch
 from configurations import CONFIGURATIONS, reference
+from transformers import AutoTokenizer
 
 import moezoo
+from moezoo.assets import tiny_model
 from moezoo.generation.continuous import Batcher, Request
 from moezoo.generation.engine import Engine, supports
 
@@ -97,3 +99,43 @@ def test_generate_writes_what_transformers_writes(folder):
             pad_token_id=0,
         )
         assert out[:, longest:].tolist() == written
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_prompt_writes_the_same_alone_and_among_32(device):
+    model = load(tiny_model(), device)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
+    story = [
+        "One",
+        "day",
+        "a",
+        "little",
+        "dog",
+        "went",
+        "to",
+        "the",
+        "market",
+        "with",
+        "his",
+        "friend",
+        "and",
+        "saw",
+        "a",
+        "big",
+        "red",
+        "ball",
+    ]
+    given = [" ".join(story[: 1 + i % 12]) + " and" * (i // 12) for i in range(32)]
+    options = {"max_new_tokens": 16, "do_sample": False}
+    together = {
+        c.id: c.token_ids
+        for c in moezoo.generate(model, tokenizer, given, batch_size=32, **options)
+    }
+    assert len(together) == 32
+    for i in (0, 5, 17, 31):
+        (alone,) = moezoo.generate(model, tokenizer, [given[i]], **options)
+        assert alone.token_ids == together[i]
+        inputs = tokenizer(given[i], return_tensors="pt").to(device)
+        tokens = model.generate(**inputs, pad_token_id=0, **options)[0]
+        new = tokens[inputs.input_ids.shape[1] :].tolist()
+        assert tuple(new[: len(together[i])]) == together[i]
