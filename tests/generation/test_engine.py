@@ -10,6 +10,7 @@ from moezoo.assets import tiny_model
 from moezoo.generation.continuous import Batcher, Request
 from moezoo.generation.engine import Engine, supports
 
+STORY = "One day a little dog went to the market with his friend and saw a big red ball"
 LENGTHS = (5, 1, 13, 8, 2, 11, 3)
 NEW = 9
 CASES = [(model_type, name) for model_type, cases in CONFIGURATIONS.items() for name in cases]
@@ -105,26 +106,7 @@ def test_generate_writes_what_transformers_writes(folder):
 def test_a_prompt_writes_the_same_alone_and_among_32(device):
     model = load(tiny_model(), device)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model())
-    story = [
-        "One",
-        "day",
-        "a",
-        "little",
-        "dog",
-        "went",
-        "to",
-        "the",
-        "market",
-        "with",
-        "his",
-        "friend",
-        "and",
-        "saw",
-        "a",
-        "big",
-        "red",
-        "ball",
-    ]
+    story = STORY.split()
     given = [" ".join(story[: 1 + i % 12]) + " and" * (i // 12) for i in range(32)]
     options = {"max_new_tokens": 16, "do_sample": False}
     together = {
