@@ -207,6 +207,11 @@ def _add_generate(commands: Any) -> None:
         help="memory of the KV cache (default: what is free on a GPU, at most 4 on a CPU)",
     )
     running.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as stored")
+    running.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="quantise the experts while they load (default: as stored)",
+    )
     running.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is one")
     running.add_argument("--quiet", action="store_true", help="no progress, only errors")
 
@@ -405,6 +410,7 @@ def _fingerprint(
         checkpoint.fingerprint(),
         arguments.chat,
         arguments.dtype,
+        arguments.quantization,
         arguments.seed,
         options,
     ]
@@ -437,6 +443,7 @@ def _completions(
         checkpoint,
         dtype=arguments.dtype,
         device=arguments.device,
+        quantization=arguments.quantization,
         progress=not arguments.quiet and sys.stderr.isatty(),
     )
     if not arguments.quiet:
