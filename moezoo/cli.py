@@ -431,6 +431,7 @@ def _completions(
     from transformers.utils import logging
 
     from moezoo.generation.offline import generate
+    from moezoo.layers.quant.fp8 import BLOCK_FP8
     from moezoo.loaders.load import from_checkpoint
 
     if not arguments.debug:
@@ -448,6 +449,8 @@ def _completions(
     )
     if not arguments.quiet:
         dtype = str(model.dtype).removeprefix("torch.")
+        if hasattr(model.config, "quantization_config"):
+            dtype += f", experts in {BLOCK_FP8},"
         seconds = time.perf_counter() - started
         _say(f"loaded {checkpoint.name} as {dtype} on {model.device} in {seconds:.1f} s")
     streamer = None

@@ -118,14 +118,14 @@ class Quantization:
 class HubFp8:
     """What a quantization_config of the hub says, as far as it matters here."""
 
-    not_converted: tuple[str, ...] = ()
-    """Modules that are not quantised, and all below them."""
+    not_converted: frozenset[str] = frozenset()
+    """Modules that are not quantised, nor what is below them."""
 
     def keeps(self, tensor: str) -> str | None:
         """The entry of `not_converted` that says that this tensor is not quantised, if any."""
-        return next(
-            (m for m in self.not_converted if tensor == m or tensor.startswith(f"{m}.")), None
-        )
+        parts = tensor.split(".")
+        above = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+        return next((module for module in above if module in self.not_converted), None)
 
 
 def hub_scheme(quantization_config: object, name: str) -> HubFp8 | None:
@@ -168,7 +168,7 @@ def hub_scheme(quantization_config: object, name: str) -> HubFp8 | None:
         if isinstance(names, str) or not all(isinstance(module, str) for module in names):
             refuse(field, "a list of names")
         skipped.extend(names)
-    return HubFp8(tuple(skipped))
+    return HubFp8(frozenset(skipped))
 
 
 @dataclass(frozen=True)
@@ -392,6 +392,15 @@ def hub_config(module: nn.Module, rules: Sequence[Rule | Skip]) -> dict[str, Any
         "weight_block_size": [BLOCK, BLOCK],
         "modules_to_not_convert": sorted(plain),
     }
+
+
+def describe_(config: Any, module: nn.Module, rules: Sequence[Rule | Skip]) -> None:
+    """Let a transformers config say what of `module` is quantised, as a checkpoint of it would."""
+    described = hub_config(module, rules)
+    if described is not None:
+        config.quantization_config = described
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config
 
 
 def _quantized_weights(module: nn.Module) -> Iterator[tuple[str, BlockFp8Weights]]:

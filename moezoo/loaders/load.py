@@ -29,6 +29,7 @@ from moezoo.errors import (
     QuantizationError,
     UnsupportedArchitectureError,
 )
+from moezoo.layers.moe.experts import require_fp8
 from moezoo.layers.quant import BlockFp8
 from moezoo.layers.quant.fp8 import scales_shape, wrong_scale
 from moezoo.loaders.checkpoint import (
@@ -41,9 +42,9 @@ from moezoo.loaders.checkpoint import (
 from moezoo.loaders.encodings import (
     Encoding,
     Quantization,
+    describe_,
     encoding_of,
     experts_of,
-    hub_config,
     hub_scheme,
     parts_index,
     parts_shape,
@@ -159,7 +160,7 @@ def from_checkpoint(
         quantization=asked,
         progress=progress,
     )
-    _describe_quantization(config, decoder)
+    describe_(config, decoder, registry.architecture(config.model_type).CHECKPOINT)
     model = MoECausalLM(config, decoder).eval()
     if generation_config is not None:
         model.generation_config = generation_config
@@ -206,6 +207,8 @@ def from_config(
             for name, layer in experts_of(decoder).items()
             if kept.isdisjoint(n for n, other in experts_of(decoder).items() if other is layer)
         }
+    if quantized:
+        require_fp8(target_device)
     wanted = quantized_infos(plain, quantized)
     check_memory(wanted, target_device, f"this {config.model_type}")
     tensors = _allocate(wanted, target_device)
@@ -216,7 +219,7 @@ def from_config(
         _initialise(name, tensors[name], config.initializer_range)
     quantize_on_meta(decoder, quantized)
     _place(decoder, tensors)
-    _describe_quantization(config, decoder)
+    describe_(config, decoder, registry.architecture(config.model_type).CHECKPOINT)
     return MoECausalLM(config, decoder).eval()
 
 
@@ -261,8 +264,8 @@ def load_weights(
     scales = planned.encoding.scales
     for name in sorted(_dequantized_experts(module, planned)):
         _log.warning(
-            "%s: stored in fp8 and dequantised, as the layer is stored in part only in blocks of "
-            "gate and up each",
+            "%s: dequantised, since the checkpoint has the experts of this layer in fp8 only in "
+            "part, or in blocks that gate and up share",
             name,
         )
     sources |= {scales[source] for source in sources & scales.keys()}
@@ -302,6 +305,8 @@ def _planned(
     plain = parameter_infos(module, dtype)
     chosen = plan(rules, encoding.tensors, plain, experts=experts, name=checkpoint.name)
     quantized = quantized_experts(module, chosen.copies, encoding, quantization)
+    if quantized:
+        require_fp8(device)
     wanted = quantized_infos(plain, quantized)
     check_memory(wanted, device, checkpoint.name)
     return _Planned(wanted, chosen, encoding, quantized)
@@ -550,16 +555,6 @@ def own_encoding(checkpoint: Checkpoint) -> Encoding:
     return encoding_of(
         checkpoint.config.get("quantization_config"), checkpoint.tensors, checkpoint.name
     )
-
-
-def _describe_quantization(config: PreTrainedConfig, decoder: nn.Module) -> None:
-    """Let the config say what is quantised in the model, as a checkpoint of it would."""
-    rules = registry.architecture(config.model_type).CHECKPOINT
-    described = hub_config(decoder, rules)
-    if described is not None:
-        config.quantization_config = described
-    elif hasattr(config, "quantization_config"):
-        del config.quantization_config
 
 
 def own_dtype(config: PreTrainedConfig, tensors: Mapping[str, TensorInfo]) -> torch.dtype:

@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from moezoo import registry
 from moezoo.errors import naming
 from moezoo.loaders.checkpoint import CONFIG, DTYPES, GENERATION_CONFIG, INDEX, WEIGHTS
-from moezoo.loaders.encodings import hub_config, stored_layout
+from moezoo.loaders.encodings import describe_, stored_layout
 from moezoo.loaders.mapping import (
     Copy,
     Rule,
@@ -63,9 +63,7 @@ def save_pretrained(
     config.dtype = next(
         (p.dtype for p in model.decoder.parameters() if p.is_floating_point()), config.dtype
     )
-    quantization_config = hub_config(model.decoder, rules)
-    if quantization_config is not None:
-        config.quantization_config = quantization_config
+    describe_(config, model.decoder, rules)
     config.architectures = config.architectures or [type(model).__name__]
     with _moved_at_end(Path(folder)) as draft:
         write_weights(model.decoder, rules, draft, max_shard_size=max_shard_size)
