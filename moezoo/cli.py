@@ -410,9 +410,9 @@ def _fingerprint(
         checkpoint.fingerprint(),
         arguments.chat,
         arguments.dtype,
-        arguments.quantization,
         arguments.seed,
         options,
+        *([arguments.quantization] if arguments.quantization else []),
     ]
     return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 

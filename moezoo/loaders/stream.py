@@ -32,7 +32,10 @@ from moezoo.loaders.checkpoint import Location
 # A batch is what one system call reads, and the size of a staging buffer.
 _BATCH = 16 << 20
 _MAX_BUFFERS = 512
-_BLOCK_BATCH = 2 << 20
+# What is quantised or dequantised at once, in fp32: on a CPU few bytes, that the temporaries stay
+# in its caches and are used again; on a GPU more, as launches take time.
+_BLOCK_BATCH = 512 << 10
+_BLOCK_BATCH_GPU = 4 << 20
 
 Put = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
 """A piece of weights and their scales, and what is stored of it, on the same device."""
@@ -90,8 +93,7 @@ def cut_blocks(
 ) -> Iterator[Piece]:
     """A stored tensor [.., N, K] in pieces of whole blocks of rows, each for `put`.
 
-    `weights` [.., N, K] and `scales` [.., ceil(N / BLOCK), ceil(K / BLOCK)] are cut alike. Pieces
-    are smaller than others, since `put` computes with them in fp32.
+    `weights` [.., N, K] and `scales` [.., ceil(N / BLOCK), ceil(K / BLOCK)] are cut alike.
     """
     if weights.dim() > 2:
         offset = location.offset
@@ -101,7 +103,8 @@ def cut_blocks(
             offset += part.numel() * dtype.itemsize
         return
     row = weights.shape[1] * dtype.itemsize
-    count = max(1, _BLOCK_BATCH // max(1, row * BLOCK))
+    most = _BLOCK_BATCH if weights.is_cpu else _BLOCK_BATCH_GPU
+    count = max(1, most // max(1, row * BLOCK))
     parts = zip(weights.split(count * BLOCK), scales.split(count), strict=True)
     for i, (part, part_scales) in enumerate(parts):
         if part.numel():

@@ -276,7 +276,8 @@ from moezoo.loaders.mapping import Rule
 
 def anonymous():
     with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+        kinds = [line.split() for line in lines if line.startswith(("RssAnon", "RssShmem"))]
+    return sum(int(size) * 1024 for _, size, _ in kinds)
 
 with torch.device("meta"):
     model = nn.ModuleList(FusedMoE(1024, 1024, 16, None) for _ in range(8))
