@@ -18,16 +18,30 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    FineGrainedFP8Config,
+    PreTrainedModel,
+)
 
 import moezoo
+from moezoo import registry
 from moezoo.errors import CheckpointError, QuantizationError
 from moezoo.generation.engine import fingerprint
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import BlockFp8
 from moezoo.loaders.checkpoint import open_checkpoint
 from moezoo.loaders.encodings import Quantization
-from moezoo.loaders.load import from_config, from_pretrained
+from moezoo.loaders.load import (
+    from_config,
+    from_pretrained,
+    load_weights,
+    transformers_config,
+)
+from moezoo.loaders.mapping import Rule
+from moezoo.loaders.save import write_weights
 
 ASSET = Path(moezoo.__file__).parent / "assets" / "tiny-qwen3-moe"
 HUB = {
@@ -721,10 +735,84 @@ def test_what_cannot_be_asked_for(asked, error, message):
         assert message in str(caught.value)
 
 
-def test_a_failed_load_leaves_the_module_as_it_was(tmp_path):
-    from moezoo import registry
-    from moezoo.loaders.load import load_weights, transformers_config
+@pytest.mark.parametrize("stored_fp8", [False, True], ids=["on-the-fly", "hub"])
+@pytest.mark.parametrize("stacked", [False, True], ids=["per-expert", "stacked"])
+@pytest.mark.parametrize("owned", [[0, 1], [3, 0, 2]], ids=str)
+def test_a_rank_gets_its_experts(tmp_path, owned, stacked, stored_fp8):
+    generator = torch.Generator().manual_seed(0)
+    w13 = torch.randn(4, 2, 128, 256, generator=generator)
+    w2 = torch.randn(4, 256, 128, generator=generator)
+    if stacked:
+        stored = {"m.gate_up": w13.flatten(1, 2), "m.down": w2}
+        rules = [Rule("w13", "m.gate_up", shard="expert"), Rule("w2", "m.down", shard="expert")]
+    else:
+        parts = {f"m.{e}.{n}": w13[e, i].clone() for e in range(4) for i, n in enumerate("gu")}
+        stored = parts | {f"m.{e}.d": w2[e].clone() for e in range(4)}
+        rules = [
+            Rule("w13", "m.{E}.g", "m.{E}.u", shard="expert"),
+            Rule("w2", "m.{E}.d", shard="expert"),
+        ]
+    config = {"model_type": "toy"}
+    if stored_fp8:
+        for name in list(stored):
+            quantized = BlockFp8.quantize(stored[name])
+            stored |= {name: quantized.data, f"{name}_scale_inv": quantized.scales}
+        config["quantization_config"] = HUB
+    save_file(stored | {"gate": torch.zeros(4, 256)}, tmp_path / FILE)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        moe = FusedMoE(256, 128, len(owned), None)
+        moe.gate = nn.Parameter(torch.empty(4, 256))
+    load_weights(
+        moe,
+        open_checkpoint(tmp_path),
+        [Rule("gate", "gate"), *rules],
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+        experts=owned,
+        quantization=Quantization(),
+    )
+    assert moe.w13().dequantize().equal(BlockFp8.quantize(w13).dequantize()[owned])
+    assert moe.w2().dequantize().equal(BlockFp8.quantize(w2).dequantize()[owned])
 
+
+def test_experts_in_another_order_are_refused(tmp_path):
+    with torch.device("meta"):
+        moe = FusedMoE(256, 128, 2, None)
+    rules = [
+        Rule("gate", "gate"),
+        Rule("w13", "up", shard="expert", view="transpose"),
+        Rule("w2", "down", shard="expert"),
+    ]
+    stored = {"gate": torch.zeros(2, 256), "up": torch.zeros(2, 256, 256)}
+    save_file(stored | {"down": torch.zeros(2, 256, 128)}, tmp_path / FILE)
+    (tmp_path / "config.json").write_text("{}")
+    options = {"device": torch.device("cpu"), "dtype": torch.float32}
+    checkpoint = open_checkpoint(tmp_path)
+    with pytest.raises(QuantizationError, match=r"up in model.safetensors is stored .'transpose'"):
+        load_weights(moe, checkpoint, rules, quantization=Quantization(), **options)
+    load_weights(moe, checkpoint, rules, **options)
+    moe.quantize_(BlockFp8.quantize(moe.w13.unflatten(1, (2, -1))), BlockFp8.quantize(moe.w2))
+    with pytest.raises(QuantizationError, match="up cannot be written"):
+        write_weights(moe, rules, tmp_path)
+    with pytest.raises(ValueError, match=r"w13 and w2 must be \[2, 2, 128, 256\]"):
+        moe.quantize_(moe.w2(), moe.w2())
+
+
+def test_transformers_config_object(tmp_path):
+    config = AutoConfig.from_pretrained(ASSET)
+    config.quantization_config = FineGrainedFP8Config(modules_to_not_convert=["lm_head"])
+    assert all(moe.quantized for moe in moe_layers(from_config(config, device="cpu")))
+
+
+def test_compiles(model):
+    moe = moe_layers(model)[0]
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    compiled = torch.compile(moe, backend="eager", fullgraph=True)
+    assert compiled(x).equal(moe(x))
+
+
+def test_a_failed_load_leaves_the_module_as_it_was(tmp_path):
     load(ASSET).save_pretrained(tmp_path)
     name = "model.layers.5.mlp.experts.0.up_proj.weight"
     change(tmp_path, lambda stored: stored[name][3].fill_(torch.nan))
