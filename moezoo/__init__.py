@@ -14,6 +14,7 @@ from moezoo import experts_implementation
 if TYPE_CHECKING:
     from moezoo.generation.offline import Completion, Prompt, generate
     from moezoo.generation.score import Score, score
+    from moezoo.loaders.encodings import Quantization
     from moezoo.loaders.load import from_config, from_pretrained
     from moezoo.registry import list_architectures
     from moezoo.tools.inspect import Report, inspect
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Completion",
     "Prompt",
+    "Quantization",
     "Report",
     "Score",
     "from_config",
@@ -36,6 +38,7 @@ __all__ = [
 _HOMES = {
     "Completion": "moezoo.generation.offline",
     "Prompt": "moezoo.generation.offline",
+    "Quantization": "moezoo.loaders.encodings",
     "Report": "moezoo.tools.inspect",
     "Score": "moezoo.generation.score",
     "from_config": "moezoo.loaders.load",

@@ -207,6 +207,11 @@ def _add_generate(commands: Any) -> None:
         help="memory of the KV cache (default: what is free on a GPU, at most 4 on a CPU)",
     )
     running.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as stored")
+    running.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="quantise the experts while they load (default: as stored)",
+    )
     running.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is one")
     running.add_argument("--quiet", action="store_true", help="no progress, only errors")
 
@@ -407,6 +412,7 @@ def _fingerprint(
         arguments.dtype,
         arguments.seed,
         options,
+        *([arguments.quantization] if arguments.quantization else []),
     ]
     return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -425,6 +431,7 @@ def _completions(
     from transformers.utils import logging
 
     from moezoo.generation.offline import generate
+    from moezoo.layers.quant.fp8 import BLOCK_FP8
     from moezoo.loaders.load import from_checkpoint
 
     if not arguments.debug:
@@ -437,10 +444,13 @@ def _completions(
         checkpoint,
         dtype=arguments.dtype,
         device=arguments.device,
+        quantization=arguments.quantization,
         progress=not arguments.quiet and sys.stderr.isatty(),
     )
     if not arguments.quiet:
         dtype = str(model.dtype).removeprefix("torch.")
+        if hasattr(model.config, "quantization_config"):
+            dtype += f", experts in {BLOCK_FP8},"
         seconds = time.perf_counter() - started
         _say(f"loaded {checkpoint.name} as {dtype} on {model.device} in {seconds:.1f} s")
     streamer = None

@@ -141,6 +141,38 @@ def test_a_failing_prompt_does_not_stop_the_others(capsys, tmp_path):
     assert "4 completions, 2 of them failed, 4 were there before" in again[2]
 
 
+def test_quantised_experts(capsys, tmp_path):
+    """In the fingerprint too: completions of one file are of one model."""
+    lines, out = prompts_file(tmp_path / "in.jsonl", "The dog", "A cat"), tmp_path / "out.jsonl"
+    command = ("generate", "--input", lines, "--output", out, *GREEDY)
+    assert run(capsys, *command, "--quantization", "fp8_w8a8")[0] == 0
+    quantised = records(out.read_text())
+    code, _, err = run(capsys, *command)
+    assert code == 2 and str(out) in err
+    assert records(out.read_text()) == quantised
+    code, _, err = run(capsys, *command, "--quantization", "fp8_w8a8")
+    assert code == 0 and "2 were there before" in err
+    code, _, err = run(capsys, *command, "--overwrite", "--quantization", "fp8_w8a8")
+    assert "as float32, experts in fp8_w8a8, on cpu" in err
+    again = records(out.read_text())
+    assert [record["text"] for record in again] == [record["text"] for record in quantised]
+
+
+def test_checkpoints_in_fp8_are_inspected_and_run(capsys, tmp_path):
+    moezoo.from_pretrained(
+        tiny_model(), quantization="fp8_w8a8", device="cpu", progress=False
+    ).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model()).save_pretrained(tmp_path)
+    code, out, _ = run(capsys, "inspect", tmp_path)
+    assert code == 0 and "the experts of 6 of 6 MoE layers" in " ".join(
+        out.replace("│", "").split()
+    )
+    code, out, err = run(capsys, "generate", tmp_path, "--prompt", "The dog", *GREEDY)
+    assert code == 0 and "as float32, experts in fp8_w8a8, on cpu" in err
+    stored = run(capsys, "generate", "--prompt", "The dog", "--quantization", "fp8_w8a8", *GREEDY)
+    assert out == stored[1]
+
+
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
 def test_resuming_after_a_kill_loses_and_repeats_nothing(capsys, tmp_path, kill):
     texts = [f"The {animal} number {n}" for n in range(20) for animal in ("dog", "cat", "goat")]
@@ -372,6 +404,7 @@ def test_seed_and_sampling_options_reach_generation(capsys):
         (("--prompt", "a", "--top-p", "3"), 2, "must be between 0 and 1, got 3"),
         (("--prompt", "a", "--greedy", "--top-p", "0.5"), 2, "does not use top_p"),
         (("--prompt", "a", "--dtype", "int8"), 2, "invalid choice: 'int8'"),
+        (("--prompt", "a", "--quantization", "mxfp4"), 2, "invalid choice: 'mxfp4'"),
         (("--prompt", "a", "--device", "tpu"), 2, "'tpu'"),
         (("--prompt", "a", "--overwrite"), 2, "--overwrite needs --output"),
         (("--input", "nowhere.jsonl"), 2, "--input cannot be read: [Errno 2]"),

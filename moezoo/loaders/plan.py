@@ -131,7 +131,13 @@ class _Planner:
         }
         if any(problems.values()):
             method = self._quantised()
-            if method is not None:
+            if method is not None and "fp8" in method.replace("float8", "fp8"):
+                advice = (
+                    f"It looks quantised ({method}), which its config.json does not say: get the "
+                    "config.json with the quantization_config of these weights, or take the 16-bit "
+                    "checkpoint of the model"
+                )
+            elif method is not None:
                 advice = (
                     f"It looks quantised ({method}), which this release does not load; take the "
                     "16-bit checkpoint of the model"

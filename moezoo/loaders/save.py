@@ -22,12 +22,11 @@ from transformers import GenerationConfig, PreTrainedConfig
 from moezoo import registry
 from moezoo.errors import naming
 from moezoo.loaders.checkpoint import CONFIG, DTYPES, GENERATION_CONFIG, INDEX, WEIGHTS
+from moezoo.loaders.encodings import describe_, stored_layout
 from moezoo.loaders.mapping import (
     Copy,
     Rule,
     Skip,
-    layout,
-    parameter_infos,
     stored_order,
     stored_shape,
 )
@@ -51,7 +50,8 @@ def save_pretrained(
 ) -> None:
     """Write config, generation config and weights of `model` into `folder`.
 
-    moezoo reads them back bit for bit, and transformers to the same logits. The config names the
+    moezoo reads them back bit for bit, and transformers to the same logits. Quantised experts are
+    written as they are, in the hub's block fp8, and all else as not quantised. The config names the
     dtype that the weights have. Other files in the folder stay; shards of an earlier save that are
     not overwritten go. A save that fails or is interrupted while files are written leaves the
     folder as it was; one that stops in the moment when they are moved keeps the new ones and says
@@ -63,6 +63,7 @@ def save_pretrained(
     config.dtype = next(
         (p.dtype for p in model.decoder.parameters() if p.is_floating_point()), config.dtype
     )
+    describe_(config, model.decoder, rules)
     config.architectures = config.architectures or [type(model).__name__]
     with _moved_at_end(Path(folder)) as draft:
         write_weights(model.decoder, rules, draft, max_shard_size=max_shard_size)
@@ -85,11 +86,10 @@ def write_weights(
     More than one file comes with an index.
     """
     limit = _bytes(max_shard_size)
-    infos = parameter_infos(module)
-    tensors = {name: tensor for name, tensor in module.state_dict().items() if name in infos}
+    stored, tensors = stored_layout(module, rules)
     shards: list[list[Copy]] = [[]]
     size = 0
-    for copy in sorted(layout(rules, infos), key=lambda copy: copy.source):
+    for copy in sorted(stored, key=lambda copy: copy.source):
         nbytes = _part(tensors, copy).nbytes
         if shards[-1] and size + nbytes > limit:
             shards.append([])

@@ -10,6 +10,7 @@ import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +26,19 @@ from rich.progress import (
 )
 
 from moezoo.errors import CheckpointError
+from moezoo.layers.quant.fp8 import BLOCK
 from moezoo.loaders.checkpoint import Location
 
 # A batch is what one system call reads, and the size of a staging buffer.
 _BATCH = 16 << 20
 _MAX_BUFFERS = 512
+# What is quantised or dequantised at once, in fp32: on a CPU few bytes, that the temporaries stay
+# in its caches and are used again; on a GPU more, as launches take time.
+_BLOCK_BATCH = 512 << 10
+_BLOCK_BATCH_GPU = 4 << 20
+
+Put = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
+"""A piece of weights and their scales, and what is stored of it, on the same device."""
 
 
 class Piece(NamedTuple):
@@ -42,13 +51,15 @@ class Piece(NamedTuple):
     dtype: torch.dtype
     target: torch.Tensor
     direct: bool
+    put: Callable[[torch.Tensor], object] | None = None
+    """What is done with the bytes, on the target's device, where they are not just copied."""
 
 
 class _Stage:
     """A staging buffer in host memory; `copied` is when the GPU has taken what is in it."""
 
-    def __init__(self, on_gpu: bool) -> None:
-        self.buffer = torch.empty(_BATCH, dtype=torch.uint8, device="cpu", pin_memory=on_gpu)
+    def __init__(self, size: int, on_gpu: bool) -> None:
+        self.buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=on_gpu)
         self.copied = torch.cuda.Event() if on_gpu else None
 
 
@@ -71,6 +82,44 @@ def cut(
         offset += part.numel() * dtype.itemsize
 
 
+def cut_blocks(
+    source: str,
+    location: Location,
+    dtype: torch.dtype,
+    *,
+    weights: torch.Tensor,
+    scales: torch.Tensor,
+    put: Put,
+) -> Iterator[Piece]:
+    """A stored tensor [.., N, K] in pieces of whole blocks of rows, each for `put`.
+
+    `weights` [.., N, K] and `scales` [.., ceil(N / BLOCK), ceil(K / BLOCK)] are cut alike.
+    """
+    if weights.dim() > 2:
+        offset = location.offset
+        for part, part_scales in zip(weights, scales, strict=True):
+            place = Location(location.path, offset)
+            yield from cut_blocks(source, place, dtype, weights=part, scales=part_scales, put=put)
+            offset += part.numel() * dtype.itemsize
+        return
+    row = weights.shape[1] * dtype.itemsize
+    most = _BLOCK_BATCH if weights.is_cpu else _BLOCK_BATCH_GPU
+    count = max(1, most // max(1, row * BLOCK))
+    parts = zip(weights.split(count * BLOCK), scales.split(count), strict=True)
+    for i, (part, part_scales) in enumerate(parts):
+        if part.numel():
+            yield Piece(
+                source,
+                location.path,
+                location.offset + i * count * BLOCK * row,
+                part.numel() * dtype.itemsize,
+                dtype,
+                part,
+                False,
+                partial(put, part, part_scales),
+            )
+
+
 def stream(pieces: Iterable[Piece], device: torch.device, *, progress: bool) -> None:
     """Read every piece into its target on `device`, several batches at a time.
 
@@ -90,8 +139,9 @@ def stream(pieces: Iterable[Piece], device: torch.device, *, progress: bool) -> 
             side.wait_stream(torch.cuda.current_stream(device))
             stack.callback(side.synchronize)
         if not all(piece.direct for piece in pieces):
+            size = max(_BATCH, *(_padded(piece.nbytes) for piece in pieces))
             for _ in range(num_threads + 2 * on_gpu):
-                stages.put(_Stage(on_gpu))
+                stages.put(_Stage(size, on_gpu))
 
         def transfer(batch: Sequence[Piece]) -> int:
             if all(piece.direct for piece in batch):
@@ -149,10 +199,14 @@ def _read_staged(
             buffer = stage.buffer[start : start + piece.nbytes]
             start += _padded(piece.nbytes)
             buffers.append(_memory(buffer))
-            staged.append((piece.target, buffer.view(piece.dtype).view(piece.target.shape)))
+            staged.append((piece, buffer.view(piece.dtype).view(piece.target.shape)))
     _read(batch, buffers, files)
     with torch.cuda.stream(side) if side is not None else nullcontext():
-        for target, stored in staged:
+        for piece, stored in staged:
+            target = piece.target
+            if piece.put is not None:
+                piece.put(stored.to(target.device, non_blocking=True))
+                continue
             if side is not None and (target.dtype != stored.dtype or not target.is_contiguous()):
                 stored = stored.to(target.device, non_blocking=True)  # cast there, not on the host
             target.copy_(stored, non_blocking=True)

@@ -18,21 +18,23 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from moezoo import registry
-from moezoo.errors import CheckpointError, MoEZooError
+from moezoo.errors import CheckpointError, MoEZooError, QuantizationError
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.moe import BiasedRoute, FusedMoE, workspace_bytes
 from moezoo.layers.moe.experts import CHUNK_TOKENS
+from moezoo.layers.quant.fp8 import BLOCK, BLOCK_FP8
 from moezoo.loaders.checkpoint import Checkpoint, open_config
+from moezoo.loaders.encodings import experts_of, quantized_experts
 from moezoo.loaders.load import (
     own_dtype,
+    own_encoding,
     own_generation_config,
-    refuse_quantised,
     tied_rules,
     transformers_config,
 )
-from moezoo.loaders.mapping import parameter_infos
+from moezoo.loaders.mapping import TensorInfo, parameter_infos
 from moezoo.loaders.plan import dtype_name, plan
 
 EXPERT_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -76,6 +78,8 @@ class Report:
     supported: bool = False
     reason: str | None = None
     """Why moezoo does not run it."""
+    stored_as: str | None = None
+    """How quantised weights are stored, and which of them stay so in memory."""
     dtype: str | None = None
     hidden_size: int | None = None
     vocab_size: int | None = None
@@ -131,12 +135,11 @@ def inspect(
     except CheckpointError as error:
         unreadable = error
     report = _on_disk(checkpoint)
-    quantised = checkpoint.config.get("quantization_config")
     # quantised or not, the modules are the same
     bare = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     try:
         config = transformers_config(replace(checkpoint, config=bare))
-        dtype = own_dtype(config, checkpoint)
+        dtype = own_dtype(config, _plain_tensors(checkpoint))
         rules, _ = tied_rules(config, checkpoint)
         with torch.device("meta"):
             decoder = registry.build(config)
@@ -144,12 +147,33 @@ def inspect(
         report = replace(report, context_length=config.max_position_embeddings)
         if unreadable is not None:
             raise unreadable
-        refuse_quantised(quantised, checkpoint.name)
+        encoding = own_encoding(checkpoint)
         own_generation_config(checkpoint)
-        plan(rules, checkpoint.tensors, parameter_infos(decoder, dtype), name=checkpoint.name)
+        infos = parameter_infos(decoder, dtype)
+        chosen = plan(rules, encoding.tensors, infos, name=checkpoint.name)
+        quantized = quantized_experts(decoder, chosen.copies, encoding, None)
+        if encoding.scheme is not None:
+            report = replace(report, stored_as=_stored_as(decoder, quantized))
     except MoEZooError as error:
         return replace(report, reason=str(error))
     return replace(report, supported=True)
+
+
+def _plain_tensors(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
+    """Its tensors as if none were quantised, where that can be said."""
+    try:
+        return own_encoding(checkpoint).tensors
+    except QuantizationError:
+        return checkpoint.tensors
+
+
+def _stored_as(decoder: Decoder, quantized: Mapping[str, tuple[int, ...]]) -> str:
+    layers = sum(name.endswith("w2") for name in experts_of(decoder))
+    stay = sum(name.endswith("w2") for name in quantized)
+    return (
+        f"{BLOCK_FP8} in blocks of {BLOCK} x {BLOCK}: the experts of {stay} of {layers} MoE layers "
+        "stay so, other weights are dequantised when they are loaded"
+    )
 
 
 def _on_disk(checkpoint: Checkpoint) -> Report:
@@ -176,7 +200,7 @@ def _of_decoder(report: Report, decoder: Decoder, dtype: torch.dtype) -> Report:
     parameters = sum(prod(info.shape) for info in infos)
     all_bytes = sum(prod(info.shape) * info.dtype.itemsize for info in infos)
     moe_layers = [layer.mlp for layer in decoder.layers if isinstance(layer.mlp, FusedMoE)]
-    in_experts = sum(moe.w13.numel() + moe.w2.numel() for moe in moe_layers)
+    in_experts = sum(prod(moe.w13.shape) + prod(moe.w2.shape) for moe in moe_layers)
     experts = _experts(moe_layers[0], dtype) if moe_layers else None
     active, weight_bytes = parameters, {}
     if experts is not None:
@@ -306,6 +330,7 @@ def _facts(report: Report) -> Table:
 
     row("architecture", f"{report.architecture} (model_type {report.model_type})")
     row("supported", "yes" if report.supported else f"no: {report.reason}")
+    row("quantised", report.stored_as)
     if report.checkpoint_files:
         dtypes = ", ".join(f"{_size(n)} {dtype}" for dtype, n in report.checkpoint_dtypes.items())
         files = "1 file" if report.checkpoint_files == 1 else f"{report.checkpoint_files} files"

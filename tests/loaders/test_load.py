@@ -446,7 +446,7 @@ def test_auto_dtype_without_one_in_the_config_is_the_tensors(tmp_path):
         ({"device": 3.5}, ValueError, "device is 3.5"),
         ({"parallel": 8}, ValueError, "parallel=8 is not in this release"),
         ({"eplb": {}}, ValueError, "eplb={} is not in this release"),
-        ({"quantization": "fp8_w8a8"}, QuantizationError, "quantization='fp8_w8a8' is not in"),
+        ({"quantization": "int4_w4a16"}, QuantizationError, "'int4_w4a16' is not in this release"),
     ],
 )
 def test_bad_arguments(options, error, message):

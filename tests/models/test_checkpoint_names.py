@@ -18,6 +18,7 @@ import transformers
 
 from moezoo.errors import CheckpointError
 from moezoo.layers.linear import FusedLinear
+from moezoo.loaders.encodings import encoding_of, quantized_experts
 from moezoo.loaders.mapping import ParameterInfo, TensorInfo
 from moezoo.loaders.plan import Plan, plan
 from moezoo.registry import architecture, build
@@ -124,6 +125,24 @@ def test_block_quantised_checkpoint_is_refused_as_such(stem: str) -> None:
         plan_of(stem, tensors(stem))
     assert "weight_scale_inv" in str(error.value)
     assert len(str(error.value)) < 10_000
+
+
+@pytest.mark.parametrize("stem", ["deepseek-v3", "kimi-k2-instruct"])
+def test_block_quantised_checkpoint_fits_with_its_config(stem: str) -> None:
+    """All experts stay in fp8, and every weight in fp8 has its scales."""
+    config = read(stem)["config"]
+    stored = tensors(stem)
+    encoding = encoding_of(config["quantization_config"], stored, stem)
+    assert encoding.tensors == unquantised(stem)
+    assert encoding.scales.keys() == {n for n, info in stored.items() if info.dtype.itemsize == 1}
+    copies = plan_of(stem, encoding.tensors).copies
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    with torch.device("meta"):
+        decoder = build(transformers.AutoConfig.for_model("deepseek_v3", **fields))
+    quantized = quantized_experts(decoder, copies, encoding, None)
+    num_moe_layers = config["num_hidden_layers"] - config["first_k_dense_replace"]
+    assert len(quantized) == 2 * num_moe_layers
+    assert quantized["layers.60.mlp.w13"] == (config["n_routed_experts"], 2, 2048, 7168)
 
 
 @pytest.mark.parametrize("stem", SMALL)

@@ -14,6 +14,7 @@ from moezoo.device import runs_kernels
 from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.moe.experts import fused_experts
 from moezoo.layers.norm import NormOfSum, normed
+from moezoo.layers.quant import BlockFp8, BlockFp8Weights
 
 NORM_TOKENS = 8
 """For up to this many tokens the router's kernel computes the norm of x as well."""
@@ -61,7 +62,8 @@ class BiasedRoute(nn.Module):
 class FusedMoE(nn.Module):
     """K of E gated experts for each token, plus `shared`, if there is one, for every token.
 
-    Parameters: gate [E, H]; w13 [E, 2I, H], gate rows then up rows; w2 [E, H, I].
+    Parameters: gate [E, H]; w13 [E, 2I, H], gate rows then up rows; w2 [E, H, I]. Quantised, w13
+    [E, 2, I, H] and w2 are modules with parameters of their own, see `quantize_`.
 
     `route` maps fp32 logits [T, E] to (topk_weights [T, K] fp32, topk_ids [T, K] int32): a partial
     of a function in `moezoo.layers.moe.routing`, or a module where the router has parameters.
@@ -86,12 +88,37 @@ class FusedMoE(nn.Module):
         self.shared = shared
         self.dispatcher = dispatcher
         self.gate = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.w13 = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
-        self.w2 = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        self.w13: nn.Parameter | BlockFp8Weights = nn.Parameter(
+            torch.empty(num_experts, 2 * intermediate_size, hidden_size)
+        )
+        self.w2: nn.Parameter | BlockFp8Weights = nn.Parameter(
+            torch.empty(num_experts, hidden_size, intermediate_size)
+        )
 
     def reset_parameters(self) -> None:
         for parameter in (self.gate, self.w13, self.w2):
+            if isinstance(parameter, BlockFp8Weights):
+                raise ValueError("quantised experts are not reset; build the layer anew")
             nn.init.normal_(parameter, std=0.02)
+
+    def quantize_(self, w13: BlockFp8, w2: BlockFp8) -> None:
+        """Put w13 [E, 2, I, H] and w2 [E, H, I] in the place of the experts' parameters.
+
+        They need no gradient, and none comes through them.
+        """
+        num_experts, hidden_size, intermediate_size = self.w2.shape
+        expected = (num_experts, 2, intermediate_size, hidden_size), tuple(self.w2.shape)
+        if (tuple(w13.shape), tuple(w2.shape)) != expected:
+            raise ValueError(
+                f"w13 and w2 must be {list(expected[0])} and {list(expected[1])}, got "
+                f"{list(w13.shape)} and {list(w2.shape)}"
+            )
+        del self.w13, self.w2
+        self.w13, self.w2 = BlockFp8Weights(w13), BlockFp8Weights(w2)
+
+    @property
+    def quantized(self) -> bool:
+        return isinstance(self.w13, BlockFp8Weights)
 
     def forward(self, x: Tensor | NormOfSum) -> Tensor:
         """x [..., H] -> [..., H] of the same dtype."""
@@ -126,15 +153,14 @@ class FusedMoE(nn.Module):
 
     def experts(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """The weighted sum of the chosen experts: x [T, H] -> [T, H]."""
+        w13, w2 = (w() if isinstance(w, BlockFp8Weights) else w for w in (self.w13, self.w2))
         if self.dispatcher is None:
-            return fused_experts(
-                x, self.w13, self.w2, topk_weights, topk_ids, activation=self.activation
-            )
+            return fused_experts(x, w13, w2, topk_weights, topk_ids, activation=self.activation)
         x, topk_ids, topk_weights = self.dispatcher.dispatch(x, topk_ids, topk_weights)
         y = fused_experts(
             x,
-            self.w13,
-            self.w2,
+            w13,
+            w2,
             topk_weights,
             topk_ids,
             activation=self.activation,

@@ -8,12 +8,13 @@ Quantising, a scale is the largest magnitude of its block over 448, and data are
 dimension may be smaller. DeepSeek-V3's checkpoints and the FP8 ones of Qwen3 store weights so.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moezoo.errors import QuantizationError
 
@@ -49,7 +50,7 @@ class BlockFp8:
             raise QuantizationError(
                 f"data must be [.., N, K] float8_e4m3fn, got {list(data.shape)} {data.dtype}"
             )
-        expected = [*data.shape[:-2], blocks(data.shape[-2]), blocks(data.shape[-1])]
+        expected = list(scales_shape(data.shape))
         found = (list(scales.shape), scales.dtype, scales.device)
         if found != (expected, torch.float32, data.device):
             raise QuantizationError(
@@ -63,6 +64,13 @@ class BlockFp8:
 
         Raises QuantizationError where w holds NaN or Inf.
         """
+        quantized = cls.quantize_unchecked(w)
+        quantized.check_values()
+        return quantized
+
+    @classmethod
+    def quantize_unchecked(cls, w: Tensor) -> "BlockFp8":
+        """The same without a look at the values: NaN and Inf in w are left to `check_values`."""
         if not w.is_floating_point() or w.ndim < 2:
             raise QuantizationError(
                 f"weights must be [.., N, K] floating point, got {list(w.shape)} {w.dtype}"
@@ -72,18 +80,21 @@ class BlockFp8:
         tiles = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
         data, scales = _quantize(tiles, (-3, -1))
         data = data.flatten(-4, -3).flatten(-2)[..., :n, :k].contiguous()
-        quantized = cls(data, scales.squeeze(-1).squeeze(-2))
-        quantized.check_values()
-        return quantized
+        return cls(data, scales.squeeze(-1).squeeze(-2))
+
+    @classmethod
+    def on_meta(cls, *shape: int) -> "BlockFp8":
+        """Of this shape [.., N, K], without memory or values."""
+        data = torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta")
+        return cls(data, torch.empty(scales_shape(shape), dtype=torch.float32, device="meta"))
 
     def check_values(self, name: str = "weights") -> None:
         """Raises QuantizationError for a scale that is NaN, Inf, zero or negative.
 
         It looks at the values, so on a GPU it waits for them.
         """
-        wrong = ~((self.scales > 0) & self.scales.isfinite())
-        if wrong.any():
-            place = wrong.nonzero()[0].tolist()
+        place = wrong_scale(self.scales)
+        if place is not None:
             raise QuantizationError(
                 f"{name}: the scale of block {place} is {self.scales[tuple(place)].item()}, "
                 "it must be finite and positive"
@@ -101,6 +112,38 @@ class BlockFp8:
     @property
     def shape(self) -> torch.Size:
         return self.data.shape
+
+
+class BlockFp8Weights(nn.Module):
+    """A `BlockFp8` as a module holds it: parameters `data` and `scales`, which need no gradient.
+
+    A cast of the model to another dtype leaves both as they are.
+    """
+
+    keep_dtype: ClassVar[tuple[str, ...]] = ("data", "scales")
+
+    def __init__(self, weights: BlockFp8) -> None:
+        super().__init__()
+        self.data = nn.Parameter(weights.data, requires_grad=False)
+        self.scales = nn.Parameter(weights.scales, requires_grad=False)
+
+    def forward(self) -> BlockFp8:
+        return BlockFp8(self.data, self.scales)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    def extra_repr(self) -> str:
+        return f"{list(self.shape)}, {BLOCK_FP8}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BlockFp8Weights":
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        super()._apply(moved, recurse)
+        return self
 
 
 class Fp8Rows(NamedTuple):
@@ -133,6 +176,18 @@ def _float(data: Tensor) -> Tensor:
 
 def blocks(size: int) -> int:
     return -(-size // BLOCK)
+
+
+def scales_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of the scales of weights [.., N, K]."""
+    return (*shape[:-2], blocks(shape[-2]), blocks(shape[-1]))
+
+
+def wrong_scale(scales: Tensor) -> list[int] | None:
+    """The index of the first that is NaN, Inf, zero or negative; it waits for the GPU."""
+    wrong = ~((scales > 0) & scales.isfinite())
+    first: list[int] | None = wrong.nonzero()[0].tolist() if wrong.any() else None
+    return first
 
 
 def _quantize(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
