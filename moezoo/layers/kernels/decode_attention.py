@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moezoo.layers.kernels.attention_operands import require_operands
 from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 from moezoo.layers.kernels.tiles import multiprocessors, shared_memory
@@ -326,33 +327,24 @@ def decode_attention(
 
     Raises ValueError for shapes, dtypes or strides that do not fit.
     """
-    if q.ndim != 3 or keys.ndim != 3 or q.shape[2] != keys.shape[2]:
-        raise ValueError(
-            f"q must be [B, Hq, D] and keys [S, Hk, D], got {list(q.shape)} and {list(keys.shape)}"
-        )
+    require_operands(
+        *(q, keys, values, page_table),
+        rows="B",
+        page_size=page_size,
+        window=window,
+        sinks=sinks,
+        softcap=softcap,
+    )
     batch, num_heads, dim = q.shape
     num_key_heads = keys.shape[1]
-    if num_key_heads == 0 or num_heads % num_key_heads:
-        raise ValueError(f"{num_heads} query heads cannot share {num_key_heads} key heads evenly")
     if (values is None) == (value_dim is None):
         raise ValueError("one of values and value_dim must be given, not both")
     if values is not None:
-        if values.ndim != 3 or values.shape[:2] != keys.shape[:2]:
-            raise ValueError(
-                f"values must be [{keys.shape[0]}, {num_key_heads}, Dv], got {list(values.shape)}"
-            )
         value_width = values.shape[2]
     elif 0 < value_dim <= dim:
         value_width = value_dim
     else:
         raise ValueError(f"value_dim must be in 1..{dim}, got {value_dim}")
-    tensors = {"q": q, "keys": keys, "values": values, "page_table": page_table}
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"the last stride of {name} must be 1, got {tensor.stride()}")
-    for name, tensor in (("keys", keys), ("values", values)):
-        if tensor is not None and tensor.dtype != q.dtype:
-            raise ValueError(f"{name} must be {q.dtype} as q is, got {tensor.dtype}")
     if page_table.ndim != 2 or len(page_table) != batch or lengths.shape != (batch,):
         raise ValueError(
             f"page_table must be [{batch}, P] and lengths [{batch}], "
@@ -362,14 +354,6 @@ def decode_attention(
         raise ValueError(
             f"page_table and lengths must be int32, got {page_table.dtype} and {lengths.dtype}"
         )
-    if page_size < 16 or page_size & (page_size - 1):
-        raise ValueError(f"page_size must be a power of two from 16 up, got {page_size}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be above 0, got {softcap}")
-    if sinks is not None and sinks.shape != (num_heads,):
-        raise ValueError(f"sinks must be [{num_heads}], got {list(sinks.shape)}")
     out = torch.empty(batch, num_heads, value_width, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out

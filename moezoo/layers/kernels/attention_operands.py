@@ -1,0 +1,53 @@
+"""What the two attention kernels over a cache ask of their operands alike.
+
+Legend: N query rows, Hq query heads, Hk key heads, S slots of the cache, D key width, Dv value
+width, P pages of a sequence.
+"""
+
+from torch import Tensor
+
+
+def require_operands(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor | None,
+    page_table: Tensor | None,
+    *,
+    rows: str,
+    page_size: int | None,
+    window: int | None,
+    sinks: Tensor | None,
+    softcap: float | None,
+) -> None:
+    """q [N, Hq, D], keys [S, Hk, D], values [S, Hk, Dv], page_table [.., P], sinks [Hq].
+
+    `rows` is what the caller calls N. Raises ValueError for shapes, dtypes, strides or settings
+    that do not fit.
+    """
+    if q.ndim != 3 or keys.ndim != 3 or q.shape[2] != keys.shape[2]:
+        raise ValueError(
+            f"q must be [{rows}, Hq, D] and keys [S, Hk, D], "
+            f"got {list(q.shape)} and {list(keys.shape)}"
+        )
+    num_heads, num_key_heads = q.shape[1], keys.shape[1]
+    if num_key_heads == 0 or num_heads % num_key_heads:
+        raise ValueError(f"{num_heads} query heads cannot share {num_key_heads} key heads evenly")
+    if values is not None and (values.ndim != 3 or values.shape[:2] != keys.shape[:2]):
+        raise ValueError(
+            f"values must be [{keys.shape[0]}, {num_key_heads}, Dv], got {list(values.shape)}"
+        )
+    tensors = {"q": q, "keys": keys, "values": values, "page_table": page_table}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"the last stride of {name} must be 1, got {tensor.stride()}")
+    for name, tensor in (("keys", keys), ("values", values)):
+        if tensor is not None and tensor.dtype != q.dtype:
+            raise ValueError(f"{name} must be {q.dtype} as q is, got {tensor.dtype}")
+    if page_size is not None and (page_size < 16 or page_size & (page_size - 1)):
+        raise ValueError(f"page_size must be a power of two from 16 up, got {page_size}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be above 0, got {softcap}")
+    if sinks is not None and sinks.shape != (num_heads,):
+        raise ValueError(f"sinks must be [{num_heads}], got {list(sinks.shape)}")
