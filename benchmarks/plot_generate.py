@@ -3,9 +3,6 @@
 python benchmarks/plot_generate.py benchmarks/results/generate_partial_<..>.json
 """
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -14,8 +11,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from plots import save, short
 
-DOCS = Path(__file__).parent.parent / "docs"
 COLORS = {
     "moezoo": "black",
     "transformers": "tab:red",
@@ -124,18 +121,5 @@ def ticks(panel: Axes, values: list[int]) -> None:
     panel.minorticks_off()
 
 
-def short(number: int) -> str:
-    return str(number) if number < 1024 else f"{number // 1024}k"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--output", type=Path, default=DOCS / "generate.png")
-    args = parser.parse_args()
-    plot(json.loads(args.results.read_text())).savefig(args.output, dpi=130)
-    print(f"written to {args.output}")
-
-
 if __name__ == "__main__":
-    main()
+    save(plot, __doc__, "generate.png")

@@ -3,9 +3,6 @@
 python benchmarks/plot_layer.py benchmarks/results/layer_nvidia_h100_80gb_hbm3.json
 """
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -13,8 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from plots import save, short
 
-DOCS = Path(__file__).parent.parent / "docs"
 COLORS = {
     "moezoo": "black",
     "vllm_tuned": "tab:green",
@@ -82,18 +79,5 @@ def plot(document: dict[str, Any]) -> Figure:
     return figure
 
 
-def short(num_tokens: int) -> str:
-    return str(num_tokens) if num_tokens < 1024 else f"{num_tokens // 1024}k"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--output", type=Path, default=DOCS / "layer.png")
-    args = parser.parse_args()
-    plot(json.loads(args.results.read_text())).savefig(args.output, dpi=130)
-    print(f"written to {args.output}")
-
-
 if __name__ == "__main__":
-    main()
+    save(plot, __doc__, "layer.png")

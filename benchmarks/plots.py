@@ -1,0 +1,26 @@
+"""What the scripts that plot results share."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def short(number: int) -> str:
+    """16384 as 16k."""
+    return str(number) if number < 1024 else f"{number // 1024}k"
+
+
+def save(plot: Callable[[dict[str, Any]], Figure], description: str, name: str) -> None:
+    """The command line: a file of results, and where its picture goes, docs/`name` by default."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--output", type=Path, default=DOCS / name)
+    args = parser.parse_args()
+    plot(json.loads(args.results.read_text())).savefig(args.output, dpi=130)
+    print(f"written to {args.output}")
