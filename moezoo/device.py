@@ -38,6 +38,30 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+class HostCopies:
+    """Copies of tensors of one device on their way to the host, which need not wait for them."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if not tensors[0].is_cuda:
+            self._copies = [tensor.clone() for tensor in tensors]
+            return
+        self._copies = [
+            torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
+                tensor, non_blocking=True
+            )
+            for tensor in tensors
+        ]
+        self._event = torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream(tensors[0].device))
+
+    def wait(self) -> list[torch.Tensor]:
+        """The copies, once they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copies
+
+
 def runs_kernels(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Whether kernels take them: on CUDA, and neither a compiler nor a gradient looks inside.
 

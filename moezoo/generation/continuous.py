@@ -14,10 +14,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from moezoo.device import to_device
+from moezoo.device import HostCopies, to_device
 from moezoo.generation.engine import Engine, batch_size
 from moezoo.generation.pages import PAGE_SIZE, Allocation, PageAllocator
-from moezoo.generation.prompts import Chunk
+from moezoo.generation.prompts import Chunk, in_chunks, passes
 from moezoo.generation.sampling import Sampler
 
 MIN_CHUNK = 256
@@ -52,6 +52,11 @@ class Request:
     _launched: int = 0
     """Tokens computed or being computed."""
 
+    @property
+    def written(self) -> list[int]:
+        """All tokens so far, the prompt's first."""
+        return self.prompt + self.tokens
+
 
 class Batcher:
     """Runs requests on an engine, all of whose rows and pages are its own meanwhile.
@@ -81,7 +86,7 @@ class Batcher:
         self._num_rows = engine.num_rows
         self._free = list(range(engine.num_rows))
         self._on_device = engine.device.type == "cuda"
-        self._flying: deque[tuple[Tensor, torch.cuda.Event | None, list[Request | None]]] = deque()
+        self._flying: deque[tuple[HostCopies, list[Request | None]]] = deque()
 
     def run(self, requests: Iterator[Request]) -> Iterator[Request]:
         """Yield each request as it finishes; they are read as they are needed."""
@@ -118,7 +123,7 @@ class Batcher:
         budget = self.chunk
         while self._waiting and self._free and budget > 0:
             request = self._waiting[0]
-            tokens = request.prompt + request.tokens
+            tokens = request.written
             # The last token that comes is kept nowhere.
             kept = len(request.prompt) + request.limit - 1
             if kept > self._pages.total * PAGE_SIZE:
@@ -150,16 +155,9 @@ class Batcher:
         for request in requests:
             assert request._row is not None and request._allocation is not None
             self.engine.assign(request._row, request._allocation.pages)
-            tokens = request.prompt + request.tokens
-            for start in range(request._allocation.num_cached, len(tokens), self.chunk):
-                end = min(start + self.chunk, len(tokens))
-                chunks.append(Chunk(request._row, tokens[start:end], start))
-        while chunks:
-            budget = self.chunk
-            taken: list[Chunk] = []
-            while chunks and len(chunks[0].tokens) <= budget:
-                budget -= len(chunks[0].tokens)
-                taken.append(chunks.pop(0))
+            start = request._allocation.num_cached
+            chunks += in_chunks(request._row, request.written, self.chunk, start=start)
+        for taken in passes(chunks, self.chunk):
             self._prefill_chunks(taken)
 
     def _prefill_chunks(self, chunks: list[Chunk]) -> None:
@@ -167,10 +165,10 @@ class Batcher:
         whole = []
         for i, chunk in enumerate(chunks):
             request = self._rows[chunk.row]
-            if chunk.end == len(request.prompt) + len(request.tokens):
+            tokens = request.written
+            if chunk.end == len(tokens):
                 assert request._allocation is not None
                 self._pages.written(request._allocation)
-                tokens = request.prompt + request.tokens
                 step = len(request.tokens)
                 self.sampler.start(chunk.row, tokens, request.stream, step=step)
                 whole.append(i)
@@ -197,15 +195,7 @@ class Batcher:
     def _launched(self, tokens: Tensor, rows: Sequence[int]) -> None:
         """Have the tokens of rows read; rows that need no more of them are free again."""
         requests = [self._rows.get(row) for row in rows]
-        event = None
-        if self._on_device:
-            copy = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            tokens = copy.copy_(tokens, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self.engine.device))
-        else:
-            tokens = tokens.clone()
-        self._flying.append((tokens, event, requests))
+        self._flying.append((HostCopies(tokens), requests))
         done = []
         for request in requests:
             if request is not None:
@@ -227,9 +217,8 @@ class Batcher:
 
     def _collect(self) -> Iterator[Request]:
         """Read the oldest tokens that are on their way; yield the requests that they finish."""
-        tokens, event, requests = self._flying.popleft()
-        if event is not None:
-            event.synchronize()
+        copies, requests = self._flying.popleft()
+        (tokens,) = copies.wait()
         finished = []
         for request, token in zip(requests, tokens.tolist(), strict=True):
             if request is None or request.finish_reason is not None:

@@ -10,6 +10,7 @@ import torch
 from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from moezoo.device import HostCopies
 from moezoo.generation.engine import Engine
 from moezoo.generation.pages import num_pages
 from moezoo.layers.attention import CausalMask, DenseContext, visible_tokens
@@ -70,18 +71,7 @@ def decode(
             hidden = decoder(decoder.embed(new_ids), context)
             logits = decoder.logits(hidden[:, -1]).float()
         past += new_ids.shape[1]
-        scores = logits
-        # The list would inspect the signature of each at each token: 150 us, as long as a layer.
-        for processor in logits_processor:
-            scores = processor(sequences, scores)
-        if generation_config.output_logits:
-            result.logits.append(logits)
-        if generation_config.output_scores:
-            result.scores.append(scores)
-        if generation_config.do_sample:
-            next_ids = torch.multinomial(torch.softmax(scores, -1), 1).squeeze(1)
-        else:
-            next_ids = scores.argmax(-1)
+        next_ids, scores = _choose(logits, sequences, logits_processor, generation_config, result)
         if stops_at_eos and len(sequences) > 1:  # one alone ends the loop when it ends
             next_ids = torch.where(unfinished, next_ids, generation_config._pad_token_tensor)
         if streamer is not None:
@@ -99,6 +89,30 @@ def decode(
         streamer.end()
     result.sequences = sequences
     return result
+
+
+def _choose(
+    logits: torch.Tensor,
+    sequences: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    generation_config: GenerationConfig,
+    result: Decoded,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next tokens [B] of sequences [B, S], and the scores [B, V] they were chosen by.
+
+    What `result` is to keep of logits [B, V] and scores is added to it.
+    """
+    scores = logits
+    # The list would inspect the signature of each at each token: 150 us, as long as a layer.
+    for processor in logits_processor:
+        scores = processor(sequences, scores)
+    if generation_config.output_logits:
+        result.logits.append(logits)
+    if generation_config.output_scores:
+        result.scores.append(scores)
+    if generation_config.do_sample:
+        return torch.multinomial(torch.softmax(scores, -1), 1).squeeze(1), scores
+    return scores.argmax(-1), scores
 
 
 @torch.inference_mode()
@@ -139,17 +153,9 @@ def decode_paged(
             logits = logits[:batch].float()
             if keeps:
                 logits = logits.clone()  # the engine's are overwritten by the next step
-            scores = logits
-            for processor in logits_processor:
-                scores = processor(sequences[:, :length], scores)
-            if generation_config.output_logits:
-                result.logits.append(logits)
-            if generation_config.output_scores:
-                result.scores.append(scores)
-            if generation_config.do_sample:
-                next_ids = torch.multinomial(torch.softmax(scores, -1), 1).squeeze(1)
-            else:
-                next_ids = scores.argmax(-1)
+            next_ids, scores = _choose(
+                logits, sequences[:, :length], logits_processor, generation_config, result
+            )
         if stops_at_eos and batch > 1:
             next_ids = torch.where(unfinished, next_ids, pad)
         if started:
@@ -160,12 +166,12 @@ def decode_paged(
         sequences[:, length] = next_ids
         length += 1
         unfinished = unfinished & ~stopping_criteria(sequences[:, :length], scores)
-        read = _Reading(unfinished.any(), next_ids if streamer is not None else None)
+        seen = HostCopies(unfinished.any(), *([] if streamer is None else [next_ids]))
         if length < longest:
             logits = engine.step(engine.num_rows, sampler)
-        goes_on, new_ids = read.wait()
+        goes_on, *new_ids = seen.wait()
         if streamer is not None:
-            streamer.put(new_ids)
+            streamer.put(*new_ids)
         if not goes_on or length == longest:
             break
     if streamer is not None:
@@ -200,26 +206,3 @@ def unpadded(
         ids[len(ids) - number :]
         for ids, number in zip(input_ids.tolist(), counted[:, -1].tolist(), strict=True)
     ]
-
-
-class _Reading:
-    """Values on their way to the host."""
-
-    def __init__(self, flag: torch.Tensor, ids: torch.Tensor | None) -> None:
-        self._values = [_to_host(x) for x in (flag, ids) if x is not None]
-        self._event: torch.cuda.Event | None = None
-        if flag.is_cuda:
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(flag.device))
-
-    def wait(self) -> tuple[bool, torch.Tensor | None]:
-        if self._event is not None:
-            self._event.synchronize()
-        flag, *ids = self._values
-        return bool(flag), ids[0] if ids else None
-
-
-def _to_host(x: torch.Tensor) -> torch.Tensor:
-    if not x.is_cuda:
-        return x.clone()
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

@@ -36,8 +36,10 @@ from moezoo.generation.prompts import (
     PromptContext,
     PromptInputs,
     Sizes,
+    in_chunks,
     key_places,
     packed,
+    passes,
     slots_of_rows,
     torch_context,
 )
@@ -182,24 +184,18 @@ class Engine:
 
     def prefill_all(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """`prefill` of a whole prompt in each of the rows 0, 1, ..: the logits of their ends."""
-        found = []
-        chunks: list[Chunk] = []
-        for row, prompt in enumerate(prompts):
-            for start in range(0, len(prompt), self.chunk):
-                chunk = Chunk(row, prompt[start : start + self.chunk], start)
-                if sum(len(other.tokens) for other in (*chunks, chunk)) > self.chunk:
-                    found.append((chunks, self.prefill(chunks)))
-                    chunks = []
-                chunks.append(chunk)
-        found.append((chunks, self.prefill(chunks)))
-        return torch.cat(
-            [
+        chunks = itertools.chain.from_iterable(
+            in_chunks(row, prompt, self.chunk) for row, prompt in enumerate(prompts)
+        )
+        ends = []
+        for taken in passes(chunks, self.chunk):
+            logits = self.prefill(taken)
+            ends += [
                 logits[i : i + 1]
-                for chunks, logits in found
-                for i, chunk in enumerate(chunks)
+                for i, chunk in enumerate(taken)
                 if chunk.end == len(prompts[chunk.row])
             ]
-        )
+        return torch.cat(ends)
 
     @torch.inference_mode()
     def start(self, rows: Sequence[int], lengths: Sequence[int], tokens: Tensor) -> None:

@@ -4,7 +4,7 @@ Legend: T new tokens of all chunks, C chunks, N tiles of queries, S keys (cached
 heads, Hk key heads, D key width, Dv value width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,26 @@ class Chunk:
     @property
     def end(self) -> int:
         return self.start + len(self.tokens)
+
+
+def in_chunks(row: int, tokens: Sequence[int], limit: int, *, start: int = 0) -> Iterator[Chunk]:
+    """A row's tokens from `start` on, at most `limit` in a chunk."""
+    for first in range(start, len(tokens), limit):
+        yield Chunk(row, tokens[first : first + limit], first)
+
+
+def passes(chunks: Iterable[Chunk], limit: int) -> Iterator[list[Chunk]]:
+    """The chunks in order, as many together as have at most `limit` tokens."""
+    taken: list[Chunk] = []
+    room = limit
+    for chunk in chunks:
+        if len(chunk.tokens) > room:
+            yield taken
+            taken, room = [], limit
+        taken.append(chunk)
+        room -= len(chunk.tokens)
+    if taken:
+        yield taken
 
 
 @dataclass(frozen=True)
