@@ -137,7 +137,7 @@ def plan(q: Tensor, keys: Tensor, values: Tensor, *, page_size: int | None) -> P
     return Plan(
         block_queries=block_queries,
         block_keys=block_keys,
-        num_warps=8 if block_queries * value_width > 64 * 64 else 4,
+        num_warps=8 if block_queries * value_width > 64 * 128 else 4,
         num_stages=max(1, min(3, buffers)),
         descriptors=descriptors,
     )
