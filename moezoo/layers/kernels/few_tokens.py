@@ -242,8 +242,9 @@ def few_tokens(
     if topk_ids.numel() == 0:
         return out.zero_()
     options = launch_options(x.device)
-    # Four warps a column, 32 bytes of each part a thread and piece.
+    # Two warps hold a column of 2048 numbers of gate and up, a longer one has not room there.
     block_k = min(2048, next_power_of_2(hidden_size))
+    pieces = _pieces(hidden_size, block_k, 2)
     _few_tokens_gated_up_kernel[(num_tokens * k, intermediate_size)](
         x,
         w13,
@@ -262,9 +263,9 @@ def few_tokens(
         LIMIT=gating.limit,
         UP_OFFSET=gating.up_offset,
         HAS_BIAS=bias13 is not None,
-        PIECES=_pieces(hidden_size, block_k, 2),
+        PIECES=pieces,
         BLOCK_K=block_k,
-        num_warps=4,
+        num_warps=2 * pieces,
         **options,
     )
     block_slots = next_power_of_2(k)
