@@ -159,5 +159,8 @@ class MultiHeadLatentAttention(nn.Module):
         latent, k_rope = latents.split_with_sizes((self.kv_norm.dim, self.rope_dim), -1)
         kv = self.kv_b(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k_nope, v = kv.split_with_sizes((self.nope_dim, self.v_dim), -1)
-        k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, self.num_heads, -1, -1)), -1)
+        # Two copies: on CUDA torch's cat takes three times as long for these.
+        k = k_nope.new_empty(*k_nope.shape[:-1], self.nope_dim + self.rope_dim)
+        k[..., : self.nope_dim] = k_nope
+        k[..., self.nope_dim :] = k_rope.unsqueeze(1)
         return context.attend_to(q, k, v, scale=self.scale)
