@@ -1,5 +1,5 @@
 """Quantised weights: what a user may ask for, what a checkpoint's config and headers say of them,
-and where the pieces of an expert lie in `BlockFp8Weights`. Nothing here opens a file.
+and where the pieces of an expert lie in `QuantizedWeights`. Nothing here opens a file.
 
 A checkpoint in block fp8 (`quant_method` "fp8") has `X` in float8_e4m3fn and its scales under the
 name `X_scale_inv`, by which X is multiplied whatever the name says.
@@ -17,7 +17,7 @@ from torch import nn
 
 from moezoo.errors import QuantizationError
 from moezoo.layers.moe import FusedMoE
-from moezoo.layers.quant import BlockFp8, BlockFp8Weights
+from moezoo.layers.quant import BlockFp8, QuantizedWeights
 from moezoo.layers.quant.fp8 import BLOCK, BLOCK_FP8, scales_shape
 from moezoo.loaders.mapping import (
     Copy,
@@ -263,7 +263,7 @@ def experts_of(module: nn.Module) -> dict[str, FusedMoE]:
 def quantized_experts(
     module: nn.Module, copies: Sequence[Copy], encoding: Encoding, quantization: Quantization | None
 ) -> dict[str, tuple[int, ...]]:
-    """The experts' parameters that become `BlockFp8Weights`, with the shape there.
+    """The experts' parameters that become `QuantizedWeights`, with the shape there.
 
     All of a model, where the checkpoint is not quantised and `quantization` is asked for; else
     those of the layers that the checkpoint has wholly in fp8, with blocks that gate and up do not
@@ -293,7 +293,7 @@ def quantized_experts(
 
 
 def parts_shape(layer: FusedMoE, name: str) -> tuple[int, ...]:
-    """The shape of w13 or w2 in `BlockFp8Weights`."""
+    """The shape of w13 or w2 in `QuantizedWeights`."""
     num_experts, hidden_size, intermediate_size = layer.w2.shape
     if name.endswith("w2"):
         return (num_experts, hidden_size, intermediate_size)
@@ -301,7 +301,7 @@ def parts_shape(layer: FusedMoE, name: str) -> tuple[int, ...]:
 
 
 def parts_index(index: Index, shape: Sequence[int]) -> Index:
-    """The place in `BlockFp8Weights` of this shape of what is parameter[index] of [E, 2I, H]."""
+    """The place in `QuantizedWeights` of this shape of what is parameter[index] of [E, 2I, H]."""
     if len(index) < 2 or len(shape) == 3:
         return index
     part = index[1]
@@ -325,7 +325,7 @@ def quantized_infos(
 
 
 def quantize_on_meta(module: nn.Module, quantized: Mapping[str, tuple[int, ...]]) -> None:
-    """Put `BlockFp8Weights` in the place of these parameters, and take no more gradients."""
+    """Put `QuantizedWeights` in the place of these parameters, and take no more gradients."""
     for layer in {layer for name, layer in experts_of(module).items() if name in quantized}:
         layer.quantize_(*(BlockFp8.on_meta(*parts_shape(layer, name)) for name in EXPERTS))
     if quantized:
@@ -403,7 +403,7 @@ def describe_(config: Any, module: nn.Module, rules: Sequence[Rule | Skip]) -> N
         del config.quantization_config
 
 
-def _quantized_weights(module: nn.Module) -> Iterator[tuple[str, BlockFp8Weights]]:
+def _quantized_weights(module: nn.Module) -> Iterator[tuple[str, QuantizedWeights]]:
     for name, child in module.named_modules():
-        if isinstance(child, BlockFp8Weights):
+        if isinstance(child, QuantizedWeights):
             yield name, child

@@ -31,7 +31,8 @@ from moezoo.errors import (
 )
 from moezoo.layers.moe.experts import require_fp8
 from moezoo.layers.quant import BlockFp8
-from moezoo.layers.quant.fp8 import scales_shape, wrong_scale
+from moezoo.layers.quant.format import wrong_scale
+from moezoo.layers.quant.fp8 import scales_shape
 from moezoo.loaders.checkpoint import (
     CONFIG,
     GENERATION_CONFIG,
@@ -240,7 +241,7 @@ def load_weights(
     their module names in `keep_dtype`. `experts` are the ids that this rank owns, in the order of
     its rows. Weights that the module shares are loaded once and stay shared.
 
-    With `quantization` the experts of a checkpoint that is not quantised become `BlockFp8Weights`;
+    With `quantization` the experts of a checkpoint that is not quantised become `QuantizedWeights`;
     so do those that are stored in fp8, and other weights in fp8 are dequantised. A module with
     quantised experts needs no gradient.
 
@@ -287,7 +288,7 @@ class _Planned(NamedTuple):
     plan: Plan
     encoding: Encoding
     quantized: dict[str, tuple[int, ...]]
-    """The experts' parameters that become `BlockFp8Weights`, of this shape."""
+    """The experts' parameters that become `QuantizedWeights`, of this shape."""
 
 
 def _planned(

@@ -356,7 +356,7 @@ class TestInAModel:
         assert state["decoder.layers.0.mlp.w13.scales"].shape == (16, 2, 1, 2)
         assert state["decoder.layers.0.mlp.w2.data"].dtype == torch.float8_e4m3fn
         assert not any(parameter.requires_grad for parameter in model.parameters())
-        assert "BlockFp8Weights([16, 2, 64, 256], fp8_w8a8)" in repr(model)
+        assert "QuantizedWeights([16, 2, 64, 256], fp8_w8a8)" in repr(model)
         assert "H=256, I=64, E=16, silu" in repr(model)
         other = load(ASSET, quantization="fp8_w8a8")
         with torch.no_grad():

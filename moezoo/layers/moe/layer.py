@@ -14,7 +14,7 @@ from moezoo.device import runs_kernels
 from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.moe.experts import fused_experts
 from moezoo.layers.norm import NormOfSum, normed
-from moezoo.layers.quant import BlockFp8, BlockFp8Weights
+from moezoo.layers.quant import BlockFp8, QuantizedWeights
 
 NORM_TOKENS = 8
 """For up to this many tokens the router's kernel computes the norm of x as well."""
@@ -88,16 +88,16 @@ class FusedMoE(nn.Module):
         self.shared = shared
         self.dispatcher = dispatcher
         self.gate = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.w13: nn.Parameter | BlockFp8Weights = nn.Parameter(
+        self.w13: nn.Parameter | QuantizedWeights = nn.Parameter(
             torch.empty(num_experts, 2 * intermediate_size, hidden_size)
         )
-        self.w2: nn.Parameter | BlockFp8Weights = nn.Parameter(
+        self.w2: nn.Parameter | QuantizedWeights = nn.Parameter(
             torch.empty(num_experts, hidden_size, intermediate_size)
         )
 
     def reset_parameters(self) -> None:
         for parameter in (self.gate, self.w13, self.w2):
-            if isinstance(parameter, BlockFp8Weights):
+            if isinstance(parameter, QuantizedWeights):
                 raise ValueError("quantised experts are not reset; build the layer anew")
             nn.init.normal_(parameter, std=0.02)
 
@@ -114,11 +114,11 @@ class FusedMoE(nn.Module):
                 f"{list(w13.shape)} and {list(w2.shape)}"
             )
         del self.w13, self.w2
-        self.w13, self.w2 = BlockFp8Weights(w13), BlockFp8Weights(w2)
+        self.w13, self.w2 = QuantizedWeights(w13), QuantizedWeights(w2)
 
     @property
     def quantized(self) -> bool:
-        return isinstance(self.w13, BlockFp8Weights)
+        return isinstance(self.w13, QuantizedWeights)
 
     def forward(self, x: Tensor | NormOfSum) -> Tensor:
         """x [..., H] -> [..., H] of the same dtype."""
@@ -153,7 +153,7 @@ class FusedMoE(nn.Module):
 
     def experts(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """The weighted sum of the chosen experts: x [T, H] -> [T, H]."""
-        w13, w2 = (w() if isinstance(w, BlockFp8Weights) else w for w in (self.w13, self.w2))
+        w13, w2 = (w() if isinstance(w, QuantizedWeights) else w for w in (self.w13, self.w2))
         if self.dispatcher is None:
             return fused_experts(x, w13, w2, topk_weights, topk_ids, activation=self.activation)
         x, topk_ids, topk_weights = self.dispatcher.dispatch(x, topk_ids, topk_weights)
