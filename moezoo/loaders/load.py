@@ -8,7 +8,7 @@ import mmap
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from math import prod
@@ -26,13 +26,10 @@ from moezoo.device import device_of
 from moezoo.errors import (
     CheckpointError,
     MoEOutOfMemoryError,
-    QuantizationError,
     UnsupportedArchitectureError,
 )
 from moezoo.layers.moe.experts import require_fp8
-from moezoo.layers.quant import BlockFp8
-from moezoo.layers.quant.format import wrong_scale
-from moezoo.layers.quant.fp8 import scales_shape
+from moezoo.layers.quant.fp8 import BLOCK_FP8
 from moezoo.loaders.checkpoint import (
     CONFIG,
     GENERATION_CONFIG,
@@ -40,31 +37,30 @@ from moezoo.loaders.checkpoint import (
     Location,
     open_checkpoint,
 )
-from moezoo.loaders.encodings import (
-    Encoding,
-    Quantization,
-    describe_,
-    encoding_of,
+from moezoo.loaders.encodings import Encoding, Scheme, encoding_of, hub_scheme
+from moezoo.loaders.experts import (
     experts_of,
-    hub_scheme,
-    parts_index,
     parts_shape,
     quantize_on_meta,
     quantized_experts,
     quantized_infos,
-    scale_dtype,
+    source_dtype,
 )
+from moezoo.loaders.fill import Filling, drop_trivial_orders
+from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import (
+    Copy,
     ParameterInfo,
     Rule,
     Skip,
     TensorInfo,
     layout,
     parameter_infos,
-    stored_order,
+    skeleton_of,
 )
 from moezoo.loaders.plan import Plan, dtype_name, plan
-from moezoo.loaders.stream import Piece, cut, cut_blocks, stream
+from moezoo.loaders.quantization import Quantization
+from moezoo.loaders.written import describe_
 
 _log = logging.getLogger(__name__)
 
@@ -92,11 +88,11 @@ def from_pretrained(
 
     `dtype` is bfloat16, float16 or float32, as a `torch.dtype` or its name, or "auto" for the
     checkpoint's own (float32 for one in float64, cast while loading); `device` is "cuda", "cuda:1"
-    or "cpu", by default a GPU if there is one. `quantization` is "fp8_w8a8", which quantises the
-    experts of a checkpoint that is not quantised while it loads, or None, which keeps them as they
-    are stored. `parallel` and `eplb` are None in this release. `revision`, `cache_dir`, `token` and
-    `local_files_only` mean what they do in huggingface_hub. `progress` shows a bar where stderr is
-    a terminal.
+    or "cpu", by default a GPU if there is one. `quantization` quantises the experts of a checkpoint
+    that is not quantised while it loads: "fp8_w8a8", "int8_w8a16", "int4_w4a16", "mxfp4", or a dict
+    or `Quantization` with its choices; None keeps them as they are stored. `parallel` and `eplb`
+    are None in this release. `revision`, `cache_dir`, `token` and `local_files_only` mean what they
+    do in huggingface_hub. `progress` shows a bar where stderr is a terminal.
 
     Raises `CheckpointError` for a checkpoint that cannot be found, read or fitted,
     `UnsupportedArchitectureError`, `QuantizationError`, `MoEOutOfMemoryError` before anything is
@@ -135,7 +131,7 @@ def from_checkpoint(
     encoding = own_encoding(checkpoint)
     config.dtype = asked_dtype or own_dtype(config, encoding.tensors)
     generation_config = own_generation_config(checkpoint)
-    rules, twins = tied_rules(config, checkpoint)
+    rules, twins = tied_rules(config, checkpoint, encoding)
     with torch.device("meta"):
         decoder = registry.build(config)
     if twins is not None:
@@ -196,26 +192,13 @@ def from_config(
     with torch.device("meta"):
         decoder = registry.build(config)
     plain = parameter_infos(decoder, config.dtype)
-    quantized: dict[str, tuple[int, ...]] = {}
-    if asked is not None or scheme is not None:
-        kept = {
-            copy.target
-            for copy in layout(registry.architecture(config.model_type).CHECKPOINT, plain)
-            if scheme is not None and scheme.keeps(copy.source)
-        }
-        quantized = {
-            name: parts_shape(layer, name)
-            for name, layer in experts_of(decoder).items()
-            if kept.isdisjoint(n for n, other in experts_of(decoder).items() if other is layer)
-        }
-    if quantized:
-        require_fp8(target_device)
-    wanted = quantized_infos(plain, quantized)
+    quantized = _kinds_of_config(decoder, config, plain, scheme, asked)
+    _require(quantized, target_device)
+    wanted = quantized_infos(decoder, plain, quantized)
     check_memory(wanted, target_device, f"this {config.model_type}")
     tensors = _allocate(wanted, target_device)
-    for name in quantized:
-        data, scales = tensors[f"{name}.data"], tensors[f"{name}.scales"]
-        _initialise_quantized(data, scales, config.dtype, config.initializer_range)
+    for name, kind in quantized.items():
+        _initialise_quantized(_fields(tensors, name), kind, config)
     for name in (name for name in plain if name in wanted):
         _initialise(name, tensors[name], config.initializer_range)
     quantize_on_meta(decoder, quantized)
@@ -242,8 +225,8 @@ def load_weights(
     its rows. Weights that the module shares are loaded once and stay shared.
 
     With `quantization` the experts of a checkpoint that is not quantised become `QuantizedWeights`;
-    so do those that are stored in fp8, and other weights in fp8 are dequantised. A module with
-    quantised experts needs no gradient.
+    so do those that are stored quantised, and other quantised weights are dequantised. A module
+    with quantised experts needs no gradient.
 
     Raises `CheckpointError` for what does not fit or cannot be read, `QuantizationError` for what
     is wrong with quantised weights, and `MoEOutOfMemoryError` before any allocation; the module is
@@ -258,26 +241,15 @@ def load_weights(
         experts=experts,
         quantization=quantization,
     )
-    chosen = planned.plan
-    for skip, names in chosen.skipped.items():
-        _log.warning("%s: %d tensors not loaded: %s", skip.pattern, len(names), skip.reason)
-    sources = {copy.source for copy in chosen.copies}
-    scales = planned.encoding.scales
-    for name in sorted(_dequantized_experts(module, planned)):
-        _log.warning(
-            "%s: dequantised, since the checkpoint has the experts of this layer in fp8 only in "
-            "part, or in blocks that gate and up share",
-            name,
-        )
-    sources |= {scales[source] for source in sources & scales.keys()}
-    locations = checkpoint.fetch(sources, progress=progress)
+    _report(module, planned)
+    locations = checkpoint.fetch(_sources(planned), progress=progress)
     try:
         tensors = _read_copies(checkpoint, planned, locations, device=device, progress=progress)
     except BaseException as error:
         # The frames of the traceback hold the tensors for as long as anybody keeps the error.
         _clear_frames(error)
         raise
-    quantize_on_meta(module, planned.quantized)
+    quantize_on_meta(module, drop_trivial_orders(tensors, planned.quantized))
     _place(module, tensors)
 
 
@@ -287,8 +259,21 @@ class _Planned(NamedTuple):
     wanted: dict[str, ParameterInfo]
     plan: Plan
     encoding: Encoding
-    quantized: dict[str, tuple[int, ...]]
-    """The experts' parameters that become `QuantizedWeights`, of this shape."""
+    quantized: dict[str, Kind]
+    """The experts' parameters that become `QuantizedWeights`."""
+    asked: Quantization | None
+
+
+def _sources(planned: _Planned) -> set[str]:
+    """The tensors to read."""
+    found = set()
+    for copy in planned.plan.copies:
+        stored = planned.encoding.weights.get(copy.source)
+        if stored is None:
+            found.add(copy.source)
+        else:
+            found.update((stored.data, *(extra.tensor for extra in stored.extras)))
+    return found
 
 
 def _planned(
@@ -306,17 +291,44 @@ def _planned(
     plain = parameter_infos(module, dtype)
     chosen = plan(rules, encoding.tensors, plain, experts=experts, name=checkpoint.name)
     quantized = quantized_experts(module, chosen.copies, encoding, quantization)
-    if quantized:
-        require_fp8(device)
-    wanted = quantized_infos(plain, quantized)
+    _require(quantized, device)
+    wanted = quantized_infos(module, plain, quantized)
     check_memory(wanted, device, checkpoint.name)
-    return _Planned(wanted, chosen, encoding, quantized)
+    return _Planned(wanted, chosen, encoding, quantized, quantization)
 
 
-def _dequantized_experts(module: nn.Module, planned: _Planned) -> set[str]:
-    """The experts' parameters of which some are stored in fp8 and none stays so."""
-    stored = {copy.target for copy in planned.plan.copies if copy.source in planned.encoding.scales}
-    return stored & experts_of(module).keys() - planned.quantized.keys()
+def _require(quantized: Mapping[str, Kind], device: torch.device) -> None:
+    if any(kind.format.name == BLOCK_FP8 for kind in quantized.values()):
+        require_fp8(device)
+
+
+def _report(module: nn.Module, planned: _Planned) -> None:
+    """Log what of the checkpoint is not held as it is stored."""
+    encoding, copies = planned.encoding, planned.plan.copies
+    for skip, names in planned.plan.skipped.items():
+        _log.warning("%s: %d tensors not loaded: %s", skip.pattern, len(names), skip.reason)
+    if encoding.left_out:
+        _log.warning(
+            "%s and such: %d static scales of activations not loaded: activations are quantised "
+            "as they come, or not at all",
+            *(encoding.left_out[0], len(encoding.left_out)),
+        )
+    experts = experts_of(module)
+    stored = {copy.target for copy in copies if copy.source in encoding.weights}
+    for name in sorted(stored & experts.keys() - planned.quantized.keys()):
+        _log.warning(
+            "%s: dequantised, since the checkpoint does not have all experts of this layer in one "
+            "format, or has blocks that gate and up share",
+            name,
+        )
+    dense = [
+        copy.source
+        for copy in copies
+        if copy.source in encoding.weights and copy.target not in experts
+    ]
+    if dense:
+        kinds = sorted({skeleton_of(name)[0].replace("#", "*") for name in dense})
+        _log.warning("%d weights dequantised: %s", len(dense), ", ".join(kinds))
 
 
 def check_memory(wanted: Mapping[str, ParameterInfo], device: torch.device, name: str) -> None:
@@ -389,85 +401,42 @@ def _read_copies(
     device: torch.device,
     progress: bool,
 ) -> dict[str, torch.Tensor]:
-    """The wanted tensors on `device`, read from the files: scales first, as others need them."""
+    """The wanted tensors on `device`, read from the files."""
     tensors = _allocate(planned.wanted, device)
-    pieces: list[Piece] = []
-    scale_pieces: list[Piece] = []
-    stored_scales: list[tuple[str, torch.Tensor]] = []
-    computed_scales: list[tuple[str, torch.Tensor]] = []
-    for copy in planned.plan.copies:
-        source, dtype = copy.source, checkpoint.tensors[copy.source].dtype
-        place = _place_of(checkpoint, locations, source, copy.rows)
-        scales_source = planned.encoding.scales.get(source)
-        shape = planned.quantized.get(copy.target)
-        if shape is None:
-            target = tensors[copy.target][copy.target_index]
-            if scales_source is None:
-                pieces.extend(cut(source, place, dtype, stored_order(target, copy.view)))
-                continue
-            scales = torch.empty(scales_shape(target.shape), dtype=torch.float32, device=device)
-            put: Callable[..., object] = _dequantize_into
-        else:
-            index = parts_index(copy.target_index, shape)
-            target = tensors[f"{copy.target}.data"][index]
-            scales = tensors[f"{copy.target}.scales"][index]
-            put = _quantize_into
-        if scales_source is None or shape is None:
-            pieces.extend(cut_blocks(source, place, dtype, weights=target, scales=scales, put=put))
-        else:
-            pieces.extend(cut(source, place, dtype, target))
-        if scales_source is None:
-            computed_scales.append((source, scales))
-        else:
-            stored_scales.append((scales_source, scales))
-            place = _place_of(checkpoint, locations, scales_source, copy.rows)
-            dtype = scale_dtype(checkpoint.tensors[scales_source].dtype)
-            scale_pieces.extend(cut(scales_source, place, dtype, scales))
-    if scale_pieces:
-        stream(scale_pieces, device, progress=False)
-        _check_scales(checkpoint, stored_scales, "the scale of block {} is {}")
-    stream(pieces, device, progress=progress)
-    _check_scales(checkpoint, computed_scales, "the weights of block {} are NaN or Inf, scale {}")
+    filling = Filling(checkpoint, planned.encoding, locations, device)
+    for name, copies in _by_target(planned.plan.copies).items():
+        kind = planned.quantized.get(name)
+        if kind is None:
+            for copy in copies:
+                if copy.source in planned.encoding.weights:
+                    filling.dequantize(copy, tensors[name])
+                else:
+                    filling.copy(copy, tensors[name])
+            continue
+        fields = _fields(tensors, name)
+        for copy in copies:
+            if copy.source in planned.encoding.weights:
+                filling.unpack(copy, fields)
+            else:
+                assert planned.asked is not None
+                columns = fields["data"].shape[-1] * kind.columns_a_number
+                dtype = source_dtype(copies, planned.encoding)
+                filling.quantize(copy, fields, planned.asked.recipe(name, columns, dtype))
+    filling.run(progress=progress)
     return tensors
 
 
-def _place_of(
-    checkpoint: Checkpoint, locations: Mapping[str, Location], source: str, rows: slice | None
-) -> Location:
-    stored = checkpoint.tensors[source]
-    path, offset = locations[source]
-    if rows is not None:
-        offset += rows.start * prod(stored.shape[1:]) * stored.dtype.itemsize
-    return Location(path, offset)
+def _by_target(copies: Sequence[Copy]) -> dict[str, list[Copy]]:
+    found: dict[str, list[Copy]] = {}
+    for copy in copies:
+        found.setdefault(copy.target, []).append(copy)
+    return found
 
 
-def _quantize_into(data: torch.Tensor, scales: torch.Tensor, stored: torch.Tensor) -> None:
-    quantized = BlockFp8.quantize_unchecked(stored)
-    data.copy_(quantized.data)
-    scales.copy_(quantized.scales)
-
-
-def _dequantize_into(target: torch.Tensor, scales: torch.Tensor, stored: torch.Tensor) -> None:
-    target.copy_(BlockFp8(stored, scales).dequantize())
-
-
-def _check_scales(
-    checkpoint: Checkpoint, scales: Sequence[tuple[str, torch.Tensor]], problem: str
-) -> None:
-    """Raise `QuantizationError` naming the first tensor with a scale that cannot be one."""
-    # One wait for the GPU a thousand tensors; which of them is wrong matters only if one is.
-    for start in range(0, len(scales), 1000):
-        some = scales[start : start + 1000]
-        if wrong_scale(torch.cat([tensor.flatten() for _, tensor in some])) is None:
-            continue
-        for source, tensor in some:
-            place = wrong_scale(tensor)
-            if place is not None:
-                found = problem.format(place, tensor[tuple(place)].item())
-                raise QuantizationError(
-                    f"{checkpoint.name}: {source}{checkpoint.tensors[source].where}: {found}; it "
-                    "must be finite and positive"
-                )
+def _fields(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """The tensors of the quantised weights of this name."""
+    start = f"{name}."
+    return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
 
 
 def _clear_frames(error: BaseException | None) -> None:
@@ -491,14 +460,46 @@ def _place(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         assert not buffer.is_meta, f"{name} is not persistent, so nothing says what is in it"
 
 
+def _kinds_of_config(
+    decoder: nn.Module,
+    config: PreTrainedConfig,
+    plain: Mapping[str, ParameterInfo],
+    scheme: Scheme | None,
+    asked: Quantization | None,
+) -> dict[str, Kind]:
+    """The experts' parameters that are quantised, as the config says or as it is asked."""
+    owners = experts_of(decoder)
+    columns = {name: parts_shape(layer, name)[-1] for name, layer in owners.items()}
+    if scheme is None:
+        if asked is None:
+            return {}
+        return {name: asked.recipe(name, k, config.dtype).kind for name, k in columns.items()}
+    found: dict[str, set[Kind | None]] = {name: set() for name in owners}
+    for copy in layout(registry.architecture(config.model_type).CHECKPOINT, plain):
+        if copy.target in owners:
+            kind = scheme.kind(copy.source, columns[copy.target], config.dtype)
+            found[copy.target].add(kind)
+    kinds = {name: kind for name, (kind, *rest) in found.items() if kind is not None and not rest}
+    return {
+        name: kind
+        for name, kind in kinds.items()
+        if all(other in kinds for other, layer in owners.items() if layer is owners[name])
+    }
+
+
 @torch.no_grad()
 def _initialise_quantized(
-    data: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, deviation: float
+    fields: Mapping[str, torch.Tensor], kind: Kind, config: PreTrainedConfig
 ) -> None:
     """An expert at a time."""
-    for part, part_scales in zip(data, scales, strict=True):
-        drawn = torch.empty(part.shape, dtype=dtype, device=data.device).normal_(std=deviation)
-        _quantize_into(part, part_scales, drawn)
+    data = fields["data"]
+    for expert, part in enumerate(data):
+        shape = (*part.shape[:-1], part.shape[-1] * kind.columns_a_number)
+        drawn = torch.empty(shape, dtype=config.dtype, device=data.device)
+        drawn.normal_(std=config.initializer_range)
+        for name, tensor in kind.quantize(drawn).tensors().items():
+            if tensor is not None:
+                fields[name][expert].copy_(tensor)
 
 
 @torch.no_grad()
@@ -582,7 +583,7 @@ def _config_dtype(config: PreTrainedConfig, default: torch.dtype) -> torch.dtype
 
 
 def tied_rules(
-    config: PreTrainedConfig, checkpoint: Checkpoint
+    config: PreTrainedConfig, checkpoint: Checkpoint, encoding: Encoding
 ) -> tuple[tuple[Rule | Skip, ...], tuple[str, str] | None]:
     """The rules for a checkpoint whose config may tie the head to the embedding.
 
@@ -594,12 +595,13 @@ def tied_rules(
     rules: tuple[Rule | Skip, ...] = registry.architecture(config.model_type).CHECKPOINT
     sources = {rule.target: rule.sources[0] for rule in rules if isinstance(rule, Rule)}
     head, embedding = sources["lm_head.weight"], sources["embed.weight"]
-    if not config.tie_word_embeddings or head not in checkpoint.tensors:
+    tensors = encoding.tensors
+    if not config.tie_word_embeddings or head not in tensors:
         return rules, None
-    if embedding not in checkpoint.tensors:
+    if embedding not in tensors:
         return (*rules, Rule("embed.weight", head)), None
-    a, b = checkpoint.tensors[head], checkpoint.tensors[embedding]
-    if (a.shape, a.dtype) != (b.shape, b.dtype) or a.dtype == torch.float8_e4m3fn:
+    a, b = tensors[head], tensors[embedding]
+    if (a.shape, a.dtype) != (b.shape, b.dtype) or {head, embedding} & encoding.weights.keys():
         _untie(config, checkpoint.name, (head, embedding))
         return rules, None
     return (*rules, Skip(head, "tied to the embedding")), (head, embedding)

@@ -446,7 +446,7 @@ def test_auto_dtype_without_one_in_the_config_is_the_tensors(tmp_path):
         ({"device": 3.5}, ValueError, "device is 3.5"),
         ({"parallel": 8}, ValueError, "parallel=8 is not in this release"),
         ({"eplb": {}}, ValueError, "eplb={} is not in this release"),
-        ({"quantization": "int4_w4a16"}, QuantizationError, "'int4_w4a16' is not in this release"),
+        ({"quantization": "int3_w3a16"}, ValueError, "quantization type is 'int3_w3a16'"),
     ],
 )
 def test_bad_arguments(options, error, message):
@@ -509,7 +509,7 @@ def test_a_default_device_of_the_caller_does_not_matter():
             "config.rope_parameters is {",
         ),
         ({"vocab_size": -1}, UnsupportedArchitectureError, "config.vocab_size is -1"),
-        ({"quantization_config": {"quant_method": "fp8"}}, QuantizationError, "'fp8'"),
+        ({"quantization_config": {"quant_method": "quark"}}, QuantizationError, "'quark'"),
         ({"num_experts": 17}, CheckpointError, "expert 16 of layer 0"),
         ({"num_hidden_layers": 7}, CheckpointError, "model.layers.6.input_layernorm.weight"),
         (
