@@ -15,7 +15,7 @@ from moezoo.errors import QuantizationError
 TINY = 1e-30
 """The least magnitude that counts, so that zeros have a scale too; in fp16 its least number is."""
 
-_CHUNK = {"cpu": 2**18, "cuda": 2**25}
+_CHUNK = {"cpu": 2**18, "cuda": 2**24}
 """Values quantised at a time: what caches hold, and what fills a GPU."""
 
 
