@@ -28,7 +28,7 @@ from moezoo.errors import (
     MoEOutOfMemoryError,
     UnsupportedArchitectureError,
 )
-from moezoo.layers.moe.experts import require_fp8
+from moezoo.layers.moe.experts_fp8 import require_fp8
 from moezoo.layers.quant.fp8 import BLOCK_FP8
 from moezoo.loaders.checkpoint import (
     CONFIG,

@@ -137,7 +137,7 @@ def _quantized(copy: Copy, weights: QuantizedWeights, method: str) -> Iterator[W
     whole: Format = weights()
     index = parts_index(copy.target_index, whole.shape)
     both = has_both(copy.target_index, whole.shape)
-    part = whole.map(lambda tensor: tensor[index])
+    part = _map(whole, lambda tensor: tensor[index])
     if method == "mxfp4":
         yield from _mxfp4(copy, part, both=both)
         return
@@ -145,7 +145,7 @@ def _quantized(copy: Copy, weights: QuantizedWeights, method: str) -> Iterator[W
     if copy.view or blocks_shared or (both and part.tensors().get("order") is not None):
         raise _unwritable(copy, whole)
     if both:
-        part = part.map(lambda tensor: tensor.flatten(-3, -2))
+        part = _map(part, lambda tensor: tensor.flatten(-3, -2))
     if method == "fp8":
         yield _as_it_is(copy.source, part.data)
         yield _as_it_is(copy.source + fp8.SCALES, part.scales)
@@ -153,6 +153,12 @@ def _quantized(copy: Copy, weights: QuantizedWeights, method: str) -> Iterator[W
     if part.data.ndim != 2 or not copy.source.endswith(".weight"):
         raise _unwritable(copy, whole)
     yield from _compressed_tensors(copy, part)
+
+
+def _map(weights: Format, fn: Callable[[Tensor], Tensor]) -> Format:
+    tensors = weights.tensors().items()
+    mapped: dict[str, Any] = {name: None if t is None else fn(t) for name, t in tensors}
+    return type(weights)(**mapped)
 
 
 def _unwritable(copy: Copy, weights: Format) -> QuantizationError:

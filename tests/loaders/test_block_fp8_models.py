@@ -7,8 +7,6 @@ dequantises them on a CPU.
 import copy
 import json
 import math
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -266,7 +264,7 @@ class TestOnTheFly:
         skipped = ["model.layers.2.mlp.experts"]
         model.config.quantization_config = HUB | {"modules_to_not_convert": skipped}
         mixed = from_config(model.config, device="cpu")
-        assert [moe.quantized for moe in moe_layers(mixed)] == [n != 2 for n in range(6)]
+        assert [bool(moe.quantized) for moe in moe_layers(mixed)] == [n != 2 for n in range(6)]
         assert model(ids(1, 5)).logits.isfinite().all() and mixed(ids(1, 5)).logits.isfinite().all()
 
     def test_weights_that_are_not_finite_are_named(self, tmp_path):
@@ -276,72 +274,6 @@ class TestOnTheFly:
         with pytest.raises(QuantizationError) as caught:
             load(tmp_path, quantization="fp8_w8a8")
         assert f"{name} in model.safetensors: the weights of block [1, 0]" in str(caught.value)
-
-
-MEMORY = """
-import sys, threading, torch
-from torch import nn
-from moezoo.layers.moe import FusedMoE
-from moezoo.layers.quant import BlockFp8
-from moezoo.loaders.checkpoint import open_checkpoint
-from moezoo.loaders.quantization import Quantization
-from moezoo.loaders.load import load_weights
-from moezoo.loaders.mapping import Rule
-
-def anonymous():
-    with open("/proc/self/status") as lines:
-        kinds = [line.split() for line in lines if line.startswith(("RssAnon", "RssShmem"))]
-    return sum(int(size) * 1024 for _, size, _ in kinds)
-
-with torch.device("meta"):
-    model = nn.ModuleList(FusedMoE(1024, 1024, 16, None) for _ in range(8))
-rules = [
-    Rule("{L}.gate", "{L}.gate"),
-    Rule("{L}.w13", "{L}.{E}.w1", "{L}.{E}.w3", shard="expert"),
-    Rule("{L}.w2", "{L}.{E}.w2", shard="expert"),
-]
-checkpoint = open_checkpoint(sys.argv[1])
-BlockFp8.quantize(torch.ones(512, 1024).to(torch.bfloat16))
-before = peak = anonymous()
-done = threading.Event()
-
-def watch():
-    global peak
-    while not done.wait(0.002):
-        peak = max(peak, anonymous())
-
-thread = threading.Thread(target=watch, daemon=True)
-thread.start()
-load_weights(model, checkpoint, rules, device=torch.device("cpu"), dtype=torch.bfloat16,
-             quantization=Quantization())
-done.set()
-thread.join()
-peak = max(peak, anonymous())
-weights = sum(p.nbytes for p in model.parameters())
-assert 400e6 < weights < 410e6, weights
-print(peak - before - weights)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_beyond_the_quantised_weights_is_small(tmp_path):
-    """0.8 GB in 16 bit become 0.4 GB; the 16-bit model, or half of it, could not hide."""
-    block = torch.randn(1024, 1024).to(torch.bfloat16)
-    for n in range(8):
-        stored = {f"{n}.{e}.{w}": block.roll(e) for e in range(16) for w in ("w1", "w2", "w3")}
-        save_file(stored | {f"{n}.gate": block[:16].clone()}, tmp_path / f"{n}.safetensors")
-    names = {
-        name: f"{n}.safetensors"
-        for n in range(8)
-        for name in load_file(tmp_path / f"{n}.safetensors")
-    }
-    index = {"metadata": {}, "weight_map": names}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / "config.json").write_text("{}")
-    command = [sys.executable, "-c", MEMORY, str(tmp_path)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert int(output) < 250e6
 
 
 @pytest.fixture(scope="module")
@@ -471,7 +403,7 @@ class TestFromTheHub:
 
     def test_asking_for_the_same_changes_nothing(self, folder):
         assert_same(load(folder, quantization="fp8_w8a8"), load(folder))
-        with pytest.raises(QuantizationError, match="in fp8_w8a8 already, .* in mxfp4"):
+        with pytest.raises(QuantizationError, match=r"in fp8_w8a8 already, .* in mxfp4"):
             load(folder, quantization="mxfp4")
 
 
@@ -563,7 +495,7 @@ def test_layers_that_are_not_quantised_stay_so(tmp_path):
     set_config(tmp_path / "m", quantization_config=HUB | {"modules_to_not_convert": kept})
     for asked in (None, "fp8_w8a8"):
         model = load(tmp_path / "m", quantization=asked)
-        assert [moe.quantized for moe in moe_layers(model)] == [True] * 2 + [False] * 4
+        assert [bool(moe.quantized) for moe in moe_layers(model)] == [True] * 2 + [False] * 4
     model.save_pretrained(tmp_path / "again")
     assert_same(load(tmp_path / "again"), model)
     written = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
@@ -583,7 +515,7 @@ def test_a_layer_in_fp8_in_part_is_dequantised(tmp_path):
 
     change(tmp_path, dequantize)
     model = load(tmp_path)
-    assert [moe.quantized for moe in moe_layers(model)] == [n != 2 for n in range(6)]
+    assert [bool(moe.quantized) for moe in moe_layers(model)] == [n != 2 for n in range(6)]
     expected = dequantized(load(ASSET, quantization="fp8_w8a8"), torch.bfloat16)
     assert moe_layers(model)[2].w13.equal(moe_layers(expected)[2].w13)
 

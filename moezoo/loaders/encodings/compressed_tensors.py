@@ -86,7 +86,8 @@ class Group:
         bits = weights.one_of("num_bits", 4, 8)
         integers = weights.one_of("type", "int", "float", default="int") == "int"
         symmetric = weights.one_of("symmetric", True, False, default=True)
-        actorder = weights.one_of("actorder", False, "weight", "static", "group", "dynamic")
+        orders = (False, "weight", "static", "group", "dynamic")
+        actorder = weights.one_of("actorder", *orders, default=False)
         size = weights.given.get("group_size")
         inferred = "tensor" if size is None else "channel" if size == PER_CHANNEL else "group"
         strategies = ("tensor", "channel", "group", "block")
