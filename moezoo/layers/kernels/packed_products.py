@@ -12,7 +12,7 @@ Legend: N columns of the result, one for each row of weights; W words of weights
 import triton
 import triton.language as tl
 
-from moezoo.layers.kernels.unpack import E2M1_SHIFT, factors, unpack, zero_points
+from moezoo.layers.kernels.unpack import CHUNK, E2M1_SHIFT, factors, unpack, zero_points
 
 
 @triton.jit
@@ -46,6 +46,8 @@ def products(
     expert,
     first_col,
     num_cols,
+    first_row,
+    rows,
     p_rows,
     m_rows,
     w,
@@ -58,6 +60,7 @@ def products(
     stride_se,
     stride_sp,
     stride_sn,
+    DTYPE: tl.constexpr,
     FORMAT: tl.constexpr,
     WAYS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -65,6 +68,7 @@ def products(
     GROUP: tl.constexpr,
     SCALES_ALIGNED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    ROWS_DESCRIBED: tl.constexpr,
     EVEN_K: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -73,10 +77,10 @@ def products(
 ):
     """-> PARTS products [BLOCK_N, BLOCK_M] fp32: columns of an expert's weights by rows.
 
-    p_rows [BLOCK_M] are where rows begin, in the order of `unpack`. GROUP words have a scale, or
+    Rows are as `interleave` makes them: p_rows [BLOCK_M] is where each begins, or, if
+    ROWS_DESCRIBED, `rows` a descriptor of them, whose loads may go on past the expert's last. GROUP words have a scale, or
     with GROUP 0 all of a column; strides of scales are multiples of SCALES_ALIGNED.
     """
-    DTYPE: tl.constexpr = p_rows.dtype.element_ty
     SCALED: tl.constexpr = FORMAT == "mxfp4"
     SLICES: tl.constexpr = BLOCK_W // GROUP if GROUP > 0 and GROUP < BLOCK_W and not SCALED else 1
     SLICE_W: tl.constexpr = BLOCK_W // SLICES
@@ -96,9 +100,10 @@ def products(
     if not DESCRIPTORS:
         o_w = expert.to(tl.int64) * stride_we + w_cols * stride_wn
         p_w = w + o_w[:, None] + inner[None, :]
+    width = tl.cdiv(num_words, CHUNK) * (CHUNK * WAYS)
     across = tl.arange(0, WAYS * SLICE_W)
-    x_word = across % SLICE_W
-    p_x = p_rows[:, None] + (across // SLICE_W * num_words + x_word)[None, :]
+    if not ROWS_DESCRIBED:
+        p_x = p_rows[:, None] + across[None, :]
 
     totals = ()
     scales = ()
@@ -115,10 +120,14 @@ def products(
     for start in range(0, num_words, BLOCK_W):
         xs = ()
         for s in tl.static_range(SLICES):
-            m_x = m_rows[:, None]
-            if not EVEN_K:
-                m_x = m_x & (start + s * SLICE_W + x_word < num_words)[None, :]
-            xs += (tl.load(p_x + (start + s * SLICE_W), mask=m_x, other=0.0),)
+            first = WAYS * (start + s * SLICE_W)
+            if ROWS_DESCRIBED:
+                xs += (rows.load([first_row, first]),)
+            else:
+                m_x = m_rows[:, None]
+                if not EVEN_K:
+                    m_x = m_x & (first + across < width)[None, :]
+                xs += (tl.load(p_x + first, mask=m_x, other=0.0),)
         next_totals = ()
         next_scales = ()
         next_zeros = ()

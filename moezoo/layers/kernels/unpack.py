@@ -1,8 +1,8 @@
 """Weights of 4 and 8 bits as the first operand of a matrix product, unpacked in registers.
 
-A word has WAYS columns, the first in its lowest bits. Unpacked, words [N, W] are [N, WAYS * W], in
-the order way, word: column i * WAYS + way of the words is at way * W + i, so that no value has to
-move between threads. The other operand must have its columns in that order, see `interleave`.
+A word has WAYS columns, the first in its lowest bits. A value can stay in the thread that has its
+word if the product takes columns in another order: in each CHUNK words the first way of all, then
+the next. The other operand must have its columns in that order too, see `interleave`.
 
 Integers of up to 8 bits are exact in bf16 and fp16. Their bits become the lowest of a number from
 128 in bf16, or from 1024 in fp16, and what stands for zero there is subtracted. A number of E2M1 is
@@ -11,10 +11,15 @@ right, subnormal or not.
 
 PAIRS is for NVIDIA GPUs and words of 16 bits, two to a register: an instruction works on two
 values. Elsewhere, in fp32 and for words of 8 bits plain operations do the same.
+
+Legend: N rows of weights, W words of a row.
 """
 
 import triton
 import triton.language as tl
+
+CHUNK = tl.constexpr(8)
+"""Words whose columns are reordered together: half of what a matrix instruction takes of them."""
 
 INTEGERS = {"bf16": ("0x43004300", "bf16x2"), "fp16": ("0x64006400", "f16x2")}
 
@@ -179,19 +184,20 @@ def _times(a, b, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _side_by_side(ways, WAYS: tl.constexpr):
-    """WAYS tensors [N, W] -> [N, WAYS * W]"""
+def _in_chunks(ways, WAYS: tl.constexpr):
+    """WAYS tensors [N, W] -> [N, WAYS * W], in the order chunk, way, word"""
     N: tl.constexpr = ways[0].shape[0]
     W: tl.constexpr = ways[0].shape[1]
     if WAYS == 1:
         return ways[0]
     elif WAYS == 2:
-        both = tl.join(ways[0], ways[1])
-        return tl.reshape(tl.permute(both, [0, 2, 1]), [N, 2 * W])
+        both = tl.reshape(tl.join(ways[0], ways[1]), [N, W // CHUNK, CHUNK, 2])
+        return tl.reshape(tl.permute(both, [0, 1, 3, 2]), [N, 2 * W])
     else:
         tl.static_assert(WAYS == 4)
         all = tl.join(tl.join(ways[0], ways[1]), tl.join(ways[2], ways[3]))
-        return tl.reshape(tl.permute(all, [0, 3, 2, 1]), [N, 4 * W])
+        all = tl.reshape(all, [N, W // CHUNK, CHUNK, 2, 2])
+        return tl.reshape(tl.permute(all, [0, 1, 4, 3, 2]), [N, 4 * W])
 
 
 @triton.jit
@@ -205,7 +211,8 @@ def unpack(
     DTYPE: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """words [N, W] -> the weights, [N, WAYS * W] of DTYPE; if SCALED, times the factors.
+    """words [N, W] -> weights [N, WAYS * W] of DTYPE in the order chunk, way, word; if SCALED, times
+    the factors.
 
     zeros and factor, of `zero_points` and `factors`, broadcast to words.
     """
@@ -220,9 +227,9 @@ def unpack(
                     scaled += (_times(value, factor, DTYPE),)
                 else:
                     scaled += (_times(ways[way], factor, DTYPE),)
-            return _side_by_side(scaled, WAYS)
+            return _in_chunks(scaled, WAYS)
         else:
-            return _side_by_side(ways, WAYS)
+            return _in_chunks(ways, WAYS)
     else:
         ways = ()
         for way in tl.static_range(WAYS):
@@ -230,4 +237,4 @@ def unpack(
             if SCALED:
                 value *= factor
             ways += (value.to(DTYPE),)
-        return _side_by_side(ways, WAYS)
+        return _in_chunks(ways, WAYS)

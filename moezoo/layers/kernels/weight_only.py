@@ -22,11 +22,12 @@ from torch import Tensor
 
 from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.kernels.gated_up import activate, activate_gated
-from moezoo.layers.kernels.interleave import interleave, interleave_ref
+from moezoo.layers.kernels.interleave import interleave, interleave_ref, padded
 from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.packed_products import products
 from moezoo.layers.kernels.permute import Permutation
 from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, swizzle
+from moezoo.layers.kernels.unpack import CHUNK
 from moezoo.layers.quant.int4 import Int4
 from moezoo.layers.quant.int8 import Int8
 from moezoo.layers.quant.mxfp4 import GROUP, Mxfp4
@@ -76,7 +77,8 @@ def down_weight_only_ref(
 ) -> Tensor:
     num_experts, hidden_size, intermediate_size = w2.shape
     # The inverse of `interleave`.
-    h = interleave_ref(h, intermediate_size // ways(type(w2), intermediate_size))
+    h = h.unflatten(-1, (-1, ways(type(w2), intermediate_size), CHUNK.value)).mT.flatten(-3)
+    h = h[:, :intermediate_size]
     y = h.new_zeros(len(h), hidden_size)
     for e in range(num_experts):
         rows = slice(int(permutation.offsets[e]), int(permutation.offsets[e + 1]))
@@ -100,9 +102,10 @@ def _gated_up_tile(
     bias_ptr,
     h_ptr,
     order_ptr,
-    hidden_size,
+    stride_xt,
     num_words,
     intermediate_size,
+    stride_hr,
     k,
     stride_we,
     stride_wp,
@@ -138,10 +141,10 @@ def _gated_up_tile(
     tokens = (tl.load(order_ptr + rows, mask=m_rows, other=0) // k).to(tl.int64)
     # fmt: off
     parts = products(
-        expert, first_col, intermediate_size, x_ptr + tokens * hidden_size, m_rows, w, scales_ptr,
-        zeros_ptr, num_words, stride_we, stride_wp, stride_wn, stride_se, stride_sp, stride_sn,
-        FORMAT, WAYS, PARTS, HAS_ZEROS, GROUP, SCALES_ALIGNED, DESCRIPTORS, EVEN_K, PAIRS, BLOCK_M,
-        BLOCK_N, BLOCK_W,
+        expert, first_col, intermediate_size, 0, None, x_ptr + tokens * stride_xt, m_rows, w,
+        scales_ptr, zeros_ptr, num_words, stride_we, stride_wp, stride_wn, stride_se, stride_sp,
+        stride_sn, x_ptr.dtype.element_ty, FORMAT, WAYS, PARTS, HAS_ZEROS, GROUP, SCALES_ALIGNED,
+        DESCRIPTORS, False, EVEN_K, PAIRS, BLOCK_M, BLOCK_N, BLOCK_W,
     )
     # fmt: on
     gate = parts[0]
@@ -155,12 +158,11 @@ def _gated_up_tile(
         h = activate_gated(gate, up, ACTIVATION, LIMIT, UP_OFFSET)
     else:
         h = activate(gate, ACTIVATION)
-    h = tl.reshape(h.to(h_ptr.dtype.element_ty), [BLOCK_N // H_WAYS, H_WAYS, BLOCK_M])
-    word = first_col // H_WAYS + tl.arange(0, BLOCK_N // H_WAYS)[:, None, None]
-    num_h_words = intermediate_size // H_WAYS
-    h_cols = tl.arange(0, H_WAYS)[None, :, None] * num_h_words + word
-    p_h = h_ptr + rows.to(tl.int64)[None, None, :] * intermediate_size + h_cols
-    tl.store(p_h, h, mask=m_rows[None, None, :] & (word < num_h_words))
+    h = tl.where(m_cols[:, None], h, 0.0).to(h_ptr.dtype.element_ty)
+    chunks = tl.reshape(h, [BLOCK_N // (CHUNK * H_WAYS), CHUNK, H_WAYS, BLOCK_M])
+    h = tl.reshape(tl.permute(chunks, [0, 2, 1, 3]), [BLOCK_N, BLOCK_M])
+    p_h = h_ptr + rows.to(tl.int64)[None, :] * stride_hr + cols[:, None]
+    tl.store(p_h, h, mask=m_rows[None, :] & (cols < stride_hr)[:, None])
 
 
 @triton.jit
@@ -169,13 +171,13 @@ def _down_tile(
     first_row,
     end,
     first_col,
-    h_ptr,
+    h,
     w,
     scales_ptr,
     zeros_ptr,
     bias_ptr,
     y_ptr,
-    intermediate_size,
+    stride_hr,
     num_words,
     hidden_size,
     stride_we,
@@ -203,12 +205,13 @@ def _down_tile(
     m_rows = rows < end
     cols = first_col + tl.arange(0, BLOCK_N)
     m_cols = cols < hidden_size
-    p_rows = h_ptr + tl.where(m_rows, rows, first_row).to(tl.int64) * intermediate_size
+    p_rows = None if DESCRIPTORS else h + rows.to(tl.int64) * stride_hr
     # fmt: off
     parts = products(
-        expert, first_col, hidden_size, p_rows, m_rows, w, scales_ptr, zeros_ptr, num_words,
-        stride_we, stride_wp, stride_wn, stride_se, stride_sp, stride_sn, FORMAT, WAYS, 1,
-        HAS_ZEROS, GROUP, SCALES_ALIGNED, DESCRIPTORS, EVEN_K, PAIRS, BLOCK_M, BLOCK_N, BLOCK_W,
+        expert, first_col, hidden_size, first_row, h, p_rows, m_rows, w, scales_ptr, zeros_ptr,
+        num_words, stride_we, stride_wp, stride_wn, stride_se, stride_sp, stride_sn,
+        y_ptr.dtype.element_ty, FORMAT, WAYS, 1, HAS_ZEROS, GROUP, SCALES_ALIGNED, DESCRIPTORS,
+        DESCRIPTORS, EVEN_K, PAIRS, BLOCK_M, BLOCK_N, BLOCK_W,
     )
     # fmt: on
     y = parts[0]
@@ -232,9 +235,10 @@ def _gated_up_weight_only_kernel(
     num_tiles_ptr,
     max_tiles,
     num_programs,
-    hidden_size,
+    stride_xt,
     num_words,
     intermediate_size,
+    stride_hr,
     k,
     stride_we,
     stride_wp,
@@ -278,17 +282,17 @@ def _gated_up_weight_only_kernel(
         if TAIL > 0 and end - first_row <= TAIL:
             _gated_up_tile(
                 expert, first_row, end, first_col, x_ptr, w, scales_ptr, zeros_ptr, bias_ptr, h_ptr,
-                order_ptr, hidden_size, num_words, intermediate_size, k, stride_we, stride_wp,
-                stride_wn, stride_se, stride_sp, stride_sn, stride_be, stride_bp, stride_bn, FORMAT,
-                WAYS, H_WAYS, PARTS, HAS_ZEROS, GROUP, SCALES_ALIGNED, ACTIVATION, LIMIT, UP_OFFSET,
+                order_ptr, stride_xt, num_words, intermediate_size, stride_hr, k, stride_we,
+                stride_wp, stride_wn, stride_se, stride_sp, stride_sn, stride_be, stride_bp,
+                stride_bn, FORMAT, WAYS, H_WAYS, PARTS, HAS_ZEROS, GROUP, SCALES_ALIGNED, ACTIVATION, LIMIT, UP_OFFSET,
                 HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, TAIL, BLOCK_N, BLOCK_W,
             )
         else:
             _gated_up_tile(
                 expert, first_row, end, first_col, x_ptr, w, scales_ptr, zeros_ptr, bias_ptr, h_ptr,
-                order_ptr, hidden_size, num_words, intermediate_size, k, stride_we, stride_wp,
-                stride_wn, stride_se, stride_sp, stride_sn, stride_be, stride_bp, stride_bn, FORMAT,
-                WAYS, H_WAYS, PARTS, HAS_ZEROS, GROUP, SCALES_ALIGNED, ACTIVATION, LIMIT, UP_OFFSET,
+                order_ptr, stride_xt, num_words, intermediate_size, stride_hr, k, stride_we,
+                stride_wp, stride_wn, stride_se, stride_sp, stride_sn, stride_be, stride_bp,
+                stride_bn, FORMAT, WAYS, H_WAYS, PARTS, HAS_ZEROS, GROUP, SCALES_ALIGNED, ACTIVATION, LIMIT, UP_OFFSET,
                 HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, BLOCK_M, BLOCK_N, BLOCK_W,
             )
         # fmt: on
@@ -296,7 +300,8 @@ def _gated_up_weight_only_kernel(
 
 @triton.jit(do_not_specialize=["max_tiles", "num_programs"])
 def _down_weight_only_kernel(
-    h_ptr,
+    h,
+    h_tail,
     w,
     scales_ptr,
     zeros_ptr,
@@ -306,7 +311,7 @@ def _down_weight_only_kernel(
     num_tiles_ptr,
     max_tiles,
     num_programs,
-    intermediate_size,
+    stride_hr,
     num_words,
     hidden_size,
     stride_we,
@@ -344,15 +349,15 @@ def _down_weight_only_kernel(
         # fmt: off
         if TAIL > 0 and end - first_row <= TAIL:
             _down_tile(
-                expert, first_row, end, first_col, h_ptr, w, scales_ptr, zeros_ptr, bias_ptr, y_ptr,
-                intermediate_size, num_words, hidden_size, stride_we, stride_wp, stride_wn,
+                expert, first_row, end, first_col, h_tail, w, scales_ptr, zeros_ptr, bias_ptr,
+                y_ptr, stride_hr, num_words, hidden_size, stride_we, stride_wp, stride_wn,
                 stride_se, stride_sp, stride_sn, stride_be, stride_bn, FORMAT, WAYS, HAS_ZEROS,
                 GROUP, SCALES_ALIGNED, HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, TAIL, BLOCK_N, BLOCK_W,
             )
         else:
             _down_tile(
-                expert, first_row, end, first_col, h_ptr, w, scales_ptr, zeros_ptr, bias_ptr, y_ptr,
-                intermediate_size, num_words, hidden_size, stride_we, stride_wp, stride_wn,
+                expert, first_row, end, first_col, h, w, scales_ptr, zeros_ptr, bias_ptr, y_ptr,
+                stride_hr, num_words, hidden_size, stride_we, stride_wp, stride_wn,
                 stride_se, stride_sp, stride_sn, stride_be, stride_bn, FORMAT, WAYS, HAS_ZEROS,
                 GROUP, SCALES_ALIGNED, HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, BLOCK_M, BLOCK_N,
                 BLOCK_W,
@@ -430,8 +435,8 @@ def gated_up_weight_only(
     activation: str | Gating = "silu",
     bias13: Tensor | None = None,
 ) -> Tensor:
-    """-> h [S, I] in x's dtype, rows in expert order and columns in that of `interleave`; rows from
-    offsets[E] on are not written.
+    """-> h [S, P] in x's dtype, rows in expert order and columns as `interleave` has them, P of I;
+    rows from offsets[E] on are not written.
 
     x [T, H] fp32, bf16 or fp16; w13 [E, 2, I, H], or without a gate [E, 1, I, H], and bias13
     [E, 2 or 1, I]. `permutation` has `tile.m` rows a tile.
@@ -454,14 +459,17 @@ def gated_up_weight_only(
     if bias13 is not None and bias13.shape != w13.shape[:-1]:
         raise ValueError(f"bias13 must be {list(w13.shape[:-1])}, got {list(bias13.shape)}")
     packed = _packed("w13", w13, x, tile)
-    h = torch.empty(order.numel(), intermediate_size, dtype=x.dtype, device=x.device)
+    h_ways = ways(type(w13), intermediate_size)
+    width = padded(intermediate_size, h_ways)
+    h = torch.empty(order.numel(), width, dtype=x.dtype, device=x.device)
     num_programs = tile.num_programs(tiles.shape[1], intermediate_size, x.device)
     if num_programs == 0:
         return h
     words, options = packed.words, packed.options
     block = (1, 1, tile.n, options["BLOCK_W"])
+    x = interleave(x, options["WAYS"])
     _gated_up_weight_only_kernel[(num_programs,)](
-        interleave(x, options["WAYS"]),
+        x,
         descriptor(words, block) if tile.descriptors else words,
         packed.scales,
         packed.zeros,
@@ -472,14 +480,15 @@ def gated_up_weight_only(
         num_tiles,
         tiles.shape[1],
         num_programs,
-        hidden_size,
+        x.stride(0),
         words.shape[-1],
         intermediate_size,
+        width,
         k,
         *words.stride()[:-1],
         *packed.scales.stride()[:-1],
         *((0, 0, 0) if bias13 is None else bias13.stride()),
-        H_WAYS=ways(type(w13), intermediate_size),
+        H_WAYS=h_ways,
         PARTS=num_parts,
         ACTIVATION=ACTIVATIONS[gating.activation].__name__,
         LIMIT=gating.limit,
@@ -500,7 +509,7 @@ def down_weight_only(
 ) -> Tensor:
     """-> y [S, H] in h's dtype, rows in expert order; those from offsets[E] on are not written.
 
-    h [S, I] as `gated_up_weight_only` made it, w2 [E, H, I] and bias2 [E, H]; `permutation` has
+    h [S, P] as `gated_up_weight_only` made it, w2 [E, H, I] and bias2 [E, H]; `permutation` has
     `tile.m` rows a tile.
 
     Raises ValueError as `gated_up_weight_only` does.
@@ -509,10 +518,11 @@ def down_weight_only(
         raise ValueError(f"w2 must be [E, H, I], got {list(w2.shape)}")
     num_experts, hidden_size, intermediate_size = w2.shape
     order, _, offsets, tiles, num_tiles = permutation
-    if h.shape != (order.numel(), intermediate_size) or not h.is_contiguous():
+    width = padded(intermediate_size, ways(type(w2), intermediate_size))
+    if h.shape != (order.numel(), width) or not h.is_contiguous():
         raise ValueError(
-            f"h must be [{order.numel()}, {intermediate_size}], as order and w2 are, and "
-            f"contiguous, got {list(h.shape)} with strides {h.stride()}"
+            f"h must be [{order.numel()}, {width}], as order and w2 are, and contiguous, got "
+            f"{list(h.shape)} with strides {h.stride()}"
         )
     if offsets.numel() != num_experts + 1:
         raise ValueError(f"offsets must be [{num_experts + 1}], got {list(offsets.shape)}")
@@ -525,8 +535,18 @@ def down_weight_only(
         return y
     words, options = packed.words, packed.options
     block = (1, 1, tile.n, options["BLOCK_W"])
+    rows = tail_rows = h
+    if tile.descriptors:
+        # A load is what a group's sum is of, see `products`.
+        columns = min(options["GROUP"] or options["BLOCK_W"], options["BLOCK_W"])
+        if options["FORMAT"] == "mxfp4":
+            columns = options["BLOCK_W"]
+        columns *= options["WAYS"]
+        rows = descriptor(h, (tile.m, columns))
+        tail_rows = descriptor(h, (tile.tail, columns)) if tile.tail else rows
     _down_weight_only_kernel[(num_programs,)](
-        h,
+        rows,
+        tail_rows,
         descriptor(words, block) if tile.descriptors else words,
         packed.scales,
         packed.zeros,
@@ -536,7 +556,7 @@ def down_weight_only(
         num_tiles,
         tiles.shape[1],
         num_programs,
-        intermediate_size,
+        width,
         words.shape[-1],
         hidden_size,
         *words.stride()[:-1],
