@@ -105,7 +105,7 @@ fit otherwise. Scales from 2^-68 to 2^65 are exact; those beyond give 0, or Inf 
 
 
 @triton.jit
-def zero_points(zeros, FORMAT: tl.constexpr, DTYPE: tl.constexpr, PAIRS: tl.constexpr):
+def zero_points(zeros, DTYPE: tl.constexpr, PAIRS: tl.constexpr):
     """uint8 zero points as `unpack` subtracts them."""
     if not PAIRS:
         return zeros.to(tl.float32)
@@ -113,6 +113,17 @@ def zero_points(zeros, FORMAT: tl.constexpr, DTYPE: tl.constexpr, PAIRS: tl.cons
         return (zeros.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
     else:
         return (zeros.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def no_zero_points(shape: tl.constexpr, DTYPE: tl.constexpr, PAIRS: tl.constexpr):
+    """Those of 8: a constant, of which the compiler knows that it costs nothing in any layout."""
+    if not PAIRS:
+        return tl.full(shape, 8.0, tl.float32)
+    elif DTYPE == tl.bfloat16:
+        return tl.full(shape, 136.0, tl.bfloat16)
+    else:
+        return tl.full(shape, 1032.0, tl.float16)
 
 
 @triton.jit

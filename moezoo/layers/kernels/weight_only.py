@@ -24,7 +24,7 @@ from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.kernels.gated_up import activate, activate_gated
 from moezoo.layers.kernels.interleave import interleave, interleave_ref, padded
 from moezoo.layers.kernels.overlap import launch_options, wait
-from moezoo.layers.kernels.packed_products import products
+from moezoo.layers.kernels.packed_products import out_of_turns, products
 from moezoo.layers.kernels.permute import Permutation
 from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, swizzle
 from moezoo.layers.kernels.unpack import CHUNK
@@ -147,17 +147,19 @@ def _gated_up_tile(
         DESCRIPTORS, False, EVEN_K, PAIRS, BLOCK_M, BLOCK_N, BLOCK_W,
     )
     # fmt: on
-    gate = parts[0]
     if HAS_BIAS:
         p_bias = bias_ptr + expert.to(tl.int64) * stride_be + cols * stride_bn
-        gate += tl.load(p_bias, mask=m_cols, other=0.0).to(tl.float32)[:, None]
+        bias = tl.load(p_bias, mask=m_cols, other=0.0).to(tl.float32)[:, None]
     if PARTS == 2:
-        up = parts[1]
+        gate, up = out_of_turns(parts)
         if HAS_BIAS:
+            gate += bias
             up += tl.load(p_bias + stride_bp, mask=m_cols, other=0.0).to(tl.float32)[:, None]
         h = activate_gated(gate, up, ACTIVATION, LIMIT, UP_OFFSET)
     else:
-        h = activate(gate, ACTIVATION)
+        if HAS_BIAS:
+            parts += bias
+        h = activate(parts, ACTIVATION)
     h = tl.where(m_cols[:, None], h, 0.0).to(h_ptr.dtype.element_ty)
     chunks = tl.reshape(h, [BLOCK_N // (CHUNK * H_WAYS), CHUNK, H_WAYS, BLOCK_M])
     h = tl.reshape(tl.permute(chunks, [0, 2, 1, 3]), [BLOCK_N, BLOCK_M])
@@ -207,14 +209,13 @@ def _down_tile(
     m_cols = cols < hidden_size
     p_rows = None if DESCRIPTORS else h + rows.to(tl.int64) * stride_hr
     # fmt: off
-    parts = products(
+    y = products(
         expert, first_col, hidden_size, first_row, h, p_rows, m_rows, w, scales_ptr, zeros_ptr,
         num_words, stride_we, stride_wp, stride_wn, stride_se, stride_sp, stride_sn,
         y_ptr.dtype.element_ty, FORMAT, WAYS, 1, HAS_ZEROS, GROUP, SCALES_ALIGNED, DESCRIPTORS,
         DESCRIPTORS, EVEN_K, PAIRS, BLOCK_M, BLOCK_N, BLOCK_W,
     )
     # fmt: on
-    y = parts[0]
     if HAS_BIAS:
         p_bias = bias_ptr + expert.to(tl.int64) * stride_be + cols * stride_bn
         y += tl.load(p_bias, mask=m_cols, other=0.0).to(tl.float32)[:, None]
@@ -466,7 +467,7 @@ def gated_up_weight_only(
     if num_programs == 0:
         return h
     words, options = packed.words, packed.options
-    block = (1, 1, tile.n, options["BLOCK_W"])
+    block = (1, num_parts, tile.n, options["BLOCK_W"])
     x = interleave(x, options["WAYS"])
     _gated_up_weight_only_kernel[(num_programs,)](
         x,
