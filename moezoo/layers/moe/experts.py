@@ -43,8 +43,9 @@ def workspace_bytes(
     Per chosen row its activation [I], its output [H] and 8 bytes of index (not counted: 4 bytes for
     each expert); per token its result [H], twice where chunks are put together. Beyond
     `CHUNK_TOKENS` tokens only the results grow. `weights` is their format, None for 16 or 32 bits:
-    with fp8 activations have a byte and their scales, and the tokens are there in fp8 too; formats
-    of weights alone take what 16 bits do, but more where columns have an order (`Int4.order`).
+    with fp8 activations have a byte and their scales, and the tokens are there in fp8 too; beside
+    formats of weights alone the tokens are there in the order of the packed columns (and once for
+    each chosen row where columns have another order, `Int4.order`).
 
     The buffers come from torch's caching allocator, which is the one workspace per device that
     all layers share: they are freed in stream order when a layer returns, so the next layer gets
@@ -52,7 +53,8 @@ def workspace_bytes(
     """
     in_chunk = min(num_tokens, CHUNK_TOKENS)
     results = num_tokens * (1 if num_tokens <= CHUNK_TOKENS else 2)
-    activation_bytes, token_bytes = intermediate_size * element_size, 0
+    activation_bytes = intermediate_size * element_size
+    token_bytes = 0 if weights is None else hidden_size * element_size
     if weights is not None and issubclass(weights, BlockFp8 | ChannelFp8):
         activation_bytes, token_bytes = fp8.row_bytes(intermediate_size), fp8.row_bytes(hidden_size)
     row_bytes = activation_bytes + hidden_size * element_size + 8

@@ -71,12 +71,15 @@ class Format:
     def tensors(self) -> dict[str, Tensor | None]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def __getitem__(self, index: int) -> Self:
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
+        """Of fn of each tensor."""
         tensors: dict[str, Any] = {
-            name: None if tensor is None else tensor[index]
-            for name, tensor in self.tensors().items()
+            name: None if tensor is None else fn(tensor) for name, tensor in self.tensors().items()
         }
         return type(self)(**tensors)
+
+    def __getitem__(self, index: int) -> Self:
+        return self.map(lambda tensor: tensor[index])
 
     def in_parts(self, parts: int) -> Self:
         """[.., parts * N, K] -> [.., parts, N, K]"""

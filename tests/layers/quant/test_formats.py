@@ -86,10 +86,7 @@ def test_what_it_has_is_kept(kind: str) -> None:
 def test_in_parts(kind: str) -> None:
     w = normal(3, 256, 128)
     q = quantized(kind, w)
-    assert same(
-        q.in_parts(2),
-        type(q)(*(None if t is None else t.unflatten(1, (2, -1)) for t in q.tensors().values())),
-    )
+    assert same(q.in_parts(2), q.map(lambda tensor: tensor.unflatten(1, (2, -1))))
     assert torch.equal(q.in_parts(2).dequantize().flatten(1, 2), q.dequantize())
 
 
