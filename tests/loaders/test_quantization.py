@@ -10,20 +10,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from small_models import ASSET, EXACT, load, moe_layers
+from torch import Tensor
 from transformers import AutoConfig
 
-import moezoo
 from moezoo.errors import QuantizationError
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4
 from moezoo.loaders.checkpoint import open_checkpoint
-from moezoo.loaders.load import from_config, from_pretrained, load_weights
+from moezoo.loaders.load import from_config, load_weights
 from moezoo.loaders.mapping import Rule
 from moezoo.loaders.quantization import Quantization
-
-ASSET = Path(moezoo.__file__).parent / "assets" / "tiny-qwen3-moe"
-EXACT = 2e-5
 
 ASKED: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "fp8-block": ("fp8_w8a8", BlockFp8, {}),
@@ -47,14 +44,6 @@ ASKED: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
-def load(folder: Path = ASSET, **options: Any) -> Any:
-    return from_pretrained(folder, **{"device": "cpu", "progress": False} | options)
-
-
-def moe_layers(model: nn.Module) -> list[FusedMoE]:
-    return [module for module in model.modules() if isinstance(module, FusedMoE)]
-
-
 def assert_equal(found: Format, expected: Format) -> None:
     assert type(found) is type(expected)
     tensors = expected.tensors()
@@ -75,7 +64,7 @@ def normal(*shape: int) -> Tensor:
 @pytest.mark.parametrize("name", ASKED)
 def test_experts_are_quantised_from_what_is_stored(name):
     asked, kind, options = ASKED[name]
-    model, full = load(quantization=asked), load()
+    model, full = load(ASSET, quantization=asked), load(ASSET)
     for moe, dense in zip(moe_layers(model), moe_layers(full), strict=True):
         w13 = dense.w13.detach().unflatten(1, (2, -1))
         assert_equal(moe.w13(), kind.quantize(w13, **options))
@@ -88,7 +77,7 @@ def test_experts_are_quantised_from_what_is_stored(name):
 
 @pytest.mark.parametrize("name", [name for name in ASKED if "fp8" not in name])
 def test_logits_are_those_of_the_dequantised_weights(name):
-    model, dense = (load(dtype="float32", quantization=q) for q in (ASKED[name][0], None))
+    model, dense = (load(ASSET, dtype="float32", quantization=q) for q in (ASKED[name][0], None))
     for moe, plain in zip(moe_layers(model), moe_layers(dense), strict=True):
         with torch.no_grad():
             plain.w13.copy_(moe.w13().dequantize().flatten(1, 2))
@@ -115,7 +104,7 @@ def test_scales_for_several_rows():
                 expected = alone.dequantize().view(block.shape)
                 columns = slice(group * 64, (group + 1) * 64)
                 assert found.dequantize()[rows, columns].equal(expected)
-    model = load(quantization={"type": "int4_w4a16", "block_shape": [4, 32]})
+    model = load(ASSET, quantization={"type": "int4_w4a16", "block_shape": [4, 32]})
     scales = moe_layers(model)[0].w2().scales
     assert scales.unflatten(1, (-1, 4)).equal(scales[:, ::4].unsqueeze(2).expand(-1, -1, 4, -1))
 
@@ -166,7 +155,7 @@ def toy(
 @pytest.mark.parametrize("name", ASKED)
 def test_random_weights(name):
     """And the model's config, which says how it is quantised, makes the same again."""
-    asked, kind, options = ASKED[name]
+    asked, kind, _ = ASKED[name]
     config = AutoConfig.from_pretrained(ASSET)
     torch.manual_seed(0)
     model = from_config(config, device="cpu", quantization=asked)
@@ -183,7 +172,7 @@ def test_random_weights(name):
 
 
 def test_default_groups_are_reported(caplog):
-    model = load(quantization="int4_w4a16")
+    model = load(ASSET, quantization="int4_w4a16")
     moe = moe_layers(model)[0]
     assert moe.w13().group_size == 128 and moe.w2().group_size == 64
     assert "int4_w4a16: groups of 64 columns in 6 weights such as layers.0.mlp.w2" in caplog.text
@@ -196,7 +185,7 @@ def test_columns_that_do_not_divide(tmp_path):
         ({"type": "int4_w4a16", "block_size": [8, 128]}, "groups of 128, as int4_w4a16"),
     ):
         with pytest.raises(QuantizationError) as caught:
-            load(quantization=asked)
+            load(ASSET, quantization=asked)
         assert "layers.0.mlp.w2: " in str(caught.value) and message in str(caught.value)
         assert "its 64 columns; groups of 64 do" in str(caught.value)
     w2 = {f"{e}.d": torch.zeros(128, 48) for e in range(2)}
@@ -212,7 +201,7 @@ def test_columns_that_do_not_divide(tmp_path):
     for asked, message in (("int4_w4a16", "'per_channel': True"), ("mxfp4", "'int8_w8a16' takes")):
         with torch.device("meta"):
             moe = FusedMoE(128, 48, 2, None)
-        with pytest.raises(QuantizationError, match="w2: .* 48 columns") as caught:
+        with pytest.raises(QuantizationError, match=r"w2: .* 48 columns") as caught:
             load_weights(
                 moe, open_checkpoint(tmp_path), rules, quantization=Quantization(asked), **options
             )
@@ -255,7 +244,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path, name):
 )
 def test_what_cannot_be_asked_for(asked, message):
     with pytest.raises(ValueError) as caught:
-        load(quantization=asked)
+        load(ASSET, quantization=asked)
     assert message in str(caught.value)
 
 
@@ -266,6 +255,7 @@ from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import BlockFp8
 from moezoo.loaders.checkpoint import open_checkpoint
 from moezoo.loaders.quantization import Quantization
+from small_models import ASSET, EXACT, load, moe_layers
 from moezoo.loaders.load import load_weights
 from moezoo.loaders.mapping import Rule
 
