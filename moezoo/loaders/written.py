@@ -19,6 +19,7 @@ from moezoo.layers.quant.fp8 import BLOCK
 from moezoo.layers.quant.groups import pack, unpack
 from moezoo.layers.quant.mxfp4 import GROUP
 from moezoo.loaders.encodings import fp8, mxfp4
+from moezoo.loaders.encodings.integers import words_of
 from moezoo.loaders.experts import has_both, parts_index
 from moezoo.loaders.mapping import (
     Copy,
@@ -215,10 +216,10 @@ def _words(part: Int4 | Int8) -> Tensor:
     """Unsigned codes in int32, columns where they belong."""
     if isinstance(part, Int8):
         codes = part.data.view(torch.uint8) ^ 128
-        return _back(codes, part.order).contiguous().view(torch.int32)
+        return words_of(_back(codes, part.order))
     if part.order is None:
-        return part.data.contiguous().view(torch.int32)
-    return pack(_back(unpack(part.data), part.order)).contiguous().view(torch.int32)
+        return words_of(part.data)
+    return words_of(pack(_back(unpack(part.data), part.order)))
 
 
 def _back(codes: Tensor, order: Tensor | None) -> Tensor:
@@ -237,7 +238,7 @@ def _packed_along_rows(zeros: Tensor) -> Tensor:
     n = len(zeros)
     # Rows that fill the last word are written as compressed-tensors does: as bits of zero.
     filled = torch.cat([zeros, zeros.new_zeros(-n % 8, zeros.shape[1])])
-    return pack(filled.T).contiguous().view(torch.int32).T
+    return words_of(pack(filled.T)).T
 
 
 def _compressed(

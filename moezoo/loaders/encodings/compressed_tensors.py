@@ -32,6 +32,7 @@ from moezoo.loaders.encodings.integers import (
     held,
     held_groups,
     integer_kind,
+    octets_of,
     order_extra,
     repeated,
     unpacked,
@@ -100,13 +101,13 @@ class Group:
             if strategy == "block":
                 weights.refuse("strategy", "a scale a tensor, channel or group of integers")
             if stored not in ("pack-quantized", "int-quantized", "naive-quantized"):
-                table.refuse("format", "integers as 'pack-quantized' or 'int-quantized'")
+                weights.refuse("type", f"'float' as {stored!r}")
             if stored != "pack-quantized" and bits != 8:
                 weights.refuse("num_bits", "8 bits where they are not packed")
         elif bits == 8:
             kind = "fp8"
             if stored not in ("float-quantized", "naive-quantized"):
-                table.refuse("format", "'float-quantized' for fp8")
+                weights.refuse("type", f"'int' as {stored!r}")
             if strategy == "group":
                 weights.refuse("strategy", "a scale a tensor, channel or block of fp8")
             block = weights.given.get("block_structure")
@@ -115,7 +116,7 @@ class Group:
         else:
             kind = "mxfp4"
             if stored != "mxfp4-pack-quantized":
-                table.refuse("format", "'mxfp4-pack-quantized' for floats of 4 bits")
+                weights.refuse("type", f"'int' of 4 bits as {stored!r}")
             if group_size != GROUP:
                 weights.refuse("group_size", f"{GROUP} for mxfp4")
         return cls(
@@ -269,7 +270,7 @@ def _shape_extra(tensor: str, n: int, k: int) -> Extra:
 
 
 def _data(words: Tensor, order: Tensor | None, *, bits: int) -> Tensor:
-    return held(words.contiguous().view(torch.uint8), bits, order)
+    return held(octets_of(words), bits, order)
 
 
 def _scales(stored: Tensor, *, groups: int) -> Tensor:

@@ -23,6 +23,7 @@ from moezoo.loaders.encodings.integers import (
     held_groups,
     in_order_extra,
     integer_kind,
+    octets_of,
     order_extra,
     repeated,
     unpacked,
@@ -130,7 +131,7 @@ class Gptq(Scheme):
 
 
 def _data(words: Tensor, order: Tensor | None, *, bits: int) -> Tensor:
-    octets = words.contiguous().view(torch.uint8).unflatten(1, (-1, 4))
+    octets = octets_of(words).unflatten(1, (-1, 4))
     return held(octets.transpose(0, 1).flatten(1), bits, order)
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moezoo.layers.quant.groups import GROUP_SIZES, PER_CHANNEL, pack
+from moezoo.layers.quant.groups import GROUP_SIZES, PER_CHANNEL, pack, unpack
 from moezoo.loaders.encodings.stored import Check, Extra
 from moezoo.loaders.kinds import Kind
 
@@ -44,12 +44,21 @@ def repeated(values: Tensor, groups: int) -> Tensor:
     return values.repeat_interleave(max(1, groups // values.shape[1]), 1)
 
 
+def octets_of(words: Tensor) -> Tensor:
+    """int32 [.., C] -> uint8 [.., 4 C], the lowest bits first."""
+    # Flat, since a dimension of size 1 may have any stride, which a view as bytes does not take.
+    return words.reshape(-1).view(torch.uint8).view(*words.shape[:-1], -1)
+
+
+def words_of(octets: Tensor) -> Tensor:
+    """The inverse."""
+    return octets.reshape(-1).view(torch.int32).view(*octets.shape[:-1], -1)
+
+
 def unpacked(words: Tensor, bits: int) -> Tensor:
     """int32 [.., C] -> uint8 [.., C * 32 / bits], the lowest bits first; bits is 4 or 8."""
-    octets = words.contiguous().view(torch.uint8)
-    if bits == 8:
-        return octets
-    return torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
+    octets = octets_of(words)
+    return octets if bits == 8 else unpack(octets)
 
 
 def held(octets: Tensor, bits: int, order: Tensor | None) -> Tensor:
@@ -60,8 +69,7 @@ def held(octets: Tensor, bits: int, order: Tensor | None) -> Tensor:
         return (codes ^ 128).view(torch.int8)
     if order is None:
         return octets
-    codes = torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
-    return pack(codes.index_select(1, order))
+    return pack(unpack(octets).index_select(1, order))
 
 
 def order_extra(tensor: str, columns: int, group_size: int) -> Extra:
