@@ -4,16 +4,10 @@ Memory beyond the final weights does not grow with the model.
 """
 
 import logging
-import mmap
 import os
-import sys
-import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from copy import deepcopy
-from math import prod
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -25,41 +19,41 @@ from moezoo.causal_lm import MoECausalLM
 from moezoo.device import device_of
 from moezoo.errors import (
     CheckpointError,
-    MoEOutOfMemoryError,
     UnsupportedArchitectureError,
 )
-from moezoo.layers.moe.experts_fp8 import require_fp8
-from moezoo.layers.quant.fp8 import BLOCK_FP8
 from moezoo.loaders.checkpoint import (
     CONFIG,
     GENERATION_CONFIG,
     Checkpoint,
-    Location,
     open_checkpoint,
 )
-from moezoo.loaders.encodings import Encoding, Scheme, encoding_of, hub_scheme
+from moezoo.loaders.encodings import Encoding, Scheme, hub_scheme
 from moezoo.loaders.experts import (
     experts_of,
     parts_shape,
     quantize_on_meta,
-    quantized_experts,
     quantized_infos,
-    source_dtype,
 )
-from moezoo.loaders.fill import Filling, drop_trivial_orders
 from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import (
-    Copy,
     ParameterInfo,
     Rule,
     Skip,
     TensorInfo,
     layout,
     parameter_infos,
-    skeleton_of,
 )
-from moezoo.loaders.plan import Plan, dtype_name, plan
+from moezoo.loaders.memory import allocate, check_memory
+from moezoo.loaders.plan import dtype_name
 from moezoo.loaders.quantization import Quantization
+from moezoo.loaders.weights import (
+    fields_of,
+    load_weights,
+    own_encoding,
+    place,
+    plan_weights,
+    require_device,
+)
 from moezoo.loaders.written import describe_
 
 _log = logging.getLogger(__name__)
@@ -135,7 +129,7 @@ def from_checkpoint(
     with torch.device("meta"):
         decoder = registry.build(config)
     if twins is not None:
-        _planned(
+        plan_weights(
             decoder,
             checkpoint,
             rules,
@@ -193,271 +187,18 @@ def from_config(
         decoder = registry.build(config)
     plain = parameter_infos(decoder, config.dtype)
     quantized = _kinds_of_config(decoder, config, plain, scheme, asked)
-    _require(quantized, target_device)
+    require_device(quantized, target_device)
     wanted = quantized_infos(decoder, plain, quantized)
     check_memory(wanted, target_device, f"this {config.model_type}")
-    tensors = _allocate(wanted, target_device)
+    tensors = allocate(wanted, target_device)
     for name, kind in quantized.items():
-        _initialise_quantized(_fields(tensors, name), kind, config)
+        _initialise_quantized(fields_of(tensors, name), kind, config)
     for name in (name for name in plain if name in wanted):
         _initialise(name, tensors[name], config.initializer_range)
     quantize_on_meta(decoder, quantized)
-    _place(decoder, tensors)
+    place(decoder, tensors)
     describe_(config, decoder, registry.architecture(config.model_type).CHECKPOINT)
     return MoECausalLM(config, decoder).eval()
-
-
-def load_weights(
-    module: nn.Module,
-    checkpoint: Checkpoint,
-    rules: Sequence[Rule | Skip],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    experts: Sequence[int] | None = None,
-    quantization: Quantization | None = None,
-    progress: bool = False,
-) -> None:
-    """Give `module`, built on the meta device, the weights of `checkpoint` by `rules`.
-
-    Parameters and persistent buffers come to `device`, floating ones as `dtype` but for those that
-    their module names in `keep_dtype`. `experts` are the ids that this rank owns, in the order of
-    its rows. Weights that the module shares are loaded once and stay shared.
-
-    With `quantization` the experts of a checkpoint that is not quantised become `QuantizedWeights`;
-    so do those that are stored quantised, and other quantised weights are dequantised. A module
-    with quantised experts needs no gradient.
-
-    Raises `CheckpointError` for what does not fit or cannot be read, `QuantizationError` for what
-    is wrong with quantised weights, and `MoEOutOfMemoryError` before any allocation; the module is
-    then still on meta, and no memory is held.
-    """
-    planned = _planned(
-        module,
-        checkpoint,
-        rules,
-        device=device,
-        dtype=dtype,
-        experts=experts,
-        quantization=quantization,
-    )
-    _report(module, planned)
-    locations = checkpoint.fetch(_sources(planned), progress=progress)
-    try:
-        tensors = _read_copies(checkpoint, planned, locations, device=device, progress=progress)
-    except BaseException as error:
-        # The frames of the traceback hold the tensors for as long as anybody keeps the error.
-        _clear_frames(error)
-        raise
-    quantize_on_meta(module, drop_trivial_orders(tensors, planned.quantized))
-    _place(module, tensors)
-
-
-class _Planned(NamedTuple):
-    """What a module wants and how it comes there."""
-
-    wanted: dict[str, ParameterInfo]
-    plan: Plan
-    encoding: Encoding
-    quantized: dict[str, Kind]
-    """The experts' parameters that become `QuantizedWeights`."""
-    asked: Quantization | None
-
-
-def _sources(planned: _Planned) -> set[str]:
-    """The tensors to read."""
-    found = set()
-    for copy in planned.plan.copies:
-        stored = planned.encoding.weights.get(copy.source)
-        if stored is None:
-            found.add(copy.source)
-        else:
-            found.update((stored.data, *(extra.tensor for extra in stored.extras)))
-    return found
-
-
-def _planned(
-    module: nn.Module,
-    checkpoint: Checkpoint,
-    rules: Sequence[Rule | Skip],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    experts: Sequence[int] | None = None,
-    quantization: Quantization | None = None,
-) -> _Planned:
-    """All that can be refused without a weight."""
-    encoding = own_encoding(checkpoint)
-    plain = parameter_infos(module, dtype)
-    chosen = plan(rules, encoding.tensors, plain, experts=experts, name=checkpoint.name)
-    quantized = quantized_experts(module, chosen.copies, encoding, quantization)
-    _require(quantized, device)
-    wanted = quantized_infos(module, plain, quantized)
-    check_memory(wanted, device, checkpoint.name)
-    return _Planned(wanted, chosen, encoding, quantized, quantization)
-
-
-def _require(quantized: Mapping[str, Kind], device: torch.device) -> None:
-    if any(kind.format.name == BLOCK_FP8 for kind in quantized.values()):
-        require_fp8(device)
-
-
-def _report(module: nn.Module, planned: _Planned) -> None:
-    """Log what of the checkpoint is not held as it is stored."""
-    encoding, copies = planned.encoding, planned.plan.copies
-    for skip, names in planned.plan.skipped.items():
-        _log.warning("%s: %d tensors not loaded: %s", skip.pattern, len(names), skip.reason)
-    if encoding.left_out:
-        _log.warning(
-            "%s and such: %d static scales of activations not loaded: activations are quantised "
-            "as they come, or not at all",
-            *(encoding.left_out[0], len(encoding.left_out)),
-        )
-    experts = experts_of(module)
-    stored = {copy.target for copy in copies if copy.source in encoding.weights}
-    for name in sorted(stored & experts.keys() - planned.quantized.keys()):
-        _log.warning(
-            "%s: dequantised, since the checkpoint does not have all experts of this layer in one "
-            "format, or has blocks that gate and up share",
-            name,
-        )
-    dense = [
-        copy.source
-        for copy in copies
-        if copy.source in encoding.weights and copy.target not in experts
-    ]
-    if dense:
-        kinds = sorted({skeleton_of(name)[0].replace("#", "*") for name in dense})
-        _log.warning("%d weights dequantised: %s", len(dense), ", ".join(kinds))
-
-
-def check_memory(wanted: Mapping[str, ParameterInfo], device: torch.device, name: str) -> None:
-    """Raise `MoEOutOfMemoryError` if `device` has too little free memory for these weights."""
-    free = _free_memory(device)
-    if free is None or _nbytes(wanted) <= free:
-        return
-    need, slim = _nbytes(wanted), _nbytes(wanted, 2)
-    host = _free_memory(torch.device("cpu"))
-    if slim <= free:
-        advice = f"with dtype=torch.bfloat16 they take {_gib(slim)} and fit"
-    elif device.type == "cuda" and host is not None and need <= host:
-        advice = f"device='cpu' has {_gib(host)} free and would fit them"
-    else:
-        advice = f"in 16 bit they fit a device with {_gib(slim)} free"
-    raise MoEOutOfMemoryError(
-        f"the weights of {name} take {_gib(need)}, {device} has {_gib(free)} free; {advice}"
-    )
-
-
-def _nbytes(wanted: Mapping[str, ParameterInfo], widest: int = 8) -> int:
-    return sum(prod(info.shape) * min(info.dtype.itemsize, widest) for info in wanted.values())
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / (1 << 30):.2f} GiB"
-
-
-def _free_memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + cached
-    with suppress(OSError), open("/proc/meminfo") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
-def _allocate(wanted: Mapping[str, ParameterInfo], device: torch.device) -> dict[str, torch.Tensor]:
-    try:
-        return {name: _empty(info, device) for name, info in wanted.items()}
-    except (torch.OutOfMemoryError, OSError) as error:
-        raise MoEOutOfMemoryError(
-            f"the weights take {_gib(_nbytes(wanted))} on {device}: {error}"
-        ) from error
-
-
-def _empty(info: ParameterInfo, device: torch.device) -> torch.Tensor:
-    """Uninitialised memory; large tensors on the CPU lie in huge pages.
-
-    Most of the time to fill fresh memory goes into page faults, and huge pages need 512 times
-    fewer.
-    """
-    nbytes = prod(info.shape) * info.dtype.itemsize
-    if device.type != "cpu" or nbytes < _HUGE_PAGE or sys.platform != "linux":
-        return torch.empty(info.shape, dtype=info.dtype, device=device)
-    memory = mmap.mmap(-1, nbytes)
-    with suppress(OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=info.dtype).view(info.shape)
-
-
-def _read_copies(
-    checkpoint: Checkpoint,
-    planned: _Planned,
-    locations: Mapping[str, Location],
-    *,
-    device: torch.device,
-    progress: bool,
-) -> dict[str, torch.Tensor]:
-    """The wanted tensors on `device`, read from the files."""
-    tensors = _allocate(planned.wanted, device)
-    filling = Filling(checkpoint, planned.encoding, locations, device)
-    for name, copies in _by_target(planned.plan.copies).items():
-        kind = planned.quantized.get(name)
-        if kind is None:
-            for copy in copies:
-                if copy.source in planned.encoding.weights:
-                    filling.dequantize(copy, tensors[name])
-                else:
-                    filling.copy(copy, tensors[name])
-            continue
-        fields = _fields(tensors, name)
-        for copy in copies:
-            if copy.source in planned.encoding.weights:
-                filling.unpack(copy, fields)
-            else:
-                assert planned.asked is not None
-                columns = fields["data"].shape[-1] * kind.columns_a_number
-                dtype = source_dtype(copies, planned.encoding)
-                filling.quantize(copy, fields, planned.asked.recipe(name, columns, dtype))
-    filling.run(progress=progress)
-    return tensors
-
-
-def _by_target(copies: Sequence[Copy]) -> dict[str, list[Copy]]:
-    found: dict[str, list[Copy]] = {}
-    for copy in copies:
-        found.setdefault(copy.target, []).append(copy)
-    return found
-
-
-def _fields(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    """The tensors of the quantised weights of this name."""
-    start = f"{name}."
-    return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
-
-
-def _clear_frames(error: BaseException | None) -> None:
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-
-
-def _place(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put `tensors` where `module` has the parameters and buffers of these names."""
-    placed: dict[int, torch.Tensor] = {}
-    for name, old in module.state_dict(keep_vars=True).items():
-        if id(old) not in placed:
-            tensor = tensors[name]
-            if isinstance(old, nn.Parameter):
-                tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
-            placed[id(old)] = tensor
-        owner, _, attribute = name.rpartition(".")
-        setattr(module.get_submodule(owner), attribute, placed[id(old)])
-    for name, buffer in module.named_buffers():
-        assert not buffer.is_meta, f"{name} is not persistent, so nothing says what is in it"
 
 
 def _kinds_of_config(
@@ -550,13 +291,6 @@ def own_generation_config(checkpoint: Checkpoint) -> GenerationConfig | None:
         raise CheckpointError(
             f"{checkpoint.name}: {GENERATION_CONFIG} is not valid: {error}"
         ) from error
-
-
-def own_encoding(checkpoint: Checkpoint) -> Encoding:
-    """How the checkpoint stores its weights; raises `QuantizationError` for what is not loaded."""
-    return encoding_of(
-        checkpoint.config.get("quantization_config"), checkpoint.tensors, checkpoint.name
-    )
 
 
 def own_dtype(config: PreTrainedConfig, tensors: Mapping[str, TensorInfo]) -> torch.dtype:

@@ -30,13 +30,13 @@ from moezoo.loaders.experts import experts_of, quantized_experts
 from moezoo.loaders.kinds import Kind
 from moezoo.loaders.load import (
     own_dtype,
-    own_encoding,
     own_generation_config,
     tied_rules,
     transformers_config,
 )
 from moezoo.loaders.mapping import parameter_infos
 from moezoo.loaders.plan import dtype_name, plan
+from moezoo.loaders.weights import own_encoding
 
 EXPERT_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Sizes that memory is reported for, as far as there are experts for every rank."""

@@ -45,12 +45,12 @@ from moezoo.layers.quant import BlockFp8
 from moezoo.loaders.checkpoint import open_checkpoint
 from moezoo.loaders.load import (
     from_config,
-    load_weights,
     transformers_config,
 )
 from moezoo.loaders.mapping import Rule
 from moezoo.loaders.quantization import Quantization
 from moezoo.loaders.save import write_weights
+from moezoo.loaders.weights import load_weights
 
 HUB = {
     "quant_method": "fp8",

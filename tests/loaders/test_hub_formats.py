@@ -32,8 +32,8 @@ from moezoo.errors import QuantizationError
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Int4, Int8, Mxfp4
 from moezoo.loaders.checkpoint import open_checkpoint
-from moezoo.loaders.load import load_weights
 from moezoo.loaders.mapping import Rule
+from moezoo.loaders.weights import load_weights
 
 FILE = "model.safetensors"
 ACTIVATIONS = 0.08

@@ -18,9 +18,10 @@ from moezoo.errors import QuantizationError
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4
 from moezoo.loaders.checkpoint import open_checkpoint
-from moezoo.loaders.load import from_config, load_weights
+from moezoo.loaders.load import from_config
 from moezoo.loaders.mapping import Rule
 from moezoo.loaders.quantization import Quantization
+from moezoo.loaders.weights import load_weights
 
 ASKED: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "fp8-block": ("fp8_w8a8", BlockFp8, {}),
@@ -256,7 +257,7 @@ from moezoo.layers.quant import BlockFp8
 from moezoo.loaders.checkpoint import open_checkpoint
 from moezoo.loaders.quantization import Quantization
 from small_models import ASSET, EXACT, load, moe_layers
-from moezoo.loaders.load import load_weights
+from moezoo.loaders.weights import load_weights
 from moezoo.loaders.mapping import Rule
 
 def anonymous():

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2MoeConfig
 import moezoo
 from moezoo.loaders import save
 from moezoo.loaders.checkpoint import INDEX, open_checkpoint
-from moezoo.loaders.load import from_config, from_pretrained, load_weights
+from moezoo.loaders.load import from_config, from_pretrained
 from moezoo.loaders.mapping import Rule
 from moezoo.loaders.save import save_pretrained, write_weights
+from moezoo.loaders.weights import load_weights
 
 ASSET = Path(moezoo.__file__).parent / "assets" / "tiny-qwen3-moe"
 CPU = torch.device("cpu")

@@ -16,9 +16,9 @@ from moezoo.errors import QuantizationError
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import Int8, Mxfp4
 from moezoo.loaders.checkpoint import open_checkpoint
-from moezoo.loaders.load import load_weights
 from moezoo.loaders.mapping import Rule
 from moezoo.loaders.save import write_weights
+from moezoo.loaders.weights import load_weights
 from moezoo.loaders.written import hub_config
 
 ASKED: dict[str, Any] = {
@@ -104,7 +104,7 @@ def test_saved_and_read_again(folder, tmp_path, name):
 
 
 def test_groups_of_several_sizes(tmp_path):
-    """The experts are 64 wide: groups of 128 and of 64, which is a row, each a scheme of its own."""
+    """The experts are 64 wide: groups of 128, and of 64, which are rows: two schemes."""
     model = load(ASSET, quantization="int4_w4a16", dtype="float32")
     model.save_pretrained(tmp_path)
     assert_same(load(tmp_path, dtype="float32"), model)
