@@ -9,13 +9,13 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-import moezoo
 from moezoo import registry
 from moezoo.device import device_of
 from moezoo.errors import naming
@@ -180,7 +180,7 @@ def _card(checkpoint: Checkpoint, before: str, done: Conversion) -> str:
     section = f"""\
 ## Quantisation
 
-Written by moezoo {moezoo.__version__} from {source}.
+Written by moezoo {version("moezoo")} from {source}.
 
 | | |
 |---|---|
