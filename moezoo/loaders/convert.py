@@ -74,7 +74,7 @@ def convert(
     asked = Quantization.of(quantization)
     on = device_of(device)
     config, generation_config, decoder, rules = build(
-        checkpoint, dtype=dtype, quantization=asked, progress=progress
+        checkpoint, dtype=dtype, quantization=asked, device=None, progress=progress
     )
     planned = plan_weights(decoder, checkpoint, rules, dtype=config.dtype, quantization=asked)
     require_device(planned.quantized, on)
