@@ -266,10 +266,8 @@ MEMORY = """
 import sys, threading, torch
 from torch import nn
 from moezoo.layers.moe import FusedMoE
-from moezoo.layers.quant import BlockFp8
 from moezoo.loaders.checkpoint import open_checkpoint
 from moezoo.loaders.quantization import Quantization
-from small_models import ASSET, EXACT, load, moe_layers
 from moezoo.loaders.weights import load_weights
 from moezoo.loaders.mapping import Rule
 
