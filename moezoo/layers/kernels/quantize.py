@@ -29,7 +29,8 @@ from moezoo.layers.kernels.permute import (
     place,
 )
 from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
-from moezoo.layers.quant.fp8 import BLOCK, LARGEST, TINY, Fp8Rows, blocks, quantize_rows
+from moezoo.layers.quant.format import TINY
+from moezoo.layers.quant.fp8 import BLOCK, LARGEST, Fp8Rows, blocks, quantize_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST, FULL = tl.constexpr(TINY), tl.constexpr(LARGEST)

@@ -14,7 +14,7 @@ from moezoo.device import runs_kernels
 from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.moe.experts import fused_experts
 from moezoo.layers.norm import NormOfSum, is_hooked, normed
-from moezoo.layers.quant import BlockFp8, BlockFp8Weights
+from moezoo.layers.quant import Format, QuantizedWeights
 
 NORM_TOKENS = 8
 """For up to this many tokens the router's kernel computes the norm of x as well."""
@@ -89,23 +89,24 @@ class FusedMoE(nn.Module):
         self.shared = shared
         self.dispatcher = dispatcher
         self.gate = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.w13: nn.Parameter | BlockFp8Weights = nn.Parameter(
+        self.w13: nn.Parameter | QuantizedWeights = nn.Parameter(
             torch.empty(num_experts, 2 * intermediate_size, hidden_size)
         )
-        self.w2: nn.Parameter | BlockFp8Weights = nn.Parameter(
+        self.w2: nn.Parameter | QuantizedWeights = nn.Parameter(
             torch.empty(num_experts, hidden_size, intermediate_size)
         )
 
     def reset_parameters(self) -> None:
         for parameter in (self.gate, self.w13, self.w2):
-            if isinstance(parameter, BlockFp8Weights):
+            if isinstance(parameter, QuantizedWeights):
                 raise ValueError("quantised experts are not reset; build the layer anew")
             nn.init.normal_(parameter, std=0.02)
 
-    def quantize_(self, w13: BlockFp8, w2: BlockFp8) -> None:
-        """Put w13 [E, 2, I, H] and w2 [E, H, I] in the place of the experts' parameters.
+    def quantize_(self, w13: Format, w2: Format) -> None:
+        """Put w13 [E, 2, I, H] and w2 [E, H, I], both of one format, in the place of the experts'
+        parameters. They need no gradient, and none comes through them.
 
-        They need no gradient, and none comes through them.
+        Raises ValueError for other shapes, or two formats.
         """
         num_experts, hidden_size, intermediate_size = self.w2.shape
         expected = (num_experts, 2, intermediate_size, hidden_size), tuple(self.w2.shape)
@@ -114,12 +115,18 @@ class FusedMoE(nn.Module):
                 f"w13 and w2 must be {list(expected[0])} and {list(expected[1])}, got "
                 f"{list(w13.shape)} and {list(w2.shape)}"
             )
+        if type(w13) is not type(w2):
+            raise ValueError(
+                f"w13 and w2 must be of one format, got {type(w13).__name__} and "
+                f"{type(w2).__name__}"
+            )
         del self.w13, self.w2
-        self.w13, self.w2 = BlockFp8Weights(w13), BlockFp8Weights(w2)
+        self.w13, self.w2 = QuantizedWeights(w13), QuantizedWeights(w2)
 
     @property
-    def quantized(self) -> bool:
-        return isinstance(self.w13, BlockFp8Weights)
+    def quantized(self) -> type[Format] | None:
+        """The format of the experts' weights; None where they are parameters of 16 or 32 bits."""
+        return self.w13.format if isinstance(self.w13, QuantizedWeights) else None
 
     def forward(self, x: Tensor | NormOfSum) -> Tensor:
         """x [..., H] -> [..., H] of the same dtype."""
@@ -155,7 +162,7 @@ class FusedMoE(nn.Module):
 
     def experts(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """The weighted sum of the chosen experts: x [T, H] -> [T, H]."""
-        w13, w2 = (w() if isinstance(w, BlockFp8Weights) else w for w in (self.w13, self.w2))
+        w13, w2 = (w() if isinstance(w, QuantizedWeights) else w for w in (self.w13, self.w2))
         if self.dispatcher is None:
             return fused_experts(x, w13, w2, topk_weights, topk_ids, activation=self.activation)
         x, topk_ids, topk_weights = self.dispatcher.dispatch(x, topk_ids, topk_weights)
@@ -172,4 +179,5 @@ class FusedMoE(nn.Module):
 
     def extra_repr(self) -> str:
         num_experts, hidden_size, intermediate_size = self.w2.shape
-        return f"H={hidden_size}, I={intermediate_size}, E={num_experts}, {self.activation}"
+        sizes = f"H={hidden_size}, I={intermediate_size}, E={num_experts}, {self.activation}"
+        return sizes if self.quantized is None else f"{sizes}, {self.quantized.name}"

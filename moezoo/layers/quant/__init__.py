@@ -1,5 +1,11 @@
 """Quantised weights: a format is a dataclass over tensors, and its `dequantize` defines it."""
 
-from moezoo.layers.quant.fp8 import BlockFp8, BlockFp8Weights
+from moezoo.layers.quant.channel_fp8 import ChannelFp8
+from moezoo.layers.quant.format import Format
+from moezoo.layers.quant.fp8 import BlockFp8
+from moezoo.layers.quant.int4 import Int4
+from moezoo.layers.quant.int8 import Int8
+from moezoo.layers.quant.mxfp4 import Mxfp4
+from moezoo.layers.quant.weights import QuantizedWeights
 
-__all__ = ["BlockFp8", "BlockFp8Weights"]
+__all__ = ["BlockFp8", "ChannelFp8", "Format", "Int4", "Int8", "Mxfp4", "QuantizedWeights"]

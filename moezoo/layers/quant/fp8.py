@@ -8,15 +8,15 @@ Quantising, a scale is the largest magnitude of its block over 448, and data are
 dimension may be smaller. DeepSeek-V3's checkpoints and the FP8 ones of Qwen3 store weights so.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from moezoo.errors import QuantizationError
+from moezoo.layers.quant.format import TINY, Format, require_data, require_weights
 
 BLOCK_FP8 = "fp8_w8a8"
 """The name of the format, in options and tables."""
@@ -27,58 +27,27 @@ BLOCK = 128
 LARGEST = 448.0
 """float8_e4m3fn holds nothing larger."""
 
-TINY = 1e-30
-"""The least magnitude of a block that counts: the scale of a block of zeros stays normal."""
-
 _VALUES = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
 
 
 @dataclass(frozen=True)
-class BlockFp8:
-    """data [.., N, K] float8_e4m3fn, scales [.., ceil(N/128), ceil(K/128)] fp32; dimensions before
-    are matrices of their own, as w13's gate and up are.
+class BlockFp8(Format):
+    """data [.., N, K] float8_e4m3fn, scales [.., ceil(N/128), ceil(K/128)] fp32."""
 
-    Raises QuantizationError for shapes, dtypes or devices that do not belong together.
-    """
-
-    data: Tensor
-    scales: Tensor
+    name: ClassVar[str] = BLOCK_FP8
+    unit: ClassVar[str] = "block"
 
     def __post_init__(self) -> None:
-        data, scales = self.data, self.scales
-        if data.dtype != torch.float8_e4m3fn or data.ndim < 2:
-            raise QuantizationError(
-                f"data must be [.., N, K] float8_e4m3fn, got {list(data.shape)} {data.dtype}"
-            )
-        expected = list(scales_shape(data.shape))
-        found = (list(scales.shape), scales.dtype, scales.device)
-        if found != (expected, torch.float32, data.device):
-            raise QuantizationError(
-                f"scales of data {list(data.shape)} must be {expected} torch.float32 on "
-                f"{data.device}, got {found[0]} {found[1]} on {found[2]}"
-            )
-
-    @classmethod
-    def quantize(cls, w: Tensor) -> "BlockFp8":
-        """w [.., N, K], floating point of any kind.
-
-        Raises QuantizationError where w holds NaN or Inf.
-        """
-        quantized = cls.quantize_unchecked(w)
-        quantized.check_values()
-        return quantized
+        require_data(self.data, "[.., N, K]", torch.float8_e4m3fn)
+        self._require("scales", scales_shape(self.shape), torch.float32)
 
     @classmethod
     def quantize_unchecked(cls, w: Tensor) -> "BlockFp8":
-        """The same without a look at the values: NaN and Inf in w are left to `check_values`."""
-        if not w.is_floating_point() or w.ndim < 2:
-            raise QuantizationError(
-                f"weights must be [.., N, K] floating point, got {list(w.shape)} {w.dtype}"
-            )
+        require_weights(w)
         n, k = w.shape[-2:]
         padded = F.pad(w.float(), (0, -k % BLOCK, 0, -n % BLOCK))
         tiles = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
-        data, scales = _quantize(tiles, (-3, -1))
+        data, scales = scaled(tiles, tiles.abs().amax((-3, -1), keepdim=True))
         data = data.flatten(-4, -3).flatten(-2)[..., :n, :k].contiguous()
         return cls(data, scales.squeeze(-1).squeeze(-2))
 
@@ -88,62 +57,22 @@ class BlockFp8:
         data = torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta")
         return cls(data, torch.empty(scales_shape(shape), dtype=torch.float32, device="meta"))
 
-    def check_values(self, name: str = "weights") -> None:
-        """Raises QuantizationError for a scale that is NaN, Inf, zero or negative.
-
-        It looks at the values, so on a GPU it waits for them.
-        """
-        place = wrong_scale(self.scales)
-        if place is not None:
-            raise QuantizationError(
-                f"{name}: the scale of block {place} is {self.scales[tuple(place)].item()}, "
-                "it must be finite and positive"
-            )
-
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        n, k = self.data.shape[-2:]
-        groups = F.pad(_float(self.data), (0, -k % BLOCK)).unflatten(-1, (-1, BLOCK))
+        n, k = self.shape[-2:]
+        groups = F.pad(widened(self.data), (0, -k % BLOCK)).unflatten(-1, (-1, BLOCK))
         scales = self.scales.repeat_interleave(BLOCK, -2)[..., :n, :].unsqueeze(-1)
         return (groups * scales).flatten(-2)[..., :k].to(dtype)
 
-    def __getitem__(self, index: int) -> "BlockFp8":
-        return BlockFp8(self.data[index], self.scales[index])
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.data.shape
-
-
-class BlockFp8Weights(nn.Module):
-    """A `BlockFp8` as a module holds it: parameters `data` and `scales`, which need no gradient.
-
-    A cast of the model to another dtype leaves both as they are.
-    """
-
-    keep_dtype: ClassVar[tuple[str, ...]] = ("data", "scales")
-
-    def __init__(self, weights: BlockFp8) -> None:
-        super().__init__()
-        self.data = nn.Parameter(weights.data, requires_grad=False)
-        self.scales = nn.Parameter(weights.scales, requires_grad=False)
-
-    def forward(self) -> BlockFp8:
-        return BlockFp8(self.data, self.scales)
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.data.shape
-
-    def extra_repr(self) -> str:
-        return f"{list(self.shape)}, {BLOCK_FP8}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BlockFp8Weights":
-        def moved(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            return result if result.dtype == tensor.dtype else tensor.to(result.device)
-
-        super()._apply(moved, recurse)
-        return self
+    def in_parts(self, parts: int) -> "BlockFp8":
+        """[.., parts * N, K] -> [.., parts, N, K]. Raises ValueError unless 128 divides N: blocks
+        would be shared."""
+        rows, k = self.shape[-2:]
+        if rows % (parts * BLOCK):
+            raise ValueError(
+                f"BlockFp8 {list(self.shape)} has blocks that its {parts} parts share; give "
+                f"{[*self.shape[:-2], parts, rows // parts, k]}, with scales of each part's own"
+            )
+        return super().in_parts(parts)
 
 
 class Fp8Rows(NamedTuple):
@@ -155,19 +84,24 @@ class Fp8Rows(NamedTuple):
 
     def dequantize(self) -> Tensor:
         """-> [T, P] fp32."""
-        groups = _float(self.data).unflatten(-1, (-1, BLOCK))
+        groups = widened(self.data).unflatten(-1, (-1, BLOCK))
         return (groups * self.scales.unsqueeze(-1)).flatten(-2)
 
 
 def quantize_rows(x: Tensor) -> Fp8Rows:
     """x [T, K], floating point. NaN and Inf make their group NaN (in the kernel that does the same,
     NaN stays alone)."""
-    padded = F.pad(x.float(), (0, -x.shape[-1] % BLOCK))
-    data, scales = _quantize(padded.unflatten(-1, (-1, BLOCK)), (-1,))
+    groups = F.pad(x.float(), (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    data, scales = scaled(groups, groups.abs().amax(-1, keepdim=True))
     return Fp8Rows(data.flatten(-2), scales.squeeze(-1))
 
 
-def _float(data: Tensor) -> Tensor:
+def row_bytes(width: int) -> int:
+    """Of a row of so many activations, with its scales."""
+    return blocks(width) * (BLOCK + 4)
+
+
+def widened(data: Tensor) -> Tensor:
     """data float8_e4m3fn in fp32; on a CPU torch's own conversion takes six times as long."""
     if not data.is_cpu:
         return data.float()
@@ -183,16 +117,9 @@ def scales_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return (*shape[:-2], blocks(shape[-2]), blocks(shape[-1]))
 
 
-def wrong_scale(scales: Tensor) -> list[int] | None:
-    """The index of the first that is NaN, Inf, zero or negative; it waits for the GPU."""
-    wrong = ~((scales > 0) & scales.isfinite())
-    first: list[int] | None = wrong.nonzero()[0].tolist() if wrong.any() else None
-    return first
-
-
-def _quantize(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Over `dims` of x, which the scales keep with size 1."""
-    largest = x.abs().amax(dims, keepdim=True).clamp(min=TINY)
+def scaled(x: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """x fp32 in float8_e4m3fn, and the scales at which `largest` becomes 448."""
+    largest = largest.clamp(min=TINY)
     # With a number in place of `full`, torch would multiply by a rounded reciprocal.
     full = torch.full_like(largest, LARGEST)
     return (x * (full / largest)).to(torch.float8_e4m3fn), largest / full

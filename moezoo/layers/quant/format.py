@@ -1,0 +1,179 @@
+"""What the stored formats of a weight share: tensors side by side, and what must hold of them.
+
+Legend: N rows, K columns, G groups of columns.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from moezoo.errors import QuantizationError
+
+TINY = 1e-30
+"""The least magnitude that counts, so that zeros have a scale too; in fp16 its least number is."""
+
+_CHUNK = {"cpu": 2**18, "cuda": 2**24}
+"""Values quantised at a time: what caches hold, and what fills a GPU."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A weight [.., N, K] as `data` and `scales`, and what else a format has, which share their
+    first dimensions: those are matrices of their own, as w13's experts, gate and up are.
+
+    `quantize` and `dequantize` are each format's definition. A constructor raises QuantizationError
+    for shapes, dtypes or devices that do not belong together; it does not look at values.
+    """
+
+    name: ClassVar[str]
+    """In options and tables."""
+
+    unit: ClassVar[str]
+    """What has a scale of its own."""
+
+    data: Tensor
+    scales: Tensor
+
+    @classmethod
+    def quantize(cls, w: Tensor, **options: Any) -> Self:
+        """w [.., N, K], floating point of any kind; options are those of `quantize_unchecked`.
+
+        Raises QuantizationError where w holds NaN or Inf.
+        """
+        quantized = cls.quantize_unchecked(w, **options)
+        quantized.check_values()
+        return quantized
+
+    @classmethod
+    def quantize_unchecked(cls, w: Tensor, *args: Any, **options: Any) -> Self:
+        """The same without a look at the values: NaN and Inf in w are left to `check_values`."""
+        raise NotImplementedError
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """-> [.., N, K]"""
+        raise NotImplementedError
+
+    def check_values(self, name: str = "weights") -> None:
+        """Raises QuantizationError for a scale that is NaN, Inf, zero or negative.
+
+        It looks at the values, so on a GPU it waits for them.
+        """
+        place = wrong_scale(self.scales)
+        if place is not None:
+            raise QuantizationError(
+                f"{name}: the scale of {self.unit} {place} is {self.scales[tuple(place)].item()}, "
+                "it must be finite and positive"
+            )
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
+        """Of fn of each tensor."""
+        tensors: dict[str, Any] = {
+            name: None if tensor is None else fn(tensor) for name, tensor in self.tensors().items()
+        }
+        return type(self)(**tensors)
+
+    def __getitem__(self, index: int) -> Self:
+        return self.map(lambda tensor: tensor[index])
+
+    def in_parts(self, parts: int) -> Self:
+        """[.., parts * N, K] -> [.., parts, N, K]"""
+        dim = len(self.shape) - 2
+        tensors: dict[str, Any] = {}
+        for name, tensor in self.tensors().items():
+            if tensor is None:
+                tensors[name] = None
+            elif name == "order":
+                tensors[name] = tensor.unsqueeze(dim).repeat_interleave(parts, dim)
+            else:
+                tensors[name] = tensor.unflatten(dim, (parts, -1))
+        return type(self)(**tensors)
+
+    @property
+    def shape(self) -> torch.Size:
+        """[.., N, K]"""
+        return self.data.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def _require(
+        self, field: str, shape: tuple[int, ...] | list[int], *dtypes: torch.dtype
+    ) -> None:
+        """Raises QuantizationError unless this tensor goes with `data`."""
+        tensor, data = getattr(self, field), self.data
+        if (
+            list(tensor.shape) != list(shape)
+            or tensor.dtype not in dtypes
+            or tensor.device != data.device
+        ):
+            raise QuantizationError(
+                f"{field} of data {list(data.shape)} must be {list(shape)} "
+                f"{' or '.join(map(str, dtypes))} on {data.device}, got {list(tensor.shape)} "
+                f"{tensor.dtype} on {tensor.device}"
+            )
+
+
+def require_data(data: Tensor, shape: str, dtype: torch.dtype) -> None:
+    """Raises QuantizationError unless data are matrices of this dtype."""
+    if data.dtype != dtype or data.ndim < 2:
+        raise QuantizationError(
+            f"data must be {shape} {str(dtype).removeprefix('torch.')}, "
+            f"got {list(data.shape)} {data.dtype}"
+        )
+
+
+def require_weights(w: Tensor) -> None:
+    """Raises QuantizationError unless w [.., N, K] can be quantised."""
+    if not w.is_floating_point() or w.ndim < 2:
+        raise QuantizationError(
+            f"weights must be [.., N, K] floating point, got {list(w.shape)} {w.dtype}"
+        )
+
+
+def wrong_scale(scales: Tensor) -> list[int] | None:
+    """The index of the first that is NaN, Inf, zero or negative; it waits for the GPU."""
+    wrong = ~((scales > 0) & scales.isfinite())
+    first: list[int] | None = wrong.nonzero()[0].tolist() if wrong.any() else None
+    return first
+
+
+def magnitudes(w: Tensor, dims: int | tuple[int, ...] = -1) -> Tensor:
+    """The largest magnitude over `dims`, which stay with size 1, without a copy of w."""
+    return torch.maximum(w.amax(dims, keepdim=True), -w.amin(dims, keepdim=True))
+
+
+def stored_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """scales in the dtype that they are kept in, none of them rounded to zero."""
+    return scales.clamp(min=2**-24 if dtype == torch.float16 else TINY).to(dtype)
+
+
+def by_rows(fn: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """fn of all rows, called for some at a time, so that what it allocates is bounded.
+
+    tensors [.., N, *] of the same first dimensions; fn takes [rows, *] of each and returns tensors
+    [rows, *]. The result is those as [.., N, *].
+    """
+    first = tensors[0]
+    *leading, n, k = first.shape
+    matrices = [t.reshape(-1, *t.shape[-2:]) for t in tensors]
+    rows = max(1, _CHUNK.get(first.device.type, 2**18) // k)
+    some = max(1, rows // n)
+    outputs: tuple[Tensor, ...] = ()
+    done = 0
+    for group in zip(*(m.split(some) for m in matrices), strict=True):
+        for part in zip(*(m.split(rows, 1) for m in group), strict=True):
+            results = fn(*(t.flatten(0, 1) for t in part))
+            if not outputs:
+                total = first.numel() // k
+                outputs = tuple(r.new_empty(total, *r.shape[1:]) for r in results)
+            for output, result in zip(outputs, results, strict=True):
+                output[done : done + len(result)] = result
+            done += len(results[0])
+    return tuple(output.view(*leading, n, *output.shape[1:]) for output in outputs)

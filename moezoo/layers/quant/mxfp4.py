@@ -1,0 +1,138 @@
+"""mxfp4: numbers of 4 bits with a power of two for 32 of a row's columns (OCP Microscaling).
+
+    w[n, k] = e2m1(data[n, k]) * 2^(scales[n, k // 32] - 127)
+
+E2M1 has a bit of sign, two of exponent and one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their
+negatives. Quantising, the standard's exponent makes the largest magnitude of the 32 lie between 4
+and 8, and what lies above 6 becomes 6; of it, the one below and the one above, that with the least
+squared error is taken. Values are rounded to nearest, ties to an even code.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moezoo.errors import QuantizationError
+from moezoo.layers.quant.format import (
+    TINY,
+    Format,
+    by_rows,
+    magnitudes,
+    require_data,
+    require_weights,
+)
+from moezoo.layers.quant.groups import grouped, pack, unpack
+
+GROUP = 32
+"""Columns that share a scale."""
+
+NAN = 255
+"""The one scale that is no number."""
+
+
+@dataclass(frozen=True)
+class Mxfp4(Format):
+    """data [.., N, K / 2] uint8, the even columns in the low halves; scales [.., N, K / 32] uint8,
+    the exponents plus 127."""
+
+    name: ClassVar[str] = "mxfp4"
+    unit: ClassVar[str] = "group"
+
+    def __post_init__(self) -> None:
+        require_data(self.data, "[.., N, K / 2]", torch.uint8)
+        self._require("scales", [*self.shape[:-1], _groups(self.shape[-1])], torch.uint8)
+
+    @classmethod
+    def quantize_unchecked(cls, w: Tensor) -> "Mxfp4":
+        """Raises QuantizationError where 32 does not divide K."""
+        require_weights(w)
+        groups = _groups(w.shape[-1])
+
+        def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
+            x = grouped(rows.float(), groups)
+            scales = _nearest_scales(x)
+            codes = _codes(x / _powers(scales).unsqueeze(-1))
+            return pack(codes.flatten(-2)), scales
+
+        return cls(*by_rows(quantize, w))
+
+    @classmethod
+    def on_meta(cls, *shape: int) -> "Mxfp4":
+        """Of this shape [.., N, K], without memory or values."""
+        *rows, k = shape
+        return cls(
+            torch.empty(*rows, k // 2, dtype=torch.uint8, device="meta"),
+            torch.empty(*rows, _groups(k), dtype=torch.uint8, device="meta"),
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        values = _values(unpack(self.data))
+        x = grouped(values, self.scales.shape[-1]) * _powers(self.scales).unsqueeze(-1)
+        return x.flatten(-2).to(dtype)
+
+    def check_values(self, name: str = "weights") -> None:
+        wrong = self.scales == NAN
+        if wrong.any():
+            raise QuantizationError(
+                f"{name}: the scale of group {wrong.nonzero()[0].tolist()} is {NAN}, which stands "
+                "for NaN; expected an exponent from 0 to 254"
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.data.shape[:-1], 2 * self.data.shape[-1]))
+
+
+def _groups(k: int) -> int:
+    if k % GROUP:
+        raise QuantizationError(
+            f"mxfp4 has a scale for {GROUP} columns, which does not divide {k}; hold these weights "
+            "in another format"
+        )
+    return k // GROUP
+
+
+def _powers(scales: Tensor) -> Tensor:
+    """2^(scales - 127) in fp32, exactly."""
+    return scales.view(torch.float8_e8m0fnu).float()
+
+
+def _nearest_scales(x: Tensor) -> Tensor:
+    """Of groups x [.., G, 32]: [.., G] uint8, NaN where a value is NaN or Inf."""
+    largest = magnitudes(x).squeeze(-1)
+    _, exponent = torch.frexp(largest.clamp(min=TINY))
+    # The largest is below 2^exponent and at least half of it; 2^2 is the largest code's.
+    standard = exponent - 3 + 127
+    best = standard.clamp(0, NAN - 1).to(torch.uint8)
+    least = torch.full_like(largest, torch.inf)
+    for shift in (0, 1, -1):
+        scales = (standard + shift).clamp(0, NAN - 1).to(torch.uint8)
+        power = _powers(scales).unsqueeze(-1)
+        t = x / power
+        error = ((_rounded(t) - t.abs()) * power).square_().sum(-1)
+        best = torch.where(error < least, scales, best)
+        least = torch.minimum(error, least)
+    return best.masked_fill_(~largest.isfinite(), NAN)
+
+
+def _rounded(t: Tensor) -> Tensor:
+    """The nearest of E2M1's magnitudes to each magnitude of t."""
+    t = t.abs().clamp_(max=6.0)
+    step = 0.5 + 0.5 * (t >= 2) + (t >= 4)
+    return t.div_(step).round_().mul_(step)
+
+
+def _values(codes: Tensor) -> Tensor:
+    """fp32 of codes uint8: their bits are the top ones of fp16 with another bias of exponents."""
+    bits = codes.to(torch.int16)
+    half = ((bits & 8) << 12 | (bits & 7) << 9).view(torch.float16)
+    return half.float().mul_(2.0**14)
+
+
+def _codes(t: Tensor) -> Tensor:
+    """t in E2M1: 0 to 7, and 8 more for a negative one."""
+    rounded = _rounded(t)
+    codes = 2 * rounded.clamp(max=2) + (rounded.clamp(2, 4) - 2) + 0.5 * (rounded.clamp(min=4) - 4)
+    return codes.to(torch.uint8) + 8 * t.signbit().to(torch.uint8)

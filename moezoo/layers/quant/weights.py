@@ -1,0 +1,45 @@
+"""A quantised weight as a module holds it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moezoo.layers.quant.format import Format
+
+
+class QuantizedWeights(nn.Module):
+    """A format's tensors as parameters of their names, which need no gradient; None where the
+    format has none. `forward()` is the format.
+
+    A cast of the model to another dtype leaves them as they are.
+    """
+
+    def __init__(self, weights: Format) -> None:
+        super().__init__()
+        self.format = type(weights)
+        tensors = weights.tensors()
+        self.keep_dtype = tuple(tensors)
+        for name, tensor in tensors.items():
+            parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+            self.register_parameter(name, parameter)
+
+    def forward(self) -> Any:
+        return self.format(**{name: getattr(self, name) for name in self.keep_dtype})
+
+    @property
+    def shape(self) -> torch.Size:
+        shape: torch.Size = self().shape
+        return shape
+
+    def extra_repr(self) -> str:
+        return f"{list(self.shape)}, {self.format.name}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeights":
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        super()._apply(moved, recurse)
+        return self
