@@ -29,7 +29,7 @@ from moezoo.errors import (
     QuantizationError,
     UnsupportedArchitectureError,
 )
-from moezoo.layers.moe.experts import require_fp8
+from moezoo.layers.moe.experts_fp8 import require_fp8
 from moezoo.layers.quant import BlockFp8
 from moezoo.layers.quant.format import wrong_scale
 from moezoo.layers.quant.fp8 import scales_shape

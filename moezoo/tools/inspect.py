@@ -23,7 +23,7 @@ from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.moe import BiasedRoute, FusedMoE, workspace_bytes
-from moezoo.layers.moe.experts import CHUNK_TOKENS
+from moezoo.layers.moe.chunks import CHUNK_TOKENS
 from moezoo.layers.quant.fp8 import BLOCK, BLOCK_FP8
 from moezoo.loaders.checkpoint import Checkpoint, open_config
 from moezoo.loaders.encodings import experts_of, quantized_experts

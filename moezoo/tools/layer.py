@@ -27,7 +27,7 @@ from torch import Tensor
 
 from moezoo.device import device_of
 from moezoo.layers.moe import fused_experts, softmax_topk
-from moezoo.layers.moe.experts import require_fp8
+from moezoo.layers.moe.experts_fp8 import require_fp8
 from moezoo.layers.quant import BlockFp8
 from moezoo.layers.quant.fp8 import BLOCK_FP8
 

@@ -266,7 +266,7 @@ class TestOnTheFly:
         skipped = ["model.layers.2.mlp.experts"]
         model.config.quantization_config = HUB | {"modules_to_not_convert": skipped}
         mixed = from_config(model.config, device="cpu")
-        assert [moe.quantized for moe in moe_layers(mixed)] == [n != 2 for n in range(6)]
+        assert [bool(moe.quantized) for moe in moe_layers(mixed)] == [n != 2 for n in range(6)]
         assert model(ids(1, 5)).logits.isfinite().all() and mixed(ids(1, 5)).logits.isfinite().all()
 
     def test_weights_that_are_not_finite_are_named(self, tmp_path):
@@ -563,7 +563,7 @@ def test_layers_that_are_not_quantised_stay_so(tmp_path):
     set_config(tmp_path / "m", quantization_config=HUB | {"modules_to_not_convert": kept})
     for asked in (None, "fp8_w8a8"):
         model = load(tmp_path / "m", quantization=asked)
-        assert [moe.quantized for moe in moe_layers(model)] == [True] * 2 + [False] * 4
+        assert [bool(moe.quantized) for moe in moe_layers(model)] == [True] * 2 + [False] * 4
     model.save_pretrained(tmp_path / "again")
     assert_same(load(tmp_path / "again"), model)
     written = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
@@ -583,7 +583,7 @@ def test_a_layer_in_fp8_in_part_is_dequantised(tmp_path):
 
     change(tmp_path, dequantize)
     model = load(tmp_path)
-    assert [moe.quantized for moe in moe_layers(model)] == [n != 2 for n in range(6)]
+    assert [bool(moe.quantized) for moe in moe_layers(model)] == [n != 2 for n in range(6)]
     expected = dequantized(load(ASSET, quantization="fp8_w8a8"), torch.bfloat16)
     assert moe_layers(model)[2].w13.equal(moe_layers(expected)[2].w13)
 

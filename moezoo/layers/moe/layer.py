@@ -14,7 +14,7 @@ from moezoo.device import runs_kernels
 from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.moe.experts import fused_experts
 from moezoo.layers.norm import NormOfSum, normed
-from moezoo.layers.quant import BlockFp8, QuantizedWeights
+from moezoo.layers.quant import Format, QuantizedWeights
 
 NORM_TOKENS = 8
 """For up to this many tokens the router's kernel computes the norm of x as well."""
@@ -101,10 +101,11 @@ class FusedMoE(nn.Module):
                 raise ValueError("quantised experts are not reset; build the layer anew")
             nn.init.normal_(parameter, std=0.02)
 
-    def quantize_(self, w13: BlockFp8, w2: BlockFp8) -> None:
-        """Put w13 [E, 2, I, H] and w2 [E, H, I] in the place of the experts' parameters.
+    def quantize_(self, w13: Format, w2: Format) -> None:
+        """Put w13 [E, 2, I, H] and w2 [E, H, I], both of one format, in the place of the experts'
+        parameters. They need no gradient, and none comes through them.
 
-        They need no gradient, and none comes through them.
+        Raises ValueError for other shapes, or two formats.
         """
         num_experts, hidden_size, intermediate_size = self.w2.shape
         expected = (num_experts, 2, intermediate_size, hidden_size), tuple(self.w2.shape)
@@ -113,12 +114,18 @@ class FusedMoE(nn.Module):
                 f"w13 and w2 must be {list(expected[0])} and {list(expected[1])}, got "
                 f"{list(w13.shape)} and {list(w2.shape)}"
             )
+        if type(w13) is not type(w2):
+            raise ValueError(
+                f"w13 and w2 must be of one format, got {type(w13).__name__} and "
+                f"{type(w2).__name__}"
+            )
         del self.w13, self.w2
         self.w13, self.w2 = QuantizedWeights(w13), QuantizedWeights(w2)
 
     @property
-    def quantized(self) -> bool:
-        return isinstance(self.w13, QuantizedWeights)
+    def quantized(self) -> type[Format] | None:
+        """The format of the experts' weights; None where they are parameters of 16 or 32 bits."""
+        return self.w13.format if isinstance(self.w13, QuantizedWeights) else None
 
     def forward(self, x: Tensor | NormOfSum) -> Tensor:
         """x [..., H] -> [..., H] of the same dtype."""
@@ -170,4 +177,5 @@ class FusedMoE(nn.Module):
 
     def extra_repr(self) -> str:
         num_experts, hidden_size, intermediate_size = self.w2.shape
-        return f"H={hidden_size}, I={intermediate_size}, E={num_experts}, {self.activation}"
+        sizes = f"H={hidden_size}, I={intermediate_size}, E={num_experts}, {self.activation}"
+        return sizes if self.quantized is None else f"{sizes}, {self.quantized.name}"

@@ -15,7 +15,7 @@ from moezoo.errors import QuantizationError
 TINY = 1e-30
 """The least magnitude that counts, so that zeros have a scale too; in fp16 its least number is."""
 
-_CHUNK = {"cpu": 2**18, "cuda": 2**25}
+_CHUNK = {"cpu": 2**18, "cuda": 2**24}
 """Values quantised at a time: what caches hold, and what fills a GPU."""
 
 
@@ -48,7 +48,7 @@ class Format:
         return quantized
 
     @classmethod
-    def quantize_unchecked(cls, w: Tensor, **options: Any) -> Self:
+    def quantize_unchecked(cls, w: Tensor, *args: Any, **options: Any) -> Self:
         """The same without a look at the values: NaN and Inf in w are left to `check_values`."""
         raise NotImplementedError
 
@@ -73,17 +73,35 @@ class Format:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
         """Of fn of each tensor."""
-        return type(self)(
-            **{name: None if t is None else fn(t) for name, t in self.tensors().items()}
-        )
+        tensors: dict[str, Any] = {
+            name: None if tensor is None else fn(tensor) for name, tensor in self.tensors().items()
+        }
+        return type(self)(**tensors)
 
     def __getitem__(self, index: int) -> Self:
         return self.map(lambda tensor: tensor[index])
+
+    def in_parts(self, parts: int) -> Self:
+        """[.., parts * N, K] -> [.., parts, N, K]"""
+        dim = len(self.shape) - 2
+        tensors: dict[str, Any] = {}
+        for name, tensor in self.tensors().items():
+            if tensor is None:
+                tensors[name] = None
+            elif name == "order":
+                tensors[name] = tensor.unsqueeze(dim).repeat_interleave(parts, dim)
+            else:
+                tensors[name] = tensor.unflatten(dim, (parts, -1))
+        return type(self)(**tensors)
 
     @property
     def shape(self) -> torch.Size:
         """[.., N, K]"""
         return self.data.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
 
     def _require(
         self, field: str, shape: tuple[int, ...] | list[int], *dtypes: torch.dtype

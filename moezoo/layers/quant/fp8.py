@@ -63,6 +63,17 @@ class BlockFp8(Format):
         scales = self.scales.repeat_interleave(BLOCK, -2)[..., :n, :].unsqueeze(-1)
         return (groups * scales).flatten(-2)[..., :k].to(dtype)
 
+    def in_parts(self, parts: int) -> "BlockFp8":
+        """[.., parts * N, K] -> [.., parts, N, K]. Raises ValueError unless 128 divides N: blocks
+        would be shared."""
+        rows, k = self.shape[-2:]
+        if rows % (parts * BLOCK):
+            raise ValueError(
+                f"BlockFp8 {list(self.shape)} has blocks that its {parts} parts share; give "
+                f"{[*self.shape[:-2], parts, rows // parts, k]}, with scales of each part's own"
+            )
+        return super().in_parts(parts)
+
 
 class Fp8Rows(NamedTuple):
     """Activations: data [T, P] float8_e4m3fn, P the least multiple of 128 from K on, and scales
@@ -83,6 +94,11 @@ def quantize_rows(x: Tensor) -> Fp8Rows:
     groups = F.pad(x.float(), (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     data, scales = scaled(groups, groups.abs().amax(-1, keepdim=True))
     return Fp8Rows(data.flatten(-2), scales.squeeze(-1))
+
+
+def row_bytes(width: int) -> int:
+    """Of a row of so many activations, with its scales."""
+    return blocks(width) * (BLOCK + 4)
 
 
 def widened(data: Tensor) -> Tensor:

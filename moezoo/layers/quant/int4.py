@@ -79,11 +79,11 @@ class Int4(Format):
 
         def quantize(rows: Tensor) -> tuple[Tensor, ...]:
             x = grouped(rows.float(), groups)
-            if zeros:
-                codes, scales, zero = asymmetric(x, scale_dtype(w), search)
-                return pack(codes.flatten(-2)), scales, zero
-            codes, scales = symmetric(x, scale_dtype(w), search)
-            return pack(codes.flatten(-2)), scales
+            choose = asymmetric if zeros else symmetric
+            choice = choose(x, scale_dtype(w), search)
+            packed = pack(choice.codes().to(torch.uint8).flatten(-2))
+            scales, zero = choice.scales.squeeze(-1), choice.zeros.to(torch.uint8).squeeze(-1)
+            return (packed, scales, zero) if zeros else (packed, scales)
 
         return cls(*by_rows(quantize, w))
 
@@ -111,6 +111,17 @@ class Int4(Format):
         zeros = ZERO if self.zeros is None else self.zeros.float().unsqueeze(-1)
         x = (codes - zeros) * self.scales.float().unsqueeze(-1)
         return in_order(x.flatten(-2), self.order).to(dtype)
+
+    def check_values(self, name: str = "weights") -> None:
+        """Raises QuantizationError for a scale that is NaN, Inf, zero or negative, or a zero point
+        above 16: GPTQ's checkpoints store one less."""
+        super().check_values(name)
+        if self.zeros is not None and (self.zeros > 16).any():
+            place = (self.zeros > 16).nonzero()[0].tolist()
+            raise QuantizationError(
+                f"{name}: the zero point of group {place} is {self.zeros[tuple(place)].item()}, "
+                "it must be one of 0 to 16"
+            )
 
     @property
     def shape(self) -> torch.Size:

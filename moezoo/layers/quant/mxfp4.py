@@ -31,8 +31,6 @@ GROUP = 32
 NAN = 255
 """The one scale that is no number."""
 
-_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-
 
 @dataclass(frozen=True)
 class Mxfp4(Format):
@@ -70,8 +68,7 @@ class Mxfp4(Format):
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        signed = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))
-        values = torch.tensor(signed, device=self.data.device)[unpack(self.data).int()]
+        values = _values(unpack(self.data))
         x = grouped(values, self.scales.shape[-1]) * _powers(self.scales).unsqueeze(-1)
         return x.flatten(-2).to(dtype)
 
@@ -125,6 +122,13 @@ def _rounded(t: Tensor) -> Tensor:
     t = t.abs().clamp_(max=6.0)
     step = 0.5 + 0.5 * (t >= 2) + (t >= 4)
     return t.div_(step).round_().mul_(step)
+
+
+def _values(codes: Tensor) -> Tensor:
+    """fp32 of codes uint8: their bits are the top ones of fp16 with another bias of exponents."""
+    bits = codes.to(torch.int16)
+    half = ((bits & 8) << 12 | (bits & 7) << 9).view(torch.float16)
+    return half.float().mul_(2.0**14)
 
 
 def _codes(t: Tensor) -> Tensor:

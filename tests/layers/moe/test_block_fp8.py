@@ -9,7 +9,7 @@ from tolerances import relative_difference
 from torch import Tensor
 
 from moezoo.errors import QuantizationError
-from moezoo.layers.moe import Gating, experts, fused_experts
+from moezoo.layers.moe import Gating, chunks, fused_experts
 from moezoo.layers.quant import BlockFp8
 from moezoo.layers.quant.fp8 import quantize_rows
 
@@ -145,14 +145,14 @@ def test_a_tokens_result_does_not_depend_on_its_company(device: torch.device) ->
 def test_chunks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     args = make(40, device)
     expected = run(args)
-    monkeypatch.setattr(experts, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr(chunks, "CHUNK_TOKENS", 16)
     assert relative_difference(run(args), expected) <= TOLERANCE
 
 
 def operands(args: dict[str, Any]) -> tuple[Any, ...]:
     w13, w2 = args["w13"], args["w2"]
     return (
-        *(args["x"], w13.data, w13.scales, w2.data, w2.scales),
+        *(args["x"], [w13.data, w13.scales], [w2.data, w2.scales]),
         *(args["topk_weights"], args["topk_ids"], "silu", None, None, None),
     )
 
@@ -194,8 +194,11 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"w2": torch.zeros(6, 272, 144)}, "must both be BlockFp8 or both tensors"),
-        ({"w13": BlockFp8.quantize(torch.ones(6, 288, 272))}, "w13 as BlockFp8 must be [E, 2, I"),
+        ({"w2": torch.zeros(6, 272, 144)}, "must both be tensors or both of one format"),
+        (
+            {"w13": BlockFp8.quantize(torch.ones(6, 288, 272))},
+            "has blocks that its 2 parts share; give [6, 2, 144, 272]",
+        ),
         ({"w13": BlockFp8.quantize(torch.ones(6, 2, 144, 256))}, "w13 must be [6, 2, 144, 272]"),
         ({"x": torch.zeros(5, 272, dtype=torch.float64)}, "x must be [T, H] in float32"),
         ({"bias2": torch.zeros(6, 272)}, "bias2 must be [6, 272] torch.bfloat16"),

@@ -8,7 +8,14 @@ import torch
 from tolerances import RELATIVE, assert_close, relative_difference
 from torch import Tensor
 
-from moezoo.layers.moe import ACTIVATIONS, Gating, experts, fused_experts, workspace_bytes
+from moezoo.layers.moe import (
+    ACTIVATIONS,
+    Gating,
+    chunks,
+    experts_dense,
+    fused_experts,
+    workspace_bytes,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -218,9 +225,9 @@ def test_a_bad_token_touches_no_other(device: torch.device) -> None:
 def test_works_in_chunks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     args = make(45, 2, (4, 24, 16), torch.float32, device)
     expected = naive(args)
-    monkeypatch.setattr(experts, "CHUNK_TOKENS", 20)
+    monkeypatch.setattr(chunks, "CHUNK_TOKENS", 20)
     assert_close(run(args), expected)
-    monkeypatch.setattr(experts, "BATCH_ROWS", 1)
+    monkeypatch.setattr(experts_dense, "BATCH_ROWS", 1)
     assert_close(run(args), expected)
 
 
@@ -312,7 +319,7 @@ def test_workspace_is_bounded() -> None:
     def size(num_tokens: int) -> int:
         return workspace_bytes(num_tokens, 8, 2048, intermediate_size=768, element_size=2)
 
-    limit = experts.CHUNK_TOKENS
+    limit = chunks.CHUNK_TOKENS
     assert size(100) == 100 * (8 * ((2048 + 768) * 2 + 8) + 2048 * 2)
     assert size(3 * limit) == size(limit) + 5 * limit * 2048 * 2
 
@@ -332,7 +339,7 @@ def test_cuda_equals_torch(model: str, num_tokens: int, dtype: torch.dtype) -> N
     k, shape = MODELS[model]
     args = make(num_tokens, k, shape, dtype, CUDA)
     exact = {n: t.float() if t.dtype == dtype else t for n, t in args.items()}
-    expected = experts._fused_experts_torch(
+    expected = experts_dense.dense_torch(
         *(exact[n] for n in ("x", "w13", "w2", "topk_weights", "topk_ids")),
         "silu",
         None,
@@ -352,7 +359,7 @@ def test_no_tokens_on_layers_of_the_tables() -> None:
 
 @pytest.mark.gpu
 def test_cuda_does_not_synchronize(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts, "CHUNK_TOKENS", 20)
+    monkeypatch.setattr(chunks, "CHUNK_TOKENS", 20)
     args = make(33, 2, (4, 64, 32), torch.bfloat16, CUDA)
     args["expert_map"] = torch.tensor([2, -1, 0, 1], dtype=torch.int32, device=CUDA)
     args["w13"], args["w2"] = args["w13"][:3], args["w2"][:3]
@@ -391,7 +398,7 @@ def test_cuda_graph_replays_to_the_same_bits(num_tokens: int, dtype: torch.dtype
 def test_torch_grouped_product_gives_the_bits_of_the_loop(
     gated: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experts, "ONEDNN_DTYPES", ())
+    monkeypatch.setattr(experts_dense, "ONEDNN_DTYPES", ())
     args = make(7, 3, (8, 40, 24), dtype, torch.device("cpu"))
     if not gated:
         args["w13"] = args["w13"][:, None, :24].contiguous()
@@ -404,7 +411,7 @@ def test_torch_grouped_product_gives_the_bits_of_the_loop(
     with torch.no_grad():
         out = run(args)
         assert len(calls) == 2
-        monkeypatch.setattr(experts, "FP32_ROWS", 0)
+        monkeypatch.setattr(experts_dense, "FP32_ROWS", 0)
         assert torch.equal(out, run(args))
     assert len(calls) == 2
     assert_close(run(args), out)  # with a gradient enabled, the loop again
@@ -412,7 +419,7 @@ def test_torch_grouped_product_gives_the_bits_of_the_loop(
 
 @pytest.mark.gpu
 def test_cuda_needs_no_more_than_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts, "CHUNK_TOKENS", 256)
+    monkeypatch.setattr(chunks, "CHUNK_TOKENS", 256)
     args = make(1000, 4, (16, 512, 256), torch.bfloat16, CUDA)
     run(args)
     torch.cuda.reset_peak_memory_stats()

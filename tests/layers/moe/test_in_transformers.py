@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from moezoo.layers.kernels.activations import Gating
-from moezoo.layers.moe import experts as moezoo_experts
+from moezoo.layers.moe import experts_dense
 from moezoo.layers.moe.in_transformers import _recognise
 
 TOLERANCE = 2e-5
@@ -152,8 +152,8 @@ def test_no_weight_is_copied(
         monkeypatch.setattr(gated_up, "gated_up", spy(gated_up.gated_up, 1))
         monkeypatch.setattr(down, "down", spy(down.down, 1))
     else:
-        grouped_linear = moezoo_experts._grouped_linear
-        monkeypatch.setattr(moezoo_experts, "_grouped_linear", spy(grouped_linear, 2))
+        grouped_linear = experts_dense._grouped_linear
+        monkeypatch.setattr(experts_dense, "_grouped_linear", spy(grouped_linear, 2))
     run(module, "moezoo", *inputs(9, device))
     assert len(seen) == 2
     assert seen <= own

@@ -1,0 +1,218 @@
+"""Experts whose weights have 16 or 32 bits: torch on CPU and for gradients, Triton on CUDA.
+
+Legend: S chosen rows; otherwise as in `experts`.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moezoo.layers.kernels.activations import Gating, in_parts
+from moezoo.layers.linear import FP32_ROWS, ONEDNN_DTYPES, linear, without_onednn
+from moezoo.layers.moe.chunks import in_chunks, local_ids, operator
+from moezoo.layers.moe.permute import permute
+
+FEW_TOKENS = 4
+"""Up to so many tokens, on a GPU, an expert is multiplied once for each of them, unless too many
+share it: measured on one H100, that is faster while T*T*K <= E."""
+
+FEW_PRODUCTS = 2**18
+"""With no more products than this for an expert, and with a single row, oneDNN takes longer to
+begin a 16-bit product on CPU than torch's own routine takes to do it."""
+
+BATCH_ROWS = 512
+"""Rows that experts worked on together on CPU have at most, if they are more than one."""
+
+
+def dense_torch(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activation: str,
+    bias13: Tensor | None,
+    bias2: Tensor | None,
+    expert_map: Tensor | None,
+    limit: float | None = None,
+    up_offset: float = 0.0,
+) -> Tensor:
+    gated = w13.ndim == 3 or w13.shape[1] == 2
+    act = Gating(activation, limit, up_offset)
+    parts, dim = (-1, 1 + gated, w2.shape[2]), 1
+    if w13.ndim == 4:
+        if w13.stride(1) < w13.stride(2):
+            parts, dim = (-1, w2.shape[2], 1 + gated), 2
+        # Rows in the order of memory: a view.
+        w13 = w13.movedim(1, dim).flatten(1, 2)
+        bias13 = None if bias13 is None else bias13.movedim(1, dim).flatten(1, 2)
+
+    def one_token(x: Tensor, topk_weights: Tensor, chosen: list[int]) -> Tensor:
+        """Nothing to group here, and on a CPU every torch call counts."""
+        row = x.squeeze(0)
+        with without_onednn():
+            rows = [_row_times(w13[e], row, bias13, e) for e in chosen]
+            y = torch.cat(rows).float()
+            h = act(*y.view(parts).unbind(dim)).to(x.dtype).unbind(0)
+            rows = [_row_times(w2[e], row, bias2, e) for row, e in zip(h, chosen, strict=True)]
+        return torch.mm(topk_weights, torch.stack(rows).float()).to(x.dtype)
+
+    def experts_of(x: Tensor, experts: list[int], sizes: list[int]) -> Tensor:
+        """Of the rows of x, sizes[i] go through experts[i]."""
+        y = _grouped_linear(x, sizes, w13, experts=experts, bias=bias13).float()
+        h = act(*y.view(parts).unbind(dim)).to(x.dtype)
+        return _grouped_linear(h, sizes, w2, experts=experts, bias=bias2)
+
+    def chunk(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        num_tokens, k = topk_ids.shape
+        if num_tokens == 1:
+            (chosen,) = topk_ids.tolist()
+            if min(chosen) >= 0 and max(chosen) < w13.shape[0]:
+                return one_token(x, topk_weights, chosen)
+        order, offsets = permute(topk_ids, w13.shape[0])
+        tokens, weights = order // k, topk_weights.flatten().index_select(0, order).unsqueeze(1)
+        out = x.new_zeros(x.shape, dtype=torch.float32)
+        bounds = offsets.tolist()
+        few_rows = bias13 is None and bias2 is None and bounds[-1] < FP32_ROWS * w13.shape[0]
+        if few_rows and _torch_groups(x, w13, w2):
+            chosen, ends = tokens[: bounds[-1]], offsets[1:]
+            y = F.grouped_mm(x.index_select(0, chosen), w13.mT, offs=ends).float()
+            h = act(*y.view(parts).unbind(dim)).to(x.dtype)
+            y = F.grouped_mm(h, w2.mT, offs=ends)
+            return out.index_add_(0, chosen, y * weights[: bounds[-1]]).to(x.dtype)
+        # A batch of one expert has no token twice: on CUDA, index_add_ leaves their order open.
+        for batch in _batches(bounds, 1 if x.is_cuda else BATCH_ROWS):
+            experts = [e for e in batch if bounds[e] < bounds[e + 1]]
+            sizes = [bounds[e + 1] - bounds[e] for e in experts]
+            rows = slice(bounds[batch.start], bounds[batch.stop])
+            y = experts_of(x.index_select(0, tokens[rows]), experts, sizes)
+            out.index_add_(0, tokens[rows], y * weights[rows])
+        return out.to(x.dtype)
+
+    return in_chunks(chunk, x, topk_weights, local_ids(topk_ids, expert_map))
+
+
+def _torch_groups(x: Tensor, w13: Tensor, w2: Tensor) -> bool:
+    """Whether torch's own grouped product on the CPU takes the weights, and is the faster way with
+    few rows: the bits of its loop are those of ours, a sixth faster."""
+    if not x.is_cpu or x.dtype.itemsize != 2 or x.dtype in ONEDNN_DTYPES or torch.is_grad_enabled():
+        return False
+    return w13.is_contiguous() and w2.is_contiguous() and w13.shape[2] % 8 == w2.shape[2] % 8 == 0
+
+
+def _row_times(w: Tensor, x: Tensor, bias: Tensor | None, expert: int) -> Tensor:
+    """w [M, N], x [N], bias [E, M] -> w @ x + bias[expert], [M]."""
+    return torch.mv(w, x) if bias is None else torch.addmv(bias[expert], w, x)
+
+
+def _batches(bounds: list[int], max_rows: int) -> Iterator[range]:
+    """Neighbouring experts with max_rows together, or one alone; bounds[e] rows precede expert e.
+
+    Small experts then share their torch calls, and no buffer holds all the rows at once: memory
+    that is new to the process costs more than it takes to fill it.
+    """
+    first = 0
+    for last in range(1, len(bounds)):
+        if last + 1 == len(bounds) or bounds[last + 1] - bounds[first] > max_rows:
+            if bounds[first] < bounds[last]:
+                yield range(first, last)
+            first = last
+
+
+def _grouped_linear(
+    x: Tensor, sizes: list[int], w: Tensor, *, experts: list[int], bias: Tensor | None
+) -> Tensor:
+    """x [S, N] -> [S, M]: of its rows, sizes[i] go through w[experts[i]] [M, N]."""
+    parts = x.split(sizes)
+    y: dict[int, Tensor] = {}
+
+    def multiply(chosen: Iterable[int]) -> None:
+        for i in chosen:
+            e = experts[i]
+            y[i] = linear(parts[i], w[e], None if bias is None else bias[e])
+
+    few = max(1, FEW_PRODUCTS // w[0].numel()) if x.dtype in ONEDNN_DTYPES and x.is_cpu else 0
+    if few:
+        with without_onednn():
+            multiply(i for i, size in enumerate(sizes) if size <= few)
+    multiply(i for i, size in enumerate(sizes) if size > few)
+    return torch.cat([y[i] for i in range(len(y))]) if len(y) > 1 else y[0]
+
+
+def dense_cuda(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activation: str,
+    bias13: Tensor | None,
+    bias2: Tensor | None,
+    expert_map: Tensor | None,
+    limit: float | None = None,
+    up_offset: float = 0.0,
+) -> Tensor:
+    # Triton is not installed where there is no CUDA.
+    from moezoo.layers.kernels.combine import combine
+    from moezoo.layers.kernels.down import down
+    from moezoo.layers.kernels.few_tokens import few_tokens
+    from moezoo.layers.kernels.gated_up import gated_up
+    from moezoo.layers.kernels.permute import permute
+    from moezoo.layers.kernels.tiles import plan
+
+    gating = Gating(activation, limit, up_offset)
+    w13, bias13 = in_parts(w13, bias13)
+
+    # The kernels for few tokens read the weights' last dimension side by side.
+    dense = w13.stride(-1) == w2.stride(-1) == 1
+    num_experts = w13.shape[0] if expert_map is None else len(expert_map)
+
+    def chunk(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        num_tokens, k = topk_ids.shape
+        if topk_ids.numel() == 0 or len(w13) == 0:
+            return x.new_zeros(x.shape)
+        few = num_tokens == 1 or (
+            num_tokens <= FEW_TOKENS and num_tokens * topk_ids.numel() <= num_experts
+        )
+        if few and dense:
+            return few_tokens(
+                *(x, w13, w2),
+                topk_weights=topk_weights,
+                topk_ids=topk_ids,
+                activation=gating,
+                bias13=bias13,
+                bias2=bias2,
+            )
+        tiles = plan(x, w13, w2, num_rows=topk_ids.numel(), num_experts=num_experts)
+        rows = permute(topk_ids, w13.shape[0], tiles.gated_up.m)
+        h = gated_up(
+            *(x, w13, rows),
+            k=k,
+            tile=tiles.gated_up,
+            activation=gating,
+            bias13=bias13,
+        )
+        y = down(h, w2, rows, tile=tiles.down, bias2=bias2)
+        return combine(y, topk_weights, rows.positions)
+
+    with torch.cuda.device_of(x):
+        return in_chunks(chunk, x, topk_weights, local_ids(topk_ids, expert_map))
+
+
+@torch.compiler.disable
+def dense_autograd(x: Tensor, *args: Any) -> Tensor:
+    """The loop over experts is for autograd to see, not for a compiler to trace."""
+    if x.is_cuda:
+        warnings.warn(
+            "fused_experts computes a gradient, expert by expert in torch; for inference use"
+            " torch.no_grad() or torch.inference_mode(), and it runs its kernels",
+            stacklevel=2,
+        )
+    return dense_torch(x, *args)
+
+
+dense_op = operator("moezoo::fused_experts", dense_torch, dense_cuda)

@@ -1,0 +1,69 @@
+"""Experts in fp8 on CUDA: activations are quantised per token and 128 of H, and per row and 128
+of I, and multiplied in fp8."""
+
+import torch
+from torch import Tensor
+
+from moezoo.errors import QuantizationError
+from moezoo.layers.kernels.activations import Gating
+from moezoo.layers.quant import BlockFp8
+from moezoo.layers.quant.fp8 import BLOCK_FP8
+
+
+def fp8_cuda(
+    x: Tensor,
+    w13: BlockFp8,
+    w2: BlockFp8,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    gating: Gating,
+    bias13: Tensor | None,
+    bias2: Tensor | None,
+    num_experts: int,
+) -> Tensor:
+    """w13 [E, 2 or 1, I, H]; topk_ids [T, K] are rows of w13, or negative, and spread over
+    num_experts, those of other ranks included."""
+    from moezoo.layers.kernels.combine import combine
+    from moezoo.layers.kernels.down_fp8 import down_fp8
+    from moezoo.layers.kernels.gated_up_fp8 import gated_up_fp8
+    from moezoo.layers.kernels.one_token_fp8 import one_token_fp8
+    from moezoo.layers.kernels.quantize import permute_and_quantize
+    from moezoo.layers.kernels.tiles import plan
+
+    require_fp8(x.device)
+    num_tokens, k = topk_ids.shape
+    if num_tokens == 1 and w13.data.stride(-1) == w2.data.stride(-1) == 1:
+        return one_token_fp8(
+            *(x, w13, w2),
+            topk_weights=topk_weights,
+            topk_ids=topk_ids,
+            activation=gating,
+            bias13=bias13,
+            bias2=bias2,
+        )
+    tiles = plan(x, w13.data, w2.data, num_rows=topk_ids.numel(), num_experts=num_experts)
+    rows, tokens = permute_and_quantize(x, topk_ids, w13.shape[0], tiles.gated_up.m)
+    h = gated_up_fp8(
+        *(tokens, w13, rows),
+        k=k,
+        tile=tiles.gated_up,
+        activation=gating,
+        bias13=bias13,
+    )
+    y = down_fp8(h, w2, rows, dtype=x.dtype, tile=tiles.down, bias2=bias2)
+    return combine(y, topk_weights, rows.positions)
+
+
+def require_fp8(device: torch.device) -> None:
+    """Raises QuantizationError for a GPU that does not multiply fp8."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return
+    from moezoo.layers.kernels.overlap import capability
+
+    if capability(device) < (8, 9):
+        raise QuantizationError(
+            f"{BLOCK_FP8} needs a GPU of compute capability 8.9 or later, "
+            f"{torch.cuda.get_device_name(device)} has {capability(device)}; dequantize() the "
+            "weights to bfloat16 for it"
+        )

@@ -1,0 +1,61 @@
+"""The table of quality, on a short text and a few formats."""
+
+from dataclasses import replace
+
+import pytest
+import quality
+import torch
+
+import moezoo
+from moezoo.assets import tiny_model
+from moezoo.layers.moe import FusedMoE
+from moezoo.layers.quant import Format
+
+LABELS = [
+    "bf16",
+    "fp8, blocks",
+    "int8, channels",
+    "int4, groups of 128",
+    "int4, groups of 64, round to nearest",
+    "int4, groups of 64",
+    "mxfp4",
+]
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return quality.TEXT.read_text()[:12_000]
+
+
+def test_formats_of_the_small_model(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    schemes = [scheme for scheme in quality.SCHEMES if scheme.label in LABELS]
+    assert len(schemes) == len(LABELS)
+    monkeypatch.setattr(quality, "SCHEMES", schemes)
+    windows = quality.windows_of(text, tiny_model(), 256)[:8]
+    assert windows.shape == (8, 256)
+    found = quality.measure(tiny_model(), windows, torch.device("cpu"))
+    entries = {q.scheme.label: quality.entry(q, found[0]) for q in found}
+    assert entries.keys() == set(LABELS) - {"int4, groups of 128"}  # the experts are 64 wide
+    for label, entry in entries.items():
+        limit = quality.LIMITS.get(label.partition(",")[0], 0)
+        assert abs(entry["loss_over_bf16"]) <= limit
+        assert len(entry["weight_error_by_layer"]) == 6
+    assert entries["bf16"]["top1_changed"] == 0 < entries["mxfp4"]["top1_changed"] < 0.1
+    assert entries["mxfp4"]["bits_per_weight"] == 4.25
+    searched, nearest = (entries[label]["weight_error_by_layer"] for label in LABELS[5:3:-1])
+    assert all(ours < theirs for ours, theirs in zip(searched, nearest, strict=True))
+    over = [replace(q, loss=q.loss + 0.2) for q in found[1:]]
+    assert len(quality.failures([found[0], *over])) >= 4
+
+
+def test_the_model_is_as_it_was() -> None:
+    model = moezoo.from_pretrained(tiny_model(), device="cpu", progress=False)
+    before = [(name, id(parameter)) for name, parameter in model.named_parameters()]
+    for scheme in quality.SCHEMES[2:6]:
+        with quality.held(model, scheme) as (errors, bits):
+            layers = [module for module in model.modules() if isinstance(module, FusedMoE)]
+            assert all(issubclass(layer.quantized or int, Format) for layer in layers)
+            assert len(errors) == len(layers)
+            assert 8 <= bits < 8.3
+        after = [(name, id(parameter)) for name, parameter in model.named_parameters()]
+        assert sorted(after) == sorted(before)
