@@ -124,12 +124,12 @@ def _plan(
     if dtype == torch.float32:
         chosen = _fp32_plan(rows_per_expert)
     elif dtype == torch.float8_e4m3fn:
-        tuned = _tuned(device, (*sizes, BLOCK_FP8), rows_per_expert) if described else None
-        chosen = tuned or _fp8_plan(rows_per_expert, described)
+        known = tuned(device, (*sizes, BLOCK_FP8), rows_per_expert) if described else None
+        chosen = known or _fp8_plan(rows_per_expert, described)
     elif not described:
         chosen = _pointer_plan(rows_per_expert)
     else:
-        chosen = _tuned(device, sizes, rows_per_expert) or _descriptor_plan(rows_per_expert)
+        chosen = tuned(device, sizes, rows_per_expert) or _descriptor_plan(rows_per_expert)
     return Plan(
         chosen.gated_up.fitted(num_parts, dtype.itemsize, device),
         chosen.down.fitted(1, dtype.itemsize, device),
@@ -232,7 +232,7 @@ def _table(device: torch.device) -> Table:
     return {shape: table.get(shape, {}) | own.get(shape, {}) for shape in table.keys() | own.keys()}
 
 
-def _tuned(device: torch.device, shape: Sizes, rows_per_expert: float) -> Plan | None:
+def tuned(device: torch.device, shape: Sizes, rows_per_expert: float) -> Plan | None:
     """The plan measured at the number of rows nearest by ratio, if there is one within `FAR`."""
     plans = _table(device).get(shape, {}) if device.type == "cuda" else {}
 

@@ -4,10 +4,11 @@
     y[r] = w2[e] @ h[r] + bias
     t = order[r] // K,  e the expert with offsets[e] <= r < offsets[e+1]
 
-h lies between them in the order of `interleave`. Integers are exact in the products and their sums
-over a group of columns are scaled in fp32; mxfp4's weights are exact when multiplied (in fp16, up
-to what fp16 holds). Sums are fp32, h and y are rounded once. What that leaves is what the products
-of dequantised fp32 weights have, in another order of sums.
+h lies between them in the order of `interleave`. Rounding points: with tiles of up to 64 rows
+integers are exact in the products, and their sums over a group of columns are scaled in fp32. With
+more rows scales are rounded to x's dtype, and so are weights times scales; sums with a scale per
+row stay as they were. mxfp4's weights are exact (in fp16, as far as it holds them). Sums are fp32,
+h and y are rounded once.
 
 Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per token, S = T*K rows.
 """
@@ -24,7 +25,7 @@ from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.kernels.gated_up import activate, activate_gated
 from moezoo.layers.kernels.interleave import interleave, interleave_ref, padded
 from moezoo.layers.kernels.overlap import launch_options, wait
-from moezoo.layers.kernels.packed_products import out_of_turns, products
+from moezoo.layers.kernels.packed_products import num_slices, out_of_turns, products
 from moezoo.layers.kernels.permute import Permutation
 from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, swizzle
 from moezoo.layers.kernels.unpack import CHUNK
@@ -36,6 +37,10 @@ WeightOnly = Int8 | Int4 | Mxfp4
 
 FORMATS: dict[type, str] = {Int8: "int8", Int4: "int4", Mxfp4: "mxfp4"}
 """By which the kernels know them."""
+
+
+FEW_ROWS = 64
+"""Up to so many rows a tile, sums over groups are scaled, with more the weights: see `products`."""
 
 
 def ways(weights: type, num_columns: int) -> int:
@@ -123,6 +128,8 @@ def _gated_up_tile(
     HAS_ZEROS: tl.constexpr,
     GROUP: tl.constexpr,
     SCALES_ALIGNED: tl.constexpr,
+    SLICES: tl.constexpr,
+    CHAIN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     UP_OFFSET: tl.constexpr,
@@ -144,7 +151,7 @@ def _gated_up_tile(
         expert, first_col, intermediate_size, 0, None, x_ptr + tokens * stride_xt, m_rows, w,
         scales_ptr, zeros_ptr, num_words, stride_we, stride_wp, stride_wn, stride_se, stride_sp,
         stride_sn, x_ptr.dtype.element_ty, FORMAT, WAYS, PARTS, HAS_ZEROS, GROUP, SCALES_ALIGNED,
-        DESCRIPTORS, False, EVEN_K, PAIRS, BLOCK_M, BLOCK_N, BLOCK_W,
+        SLICES, CHAIN, DESCRIPTORS, False, EVEN_K, PAIRS, BLOCK_M, BLOCK_N, BLOCK_W,
     )
     # fmt: on
     if HAS_BIAS:
@@ -195,6 +202,8 @@ def _down_tile(
     HAS_ZEROS: tl.constexpr,
     GROUP: tl.constexpr,
     SCALES_ALIGNED: tl.constexpr,
+    SLICES: tl.constexpr,
+    CHAIN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -212,8 +221,8 @@ def _down_tile(
     y = products(
         expert, first_col, hidden_size, first_row, h, p_rows, m_rows, w, scales_ptr, zeros_ptr,
         num_words, stride_we, stride_wp, stride_wn, stride_se, stride_sp, stride_sn,
-        y_ptr.dtype.element_ty, FORMAT, WAYS, 1, HAS_ZEROS, GROUP, SCALES_ALIGNED, DESCRIPTORS,
-        DESCRIPTORS, EVEN_K, PAIRS, BLOCK_M, BLOCK_N, BLOCK_W,
+        y_ptr.dtype.element_ty, FORMAT, WAYS, 1, HAS_ZEROS, GROUP, SCALES_ALIGNED, SLICES, CHAIN,
+        DESCRIPTORS, DESCRIPTORS, EVEN_K, PAIRS, BLOCK_M, BLOCK_N, BLOCK_W,
     )
     # fmt: on
     if HAS_BIAS:
@@ -257,6 +266,8 @@ def _gated_up_weight_only_kernel(
     HAS_ZEROS: tl.constexpr,
     GROUP: tl.constexpr,
     SCALES_ALIGNED: tl.constexpr,
+    SLICES: tl.constexpr,
+    CHAIN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     UP_OFFSET: tl.constexpr,
@@ -285,16 +296,18 @@ def _gated_up_weight_only_kernel(
                 expert, first_row, end, first_col, x_ptr, w, scales_ptr, zeros_ptr, bias_ptr, h_ptr,
                 order_ptr, stride_xt, num_words, intermediate_size, stride_hr, k, stride_we,
                 stride_wp, stride_wn, stride_se, stride_sp, stride_sn, stride_be, stride_bp,
-                stride_bn, FORMAT, WAYS, H_WAYS, PARTS, HAS_ZEROS, GROUP, SCALES_ALIGNED, ACTIVATION, LIMIT, UP_OFFSET,
-                HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, TAIL, BLOCK_N, BLOCK_W,
+                stride_bn, FORMAT, WAYS, H_WAYS, PARTS, HAS_ZEROS, GROUP, SCALES_ALIGNED, SLICES,
+                CHAIN, ACTIVATION, LIMIT, UP_OFFSET, HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, TAIL,
+                BLOCK_N, BLOCK_W,
             )
         else:
             _gated_up_tile(
                 expert, first_row, end, first_col, x_ptr, w, scales_ptr, zeros_ptr, bias_ptr, h_ptr,
                 order_ptr, stride_xt, num_words, intermediate_size, stride_hr, k, stride_we,
                 stride_wp, stride_wn, stride_se, stride_sp, stride_sn, stride_be, stride_bp,
-                stride_bn, FORMAT, WAYS, H_WAYS, PARTS, HAS_ZEROS, GROUP, SCALES_ALIGNED, ACTIVATION, LIMIT, UP_OFFSET,
-                HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, BLOCK_M, BLOCK_N, BLOCK_W,
+                stride_bn, FORMAT, WAYS, H_WAYS, PARTS, HAS_ZEROS, GROUP, SCALES_ALIGNED, SLICES,
+                CHAIN, ACTIVATION, LIMIT, UP_OFFSET, HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, BLOCK_M,
+                BLOCK_N, BLOCK_W,
             )
         # fmt: on
 
@@ -328,6 +341,8 @@ def _down_weight_only_kernel(
     HAS_ZEROS: tl.constexpr,
     GROUP: tl.constexpr,
     SCALES_ALIGNED: tl.constexpr,
+    SLICES: tl.constexpr,
+    CHAIN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -353,15 +368,16 @@ def _down_weight_only_kernel(
                 expert, first_row, end, first_col, h_tail, w, scales_ptr, zeros_ptr, bias_ptr,
                 y_ptr, stride_hr, num_words, hidden_size, stride_we, stride_wp, stride_wn,
                 stride_se, stride_sp, stride_sn, stride_be, stride_bn, FORMAT, WAYS, HAS_ZEROS,
-                GROUP, SCALES_ALIGNED, HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, TAIL, BLOCK_N, BLOCK_W,
+                GROUP, SCALES_ALIGNED, SLICES, CHAIN, HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, TAIL,
+                BLOCK_N, BLOCK_W,
             )
         else:
             _down_tile(
                 expert, first_row, end, first_col, h, w, scales_ptr, zeros_ptr, bias_ptr, y_ptr,
-                stride_hr, num_words, hidden_size, stride_we, stride_wp, stride_wn,
-                stride_se, stride_sp, stride_sn, stride_be, stride_bn, FORMAT, WAYS, HAS_ZEROS,
-                GROUP, SCALES_ALIGNED, HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, BLOCK_M, BLOCK_N,
-                BLOCK_W,
+                stride_hr, num_words, hidden_size, stride_we, stride_wp, stride_wn, stride_se,
+                stride_sp, stride_sn, stride_be, stride_bn, FORMAT, WAYS, HAS_ZEROS, GROUP,
+                SCALES_ALIGNED, SLICES, CHAIN, HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, BLOCK_M,
+                BLOCK_N, BLOCK_W,
             )
         # fmt: on
 
@@ -402,23 +418,25 @@ def _packed(name: str, w: WeightOnly, x: Tensor, tile: Tile) -> _Packed:
         )
     mxfp4 = isinstance(w, Mxfp4)
     group = GROUP if mxfp4 else 0 if w.scales.shape[-1] == 1 else w.group_size
-    strides = [stride for stride in w.scales.stride()[:-1]]
+    group, block_words, chain = group // num_ways, tile.k // num_ways, tile.m > FEW_ROWS
+    packed_pairs = words.dtype == torch.int16 and x.dtype.itemsize == 2
     options = {
         "FORMAT": FORMATS[type(w)],
         "WAYS": num_ways,
         "HAS_ZEROS": zeros is not None,
-        "GROUP": group // num_ways,
-        "SCALES_ALIGNED": gcd(16, *strides) if mxfp4 else 1,
+        "GROUP": group,
+        "SCALES_ALIGNED": gcd(16, *w.scales.stride()[:-1]) if mxfp4 else 1,
+        "SLICES": num_slices(block_words, group, mxfp4=mxfp4, zeros=zeros is not None, chain=chain),
+        "CHAIN": chain,
         "DESCRIPTORS": tile.descriptors,
         "EVEN_K": num_columns % tile.k == 0,
-        "PAIRS": x.is_cuda and torch.version.hip is None and x.dtype.itemsize == 2
-        and words.dtype == torch.int16,
+        "PAIRS": packed_pairs and x.is_cuda and torch.version.hip is None,
         "FLATTEN": tile.programs_per_sm > 0 and not tile.tail,
         "GROUP_M": tile.group_m,
         "TAIL": tile.tail,
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
-        "BLOCK_W": tile.k // num_ways,
+        "BLOCK_W": block_words,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
         **launch_options(x.device),
@@ -538,11 +556,7 @@ def down_weight_only(
     block = (1, 1, tile.n, options["BLOCK_W"])
     rows = tail_rows = h
     if tile.descriptors:
-        # A load is what a group's sum is of, see `products`.
-        columns = min(options["GROUP"] or options["BLOCK_W"], options["BLOCK_W"])
-        if options["FORMAT"] == "mxfp4":
-            columns = options["BLOCK_W"]
-        columns *= options["WAYS"]
+        columns = tile.k // options["SLICES"]
         rows = descriptor(h, (tile.m, columns))
         tail_rows = descriptor(h, (tile.tail, columns)) if tile.tail else rows
     _down_weight_only_kernel[(num_programs,)](
