@@ -622,6 +622,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         seconds = time.perf_counter() - started
         kinds = f"in {' and '.join(done.kinds)}" if done.kinds else "not quantised"
+        if done.weight_error is not None:
+            kinds += f" (relative error {done.weight_error:.2%})"
         _say(
             f"{arguments.output}: experts {kinds}; {done.bytes_before:,} bytes of weights became "
             f"{done.bytes_after:,} in {seconds:.1f} s"

@@ -4,6 +4,7 @@ Of the weights no more is in memory than one layer of the result and some rows t
 quantised; the new files appear when all are written.
 """
 
+import math
 import os
 import re
 import shutil
@@ -42,12 +43,17 @@ _LEFT = (CONFIG, GENERATION_CONFIG, "*.index.json", "quant*_config.json")
 
 
 class Conversion(NamedTuple):
-    """What was written: the kinds of the experts, and bytes of weights before and after."""
+    """What was written: the kinds of the experts, and bytes of weights before and after.
+
+    `weight_error` is the root mean square of what quantising changed in the experts' weights, over
+    that of these weights; None where nothing was quantised.
+    """
 
     kinds: tuple[str, ...]
     dtype: torch.dtype
     bytes_before: int
     bytes_after: int
+    weight_error: float | None
 
 
 @torch.inference_mode(False)
@@ -107,6 +113,7 @@ def convert(
             config.dtype,
             sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
             size,
+            layers.weight_error(),
         )
         with naming(draft / CARD):
             before = (draft / CARD).read_text() if CARD in others else ""
@@ -134,6 +141,7 @@ class _Layers:
         self.device = device
         self.layer: str | None = None
         self.tensors: dict[str, Written] = {}
+        self.squares: list[Tensor] = []
 
     def tensor_of(self, tensor: Written) -> Tensor:
         layer = _layer_of(tensor.target)
@@ -149,8 +157,19 @@ class _Layers:
         wanted = {n: info for n, info in self.planned.wanted.items() if _layer_of(n) == layer}
         part = self.planned._replace(wanted=wanted, plan=Plan(tuple(copies), {}))
         return read_copies(
-            self.checkpoint, part, self.locations, device=self.device, progress=False
+            self.checkpoint,
+            part,
+            self.locations,
+            device=self.device,
+            progress=False,
+            squares=self.squares,
         )
+
+    def weight_error(self) -> float | None:
+        if not self.squares:
+            return None
+        errors, weights = torch.stack(self.squares).double().sum(0).tolist()
+        return math.sqrt(errors / weights) if weights else 0.0
 
 
 def _layer_of(parameter: str) -> str:
@@ -177,6 +196,9 @@ def _card(checkpoint: Checkpoint, before: str, done: Conversion) -> str:
     source += checkpoint.revision or ""
     experts = f"in {' and '.join(done.kinds)}" if done.kinds else "not quantised"
     share = done.bytes_after / max(1, done.bytes_before)
+    quality = ""
+    if done.weight_error is not None:
+        quality = f"| error of the experts' weights, relative | {done.weight_error:.2%} |\n"
     section = f"""\
 ## Quantisation
 
@@ -188,7 +210,7 @@ Written by moezoo {version("moezoo")} from {source}.
 | all else | {dtype_name(done.dtype)} |
 | bytes of weights before | {done.bytes_before:,} |
 | bytes of weights after | {done.bytes_after:,} ({share:.1%}) |
-
+{quality}
 Its loss on a text of yours, beside that of the original, is what `moezoo.score` tells.
 """
     return f"{before.rstrip()}\n\n{section}" if before.strip() else section

@@ -60,6 +60,8 @@ class Filling:
         self.rest: list[Piece] = []
         self.checks: list[_Check] = []
         self.computed: list[tuple[str, Kind, Tensor]] = []
+        self.squares: list[Tensor] | None = None
+        """If a list: of all that is quantised, sums of squares of errors and of weights, [2]."""
 
     def copy(self, copy: Copy, target: Tensor) -> None:
         """A tensor that is not quantised, and is not to be."""
@@ -83,7 +85,7 @@ class Filling:
             one = {name: tensor[which] for name, tensor in fields.items()}
             self.computed.append((copy.source, recipe.kind, one["scales"]))
             start = place.offset + i * prod(matrix) * dtype.itemsize
-            put = _Quantize(recipe, one)
+            put = _Quantize(recipe, one, self.squares)
             there = Location(place.path, start)
             if copy.view:
                 whole = partial(put.viewed, matrix, copy.view)
@@ -280,13 +282,19 @@ class _Put:
 class _Quantize(_Put):
     recipe: Recipe
     fields: Fields
+    squares: list[Tensor] | None
 
     def __call__(self, rows: slice, stored: Tensor) -> None:
         self._put(self.fields, rows, stored)
 
     def _put(self, fields: Fields, rows: slice, w: Tensor) -> None:
         per = self.recipe.kind.rows_per_scale
-        for name, tensor in self.recipe.quantize(w).tensors().items():
+        quantized = self.recipe.quantize(w)
+        if self.squares is not None:
+            wide = w.float()
+            errors = quantized.dequantize() - wide
+            self.squares.append(torch.stack((errors.square().sum(), wide.square().sum())))
+        for name, tensor in quantized.tensors().items():
             if tensor is not None:
                 start = rows.start if name == "data" else rows.start // per
                 fields[name][start : start + tensor.shape[0]].copy_(tensor)

@@ -172,10 +172,15 @@ def read_copies(
     *,
     device: torch.device,
     progress: bool,
+    squares: list[torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The wanted tensors on `device`, read from the files."""
+    """The wanted tensors on `device`, read from the files.
+
+    `squares` gets the sums of squares [2] of the errors and of the weights that are quantised.
+    """
     tensors = allocate(planned.wanted, device)
     filling = Filling(checkpoint, planned.encoding, locations, device)
+    filling.squares = squares
     for name, copies in _by_target(planned.plan.copies).items():
         kind = planned.quantized.get(name)
         if kind is None:

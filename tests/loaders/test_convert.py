@@ -35,7 +35,8 @@ from moezoo.loaders.convert import convert
 def test_the_files_are_those_of_save_pretrained(tmp_path, asked):
     options = {"dtype": "float16", "quantization": asked}
     done = convert(open_checkpoint(ASSET), tmp_path / "a", device="cpu", **options)
-    load(ASSET, **options).save_pretrained(tmp_path / "b")
+    model = load(ASSET, **options)
+    model.save_pretrained(tmp_path / "b")
     for file in ("config.json", "generation_config.json", "model.safetensors"):
         found, expected = ((tmp_path / name / file).read_bytes() for name in "ab")
         assert found == expected, file
@@ -47,6 +48,18 @@ def test_the_files_are_those_of_save_pretrained(tmp_path, asked):
     assert card.startswith((ASSET / "README.md").read_text().rstrip())
     assert f"{done.bytes_before:,}" in card and f"{done.bytes_after:,}" in card
     assert ("not quantised" if asked is None else done.kinds[0]) in card
+    if asked is None:
+        assert done.weight_error is None
+        return
+    errors = weights = 0.0
+    for ours, plain_layer in zip(moe_layers(model), moe_layers(load(ASSET)), strict=True):
+        for name in ("w13", "w2"):
+            w = getattr(plain_layer, name).detach().double()
+            found = getattr(ours, name)().dequantize().double().view(w.shape)
+            errors += (found - w).square().sum().item()
+            weights += w.square().sum().item()
+    assert done.weight_error == pytest.approx((errors / weights) ** 0.5, rel=1e-3)
+    assert f"{done.weight_error:.2%}" in card
 
 
 def test_several_files_and_a_tied_head(tmp_path):
@@ -116,7 +129,9 @@ def test_command_line(tmp_path, capsys):
     asked = '{"type": "int4_w4a16", "group_size": 32}'
     command = ("convert", ASSET, tmp_path / "to", "--quantization", asked, "--device", "cpu")
     assert run(*command) == 0
-    assert "experts in int4_w4a16 in groups of 32; 13,950,976 bytes" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "experts in int4_w4a16 in groups of 32 (relative error " in said
+    assert "; 13,950,976 bytes of weights" in said
     assert_same(load(tmp_path / "to"), load(ASSET, quantization=json.loads(asked)))
     assert run(*command) == 2
     assert "is there already; give a folder that is new" in capsys.readouterr().err
