@@ -34,8 +34,8 @@ def weight_only_cuda(
     num_experts, those of other ranks included."""
     from moezoo.layers.kernels.combine import combine
     from moezoo.layers.kernels.permute import permute
-    from moezoo.layers.kernels.tiles import plan
     from moezoo.layers.kernels.weight_only import down_weight_only, gated_up_weight_only
+    from moezoo.layers.kernels.weight_only_tiles import plan_weight_only
 
     if _order(w13) is not None or _order(w2) is not None:
         parts = (tensor.split(ORDERED_TOKENS) for tensor in (x, topk_weights, topk_ids))
@@ -46,7 +46,7 @@ def weight_only_cuda(
                 for some, weights, ids in zip(*parts, strict=True)
             ]
         )
-    tiles = plan(x, w13, w2, num_rows=topk_ids.numel(), num_experts=num_experts)
+    tiles = plan_weight_only(x, w13, w2, num_rows=topk_ids.numel(), num_experts=num_experts)
     rows = permute(topk_ids, w13.shape[0], tiles.gated_up.m)
     h = gated_up_weight_only(
         *(x, w13, rows),
@@ -77,10 +77,10 @@ def _in_order(
     from moezoo.layers.kernels.combine import combine
     from moezoo.layers.kernels.interleave import interleave
     from moezoo.layers.kernels.permute import permute
-    from moezoo.layers.kernels.tiles import plan
     from moezoo.layers.kernels.weight_only import down_weight_only, ways
+    from moezoo.layers.kernels.weight_only_tiles import plan_weight_only
 
-    tile = plan(x, w13, w2, num_rows=topk_ids.numel(), num_experts=num_experts).down
+    tile = plan_weight_only(x, w13, w2, num_rows=topk_ids.numel(), num_experts=num_experts).down
     rows = permute(topk_ids, w13.shape[0], tile.m)
     last_row, last_expert = topk_ids.numel() - 1, w13.shape[0] - 1
     # Nobody wrote the order of rows without an expert, nor reads what becomes of them.
