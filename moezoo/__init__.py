@@ -14,8 +14,8 @@ from moezoo import experts_implementation
 if TYPE_CHECKING:
     from moezoo.generation.offline import Completion, Prompt, generate
     from moezoo.generation.score import Score, score
-    from moezoo.loaders.encodings import Quantization
     from moezoo.loaders.load import from_config, from_pretrained
+    from moezoo.loaders.quantization import Quantization
     from moezoo.registry import list_architectures
     from moezoo.tools.inspect import Report, inspect
 
@@ -38,7 +38,7 @@ __all__ = [
 _HOMES = {
     "Completion": "moezoo.generation.offline",
     "Prompt": "moezoo.generation.offline",
-    "Quantization": "moezoo.loaders.encodings",
+    "Quantization": "moezoo.loaders.quantization",
     "Report": "moezoo.tools.inspect",
     "Score": "moezoo.generation.score",
     "from_config": "moezoo.loaders.load",

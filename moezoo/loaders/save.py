@@ -9,9 +9,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,14 +23,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 from moezoo import registry
 from moezoo.errors import naming
 from moezoo.loaders.checkpoint import CONFIG, DTYPES, GENERATION_CONFIG, INDEX, WEIGHTS
-from moezoo.loaders.encodings import describe_, stored_layout
-from moezoo.loaders.mapping import (
-    Copy,
-    Rule,
-    Skip,
-    stored_order,
-    stored_shape,
-)
+from moezoo.loaders.mapping import Rule, Skip
+from moezoo.loaders.written import Written, describe_, written_tensors
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -51,11 +46,12 @@ def save_pretrained(
     """Write config, generation config and weights of `model` into `folder`.
 
     moezoo reads them back bit for bit, and transformers to the same logits. Quantised experts are
-    written as they are, in the hub's block fp8, and all else as not quantised. The config names the
-    dtype that the weights have. Other files in the folder stay; shards of an earlier save that are
-    not overwritten go. A save that fails or is interrupted while files are written leaves the
-    folder as it was; one that stops in the moment when they are moved keeps the new ones and says
-    where. Raises `ValueError` for a malformed `max_shard_size`, and `OSError` that names the file
+    written as they are, in the hub's layout for their format, and all else as not quantised. The
+    config names the dtype that the weights have. Other files in the folder stay; shards of an
+    earlier save that are not overwritten go. A save that fails or is interrupted while files are
+    written leaves the folder as it was; one that stops in the moment when they are moved keeps the
+    new ones and says where. Raises `ValueError` for a malformed `max_shard_size`,
+    `QuantizationError` for weights that no layout of the hub has, and `OSError` that names the file
     where the disk is full.
     """
     rules = registry.architecture(model.config.model_type).CHECKPOINT
@@ -65,7 +61,7 @@ def save_pretrained(
     )
     describe_(config, model.decoder, rules)
     config.architectures = config.architectures or [type(model).__name__]
-    with _moved_at_end(Path(folder)) as draft:
+    with moved_at_end(Path(folder)) as draft:
         write_weights(model.decoder, rules, draft, max_shard_size=max_shard_size)
         with naming(draft / CONFIG):
             config.to_json_file(draft / CONFIG)
@@ -85,60 +81,82 @@ def write_weights(
 
     More than one file comes with an index.
     """
+    write_tensors(
+        written_tensors(module, rules),
+        folder,
+        max_shard_size=max_shard_size,
+        tensor_of=lambda tensor: tensor.make(),
+    )
+
+
+def write_tensors(
+    written: Sequence[Written],
+    folder: Path,
+    *,
+    max_shard_size: int | str,
+    tensor_of: Callable[[Written], torch.Tensor],
+) -> int:
+    """Write these tensors, which `tensor_of` is asked for in the order of their names; the bytes of
+    all."""
     limit = _bytes(max_shard_size)
-    stored, tensors = stored_layout(module, rules)
-    shards: list[list[Copy]] = [[]]
+    shards: list[list[Written]] = [[]]
     size = 0
-    for copy in sorted(stored, key=lambda copy: copy.source):
-        nbytes = _part(tensors, copy).nbytes
+    for tensor in sorted(written, key=lambda tensor: tensor.name):
+        nbytes = _nbytes(tensor)
         if shards[-1] and size + nbytes > limit:
             shards.append([])
             size = 0
-        shards[-1].append(copy)
+        shards[-1].append(tensor)
         size += nbytes
     if len(shards) == 1:
-        _write(folder / WEIGHTS, shards[0], tensors)
-        return
+        _write(folder / WEIGHTS, shards[0], tensor_of)
+        return size
     weight_map: dict[str, str] = {}
-    for i, copies in enumerate(shards, start=1):
+    for i, tensors in enumerate(shards, start=1):
         file = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        _write(folder / file, copies, tensors)
-        weight_map.update((copy.source, file) for copy in copies)
-    total = sum(_part(tensors, copy).nbytes for copies in shards for copy in copies)
+        _write(folder / file, tensors, tensor_of)
+        weight_map.update((tensor.name, file) for tensor in tensors)
+    total = sum(_nbytes(tensor) for tensors in shards for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     with naming(folder / INDEX):
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return total
 
 
-def _part(tensors: Mapping[str, torch.Tensor], copy: Copy) -> torch.Tensor:
-    """The piece of a parameter that one stored tensor holds, in the order in which it is stored."""
-    return stored_order(tensors[copy.target][copy.target_index], copy.view)
+def _nbytes(tensor: Written) -> int:
+    return prod(tensor.shape) * tensor.dtype.itemsize
 
 
-def _write(path: Path, copies: Sequence[Copy], tensors: Mapping[str, torch.Tensor]) -> None:
+def _write(
+    path: Path, tensors: Sequence[Written], tensor_of: Callable[[Written], torch.Tensor]
+) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for copy in copies:
-        shape = tensors[copy.target][copy.target_index].shape
-        part = _part(tensors, copy)
-        header[copy.source] = {
-            "dtype": _DTYPE_NAMES[part.dtype],
-            "shape": list(stored_shape(shape, copy.view)),
-            "data_offsets": [end, end + part.nbytes],
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + _nbytes(tensor)],
         }
-        end += part.nbytes
+        end += _nbytes(tensor)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the data is aligned
     with naming(path), open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for copy in copies:
-            whole = _part(tensors, copy).contiguous().cpu()
-            file.write(whole.view(-1).view(torch.uint8).numpy().data)
+        for tensor in tensors:
+            written = file.write(_raw(tensor_of(tensor)))
+            assert written == _nbytes(tensor), tensor.name
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    """Its bytes, on the host."""
+    data: memoryview = tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data
+    return data
 
 
 @contextmanager
-def _moved_at_end(folder: Path) -> Iterator[Path]:
+def moved_at_end(folder: Path) -> Iterator[Path]:
     """A new folder inside `folder` whose files move into it if the block succeeds."""
     existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

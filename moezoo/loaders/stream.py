@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,33 +27,48 @@ from rich.progress import (
 )
 
 from moezoo.errors import CheckpointError
-from moezoo.layers.quant.fp8 import BLOCK
 from moezoo.loaders.checkpoint import Location
 
 # A batch is what one system call reads, and the size of a staging buffer.
 _BATCH = 16 << 20
 _MAX_BUFFERS = 512
-# What is quantised or dequantised at once, in fp32: on a CPU few bytes, that the temporaries stay
-# in its caches and are used again; on a GPU more, as launches take time.
-_BLOCK_BATCH = 512 << 10
-_BLOCK_BATCH_GPU = 4 << 20
+# What is quantised or unpacked at once: on a CPU few bytes, that the temporaries stay in its caches
+# and are used again; on a GPU more, as launches take time.
+_PUT_BATCH = 512 << 10
+_PUT_BATCH_GPU = 4 << 20
+# Host memory of all staging buffers, where pieces are large.
+_STAGES = 256 << 20
 
-Put = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
-"""A piece of weights and their scales, and what is stored of it, on the same device."""
+Put = Callable[[torch.Tensor], object]
+"""What is done with stored bytes, on the device of the load, where they are not just copied."""
 
 
 class Piece(NamedTuple):
-    """Consecutive bytes of one stored tensor; `target` runs through its elements in their order."""
+    """Consecutive bytes of one stored tensor; `target` runs through its elements in their order, or
+    `put` takes them."""
 
     source: str
     path: Path
     offset: int
-    nbytes: int
     dtype: torch.dtype
-    target: torch.Tensor
-    direct: bool
-    put: Callable[[torch.Tensor], object] | None = None
-    """What is done with the bytes, on the target's device, where they are not just copied."""
+    shape: tuple[int, ...]
+    target: torch.Tensor | None = None
+    put: Put | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def direct(self) -> bool:
+        """Whether the bytes can be read where they belong."""
+        target = self.target
+        return (
+            target is not None
+            and target.device.type == "cpu"
+            and target.dtype == self.dtype
+            and target.is_contiguous()
+        )
 
 
 class _Stage:
@@ -70,10 +86,7 @@ def cut(
     nbytes = target.numel() * dtype.itemsize
     if nbytes <= _BATCH:
         if nbytes:
-            direct = (
-                target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous()
-            )
-            yield Piece(source, *location, nbytes, dtype, target, direct)
+            yield Piece(source, *location, dtype, tuple(target.shape), target)
         return
     row = nbytes // target.shape[0]
     offset = location.offset
@@ -82,42 +95,37 @@ def cut(
         offset += part.numel() * dtype.itemsize
 
 
-def cut_blocks(
+def cut_rows(
     source: str,
     location: Location,
     dtype: torch.dtype,
+    shape: Sequence[int],
     *,
-    weights: torch.Tensor,
-    scales: torch.Tensor,
-    put: Put,
+    unit: int | None,
+    device: torch.device,
+    put: Callable[[slice, torch.Tensor], object],
 ) -> Iterator[Piece]:
-    """A stored tensor [.., N, K] in pieces of whole blocks of rows, each for `put`.
+    """A stored tensor [R, ..] in pieces of rows, for put(rows, stored): a few times `unit` of them,
+    all where None."""
+    rows, *rest = shape
+    row = prod(rest) * dtype.itemsize
+    unit = unit or max(1, rows)
+    most = _PUT_BATCH if device.type == "cpu" else _PUT_BATCH_GPU
+    count = unit * max(1, most // max(1, row * unit))
+    for start in range(0, rows if row else 0, count):
+        end = min(start + count, rows)
+        place = Location(location.path, location.offset + start * row)
+        whole = partial(put, slice(start, end))
+        yield Piece(source, *place, dtype, (end - start, *rest), put=whole)
 
-    `weights` [.., N, K] and `scales` [.., ceil(N / BLOCK), ceil(K / BLOCK)] are cut alike.
-    """
-    if weights.dim() > 2:
-        offset = location.offset
-        for part, part_scales in zip(weights, scales, strict=True):
-            place = Location(location.path, offset)
-            yield from cut_blocks(source, place, dtype, weights=part, scales=part_scales, put=put)
-            offset += part.numel() * dtype.itemsize
-        return
-    row = weights.shape[1] * dtype.itemsize
-    most = _BLOCK_BATCH if weights.is_cpu else _BLOCK_BATCH_GPU
-    count = max(1, most // max(1, row * BLOCK))
-    parts = zip(weights.split(count * BLOCK), scales.split(count), strict=True)
-    for i, (part, part_scales) in enumerate(parts):
-        if part.numel():
-            yield Piece(
-                source,
-                location.path,
-                location.offset + i * count * BLOCK * row,
-                part.numel() * dtype.itemsize,
-                dtype,
-                part,
-                False,
-                partial(put, part, part_scales),
-            )
+
+def read(piece: Piece) -> torch.Tensor:
+    """The bytes of a piece, on the CPU."""
+    with open(piece.path, "rb") as file:
+        file.seek(piece.offset)
+        return torch.frombuffer(bytearray(file.read(piece.nbytes)), dtype=piece.dtype).view(
+            piece.shape
+        )
 
 
 def stream(pieces: Iterable[Piece], device: torch.device, *, progress: bool) -> None:
@@ -140,16 +148,17 @@ def stream(pieces: Iterable[Piece], device: torch.device, *, progress: bool) -> 
             stack.callback(side.synchronize)
         if not all(piece.direct for piece in pieces):
             size = max(_BATCH, *(_padded(piece.nbytes) for piece in pieces))
-            for _ in range(num_threads + 2 * on_gpu):
+            for _ in range(max(2, min(num_threads + 2 * on_gpu, _STAGES // size))):
                 stages.put(_Stage(size, on_gpu))
 
         def transfer(batch: Sequence[Piece]) -> int:
-            if all(piece.direct for piece in batch):
-                _read(batch, [_memory(piece.target) for piece in batch], files)
+            targets = [piece.target for piece in batch if piece.direct]
+            if len(targets) == len(batch):
+                _read(batch, [_memory(target) for target in targets if target is not None], files)
             else:
                 stage = stages.get()
                 try:
-                    _read_staged(batch, stage, files, side=side)
+                    _read_staged(batch, stage, files, device=device, side=side)
                 finally:
                     stages.put(stage)
             return sum(piece.nbytes for piece in batch)
@@ -184,6 +193,7 @@ def _read_staged(
     stage: _Stage,
     files: Mapping[Path, int],
     *,
+    device: torch.device,
     side: torch.cuda.Stream | None,
 ) -> None:
     """Read a batch, what is not direct by way of a staging buffer."""
@@ -193,20 +203,21 @@ def _read_staged(
     staged = []
     start = 0
     for piece in batch:
-        if piece.direct:
+        if piece.target is not None and piece.direct:
             buffers.append(_memory(piece.target))
         else:
             buffer = stage.buffer[start : start + piece.nbytes]
             start += _padded(piece.nbytes)
             buffers.append(_memory(buffer))
-            staged.append((piece, buffer.view(piece.dtype).view(piece.target.shape)))
+            staged.append((piece, buffer.view(piece.dtype).view(piece.shape)))
     _read(batch, buffers, files)
     with torch.cuda.stream(side) if side is not None else nullcontext():
         for piece, stored in staged:
-            target = piece.target
             if piece.put is not None:
-                piece.put(stored.to(target.device, non_blocking=True))
+                piece.put(stored.to(device, non_blocking=True))
                 continue
+            target = piece.target
+            assert target is not None, piece.source
             if side is not None and (target.dtype != stored.dtype or not target.is_contiguous()):
                 stored = stored.to(target.device, non_blocking=True)  # cast there, not on the host
             target.copy_(stored, non_blocking=True)

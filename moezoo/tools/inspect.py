@@ -24,18 +24,19 @@ from moezoo.layers.decoder import Decoder
 from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.moe import BiasedRoute, FusedMoE, workspace_bytes
 from moezoo.layers.moe.chunks import CHUNK_TOKENS
-from moezoo.layers.quant.fp8 import BLOCK, BLOCK_FP8
 from moezoo.loaders.checkpoint import Checkpoint, open_config
-from moezoo.loaders.encodings import experts_of, quantized_experts
+from moezoo.loaders.encodings import Encoding
+from moezoo.loaders.experts import experts_of, quantized_experts
+from moezoo.loaders.kinds import Kind
 from moezoo.loaders.load import (
     own_dtype,
-    own_encoding,
     own_generation_config,
     tied_rules,
     transformers_config,
 )
-from moezoo.loaders.mapping import TensorInfo, parameter_infos
+from moezoo.loaders.mapping import parameter_infos
 from moezoo.loaders.plan import dtype_name, plan
+from moezoo.loaders.weights import own_encoding
 
 EXPERT_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Sizes that memory is reported for, as far as there are experts for every rank."""
@@ -139,8 +140,9 @@ def inspect(
     bare = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     try:
         config = transformers_config(replace(checkpoint, config=bare))
-        dtype = own_dtype(config, _plain_tensors(checkpoint))
-        rules, _ = tied_rules(config, checkpoint)
+        encoding = _encoding_if_known(checkpoint)
+        dtype = own_dtype(config, encoding.tensors)
+        rules, _ = tied_rules(config, checkpoint, encoding)
         with torch.device("meta"):
             decoder = registry.build(config)
         report = _of_decoder(report, decoder, dtype)
@@ -159,20 +161,21 @@ def inspect(
     return replace(report, supported=True)
 
 
-def _plain_tensors(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
+def _encoding_if_known(checkpoint: Checkpoint) -> Encoding:
     """Its tensors as if none were quantised, where that can be said."""
     try:
-        return own_encoding(checkpoint).tensors
+        return own_encoding(checkpoint)
     except QuantizationError:
-        return checkpoint.tensors
+        return Encoding(None, checkpoint.tensors, {})
 
 
-def _stored_as(decoder: Decoder, quantized: Mapping[str, tuple[int, ...]]) -> str:
+def _stored_as(decoder: Decoder, quantized: Mapping[str, Kind]) -> str:
     layers = sum(name.endswith("w2") for name in experts_of(decoder))
     stay = sum(name.endswith("w2") for name in quantized)
+    kinds = " and ".join(sorted({kind.described for kind in quantized.values()})) or "quantised"
     return (
-        f"{BLOCK_FP8} in blocks of {BLOCK} x {BLOCK}: the experts of {stay} of {layers} MoE layers "
-        "stay so, other weights are dequantised when they are loaded"
+        f"{kinds}: the experts of {stay} of {layers} MoE layers stay so, other quantised weights "
+        "are dequantised when they are loaded"
     )
 
 

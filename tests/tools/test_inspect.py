@@ -214,7 +214,7 @@ def test_an_unknown_model_type_is_reported_from_its_headers(folder):
     ("changes", "reason"),
     [
         ({"hidden_act": "sigmoid_of_doom"}, "hidden_act is 'sigmoid_of_doom'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "'fp8'"),
+        ({"quantization_config": {"quant_method": "quark"}}, "'quark'"),
         ({"moe_intermediate_size": 32}, "experts"),
         ({"num_experts": 17}, "expert 16"),
     ],

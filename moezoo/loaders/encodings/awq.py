@@ -1,0 +1,96 @@
+"""quant_method "awq", version "gemm": integers of 4 bits with zero points, packed along the rows.
+
+    `M.qweight`  int32 [K, N / 8], whose eight halves of bytes, the lowest first, are the columns
+                 0, 2, 4, 6, 1, 3, 5, 7 of eight
+    `M.qzeros`   int32 [K / g, N / 8], in the same order
+    `M.scales`   [K / g, N]
+
+W = (q - zero) * scale.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moezoo.layers.quant.groups import PER_CHANNEL, pack
+from moezoo.loaders.encodings.integers import (
+    SCALE_DTYPES,
+    held_groups,
+    integer_kind,
+    repeated,
+    unpacked,
+)
+from moezoo.loaders.encodings.stored import (
+    INTEGER_SCALE,
+    Encoding,
+    Extra,
+    Headers,
+    Scheme,
+    StoredWeight,
+)
+from moezoo.loaders.encodings.tables import Table, entry_within
+from moezoo.loaders.kinds import Kind
+from moezoo.loaders.mapping import TensorInfo
+
+
+@dataclass(frozen=True)
+class Awq(Scheme):
+    group_size: int
+    """-1 is all columns."""
+    not_converted: tuple[str, ...]
+
+    @classmethod
+    def of(cls, table: Table) -> "Awq":
+        table.one_of("bits", 4, default=4)
+        table.one_of("zero_point", True, default=True)
+        table.one_of("version", "gemm", "GEMM", default="gemm")
+        skipped = table.names("modules_to_not_convert")
+        return cls(table.size("group_size"), tuple(skipped))
+
+    def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:
+        if ".experts." not in weight or entry_within(weight, self.not_converted):
+            return None
+        return self._kind(columns, dtype)
+
+    def _kind(self, columns: int, dtype: torch.dtype) -> Kind | None:
+        return integer_kind(4, columns, self.group_size, dtype, zeros=True, ordered=False)
+
+    def encoding(self, tensors: Mapping[str, TensorInfo], name: str) -> Encoding:
+        headers = Headers(tensors, name)
+        for data in [tensor for tensor in tensors if tensor.endswith(".qweight")]:
+            module = data.removesuffix("qweight")
+            headers.add(f"{module}weight", self._weight(headers, data, module))
+        headers.refuse_alone(".qzeros", ".qweight", "int32")
+        return headers.encoding(self)
+
+    def _weight(self, headers: Headers, data: str, module: str) -> StoredWeight:
+        k, words = headers.matrix(data, torch.int32)
+        n = 8 * words
+        group = k if self.group_size == PER_CHANNEL else self.group_size
+        scales, zeros = f"{module}scales", f"{module}qzeros"
+        if k % group:
+            raise headers.indivisible(data, f"groups of {group}", k)
+        found = headers.beside(scales, data, [(k // group, n)], SCALE_DTYPES)
+        headers.beside(zeros, data, [(k // group, words)], (torch.int32,))
+        kind = self._kind(k, found.dtype)
+        if kind is None:
+            raise headers.indivisible(data, f"groups of {group}", k)
+        groups = held_groups(kind, k)
+        extras = (
+            Extra(scales, "scales", lambda stored: repeated(stored.T, groups), INTEGER_SCALE),
+            Extra(zeros, "zeros", lambda stored: repeated(_in_columns(stored).T, groups)),
+        )
+        unit = None if group == k else group
+        return StoredWeight((n, k), kind, data, _data, extras, True, unit)
+
+
+def _in_columns(words: Tensor) -> Tensor:
+    """int32 [R, N / 8] -> uint8 [R, N]"""
+    # Of eight columns the even ones come first, then the odd ones.
+    return unpacked(words, 4).unflatten(1, (-1, 2, 4)).transpose(2, 3).flatten(1)
+
+
+def _data(words: Tensor, order: Tensor | None) -> Tensor:
+    return pack(_in_columns(words).T.contiguous())

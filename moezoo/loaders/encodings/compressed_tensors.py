@@ -1,0 +1,281 @@
+"""quant_method "compressed-tensors": each group of modules has a scheme of its own.
+
+    pack-quantized         `M.weight_packed` int32 [N, K * bits / 32], the lowest bits first, codes
+                           with 8 or 128 added; `M.weight_scale` [N, G]; `M.weight_shape` int64 [2];
+                           `M.weight_zero_point` int32 [N * bits / 32, G], packed along the rows;
+                           `M.weight_g_idx` int32 [K], the group of each column
+    float-quantized        `M.weight` float8_e4m3fn; `M.weight_scale` [N, 1], [1], or of blocks
+    int-quantized          `M.weight` int8; `M.weight_scale` [N, G] or [1]
+    mxfp4-pack-quantized   `M.weight_packed` uint8 [N, K / 2]; `M.weight_scale` uint8 [N, K / 32]
+
+Activations of 8 bits are quantised dynamically where the weights are fp8, and not at all with
+others: that is more exact than what the scheme asks for. `M.input_scale`, of static ones, is left
+out.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moezoo.layers.quant import BlockFp8, ChannelFp8, Mxfp4
+from moezoo.layers.quant.fp8 import BLOCK
+from moezoo.layers.quant.groups import PER_CHANNEL
+from moezoo.layers.quant.mxfp4 import GROUP
+from moezoo.loaders.encodings.fp8 import fp8_weight
+from moezoo.loaders.encodings.integers import (
+    SCALE_DTYPES,
+    held,
+    held_groups,
+    integer_kind,
+    octets_of,
+    order_extra,
+    repeated,
+    unpacked,
+)
+from moezoo.loaders.encodings.mxfp4 import NOT_NAN
+from moezoo.loaders.encodings.stored import (
+    INTEGER_SCALE,
+    Check,
+    Encoding,
+    Extra,
+    Headers,
+    Scheme,
+    StoredWeight,
+    as_it_is,
+    dtype_of,
+)
+from moezoo.loaders.encodings.tables import Table
+from moezoo.loaders.kinds import Kind
+from moezoo.loaders.mapping import TensorInfo
+
+_FORMATS = (
+    "pack-quantized",
+    "float-quantized",
+    "int-quantized",
+    "naive-quantized",
+    "mxfp4-pack-quantized",
+)
+_ENDS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The scheme of the modules that `targets` name: "Linear", a name, or "re:" and a pattern."""
+
+    targets: tuple[str, ...]
+    weights: Literal["int", "fp8", "mxfp4"]
+    packed: bool
+    bits: int
+    strategy: str
+    group_size: int
+    """-1 is all columns."""
+    symmetric: bool
+    ordered: bool
+
+    @classmethod
+    def of(cls, table: Table, format_of_all: str) -> "Group":
+        stored = table.one_of("format", *_FORMATS, default=format_of_all)
+        weights = table.table("weights")
+        weights.one_of("dynamic", False, default=False)
+        table.one_of("output_activations", None)
+        bits = weights.one_of("num_bits", 4, 8)
+        integers = weights.one_of("type", "int", "float", default="int") == "int"
+        symmetric = weights.one_of("symmetric", True, False, default=True)
+        orders = (False, "weight", "static", "group", "dynamic")
+        actorder = weights.one_of("actorder", *orders, default=False)
+        size = weights.given.get("group_size")
+        inferred = "tensor" if size is None else "channel" if size == PER_CHANNEL else "group"
+        strategies = ("tensor", "channel", "group", "block")
+        strategy = weights.one_of("strategy", *strategies, default=inferred)
+        group_size = weights.size("group_size") if strategy == "group" else PER_CHANNEL
+        kind: Literal["int", "fp8", "mxfp4"] = "int"
+        if integers:
+            if not symmetric and (bits == 8 or stored != "pack-quantized"):
+                weights.refuse("symmetric", "zero points of packed int4")
+            if strategy == "block":
+                weights.refuse("strategy", "a scale a tensor, channel or group of integers")
+            if stored not in ("pack-quantized", "int-quantized", "naive-quantized"):
+                weights.refuse("type", f"'float' as {stored!r}")
+            if stored != "pack-quantized" and bits != 8:
+                weights.refuse("num_bits", "8 bits where they are not packed")
+        elif bits == 8:
+            kind = "fp8"
+            if stored not in ("float-quantized", "naive-quantized"):
+                weights.refuse("type", f"'int' as {stored!r}")
+            if strategy == "group":
+                weights.refuse("strategy", "a scale a tensor, channel or block of fp8")
+            block = weights.given.get("block_structure")
+            if strategy == "block" and block not in ([BLOCK, BLOCK], (BLOCK, BLOCK)):
+                weights.refuse("block_structure", f"[{BLOCK}, {BLOCK}]")
+        else:
+            kind = "mxfp4"
+            if stored != "mxfp4-pack-quantized":
+                weights.refuse("type", f"'int' of 4 bits as {stored!r}")
+            if group_size != GROUP:
+                weights.refuse("group_size", f"{GROUP} for mxfp4")
+        return cls(
+            targets=tuple(table.names("targets")),
+            weights=kind,
+            packed=stored.endswith("pack-quantized"),
+            bits=bits,
+            strategy=strategy,
+            group_size=group_size,
+            symmetric=symmetric,
+            ordered=actorder in ("group", "dynamic"),
+        )
+
+    def kind(self, columns: int, dtype: torch.dtype) -> Kind | None:
+        """None where there are no such groups of so many columns."""
+        if self.weights == "fp8":
+            return Kind.of(BlockFp8 if self.strategy == "block" else ChannelFp8)
+        if self.weights == "mxfp4":
+            return None if columns % GROUP else Kind.of(Mxfp4)
+        group, zeros = self.group_size, not self.symmetric
+        return integer_kind(self.bits, columns, group, dtype, zeros=zeros, ordered=self.ordered)
+
+
+@dataclass(frozen=True)
+class CompressedTensors(Scheme):
+    groups: tuple[Group, ...]
+    ignored: tuple[str, ...]
+
+    @classmethod
+    def of(cls, table: Table) -> "CompressedTensors":
+        stored = table.one_of("format", "mixed-precision", *_FORMATS)
+        for field in ("kv_cache_scheme", "transform_config", "moe_sparsity_config"):
+            if table.given.get(field):
+                table.refuse(field, "none")
+        sparsity = table.given.get("sparsity_config") or {}
+        if not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense":
+            table.refuse("sparsity_config", "none, or format 'dense'")
+        groups = table.table("config_groups")
+        found = [Group.of(groups.table(name), stored) for name in groups.given]
+        if not found:
+            table.refuse("config_groups", "at least one group")
+        return cls(tuple(found), tuple(table.names("ignore")))
+
+    def ignores(self, module: str) -> str | None:
+        return next((entry for entry in self.ignored if _names(entry, module)), None)
+
+    def group(self, module: str) -> Group | None:
+        """Of the module of this name, an exact name before a pattern before a class."""
+        for exact in (True, False):
+            for group in self.groups:
+                targets = [t for t in group.targets if t.startswith("re:") != exact]
+                if any(_names(target, module) for target in targets):
+                    return group
+        return next((group for group in self.groups if "Linear" in group.targets), None)
+
+    def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:
+        module = weight.removesuffix(".weight")
+        if ".experts." not in weight or self.ignores(module) is not None:
+            return None
+        group = self.group(module)
+        return None if group is None else replace(group, ordered=False).kind(columns, dtype)
+
+    def encoding(self, tensors: Mapping[str, TensorInfo], name: str) -> Encoding:
+        headers = Headers(tensors, name)
+        for data, info in tensors.items():
+            packed = data.endswith(".weight_packed")
+            if not packed and not (
+                data.endswith(".weight") and info.dtype in (torch.float8_e4m3fn, torch.int8)
+            ):
+                continue
+            module = data.rpartition(".")[0]
+            headers.refuse_kept(data, self.ignores(module))
+            group = self.group(module)
+            if group is None or group.packed != packed:
+                raise headers.error(
+                    f"{data} is {dtype_of(info)}{info.where}, but no group of "
+                    f"quantization_config.config_groups says that {module} is stored so"
+                )
+            stored = _weight(headers, module, data, group)
+            headers.add(f"{module}.weight", stored)
+            for end in _ACTIVATIONS:
+                headers.leave_out(f"{module}.{end}")
+        for end in _ENDS[1:]:
+            headers.refuse_alone(f".{end}", ".weight", "a quantised weight")
+        return headers.encoding(self)
+
+
+def _names(entry: str, module: str) -> bool:
+    if entry.startswith("re:"):
+        return re.match(entry.removeprefix("re:"), module) is not None
+    return entry == module
+
+
+def _weight(headers: Headers, module: str, data: str, group: Group) -> StoredWeight:
+    scales = f"{module}.weight_scale"
+    if group.weights == "fp8":
+        if headers.tensors[data].dtype != torch.float8_e4m3fn:
+            raise headers.unexpected(data, "float8_e4m3fn")
+        return fp8_weight(headers, data, scales, blocks=group.strategy == "block")
+    if group.weights == "mxfp4":
+        n, half = headers.matrix(data, torch.uint8)
+        k = 2 * half
+        if k % GROUP:
+            raise headers.indivisible(data, f"groups of {GROUP}", k)
+        headers.beside(scales, data, [(n, k // GROUP)], (torch.uint8, torch.float8_e8m0fnu))
+        extra = Extra(scales, "scales", lambda stored: stored.view(torch.uint8), NOT_NAN)
+        return StoredWeight((n, k), Kind.of(Mxfp4), data, as_it_is, (extra,))
+    return _integers(headers, module, data, scales, group)
+
+
+def _integers(headers: Headers, module: str, data: str, scales: str, group: Group) -> StoredWeight:
+    n, stored = headers.matrix(data, torch.int32 if group.packed else torch.int8)
+    k = stored * 32 // group.bits if group.packed else stored
+    size = k if group.group_size == PER_CHANNEL else group.group_size
+    if k % size:
+        raise headers.indivisible(data, f"groups of {size}", k)
+    shapes: list[tuple[int, ...]] = [(n, k // size)]
+    if group.strategy == "tensor":
+        shapes = [(1,), (), (1, 1)]
+    elif k == size:
+        shapes.append((n,))
+    found = headers.beside(scales, data, shapes, SCALE_DTYPES)
+    kind = group.kind(k, found.dtype)
+    if kind is None:
+        raise headers.indivisible(data, f"groups of {size}", k)
+    read = partial(_scales, groups=held_groups(kind, k))
+    extras = [Extra(scales, "scales", read, INTEGER_SCALE)]
+    shape = f"{module}.weight_shape"
+    if group.packed and shape in headers.tensors:
+        headers.beside(shape, data, [(2,)], (torch.int64, torch.int32))
+        extras.append(_shape_extra(shape, n, k))
+    if not group.symmetric:
+        zeros = f"{module}.weight_zero_point"
+        words = -(-n * group.bits // 32)
+        headers.beside(zeros, data, [(words, k // size)], (torch.int32,))
+        extras.append(Extra(zeros, "zeros", partial(_zeros, n=n, groups=held_groups(kind, k))))
+    if group.ordered and size != k:
+        g_idx = f"{module}.weight_g_idx"
+        headers.beside(g_idx, data, [(k,)], (torch.int32, torch.int64))
+        extras.append(order_extra(g_idx, k, size))
+    unpack = partial(_data, bits=group.bits) if group.packed else as_it_is
+    return StoredWeight((n, k), kind, data, unpack, tuple(extras))
+
+
+def _shape_extra(tensor: str, n: int, k: int) -> Extra:
+    def wrong(shape: Tensor) -> Tensor:
+        return torch.stack((shape[0] != n, shape[1] != k))
+
+    problem = f"dimension {{place}} is {{value}}, though the data and scales are of [{n}, {k}]"
+    return Extra(tensor, None, as_it_is, Check(wrong, problem))
+
+
+def _data(words: Tensor, order: Tensor | None, *, bits: int) -> Tensor:
+    return held(octets_of(words), bits, order)
+
+
+def _scales(stored: Tensor, *, groups: int) -> Tensor:
+    return repeated(stored.reshape(-1, 1) if stored.ndim < 2 else stored, groups)
+
+
+def _zeros(stored: Tensor, *, n: int, groups: int) -> Tensor:
+    return repeated(unpacked(stored.T, 4)[:, :n].T, groups)

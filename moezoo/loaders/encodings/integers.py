@@ -1,0 +1,105 @@
+"""Integers of 4 and 8 bits in int32 words, as GPTQ, AWQ and compressed-tensors pack them.
+
+Codes are unsigned: what stands for zero is 8 or 128 where there are no zero points.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moezoo.layers.quant.groups import GROUP_SIZES, PER_CHANNEL, pack, unpack
+from moezoo.loaders.encodings.stored import Check, Extra
+from moezoo.loaders.kinds import Kind
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def integer_kind(
+    bits: int, columns: int, group_size: int, dtype: torch.dtype, *, zeros: bool, ordered: bool
+) -> Kind | None:
+    """What groups of this size are held as, a scale repeated where ours are smaller; None where
+    there are no such groups."""
+    if group_size in (PER_CHANNEL, columns):
+        held: int | None = PER_CHANNEL
+    else:
+        held = next((size for size in GROUP_SIZES if group_size % size == 0), None)
+    if held is None or columns % bits:
+        return None
+    ordered = ordered and held != PER_CHANNEL
+    if bits == 8:
+        return Kind.int8(held, dtype, ordered=ordered)
+    return Kind.int4(held, dtype, zeros=zeros, ordered=ordered)
+
+
+def held_groups(kind: Kind, columns: int) -> int:
+    """The number of groups of that many columns."""
+    size: int = dict(kind.options)["group_size"]
+    return 1 if size == PER_CHANNEL else columns // size
+
+
+def repeated(values: Tensor, groups: int) -> Tensor:
+    """values [N, G] or [1] -> [N, groups], or [1, 1] for one number."""
+    values = values.reshape(-1, values.shape[-1] if values.ndim else 1)
+    return values.repeat_interleave(max(1, groups // values.shape[1]), 1)
+
+
+def octets_of(words: Tensor) -> Tensor:
+    """int32 [.., C] -> uint8 [.., 4 C], the lowest bits first."""
+    # Flat, since a dimension of size 1 may have any stride, which a view as bytes does not take.
+    return words.reshape(-1).view(torch.uint8).view(*words.shape[:-1], -1)
+
+
+def words_of(octets: Tensor) -> Tensor:
+    """The inverse."""
+    return octets.reshape(-1).view(torch.int32).view(*octets.shape[:-1], -1)
+
+
+def unpacked(words: Tensor, bits: int) -> Tensor:
+    """int32 [.., C] -> uint8 [.., C * 32 / bits], the lowest bits first; bits is 4 or 8."""
+    octets = octets_of(words)
+    return octets if bits == 8 else unpack(octets)
+
+
+def held(octets: Tensor, bits: int, order: Tensor | None) -> Tensor:
+    """Bytes [N, K * bits / 8] of unsigned codes, the even columns in the low halves -> the data of
+    `Int4` or `Int8`, their columns in this order."""
+    if bits == 8:
+        codes = octets if order is None else octets.index_select(1, order)
+        return (codes ^ 128).view(torch.int8)
+    if order is None:
+        return octets
+    return pack(unpack(octets).index_select(1, order))
+
+
+def order_extra(tensor: str, columns: int, group_size: int) -> Extra:
+    """The order that sorts columns by their group, which the tensor tells of each."""
+
+    def wrong(groups: Tensor) -> Tensor:
+        order = groups.argsort(stable=True)
+        expected = torch.arange(columns, device=groups.device) // group_size
+        mask = torch.empty_like(groups, dtype=torch.bool)
+        mask[order] = groups[order] != expected
+        return mask
+
+    problem = f"column {{place}} is in group {{value}}; each has {group_size} of {columns} columns"
+    return Extra(tensor, "order", _sorting, Check(wrong, problem))
+
+
+def _sorting(groups: Tensor) -> Tensor:
+    return groups.argsort(stable=True).to(torch.int32)
+
+
+def in_order_extra(tensor: str, group_size: int) -> Extra:
+    """The group of each column, where they must be in order."""
+
+    def wrong(groups: Tensor) -> Tensor:
+        columns = torch.arange(len(groups), device=groups.device)
+        return groups != columns // group_size
+
+    problem = "column {place} is in group {value}, though the config says that columns are in order"
+    return Extra(tensor, None, _sorting, Check(wrong, problem))
+
+
+def all_equal(word: int, problem: str) -> Check:
+    return Check(partial(torch.ne, other=word), problem)

@@ -1,0 +1,76 @@
+"""quant_method "mxfp4", as gpt-oss has it: experts stacked, a power of two for 32 columns.
+
+    `X_blocks`  uint8 [.., N, K / 32, 16], two numbers of E2M1 a byte, the first in the low half
+    `X_scales`  uint8 [.., N, K / 32], the exponents plus 127
+
+Where X itself is stored, its last two dimensions are the other way round.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moezoo.layers.quant import Mxfp4
+from moezoo.layers.quant.mxfp4 import GROUP, NAN
+from moezoo.loaders.encodings.stored import (
+    Check,
+    Encoding,
+    Extra,
+    Headers,
+    Scheme,
+    StoredWeight,
+    as_it_is,
+)
+from moezoo.loaders.encodings.tables import Table, entry_within
+from moezoo.loaders.kinds import Kind
+from moezoo.loaders.mapping import TensorInfo
+
+BLOCKS, SCALES = "_blocks", "_scales"
+
+NOT_NAN = Check(
+    lambda scales: scales == NAN,
+    "the scale at {place} is {value}, which stands for NaN; expected an exponent from 0 to 254",
+)
+
+
+@dataclass(frozen=True)
+class HubMxfp4(Scheme):
+    not_converted: tuple[str, ...]
+
+    @classmethod
+    def of(cls, table: Table) -> "HubMxfp4":
+        table.one_of("dequantize", False, default=False)
+        table.only(("quant_method", "dequantize", "modules_to_not_convert"))
+        return cls(tuple(table.names("modules_to_not_convert")))
+
+    def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:
+        if ".experts." not in weight or entry_within(weight, self.not_converted):
+            return None
+        return Kind.of(Mxfp4)
+
+    def encoding(self, tensors: Mapping[str, TensorInfo], name: str) -> Encoding:
+        headers = Headers(tensors, name)
+        for data in [tensor for tensor in tensors if tensor.endswith(BLOCKS)]:
+            weight = data.removesuffix(BLOCKS)
+            info = tensors[data]
+            if len(info.shape) < 3 or info.shape[-1] != GROUP // 2 or info.dtype != torch.uint8:
+                raise headers.unexpected(data, f"[.., N, K / {GROUP}, {GROUP // 2}] uint8")
+            *lead, n, groups, _ = info.shape
+            scales = f"{weight}{SCALES}"
+            headers.beside(scales, data, [info.shape[:-1]], (torch.uint8, torch.float8_e8m0fnu))
+            extra = Extra(scales, "scales", _as_bytes, NOT_NAN)
+            shape = (*lead, n, groups * GROUP)
+            stored = StoredWeight(shape, Kind.of(Mxfp4), data, _data, (extra,), transposed=True)
+            headers.add(weight, stored)
+        headers.refuse_alone(SCALES, BLOCKS, "uint8")
+        return headers.encoding(self)
+
+
+def _as_bytes(stored: Tensor) -> Tensor:
+    return stored.view(torch.uint8)
+
+
+def _data(blocks: Tensor, order: Tensor | None) -> Tensor:
+    return as_it_is(blocks).flatten(-2)

@@ -1,0 +1,219 @@
+"""How one quantised weight of a checkpoint is stored, and what all schemes need to say so.
+
+A weight is a tensor with the data and some that go with it. A scheme says of each what is taken
+from the bytes, as functions over tensors; `loaders.fill` calls them as it reads.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moezoo.errors import QuantizationError
+from moezoo.loaders.kinds import Kind
+from moezoo.loaders.mapping import TensorInfo
+
+
+class Check(NamedTuple):
+    """What must not be in a stored tensor: a mask of it, and what an error says with the `place`
+    and the `value` there."""
+
+    wrong: Callable[[Tensor], Tensor]
+    problem: str
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A tensor beside the data of a weight: `read` makes one matrix of it that of `field` in the
+    format; without a field it is looked at only."""
+
+    tensor: str
+    field: str | None
+    read: Callable[[Tensor], Tensor]
+    check: Check | None = None
+
+
+def as_it_is(stored: Tensor, *_: object) -> Tensor:
+    return stored
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A weight [.., N, K] that becomes `kind`. `unpack` makes some rows of the tensor `data`, and
+    the order of the columns if there is one, those rows or columns of the format's data.
+
+    `columns` says that rows of `data` run along K; `unit` of them are unpacked together, all where
+    None. The tensor that the plan sees is [.., K, N] where `transposed`.
+    """
+
+    shape: tuple[int, ...]
+    kind: Kind
+    data: str
+    unpack: Callable[[Tensor, Tensor | None], Tensor]
+    extras: tuple[Extra, ...]
+    columns: bool = False
+    unit: int | None = 1
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a checkpoint stores its weights: `tensors` as if none was quantised, those that are, and
+    the tensors of scales of activations, which are left out."""
+
+    scheme: "Scheme | None"
+    tensors: Mapping[str, TensorInfo]
+    weights: Mapping[str, StoredWeight]
+    left_out: Sequence[str] = ()
+
+
+class Scheme(ABC):
+    """What a quantization_config of the hub says, as far as it matters here."""
+
+    @abstractmethod
+    def encoding(self, tensors: Mapping[str, TensorInfo], name: str) -> Encoding:
+        """How the checkpoint `name` with these tensors stores its weights.
+
+        Raises `QuantizationError` naming the tensor and its file for what contradicts itself or the
+        config.
+        """
+
+    @abstractmethod
+    def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:
+        """What a weight of this name with so many columns is held as, None if it is not quantised;
+        `dtype` is the model's."""
+
+
+class Headers:
+    """The tensors of a checkpoint while a scheme takes them to pieces."""
+
+    def __init__(self, tensors: Mapping[str, TensorInfo], name: str) -> None:
+        self.tensors = tensors
+        self.name = name
+        self.plain = dict(tensors)
+        self.weights: dict[str, StoredWeight] = {}
+        self.left_out: list[str] = []
+
+    def add(self, weight: str, stored: StoredWeight) -> None:
+        """Note the weight in the place of the tensors that it is stored in."""
+        info = self.tensors[stored.data]
+        for extra in stored.extras:
+            del self.plain[extra.tensor]
+        del self.plain[stored.data]
+        *lead, n, k = stored.shape
+        shape = (*lead, k, n) if stored.transposed else (*lead, n, k)
+        # Of a dtype that any parameter takes: what is stored is not looked at any more.
+        self.plain[weight] = replace(info, shape=shape, dtype=torch.bfloat16)
+        self.weights[weight] = stored
+
+    def leave_out(self, tensor: str) -> None:
+        """A scale of activations, if the checkpoint has it."""
+        if tensor in self.plain:
+            del self.plain[tensor]
+            self.left_out.append(tensor)
+
+    def drop(self, tensor: str) -> None:
+        """One that says nothing that is not known."""
+        del self.plain[tensor]
+
+    def matrix(self, data: str, dtype: torch.dtype) -> tuple[int, int]:
+        """The shape of data that are a matrix of this dtype; raises `QuantizationError` if not."""
+        info = self.tensors[data]
+        if len(info.shape) != 2 or info.dtype != dtype:
+            raise self.unexpected(data, f"a matrix of {str(dtype).removeprefix('torch.')}")
+        rows, columns = info.shape
+        return rows, columns
+
+    def unexpected(self, tensor: str, expected: str) -> QuantizationError:
+        info = self.tensors[tensor]
+        return self.error(
+            f"{tensor} is {list(info.shape)} {dtype_of(info)}{info.where}, expected {expected}"
+        )
+
+    def indivisible(self, tensor: str, what: str, columns: int) -> QuantizationError:
+        info = self.tensors[tensor]
+        return self.error(
+            f"{tensor} {list(info.shape)}{info.where} has {columns} columns, which cannot be held "
+            f"in {what}; groups of 32, 64, 128 and multiples of them can be, if they divide them"
+        )
+
+    def beside(
+        self,
+        tensor: str,
+        weight: str,
+        shapes: Sequence[Sequence[int]],
+        dtypes: Sequence[torch.dtype],
+    ) -> TensorInfo:
+        """The tensor that goes with `weight`, of one of these shapes and dtypes.
+
+        Raises `QuantizationError` if it is not there or is another.
+        """
+        info = self.tensors[weight]
+        if tensor not in self.tensors:
+            raise self.error(
+                f"{weight} is {dtype_of(info)}{info.where} and there is no {tensor}; get the "
+                "checkpoint again"
+            )
+        found = self.tensors[tensor]
+        if found.shape not in [tuple(shape) for shape in shapes]:
+            wanted = " or ".join(str(list(shape)) for shape in shapes) or "none"
+            raise self.error(
+                f"{tensor} is {list(found.shape)}{found.where}, {weight} {list(info.shape)} takes "
+                f"{wanted}"
+            )
+        if found.dtype not in dtypes:
+            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise self.error(f"{tensor} is {dtype_of(found)}{found.where}, expected {wanted}")
+        return found
+
+    def refuse_alone(self, end: str, weight_end: str, expected: str) -> None:
+        """Raise `QuantizationError` for tensors of this end that no weight has claimed."""
+        alone = next((tensor for tensor in self.plain if tensor.endswith(end)), None)
+        if alone is not None:
+            weight = alone.removesuffix(end) + weight_end
+            there = weight in self.tensors
+            what = f"is {dtype_of(self.tensors[weight])}" if there else "is not there"
+            raise self.error(
+                f"{alone}{self.tensors[alone].where} holds scales of {weight}, which {what}, "
+                f"expected {expected}; get the checkpoint again"
+            )
+
+    def refuse_kept(self, tensor: str, entry: str | None) -> None:
+        """Raise `QuantizationError` for a quantised tensor that the config says is not."""
+        if entry is not None:
+            info = self.tensors[tensor]
+            raise self.error(
+                f"{tensor} is {dtype_of(info)}{info.where}, but the quantization_config says that "
+                f"{entry} is not quantised; get the config.json that belongs to these weights"
+            )
+
+    def error(self, message: str) -> QuantizationError:
+        return QuantizationError(f"{self.name}: {message}")
+
+    def encoding(self, scheme: Scheme) -> Encoding:
+        return Encoding(scheme, self.plain, self.weights, self.left_out)
+
+
+def dtype_of(info: TensorInfo) -> str:
+    return str(info.dtype).removeprefix("torch.")
+
+
+def not_a_scale(scales: Tensor) -> Tensor:
+    """True for what integers cannot be multiplied by."""
+    return ~(scales.isfinite() & (scales != 0))
+
+
+def not_positive(scales: Tensor) -> Tensor:
+    scales = scales.float()
+    return ~(scales.isfinite() & (scales > 0))
+
+
+FLOAT_SCALE = Check(
+    not_positive, "the scale of block {place} is {value}; it must be finite and positive"
+)
+INTEGER_SCALE = Check(
+    not_a_scale, "the scale at {place} is {value}; it must be finite and not zero"
+)

@@ -1,0 +1,70 @@
+"""Reading a quantization_config: what is known, what is asked of it, what is refused."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+from moezoo.errors import QuantizationError
+
+
+class Table:
+    """The quantization_config of the checkpoint `name`, or a table in it."""
+
+    def __init__(self, given: Mapping[str, Any], name: str, path: str = "") -> None:
+        self.given = given
+        self.name = name
+        self.path = path
+
+    def refuse(self, field: str, expected: str) -> NoReturn:
+        """Raise `QuantizationError` that names the field, what it is and what is loaded."""
+        raise QuantizationError(
+            f"{self.name}: quantization_config.{self.path}{field} is {self.given.get(field)!r}; "
+            f"this release loads {expected}; take another checkpoint of the model"
+        )
+
+    def one_of(self, field: str, *known: object, default: object = None) -> Any:
+        """The value of a field, refused if it is none of these; None is the default."""
+        value = self.given.get(field)
+        value = default if value is None else value
+        if value not in known:
+            self.refuse(field, " or ".join(repr(k) for k in known))
+        return value
+
+    def only(self, known: Iterable[str]) -> None:
+        """Refuse fields that are not known and say something."""
+        names = set(known)
+        for field, value in self.given.items():
+            if field not in names and value:
+                self.refuse(field, "none of that name")
+
+    def names(self, field: str) -> list[str]:
+        names = self.given.get(field) or []
+        if isinstance(names, str) or not all(isinstance(module, str) for module in names):
+            self.refuse(field, "a list of names")
+        return list(names)
+
+    def table(self, field: str) -> "Table":
+        value = self.given.get(field)
+        if not isinstance(value, Mapping):
+            self.refuse(field, "a table there")
+        return Table(value, self.name, f"{self.path}{field}.")
+
+    def size(self, field: str) -> int:
+        """A number of columns, -1 for all of them."""
+        value = self.given.get(field)
+        if type(value) is not int or value == 0 or value < -1:
+            self.refuse(field, "a number of columns, or -1 for all")
+        return value
+
+
+def entry_above(tensor: str, modules: Iterable[str]) -> str | None:
+    """The one of these modules that `tensor` is in, or is."""
+    kept = modules if isinstance(modules, (set, frozenset)) else set(modules)
+    parts = tensor.split(".")
+    above = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return next((module for module in above if module in kept), None)
+
+
+def entry_within(tensor: str, entries: Iterable[str]) -> str | None:
+    """The one of these entries that is a part of the tensor's name, of whole words between dots."""
+    name = f".{tensor}."
+    return next((entry for entry in entries if f".{entry.strip('.')}." in name), None)

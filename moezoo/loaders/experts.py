@@ -1,0 +1,169 @@
+"""The experts of a model: which of them are held quantised, and where their pieces lie then.
+
+Legend: H hidden, I expert intermediate, E experts, N rows, K columns.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import reduce
+
+import torch
+from torch import nn
+
+from moezoo.errors import QuantizationError
+from moezoo.layers.moe import FusedMoE
+from moezoo.layers.quant.groups import GROUP_SIZES
+from moezoo.loaders.encodings import Encoding
+from moezoo.loaders.kinds import Kind
+from moezoo.loaders.mapping import Copy, Index, ParameterInfo
+from moezoo.loaders.quantization import INT4, Quantization
+
+_log = logging.getLogger(__name__)
+
+EXPERTS = ("w13", "w2")
+"""The parameters of a `FusedMoE` that are quantised."""
+
+
+def experts_of(module: nn.Module) -> dict[str, FusedMoE]:
+    """The names of the experts' parameters in `module` and the layer that has each."""
+    return {
+        f"{name}.{attribute}" if name else attribute: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, FusedMoE)
+        for attribute in EXPERTS
+    }
+
+
+def parts_shape(layer: FusedMoE, name: str) -> tuple[int, ...]:
+    """The shape of w13 or w2 in `QuantizedWeights`."""
+    num_experts, hidden_size, intermediate_size = layer.w2.shape
+    if name.endswith("w2"):
+        return (num_experts, hidden_size, intermediate_size)
+    return (num_experts, 2, intermediate_size, hidden_size)
+
+
+def parts_index(index: Index, shape: Sequence[int]) -> Index:
+    """The place in `QuantizedWeights` of this shape of what is parameter[index] of [E, 2I, H]."""
+    if len(index) < 2 or len(shape) == 3:
+        return index
+    part = index[1]
+    assert isinstance(part, slice), "the rows of gate or up"
+    return (index[0], part.start // shape[2])
+
+
+def has_both(index: Index, shape: Sequence[int]) -> bool:
+    """Whether what is parameter[index] has gate and up."""
+    return len(shape) == 4 and len(index) == 1
+
+
+def quantized_experts(
+    module: nn.Module, copies: Sequence[Copy], encoding: Encoding, asked: Quantization | None
+) -> dict[str, Kind]:
+    """The experts' parameters that become `QuantizedWeights`, and the kind of each.
+
+    All of a model, where the checkpoint is not quantised and it is asked for; else those of the
+    layers that the checkpoint has wholly in one format, all experts alike. Raises
+    `QuantizationError` for columns that a format does not have, and where a checkpoint that is
+    quantised is asked for in another format.
+    """
+    owners = experts_of(module)
+    by_target: dict[str, list[Copy]] = {name: [] for name in owners}
+    for copy in copies:
+        if copy.target in by_target:
+            by_target[copy.target].append(copy)
+    if encoding.scheme is None:
+        return {} if asked is None else _on_the_fly(owners, by_target, encoding, asked)
+    kinds = {
+        name: _stored_kind(by_target[name], encoding, parts_shape(layer, name))
+        for name, layer in owners.items()
+    }
+    formats: dict[FusedMoE, set[type | None]] = {layer: set() for layer in owners.values()}
+    for name, layer in owners.items():
+        kind = kinds[name]
+        formats[layer].add(None if kind is None else kind.format)
+    whole = {
+        name: kind
+        for name, kind in kinds.items()
+        if kind is not None and len(formats[owners[name]]) == 1
+    }
+    found = sorted({kind.format.name for kind in whole.values()})
+    if asked is not None and any(name != asked.type for name in found):
+        raise QuantizationError(
+            f"the checkpoint has its experts in {' and '.join(found)} already, so they cannot be "
+            f"asked for in {asked.type}; leave quantization None, or take the 16-bit checkpoint"
+        )
+    return whole
+
+
+def _on_the_fly(
+    owners: Mapping[str, FusedMoE],
+    by_target: Mapping[str, Sequence[Copy]],
+    encoding: Encoding,
+    asked: Quantization,
+) -> dict[str, Kind]:
+    kinds = {}
+    smaller: dict[int, list[str]] = {}
+    for name, layer in owners.items():
+        columns = parts_shape(layer, name)[-1]
+        dtype = source_dtype(by_target[name], encoding)
+        kinds[name] = kind = asked.recipe(name, columns, dtype).kind
+        size = dict(kind.options).get("group_size", 0)
+        if asked.type == INT4 and asked.group_size is None and 0 < size < GROUP_SIZES[0]:
+            smaller.setdefault(size, []).append(name)
+    for size, names in smaller.items():
+        _log.warning(
+            "%s: groups of %d columns in %d weights such as %s, the largest that divide them",
+            *(asked.type, size, len(names), names[0]),
+        )
+    return kinds
+
+
+def source_dtype(copies: Sequence[Copy], encoding: Encoding) -> torch.dtype:
+    """That of the tensors that make a parameter, the finest if they differ."""
+    return reduce(torch.promote_types, (encoding.tensors[copy.source].dtype for copy in copies))
+
+
+def _stored_kind(copies: Sequence[Copy], encoding: Encoding, shape: Sequence[int]) -> Kind | None:
+    """The kind that all the tensors of a parameter have, if they can be held as they are."""
+    kinds = set()
+    for copy in copies:
+        stored = encoding.weights.get(copy.source)
+        if stored is None or stored.transposed != ("transpose" in copy.view):
+            return None
+        interleaved = "deinterleave" in copy.view
+        if "unflatten" in copy.view or (interleaved and stored.columns):
+            return None
+        rows = stored.kind.rows_per_scale
+        if has_both(copy.target_index, shape) and (shape[2] % rows or (interleaved and rows > 1)):
+            return None
+        kinds.add(stored.kind)
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def quantized_infos(
+    module: nn.Module, infos: Mapping[str, ParameterInfo], quantized: Mapping[str, Kind]
+) -> dict[str, ParameterInfo]:
+    """The parameters of `module`, with the tensors of their format for those that are quantised."""
+    owners = experts_of(module)
+    found = {}
+    for name, info in infos.items():
+        if name not in quantized:
+            found[name] = info
+            continue
+        weights = quantized[name].on_meta(*parts_shape(owners[name], name))
+        for field, tensor in weights.tensors().items():
+            if tensor is not None:
+                found[f"{name}.{field}"] = ParameterInfo(tuple(tensor.shape), tensor.dtype)
+    return found
+
+
+def quantize_on_meta(module: nn.Module, quantized: Mapping[str, Kind]) -> None:
+    """Put `QuantizedWeights` in the place of these parameters, and take no more gradients."""
+    names: dict[FusedMoE, list[str]] = {}
+    for name, layer in experts_of(module).items():
+        if name in quantized:
+            names.setdefault(layer, []).append(name)
+    for layer, both in names.items():
+        layer.quantize_(*(quantized[name].on_meta(*parts_shape(layer, name)) for name in both))
+    if quantized:
+        module.requires_grad_(False)

@@ -1,0 +1,82 @@
+"""A format of quantised weights with the choices that decide the shapes of its tensors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moezoo.layers.quant import BlockFp8, Format, Int4, Int8, Mxfp4
+from moezoo.layers.quant.fp8 import BLOCK
+from moezoo.layers.quant.groups import PER_CHANNEL
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A format and the options of its `on_meta`; weights of one kind can be stacked."""
+
+    format: type[Format]
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, format: type[Format], **options: Any) -> "Kind":
+        return cls(format, tuple(sorted(options.items())))
+
+    @classmethod
+    def int8(cls, group_size: int, dtype: torch.dtype, *, ordered: bool = False) -> "Kind":
+        """`dtype` is that of the scales."""
+        return cls.of(Int8, group_size=group_size, dtype=dtype, ordered=ordered)
+
+    @classmethod
+    def int4(
+        cls, group_size: int, dtype: torch.dtype, *, zeros: bool = False, ordered: bool = False
+    ) -> "Kind":
+        return cls.of(Int4, group_size=group_size, dtype=dtype, zeros=zeros, ordered=ordered)
+
+    def on_meta(self, *shape: int) -> Format:
+        """A weight [.., N, K] of this kind, without memory or values."""
+        make: Callable[..., Format] = self.format.on_meta  # type: ignore[attr-defined]
+        weight = make(*shape, **dict(self.options))
+        return weight
+
+    def quantize(self, w: Tensor) -> Format:
+        """w [.., N, K] quantised so; NaN and Inf are left to `Format.check_values`."""
+        options = dict(self.options)
+        dtype = options.pop("dtype", w.dtype)
+        options.pop("ordered", None)
+        weight: Format = self.format.quantize_unchecked(w.to(dtype), **options)
+        return weight
+
+    @property
+    def described(self) -> str:
+        """The format and what has a scale, for a report."""
+        options = dict(self.options)
+        if self.format is BlockFp8:
+            what = f"in blocks of {BLOCK} x {BLOCK}"
+        elif options.get("group_size", PER_CHANNEL) == PER_CHANNEL:
+            what = "in groups of 32" if self.format is Mxfp4 else "with a scale a row"
+        else:
+            what = f"in groups of {options['group_size']}"
+        return (
+            f"{self.format.name} {what}"
+            f"{', with zero points' * bool(options.get('zeros'))}"
+            f"{', columns in an order of their own' * self.ordered}"
+        )
+
+    @property
+    def rows_per_scale(self) -> int:
+        """Rows of data that go with one row of scales."""
+        return BLOCK if self.format is BlockFp8 else 1
+
+    @property
+    def columns_a_number(self) -> int:
+        """Columns in one element of data."""
+        return 2 if self.format in (Int4, Mxfp4) else 1
+
+    def unordered(self) -> "Kind":
+        return Kind.of(self.format, **dict(self.options) | {"ordered": False})
+
+    @property
+    def ordered(self) -> bool:
+        return bool(dict(self.options).get("ordered"))

@@ -1,0 +1,76 @@
+"""Room for weights: whether a device has it, and tensors that are filled later."""
+
+import mmap
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from math import prod
+
+import torch
+
+from moezoo.errors import MoEOutOfMemoryError
+from moezoo.loaders.mapping import ParameterInfo
+
+_HUGE_PAGE = 2 << 20
+
+
+def check_memory(wanted: Mapping[str, ParameterInfo], device: torch.device, name: str) -> None:
+    """Raise `MoEOutOfMemoryError` if `device` has too little free memory for these weights."""
+    free = _free_memory(device)
+    if free is None or _nbytes(wanted) <= free:
+        return
+    need, slim = _nbytes(wanted), _nbytes(wanted, 2)
+    host = _free_memory(torch.device("cpu"))
+    if slim <= free:
+        advice = f"with dtype=torch.bfloat16 they take {_gib(slim)} and fit"
+    elif device.type == "cuda" and host is not None and need <= host:
+        advice = f"device='cpu' has {_gib(host)} free and would fit them"
+    else:
+        advice = f"in 16 bit they fit a device with {_gib(slim)} free"
+    raise MoEOutOfMemoryError(
+        f"the weights of {name} take {_gib(need)}, {device} has {_gib(free)} free; {advice}"
+    )
+
+
+def _nbytes(wanted: Mapping[str, ParameterInfo], widest: int = 8) -> int:
+    return sum(prod(info.shape) * min(info.dtype.itemsize, widest) for info in wanted.values())
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / (1 << 30):.2f} GiB"
+
+
+def _free_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + cached
+    with suppress(OSError), open("/proc/meminfo") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def allocate(wanted: Mapping[str, ParameterInfo], device: torch.device) -> dict[str, torch.Tensor]:
+    try:
+        return {name: _empty(info, device) for name, info in wanted.items()}
+    except (torch.OutOfMemoryError, OSError) as error:
+        raise MoEOutOfMemoryError(
+            f"the weights take {_gib(_nbytes(wanted))} on {device}: {error}"
+        ) from error
+
+
+def _empty(info: ParameterInfo, device: torch.device) -> torch.Tensor:
+    """Uninitialised memory; large tensors on the CPU lie in huge pages.
+
+    Most of the time to fill fresh memory goes into page faults, and huge pages need 512 times
+    fewer.
+    """
+    nbytes = prod(info.shape) * info.dtype.itemsize
+    if device.type != "cpu" or nbytes < _HUGE_PAGE or sys.platform != "linux":
+        return torch.empty(info.shape, dtype=info.dtype, device=device)
+    memory = mmap.mmap(-1, nbytes)
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=info.dtype).view(info.shape)

@@ -1,0 +1,226 @@
+"""What a user may ask for: the experts of a checkpoint quantised while it loads."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moezoo.errors import QuantizationError
+from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Mxfp4
+from moezoo.layers.quant.fp8 import BLOCK
+from moezoo.layers.quant.groups import (
+    GROUP_SIZES,
+    PER_CHANNEL,
+    SCALE_DTYPES,
+    default_group_size,
+)
+from moezoo.layers.quant.mxfp4 import GROUP
+from moezoo.loaders.kinds import Kind
+
+FP8, INT8, INT4, MXFP4 = "fp8_w8a8", "int8_w8a16", "int4_w4a16", "mxfp4"
+
+_FIELDS = {
+    FP8: ("granularity", "block_size"),
+    INT8: ("group_size", "per_channel"),
+    INT4: ("group_size", "per_channel", "block_size", "symmetric"),
+    MXFP4: (),
+}
+
+
+class Recipe(NamedTuple):
+    """How matrices of one shape are quantised."""
+
+    kind: Kind
+    quantize: Callable[[Tensor], Format]
+    """Of rows [n, K] that have scales of their own; NaN and Inf make scales that cannot be."""
+    rows: int | None
+    """Rows that are quantised together; None is all of a matrix."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the experts are held. `type` and what may be chosen with it:
+
+    * "fp8_w8a8": `granularity` "block" (the default: a scale for 128 x 128 weights, which is
+      `block_size`), "channel" or "tensor".
+    * "int8_w8a16": a scale per output channel, or per `group_size` columns.
+    * "int4_w4a16": a scale per `group_size` columns, by default the largest of 128, 64 and 32 that
+      divides them; or `per_channel`; or `block_size` [n, g], a scale for g columns of n rows.
+      `symmetric=False` gives each a zero point.
+    * "mxfp4": nothing.
+
+    Raises `ValueError` for what there is not, or not together.
+    """
+
+    type: str = FP8
+    granularity: str | None = None
+    block_size: Sequence[int] | None = None
+    group_size: int | None = None
+    per_channel: bool = False
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.type not in _FIELDS:
+            known = ", ".join(map(repr, _FIELDS))
+            raise ValueError(f"quantization type is {self.type!r}, expected one of {known}")
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            if value != field.default and field.name not in _FIELDS[self.type]:
+                raise ValueError(
+                    f"{field.name}={value!r} is not for {self.type}, which has "
+                    f"{' and '.join(_FIELDS[self.type]) or 'no choices'}"
+                )
+        for name in ("per_channel", "symmetric"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected True or False")
+        self._check_sizes()
+        if self.type == FP8:
+            self._check_fp8()
+        given = [n for n in ("group_size", "per_channel", "block_size") if getattr(self, n)]
+        if self.type != FP8 and len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} contradict each other: give one")
+
+    def _check_sizes(self) -> None:
+        block, group = self.block_size, self.group_size
+        if group is not None and group not in GROUP_SIZES:
+            raise ValueError(
+                f"group_size is {group!r}, expected one of {list(GROUP_SIZES)}, or per_channel=True"
+            )
+        if block is None:
+            return
+        if (
+            not isinstance(block, Sequence)
+            or len(block) != 2
+            or not all(type(n) is int and n > 0 for n in block)
+        ):
+            raise ValueError(f"block_size is {block!r}, expected two sizes such as [128, 128]")
+        if self.type == INT4 and block[1] not in GROUP_SIZES:
+            raise ValueError(
+                f"block_size is {list(block)}, expected [n, g] with g one of {list(GROUP_SIZES)}"
+            )
+        object.__setattr__(self, "block_size", tuple(block))
+
+    def _check_fp8(self) -> None:
+        chosen = self.granularity or "block"
+        if chosen not in ("block", "channel", "tensor"):
+            raise ValueError(
+                f"granularity is {self.granularity!r}, expected 'block', 'channel' or 'tensor'"
+            )
+        if chosen != "block" and self.block_size is not None:
+            raise ValueError(f"granularity {chosen!r} and block_size contradict each other")
+        if self.block_size not in (None, (BLOCK, BLOCK)):
+            raise ValueError(
+                f"block_size is {self.block_size!r}, expected [{BLOCK}, {BLOCK}] for {FP8}"
+            )
+        object.__setattr__(self, "granularity", chosen)
+        if chosen == "block":
+            object.__setattr__(self, "block_size", (BLOCK, BLOCK))
+
+    @classmethod
+    def of(cls, value: object) -> "Quantization | None":
+        """Of a name, a dict or a `Quantization`; None stays None."""
+        if value is None or isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        if not isinstance(value, Mapping):
+            raise ValueError(
+                f"quantization is {value!r}, expected None, a name such as {FP8!r}, a dict or"
+                " a moezoo.Quantization"
+            )
+        given = dict(value)
+        if "type" not in given:
+            raise ValueError(f"quantization {value!r} has no 'type', such as {FP8!r}")
+        if "block_shape" in given:
+            if "block_size" in given:
+                raise ValueError(f"quantization {value!r} has block_size and block_shape: give one")
+            given["block_size"] = given.pop("block_shape")
+        known = [field.name for field in fields(cls)]
+        for key in given:
+            if key not in known:
+                raise ValueError(
+                    f"quantization has an unknown key {key!r}; known are {', '.join(known)}"
+                )
+        return cls(**given)
+
+    def recipe(self, name: str, columns: int, dtype: torch.dtype) -> Recipe:
+        """For matrices of `name` with so many columns, whose weights are of `dtype`.
+
+        Raises `QuantizationError` naming them where the format has no such columns.
+        """
+        scales = dtype if dtype in SCALE_DTYPES else torch.float32
+        if self.type == FP8 and self.granularity == "block":
+            return _recipe(Kind.of(BlockFp8), BLOCK)
+        if self.type == FP8:
+            if self.granularity == "channel":
+                return _recipe(Kind.of(ChannelFp8))
+            quantize = partial(ChannelFp8.quantize_unchecked, granularity="tensor")
+            return Recipe(Kind.of(ChannelFp8), quantize, None)
+        if self.type == MXFP4:
+            self._require(name, columns, GROUP)
+            return _recipe(Kind.of(Mxfp4))
+        group = self._group_size(name, columns)
+        if self.type == INT8:
+            return _recipe(Kind.int8(group, scales))
+        kind = Kind.int4(group, scales, zeros=not self.symmetric)
+        if self.block_size is None:
+            return _recipe(kind)
+        n = self.block_size[0]
+        return Recipe(kind, partial(_in_blocks, kind=kind, rows=n, group=group), n)
+
+    def _group_size(self, name: str, columns: int) -> int:
+        if self.type == INT4:
+            self._require(name, columns, 2)
+        chosen = self.block_size[1] if self.block_size is not None else self.group_size
+        if chosen is not None:
+            self._require(name, columns, chosen)
+            return chosen
+        if self.per_channel or self.type == INT8:
+            return PER_CHANNEL
+        try:
+            return default_group_size(columns)
+        except QuantizationError:
+            raise QuantizationError(
+                f"{name}: none of the group sizes {list(GROUP_SIZES)} divides its {columns} "
+                f"columns; {{'type': {self.type!r}, 'per_channel': True}} has one scale a row"
+            ) from None
+
+    def _require(self, name: str, columns: int, group: int) -> None:
+        if columns % group:
+            fits = [size for size in GROUP_SIZES if columns % size == 0]
+            advice = f"groups of {fits[0]} do" if fits else f"{INT8!r} takes any number of them"
+            raise QuantizationError(
+                f"{name}: groups of {group}, as {self.type} has them, do not divide its {columns} "
+                f"columns; {advice}"
+            )
+
+
+def _recipe(kind: Kind, rows: int = 1) -> Recipe:
+    return Recipe(kind, kind.quantize, rows)
+
+
+def _in_blocks(w: Tensor, *, kind: Kind, rows: int, group: int) -> Int4:
+    """w [N, K] -> Int4 with one scale and zero for `rows` rows of `group` columns; the last block
+    of rows may be smaller."""
+    n, k = w.shape
+    options = dict(kind.options)
+    w, zeros = w.to(options["dtype"]), options["zeros"]
+    blocks = []
+    for part, size in zip(w.split(n - n % rows or n), (rows, n % rows), strict=False):
+        size = min(size, n)
+        tiles = part.unflatten(0, (-1, size)).unflatten(-1, (-1, group)).transpose(1, 2)
+        flat = Int4.quantize_unchecked(tiles.flatten(-2), group_size=PER_CHANNEL, zeros=zeros)
+        data = flat.data.unflatten(-1, (size, -1)).transpose(1, 2).reshape(len(part), k // 2)
+        spread = [
+            None if t is None else t.squeeze(-1).repeat_interleave(size, 0)
+            for t in (flat.scales, flat.zeros)
+        ]
+        blocks.append((data, *spread))
+    data, scales, zero = (
+        None if parts[0] is None else torch.cat(parts) for parts in zip(*blocks, strict=True)
+    )
+    assert data is not None and scales is not None
+    return Int4(data, scales, zero)

@@ -1,0 +1,232 @@
+"""The weights of a checkpoint in a module that was built on meta: planned, checked, read in."""
+
+import logging
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from moezoo.layers.moe.experts_fp8 import require_fp8
+from moezoo.layers.quant.fp8 import BLOCK_FP8
+from moezoo.loaders.checkpoint import Checkpoint, Location
+from moezoo.loaders.encodings import Encoding, encoding_of
+from moezoo.loaders.experts import (
+    experts_of,
+    quantize_on_meta,
+    quantized_experts,
+    quantized_infos,
+    source_dtype,
+)
+from moezoo.loaders.fill import Filling, drop_trivial_orders
+from moezoo.loaders.kinds import Kind
+from moezoo.loaders.mapping import (
+    Copy,
+    ParameterInfo,
+    Rule,
+    Skip,
+    parameter_infos,
+    skeleton_of,
+)
+from moezoo.loaders.memory import allocate, check_memory
+from moezoo.loaders.plan import Plan, plan
+from moezoo.loaders.quantization import Quantization
+
+_log = logging.getLogger(__name__)
+
+
+def load_weights(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    rules: Sequence[Rule | Skip],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    experts: Sequence[int] | None = None,
+    quantization: Quantization | None = None,
+    progress: bool = False,
+) -> None:
+    """Give `module`, built on the meta device, the weights of `checkpoint` by `rules`.
+
+    Parameters and persistent buffers come to `device`, floating ones as `dtype` but for those that
+    their module names in `keep_dtype`. `experts` are the ids that this rank owns, in the order of
+    its rows. Weights that the module shares are loaded once and stay shared.
+
+    With `quantization` the experts of a checkpoint that is not quantised become `QuantizedWeights`;
+    so do those that are stored quantised, and other quantised weights are dequantised. A module
+    with quantised experts needs no gradient.
+
+    Raises `CheckpointError` for what does not fit or cannot be read, `QuantizationError` for what
+    is wrong with quantised weights, and `MoEOutOfMemoryError` before any allocation; the module is
+    then still on meta, and no memory is held.
+    """
+    planned = plan_weights(
+        module,
+        checkpoint,
+        rules,
+        dtype=dtype,
+        experts=experts,
+        quantization=quantization,
+    )
+    require_device(planned.quantized, device)
+    check_memory(planned.wanted, device, checkpoint.name)
+    report(module, planned)
+    locations = checkpoint.fetch(sources_of(planned), progress=progress)
+    try:
+        tensors = read_copies(checkpoint, planned, locations, device=device, progress=progress)
+    except BaseException as error:
+        # The frames of the traceback hold the tensors for as long as anybody keeps the error.
+        _clear_frames(error)
+        raise
+    quantize_on_meta(module, drop_trivial_orders(tensors, planned.quantized))
+    place(module, tensors)
+
+
+class Planned(NamedTuple):
+    """What a module wants and how it comes there."""
+
+    wanted: dict[str, ParameterInfo]
+    plan: Plan
+    encoding: Encoding
+    quantized: dict[str, Kind]
+    """The experts' parameters that become `QuantizedWeights`."""
+    asked: Quantization | None
+
+
+def sources_of(planned: Planned) -> set[str]:
+    """The tensors to read."""
+    found = set()
+    for copy in planned.plan.copies:
+        stored = planned.encoding.weights.get(copy.source)
+        if stored is None:
+            found.add(copy.source)
+        else:
+            found.update((stored.data, *(extra.tensor for extra in stored.extras)))
+    return found
+
+
+def plan_weights(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    rules: Sequence[Rule | Skip],
+    *,
+    dtype: torch.dtype,
+    experts: Sequence[int] | None = None,
+    quantization: Quantization | None = None,
+) -> Planned:
+    """All that can be refused without a weight, whatever the device."""
+    encoding = own_encoding(checkpoint)
+    plain = parameter_infos(module, dtype)
+    chosen = plan(rules, encoding.tensors, plain, experts=experts, name=checkpoint.name)
+    quantized = quantized_experts(module, chosen.copies, encoding, quantization)
+    wanted = quantized_infos(module, plain, quantized)
+    return Planned(wanted, chosen, encoding, quantized, quantization)
+
+
+def require_device(quantized: Mapping[str, Kind], device: torch.device) -> None:
+    if any(kind.format.name == BLOCK_FP8 for kind in quantized.values()):
+        require_fp8(device)
+
+
+def report(module: nn.Module, planned: Planned) -> None:
+    """Log what of the checkpoint is not held as it is stored."""
+    encoding, copies = planned.encoding, planned.plan.copies
+    for skip, names in planned.plan.skipped.items():
+        _log.warning("%s: %d tensors not loaded: %s", skip.pattern, len(names), skip.reason)
+    if encoding.left_out:
+        _log.warning(
+            "%s and such: %d static scales of activations not loaded: activations are quantised "
+            "as they come, or not at all",
+            *(encoding.left_out[0], len(encoding.left_out)),
+        )
+    experts = experts_of(module)
+    stored = {copy.target for copy in copies if copy.source in encoding.weights}
+    for name in sorted(stored & experts.keys() - planned.quantized.keys()):
+        _log.warning(
+            "%s: dequantised, since the checkpoint does not have all experts of this layer in one "
+            "format, or has blocks that gate and up share",
+            name,
+        )
+    dense = [
+        copy.source
+        for copy in copies
+        if copy.source in encoding.weights and copy.target not in experts
+    ]
+    if dense:
+        kinds = sorted({skeleton_of(name)[0].replace("#", "*") for name in dense})
+        _log.warning("%d weights dequantised: %s", len(dense), ", ".join(kinds))
+
+
+def own_encoding(checkpoint: Checkpoint) -> Encoding:
+    """How the checkpoint stores its weights; raises `QuantizationError` for what is not loaded."""
+    return encoding_of(
+        checkpoint.config.get("quantization_config"), checkpoint.tensors, checkpoint.name
+    )
+
+
+def read_copies(
+    checkpoint: Checkpoint,
+    planned: Planned,
+    locations: Mapping[str, Location],
+    *,
+    device: torch.device,
+    progress: bool,
+) -> dict[str, torch.Tensor]:
+    """The wanted tensors on `device`, read from the files."""
+    tensors = allocate(planned.wanted, device)
+    filling = Filling(checkpoint, planned.encoding, locations, device)
+    for name, copies in _by_target(planned.plan.copies).items():
+        kind = planned.quantized.get(name)
+        if kind is None:
+            for copy in copies:
+                if copy.source in planned.encoding.weights:
+                    filling.dequantize(copy, tensors[name])
+                else:
+                    filling.copy(copy, tensors[name])
+            continue
+        fields = fields_of(tensors, name)
+        for copy in copies:
+            if copy.source in planned.encoding.weights:
+                filling.unpack(copy, fields)
+            else:
+                assert planned.asked is not None
+                columns = fields["data"].shape[-1] * kind.columns_a_number
+                dtype = source_dtype(copies, planned.encoding)
+                filling.quantize(copy, fields, planned.asked.recipe(name, columns, dtype))
+    filling.run(progress=progress)
+    return tensors
+
+
+def _by_target(copies: Sequence[Copy]) -> dict[str, list[Copy]]:
+    found: dict[str, list[Copy]] = {}
+    for copy in copies:
+        found.setdefault(copy.target, []).append(copy)
+    return found
+
+
+def fields_of(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """The tensors of the quantised weights of this name."""
+    start = f"{name}."
+    return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def place(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put `tensors` where `module` has the parameters and buffers of these names."""
+    placed: dict[int, torch.Tensor] = {}
+    for name, old in module.state_dict(keep_vars=True).items():
+        if id(old) not in placed:
+            tensor = tensors[name]
+            if isinstance(old, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
+            placed[id(old)] = tensor
+        owner, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, placed[id(old)])
+    for name, buffer in module.named_buffers():
+        assert not buffer.is_meta, f"{name} is not persistent, so nothing says what is in it"

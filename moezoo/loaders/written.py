@@ -1,0 +1,314 @@
+"""What a model is written as: the tensors of a checkpoint, and what its config says of those that
+are quantised. The inverse of `loaders.encodings`. Nothing here opens a file.
+
+Experts all in block fp8 are written as `quant_method` "fp8"; those in mxfp4 as "mxfp4" where an
+architecture stores experts in one tensor; all else as "compressed-tensors".
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moezoo.errors import QuantizationError
+from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4, QuantizedWeights
+from moezoo.layers.quant.fp8 import BLOCK
+from moezoo.layers.quant.groups import pack, unpack
+from moezoo.layers.quant.mxfp4 import GROUP
+from moezoo.loaders.encodings import fp8, mxfp4
+from moezoo.loaders.encodings.integers import words_of
+from moezoo.loaders.experts import has_both, parts_index
+from moezoo.loaders.mapping import (
+    Copy,
+    ParameterInfo,
+    Rule,
+    Skip,
+    layout,
+    parameter_infos,
+    stored_order,
+    stored_shape,
+)
+
+
+class Written(NamedTuple):
+    """A tensor of a checkpoint, of the parameter `target`; `make` gives it, contiguous or not."""
+
+    name: str
+    target: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+
+def written_tensors(
+    module: nn.Module, rules: Sequence[Rule | Skip], state: Mapping[str, Tensor] | None = None
+) -> list[Written]:
+    """The tensors to write for `module`, in the order of its parameters. With `state`, those of the
+    parameters that it has, which are taken from it.
+
+    Raises `QuantizationError` for quantised weights that no layout of the hub has.
+    """
+    weights = dict(_quantized_weights(module))
+    method = _method(module, rules)
+    values = module.state_dict() if state is None else state
+    found: list[Written] = []
+    for copy in layout(rules, _infos(module)):
+        if copy.target in weights:
+            held = weights[copy.target]
+            names = {field: f"{copy.target}.{field}" for field in held.keep_dtype}
+            tensors: dict[str, Any] = {field: values.get(name) for field, name in names.items()}
+            if tensors["data"] is not None:
+                found.extend(_quantized(copy, held.format(**tensors), method))
+        elif copy.target in values:
+            part = values[copy.target][copy.target_index]
+            shape = stored_shape(part.shape, copy.view)
+            make = partial(stored_order, part, copy.view)
+            found.append(Written(copy.source, copy.target, shape, part.dtype, make))
+    return found
+
+
+def hub_config(module: nn.Module, rules: Sequence[Rule | Skip]) -> dict[str, Any] | None:
+    """The quantization_config of `module`, whose values may be on meta; None if it has none."""
+    weights = dict(_quantized_weights(module))
+    if not weights:
+        return None
+    infos = _infos(module)
+    copies = layout(rules, infos)
+    plain = sorted(
+        {
+            copy.source.removesuffix(".weight")
+            for copy in copies
+            if copy.target not in weights and len(infos[copy.target].shape) > 1
+        }
+    )
+    method = _method(module, rules)
+    if method == "compressed-tensors":
+        return _compressed(copies, weights, plain)
+    kept = sorted({re.sub(r"\.experts\..*", ".experts", name) for name in plain})
+    if method == "mxfp4":
+        return {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+        "modules_to_not_convert": kept,
+    }
+
+
+def describe_(config: Any, module: nn.Module, rules: Sequence[Rule | Skip]) -> None:
+    """Let a transformers config say what of `module` is quantised, as a checkpoint of it would."""
+    described = hub_config(module, rules)
+    if described is not None:
+        config.quantization_config = described
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config
+
+
+def _quantized_weights(module: nn.Module) -> Iterator[tuple[str, QuantizedWeights]]:
+    for name, child in module.named_modules():
+        if isinstance(child, QuantizedWeights):
+            yield name, child
+
+
+def _infos(module: nn.Module) -> dict[str, ParameterInfo]:
+    """The parameters as if none was quantised."""
+    weights = dict(_quantized_weights(module))
+    infos = {}
+    for name, info in parameter_infos(module).items():
+        owner = name.rpartition(".")[0]
+        if owner not in weights:
+            infos[name] = info
+        elif owner not in infos:
+            *lead, n, k = weights[owner].shape
+            rows = n if len(lead) == 1 else lead[1] * n
+            infos[owner] = ParameterInfo((lead[0], rows, k), torch.bfloat16)
+    return infos
+
+
+def _method(module: nn.Module, rules: Sequence[Rule | Skip]) -> str:
+    weights = dict(_quantized_weights(module))
+    formats = {held.format for held in weights.values()}
+    if formats <= {BlockFp8}:
+        return "fp8"
+    if formats == {Mxfp4} and all(
+        "transpose" in copy.view for copy in layout(rules, _infos(module)) if copy.target in weights
+    ):
+        return "mxfp4"
+    return "compressed-tensors"
+
+
+def _quantized(copy: Copy, whole: Format, method: str) -> Iterator[Written]:
+    """The tensors of one quantised weight."""
+    index = parts_index(copy.target_index, whole.shape)
+    both = has_both(copy.target_index, whole.shape)
+    part = _map(whole, lambda tensor: tensor[index])
+    if method == "mxfp4":
+        yield from _mxfp4(copy, part, both=both)
+        return
+    blocks_shared = both and isinstance(whole, BlockFp8) and whole.shape[2] % BLOCK
+    if copy.view or blocks_shared or (both and part.tensors().get("order") is not None):
+        raise _unwritable(copy, whole)
+    if both:
+        part = _map(part, lambda tensor: tensor.flatten(-3, -2))
+    if method == "fp8":
+        yield _as_it_is(copy, copy.source, part.data)
+        yield _as_it_is(copy, copy.source + fp8.SCALES, part.scales)
+        return
+    if part.data.ndim != 2 or not copy.source.endswith(".weight"):
+        raise _unwritable(copy, whole)
+    yield from _compressed_tensors(copy, part)
+
+
+def _map(weights: Format, fn: Callable[[Tensor], Tensor]) -> Format:
+    tensors = weights.tensors().items()
+    mapped: dict[str, Any] = {name: None if t is None else fn(t) for name, t in tensors}
+    return type(weights)(**mapped)
+
+
+def _unwritable(copy: Copy, weights: Format) -> QuantizationError:
+    return QuantizationError(
+        f"{copy.source} cannot be written: there is no layout for {weights.name} of shape "
+        f"{list(weights.shape)} there"
+    )
+
+
+def _as_it_is(copy: Copy, name: str, tensor: Tensor) -> Written:
+    return Written(name, copy.target, tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def _mxfp4(copy: Copy, part: Format, *, both: bool) -> Iterator[Written]:
+    data, scales = part.data, part.scales
+    if both and "deinterleave" in copy.view:
+        data, scales = data.transpose(1, 2), scales.transpose(1, 2)
+    if both:
+        data, scales = data.flatten(1, 2), scales.flatten(1, 2)
+    yield _as_it_is(copy, copy.source + mxfp4.BLOCKS, data.unflatten(-1, (-1, GROUP // 2)))
+    yield _as_it_is(copy, copy.source + mxfp4.SCALES, scales)
+
+
+def _compressed_tensors(copy: Copy, part: Format) -> Iterator[Written]:
+    module = copy.source.removesuffix(".weight")
+    if isinstance(part, (BlockFp8, ChannelFp8)):
+        yield _as_it_is(copy, f"{module}.weight", part.data)
+        scales = part.scales if isinstance(part, BlockFp8) else part.scales.unsqueeze(-1)
+        yield _as_it_is(copy, f"{module}.weight_scale", scales)
+        return
+    if isinstance(part, Mxfp4):
+        yield _as_it_is(copy, f"{module}.weight_packed", part.data)
+        yield _as_it_is(copy, f"{module}.weight_scale", part.scales)
+        return
+    assert isinstance(part, (Int4, Int8))
+    n, k = part.shape
+    bits = 4 if isinstance(part, Int4) else 8
+    if k * bits % 32:
+        raise _unwritable(copy, part)
+    words = (n, k * bits // 32)
+    yield Written(f"{module}.weight_packed", copy.target, words, torch.int32, partial(_words, part))
+    yield _as_it_is(copy, f"{module}.weight_scale", part.scales)
+    yield Written(
+        f"{module}.weight_shape", copy.target, (2,), torch.int64, lambda: torch.tensor([n, k])
+    )
+    if isinstance(part, Int4) and part.zeros is not None:
+        shape = (-(-n // 8), part.zeros.shape[1])
+        make = partial(_packed_along_rows, part.zeros)
+        yield Written(f"{module}.weight_zero_point", copy.target, shape, torch.int32, make)
+    if part.order is not None:
+        make = partial(_groups, part.order, part.group_size)
+        yield Written(f"{module}.weight_g_idx", copy.target, (k,), torch.int32, make)
+
+
+def _words(part: Int4 | Int8) -> Tensor:
+    """Unsigned codes in int32, columns where they belong."""
+    if isinstance(part, Int8):
+        codes = part.data.view(torch.uint8) ^ 128
+        return words_of(_back(codes, part.order))
+    if part.order is None:
+        return words_of(part.data)
+    return words_of(pack(_back(unpack(part.data), part.order)))
+
+
+def _back(codes: Tensor, order: Tensor | None) -> Tensor:
+    if order is None:
+        return codes
+    return torch.empty_like(codes).index_copy_(1, order.long(), codes)
+
+
+def _groups(order: Tensor, group_size: int) -> Tensor:
+    columns = torch.arange(len(order), dtype=torch.int32, device=order.device)
+    return torch.empty_like(order).index_copy_(0, order.long(), columns // group_size)
+
+
+def _packed_along_rows(zeros: Tensor) -> Tensor:
+    """uint8 [N, G] -> int32 [N / 8, G], the first row in the lowest bits."""
+    n = len(zeros)
+    # Rows that fill the last word are written as compressed-tensors does: as bits of zero.
+    filled = torch.cat([zeros, zeros.new_zeros(-n % 8, zeros.shape[1])])
+    return words_of(pack(filled.T)).T
+
+
+def _compressed(
+    copies: Sequence[Copy], weights: Mapping[str, QuantizedWeights], plain: Sequence[str]
+) -> dict[str, Any]:
+    by_scheme: dict[str, tuple[dict[str, Any], set[str]]] = {}
+    for copy in copies:
+        pattern = _pattern(copy.source.removesuffix(".weight"))
+        if copy.target in weights:
+            scheme = _scheme(weights[copy.target]())
+            by_scheme.setdefault(repr(scheme), (scheme, set()))[1].add(pattern)
+    groups = {}
+    for i, (scheme, names) in enumerate(by_scheme.values()):
+        targets = ["Linear"] if len(by_scheme) == 1 else sorted(names)
+        groups[f"group_{i}"] = {"targets": targets, **scheme}
+    formats = {scheme["format"] for scheme, _ in by_scheme.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": sorted({_pattern(n) if ".experts." in n else n for n in plain}),
+    }
+
+
+def _pattern(module: str) -> str:
+    """Of the modules of this name in all experts."""
+    escaped = re.sub(r"(?<=\.experts\\\.)\d+(?=\\\.)", r"\\d+", re.escape(module))
+    return f"re:{escaped}$"
+
+
+def _scheme(weights: Format) -> dict[str, Any]:
+    """What config_groups says of such weights."""
+    activations: dict[str, Any] | None = None
+    if isinstance(weights, (BlockFp8, ChannelFp8)):
+        stored = "float-quantized"
+        described: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": "channel"}
+        activations = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+        if isinstance(weights, BlockFp8):
+            described |= {"strategy": "block", "block_structure": [BLOCK, BLOCK]}
+            activations |= {"strategy": "group", "group_size": BLOCK}
+        activations["symmetric"] = True
+    elif isinstance(weights, Mxfp4):
+        stored = "mxfp4-pack-quantized"
+        described = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": GROUP}
+        described["scale_dtype"] = "torch.uint8"
+    else:
+        assert isinstance(weights, (Int4, Int8))
+        stored = "pack-quantized"
+        described = {"num_bits": 4 if isinstance(weights, Int4) else 8, "type": "int"}
+        if weights.scales.shape[-1] == 1:
+            described |= {"strategy": "channel"}
+        else:
+            described |= {"strategy": "group", "group_size": weights.group_size}
+        if weights.order is not None:
+            described["actorder"] = "group"
+    zeros = weights.tensors().get("zeros") is not None
+    described |= {"symmetric": not zeros, "dynamic": False}
+    return {
+        "weights": described,
+        "input_activations": activations,
+        "output_activations": None,
+        "format": stored,
+    }

@@ -1,0 +1,519 @@
+"""Checkpoints in the hub's quantised formats: the experts become what is stored bit for bit, and
+the logits are those of a checkpoint with the decoded weights.
+
+compressed-tensors' own package writes its checkpoints here, and transformers' decoder reads mxfp4;
+GPTQ and AWQ are written and decoded by `hub_writers`, from the definitions of their layouts.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hub_writers import Encoded, awq, compressed_tensors, gptq, ordered_compressed_tensors
+from safetensors.torch import load_file, save_file
+from small_models import (
+    EXACT,
+    assert_same,
+    change,
+    distance,
+    ids,
+    load,
+    moe_layers,
+    plain,
+    set_config,
+)
+from torch import Tensor
+
+import moezoo
+from moezoo.errors import QuantizationError
+from moezoo.layers.moe import FusedMoE
+from moezoo.layers.quant import BlockFp8, ChannelFp8, Int4, Int8, Mxfp4
+from moezoo.loaders.checkpoint import open_checkpoint
+from moezoo.loaders.mapping import Rule
+from moezoo.loaders.weights import load_weights
+
+FILE = "model.safetensors"
+ACTIVATIONS = 0.08
+KEPT = ("embed_tokens", "lm_head", "norm", ".gate", "_gate", "layernorm")
+Encode = Callable[[Tensor], Encoded]
+
+
+def quantized_module(name: str) -> str | None:
+    """The module of a linear weight that quantisers take."""
+    module, _, end = name.rpartition(".")
+    return None if end != "weight" or module.endswith(KEPT) else module
+
+
+def write(
+    folder: Path,
+    encode: Encode | Callable[[str], Encode | None],
+    config: dict[str, Any],
+    **how: Any,
+) -> tuple[Path, Path]:
+    """A checkpoint whose linear layers are encoded, and one with what they decode to.
+
+    `how` may have a `model_type`, and `by_name`, whether `encode` says how to by the module.
+    """
+    by_name = how.get("by_name", False)
+    plain(how.get("model_type", "qwen2_moe")).save_pretrained(folder / "dense")
+    stored = load_file(folder / "dense" / FILE)
+    dense = {}
+    for name, w in list(stored.items()):
+        module = quantized_module(name)
+        how_to: Any = encode(module) if by_name and module else encode
+        if module is None or how_to is None:
+            continue
+        encoded, dense[name] = how_to(w)
+        del stored[name]
+        stored |= {f"{module}.{end}": tensor for end, tensor in encoded.items()}
+    (folder / "hub").mkdir()
+    save_file(stored, folder / "hub" / FILE, metadata={"format": "pt"})
+    for file in (folder / "dense").glob("*.json"):
+        (folder / "hub" / file.name).write_text(file.read_text())
+    change(folder / "dense", lambda tensors: tensors.update(dense))
+    set_config(folder / "hub", quantization_config=config)
+    return folder / "hub", folder / "dense"
+
+
+def check(hub: Path, dense: Path, kind: type, *, exact: bool = True) -> Any:
+    """The experts of `hub` are of this format, with the weights of `dense`; so are the logits."""
+    model, expected = (load(folder, dtype="float32") for folder in (hub, dense))
+    for moe, full in zip(moe_layers(model), moe_layers(expected), strict=True):
+        assert isinstance(moe.w13(), kind) and isinstance(moe.w2(), kind)
+        assert moe.w13().dequantize().flatten(1, 2).equal(full.w13)
+        assert moe.w2().dequantize().equal(full.w2)
+    state, others = model.state_dict(), expected.state_dict()
+    for name in state.keys() & others.keys():
+        assert state[name].equal(others[name]), name
+    with torch.no_grad():
+        tolerance = EXACT if exact else ACTIVATIONS
+        assert distance(model(ids(2, 9)).logits, expected(ids(2, 9)).logits) < tolerance
+    return model
+
+
+GPTQ_CASES: dict[str, dict[str, Any]] = {
+    "sym": {},
+    "asym": {"sym": False},
+    "v2": {"v2": True},
+    "v2-asym": {"v2": True, "sym": False, "group_size": 128},
+    "desc_act": {"desc_act": True},
+    "desc_act-asym": {"desc_act": True, "sym": False, "group_size": 64},
+    "a-row": {"group_size": -1, "desc_act": True, "sym": False},
+    "8-bit": {"bits": 8},
+    "8-bit-desc_act": {"bits": 8, "desc_act": True, "v2": True},
+}
+
+
+def gptq_config(bits=4, group_size=32, sym=True, desc_act=False, v2=False) -> dict[str, Any]:
+    return {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "sym": sym,
+        "desc_act": desc_act,
+        "checkpoint_format": "gptq_v2" if v2 else "gptq",
+        "damp_percent": 0.01,
+        "true_sequential": True,
+        "modules_in_block_to_quantize": None,
+    }
+
+
+@pytest.mark.parametrize("case", GPTQ_CASES)
+def test_gptq(tmp_path, case):
+    how = GPTQ_CASES[case]
+    hub, dense = write(tmp_path, lambda w: gptq(w, **how), gptq_config(**how))
+    model = check(hub, dense, Int8 if how.get("bits") == 8 else Int4)
+    w13 = moe_layers(model)[0].w13()
+    ordered = how.get("desc_act", False) and how.get("group_size") != -1
+    assert (w13.order is not None) == ordered
+    assert w13.scales.dtype == torch.float16
+    if how.get("bits") != 8:
+        assert (w13.zeros is not None) == (not how.get("sym", True))
+
+
+def test_gptq_orders_of_none(tmp_path):
+    """desc_act that moved no column has no order."""
+    hub, dense = write(tmp_path, gptq, gptq_config(desc_act=True))
+    assert moe_layers(check(hub, dense, Int4))[0].w13().order is None
+
+
+def test_groups_larger_than_ours(tmp_path):
+    """256 columns are two groups of 128 with one scale."""
+    stored: dict[str, Tensor] = {"gate": torch.zeros(2, 512)}
+    dense = {}
+    for name, shape in (("g", (256, 512)), ("u", (256, 512)), ("d", (512, 256))):
+        for e in range(2):
+            w = torch.randn(shape, generator=torch.Generator().manual_seed(e))
+            how = {"group_size": 256, "sym": False, "desc_act": True}
+            encoded, dense[f"{e}.{name}"] = gptq(w, **how)
+            stored |= {f"{e}.{name}.{end}": tensor for end, tensor in encoded.items()}
+    save_file(stored, tmp_path / FILE)
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": gptq_config(**how)}))
+    rules = [
+        Rule("gate", "gate"),
+        Rule("w13", "{E}.g.weight", "{E}.u.weight", shard="expert"),
+        Rule("w2", "{E}.d.weight", shard="expert"),
+    ]
+    with torch.device("meta"):
+        moe = FusedMoE(512, 256, 2, None)
+    options: Any = {"device": torch.device("cpu"), "dtype": torch.float32}
+    load_weights(moe, open_checkpoint(tmp_path), rules, **options)
+    assert moe.w13().group_size == 128 and moe.w13().order is not None
+    assert moe.w2().group_size == 256 and moe.w2().order is None
+    for e in range(2):
+        assert moe.w13().dequantize()[e].equal(torch.stack((dense[f"{e}.g"], dense[f"{e}.u"])))
+        assert moe.w2().dequantize()[e].equal(dense[f"{e}.d"])
+
+
+@pytest.mark.parametrize("group_size", [32, 128, -1])
+def test_awq(tmp_path, group_size):
+    config = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": ["gate"],
+    }
+    hub, dense = write(tmp_path, lambda w: awq(w, group_size=group_size), config)
+    model = check(hub, dense, Int4)
+    assert moe_layers(model)[0].w2().zeros is not None
+
+
+COMPRESSED: dict[str, tuple[str, dict[str, Any], type]] = {
+    "int4": ("pack-quantized", {"num_bits": 4, "group_size": 32, "strategy": "group"}, Int4),
+    "int4-zeros": (
+        "pack-quantized",
+        {"num_bits": 4, "group_size": 128, "strategy": "group", "symmetric": False},
+        Int4,
+    ),
+    "int4-row": ("pack-quantized", {"num_bits": 4, "strategy": "channel"}, Int4),
+    "int8-packed": ("pack-quantized", {"num_bits": 8, "strategy": "channel"}, Int8),
+    "int8-group": ("pack-quantized", {"num_bits": 8, "group_size": 64, "strategy": "group"}, Int8),
+    "int8": ("int-quantized", {"num_bits": 8, "strategy": "channel"}, Int8),
+    "fp8-channel": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "channel"},
+        ChannelFp8,
+    ),
+    "fp8-tensor": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "tensor"},
+        ChannelFp8,
+    ),
+    "fp8-block": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
+        BlockFp8,
+    ),
+    "mxfp4": (
+        "mxfp4-pack-quantized",
+        {
+            "num_bits": 4,
+            "type": "float",
+            "group_size": 32,
+            "strategy": "group",
+            "scale_dtype": torch.uint8,
+            "zp_dtype": torch.uint8,
+        },
+        Mxfp4,
+    ),
+}
+
+
+def compressed_config(stored: str, ignore: list[str], **groups: dict[str, Any]) -> dict[str, Any]:
+    """As the package writes it."""
+    package = pytest.importorskip("compressed_tensors.quantization")
+    schemes = {name: package.QuantizationScheme(**scheme) for name, scheme in groups.items()}
+    config = package.QuantizationConfig(config_groups=schemes, format=stored, ignore=ignore)
+    written = config.to_dict() | {"quantization_status": "compressed"}
+    return json.loads(json.dumps(written, default=str))
+
+
+@pytest.mark.parametrize("case", COMPRESSED)
+def test_compressed_tensors(tmp_path, case):
+    stored, weights, kind = COMPRESSED[case]
+    config = compressed_config(
+        stored, ["lm_head", "re:.*gate$"], group_0={"targets": ["Linear"], "weights": weights}
+    )
+    hub, dense = write(tmp_path, compressed_tensors(stored, **weights), config)
+    check(hub, dense, kind, exact="fp8" not in case)
+
+
+def test_compressed_tensors_with_an_order(tmp_path):
+    config = compressed_config(
+        "pack-quantized",
+        ["lm_head"],
+        group_0={
+            "targets": ["Linear"],
+            "weights": {"num_bits": 4, "group_size": 32, "strategy": "group"},
+        },
+    )
+    config["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    hub, dense = write(tmp_path, lambda w: ordered_compressed_tensors(w, group_size=32), config)
+    model = check(hub, dense, Int4)
+    assert moe_layers(model)[0].w2().order is not None
+
+
+def test_schemes_that_differ_by_module(tmp_path, caplog):
+    """fp8 attention with static activations, int4 experts, one layer not quantised."""
+    fp8 = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    int4 = {"num_bits": 4, "group_size": 64, "strategy": "group"}
+    static = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    ignore = ["lm_head", "re:.*gate$", r"re:.*layers\.1\.mlp\.experts.*"]
+    config = compressed_config(
+        "mixed-precision",
+        ignore,
+        group_0={
+            "targets": ["re:.*self_attn.*"],
+            "weights": fp8,
+            "input_activations": static,
+            "format": "float-quantized",
+        },
+        group_1={"targets": ["Linear"], "weights": int4, "format": "pack-quantized"},
+    )
+    in_fp8 = compressed_tensors("float-quantized", **fp8)
+    in_int4 = compressed_tensors("pack-quantized", **int4)
+
+    def with_scale(w: Tensor) -> Encoded:
+        encoded, back = in_fp8(w)
+        return encoded | {"input_scale": torch.tensor([0.5])}, back
+
+    def how(module: str) -> Encode | None:
+        if "layers.1.mlp.experts" in module:
+            return None
+        return with_scale if "self_attn" in module else in_int4
+
+    hub, dense = write(tmp_path, how, config, by_name=True)
+    model, expected = (load(folder, dtype="float32") for folder in (hub, dense))
+    assert [moe.quantized for moe in moe_layers(model)] == [Int4, None]
+    assert distance(model(ids(2, 9)).logits, expected(ids(2, 9)).logits) < EXACT
+    assert "8 static scales of activations not loaded" in caplog.text
+    report = moezoo.inspect(hub)
+    assert report.supported and report.stored_as is not None
+    assert report.stored_as.startswith("int4_w4a16 in groups of 64: the experts of 1 of 2")
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_fp8_with_a_scale_a_matrix(tmp_path, static):
+    config = {"quant_method": "fp8", "activation_scheme": "static" if static else "dynamic"}
+
+    def encode(w: Tensor) -> Encoded:
+        scale = w.abs().max() / 448
+        data = (w / scale).to(torch.float8_e4m3fn)
+        encoded = {"weight": data, "weight_scale_inv": scale}
+        if static:
+            encoded |= {"activation_scale": torch.tensor(0.5)}
+        return encoded, data.float() * scale
+
+    hub, dense = write(tmp_path, encode, config)
+    check(hub, dense, ChannelFp8, exact=False)
+
+
+def test_mxfp4_as_gpt_oss_has_it(tmp_path):
+    """Blocks of stacked experts, gate and up rows in turn; transformers decodes the same bytes."""
+    theirs = pytest.importorskip("transformers.integrations.mxfp4")
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> tuple[Tensor, Tensor]:
+        blocks = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+        return blocks, torch.randint(118, 136, shape, generator=generator, dtype=torch.uint8)
+
+    stored: dict[str, Tensor] = {"router": torch.zeros(3, 128)}
+    dense = {}
+    for name, shape in (("gate_up_proj", (3, 128, 4)), ("down_proj", (3, 128, 2))):
+        blocks, scales = numbers(*shape)
+        stored |= {f"experts.{name}_blocks": blocks, f"experts.{name}_scales": scales}
+        decoder = getattr(theirs, "_convert_moe_packed_tensors", None)
+        if decoder is None:
+            pytest.skip("this transformers has no decoder of mxfp4")
+        dense[name] = decoder(blocks, scales, dtype=torch.float32)
+    save_file(stored, tmp_path / FILE)
+    config = {"quant_method": "mxfp4", "modules_to_not_convert": ["router"]}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    view = ("transpose", "deinterleave")
+    rules = [
+        Rule("gate", "router"),
+        Rule("w13", "experts.gate_up_proj", shard="expert", view=view),
+        Rule("w2", "experts.down_proj", shard="expert", view="transpose"),
+    ]
+    for owned in (None, [2, 0]):
+        with torch.device("meta"):
+            moe = FusedMoE(128, 64, 3 if owned is None else 2, None)
+        moe.gate = torch.nn.Parameter(torch.empty(3, 128, device="meta"))
+        load_weights(
+            moe,
+            open_checkpoint(tmp_path),
+            rules,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            experts=owned,
+        )
+        assert isinstance(moe.w13(), Mxfp4)
+        rows = slice(None) if owned is None else owned
+        up = dense["gate_up_proj"].transpose(1, 2)  # theirs is [E, H, 2I]
+        expected = torch.stack((up[:, ::2], up[:, 1::2]), 1)
+        assert moe.w13().dequantize().equal(expected[rows])
+        assert moe.w2().dequantize().equal(dense["down_proj"].transpose(1, 2)[rows])
+
+
+GATE = "model.layers.1.mlp.experts.3.gate_proj"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda s: s[f"{GATE}.scales"][1].fill_(torch.nan), ".scales in {f}: the scale at [1, 0]"),
+        (lambda s: s[f"{GATE}.scales"][1, 2].fill_(0), "the scale at [1, 2] is 0.0; it must be"),
+        (lambda s: s[f"{GATE}.qzeros"][1, 2].fill_(7), "though the config says sym"),
+        (lambda s: s[f"{GATE}.g_idx"][5].fill_(3), "column [5] is in group 3, though"),
+        (lambda s: s.pop(f"{GATE}.scales"), f"is int32 in {{f}} and there is no {GATE}.scales"),
+        (lambda s: s.pop(f"{GATE}.qweight"), f"holds scales of {GATE}.qweight, which is not there"),
+        (
+            lambda s: s.update({f"{GATE}.scales": s[f"{GATE}.scales"][:4].clone()}),
+            f"{GATE}.scales is [4, 128] in {{f}}, {GATE}.qweight [32, 128] takes [8, 128]",
+        ),
+        (
+            lambda s: s.update({f"{GATE}.qweight": s[f"{GATE}.qweight"][:30].clone()}),
+            f"{GATE}.qweight [30, 128] in {{f}} has 240 columns, which cannot be held in groups of",
+        ),
+    ],
+    ids=["nan", "zero", "zeros", "order", "no-scales", "alone", "scales-shape", "data-shape"],
+)
+def test_gptq_that_is_wrong(tmp_path, edit, message):
+    hub, _ = write(tmp_path, gptq, gptq_config())
+    change(hub, edit)
+    with pytest.raises(QuantizationError) as caught:
+        load(hub)
+    assert str(caught.value).startswith(f"Quantization error: {hub}: {GATE}.")
+    assert message.format(f=FILE) in str(caught.value)
+
+
+def test_orders_with_groups_that_are_not_full(tmp_path):
+    how = {"desc_act": True}
+    hub, _ = write(tmp_path, lambda w: gptq(w, **how), gptq_config(**how))
+    change(hub, lambda stored: stored[f"{GATE}.g_idx"].zero_())
+    with pytest.raises(QuantizationError, match=r"g_idx .* is in group 0; each has 32 of 256"):
+        load(hub)
+
+
+def test_packed_weights_that_are_wrong(tmp_path):
+    stored, weights, _ = COMPRESSED["int4"]
+    scheme = {"targets": ["Linear"], "weights": weights}
+    config = compressed_config(stored, ["lm_head", "re:.*gate$"], group_0=scheme)
+    hub, _ = write(tmp_path, compressed_tensors(stored, **weights), config)
+    before = load_file(hub / FILE)
+    for edit, message in (
+        (lambda s: s[f"{GATE}.weight_shape"][1].fill_(99), "dimension [1] is 99, though the data"),
+        (lambda s: s[f"{GATE}.weight_scale"][7, 1].fill_(torch.inf), "the scale at [7, 1] is inf"),
+        (
+            lambda s: s.update(
+                {f"{GATE}.weight_packed": s[f"{GATE}.weight_packed"].to(torch.int64)}
+            ),
+            "weight_packed is [128, 32] int64 in model.safetensors, expected a matrix of int32",
+        ),
+        (
+            lambda s: s.update({f"{GATE}.weight_scale": s[f"{GATE}.weight_scale"][:, :3].clone()}),
+            "weight_scale is [128, 3] in model.safetensors",
+        ),
+    ):
+        save_file(before, hub / FILE)
+        change(hub, edit)
+        with pytest.raises(QuantizationError) as caught:
+            load(hub)
+        assert GATE in str(caught.value) and message in str(caught.value)
+    save_file(before, hub / FILE)
+    set_config(hub, quantization_config=config | {"ignore": [f"re:{GATE}"]})
+    with pytest.raises(QuantizationError, match=r"says that re:.* is not quantised"):
+        load(hub)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (gptq_config(bits=3), "bits is 3"),
+        (gptq_config(bits=8, sym=False), "sym is False"),
+        (gptq_config() | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
+        (gptq_config() | {"group_size": "x"}, "group_size is 'x'"),
+        (gptq_config() | {"dynamic": {"+:.*": {"bits": 8}}}, "dynamic is "),
+        (
+            {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"},
+            "version is 'gemv'",
+        ),
+        ({"quant_method": "awq", "group_size": 32, "zero_point": False}, "zero_point is False"),
+        ({"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes'"),
+        (
+            {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+            "format is 'nvfp4",
+        ),
+    ],
+    ids=str,
+)
+def test_configs_that_are_not_done(tmp_path, config, message):
+    plain("qwen2_moe").save_pretrained(tmp_path)
+    set_config(tmp_path, quantization_config=config)
+    with pytest.raises(QuantizationError) as caught:
+        load(tmp_path)
+    assert f"quantization_config.{message}" in str(caught.value)
+    assert message in moezoo.inspect(tmp_path).reason
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_bits": 3}, "num_bits is 3"),
+        ({"num_bits": 8, "symmetric": False}, "symmetric is False"),
+        (
+            {"type": "float"},
+            "type is 'float'; this release loads 'int' of 4 bits as 'pack-quantized'",
+        ),
+        ({"strategy": "tensor_group"}, "strategy is 'tensor_group'"),
+        ({"dynamic": True}, "dynamic is True"),
+    ],
+    ids=str,
+)
+def test_schemes_that_are_not_done(tmp_path, fields, message):
+    plain("qwen2_moe").save_pretrained(tmp_path)
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32} | fields
+    group = {"targets": ["Linear"], "weights": weights}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    set_config(tmp_path, quantization_config=config | {"config_groups": {"g": group}})
+    with pytest.raises(QuantizationError) as caught:
+        load(tmp_path)
+    where = "quantization_config.config_groups.g."
+    assert where in str(caught.value) and message in str(caught.value)
+
+
+def test_saved_as_they_were_loaded(tmp_path):
+    """GPTQ is written as compressed-tensors: the same bits come back."""
+    how = {"desc_act": True, "sym": False, "group_size": 64}
+    hub, _ = write(tmp_path, lambda w: gptq(w, **how), gptq_config(**how))
+    model = load(hub)
+    model.save_pretrained(tmp_path / "again")
+    assert_same(load(tmp_path / "again"), model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["desc_act-asym", "8-bit", "awq", "int4-zeros", "fp8-tensor"])
+def test_on_a_gpu_the_same_bits(tmp_path, case):
+    if case == "awq":
+        config = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+        hub, _ = write(tmp_path, awq, config)
+    elif case in GPTQ_CASES:
+        how = GPTQ_CASES[case]
+        hub, _ = write(tmp_path, lambda w: gptq(w, **how), gptq_config(**how))
+    else:
+        stored, weights, _ = COMPRESSED[case]
+        scheme = {"targets": ["Linear"], "weights": weights}
+        config = compressed_config(stored, ["lm_head", "re:.*gate$"], group_0=scheme)
+        hub, _ = write(tmp_path, compressed_tensors(stored, **weights), config)
+    model, gpu = load(hub, dtype="float16"), load(hub, dtype="float16", device="cuda")
+    logits = gpu(ids(2, 9).cuda()).logits.cpu().float()
+    assert distance(logits, model(ids(2, 9)).logits.float()) < ACTIVATIONS
+    assert_same(gpu.cpu(), model)
+    change(hub, lambda s: s[next(n for n in s if n.endswith(("scales", "_scale")))].fill_(0))
+    with pytest.raises(QuantizationError, match=r"is 0\.0; it must be finite"):
+        load(hub, device="cuda")

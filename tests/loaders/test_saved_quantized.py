@@ -1,0 +1,158 @@
+"""Quantised models saved in the hub's layouts: the same bits come back, and compressed-tensors' own
+package and transformers read the same weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_models import ASSET, assert_same, load, moe_layers, plain, set_config
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from moezoo.errors import QuantizationError
+from moezoo.layers.moe import FusedMoE
+from moezoo.layers.quant import Int8, Mxfp4
+from moezoo.loaders.checkpoint import open_checkpoint
+from moezoo.loaders.mapping import Rule
+from moezoo.loaders.save import write_weights
+from moezoo.loaders.weights import load_weights
+from moezoo.loaders.written import hub_config
+
+ASKED: dict[str, Any] = {
+    "fp8-channel": {"type": "fp8_w8a8", "granularity": "channel"},
+    "fp8-tensor": {"type": "fp8_w8a8", "granularity": "tensor"},
+    "int8": "int8_w8a16",
+    "int8-group": {"type": "int8_w8a16", "group_size": 32},
+    "int4": "int4_w4a16",
+    "int4-row": {"type": "int4_w4a16", "per_channel": True},
+    "int4-zeros": {"type": "int4_w4a16", "group_size": 64, "symmetric": False},
+    "mxfp4": "mxfp4",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("plain")
+    plain("qwen2_moe").save_pretrained(folder)
+    return folder
+
+
+def by_package(folder: Path) -> dict[str, Tensor]:
+    """The weights of every quantised module, as compressed-tensors decompresses them."""
+    package = pytest.importorskip("compressed_tensors.compressors")
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils.match import match_name
+
+    config = QuantizationConfig(
+        **json.loads((folder / "config.json").read_text())["quantization_config"]
+    )
+    stored = load_file(folder / "model.safetensors")
+    found = {}
+    for name in [name for name in stored if name.endswith(".weight_scale")]:
+        module = name.removesuffix(".weight_scale")
+        assert not any(match_name(module, entry) for entry in config.ignore)
+        schemes = [
+            scheme
+            for scheme in config.config_groups.values()
+            if any(target == "Linear" or match_name(module, target) for target in scheme.targets)
+        ]
+        assert len(schemes) == 1, module
+        compressor = package.BaseCompressor.get_value_from_registry(schemes[0].format)
+        state = {n.rpartition(".")[2]: t for n, t in stored.items() if n.startswith(f"{module}.")}
+        found[module] = compressor.decompress(state, schemes[0])["weight"].float()
+    for name, tensor in stored.items():
+        if name.endswith("proj.weight") and tensor.dtype == torch.float32:
+            module = name.removesuffix(".weight")
+            assert any(match_name(module, entry) for entry in config.ignore), module
+    return found
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_saved_and_read_again(folder, tmp_path, name):
+    model = load(folder, quantization=ASKED[name])
+    model.save_pretrained(tmp_path)
+    assert_same(load(tmp_path), model)
+    again = load(tmp_path, dtype="bfloat16")
+    assert moe_layers(again)[0].w13.scales.dtype == moe_layers(model)[0].w13.scales.dtype
+    expected = {}
+    for n, moe in enumerate(moe_layers(model)):
+        w13, w2 = moe.w13().dequantize(), moe.w2().dequantize()
+        for e in range(len(w2)):
+            module = f"model.layers.{n}.mlp.experts.{e}"
+            expected |= {f"{module}.gate_proj": w13[e, 0], f"{module}.up_proj": w13[e, 1]}
+            expected[f"{module}.down_proj"] = w2[e]
+    found = by_package(tmp_path)
+    assert found.keys() == expected.keys()
+    for module, w in found.items():
+        assert w.equal(expected[module]), module
+    if name == "int4-zeros":
+        return  # transformers does not read zero points of experts
+    from transformers import CompressedTensorsConfig
+
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        dtype=torch.float32,
+        quantization_config=CompressedTensorsConfig(dequantize=True),
+    ).state_dict()
+    for n, moe in enumerate(moe_layers(model)):
+        module = f"model.layers.{n}.mlp.experts"
+        assert theirs[f"{module}.gate_up_proj"].equal(moe.w13().dequantize().flatten(1, 2))
+        assert theirs[f"{module}.down_proj"].equal(moe.w2().dequantize())
+
+
+def test_groups_of_several_sizes(tmp_path):
+    """The experts are 64 wide: groups of 128, and of 64, which are rows: two schemes."""
+    model = load(ASSET, quantization="int4_w4a16", dtype="float32")
+    model.save_pretrained(tmp_path)
+    assert_same(load(tmp_path, dtype="float32"), model)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    targets = {
+        group["weights"]["strategy"]: group["targets"] for group in config["config_groups"].values()
+    }
+    assert targets.keys() == {"group", "channel"}
+    assert r"re:model\.layers\.5\.mlp\.experts\.\d+\.down_proj$" in targets["channel"]
+    assert len(by_package(tmp_path)) == 6 * 16 * 3
+
+
+def test_layers_that_are_not_quantised(folder, tmp_path):
+    model = load(folder, quantization="int8_w8a16")
+    moe = moe_layers(model)[1]
+    w13, w2 = moe.w13().dequantize().flatten(1, 2), moe.w2().dequantize()
+    del moe.w13, moe.w2
+    moe.w13, moe.w2 = (nn.Parameter(w, requires_grad=False) for w in (w13, w2))
+    model.save_pretrained(tmp_path)
+    assert_same(load(tmp_path), model)
+    assert {module.split(".")[2] for module in by_package(tmp_path)} == {"0"}
+
+
+def test_mxfp4_where_experts_are_stored_in_one_tensor(tmp_path):
+    """As gpt-oss: blocks, gate and up rows in turn."""
+    generator = torch.Generator().manual_seed(0)
+    w13 = Mxfp4.quantize(torch.randn(3, 2, 64, 128, generator=generator))
+    w2 = Mxfp4.quantize(torch.randn(3, 128, 64, generator=generator))
+    rules = [
+        Rule("gate", "router"),
+        Rule("w13", "e.gate_up_proj", shard="expert", view=("transpose", "deinterleave")),
+        Rule("w2", "e.down_proj", shard="expert", view="transpose"),
+    ]
+    moe = FusedMoE(128, 64, 3, None)
+    moe.quantize_(w13, w2)
+    write_weights(moe, rules, tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    set_config(tmp_path, quantization_config=hub_config(moe, rules))
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored["e.gate_up_proj_blocks"].shape == (3, 128, 4, 16)
+    assert stored["e.gate_up_proj_blocks"][:, 1::2].flatten(2).equal(w13.data[:, 1])
+    with torch.device("meta"):
+        again = FusedMoE(128, 64, 3, None)
+    options: Any = {"device": torch.device("cpu"), "dtype": torch.float32}
+    load_weights(again, open_checkpoint(tmp_path), rules, **options)
+    assert_same(again, moe)
+    w13, w2 = (Int8.quantize(w.dequantize()) for w in (w13, w2))
+    moe = FusedMoE(128, 64, 3, None)
+    moe.quantize_(w13, w2)
+    with pytest.raises(QuantizationError, match=r"e.gate_up_proj cannot be written: .* int8_w8a16"):
+        write_weights(moe, rules, tmp_path)
