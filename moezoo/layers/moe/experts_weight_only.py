@@ -33,8 +33,8 @@ def weight_only_cuda(
     """w13 [E, 2 or 1, I, H]; topk_ids [T, K] are rows of w13, or negative, and spread over
     num_experts, those of other ranks included."""
     from moezoo.layers.kernels.combine import combine
-    from moezoo.layers.kernels.permute import permute
-    from moezoo.layers.kernels.weight_only import down_weight_only, gated_up_weight_only
+    from moezoo.layers.kernels.interleave import permute_and_interleave
+    from moezoo.layers.kernels.weight_only import down_weight_only, gated_up_weight_only, ways
     from moezoo.layers.kernels.weight_only_tiles import plan_weight_only
 
     if _order(w13) is not None or _order(w2) is not None:
@@ -47,7 +47,9 @@ def weight_only_cuda(
             ]
         )
     tiles = plan_weight_only(x, w13, w2, num_rows=topk_ids.numel(), num_experts=num_experts)
-    rows = permute(topk_ids, w13.shape[0], tiles.gated_up.m)
+    rows, x = permute_and_interleave(
+        *(x, topk_ids, w13.shape[0], tiles.gated_up.m), ways=ways(type(w13), x.shape[1])
+    )
     h = gated_up_weight_only(
         *(x, w13, rows),
         k=topk_ids.shape[1],

@@ -10,6 +10,7 @@ from kernels.routings import ROUTINGS as SHAPES
 from kernels.routings import topk_ids
 from kernels.tile_cases import bulk_copies
 from moezoo.layers.kernels.activations import Gating
+from moezoo.layers.kernels.interleave import interleave_ref
 from moezoo.layers.kernels.permute import permute, permute_ref
 from moezoo.layers.kernels.tiles import Tile
 from moezoo.layers.kernels.weight_only import (
@@ -18,6 +19,7 @@ from moezoo.layers.kernels.weight_only import (
     down_weight_only_ref,
     gated_up_weight_only,
     gated_up_weight_only_ref,
+    ways,
 )
 from moezoo.layers.kernels.weight_only_tiles import plan_weight_only
 from moezoo.layers.quant.int4 import Int4
@@ -65,6 +67,10 @@ def tokens(num_tokens: int, width: int, device: torch.device, dtype: torch.dtype
     return x.to(device, dtype)
 
 
+def interleaved(x: Tensor, w13: WeightOnly) -> Tensor:
+    return interleave_ref(x, ways(type(w13), w13.shape[-1])).contiguous()
+
+
 def check(
     x: Tensor,
     w13: WeightOnly,
@@ -77,6 +83,7 @@ def check(
     activation: str | Gating = "silu",
 ) -> None:
     rows = permute_ref(ids, len(w13.data), tiles[0].m)
+    x = interleaved(x, w13)
     up = {"k": ids.shape[1], "tile": tiles[0], "bias13": bias13, "activation": activation}
     h = gated_up_weight_only(x, w13, rows, **up)
     expected = gated_up_weight_only_ref(x, w13, rows, **up)
@@ -150,7 +157,7 @@ def test_nan_stays_in_its_row(device: torch.device, dtype: torch.dtype) -> None:
     x[4, 7] = torch.nan
     w13 = weights("int4-32", 7, 2, 32, 64, device=device)
     rows = permute_ref(topk_ids("odd").to(device), 7, 16)
-    h = gated_up_weight_only(x, w13, rows, k=3, tile=TILES["plain"])
+    h = gated_up_weight_only(interleaved(x, w13), w13, rows, k=3, tile=TILES["plain"])
     assert torch.equal(h.isnan().all(-1), rows.order // 3 == 4)
     assert torch.equal(h.isnan().any(-1), rows.order // 3 == 4)
 
@@ -233,7 +240,7 @@ def test_tiles_of_256_rows(format_: str, k: int) -> None:
 def test_in_a_graph() -> None:
     cuda = torch.device("cuda")
     w13 = weights("int4-32", 8, 2, 256, 512, device=cuda)
-    x = tokens(16, 512, cuda, torch.bfloat16)
+    x = interleaved(tokens(16, 512, cuda, torch.bfloat16), w13)
     ids = torch.rand(16, 8, device=cuda).topk(3).indices.int()
     tile = plan_weight_only(x, w13, w13[0], num_rows=48).gated_up
 
