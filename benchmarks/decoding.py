@@ -5,7 +5,9 @@ CUDA events at the start of its steps, over the last `--new-tokens` of them. Eve
 tokens at the end. Where batch and prompt have more than COMPUTED_TOKENS tokens, the prompt is not
 computed: its pages hold random numbers, and the row says so. The same steps are then timed without
 the loop around them, graph after graph; what the loop takes on top of that, its own small kernels
-included, is `gpu_idle_fraction`. transformers' figure is the median time between two tokens of its
+included, is `gpu_idle_fraction`. At PEER_CONTEXT tokens the profiler says how long the GPU does
+nothing between the last kernel of a step and the first of the next (`between_steps`). transformers'
+figure is the median time between two tokens of its
 `generate`, for a few tokens.
 
 On a CPU both are timed over a whole call of `generate`, prompt included.
@@ -18,7 +20,6 @@ import argparse
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 from roofline import dense_bytes, expert_bytes, expert_layers, kv_bytes
 from subject import Clock, Row, Run, Subject, alternate, greedy, spread
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from moezoo.generation.engine import Engine, EngineKeeper, batch_size
 from moezoo.generation.paged import token_bytes
@@ -39,6 +41,7 @@ LEAD = 16
 COUNTED_STEPS = 4
 SPARE_BYTES = 2 * 2**30
 """Kept free beside the cache, for graphs and activations."""
+FIRST_KERNEL = "_step_inputs_kernel"
 PEER_CONTEXT = 512
 PEER_TOKENS = 8
 
@@ -80,11 +83,15 @@ class WatchedEngine(Engine):
         return 1e-3 * first.elapsed_time(last) / steps
 
 
-@dataclass
-class OneEngine:
-    """Stands for a model's `EngineKeeper`, and hands out this engine whatever is asked for."""
+class OneEngine(EngineKeeper):
+    """Hands out this engine whatever is asked for."""
 
-    only: Engine
+    def __init__(self, only: Engine) -> None:
+        super().__init__()
+        self.only = only
+
+    def has_room(self, decoder: Decoder, rows: int, context: int) -> bool:
+        return True
 
     @contextmanager
     def engine(self, decoder: Decoder, rows: int, context: int) -> Iterator[Engine]:
@@ -147,6 +154,7 @@ def in_engine(subject: Subject, row: Row) -> dict[str, Any]:
             engine.events.clear()
             generate()
             paces.append(engine.pace(steps))
+        between = gaps(generate, steps) if context == PEER_CONTEXT else None
     finally:
         model._engines = EngineKeeper()
     # `generate` starts one step less than it has tokens, and the last step has no end.
@@ -161,7 +169,25 @@ def in_engine(subject: Subject, row: Row) -> dict[str, Any]:
         "replay_seconds": spread(replays),
         "gpu_idle_fraction": max(0.0, 1 - min(replays) / min(paces)),
     }
+    if between is not None:
+        found["between_steps"] = between
     return found | bounds(subject, batch, middle, *hit(engine, batch))
+
+
+def gaps(generate: Run, steps: int) -> dict[str, float]:
+    """Seconds without a kernel or copy before each of the last `steps` steps, by the profiler."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        generate()
+        torch.cuda.synchronize()
+    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events.sort(key=lambda event: event.time_range.start)
+    waits = []
+    busy_until = events[0].time_range.start
+    for event in events:
+        if FIRST_KERNEL in event.name:
+            waits.append(max(0.0, 1e-6 * (event.time_range.start - busy_until)))
+        busy_until = max(busy_until, event.time_range.end)
+    return spread(waits[-steps:])
 
 
 def bounds(

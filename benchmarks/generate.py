@@ -1,12 +1,12 @@
 """`generate` of whole models beside transformers' over the same weights, and beside the roofline.
 
-    python benchmarks/generate.py [--section decode prefill offline start] [--case qwen3-30b-a3b]
-                                  [--device cpu] [--time-budget SECONDS]
+    python benchmarks/generate.py [--section decode prefill attention offline start]
+                                  [--case qwen3-30b-a3b] [--device cpu] [--time-budget SECONDS]
 
 Random weights; transformers' model is given views of moezoo's tensors, so both are in memory once.
 Nothing of a case is timed before its logits and greedy tokens have been compared with transformers'
-(correctness.py). decoding.py, prefilling.py, offline.py and start.py say what their sections
-measure. Read bandwidth and matmul peak, which shares are of, are measured in the same run.
+(correctness.py). decoding.py, prefilling.py, attention.py, offline.py and start.py say what their
+sections measure. Read bandwidth and matmul peak, which shares are of, are measured in the same run.
 
 What fails, does not fit or finds no time left is skipped by name with the reason. Results are
 written after each case: as generate_partial_<device>.json, and once a run has gone through all the
@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+import attention
 import correctness
 import decoding
 import offline
@@ -40,6 +41,7 @@ from moezoo.tools.layer import Ceilings, measure_ceilings
 SECTIONS: dict[str, ModuleType] = {
     "decode": decoding,
     "prefill": prefilling,
+    "attention": attention,
     "offline": offline,
     "start": start,
 }

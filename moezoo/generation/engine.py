@@ -10,7 +10,7 @@ Legend: R rows, B rows of a step, T tokens, V vocabulary, P pages of a row.
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from threading import Lock
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 
-from moezoo.device import runs_kernels, to_device
+from moezoo.device import device_made_current, runs_kernels, to_device
 from moezoo.generation.cache import growing_cache
 from moezoo.generation.paged import (
     DecodeContext,
@@ -47,6 +47,7 @@ from moezoo.generation.sampling import Sampler
 from moezoo.layers.attention import CausalMask, DenseContext
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.norm import is_hooked
+from moezoo.layers.rope import Rotation
 
 BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Steps are made for so many rows; rows without a sequence fill them up."""
@@ -95,10 +96,11 @@ class Engine:
         """The next token of each row, not in the cache yet."""
         self.lengths = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
         """Tokens in the cache; 0 for a row without a sequence."""
-        self.tables: dict[Window, Tensor] = {
-            window: torch.zeros(num_rows, num_pages(context), dtype=torch.int32, device=self.device)
-            for window in {None, *windows(decoder)}
-        }
+        kinds = list(dict.fromkeys([None, *windows(decoder)]))
+        self._tables = torch.zeros(
+            len(kinds), num_rows, num_pages(context), dtype=torch.int32, device=self.device
+        )
+        self.tables: dict[Window, Tensor] = dict(zip(kinds, self._tables, strict=True))
         for window, table in self.tables.items():
             if window is not None:
                 ring = ring_pages(window, context=context, chunk=chunk)
@@ -259,22 +261,49 @@ class Engine:
         return logits
 
     def _step(self, batch: int, sampler: Sampler | None) -> Tensor:
-        lengths = self.lengths[:batch]
-        lengths += lengths > 0
-        positions = (lengths - 1).clamp(min=0).long()
         tables = {window: table[:batch] for window, table in self.tables.items()}
-        slots = {
-            window: torch.where(lengths > 0, slots_of(table, positions[:, None])[:, 0], -1)
-            for window, table in tables.items()
-        }
-        context = DecodeContext(
-            self.decoder.rotation(positions[None]), self.cache, slots, tables, lengths
-        )
-        hidden = self.decoder(self.decoder.embed(self.ids[None, :batch]), context)
+        if self.captures and type(self.decoder.embed) is nn.Embedding:
+            from moezoo.layers.kernels.step_inputs import step_inputs
+
+            with device_made_current(self.ids):
+                rows, (cos, sin), slots = step_inputs(
+                    self.ids[:batch],
+                    self.lengths[:batch],
+                    self._tables[:, :batch],
+                    page_size=PAGE_SIZE,
+                    embedding=self.decoder.embed.weight,
+                    rotation=self._rotation,
+                )
+            x, rotation = rows[None], (cos[None, :, None], sin[None, :, None])
+            by_window = dict(zip(tables, slots, strict=True))
+        else:
+            x, rotation, by_window = self._step_inputs_in_torch(batch, tables)
+        context = DecodeContext(rotation, self.cache, by_window, tables, self.lengths[:batch])
+        hidden = self.decoder(x, context)
         logits = self.decoder.logits(hidden[0])
         if sampler is not None:
             self.ids[:batch] = sampler(logits, slice(0, batch))
         return logits
+
+    def _step_inputs_in_torch(
+        self, batch: int, tables: dict[Window, Tensor]
+    ) -> tuple[Tensor, Rotation, dict[Window, Tensor]]:
+        lengths = self.lengths[:batch]
+        lengths += lengths > 0
+        positions = (lengths - 1).clamp(min=0).long()
+        slots = {
+            window: torch.where(lengths > 0, slots_of(table, positions[:, None])[:, 0], -1)
+            for window, table in tables.items()
+        }
+        rotation = self.decoder.rotation(positions[None])
+        return self.decoder.embed(self.ids[None, :batch]), rotation, slots
+
+    @cached_property
+    def _rotation(self) -> Rotation:
+        """Of every position that a row may reach, [positions, D] each."""
+        positions = torch.arange(self._tables.shape[2] * PAGE_SIZE, device=self.device)
+        cos, sin = self.decoder.rotation(positions[None])
+        return cos[0, :, 0], sin[0, :, 0]
 
     def _capture(self, batch: int, sampler: Sampler | None) -> tuple[Any, Tensor]:
         state = [self.ids, self.lengths, *([] if sampler is None else sampler.state())]

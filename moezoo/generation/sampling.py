@@ -25,7 +25,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from moezoo.device import to_device
+from moezoo.device import device_made_current, runs_kernels, to_device
 
 
 def warpers(config: GenerationConfig, device: torch.device) -> LogitsProcessorList:
@@ -66,6 +66,16 @@ def invert(scores: Tensor, uniform: Tensor) -> Tensor:
     target = uniform[:, None] * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, target, right=True).squeeze(1)
     return token.clamp_(max=scores.shape[1] - 1)
+
+
+def argmax(scores: Tensor) -> Tensor:
+    """The tokens int64 [B] of the largest of scores [B, V]."""
+    if runs_kernels(scores):
+        from moezoo.layers.kernels import argmax as kernel
+
+        with device_made_current(scores):
+            return kernel.argmax(scores)
+    return scores.argmax(-1)
 
 
 class SeededDraw(LogitsProcessor):
@@ -159,12 +169,14 @@ class Sampler:
     @torch.inference_mode()
     def __call__(self, logits: Tensor, rows: slice | Tensor) -> Tensor:
         """logits [B, V] of the rows -> tokens int64 [B]."""
-        scores = logits.float()
+        scores = logits
+        if self.seen is not None or self.warpers is not None:
+            scores = logits.float()
         if self.seen is not None:
             lower = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
             scores = torch.where(self.seen[rows], lower, scores)
         if self.warpers is None:
-            tokens = scores.argmax(-1)
+            tokens = argmax(scores)
         else:
             # These warpers do not look at the tokens before.
             scores = self.warpers(None, scores)
@@ -175,7 +187,8 @@ class Sampler:
                 chances = scores.softmax(-1)
                 # The smallest of exponential waiting times with these rates.
                 tokens = (chances / torch.empty_like(chances).exponential_()).argmax(-1)
-        self.step[rows] += 1
+        if self.uniforms is not None:
+            self.step[rows] += 1
         if self.seen is not None:
             self.seen[rows] = self.seen[rows].scatter(1, tokens[:, None], True)
         return tokens

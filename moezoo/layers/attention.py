@@ -285,7 +285,7 @@ class GroupedQueryAttention(nn.Module):
         self, x: torch.Tensor | NormOfSum, context: Context, layer_idx: int
     ) -> torch.Tensor:
         """x [B, T, H] -> [B, T, H]; keys and values go to the cache under `layer_idx`."""
-        qkv = self.qkv(handed_to(self.qkv, x) if isinstance(x, NormOfSum) else x)
+        qkv = self.qkv(handed_to(self.qkv, x))
         q, keys = context.append_heads(self, qkv, layer_idx)
         return self.o(context.attend(q, keys, window=self.window, scale=self.scale).flatten(2))
 

@@ -123,8 +123,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 class Linear(nn.Linear):
     """`nn.Linear`, multiplied as `linear` does."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
+    def forward(self, x: torch.Tensor | NormOfSum) -> torch.Tensor:
+        if not isinstance(x, NormOfSum):
+            return linear(x, self.weight, self.bias)
+        arguments = x.kernel_arguments(NORM_ROWS, self.weight, self.bias)
+        if arguments is None:
+            return linear(x.normed, self.weight, self.bias)
+        from moezoo.layers.kernels.few_rows import add_norm_linear
+
+        y, total = add_norm_linear(weight=self.weight, bias=self.bias, **arguments)
+        x.store(total)
+        return y.view(*x.sum.shape[:-1], -1)
 
 
 class FusedLinear(Linear):
@@ -137,18 +146,6 @@ class FusedLinear(Linear):
     def __init__(self, in_features: int, part_sizes: tuple[int, ...], bias: bool = False) -> None:
         super().__init__(in_features, sum(part_sizes), bias=bias)
         self.part_sizes = part_sizes
-
-    def forward(self, x: torch.Tensor | NormOfSum) -> torch.Tensor:
-        if not isinstance(x, NormOfSum):
-            return super().forward(x)
-        arguments = x.kernel_arguments(NORM_ROWS, self.weight, self.bias)
-        if arguments is None:
-            return super().forward(x.normed)
-        from moezoo.layers.kernels.few_rows import add_norm_linear
-
-        y, total = add_norm_linear(weight=self.weight, bias=self.bias, **arguments)
-        x.store(total)
-        return y.view(*x.sum.shape[:-1], -1)
 
     def parts(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[.., in_features] -> one [.., size] a part, views of one product."""

@@ -10,16 +10,39 @@ from typing import Any
 import torch
 from torch import nn
 
+from moezoo.device import runs_kernels
 from moezoo.layers.attention import Context, Keys
 from moezoo.layers.linear import FusedLinear, Linear
-from moezoo.layers.norm import NormOfSum, RMSNorm, normed
+from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.rope import Rotation
+
+FEW_ROWS = 8
+"""Up to so many tokens on CUDA, each head's own product is a kernel's."""
 
 
 def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [B, T, N, i] times each head's own weight [N, i, o] -> [B, T, N, o]."""
     out = torch.bmm(x.flatten(0, 1).transpose(0, 1), weight)
     return out.transpose(0, 1).unflatten(0, x.shape[:2])
+
+
+def _absorbed(q: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """q [B, T, N, nope_dim + R], key [N, nope_dim, C] -> [B, T, N, C + R], R as it was."""
+    if q.shape[0] * q.shape[1] <= FEW_ROWS and runs_kernels(q, key):
+        from moezoo.layers.kernels.per_head import absorb_query
+
+        return absorb_query(q.flatten(0, 1), key).unflatten(0, q.shape[:2])
+    nope_dim = key.shape[1]
+    return torch.cat((_per_head(q[..., :nope_dim], key), q[..., nope_dim:]), -1)
+
+
+def _expanded(x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """x [B, T, N, C], value [N, v_dim, C] -> [B, T, N, v_dim]."""
+    if x.shape[0] * x.shape[1] <= FEW_ROWS and runs_kernels(x, value):
+        from moezoo.layers.kernels.per_head import expand_values
+
+        return expand_values(x.flatten(0, 1), value).unflatten(0, x.shape[:2])
+    return _per_head(x, value.transpose(1, 2))
 
 
 class LowRankLinear(nn.Module):
@@ -33,8 +56,8 @@ class LowRankLinear(nn.Module):
         self.norm = norm
         self.b = Linear(rank, out_features, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.b(self.norm(self.a(x)))
+    def forward(self, x: torch.Tensor | NormOfSum) -> torch.Tensor:
+        return self.b(self.norm(self.a(handed_to(self.a, x))))
 
 
 def yarn_softmax_factor(rope_parameters: dict[str, Any]) -> float:
@@ -92,9 +115,8 @@ class MultiHeadLatentAttention(nn.Module):
         self, x: torch.Tensor | NormOfSum, context: Context, layer_idx: int
     ) -> torch.Tensor:
         """x [B, T, H] -> [B, T, H]; latents and rotated keys go to the cache, C + R a token."""
-        x = normed(x)
-        q = self.q(x).unflatten(-1, (self.num_heads, -1))
-        q, keys = context.append_latents(self, q, self.kv_a(x), layer_idx)
+        q = self.q(handed_to(self.q, x)).unflatten(-1, (self.num_heads, -1))
+        q, keys = context.append_latents(self, q, self.kv_a(handed_to(self.kv_a, x)), layer_idx)
         if context.num_queries < self.absorb_below:
             out = self._attend_to_latents(q, keys, context)
         else:
@@ -127,10 +149,9 @@ class MultiHeadLatentAttention(nn.Module):
     def _attend_to_latents(self, q: torch.Tensor, keys: Keys, context: Context) -> torch.Tensor:
         """q [B, T, N, ..] -> [B, T, N, v_dim]."""
         key, value = self._projections()
-        q_nope, q_rope = q.split_with_sizes((self.nope_dim, self.rope_dim), -1)
-        q = torch.cat((_per_head(q_nope, key), q_rope), -1)
+        q = _absorbed(q, key)
         out = context.attend(q, keys, scale=self.scale, value_dim=self.kv_norm.dim)
-        return _per_head(out, value.transpose(1, 2))
+        return _expanded(out, value)
 
     def _attend_to_heads(self, q: torch.Tensor, keys: Keys, context: Context) -> torch.Tensor:
         """q [B, T, N, ..] -> [B, T, N, v_dim]."""
@@ -138,5 +159,8 @@ class MultiHeadLatentAttention(nn.Module):
         latent, k_rope = latents.split_with_sizes((self.kv_norm.dim, self.rope_dim), -1)
         kv = self.kv_b(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k_nope, v = kv.split_with_sizes((self.nope_dim, self.v_dim), -1)
-        k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, self.num_heads, -1, -1)), -1)
+        # Two copies: on CUDA torch's cat takes three times as long for these.
+        k = k_nope.new_empty(*k_nope.shape[:-1], self.nope_dim + self.rope_dim)
+        k[..., : self.nope_dim] = k_nope
+        k[..., self.nope_dim :] = k_rope.unsqueeze(1)
         return context.attend_to(q, k, v, scale=self.scale)

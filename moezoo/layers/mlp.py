@@ -6,11 +6,16 @@ from torch import nn
 from moezoo.device import runs_kernels
 from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.moe import ACTIVATIONS
-from moezoo.layers.norm import NormOfSum, normed
+from moezoo.layers.norm import NormOfSum, is_hooked, normed
 
 
 class GatedMLP(nn.Module):
-    """down(activation(gate(x)) * up(x)), x [.., H] -> [.., H]; `gate_up` has gate rows, then up."""
+    """down(activation(gate(x)) * up(x)), x [.., H] -> [.., H]; `gate_up` has gate rows, then up.
+
+    Called with an `addend` [.., H], it returns the sum with that.
+    """
+
+    adds = True
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, *, activation: str, bias: bool = False
@@ -20,16 +25,37 @@ class GatedMLP(nn.Module):
         self.down = Linear(intermediate_size, hidden_size, bias=bias)
         self.activation = activation
 
-    def forward(self, x: torch.Tensor | NormOfSum) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor | NormOfSum, addend: torch.Tensor | None = None
+    ) -> torch.Tensor:
         x = normed(x)
         gate_up = self.gate_up(x)
-        if runs_kernels(gate_up):
+        if runs_kernels(gate_up, addend, *self.down.parameters()):
+            rows = gate_up.reshape(-1, gate_up.shape[-1])
+            y = self._few_rows(rows, addend)
+            if y is not None:
+                return y.view(x.shape)
             from moezoo.layers.kernels.gated import gate
 
-            rows = gate(gate_up.reshape(-1, gate_up.shape[-1]), self.activation)
-            return self.down(rows.view(*x.shape[:-1], -1))
-        gates, ups = gate_up.chunk(2, -1)
-        return self.down(ACTIVATIONS[self.activation](gates) * ups)
+            h = gate(rows, self.activation).view(*x.shape[:-1], -1)
+        else:
+            gates, ups = gate_up.chunk(2, -1)
+            h = ACTIVATIONS[self.activation](gates) * ups
+        y = self.down(h)
+        return y if addend is None else y + addend
+
+    def _few_rows(self, gate_up: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor | None:
+        """All that follows gate_up [T, 2I] in one launch, if that pays."""
+        from moezoo.layers.kernels.few_rows import gated_linear, takes_gated
+
+        if type(self.down) is not Linear or is_hooked(self.down):
+            return None
+        weight, bias = self.down.weight, self.down.bias
+        if not takes_gated(gate_up, weight):
+            return None
+        if addend is not None:
+            addend = addend.reshape(-1, addend.shape[-1])
+        return gated_linear(gate_up, weight, bias, activation=self.activation, addend=addend)
 
 
 class SigmoidGatedMLP(GatedMLP):
@@ -39,6 +65,9 @@ class SigmoidGatedMLP(GatedMLP):
         super().__init__(hidden_size, intermediate_size, activation=activation)
         self.gate = Linear(hidden_size, 1, bias=False)
 
-    def forward(self, x: torch.Tensor | NormOfSum) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor | NormOfSum, addend: torch.Tensor | None = None
+    ) -> torch.Tensor:
         x = normed(x)
-        return torch.sigmoid(self.gate(x)) * super().forward(x)
+        y = torch.sigmoid(self.gate(x)) * super().forward(x)
+        return y if addend is None else y + addend

@@ -111,7 +111,7 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
-def handed_to(module: nn.Module, due: NormOfSum) -> torch.Tensor | NormOfSum:
+def handed_to(module: nn.Module, x: torch.Tensor | NormOfSum) -> torch.Tensor | NormOfSum:
     """What a layer is called with: a tensor if it has hooks, or is not one of ours."""
     ours = type(module).__module__.startswith("moezoo.")
-    return due if ours and not is_hooked(module) else due.normed
+    return x if ours and not is_hooked(module) else normed(x)

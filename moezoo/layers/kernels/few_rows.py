@@ -2,12 +2,14 @@
 
     few_rows_linear    y = x @ weight.T + bias
     add_norm_linear    sum = x + update, y = rmsnorm(sum) @ weight.T + bias
+    gated_linear       y = (act(gate) * up) @ weight.T + bias + addend
 
 For up to four rows a program holds whole rows of the weight in registers: it asks for all of them
-at once, before the kernel that computes x has finished. Each program computes sum and norm again,
-which costs less than a launch. For more rows the matrix units multiply what copies bring to shared
-memory, each warp its part of the columns. Products accumulate in fp32. The sum, the normed x and y
-are rounded one after the other, as separate operations round them.
+at once, before the kernel that computes x has finished. Each program computes sum and norm, or the
+gated activation, again, which costs less than a launch. For more rows the matrix units multiply
+what copies bring to shared memory, each warp its part of the columns. Products accumulate in fp32.
+The sum, the normed x, the gated activation, y and its sum with the addend are rounded one after the
+other, as separate operations round them.
 
 Legend: T rows of x, K inputs, N outputs.
 """
@@ -20,7 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.kernels.add_norm import add_rms_norm, add_rms_norm_ref
+from moezoo.layers.kernels.gated import gate_ref
+from moezoo.layers.kernels.gated_up import activate_gated
 from moezoo.layers.kernels.overlap import launch_options, start_next, wait, wait_for_previous
 from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 from moezoo.layers.kernels.tiles import multiprocessors
@@ -33,6 +38,9 @@ REGISTER_ROWS = 4
 
 They lie there too, so all together have at most 16384 columns.
 """
+
+GATED_COLUMNS = 4096
+"""The most inputs of a `gated_linear`: each program reads and gates them all."""
 
 
 def few_rows_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -52,6 +60,18 @@ def add_norm_linear_ref(
     return few_rows_linear_ref(normed, weight, bias), total
 
 
+def gated_linear_ref(
+    gate_up: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | Gating = "silu",
+    addend: Tensor | None = None,
+) -> Tensor:
+    y = few_rows_linear_ref(gate_ref(gate_up, activation), weight, bias)
+    return y if addend is None else y + addend
+
+
 @triton.jit
 def _load_rows(w_ptr, rows, inner, n, k, stride_wn, EVEN_K: tl.constexpr):
     p_w = w_ptr + rows.to(tl.int64)[:, None] * stride_wn + inner
@@ -68,6 +88,7 @@ def _few_rows_kernel(
     norm_ptr,
     w_ptr,
     bias_ptr,
+    addend_ptr,
     y_ptr,
     sum_ptr,
     n,
@@ -77,10 +98,15 @@ def _few_rows_kernel(
     stride_xt,
     stride_ut,
     stride_wn,
+    stride_at,
     T: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_UPDATE: tl.constexpr,
+    HAS_ADDEND: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
     EVEN_K: tl.constexpr,
     ONE_TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -98,9 +124,17 @@ def _few_rows_kernel(
     token = tl.program_id(1)
     x_ptr += token * stride_xt
     y_ptr += token * n
+    if HAS_ADDEND:
+        addend_ptr += token * stride_at
     xs = ()
     for t in tl.static_range(T):
-        xs += (tl.load(x_ptr + t * stride_xt + inner, mask=m_inner, other=0.0),)
+        x = tl.load(x_ptr + t * stride_xt + inner, mask=m_inner, other=0.0)
+        if ACTIVATION is not None:
+            up = tl.load(x_ptr + t * stride_xt + k + inner, mask=m_inner, other=0.0)
+            wide = x.to(tl.float32)
+            h = activate_gated(wide, up.to(tl.float32), ACTIVATION, LIMIT, UP_OFFSET)
+            x = h.to(up.dtype)
+        xs += (x,)
     if HAS_UPDATE:
         update_ptr += token * stride_ut
         sum_ptr += token * k
@@ -120,18 +154,34 @@ def _few_rows_kernel(
             normed += ((wide * scale[:, None] * norm.to(tl.float32)).to(xs[t].dtype),)
         xs = normed
     if ONE_TILE:
-        _store_products(xs, w, bias_ptr, y_ptr, rows, n, T, HAS_BIAS)
+        _store_products(
+            xs, w, bias_ptr, addend_ptr, y_ptr, rows, n, stride_at, T, HAS_BIAS, HAS_ADDEND
+        )
     else:
         for _ in range(tl.program_id(0) * BLOCK_N, n, num_programs * BLOCK_N):
             next_rows = rows + num_programs * BLOCK_N
             next_w = _load_rows(w_ptr, next_rows, inner, n, k, stride_wn, EVEN_K)
-            _store_products(xs, w, bias_ptr, y_ptr, rows, n, T, HAS_BIAS)
+            _store_products(
+                xs, w, bias_ptr, addend_ptr, y_ptr, rows, n, stride_at, T, HAS_BIAS, HAS_ADDEND
+            )
             rows = next_rows
             w = next_w
 
 
 @triton.jit
-def _store_products(xs, w, bias_ptr, y_ptr, rows, n, T: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _store_products(
+    xs,
+    w,
+    bias_ptr,
+    addend_ptr,
+    y_ptr,
+    rows,
+    n,
+    stride_at,
+    T: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_ADDEND: tl.constexpr,
+):
     m_rows = rows < n
     if HAS_BIAS:
         bias = tl.load(bias_ptr + rows, mask=m_rows, other=0.0).to(tl.float32)
@@ -140,7 +190,11 @@ def _store_products(xs, w, bias_ptr, y_ptr, rows, n, T: tl.constexpr, HAS_BIAS: 
         y = tl.sum(wide * xs[t].to(tl.float32), 1)
         if HAS_BIAS:
             y += bias
-        tl.store(y_ptr + t * n + rows, y.to(y_ptr.dtype.element_ty), mask=m_rows)
+        y = y.to(y_ptr.dtype.element_ty)
+        if HAS_ADDEND:
+            addend = tl.load(addend_ptr + t * stride_at + rows, mask=m_rows, other=0.0)
+            y = (y.to(tl.float32) + addend.to(tl.float32)).to(y.dtype)
+        tl.store(y_ptr + t * n + rows, y, mask=m_rows)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -236,7 +290,7 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     _check(x, weight, bias)
     chosen = launch(x, weight)
     if not chosen.block_k:
-        return _in_registers(x, None, weight, bias, norm_weight=None, eps=0.0, chosen=chosen)[0]
+        return _in_registers(x, weight, bias, chosen)[0]
     num_rows, n = len(x), len(weight)
     y = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
@@ -290,7 +344,48 @@ def add_norm_linear(
     if chosen.block_k:
         normed, total = add_rms_norm(x, update, norm_weight, eps)
         return few_rows_linear(normed, weight, bias), total
-    return _in_registers(x, update, weight, bias, norm_weight=norm_weight, eps=eps, chosen=chosen)
+    return _in_registers(x, weight, bias, chosen, update=update, norm_weight=norm_weight, eps=eps)
+
+
+def takes_gated(gate_up: Tensor, weight: Tensor) -> bool:
+    """Whether `gated_linear` does, and is faster than a launch for the gated activation alone."""
+    if len(gate_up) > REGISTER_ROWS or weight.shape[1] > GATED_COLUMNS:
+        return False
+    return not launch(gate_up[:, : weight.shape[1]], weight).block_k
+
+
+def gated_linear(
+    gate_up: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | Gating = "silu",
+    addend: Tensor | None = None,
+) -> Tensor:
+    """gate_up [T, 2K], in each row first gate, then up; weight [N, K], bias [N], addend [T, N] of
+    its dtype -> [T, N].
+
+    For what `takes_gated` accepts. As `few_rows_linear`.
+    """
+    k = weight.shape[1]
+    if gate_up.ndim != 2 or gate_up.shape[1] != 2 * k:
+        raise ValueError(
+            f"gate_up must be [T, {2 * k}] for weight {list(weight.shape)}, "
+            f"got {list(gate_up.shape)}"
+        )
+    x = gate_up[:, :k]
+    _check(x, weight, bias)
+    chosen = launch(x, weight)
+    if chosen.block_k:
+        raise ValueError(f"{len(x)} rows of {k} are too many; take gate and few_rows_linear")
+    expected = (len(x), len(weight))
+    if addend is not None and (addend.shape != expected or addend.dtype != x.dtype):
+        raise ValueError(
+            f"addend must be {list(expected)} {x.dtype}, got {list(addend.shape)} {addend.dtype}"
+        )
+    _check_strides(addend=addend)
+    gating = Gating.of(activation)
+    return _in_registers(x, weight, bias, chosen, gating=gating, addend=addend)[0]
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -314,14 +409,17 @@ def _check_strides(**operands: Tensor | None) -> None:
 
 def _in_registers(
     x: Tensor,
-    update: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    *,
-    norm_weight: Tensor | None,
-    eps: float,
     chosen: Launch,
+    *,
+    update: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    gating: Gating | None = None,
+    addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """With `gating`, x are the gates of rows that go on with as many ups."""
     (num_rows, k), n = x.shape, len(weight)
     y = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
     total = x
@@ -343,6 +441,7 @@ def _in_registers(
         norm_weight,
         weight,
         bias,
+        addend,
         y,
         total,
         n,
@@ -352,10 +451,15 @@ def _in_registers(
         x.stride(0),
         0 if update is None else update.stride(0),
         weight.stride(0),
+        0 if addend is None else addend.stride(0),
         T=rows_of_x,
         HAS_BIAS=bias is not None,
         HAS_NORM=norm_weight is not None,
         HAS_UPDATE=update is not None,
+        HAS_ADDEND=addend is not None,
+        ACTIVATION=None if gating is None else ACTIVATIONS[gating.activation].__name__,
+        LIMIT=None if gating is None else gating.limit,
+        UP_OFFSET=0.0 if gating is None else gating.up_offset,
         EVEN_K=block_k == k,
         ONE_TILE=num_programs == num_tiles,
         BLOCK_N=chosen.block_n,

@@ -6,9 +6,10 @@
 
 Nothing is permuted, and with one row an expert the matrix units have nothing to share: products are
 made and summed in ordinary registers, and the second kernel sums over K as well. Tokens that share
-an expert read its weights at the same time, so that one of them finds them in L2. Products
-accumulate in fp32; h, and each expert's row of the sum, are rounded once, as is the sum. What a
-token gets does not depend on the others.
+an expert read its weights at the same time, so that one of them finds them in L2. A program asks
+for a whole row of weights at once; those of the second kernel do so while the first one ends.
+Products accumulate in fp32; h, and each expert's row of the sum, are rounded once, as is the sum.
+What a token gets does not depend on the others.
 
 Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per token.
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from moezoo.layers.kernels.activations import ACTIVATIONS, Gating, in_parts
 from moezoo.layers.kernels.gated_up import activate, activate_gated
-from moezoo.layers.kernels.overlap import launch_options, wait
+from moezoo.layers.kernels.overlap import launch_options, start_next, wait, wait_for_previous
 from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 
 
@@ -52,6 +53,26 @@ def few_tokens_ref(
     return out.to(x.dtype)
 
 
+@triton.jit
+def _load_row(p_row, mask, inner, size, stride, PIECES: tl.constexpr, BLOCK: tl.constexpr):
+    """PIECES of a row, all asked for before the first one is used."""
+    pieces = ()
+    for i in tl.static_range(PIECES):
+        m_piece = mask & (i * BLOCK + inner < size)
+        pieces += (tl.load(p_row + i * BLOCK * stride, mask=m_piece, other=0.0),)
+    return pieces
+
+
+@triton.jit
+def _add_products(products, w, p_h, mask, inner, size, PIECES: tl.constexpr, BLOCK: tl.constexpr):
+    for i in tl.static_range(PIECES):
+        m_h = mask & (i * BLOCK + inner < size)
+        products += w[i].to(tl.float32) * tl.load(p_h + i * BLOCK, mask=m_h, other=0.0).to(
+            tl.float32
+        )
+    return products
+
+
 @triton.jit(do_not_specialize=["k"])
 def _few_tokens_gated_up_kernel(
     x_ptr,
@@ -77,7 +98,7 @@ def _few_tokens_gated_up_kernel(
     LIMIT: tl.constexpr,
     UP_OFFSET: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    PIECES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -85,39 +106,39 @@ def _few_tokens_gated_up_kernel(
     slot = tl.program_id(0)
     expert = tl.load(ids_ptr + slot).to(tl.int64)
     if (expert >= 0) & (expert < num_experts):
-        cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        m_cols = cols < intermediate_size
+        col = tl.program_id(1).to(tl.int64)
         inner = tl.arange(0, BLOCK_K)
-        w_cols = tl.where(m_cols, cols, 0).to(tl.int64)
-        p_gate = w_ptr + expert * stride_we + w_cols[:, None] * stride_wn
-        p_gate += inner[None, :] * stride_wh
-        gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        here = inner >= 0
+        p_gate = w_ptr + expert * stride_we + col * stride_wn + inner * stride_wh
         p_x = x_ptr + (slot // k) * stride_xt + inner * stride_xh
-        for start in range(0, hidden_size, BLOCK_K):
-            m_inner = start + inner < hidden_size
-            b_gate = tl.load(p_gate, mask=m_inner[None, :], other=0.0)
+        gates = tl.zeros([BLOCK_K], tl.float32)
+        ups = tl.zeros([BLOCK_K], tl.float32)
+        for start in range(0, hidden_size, PIECES * BLOCK_K):
+            left = hidden_size - start
+            b_gate = _load_row(p_gate, here, inner, left, stride_wh, PIECES, BLOCK_K)
             if PARTS == 2:
-                b_up = tl.load(p_gate + stride_wg, mask=m_inner[None, :], other=0.0)
-            b_x = tl.load(p_x, mask=m_inner, other=0.0).to(tl.float32)[None, :]
-            gate += b_gate.to(tl.float32) * b_x
-            if PARTS == 2:
-                up += b_up.to(tl.float32) * b_x
-            p_x += BLOCK_K * stride_xh
-            p_gate += BLOCK_K * stride_wh
-        gates = tl.sum(gate, 1)
-        ups = tl.sum(up, 1)
+                p_up = p_gate + stride_wg
+                b_up = _load_row(p_up, here, inner, left, stride_wh, PIECES, BLOCK_K)
+            for i in tl.static_range(PIECES):
+                m_x = i * BLOCK_K + inner < left
+                b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
+                gates += b_gate[i].to(tl.float32) * b_x
+                if PARTS == 2:
+                    ups += b_up[i].to(tl.float32) * b_x
+                p_x += BLOCK_K * stride_xh
+            p_gate += PIECES * BLOCK_K * stride_wh
+        gate = tl.sum(gates, 0)
+        up = tl.sum(ups, 0)
         if HAS_BIAS:
-            p_bias = bias_ptr + expert * stride_be + w_cols * stride_bn
-            gates += tl.load(p_bias).to(tl.float32)
+            p_bias = bias_ptr + expert * stride_be + col * stride_bn
+            gate += tl.load(p_bias).to(tl.float32)
             if PARTS == 2:
-                ups += tl.load(p_bias + stride_bg).to(tl.float32)
+                up += tl.load(p_bias + stride_bg).to(tl.float32)
         if PARTS == 2:
-            h = activate_gated(gates, ups, ACTIVATION, LIMIT, UP_OFFSET)
+            h = activate_gated(gate, up, ACTIVATION, LIMIT, UP_OFFSET)
         else:
-            h = activate(gates, ACTIVATION)
-        p_h = h_ptr + slot * intermediate_size + cols
-        tl.store(p_h, h.to(h_ptr.dtype.element_ty), mask=m_cols)
+            h = activate(gate, ACTIVATION)
+        tl.store(h_ptr + slot * intermediate_size + col, h.to(h_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -139,43 +160,45 @@ def _few_tokens_down_kernel(
     K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    PIECES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    wait(OVERLAP)
+    """A program computes one column: the rows of its blocks are those of the slots' experts."""
+    start_next(OVERLAP)
     token = tl.program_id(0)
-    # The rows of a block are the slots' experts below each other, BLOCK_N columns of y of each.
-    rows = tl.arange(0, BLOCK_SLOTS * BLOCK_N)
-    slots = rows // BLOCK_N
-    cols = tl.program_id(1) * BLOCK_N + rows % BLOCK_N
-    p_ids = ids_ptr + token * K + slots
-    experts = tl.load(p_ids, mask=slots < K, other=-1).to(tl.int64)
-    m_rows = (experts >= 0) & (experts < num_experts) & (cols < hidden_size)
-    experts = tl.where(m_rows, experts, 0)
-    w_cols = tl.where(m_rows, cols, 0).to(tl.int64)
-    inner = tl.arange(0, BLOCK_K)
-    p_w = w_ptr + (experts * stride_we + w_cols * stride_wn)[:, None] + inner[None, :] * stride_wi
-    h_rows = token * K + tl.where(m_rows, slots, 0)
-    p_h = h_ptr + h_rows[:, None] * intermediate_size + inner[None, :]
-    products = tl.zeros([BLOCK_SLOTS * BLOCK_N, BLOCK_K], tl.float32)
-    for start in range(0, intermediate_size, BLOCK_K):
-        m_w = m_rows[:, None] & (start + inner < intermediate_size)[None, :]
-        b_w = tl.load(p_w, mask=m_w, other=0.0).to(tl.float32)
-        products += b_w * tl.load(p_h, mask=m_w, other=0.0).to(tl.float32)
-        p_w += BLOCK_K * stride_wi
-        p_h += BLOCK_K
+    col = tl.program_id(1).to(tl.int64)
+    slots = tl.arange(0, BLOCK_SLOTS)
+    # What chose the experts had finished before the first kernel let this one start.
+    experts = tl.load(ids_ptr + token * K + slots, mask=slots < K, other=-1).to(tl.int64)
+    weights = tl.load(weights_ptr + token * K + slots, mask=slots < K, other=0.0)
+    m_slots = (experts >= 0) & (experts < num_experts)
+    experts = tl.where(m_slots, experts, 0)
+    inner = tl.arange(0, BLOCK_K)[None, :]
+    mask = m_slots[:, None]
+    p_w = w_ptr + experts[:, None] * stride_we + col * stride_wn + inner * stride_wi
+    p_h = h_ptr + (token * K + slots)[:, None] * intermediate_size + inner
+    b_w = _load_row(p_w, mask, inner, intermediate_size, stride_wi, PIECES, BLOCK_K)
+    wait_for_previous(OVERLAP)
+    products = tl.zeros([BLOCK_SLOTS, BLOCK_K], tl.float32)
+    products = _add_products(products, b_w, p_h, mask, inner, intermediate_size, PIECES, BLOCK_K)
+    for start in range(PIECES * BLOCK_K, intermediate_size, PIECES * BLOCK_K):
+        left = intermediate_size - start
+        b_w = _load_row(p_w + start * stride_wi, mask, inner, left, stride_wi, PIECES, BLOCK_K)
+        products = _add_products(products, b_w, p_h + start, mask, inner, left, PIECES, BLOCK_K)
     y = tl.sum(products, 1)
     if HAS_BIAS:
-        p_bias = bias_ptr + experts * stride_be + w_cols * stride_bn
-        y += tl.load(p_bias, mask=m_rows, other=0.0).to(tl.float32)
+        p_bias = bias_ptr + experts * stride_be + col * stride_bn
+        y += tl.load(p_bias, mask=m_slots, other=0.0).to(tl.float32)
     y = y.to(out_ptr.dtype.element_ty).to(tl.float32)
-    weights = tl.load(weights_ptr + token * K + slots, mask=m_rows, other=0.0)
-    weighted = tl.where(m_rows, y * weights, 0.0)
-    out = tl.sum(tl.reshape(weighted, [BLOCK_SLOTS, BLOCK_N]), 0)
-    out_cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    p_out = out_ptr + token * hidden_size + out_cols
-    tl.store(p_out, out.to(out_ptr.dtype.element_ty), mask=out_cols < hidden_size)
+    out = tl.sum(tl.where(m_slots, y * weights, 0.0), 0)
+    tl.store(out_ptr + token * hidden_size + col, out.to(out_ptr.dtype.element_ty))
+
+
+def _pieces(size: int, block: int, limit: int) -> int:
+    """Blocks of a row that are asked for at once: of as few rounds as `limit` allows."""
+    blocks = cdiv(size, block)
+    return cdiv(blocks, cdiv(blocks, limit))
 
 
 def few_tokens(
@@ -219,8 +242,10 @@ def few_tokens(
     if topk_ids.numel() == 0:
         return out.zero_()
     options = launch_options(x.device)
-    block_n, block_k = 2, min(1024, next_power_of_2(hidden_size))
-    _few_tokens_gated_up_kernel[(num_tokens * k, cdiv(intermediate_size, block_n))](
+    # Two warps hold a column of 2048 numbers of gate and up, a longer one has not room there.
+    block_k = min(2048, next_power_of_2(hidden_size))
+    pieces = _pieces(hidden_size, block_k, 2)
+    _few_tokens_gated_up_kernel[(num_tokens * k, intermediate_size)](
         x,
         w13,
         bias13,
@@ -238,14 +263,14 @@ def few_tokens(
         LIMIT=gating.limit,
         UP_OFFSET=gating.up_offset,
         HAS_BIAS=bias13 is not None,
-        BLOCK_N=block_n,
+        PIECES=pieces,
         BLOCK_K=block_k,
-        num_warps=2,
+        num_warps=2 * pieces,
         **options,
     )
     block_slots = next_power_of_2(k)
-    # One column a program, and what eight warps hold of K rows of weights.
-    block_k = min(2048 // block_slots, next_power_of_2(intermediate_size))
+    # Eight warps a column, 16 bytes a thread and piece.
+    block_k = max(1, min(2048 // block_slots, next_power_of_2(intermediate_size)))
     _few_tokens_down_kernel[(num_tokens, hidden_size)](
         h,
         w2,
@@ -261,8 +286,8 @@ def few_tokens(
         K=k,
         HAS_BIAS=bias2 is not None,
         BLOCK_SLOTS=block_slots,
-        BLOCK_N=1,
-        BLOCK_K=max(1, block_k),
+        PIECES=_pieces(intermediate_size, block_k, 4),
+        BLOCK_K=block_k,
         num_warps=8,
         **options,
     )

@@ -20,7 +20,7 @@ from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 
 
 @triton.jit
-def _sort_key(x):
+def sort_key(x):
     """int32 in the order of fp32 x, NaN above all, the zeros alike."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -86,7 +86,7 @@ def _topk_kernel(
         choice += tl.load(bias_ptr + experts, mask=experts < num_experts, other=0.0)[None, :]
     # Lanes past the experts come after every expert, whatever its score.
     no_key = -0x80000000
-    key = tl.where(m_experts, _sort_key(choice), no_key)
+    key = tl.where(m_experts, sort_key(choice), no_key)
     positions = tl.broadcast_to(experts[None, :], [BLOCK_T, BLOCK_E])
 
     if TOPK_GROUPS < NUM_GROUPS:
@@ -100,7 +100,7 @@ def _topk_kernel(
             if HAS_BIAS and GROUP_SIZE > 1:
                 own_key = tl.where(positions == first[:, None], no_key, own_key)
                 value += _from_sort_key(tl.max(own_key, 1))
-            group_key = tl.where(groups == g, _sort_key(value)[:, None], group_key)
+            group_key = tl.where(groups == g, sort_key(value)[:, None], group_key)
         kept = positions < 0
         for _ in tl.static_range(TOPK_GROUPS):
             _, group = _argmax(group_key, groups, BLOCK_G)
@@ -108,7 +108,7 @@ def _topk_kernel(
             kept = kept | (positions // GROUP_SIZE == group[:, None])
         # Without a bias the others score 0, with one -inf.
         choice = tl.where(kept, choice, lowest if HAS_BIAS else 0.0)
-        key = tl.where(m_experts, _sort_key(choice), no_key)
+        key = tl.where(m_experts, sort_key(choice), no_key)
 
     slots = tl.broadcast_to(tl.arange(0, BLOCK_K)[None, :], [BLOCK_T, BLOCK_K])
     ids = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)

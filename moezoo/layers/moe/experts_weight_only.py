@@ -1,16 +1,27 @@
-"""Experts whose weights alone are quantised, on CUDA: the kernels dequantise what they read."""
+"""Experts whose weights alone are quantised, on CUDA: the kernels dequantise what they read.
 
+Legend: S chosen rows; otherwise as in `experts`.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from moezoo.layers.kernels.activations import Gating
-from moezoo.layers.moe.dequantized import dequantized_experts
-from moezoo.layers.quant import Format
+from moezoo.layers.quant import Int4, Int8, Mxfp4
+
+WeightOnly = Int8 | Int4 | Mxfp4
+
+ORDERED_TOKENS = 2048
+"""Tokens at a time where columns have an order: gathering takes 8 bytes for each number."""
 
 
 def weight_only_cuda(
     x: Tensor,
-    w13: Format,
-    w2: Format,
+    w13: WeightOnly,
+    w2: WeightOnly,
     topk_weights: Tensor,
     topk_ids: Tensor,
     *,
@@ -21,6 +32,86 @@ def weight_only_cuda(
 ) -> Tensor:
     """w13 [E, 2 or 1, I, H]; topk_ids [T, K] are rows of w13, or negative, and spread over
     num_experts, those of other ranks included."""
-    return dequantized_experts(
-        x, w13, w2, topk_weights, topk_ids, gating=gating, bias13=bias13, bias2=bias2
+    from moezoo.layers.kernels.combine import combine
+    from moezoo.layers.kernels.permute import permute
+    from moezoo.layers.kernels.tiles import plan
+    from moezoo.layers.kernels.weight_only import down_weight_only, gated_up_weight_only
+
+    if _order(w13) is not None or _order(w2) is not None:
+        parts = (tensor.split(ORDERED_TOKENS) for tensor in (x, topk_weights, topk_ids))
+        settings: Any = {"gating": gating, "bias13": bias13, "bias2": bias2}
+        return torch.cat(
+            [
+                _in_order(some, w13, w2, weights, ids, **settings, num_experts=num_experts)
+                for some, weights, ids in zip(*parts, strict=True)
+            ]
+        )
+    tiles = plan(x, w13, w2, num_rows=topk_ids.numel(), num_experts=num_experts)
+    rows = permute(topk_ids, w13.shape[0], tiles.gated_up.m)
+    h = gated_up_weight_only(
+        *(x, w13, rows),
+        k=topk_ids.shape[1],
+        tile=tiles.gated_up,
+        activation=gating,
+        bias13=bias13,
     )
+    y = down_weight_only(h, w2, rows, tile=tiles.down, bias2=bias2)
+    return combine(y, topk_weights, rows.positions)
+
+
+def _in_order(
+    x: Tensor,
+    w13: WeightOnly,
+    w2: WeightOnly,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    gating: Gating,
+    bias13: Tensor | None,
+    bias2: Tensor | None,
+    num_experts: int,
+) -> Tensor:
+    """The same where columns have an order of their own: each chosen row has its numbers in that
+    order before it is multiplied. Gate and up are products of their own, rounded before the
+    activation."""
+    from moezoo.layers.kernels.combine import combine
+    from moezoo.layers.kernels.interleave import interleave
+    from moezoo.layers.kernels.permute import permute
+    from moezoo.layers.kernels.tiles import plan
+    from moezoo.layers.kernels.weight_only import down_weight_only, ways
+
+    tile = plan(x, w13, w2, num_rows=topk_ids.numel(), num_experts=num_experts).down
+    rows = permute(topk_ids, w13.shape[0], tile.m)
+    last_row, last_expert = topk_ids.numel() - 1, w13.shape[0] - 1
+    # Nobody wrote the order of rows without an expert, nor reads what becomes of them.
+    tokens = rows.order.clamp(0, last_row) // topk_ids.shape[1]
+    positions = torch.arange(last_row + 1, dtype=torch.int32, device=x.device)
+    experts = torch.searchsorted(rows.offsets[1:], positions, right=True).clamp(max=last_expert)
+
+    def product(x: Tensor, w: WeightOnly, bias: Tensor | None) -> Tensor:
+        """x [S, K] in expert order, w [E, N, K] -> [S, N]"""
+        order = _order(w)
+        if isinstance(w, Int8 | Int4) and order is not None:
+            x = x.gather(1, order[experts].long())
+            w = replace(w, order=None)
+        x = interleave(x, ways(type(w), w.shape[-1]))
+        return down_weight_only(x, w, rows, tile=tile, bias2=bias)
+
+    chosen = x[tokens]
+    h = gating(
+        *(
+            product(chosen, _part(w13, p), None if bias13 is None else bias13[:, p]).float()
+            for p in range(w13.shape[1])
+        )
+    )
+    y = product(h.to(x.dtype), w2, bias2)
+    return combine(y, topk_weights, rows.positions)
+
+
+def _order(w: WeightOnly) -> Tensor | None:
+    return None if isinstance(w, Mxfp4) else w.order
+
+
+def _part(w13: WeightOnly, part: int) -> WeightOnly:
+    """[E, P, I, H] -> [E, I, H]"""
+    return w13.map(lambda tensor: tensor.select(1, part))

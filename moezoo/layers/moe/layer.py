@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moezoo.device import runs_kernels
 from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.moe.experts import fused_experts
-from moezoo.layers.norm import NormOfSum, normed
+from moezoo.layers.norm import NormOfSum, is_hooked, normed
 from moezoo.layers.quant import Format, QuantizedWeights
 
 NORM_TOKENS = 8
@@ -67,8 +67,9 @@ class FusedMoE(nn.Module):
 
     `route` maps fp32 logits [T, E] to (topk_weights [T, K] fp32, topk_ids [T, K] int32): a partial
     of a function in `moezoo.layers.moe.routing`, or a module where the router has parameters.
-    `shared` is a module [T, H] -> [T, H] whose output is added. `dispatcher` is None where this
-    process holds all the experts.
+    `shared` is a module [T, H] -> [T, H] whose output is added; one with a true attribute `adds`
+    takes what it is added to as its second argument. `dispatcher` is None where this process holds
+    all the experts.
     """
 
     def __init__(
@@ -135,7 +136,8 @@ class FusedMoE(nn.Module):
         topk_weights, topk_ids = self.route(logits)
         y = self.experts(tokens, topk_weights, topk_ids)
         if self.shared is not None:
-            y = y + self.shared(tokens)
+            adds = getattr(self.shared, "adds", False) and not is_hooked(self.shared)
+            y = self.shared(tokens, y) if adds else y + self.shared(tokens)
         return y.view(x.shape)
 
     def router_logits(self, x: Tensor | NormOfSum) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
 from moezoo.layers.kernels import few_rows
+from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.kernels.add_norm import add_rms_norm
 from moezoo.layers.kernels.few_rows import (
     FEW_ROWS,
@@ -18,6 +19,9 @@ from moezoo.layers.kernels.few_rows import (
     add_norm_linear_ref,
     few_rows_linear,
     few_rows_linear_ref,
+    gated_linear,
+    gated_linear_ref,
+    takes_gated,
 )
 
 
@@ -231,3 +235,47 @@ def test_refuses(change: dict[str, Tensor], message: str) -> None:
         plain = {name: arguments[name] for name in ("x", "weight", "bias")}
         with pytest.raises(ValueError, match=re.escape(message)):
             few_rows_linear(**(plain | change))
+
+
+def gated_inputs(
+    num_rows: int, n: int, k: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """Arguments of `gated_linear`."""
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("the interpreter rounds to bfloat16 wrongly")
+    given: dict[str, Any] = inputs(num_rows, n, k, dtype, device)
+    del given["x"]
+    generator = torch.Generator().manual_seed(2)
+    gate_up = torch.randn(num_rows, 2 * k, generator=generator)
+    addend = torch.randn(num_rows, n, generator=generator)
+    return given | {"gate_up": gate_up.to(device, dtype), "addend": addend.to(device, dtype)}
+
+
+@pytest.mark.parametrize("activation", ["silu", Gating("gelu_tanh"), Gating("silu", limit=1.5)])
+@pytest.mark.parametrize(("num_rows", "n", "k"), [(1, 7, 100), (2, 40, 2049), (4, 300, 65)])
+def test_gated(
+    num_rows: int,
+    n: int,
+    k: int,
+    activation: str | Gating,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    given = gated_inputs(num_rows, n, k, dtype, device) | {"activation": activation}
+    assert_close(gated_linear(**given), gated_linear_ref(**given))
+    given |= {"addend": None, "bias": None}
+    assert_close(gated_linear(**given), gated_linear_ref(**given))
+
+
+def test_gated_takes_few_rows_of_few_columns(device: torch.device) -> None:
+    given = gated_inputs(4, 8, 4096, torch.float16, device)
+    assert takes_gated(given["gate_up"], given["weight"])
+    assert not takes_gated(given["gate_up"].repeat(2, 1), given["weight"])
+    wide = gated_inputs(1, 8, 4097, torch.float16, device)
+    assert not takes_gated(wide["gate_up"], wide["weight"])
+    with pytest.raises(ValueError, match="too many"):
+        gated_linear(**given | {"gate_up": given["gate_up"].repeat(2, 1), "addend": None})
+    with pytest.raises(ValueError, match="gate_up must be"):
+        gated_linear(**given | {"gate_up": given["gate_up"][:, 1:]})
+    with pytest.raises(ValueError, match="addend must be"):
+        gated_linear(**given | {"addend": given["addend"][:1]})

@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from moezoo.layers.mlp import GatedMLP, SigmoidGatedMLP
+from moezoo.layers.moe import FusedMoE
+
+
+def layer(kind: type[GatedMLP], device: str = "cpu") -> GatedMLP:
+    torch.manual_seed(0)
+    return kind(24, 40, activation="silu").to(device)
+
+
+@pytest.mark.parametrize("kind", [GatedMLP, SigmoidGatedMLP])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("tokens", [1, 3, 7])
+@torch.inference_mode()
+def test_addend(kind: type[GatedMLP], device: str, tokens: int) -> None:
+    mlp = layer(kind, device)
+    x = torch.randn(1, tokens, 24, device=device)
+    addend = torch.randn(1, tokens, 24, device=device)
+    gates, ups = torch.nn.functional.linear(x, mlp.gate_up.weight).chunk(2, -1)
+    expected = torch.nn.functional.linear(torch.nn.functional.silu(gates) * ups, mlp.down.weight)
+    if isinstance(mlp, SigmoidGatedMLP):
+        expected = expected * torch.sigmoid(x @ mlp.gate.weight.T)
+    torch.testing.assert_close(mlp(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mlp(x, addend), expected + addend, rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_hook_sees_what_the_shared_expert_computes() -> None:
+    def route(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = logits.topk(1)
+        return weights.softmax(-1), ids.int()
+
+    shared = layer(GatedMLP)
+    moe = FusedMoE(24, 8, 4, route, shared=shared)
+    moe.reset_parameters()
+    x = torch.randn(5, 24)
+    whole = moe(x)
+    seen = []
+    shared.register_forward_hook(lambda module, args, output: seen.append(output))
+    torch.testing.assert_close(moe(x), whole)
+    torch.testing.assert_close(seen[0], shared(x))
