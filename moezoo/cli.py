@@ -1,4 +1,4 @@
-"""The command line: `moezoo generate`, `inspect`, `tune` and `bench`.
+"""The command line: `moezoo generate`, `inspect`, `convert`, `tune` and `bench`.
 
 Exit codes: 0 all done; 1 a failure while running; 2 wrong options or bad input; 3 finished, but
 some prompts or input lines failed, or (inspect) moezoo cannot run the model; 130 interrupted.
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from moezoo.loaders.checkpoint import Checkpoint
 
 DONE, FAILED, USAGE, PARTLY, INTERRUPTED = 0, 1, 2, 3, 130
-QUANTIZATIONS = ("fp8_w8a8",)
+QUANTIZATIONS = ("fp8_w8a8", "int8_w8a16", "int4_w4a16", "mxfp4")
+MEASURED = ("fp8_w8a8",)
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_inspect(commands)
+    _add_convert(commands)
     _add_tune(commands)
     _add_bench(commands)
     return parser
@@ -207,11 +209,7 @@ def _add_generate(commands: Any) -> None:
         help="memory of the KV cache (default: what is free on a GPU, at most 4 on a CPU)",
     )
     running.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as stored")
-    running.add_argument(
-        "--quantization",
-        choices=QUANTIZATIONS,
-        help="quantise the experts while they load (default: as stored)",
-    )
+    _add_quantization(running, "quantise the experts while they load (default: as stored)")
     running.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is one")
     running.add_argument("--quiet", action="store_true", help="no progress, only errors")
 
@@ -230,6 +228,48 @@ def _add_inspect(commands: Any) -> None:
     )
     parser.add_argument("model", help="hub id or folder")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+
+
+def _add_convert(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "convert",
+        _convert,
+        help="write a checkpoint anew, its experts quantised",
+        description=(
+            "Write a checkpoint anew with its experts quantised, a layer at a time: as compressed-"
+            "tensors, fp8 or\nmxfp4, whichever has the format, which other libraries read too. "
+            "Tokenizer and model card come along."
+        ),
+    )
+    parser.add_argument("model", help="hub id or folder")
+    parser.add_argument("output", type=Path, help="folder, new or empty")
+    _add_quantization(parser, "of the experts (default: as stored)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as stored")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default 5GB")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is one")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only errors")
+
+
+def _add_quantization(parser: Any, help: str) -> None:
+    parser.add_argument(
+        "--quantization",
+        type=_quantization,
+        metavar="SCHEME",
+        help=f"{help}: {', '.join(QUANTIZATIONS)}, or JSON with its choices, such as "
+        """'{"type": "int4_w4a16", "group_size": 64}'""",
+    )
+
+
+def _quantization(text: str) -> Any:
+    from moezoo.loaders.quantization import Quantization
+
+    try:
+        value = json.loads(text) if text.lstrip().startswith("{") else text
+        Quantization.of(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return value
 
 
 def _add_tune(commands: Any) -> None:
@@ -256,9 +296,7 @@ def _add_tune(commands: Any) -> None:
         metavar="N",
         help="numbers of tokens to tune for, repeatable (default: 2 to 16384)",
     )
-    parser.add_argument(
-        "--quantization", choices=QUANTIZATIONS, help="of the weights (default: 16 bit)"
-    )
+    parser.add_argument("--quantization", choices=MEASURED, help="of the weights (default: 16 bit)")
     parser.add_argument("--output", type=Path, help="JSON file instead of the user's table")
 
 
@@ -275,7 +313,7 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--layer", nargs="+", metavar="NAME", help="default: all; on CPU one")
     parser.add_argument("--tokens", nargs="+", type=_number(int, 1), metavar="N")
     parser.add_argument("--dtype", choices=DTYPES[1:], default="bfloat16")
-    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="default: weights in --dtype")
+    parser.add_argument("--quantization", choices=MEASURED, help="default: weights in --dtype")
     parser.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is one")
     parser.add_argument("--skewed", action="store_true", help="some experts are popular (Zipf)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
@@ -431,7 +469,7 @@ def _completions(
     from transformers.utils import logging
 
     from moezoo.generation.offline import generate
-    from moezoo.layers.quant.fp8 import BLOCK_FP8
+    from moezoo.layers.moe import FusedMoE
     from moezoo.loaders.load import from_checkpoint
 
     if not arguments.debug:
@@ -449,8 +487,13 @@ def _completions(
     )
     if not arguments.quiet:
         dtype = str(model.dtype).removeprefix("torch.")
-        if hasattr(model.config, "quantization_config"):
-            dtype += f", experts in {BLOCK_FP8},"
+        formats = {
+            moe.quantized.name
+            for moe in model.modules()
+            if isinstance(moe, FusedMoE) and moe.quantized is not None
+        }
+        if formats:
+            dtype += f", experts in {' and '.join(sorted(formats))},"
         seconds = time.perf_counter() - started
         _say(f"loaded {checkpoint.name} as {dtype} on {model.device} in {seconds:.1f} s")
     streamer = None
@@ -554,6 +597,36 @@ def _inspect(arguments: argparse.Namespace) -> int:
         else:
             Console().print(report)
     return DONE if report.supported else PARTLY
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from moezoo.loaders.checkpoint import open_checkpoint
+    from moezoo.loaders.convert import convert
+
+    _quieten_hub(arguments)
+    checkpoint = open_checkpoint(
+        arguments.model,
+        revision=arguments.revision,
+        local_files_only=arguments.local_files_only,
+    )
+    started = time.perf_counter()
+    done = convert(
+        checkpoint,
+        arguments.output,
+        quantization=arguments.quantization,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        max_shard_size=arguments.max_shard_size,
+        progress=not arguments.quiet and sys.stderr.isatty(),
+    )
+    if not arguments.quiet:
+        seconds = time.perf_counter() - started
+        kinds = f"in {' and '.join(done.kinds)}" if done.kinds else "not quantised"
+        _say(
+            f"{arguments.output}: experts {kinds}; {done.bytes_before:,} bytes of weights became "
+            f"{done.bytes_after:,} in {seconds:.1f} s"
+        )
+    return DONE
 
 
 def _tune(arguments: argparse.Namespace) -> int:

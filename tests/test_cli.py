@@ -404,7 +404,7 @@ def test_seed_and_sampling_options_reach_generation(capsys):
         (("--prompt", "a", "--top-p", "3"), 2, "must be between 0 and 1, got 3"),
         (("--prompt", "a", "--greedy", "--top-p", "0.5"), 2, "does not use top_p"),
         (("--prompt", "a", "--dtype", "int8"), 2, "invalid choice: 'int8'"),
-        (("--prompt", "a", "--quantization", "mxfp4"), 2, "invalid choice: 'mxfp4'"),
+        (("--prompt", "a", "--quantization", "int3"), 2, "quantization type is 'int3', expected"),
         (("--prompt", "a", "--device", "tpu"), 2, "'tpu'"),
         (("--prompt", "a", "--overwrite"), 2, "--overwrite needs --output"),
         (("--input", "nowhere.jsonl"), 2, "--input cannot be read: [Errno 2]"),

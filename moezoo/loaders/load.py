@@ -5,9 +5,10 @@ Memory beyond the final weights does not grow with the model.
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -21,6 +22,7 @@ from moezoo.errors import (
     CheckpointError,
     UnsupportedArchitectureError,
 )
+from moezoo.layers.decoder import Decoder
 from moezoo.loaders.checkpoint import (
     CONFIG,
     GENERATION_CONFIG,
@@ -119,8 +121,44 @@ def from_checkpoint(
 ) -> MoECausalLM:
     """The model of an open checkpoint; arguments and errors as in `from_pretrained`."""
     target_device = device_of(device)
-    asked_dtype = _dtype(dtype)
     asked = Quantization.of(quantization)
+    built = build(checkpoint, dtype=dtype, quantization=asked, progress=progress)
+    load_weights(
+        built.decoder,
+        checkpoint,
+        built.rules,
+        device=target_device,
+        dtype=built.config.dtype,
+        quantization=asked,
+        progress=progress,
+    )
+    describe_(
+        built.config, built.decoder, registry.architecture(built.config.model_type).CHECKPOINT
+    )
+    model = MoECausalLM(built.config, built.decoder).eval()
+    if built.generation_config is not None:
+        model.generation_config = built.generation_config
+    return model
+
+
+class Built(NamedTuple):
+    """A model without its weights, and the rules by which a checkpoint has them."""
+
+    config: PreTrainedConfig
+    generation_config: GenerationConfig | None
+    decoder: Decoder
+    rules: Sequence[Rule | Skip]
+
+
+def build(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | str,
+    quantization: Quantization | None,
+    progress: bool,
+) -> Built:
+    """The model of a checkpoint on meta; arguments and errors as in `from_pretrained`."""
+    asked_dtype = _dtype(dtype)
     config = transformers_config(checkpoint)
     encoding = own_encoding(checkpoint)
     config.dtype = asked_dtype or own_dtype(config, encoding.tensors)
@@ -129,33 +167,14 @@ def from_checkpoint(
     with torch.device("meta"):
         decoder = registry.build(config)
     if twins is not None:
-        plan_weights(
-            decoder,
-            checkpoint,
-            rules,
-            device=target_device,
-            dtype=config.dtype,
-            quantization=asked,
-        )
+        # What cannot be loaded is refused before the bytes of the two are read.
+        plan_weights(decoder, checkpoint, rules, dtype=config.dtype, quantization=quantization)
         if not _same_bytes(checkpoint, *twins, progress=progress):
             _untie(config, checkpoint.name, twins)
             rules = registry.architecture(config.model_type).CHECKPOINT
             with torch.device("meta"):
                 decoder = registry.build(config)
-    load_weights(
-        decoder,
-        checkpoint,
-        rules,
-        device=target_device,
-        dtype=config.dtype,
-        quantization=asked,
-        progress=progress,
-    )
-    describe_(config, decoder, registry.architecture(config.model_type).CHECKPOINT)
-    model = MoECausalLM(config, decoder).eval()
-    if generation_config is not None:
-        model.generation_config = generation_config
-    return model
+    return Built(config, generation_config, decoder, rules)
 
 
 @torch.inference_mode(False)

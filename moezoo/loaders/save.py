@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from math import prod
@@ -61,7 +61,7 @@ def save_pretrained(
     )
     describe_(config, model.decoder, rules)
     config.architectures = config.architectures or [type(model).__name__]
-    with _moved_at_end(Path(folder)) as draft:
+    with moved_at_end(Path(folder)) as draft:
         write_weights(model.decoder, rules, draft, max_shard_size=max_shard_size)
         with naming(draft / CONFIG):
             config.to_json_file(draft / CONFIG)
@@ -81,10 +81,27 @@ def write_weights(
 
     More than one file comes with an index.
     """
+    write_tensors(
+        written_tensors(module, rules),
+        folder,
+        max_shard_size=max_shard_size,
+        tensor_of=lambda tensor: tensor.make(),
+    )
+
+
+def write_tensors(
+    written: Sequence[Written],
+    folder: Path,
+    *,
+    max_shard_size: int | str,
+    tensor_of: Callable[[Written], torch.Tensor],
+) -> int:
+    """Write these tensors, which `tensor_of` is asked for in the order of their names; the bytes of
+    all."""
     limit = _bytes(max_shard_size)
     shards: list[list[Written]] = [[]]
     size = 0
-    for tensor in sorted(written_tensors(module, rules), key=lambda tensor: tensor.name):
+    for tensor in sorted(written, key=lambda tensor: tensor.name):
         nbytes = _nbytes(tensor)
         if shards[-1] and size + nbytes > limit:
             shards.append([])
@@ -92,24 +109,27 @@ def write_weights(
         shards[-1].append(tensor)
         size += nbytes
     if len(shards) == 1:
-        _write(folder / WEIGHTS, shards[0])
-        return
+        _write(folder / WEIGHTS, shards[0], tensor_of)
+        return size
     weight_map: dict[str, str] = {}
     for i, tensors in enumerate(shards, start=1):
         file = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        _write(folder / file, tensors)
+        _write(folder / file, tensors, tensor_of)
         weight_map.update((tensor.name, file) for tensor in tensors)
     total = sum(_nbytes(tensor) for tensors in shards for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     with naming(folder / INDEX):
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return total
 
 
 def _nbytes(tensor: Written) -> int:
     return prod(tensor.shape) * tensor.dtype.itemsize
 
 
-def _write(path: Path, tensors: Sequence[Written]) -> None:
+def _write(
+    path: Path, tensors: Sequence[Written], tensor_of: Callable[[Written], torch.Tensor]
+) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
@@ -125,13 +145,18 @@ def _write(path: Path, tensors: Sequence[Written]) -> None:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in tensors:
-            whole = tensor.make().contiguous().cpu()
-            assert whole.nbytes == _nbytes(tensor), tensor.name
-            file.write(whole.view(-1).view(torch.uint8).numpy().data)
+            written = file.write(_raw(tensor_of(tensor)))
+            assert written == _nbytes(tensor), tensor.name
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    """Its bytes, on the host."""
+    data: memoryview = tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data
+    return data
 
 
 @contextmanager
-def _moved_at_end(folder: Path) -> Iterator[Path]:
+def moved_at_end(folder: Path) -> Iterator[Path]:
     """A new folder inside `folder` whose files move into it if the block succeeds."""
     existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

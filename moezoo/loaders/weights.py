@@ -65,12 +65,13 @@ def load_weights(
         module,
         checkpoint,
         rules,
-        device=device,
         dtype=dtype,
         experts=experts,
         quantization=quantization,
     )
-    _report(module, planned)
+    require_device(planned.quantized, device)
+    check_memory(planned.wanted, device, checkpoint.name)
+    report(module, planned)
     locations = checkpoint.fetch(sources_of(planned), progress=progress)
     try:
         tensors = read_copies(checkpoint, planned, locations, device=device, progress=progress)
@@ -110,19 +111,16 @@ def plan_weights(
     checkpoint: Checkpoint,
     rules: Sequence[Rule | Skip],
     *,
-    device: torch.device,
     dtype: torch.dtype,
     experts: Sequence[int] | None = None,
     quantization: Quantization | None = None,
 ) -> Planned:
-    """All that can be refused without a weight."""
+    """All that can be refused without a weight, whatever the device."""
     encoding = own_encoding(checkpoint)
     plain = parameter_infos(module, dtype)
     chosen = plan(rules, encoding.tensors, plain, experts=experts, name=checkpoint.name)
     quantized = quantized_experts(module, chosen.copies, encoding, quantization)
-    require_device(quantized, device)
     wanted = quantized_infos(module, plain, quantized)
-    check_memory(wanted, device, checkpoint.name)
     return Planned(wanted, chosen, encoding, quantized, quantization)
 
 
@@ -131,7 +129,7 @@ def require_device(quantized: Mapping[str, Kind], device: torch.device) -> None:
         require_fp8(device)
 
 
-def _report(module: nn.Module, planned: Planned) -> None:
+def report(module: nn.Module, planned: Planned) -> None:
     """Log what of the checkpoint is not held as it is stored."""
     encoding, copies = planned.encoding, planned.plan.copies
     for skip, names in planned.plan.skipped.items():

@@ -34,31 +34,39 @@ from moezoo.loaders.mapping import (
 
 
 class Written(NamedTuple):
-    """A tensor of a checkpoint; `make` gives it, contiguous or not."""
+    """A tensor of a checkpoint, of the parameter `target`; `make` gives it, contiguous or not."""
 
     name: str
+    target: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     make: Callable[[], Tensor]
 
 
-def written_tensors(module: nn.Module, rules: Sequence[Rule | Skip]) -> list[Written]:
-    """The tensors to write for `module`, in the order of its parameters.
+def written_tensors(
+    module: nn.Module, rules: Sequence[Rule | Skip], state: Mapping[str, Tensor] | None = None
+) -> list[Written]:
+    """The tensors to write for `module`, in the order of its parameters. With `state`, those of the
+    parameters that it has, which are taken from it.
 
     Raises `QuantizationError` for quantised weights that no layout of the hub has.
     """
-    weights, state = dict(_quantized_weights(module)), module.state_dict()
+    weights = dict(_quantized_weights(module))
     method = _method(module, rules)
+    values = module.state_dict() if state is None else state
     found: list[Written] = []
     for copy in layout(rules, _infos(module)):
         if copy.target in weights:
-            found.extend(_quantized(copy, weights[copy.target], method))
-        else:
-            part = state[copy.target][copy.target_index]
+            held = weights[copy.target]
+            names = {field: f"{copy.target}.{field}" for field in held.keep_dtype}
+            tensors: dict[str, Any] = {field: values.get(name) for field, name in names.items()}
+            if tensors["data"] is not None:
+                found.extend(_quantized(copy, held.format(**tensors), method))
+        elif copy.target in values:
+            part = values[copy.target][copy.target_index]
             shape = stored_shape(part.shape, copy.view)
-            found.append(
-                Written(copy.source, shape, part.dtype, partial(stored_order, part, copy.view))
-            )
+            make = partial(stored_order, part, copy.view)
+            found.append(Written(copy.source, copy.target, shape, part.dtype, make))
     return found
 
 
@@ -133,9 +141,8 @@ def _method(module: nn.Module, rules: Sequence[Rule | Skip]) -> str:
     return "compressed-tensors"
 
 
-def _quantized(copy: Copy, weights: QuantizedWeights, method: str) -> Iterator[Written]:
+def _quantized(copy: Copy, whole: Format, method: str) -> Iterator[Written]:
     """The tensors of one quantised weight."""
-    whole: Format = weights()
     index = parts_index(copy.target_index, whole.shape)
     both = has_both(copy.target_index, whole.shape)
     part = _map(whole, lambda tensor: tensor[index])
@@ -148,8 +155,8 @@ def _quantized(copy: Copy, weights: QuantizedWeights, method: str) -> Iterator[W
     if both:
         part = _map(part, lambda tensor: tensor.flatten(-3, -2))
     if method == "fp8":
-        yield _as_it_is(copy.source, part.data)
-        yield _as_it_is(copy.source + fp8.SCALES, part.scales)
+        yield _as_it_is(copy, copy.source, part.data)
+        yield _as_it_is(copy, copy.source + fp8.SCALES, part.scales)
         return
     if part.data.ndim != 2 or not copy.source.endswith(".weight"):
         raise _unwritable(copy, whole)
@@ -169,8 +176,8 @@ def _unwritable(copy: Copy, weights: Format) -> QuantizationError:
     )
 
 
-def _as_it_is(name: str, tensor: Tensor) -> Written:
-    return Written(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
+def _as_it_is(copy: Copy, name: str, tensor: Tensor) -> Written:
+    return Written(name, copy.target, tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def _mxfp4(copy: Copy, part: Format, *, both: bool) -> Iterator[Written]:
@@ -179,20 +186,20 @@ def _mxfp4(copy: Copy, part: Format, *, both: bool) -> Iterator[Written]:
         data, scales = data.transpose(1, 2), scales.transpose(1, 2)
     if both:
         data, scales = data.flatten(1, 2), scales.flatten(1, 2)
-    yield _as_it_is(copy.source + mxfp4.BLOCKS, data.unflatten(-1, (-1, GROUP // 2)))
-    yield _as_it_is(copy.source + mxfp4.SCALES, scales)
+    yield _as_it_is(copy, copy.source + mxfp4.BLOCKS, data.unflatten(-1, (-1, GROUP // 2)))
+    yield _as_it_is(copy, copy.source + mxfp4.SCALES, scales)
 
 
 def _compressed_tensors(copy: Copy, part: Format) -> Iterator[Written]:
     module = copy.source.removesuffix(".weight")
     if isinstance(part, (BlockFp8, ChannelFp8)):
-        yield _as_it_is(f"{module}.weight", part.data)
+        yield _as_it_is(copy, f"{module}.weight", part.data)
         scales = part.scales if isinstance(part, BlockFp8) else part.scales.unsqueeze(-1)
-        yield _as_it_is(f"{module}.weight_scale", scales)
+        yield _as_it_is(copy, f"{module}.weight_scale", scales)
         return
     if isinstance(part, Mxfp4):
-        yield _as_it_is(f"{module}.weight_packed", part.data)
-        yield _as_it_is(f"{module}.weight_scale", part.scales)
+        yield _as_it_is(copy, f"{module}.weight_packed", part.data)
+        yield _as_it_is(copy, f"{module}.weight_scale", part.scales)
         return
     assert isinstance(part, (Int4, Int8))
     n, k = part.shape
@@ -200,16 +207,18 @@ def _compressed_tensors(copy: Copy, part: Format) -> Iterator[Written]:
     if k * bits % 32:
         raise _unwritable(copy, part)
     words = (n, k * bits // 32)
-    yield Written(f"{module}.weight_packed", words, torch.int32, partial(_words, part))
-    yield _as_it_is(f"{module}.weight_scale", part.scales)
-    yield Written(f"{module}.weight_shape", (2,), torch.int64, lambda: torch.tensor([n, k]))
+    yield Written(f"{module}.weight_packed", copy.target, words, torch.int32, partial(_words, part))
+    yield _as_it_is(copy, f"{module}.weight_scale", part.scales)
+    yield Written(
+        f"{module}.weight_shape", copy.target, (2,), torch.int64, lambda: torch.tensor([n, k])
+    )
     if isinstance(part, Int4) and part.zeros is not None:
         shape = (-(-n // 8), part.zeros.shape[1])
         make = partial(_packed_along_rows, part.zeros)
-        yield Written(f"{module}.weight_zero_point", shape, torch.int32, make)
+        yield Written(f"{module}.weight_zero_point", copy.target, shape, torch.int32, make)
     if part.order is not None:
         make = partial(_groups, part.order, part.group_size)
-        yield Written(f"{module}.weight_g_idx", (k,), torch.int32, make)
+        yield Written(f"{module}.weight_g_idx", copy.target, (k,), torch.int32, make)
 
 
 def _words(part: Int4 | Int8) -> Tensor:

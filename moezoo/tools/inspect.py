@@ -174,8 +174,8 @@ def _stored_as(decoder: Decoder, quantized: Mapping[str, Kind]) -> str:
     stay = sum(name.endswith("w2") for name in quantized)
     kinds = " and ".join(sorted({kind.described for kind in quantized.values()})) or "quantised"
     return (
-        f"{kinds}: the experts of {stay} of {layers} MoE layers stay so, other weights are "
-        "dequantised when they are loaded"
+        f"{kinds}: the experts of {stay} of {layers} MoE layers stay so, other quantised weights "
+        "are dequantised when they are loaded"
     )
 
 

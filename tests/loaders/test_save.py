@@ -191,8 +191,8 @@ class Saved:
 def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
     write = save._write
 
-    def interrupted(path, tensors):
-        write(path, tensors)
+    def interrupted(path, *tensors):
+        write(path, *tensors)
         if path.name.startswith("model-00003"):
             raise KeyboardInterrupt
 
@@ -223,7 +223,7 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").write_text("{}")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def full(path, tensors):
+    def full(path, *tensors):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(save, "_write", full)

@@ -1,0 +1,194 @@
+"""From one checkpoint to another, quantised or of another dtype, a layer at a time.
+
+Of the weights no more is in memory than one layer of the result and some rows that are being
+quantised; the new files appear when all are written.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import moezoo
+from moezoo import registry
+from moezoo.device import device_of
+from moezoo.errors import naming
+from moezoo.loaders.checkpoint import CONFIG, GENERATION_CONFIG, Checkpoint, Location
+from moezoo.loaders.experts import quantize_on_meta
+from moezoo.loaders.load import build
+from moezoo.loaders.mapping import Rule, Skip
+from moezoo.loaders.plan import Plan, dtype_name
+from moezoo.loaders.quantization import Quantization
+from moezoo.loaders.save import moved_at_end, write_tensors
+from moezoo.loaders.weights import (
+    Planned,
+    plan_weights,
+    read_copies,
+    report,
+    require_device,
+    sources_of,
+)
+from moezoo.loaders.written import Written, describe_, written_tensors
+
+CARD = "README.md"
+_KEPT = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*")
+_LEFT = (CONFIG, GENERATION_CONFIG, "*.index.json", "quant*_config.json")
+
+
+class Conversion(NamedTuple):
+    """What was written: the kinds of the experts, and bytes of weights before and after."""
+
+    kinds: tuple[str, ...]
+    dtype: torch.dtype
+    bytes_before: int
+    bytes_after: int
+
+
+@torch.inference_mode(False)
+def convert(
+    checkpoint: Checkpoint,
+    folder: str | os.PathLike[str],
+    *,
+    quantization: object = None,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    max_shard_size: int | str = "5GB",
+    progress: bool = False,
+) -> Conversion:
+    """Write `checkpoint` into `folder` as `save_pretrained` would write the model that
+    `from_pretrained` makes of it with these options, without the whole of it in memory.
+
+    Tokenizer, chat template, licence and other such files come along, and a section of the model
+    card says what was done. A conversion that fails leaves nothing. Raises `ValueError` for a
+    folder that is not empty, and what `from_pretrained` and `save_pretrained` raise.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} is there already; give a folder that is new or empty")
+    asked = Quantization.of(quantization)
+    on = device_of(device)
+    config, generation_config, decoder, rules = build(
+        checkpoint, dtype=dtype, quantization=asked, progress=progress
+    )
+    planned = plan_weights(decoder, checkpoint, rules, dtype=config.dtype, quantization=asked)
+    require_device(planned.quantized, on)
+    report(decoder, planned)
+    quantize_on_meta(decoder, planned.quantized)
+    rules = registry.architecture(config.model_type).CHECKPOINT
+    describe_(config, decoder, rules)
+    config.architectures = checkpoint.config.get("architectures")
+    blank = {
+        name: torch.empty(info.shape, dtype=info.dtype, device="meta")
+        for name, info in planned.wanted.items()
+    }
+    written = written_tensors(decoder, rules, blank)
+    others = _other_files(checkpoint)
+    locations = checkpoint.fetch(sources_of(planned), progress=progress)
+    layers = _Layers(decoder, rules, checkpoint, planned, locations, on)
+    with moved_at_end(target) as draft:
+        size = write_tensors(
+            written, draft, max_shard_size=max_shard_size, tensor_of=layers.tensor_of
+        )
+        with naming(draft / CONFIG):
+            config.to_json_file(draft / CONFIG)
+        if generation_config is not None:
+            with naming(draft / GENERATION_CONFIG):
+                generation_config.to_json_file(draft / GENERATION_CONFIG)
+        for file, path in others.items():
+            shutil.copyfile(path, draft / file)
+        done = Conversion(
+            tuple(sorted({kind.described for kind in planned.quantized.values()})),
+            config.dtype,
+            sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
+            size,
+        )
+        with naming(draft / CARD):
+            before = (draft / CARD).read_text() if CARD in others else ""
+            (draft / CARD).write_text(_card(checkpoint, before, done))
+    return done
+
+
+class _Layers:
+    """The tensors to write of one layer after another, each read when its first is asked for."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        rules: Sequence[Rule | Skip],
+        checkpoint: Checkpoint,
+        planned: Planned,
+        locations: Mapping[str, Location],
+        device: torch.device,
+    ) -> None:
+        self.module = module
+        self.rules = rules
+        self.checkpoint = checkpoint
+        self.planned = planned
+        self.locations = locations
+        self.device = device
+        self.layer: str | None = None
+        self.tensors: dict[str, Written] = {}
+
+    def tensor_of(self, tensor: Written) -> Tensor:
+        layer = _layer_of(tensor.target)
+        if layer != self.layer:
+            self.layer, self.tensors = layer, {}
+            state = self._read(layer)
+            written = written_tensors(self.module, self.rules, state)
+            self.tensors = {each.name: each for each in written}
+        return self.tensors[tensor.name].make()
+
+    def _read(self, layer: str) -> dict[str, Tensor]:
+        copies = [copy for copy in self.planned.plan.copies if _layer_of(copy.target) == layer]
+        wanted = {n: info for n, info in self.planned.wanted.items() if _layer_of(n) == layer}
+        part = self.planned._replace(wanted=wanted, plan=Plan(tuple(copies), {}))
+        return read_copies(
+            self.checkpoint, part, self.locations, device=self.device, progress=False
+        )
+
+
+def _layer_of(parameter: str) -> str:
+    """What is read together: all of a layer, or one parameter that is in none."""
+    layer = re.match(r"(.*?\.)?\d+\.", parameter)
+    return parameter if layer is None else layer[0]
+
+
+def _other_files(checkpoint: Checkpoint) -> dict[str, Path]:
+    """Tokenizer, chat template, licence, model card: what a folder of the model has beside it."""
+    names = [
+        file
+        for file in checkpoint.files.listing()
+        if any(fnmatchcase(file, pattern) for pattern in _KEPT)
+        and not any(fnmatchcase(file, pattern) for pattern in _LEFT)
+        and "/" not in file
+    ]
+    return checkpoint.files.download(names, progress=False)
+
+
+def _card(checkpoint: Checkpoint, before: str, done: Conversion) -> str:
+    """The model card with a section on the conversion."""
+    source = checkpoint.name if checkpoint.revision is None else f"{checkpoint.name}, commit "
+    source += checkpoint.revision or ""
+    experts = f"in {' and '.join(done.kinds)}" if done.kinds else "not quantised"
+    share = done.bytes_after / max(1, done.bytes_before)
+    section = f"""\
+## Quantisation
+
+Written by moezoo {moezoo.__version__} from {source}.
+
+| | |
+|---|---|
+| experts | {experts} |
+| all else | {dtype_name(done.dtype)} |
+| bytes of weights before | {done.bytes_before:,} |
+| bytes of weights after | {done.bytes_after:,} ({share:.1%}) |
+
+Its loss on a text of yours, beside that of the original, is what `moezoo.score` tells.
+"""
+    return f"{before.rstrip()}\n\n{section}" if before.strip() else section
