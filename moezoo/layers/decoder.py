@@ -96,9 +96,11 @@ class Decoder(nn.Module):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states [.., H] -> logits [.., V] in the model's dtype."""
-        head = self.embed if self.lm_head is None else self.lm_head
         with device_made_current(x):
-            return linear(x, head.weight)
+            if self.lm_head is None:
+                return linear(x, self.embed.weight)
+            logits: torch.Tensor = self.lm_head(x)
+            return logits
 
 
 def pre_norm_decoder(

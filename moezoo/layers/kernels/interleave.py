@@ -28,6 +28,34 @@ def interleave_ref(x: Tensor, ways: int) -> Tensor:
 
 
 @triton.jit
+def interleave_row(
+    row,
+    first_chunk,
+    x_ptr,
+    order_ptr,
+    out_ptr,
+    num_columns,
+    num_chunks,
+    stride_xt,
+    stride_xk,
+    WAYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK chunks of a row; with an order, column j of x is what it says of j."""
+    row = row.to(tl.int64)
+    chunks = first_chunk + tl.arange(0, BLOCK)[:, None, None]
+    ways = tl.arange(0, WAYS)[None, :, None]
+    inner = tl.arange(0, CHUNK)[None, None, :]
+    cols = (chunks * CHUNK + inner) * WAYS + ways
+    m_cols = cols < num_columns
+    if order_ptr is not None:
+        cols = tl.load(order_ptr + cols, mask=m_cols, other=0)
+    x = tl.load(x_ptr + row * stride_xt + cols * stride_xk, mask=m_cols, other=0.0)
+    p_out = out_ptr + row * num_chunks * WAYS * CHUNK + (chunks * WAYS + ways) * CHUNK + inner
+    tl.store(p_out, x, mask=chunks < num_chunks)
+
+
+@triton.jit
 def _interleave_kernel(
     x_ptr,
     out_ptr,
@@ -40,14 +68,12 @@ def _interleave_kernel(
     OVERLAP: tl.constexpr,
 ):
     wait(OVERLAP)
-    row = tl.program_id(0).to(tl.int64)
-    chunks = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None, None]
-    ways = tl.arange(0, WAYS)[None, :, None]
-    inner = tl.arange(0, CHUNK)[None, None, :]
-    cols = (chunks * CHUNK + inner) * WAYS + ways
-    x = tl.load(x_ptr + row * stride_xt + cols * stride_xk, mask=cols < num_columns, other=0.0)
-    p_out = out_ptr + row * num_chunks * WAYS * CHUNK + (chunks * WAYS + ways) * CHUNK + inner
-    tl.store(p_out, x, mask=chunks < num_chunks)
+    # fmt: off
+    interleave_row(
+        tl.program_id(0), tl.program_id(1) * BLOCK, x_ptr, None, out_ptr, num_columns, num_chunks,
+        stride_xt, stride_xk, WAYS, BLOCK,
+    )
+    # fmt: on
 
 
 def interleave(x: Tensor, ways: int) -> Tensor:
