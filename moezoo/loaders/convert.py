@@ -9,13 +9,13 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-import moezoo
 from moezoo import registry
 from moezoo.device import device_of
 from moezoo.errors import naming
@@ -77,7 +77,7 @@ def convert(
     asked = Quantization.of(quantization)
     on = device_of(device)
     config, generation_config, decoder, rules = build(
-        checkpoint, dtype=dtype, quantization=asked, progress=progress
+        checkpoint, dtype=dtype, quantization=asked, device=None, progress=progress
     )
     planned = plan_weights(decoder, checkpoint, rules, dtype=config.dtype, quantization=asked)
     require_device(planned.quantized, on)
@@ -197,7 +197,7 @@ def _card(checkpoint: Checkpoint, before: str, done: Conversion) -> str:
     section = f"""\
 ## Quantisation
 
-Written by moezoo {moezoo.__version__} from {source}.
+Written by moezoo {version("moezoo")} from {source}.
 
 | | |
 |---|---|

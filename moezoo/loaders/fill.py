@@ -120,6 +120,8 @@ class Filling:
                 "which this release does not unpack"
             )
         part = target[copy.target_index]
+        if stored.transposed and "transpose" not in copy.view:
+            part = part.mT
         shape = stored.shape[-2:]
         for which, lead in self._matrices(copy, stored):
             blank = stored.kind.on_meta(*shape).tensors()

@@ -119,7 +119,9 @@ def from_checkpoint(
     """The model of an open checkpoint; arguments and errors as in `from_pretrained`."""
     target_device = device_of(device)
     asked = Quantization.of(quantization)
-    built = build(checkpoint, dtype=dtype, quantization=asked, progress=progress)
+    built = build(
+        checkpoint, dtype=dtype, quantization=asked, device=target_device, progress=progress
+    )
     load_weights(
         built.decoder,
         checkpoint,
@@ -152,9 +154,11 @@ def build(
     *,
     dtype: torch.dtype | str,
     quantization: Quantization | None,
+    device: torch.device | None,
     progress: bool,
 ) -> Built:
-    """The model of a checkpoint on meta; arguments and errors as in `from_pretrained`."""
+    """The model of a checkpoint on meta; arguments and errors as in `from_pretrained`, but that it
+    need not fit a device where that is None."""
     asked_dtype = _dtype(dtype)
     config = transformers_config(checkpoint)
     encoding = own_encoding(checkpoint)
@@ -165,7 +169,11 @@ def build(
         decoder = registry.build(config)
     if twins is not None:
         # What cannot be loaded is refused before the bytes of the two are read.
-        plan_weights(decoder, checkpoint, rules, dtype=config.dtype, quantization=quantization)
+        planned = plan_weights(
+            decoder, checkpoint, rules, dtype=config.dtype, quantization=quantization
+        )
+        if device is not None:
+            check_memory(planned.wanted, device, checkpoint.name)
         if not _same_bytes(checkpoint, *twins, progress=progress):
             _untie(config, checkpoint.name, twins)
             rules = registry.architecture(config.model_type).CHECKPOINT

@@ -553,3 +553,26 @@ def test_saved_as_they_were_loaded(tmp_path):
     model = load(hub)
     model.save_pretrained(tmp_path / "again")
     assert_same(load(tmp_path / "again"), model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["desc_act-asym", "8-bit", "awq", "int4-zeros", "fp8-tensor"])
+def test_on_a_gpu_the_same_bits(tmp_path, case):
+    if case == "awq":
+        config = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+        hub, _ = write(tmp_path, awq, config)
+    elif case in GPTQ_CASES:
+        how = GPTQ_CASES[case]
+        hub, _ = write(tmp_path, lambda w: gptq(w, **how), gptq_config(**how))
+    else:
+        stored, weights, _ = COMPRESSED[case]
+        scheme = {"targets": ["Linear"], "weights": weights}
+        config = compressed_config(stored, ["lm_head", "re:.*gate$"], group_0=scheme)
+        hub, _ = write(tmp_path, compressed_tensors(stored, **weights), config)
+    model, gpu = load(hub, dtype="float16"), load(hub, dtype="float16", device="cuda")
+    logits = gpu(ids(2, 9).cuda()).logits.cpu().float()
+    assert distance(logits, model(ids(2, 9)).logits.float()) < ACTIVATIONS
+    assert_same(gpu.cpu(), model)
+    change(hub, lambda s: s[next(n for n in s if n.endswith(("scales", "_scale")))].fill_(0))
+    with pytest.raises(QuantizationError, match=r"is 0\.0; it must be finite"):
+        load(hub, device="cuda")

@@ -89,6 +89,19 @@ def test_logits_are_those_of_the_dequantised_weights(name):
     assert (found - expected).norm() < EXACT * expected.norm()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ASKED)
+def test_on_a_gpu(name):
+    """Quantised there: what the format's own `quantize` makes of the weights there."""
+    asked, kind, options = ASKED[name]
+    model, full = (load(ASSET, quantization=q, device="cuda") for q in (asked, None))
+    for moe, dense in zip(moe_layers(model), moe_layers(full), strict=True):
+        w13 = dense.w13.detach().unflatten(1, (2, -1))
+        assert_equal(moe.w13(), kind.quantize(w13, **options))
+        assert_equal(moe.w2(), kind.quantize(dense.w2.detach(), **options))
+    assert model(torch.arange(9, device="cuda")[None]).logits.isfinite().all()
+
+
 def test_scales_for_several_rows():
     """[n, g]: the scales of g columns of n rows are those of their n * g weights together."""
     w = normal(10, 256).to(torch.bfloat16)
@@ -253,10 +266,8 @@ MEMORY = """
 import sys, threading, torch
 from torch import nn
 from moezoo.layers.moe import FusedMoE
-from moezoo.layers.quant import BlockFp8
 from moezoo.loaders.checkpoint import open_checkpoint
 from moezoo.loaders.quantization import Quantization
-from small_models import ASSET, EXACT, load, moe_layers
 from moezoo.loaders.weights import load_weights
 from moezoo.loaders.mapping import Rule
 

@@ -34,9 +34,6 @@ from moezoo.loaders.encodings.tables import Table, entry_within
 from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import TensorInfo
 
-_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Which half of a byte holds each of eight columns."""
-
 
 @dataclass(frozen=True)
 class Awq(Scheme):
@@ -91,8 +88,8 @@ class Awq(Scheme):
 
 def _in_columns(words: Tensor) -> Tensor:
     """int32 [R, N / 8] -> uint8 [R, N]"""
-    places = torch.tensor(_PLACES, device=words.device)
-    return unpacked(words, 4).unflatten(1, (-1, 8)).index_select(2, places).flatten(1)
+    # Of eight columns the even ones come first, then the odd ones.
+    return unpacked(words, 4).unflatten(1, (-1, 2, 4)).transpose(2, 3).flatten(1)
 
 
 def _data(words: Tensor, order: Tensor | None) -> Tensor:

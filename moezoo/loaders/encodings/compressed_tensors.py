@@ -263,7 +263,7 @@ def _integers(headers: Headers, module: str, data: str, scales: str, group: Grou
 
 def _shape_extra(tensor: str, n: int, k: int) -> Extra:
     def wrong(shape: Tensor) -> Tensor:
-        return shape != torch.tensor([n, k], device=shape.device)
+        return torch.stack((shape[0] != n, shape[1] != k))
 
     problem = f"dimension {{place}} is {{value}}, though the data and scales are of [{n}, {k}]"
     return Extra(tensor, None, as_it_is, Check(wrong, problem))

@@ -76,10 +76,11 @@ def order_extra(tensor: str, columns: int, group_size: int) -> Extra:
     """The order that sorts columns by their group, which the tensor tells of each."""
 
     def wrong(groups: Tensor) -> Tensor:
-        counts = torch.bincount(groups.clamp(0, columns), minlength=columns // group_size)
-        expected = torch.zeros_like(counts)
-        expected[: columns // group_size] = group_size
-        return (counts != expected)[groups.clamp(0, columns)] | (groups < 0)
+        order = groups.argsort(stable=True)
+        expected = torch.arange(columns, device=groups.device) // group_size
+        mask = torch.empty_like(groups, dtype=torch.bool)
+        mask[order] = groups[order] != expected
+        return mask
 
     problem = f"column {{place}} is in group {{value}}; each has {group_size} of {columns} columns"
     return Extra(tensor, "order", _sorting, Check(wrong, problem))
