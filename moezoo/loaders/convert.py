@@ -34,6 +34,7 @@ from moezoo.loaders.weights import (
     report,
     require_device,
     sources_of,
+    with_one_order,
 )
 from moezoo.loaders.written import Written, describe_, written_tensors
 
@@ -81,6 +82,8 @@ def convert(
     )
     planned = plan_weights(decoder, checkpoint, rules, dtype=config.dtype, quantization=asked)
     require_device(planned.quantized, on)
+    locations = checkpoint.fetch(sources_of(planned), progress=progress)
+    planned = with_one_order(decoder, checkpoint, planned, locations, dtype=config.dtype)
     report(decoder, planned)
     quantize_on_meta(decoder, planned.quantized)
     rules = registry.architecture(config.model_type).CHECKPOINT
@@ -92,7 +95,6 @@ def convert(
     }
     written = written_tensors(decoder, rules, blank)
     others = _other_files(checkpoint)
-    locations = checkpoint.fetch(sources_of(planned), progress=progress)
     layers = _Layers(decoder, rules, checkpoint, planned, locations, on)
     with moved_at_end(target) as draft:
         size = write_tensors(

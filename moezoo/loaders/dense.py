@@ -52,8 +52,6 @@ def _kind(copies: Sequence[Copy], encoding: Encoding) -> Kind | str:
         return "parts of one layer that are stored in several ways"
     if any(copy.view for copy in copies) or any(weight and weight.transposed for weight in stored):
         return "rows that are stored in another order"
-    if len(copies) > 1 and kind.ordered:
-        return "parts of one layer, each with an order of its columns"
     starts = [index.start for copy in copies for index in copy.target_index[:1]]  # type: ignore[union-attr]
     if any(start % kind.rows_per_scale for start in starts):
         return "parts of one layer that would share blocks"

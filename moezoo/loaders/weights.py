@@ -28,6 +28,7 @@ from moezoo.loaders.mapping import (
 from moezoo.loaders.memory import allocate, check_memory
 from moezoo.loaders.plan import Plan, plan
 from moezoo.loaders.quantization import Quantization
+from moezoo.loaders.stream import Piece, read
 
 _log = logging.getLogger(__name__)
 
@@ -67,8 +68,9 @@ def load_weights(
     )
     require_device(planned.quantized, device)
     check_memory(planned.wanted, device, checkpoint.name)
-    report(module, planned)
     locations = checkpoint.fetch(sources_of(planned), progress=progress)
+    planned = with_one_order(module, checkpoint, planned, locations, dtype=dtype)
+    report(module, planned)
     try:
         tensors = read_copies(checkpoint, planned, locations, device=device, progress=progress)
     except BaseException as error:
@@ -127,6 +129,35 @@ def plan_weights(
     quantized |= kept(dense)
     wanted = quantized_infos(module, plain, quantized)
     return Planned(wanted, chosen, encoding, quantized, dense, quantization)
+
+
+def with_one_order(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    planned: Planned,
+    locations: Mapping[str, Location],
+    *,
+    dtype: torch.dtype,
+) -> Planned:
+    """The same, but that linear layers are dequantised whose parts have their columns in different
+    orders: only the files tell. Quantisers give parts of one input the same one."""
+    dense = dict(planned.dense)
+    for name, copies in _by_target(planned.plan.copies).items():
+        kind = dense.get(name)
+        if not isinstance(kind, Kind) or not kind.ordered or len(copies) == 1:
+            continue
+        first, *rest = (
+            extra.read(read(Piece(extra.tensor, *locations[extra.tensor], info.dtype, info.shape)))
+            for copy in copies
+            for extra in planned.encoding.weights[copy.source].extras
+            if extra.field == "order"
+            for info in (checkpoint.tensors[extra.tensor],)
+        )
+        if not all(order.equal(first) for order in rest):
+            dense[name] = "parts of one layer with columns in different orders"
+    quantized = {n: kind for n, kind in planned.quantized.items() if n not in dense} | kept(dense)
+    wanted = quantized_infos(module, parameter_infos(module, dtype), quantized)
+    return planned._replace(wanted=wanted, quantized=quantized, dense=dense)
 
 
 def require_device(quantized: Mapping[str, Kind], device: torch.device) -> None:

@@ -24,6 +24,7 @@ from small_models import (
     load,
     moe_layers,
     plain,
+    round_inputs,
     set_config,
     theirs,
 )
@@ -63,8 +64,6 @@ ACTIVATIONS = 0.08
 """||difference|| / ||logits|| that activations quantised to 4 bits bring: each of two roundings in
 a layer is off by 0.025 on average, and with random weights some tokens go to other experts (found:
 0.016 with the trained model, up to 0.056 with random weights)."""
-IN_LINEAR_LAYERS_TOO = 0.15
-"""The same where attention and dense layers are in fp8, too."""
 
 
 def dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -270,9 +269,8 @@ class TestFromTheHub:
         model = load(folder, dtype=torch.float32)
         linear = linears_of(model.decoder).items()
         fp8 = {name for name, layer in linear if isinstance(layer.weight, QuantizedWeights)}
-        assert fp8 == {
-            name for name, _ in linear if not name.endswith(("gate.weight", "head.weight"))
-        }
+        kept = ("gate.weight", "lm_head.weight", "kv_a.weight")  # its 160 rows are not blocks here
+        assert fp8 == {name for name, _ in linear if not name.endswith(kept)}
         assert moe_layers(model) and all(moe.quantized for moe in moe_layers(model))
         reference = theirs(folder)
         full = dequantized(model, torch.float32)
@@ -285,12 +283,13 @@ class TestFromTheHub:
         with torch.no_grad():
             expected = reference(tokens).logits
             assert distance(full(tokens).logits, expected) < EXACT
-            found = distance(model(tokens).logits, expected)
-        assert 10 * EXACT < found < IN_LINEAR_LAYERS_TOO
+            logits = model(tokens).logits
         experts = load(folder, dtype=torch.float32, quantization={"dense": "dequantize"})
         assert_same(dequantized(experts, torch.float32), full)
         with torch.no_grad():
             assert 10 * EXACT < distance(experts(tokens).logits, expected) < ACTIVATIONS
+            round_inputs(experts, model)
+            assert distance(logits, experts(tokens).logits) < EXACT
 
     def test_dtype_is_the_configs_and_not_that_of_scales(self, folder, tmp_path):
         for file in folder.iterdir():
@@ -570,6 +569,7 @@ def test_fp8_that_the_config_does_not_tell(tmp_path):
         ({"type": "fp8_w8a8", "group_size": 128}, ValueError, "group_size=128 is not for fp8"),
         ({"type": "fp8_w8a8", "blocks": 1}, ValueError, "unknown key 'blocks'"),
         ({"block_size": [128, 128]}, ValueError, "has no 'type'"),
+        ({}, ValueError, "has no 'type'"),
         (
             {"type": "fp8_w8a8", "block_size": [128, 128], "block_shape": [128, 128]},
             ValueError,

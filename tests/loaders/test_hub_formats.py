@@ -23,16 +23,20 @@ from small_models import (
     load,
     moe_layers,
     plain,
+    round_inputs,
     set_config,
 )
+from test_saved_quantized import by_package
 from torch import Tensor
 
 import moezoo
 from moezoo.errors import QuantizationError
+from moezoo.generation.continuous import Batcher, Request
+from moezoo.generation.engine import Engine
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Int4, Int8, Mxfp4, QuantizedWeights
-from moezoo.layers.quant.fp8 import quantize_rows
 from moezoo.loaders.checkpoint import open_checkpoint
+from moezoo.loaders.convert import convert
 from moezoo.loaders.dense import linears_of
 from moezoo.loaders.mapping import Rule
 from moezoo.loaders.weights import load_weights
@@ -47,10 +51,10 @@ KEPT = ("embed_tokens", "lm_head", "norm", ".gate", "_gate", "layernorm")
 Encode = Callable[[Tensor], Encoded]
 
 
-def quantized_module(name: str) -> str | None:
+def quantized_module(name: str, kept: tuple[str, ...] = KEPT) -> str | None:
     """The module of a linear weight that quantisers take."""
     module, _, end = name.rpartition(".")
-    return None if end != "weight" or module.endswith(KEPT) else module
+    return None if end != "weight" or module.endswith(kept) else module
 
 
 def write(
@@ -61,14 +65,15 @@ def write(
 ) -> tuple[Path, Path]:
     """A checkpoint whose linear layers are encoded, and one with what they decode to.
 
-    `how` may have a `model_type`, and `by_name`, whether `encode` says how to by the module.
+    `how` may have a `model_type`, `by_name`, whether `encode` says how to by the module, and what
+    is not encoded, `kept`.
     """
     by_name = how.get("by_name", False)
     plain(how.get("model_type", "qwen2_moe")).save_pretrained(folder / "dense")
     stored = load_file(folder / "dense" / FILE)
     dense = {}
     for name, w in list(stored.items()):
-        module = quantized_module(name)
+        module = quantized_module(name, how.get("kept", KEPT))
         how_to: Any = encode(module) if by_name and module else encode
         if module is None or how_to is None:
             continue
@@ -122,21 +127,6 @@ def quantized_layers(model: Any) -> set[str]:
     }
 
 
-def round_inputs(dense: Any, model: Any) -> None:
-    """Let linear layers of `dense` round what they take as those of `model` in fp8 do."""
-    layers = linears_of(model.decoder)
-    for name, layer in linears_of(dense.decoder).items():
-        weight = layers[name].weight
-        if isinstance(weight, QuantizedWeights) and "fp8" in weight.format.name:
-            layer.register_forward_pre_hook(round_input)
-
-
-def round_input(_: Any, args: tuple[Tensor]) -> Tensor:
-    x = args[0]
-    rows = quantize_rows(x.flatten(0, -2)).dequantize()
-    return rows[:, : x.shape[-1]].view(x.shape)
-
-
 GPTQ_CASES: dict[str, dict[str, Any]] = {
     "sym": {},
     "asym": {"sym": False},
@@ -173,8 +163,8 @@ def test_gptq(tmp_path, case):
     ordered = how.get("desc_act", False) and how.get("group_size") != -1
     assert (w13.order is not None) == ordered
     assert w13.scales.dtype == torch.float16
-    apart = {"attn.o", "shared.down"}
-    assert quantized_layers(model) == (apart if ordered else LAYERS)
+    assert quantized_layers(model) == LAYERS
+    assert (model.decoder.layers[0].attn.qkv.weight().order is not None) == ordered
     if how.get("bits") != 8:
         assert (w13.zeros is not None) == (not how.get("sym", True))
 
@@ -185,6 +175,23 @@ def test_gptq_orders_of_none(tmp_path):
     model = check(hub, dense, Int4)
     assert moe_layers(model)[0].w13().order is None
     assert model.decoder.layers[0].attn.o.weight().order is None
+
+
+def test_parts_with_orders_of_their_own(tmp_path, caplog):
+    def how(module: str) -> Encode:
+        return lambda w: gptq(w, desc_act=True, seed=len(module))
+
+    hub, dense = write(tmp_path, how, gptq_config(desc_act=True), by_name=True)
+    model = check(hub, dense, Int4)
+    # q, k and v have names of one length; gate and up have not.
+    assert quantized_layers(model) == LAYERS - {"shared.gate_up"}
+    assert (
+        "4 weights dequantised (parts of one layer with columns in different orders): "
+        "model.layers.*.mlp.shared_expert.gate_proj.weight, "
+        "model.layers.*.mlp.shared_expert.up_proj.weight"
+    ) in caplog.text
+    convert(open_checkpoint(hub), tmp_path / "to", device="cpu")
+    assert_same(load(tmp_path / "to"), load(hub))
 
 
 def test_groups_larger_than_ours(tmp_path):
@@ -290,6 +297,42 @@ def test_compressed_tensors(tmp_path, case):
     hub, dense = write(tmp_path, compressed_tensors(stored, **weights), config)
     model = check(hub, dense, kind, exact="fp8" not in case)
     assert quantized_layers(model) == LAYERS
+    model.save_pretrained(tmp_path / "again")
+    assert_same(load(tmp_path / "again", dtype="float32"), model)
+    if kind is not BlockFp8:
+        written, stored = by_package(tmp_path / "again"), by_package(hub)
+        assert written.keys() == stored.keys()
+        assert all(w.equal(stored[module]) for module, w in written.items())
+    if case not in ("int4-zeros", "int8", "fp8-channel", "mxfp4"):
+        return
+    engine = Engine(model.decoder, num_rows=2, context=32, chunk=16)
+    requests = [Request(i, prompt, 5) for i, prompt in enumerate(ids(3, 6).tolist())]
+    list(Batcher(engine, engine.greedy, ends=set()).run(iter(requests)))
+    one_by_one = {"max_new_tokens": 5, "do_sample": False, "use_cache": False}
+    for request, prompt in zip(requests, ids(3, 6), strict=True):
+        assert request.tokens == model.generate(prompt[None], **one_by_one)[0, 6:].tolist()
+
+
+def test_a_head_and_latent_attention(tmp_path, caplog):
+    """Heads of several formats, and a matrix that attention takes apart."""
+    stored, weights, kind = COMPRESSED["int8-group"]
+    scheme = {"targets": ["Linear"], "weights": weights}
+    config = compressed_config(stored, ["re:.*gate$"], group_0=scheme)
+    encode = compressed_tensors(stored, **weights)
+    kept = tuple(name for name in KEPT if name != "lm_head")
+    how = {"model_type": "deepseek_v3", "kept": kept}
+    hub, dense = write(tmp_path, encode, config, **how)
+    model = check(hub, dense, kind)
+    expected = {"lm_head", "q.a", "q.b", "attn.kv_a", "attn.o", "mlp.gate_up", "mlp.down"}
+    assert quantized_layers(model) == expected | {"shared.gate_up", "shared.down"}
+    assert (
+        "3 weights dequantised (their layer takes them apart): "
+        "model.layers.*.self_attn.kv_b_proj.weight" in caplog.text
+    )
+    convert(open_checkpoint(hub), tmp_path / "to", device="cpu", dtype="float32")
+    assert_same(load(tmp_path / "to"), model)
+    card = (tmp_path / "to" / "README.md").read_text()
+    assert "| linear layers | some in int8_w8a16 in groups of 64 |" in card
 
 
 def test_compressed_tensors_with_an_order(tmp_path):
@@ -551,6 +594,7 @@ def test_saved_as_they_were_loaded(tmp_path):
     how = {"desc_act": True, "sym": False, "group_size": 64}
     hub, _ = write(tmp_path, lambda w: gptq(w, **how), gptq_config(**how))
     model = load(hub)
+    assert model.decoder.layers[0].attn.qkv.weight().order is not None
     model.save_pretrained(tmp_path / "again")
     assert_same(load(tmp_path / "again"), model)
 
