@@ -191,7 +191,9 @@ def report(module: nn.Module, planned: Planned) -> None:
     for outcome, stored in by_outcome.items():
         shown = ", ".join(sorted({skeleton_of(name)[0].replace("#", "*") for name in stored}))
         if isinstance(outcome, Kind):
-            _log.info("%d linear layers stay in %s: %s", len(stored), outcome.described, shown)
+            _log.info(
+                "%d weights of linear layers stay in %s: %s", len(stored), outcome.described, shown
+            )
         else:
             _log.warning("%d weights dequantised (%s): %s", len(stored), outcome, shown)
 

@@ -616,6 +616,8 @@ def test_on_a_gpu_the_same_bits(tmp_path, case):
     model, gpu = load(hub, dtype="float16"), load(hub, dtype="float16", device="cuda")
     logits = gpu(ids(2, 9).cuda()).logits.cpu().float()
     assert distance(logits, model(ids(2, 9)).logits.float()) < ACTIVATIONS
+    # On the engine, whose steps are recorded.
+    assert gpu.generate(ids(2, 9).cuda(), max_new_tokens=5, do_sample=False).shape == (2, 14)
     assert_same(gpu.cpu(), model)
     change(hub, lambda s: s[next(n for n in s if n.endswith(("scales", "_scale")))].fill_(0))
     with pytest.raises(QuantizationError, match=r"is 0\.0; it must be finite"):
