@@ -14,6 +14,8 @@ from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import Context
 from moezoo.layers.linear import Linear, linear
 from moezoo.layers.norm import RMSNorm, handed_to
+from moezoo.layers.quant import QuantizedWeights
+from moezoo.layers.quantized_linear import quantized_linear
 from moezoo.layers.rope import RotaryEmbedding, Rotation
 
 
@@ -98,6 +100,8 @@ class Decoder(nn.Module):
         """Hidden states [.., H] -> logits [.., V] in the model's dtype."""
         head = self.embed if self.lm_head is None else self.lm_head
         with device_made_current(x):
+            if isinstance(head.weight, QuantizedWeights):
+                return quantized_linear(x, head.weight())
             return linear(x, head.weight)
 
 

@@ -71,7 +71,7 @@ def permute_ref(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutati
 
 
 @triton.jit
-def _store_tiles(
+def store_tiles(
     expert,
     offset,
     own_rows,
@@ -122,7 +122,7 @@ def permute_expert(
     first_tile = tl.sum(tl.where(experts < expert, tiles, 0), 0)
     own_rows = tl.sum(tl.where(experts == expert, counts, 0), 0)
     tl.store(offsets_ptr + expert, offset)
-    _store_tiles(expert, offset, own_rows, first_tile, tiles_ptr, max_tiles, TILE_ROWS, BLOCK_N)
+    store_tiles(expert, offset, own_rows, first_tile, tiles_ptr, max_tiles, TILE_ROWS, BLOCK_N)
     if expert == num_experts - 1:
         tl.store(offsets_ptr + num_experts, offset + own_rows)
         tl.store(num_tiles_ptr, tl.sum(tiles, 0))
@@ -242,7 +242,7 @@ def _place_kernel(
         offset = tl.sum(tl.where(its, offsets, 0), 0)
         own_rows = tl.sum(tl.where(its, counts, 0), 0)
         first_tile = tl.sum(tl.where(its, first_tiles, 0), 0)
-        _store_tiles(expert, offset, own_rows, first_tile, tiles_ptr, max_tiles, TILE_ROWS, BLOCK_N)
+        store_tiles(expert, offset, own_rows, first_tile, tiles_ptr, max_tiles, TILE_ROWS, BLOCK_N)
 
     lanes = tl.arange(0, BLOCK_S)
     rows = block * BLOCK_S + lanes
