@@ -84,6 +84,7 @@ def hub_config(module: nn.Module, rules: Sequence[Rule | Skip]) -> dict[str, Any
             for copy in copies
             if copy.target not in weights and len(infos[copy.target].shape) > 1
         }
+        | _tied(module, rules)
     )
     method = _method(module, rules)
     if method == "compressed-tensors":
@@ -129,6 +130,17 @@ def _infos(module: nn.Module) -> dict[str, ParameterInfo]:
             shape = (*lead[:1], prod(lead[1:]) * n, k)
             infos[owner] = ParameterInfo(shape, torch.bfloat16, getattr(layer, "part_sizes", None))
     return infos
+
+
+def _tied(module: nn.Module, rules: Sequence[Rule | Skip]) -> set[str]:
+    """The modules of a checkpoint that `module` does without, such as a head that is the embedding:
+    others build them from the config, which must say that they are not quantised."""
+    return {
+        rule.sources[0].removesuffix(".weight")
+        for rule in rules
+        if isinstance(rule, Rule)
+        and getattr(module, rule.target.removesuffix(".weight"), module) is None
+    }
 
 
 def _method(module: nn.Module, rules: Sequence[Rule | Skip]) -> str:
