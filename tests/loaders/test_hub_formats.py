@@ -547,6 +547,10 @@ def test_packed_weights_that_are_wrong(tmp_path):
         ),
         ({"quant_method": "awq", "group_size": 32, "zero_point": False}, "zero_point is False"),
         ({"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes'"),
+        ({"quant_method": ["gptq"]}, "quant_method is ['gptq']"),
+        (gptq_config() | {"dynamic": 3}, "dynamic is 3"),
+        ({"quant_method": "fp8", "modules_to_not_convert": 5}, "modules_to_not_convert is 5"),
+        ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size is 128"),
         (
             {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
             "format is 'nvfp4",
@@ -574,19 +578,30 @@ def test_configs_that_are_not_done(tmp_path, config, message):
         ),
         ({"strategy": "tensor_group"}, "strategy is 'tensor_group'"),
         ({"dynamic": True}, "dynamic is True"),
+        ({"group_size": 64.0}, "group_size is 64.0"),
+        ({"targets": ["re:(["]}, "'re:([' is no pattern"),
+        ({"targets": {}}, "targets is {}; this release loads a list of names"),
     ],
     ids=str,
 )
 def test_schemes_that_are_not_done(tmp_path, fields, message):
     plain("qwen2_moe").save_pretrained(tmp_path)
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32} | fields
-    group = {"targets": ["Linear"], "weights": weights}
+    group = {"targets": weights.pop("targets", ["Linear"]), "weights": weights}
     config = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
     set_config(tmp_path, quantization_config=config | {"config_groups": {"g": group}})
     with pytest.raises(QuantizationError) as caught:
         load(tmp_path)
     where = "quantization_config.config_groups.g."
     assert where in str(caught.value) and message in str(caught.value)
+
+
+@pytest.mark.parametrize("config", [[], 5, "gptq"], ids=str)
+def test_a_config_that_is_no_table(tmp_path, config):
+    plain("qwen2_moe").save_pretrained(tmp_path)
+    set_config(tmp_path, quantization_config=config)
+    with pytest.raises(QuantizationError, match=r"expected a table; get the config\.json"):
+        load(tmp_path)
 
 
 def test_saved_as_they_were_loaded(tmp_path):

@@ -120,7 +120,7 @@ class Group:
             if group_size != GROUP:
                 weights.refuse("group_size", f"{GROUP} for mxfp4")
         return cls(
-            targets=tuple(table.names("targets")),
+            targets=tuple(table.patterns("targets")),
             weights=kind,
             packed=stored.endswith("pack-quantized"),
             bits=bits,
@@ -158,7 +158,7 @@ class CompressedTensors(Scheme):
         found = [Group.of(groups.table(name), stored) for name in groups.given]
         if not found:
             table.refuse("config_groups", "at least one group")
-        return cls(tuple(found), tuple(table.names("ignore")))
+        return cls(tuple(found), tuple(table.patterns("ignore")))
 
     def ignores(self, module: str) -> str | None:
         return next((entry for entry in self.ignored if _names(entry, module)), None)

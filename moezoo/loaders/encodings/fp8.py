@@ -50,7 +50,7 @@ class HubFp8(Scheme):
         table.one_of("expert_dtype", "fp8", default="fp8")
         table.one_of("dequantize", False, default=False)
         size = table.given.get("weight_block_size")
-        if size is not None and (not isinstance(size, Sequence) or list(size) != [BLOCK, BLOCK]):
+        if size is not None and size not in ([BLOCK, BLOCK], (BLOCK, BLOCK)):
             table.refuse("weight_block_size", f"[{BLOCK}, {BLOCK}] or none, a scale a matrix")
         skipped = [*table.names("modules_to_not_convert"), *table.names("ignored_layers")]
         table.only(
