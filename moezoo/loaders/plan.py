@@ -280,12 +280,17 @@ class _Planner:
 
     def _fits(self, name: str, place: _Place, shape: tuple[int, ...]) -> bool:
         expected = stored_shape(shape, place.rule.view)
-        stored, where = self.checkpoint[name].shape, self.checkpoint[name].where
-        if stored != expected:
+        info = self.checkpoint[name]
+        stored = info.shape
+        columns = range(stored[-1] - info.padding, stored[-1]) if stored else range(0)
+        fits = stored == expected or (
+            stored[:-1] == expected[:-1] and bool(expected) and expected[-1] in columns
+        )
+        if not fits:
             self.shapes.append(
-                f"{name} is {list(stored)}{where}, {place.target} takes {list(expected)} of it"
+                f"{name} is {list(stored)}{info.where}, {place.target} takes {list(expected)} of it"
             )
-        return stored == expected
+        return fits
 
     def _skip(self, depth: int) -> dict[Skip, tuple[str, ...]]:
         skipped = {}

@@ -120,6 +120,7 @@ def plan_weights(
     encoding = own_encoding(checkpoint)
     plain = parameter_infos(module, dtype)
     chosen = plan(rules, encoding.tensors, plain, experts=experts, name=checkpoint.name)
+    encoding = unpadded(encoding, chosen, plain)
     quantized = quantized_experts(module, chosen.copies, encoding, quantization)
     owners = experts_of(module)
     others = [copy for copy in chosen.copies if copy.target not in owners]
@@ -129,6 +130,17 @@ def plan_weights(
     quantized |= kept(dense)
     wanted = quantized_infos(module, plain, quantized)
     return Planned(wanted, chosen, encoding, quantized, dense, quantization)
+
+
+def unpadded(encoding: Encoding, chosen: Plan, parameters: Mapping[str, ParameterInfo]) -> Encoding:
+    """The encoding without columns that the parameters do not have: padding."""
+    return encoding.unpadded(
+        {
+            copy.source: parameters[copy.target].shape[-1]
+            for copy in chosen.copies
+            if copy.source in encoding.weights and not copy.view
+        }
+    )
 
 
 def with_one_order(

@@ -12,6 +12,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.errors import QuantizationError
@@ -217,9 +218,7 @@ def _compressed_tensors(copy: Copy, part: Format) -> Iterator[Written]:
     assert isinstance(part, (Int4, Int8))
     n, k = part.shape
     bits = 4 if isinstance(part, Int4) else 8
-    if k * bits % 32:
-        raise _unwritable(copy, part)
-    words = (n, k * bits // 32)
+    words = (n, -(-k * bits // 32))
     yield Written(f"{module}.weight_packed", copy.target, words, torch.int32, partial(_words, part))
     yield _as_it_is(copy, f"{module}.weight_scale", part.scales)
     yield Written(
@@ -235,13 +234,14 @@ def _compressed_tensors(copy: Copy, part: Format) -> Iterator[Written]:
 
 
 def _words(part: Int4 | Int8) -> Tensor:
-    """Unsigned codes in int32, columns where they belong."""
+    """Unsigned codes in int32, columns where they belong, the last word filled with zeros."""
     if isinstance(part, Int8):
-        codes = part.data.view(torch.uint8) ^ 128
-        return words_of(_back(codes, part.order))
-    if part.order is None:
-        return words_of(part.data)
-    return words_of(pack(_back(unpack(part.data), part.order)))
+        octets = _back(part.data.view(torch.uint8) ^ 128, part.order)
+    elif part.order is None:
+        octets = part.data
+    else:
+        octets = pack(_back(unpack(part.data), part.order))
+    return words_of(F.pad(octets, (0, -octets.shape[1] % 4)))
 
 
 def _back(codes: Tensor, order: Tensor | None) -> Tensor:

@@ -37,7 +37,7 @@ from moezoo.loaders.load import (
 )
 from moezoo.loaders.mapping import parameter_infos
 from moezoo.loaders.plan import dtype_name, plan
-from moezoo.loaders.weights import own_encoding
+from moezoo.loaders.weights import own_encoding, unpadded
 
 EXPERT_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Sizes that memory is reported for, as far as there are experts for every rank."""
@@ -154,6 +154,7 @@ def inspect(
         own_generation_config(checkpoint)
         infos = parameter_infos(decoder, dtype)
         chosen = plan(rules, encoding.tensors, infos, name=checkpoint.name)
+        encoding = unpadded(encoding, chosen, infos)
         quantized = quantized_experts(decoder, chosen.copies, encoding, None)
         if encoding.scheme is not None:
             others = [copy for copy in chosen.copies if copy.target not in experts_of(decoder)]

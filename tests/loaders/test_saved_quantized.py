@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_models import (
     ASSET,
     EXACT,
@@ -20,12 +20,15 @@ from small_models import (
     set_config,
 )
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
+import moezoo
 from moezoo.errors import QuantizationError
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import Int8, Mxfp4
 from moezoo.loaders.checkpoint import open_checkpoint
+from moezoo.loaders.convert import convert
+from moezoo.loaders.load import from_config
 from moezoo.loaders.mapping import Rule
 from moezoo.loaders.save import write_weights
 from moezoo.loaders.weights import load_weights
@@ -141,6 +144,56 @@ def test_a_tied_head_is_not_quantised_in_transformers(tmp_path, name):
         # fp8 rounds activations too, which transformers does not do with dequantised weights.
         tolerance = 0.15 if "fp8" in name else EXACT
         assert distance(model(ids(2, 9)).logits, expected) < tolerance
+
+
+ODD: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 100,
+    "intermediate_size": 36,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_local_experts": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("asked", "width"),
+    [("int8_w8a16", 33), ("int8_w8a16", 36), ("int8_w8a16", 130), (ASKED["int4-row"], 36)],
+    ids=str,
+)
+def test_columns_that_do_not_fill_words(tmp_path, asked, width):
+    config = MixtralConfig(**ODD | {"intermediate_size": width}, head_dim=32)
+    model = from_config(config, device="cpu", quantization=asked)
+    model.save_pretrained(tmp_path / "saved")
+    stored = load_file(tmp_path / "saved" / "model.safetensors")
+    module = "model.layers.0.block_sparse_moe.experts.0.w2"
+    assert stored[f"{module}.weight_shape"].tolist() == [100, width]
+    assert_same(load(tmp_path / "saved"), model)
+    assert moezoo.inspect(tmp_path / "saved").supported
+    w2 = moe_layers(model)[0].w2().dequantize()
+    assert by_package(tmp_path / "saved")[module].equal(w2[0])
+    convert(open_checkpoint(tmp_path / "saved"), tmp_path / "again", device="cpu")
+    assert_same(load(tmp_path / "again"), model)
+
+
+def test_int8_that_is_not_packed_has_any_columns(tmp_path):
+    """What the package writes as int-quantized."""
+    config = MixtralConfig(**ODD | {"intermediate_size": 33}, head_dim=32)
+    model = from_config(config, device="cpu", quantization="int8_w8a16")
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in stored if name.endswith("_packed")]:
+        module = name.removesuffix(".weight_packed")
+        n, k = stored.pop(f"{module}.weight_shape").tolist()
+        codes = stored.pop(name).view(torch.uint8)[:, :k] ^ 128
+        assert codes.shape == (n, k)
+        stored[f"{module}.weight"] = codes.view(torch.int8).contiguous()
+    save_file(stored, tmp_path / "model.safetensors")
+    described = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    described["format"] = described["config_groups"]["group_0"]["format"] = "int-quantized"
+    set_config(tmp_path, quantization_config=described)
+    assert_same(load(tmp_path), model)
 
 
 def test_groups_of_several_sizes(tmp_path):

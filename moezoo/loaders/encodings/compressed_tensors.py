@@ -229,7 +229,22 @@ def _weight(headers: Headers, module: str, data: str, group: Group) -> StoredWei
 
 def _integers(headers: Headers, module: str, data: str, scales: str, group: Group) -> StoredWeight:
     n, stored = headers.matrix(data, torch.int32 if group.packed else torch.int8)
-    k = stored * 32 // group.bits if group.packed else stored
+    weight = partial(_of_columns, headers, module, data, scales, group, n)
+    if not group.packed:
+        return weight(stored)
+    each = 32 // group.bits
+    k = stored * each
+    if k - each < group.group_size < k:
+        return weight(group.group_size)
+    if group.group_size in (PER_CHANNEL, k):
+        # Only the values of weight_shape, or the model, say how much of the last word is padding.
+        return replace(weight(k), padding=each - 1, of_columns=weight)
+    return weight(k)
+
+
+def _of_columns(
+    headers: Headers, module: str, data: str, scales: str, group: Group, n: int, k: int
+) -> StoredWeight:
     size = k if group.group_size == PER_CHANNEL else group.group_size
     if k % size:
         raise headers.indivisible(data, f"groups of {size}", k)
@@ -257,7 +272,7 @@ def _integers(headers: Headers, module: str, data: str, scales: str, group: Grou
         g_idx = f"{module}.weight_g_idx"
         headers.beside(g_idx, data, [(k,)], (torch.int32, torch.int64))
         extras.append(order_extra(g_idx, k, size))
-    unpack = partial(_data, bits=group.bits) if group.packed else as_it_is
+    unpack = partial(_data, bits=group.bits, columns=k) if group.packed else as_it_is
     return StoredWeight((n, k), kind, data, unpack, tuple(extras))
 
 
@@ -269,8 +284,8 @@ def _shape_extra(tensor: str, n: int, k: int) -> Extra:
     return Extra(tensor, None, as_it_is, Check(wrong, problem))
 
 
-def _data(words: Tensor, order: Tensor | None, *, bits: int) -> Tensor:
-    return held(octets_of(words), bits, order)
+def _data(words: Tensor, order: Tensor | None, *, bits: int, columns: int) -> Tensor:
+    return held(octets_of(words)[:, : columns * bits // 8], bits, order)
 
 
 def _scales(stored: Tensor, *, groups: int) -> Tensor:

@@ -46,7 +46,8 @@ class StoredWeight:
     the order of the columns if there is one, those rows or columns of the format's data.
 
     `columns` says that rows of `data` run along K; `unit` of them are unpacked together, all where
-    None. The tensor that the plan sees is [.., K, N] where `transposed`.
+    None. The tensor that the plan sees is [.., K, N] where `transposed`. Where up to `padding` of
+    the columns may fill the last word, `of_columns` is the weight of fewer.
     """
 
     shape: tuple[int, ...]
@@ -57,6 +58,8 @@ class StoredWeight:
     columns: bool = False
     unit: int | None = 1
     transposed: bool = False
+    padding: int = 0
+    of_columns: "Callable[[int], StoredWeight] | None" = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,15 @@ class Encoding:
     tensors: Mapping[str, TensorInfo]
     weights: Mapping[str, StoredWeight]
     left_out: Sequence[str] = ()
+
+    def unpadded(self, columns: Mapping[str, int]) -> "Encoding":
+        """With so many columns of these weights, where the rest of them is padding."""
+        weights = dict(self.weights)
+        for name, k in columns.items():
+            stored = weights.get(name)
+            if stored is not None and stored.of_columns is not None and k < stored.shape[-1]:
+                weights[name] = stored.of_columns(k)
+        return replace(self, weights=weights)
 
 
 class Scheme(ABC):
@@ -106,7 +118,9 @@ class Headers:
         *lead, n, k = stored.shape
         shape = (*lead, k, n) if stored.transposed else (*lead, n, k)
         # Of a dtype that any parameter takes: what is stored is not looked at any more.
-        self.plain[weight] = replace(info, shape=shape, dtype=torch.bfloat16)
+        self.plain[weight] = replace(
+            info, shape=shape, dtype=torch.bfloat16, padding=stored.padding
+        )
         self.weights[weight] = stored
 
     def leave_out(self, tensor: str) -> None:
@@ -137,7 +151,9 @@ class Headers:
         info = self.tensors[tensor]
         return self.error(
             f"{tensor} {list(info.shape)}{info.where} has {columns} columns, which cannot be held "
-            f"in {what}; groups of 32, 64, 128 and multiples of them can be, if they divide them"
+            f"in {what}; groups of 32, 64, 128 and multiples of them can be, if they divide them, "
+            "and a scale a row, of an even number where two share a byte; take another checkpoint "
+            "of the model"
         )
 
     def beside(
