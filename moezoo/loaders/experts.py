@@ -128,7 +128,8 @@ def _on_the_fly(
         dtype = source_dtype(by_target[name], encoding)
         kinds[name] = kind = asked.recipe(name, columns, dtype).kind
         size = dict(kind.options).get("group_size", 0)
-        if asked.type == INT4 and asked.group_size is None and 0 < size < GROUP_SIZES[0]:
+        chosen = asked.group_size or asked.block_size
+        if asked.type == INT4 and chosen is None and 0 < size < GROUP_SIZES[0]:
             smaller.setdefault(size, []).append(name)
     for size, names in smaller.items():
         _log.warning(

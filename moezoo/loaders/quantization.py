@@ -206,8 +206,11 @@ class Quantization:
         return Recipe(kind, partial(_in_blocks, kind=kind, rows=n, group=group), n)
 
     def _group_size(self, name: str, columns: int) -> int:
-        if self.type == INT4:
-            self._require(name, columns, 2)
+        if self.type == INT4 and columns % 2:
+            raise QuantizationError(
+                f"{name}: {self.type} has two columns in a byte, and there are {columns}, which is "
+                f"odd; {INT8!r} takes any number of them"
+            )
         chosen = self.block_size[1] if self.block_size is not None else self.group_size
         if chosen is not None:
             self._require(name, columns, chosen)
@@ -225,7 +228,11 @@ class Quantization:
     def _require(self, name: str, columns: int, group: int) -> None:
         if columns % group:
             fits = [size for size in GROUP_SIZES if columns % size == 0]
-            advice = f"groups of {fits[0]} do" if fits else f"{INT8!r} takes any number of them"
+            advice = f"{INT8!r} takes any number of them"
+            if self.type == INT8:
+                advice = "without group_size there is a scale a row, of any number of them"
+            if fits:
+                advice = f"groups of {fits[0]} do"
             raise QuantizationError(
                 f"{name}: groups of {group}, as {self.type} has them, do not divide its {columns} "
                 f"columns; {advice}"

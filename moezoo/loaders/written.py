@@ -186,7 +186,7 @@ def _quantized(copy: Copy, whole: Format, method: str) -> Iterator[Written]:
 def _unwritable(copy: Copy, weights: Format) -> QuantizationError:
     return QuantizationError(
         f"{copy.source} cannot be written: there is no layout for {weights.name} of shape "
-        f"{list(weights.shape)} there"
+        f"{list(weights.shape)} there; quantise them otherwise, or save the model before"
     )
 
 

@@ -30,7 +30,7 @@ from test_saved_quantized import by_package
 from torch import Tensor
 
 import moezoo
-from moezoo.errors import QuantizationError
+from moezoo.errors import CheckpointError, QuantizationError
 from moezoo.generation.continuous import Batcher, Request
 from moezoo.generation.engine import Engine
 from moezoo.layers.moe import FusedMoE
@@ -594,6 +594,35 @@ def test_schemes_that_are_not_done(tmp_path, fields, message):
         load(tmp_path)
     where = "quantization_config.config_groups.g."
     assert where in str(caught.value) and message in str(caught.value)
+
+
+def test_what_the_scheme_says_is_not_there(tmp_path):
+    weights = {"num_bits": 4, "type": "int", "group_size": 32, "strategy": "group"}
+    encode = compressed_tensors("pack-quantized", **weights, symmetric=False)
+    scheme = {"targets": ["Linear"], "weights": weights}
+    config = compressed_config("pack-quantized", ["lm_head"], g=scheme)
+    hub, _ = write(tmp_path / "a", encode, config)
+    message = (
+        r"weight_zero_point in .* holds zero points, but the scheme of .* symmetric is True; get"
+    )
+    with pytest.raises(QuantizationError, match=message):
+        load(hub)
+    hub, _ = write(tmp_path / "b", lambda w: ordered_compressed_tensors(w, group_size=32), config)
+    with pytest.raises(QuantizationError, match=r"weight_g_idx .* has no actorder 'group'"):
+        load(hub)
+
+
+def test_gptq_without_its_config(tmp_path):
+    hub, _ = write(tmp_path, gptq, gptq_config())
+    set_config(hub, quantization_config=None)
+    reason = moezoo.inspect(hub).reason
+    assert len(reason) < 1500 and reason.count("\n  ") <= 8
+    assert (
+        "It looks quantised (quant_method gptq or awq), which its config.json does not say"
+        in reason
+    )
+    with pytest.raises(CheckpointError, match=r"get the config\.json with the quantization_config"):
+        load(hub)
 
 
 @pytest.mark.parametrize("config", [[], 5, "gptq"], ids=str)

@@ -332,6 +332,22 @@ def test_memory_beyond_the_quantised_weights_is_small(tmp_path, asked, size):
     assert beyond < 150e6
 
 
+def test_groups_that_were_asked_for_are_not_reported(tmp_path, caplog):
+    plain("mixtral").save_pretrained(tmp_path)
+    load(tmp_path, quantization={"type": "int4_w4a16", "block_shape": [8, 64]})
+    assert "largest that divide" not in caplog.text
+
+
+def test_an_odd_number_of_columns():
+    for type, message in (
+        ("int4_w4a16", "two columns in a byte, and there are 33, which is odd; 'int8_w8a16' takes"),
+        ("int8_w8a16", "without group_size there is a scale a row"),
+    ):
+        choice = {"per_channel": True} if type == "int4_w4a16" else {"group_size": 32}
+        with pytest.raises(QuantizationError, match=message):
+            Quantization(type, **choice).recipe("w2", 33, torch.float32)
+
+
 @pytest.mark.parametrize(
     ("stored", "asked", "message"),
     [

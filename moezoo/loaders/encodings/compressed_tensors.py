@@ -39,6 +39,7 @@ from moezoo.loaders.encodings.integers import (
 )
 from moezoo.loaders.encodings.mxfp4 import NOT_NAN
 from moezoo.loaders.encodings.stored import (
+    AGAIN,
     INTEGER_SCALE,
     Check,
     Encoding,
@@ -193,10 +194,11 @@ class CompressedTensors(Scheme):
             if group is None or group.packed != packed:
                 raise headers.error(
                     f"{data} is {dtype_of(info)}{info.where}, but no group of "
-                    f"quantization_config.config_groups says that {module} is stored so"
+                    f"quantization_config.config_groups says that {module} is stored so; {AGAIN}"
                 )
             stored = _weight(headers, module, data, group)
             headers.add(f"{module}.weight", stored)
+            _refuse_unsaid(headers, module, group)
             for end in _ACTIVATIONS:
                 headers.leave_out(f"{module}.{end}")
         for end in _ENDS[1:]:
@@ -208,6 +210,20 @@ def _names(entry: str, module: str) -> bool:
     if entry.startswith("re:"):
         return re.match(entry.removeprefix("re:"), module) is not None
     return entry == module
+
+
+def _refuse_unsaid(headers: Headers, module: str, group: Group) -> None:
+    """Raise `QuantizationError` for zero points and orders that the scheme says are not there."""
+    for end, what, said in (
+        ("weight_zero_point", "zero points", f"symmetric is {group.symmetric}"),
+        ("weight_g_idx", "groups of columns in any order", "no actorder 'group'"),
+    ):
+        tensor = f"{module}.{end}"
+        if tensor in headers.plain:
+            raise headers.error(
+                f"{tensor}{headers.tensors[tensor].where} holds {what}, but the scheme of {module} "
+                f"in quantization_config.config_groups has {said}; {AGAIN}"
+            )
 
 
 def _weight(headers: Headers, module: str, data: str, group: Group) -> StoredWeight:
@@ -268,8 +284,10 @@ def _of_columns(
         words = -(-n * group.bits // 32)
         headers.beside(zeros, data, [(words, k // size)], (torch.int32,))
         extras.append(Extra(zeros, "zeros", partial(_zeros, n=n, groups=held_groups(kind, k))))
-    if group.ordered and size != k:
-        g_idx = f"{module}.weight_g_idx"
+    g_idx = f"{module}.weight_g_idx"
+    if g_idx in headers.plain and size == k:
+        headers.drop(g_idx)  # all columns are in one group
+    elif group.ordered and size != k:
         headers.beside(g_idx, data, [(k,)], (torch.int32, torch.int64))
         extras.append(order_extra(g_idx, k, size))
     unpack = partial(_data, bits=group.bits, columns=k) if group.packed else as_it_is

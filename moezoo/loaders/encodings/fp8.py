@@ -16,6 +16,7 @@ from torch import Tensor
 from moezoo.layers.quant import BlockFp8, ChannelFp8
 from moezoo.layers.quant.fp8 import BLOCK, scales_shape
 from moezoo.loaders.encodings.stored import (
+    BLOCK_SCALE,
     FLOAT_SCALE,
     Encoding,
     Extra,
@@ -96,7 +97,8 @@ def fp8_weight(headers: Headers, weight: str, scales: str, *, blocks: bool) -> S
         shapes = [(*lead, 1), (*lead, 1, 1), tuple(lead), (*lead, n), (*lead, n, 1)]
     found = headers.beside(scales, weight, shapes, _DTYPES)
     read = _e8m0 if found.dtype == torch.uint8 else as_it_is
-    extra = Extra(scales, "scales", read if blocks else _a_row, FLOAT_SCALE)
+    check = BLOCK_SCALE if blocks else FLOAT_SCALE
+    extra = Extra(scales, "scales", read if blocks else _a_row, check)
     kind = Kind.of(BlockFp8 if blocks else ChannelFp8)
     return StoredWeight(info.shape, kind, weight, as_it_is, (extra,), unit=BLOCK if blocks else 1)
 

@@ -16,6 +16,9 @@ from moezoo.errors import QuantizationError
 from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import TensorInfo
 
+AGAIN = "get the checkpoint again, or the config.json that belongs to it"
+"""What to do about tensors that contradict one another or the config."""
+
 
 class Check(NamedTuple):
     """What must not be in a stored tensor: a mask of it, and what an error says with the `place`
@@ -144,7 +147,8 @@ class Headers:
     def unexpected(self, tensor: str, expected: str) -> QuantizationError:
         info = self.tensors[tensor]
         return self.error(
-            f"{tensor} is {list(info.shape)} {dtype_of(info)}{info.where}, expected {expected}"
+            f"{tensor} is {list(info.shape)} {dtype_of(info)}{info.where}, expected {expected}; "
+            f"{AGAIN}"
         )
 
     def indivisible(self, tensor: str, what: str, columns: int) -> QuantizationError:
@@ -170,19 +174,20 @@ class Headers:
         info = self.tensors[weight]
         if tensor not in self.tensors:
             raise self.error(
-                f"{weight} is {dtype_of(info)}{info.where} and there is no {tensor}; get the "
-                "checkpoint again"
+                f"{weight} is {dtype_of(info)}{info.where} and there is no {tensor}; {AGAIN}"
             )
         found = self.tensors[tensor]
         if found.shape not in [tuple(shape) for shape in shapes]:
             wanted = " or ".join(str(list(shape)) for shape in shapes) or "none"
             raise self.error(
                 f"{tensor} is {list(found.shape)}{found.where}, {weight} {list(info.shape)} takes "
-                f"{wanted}"
+                f"{wanted} with the bits and groups of the quantization_config; {AGAIN}"
             )
         if found.dtype not in dtypes:
             wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise self.error(f"{tensor} is {dtype_of(found)}{found.where}, expected {wanted}")
+            raise self.error(
+                f"{tensor} is {dtype_of(found)}{found.where}, expected {wanted}; {AGAIN}"
+            )
         return found
 
     def refuse_alone(self, end: str, weight_end: str, expected: str) -> None:
@@ -194,7 +199,7 @@ class Headers:
             what = f"is {dtype_of(self.tensors[weight])}" if there else "is not there"
             raise self.error(
                 f"{alone}{self.tensors[alone].where} holds scales of {weight}, which {what}, "
-                f"expected {expected}; get the checkpoint again"
+                f"expected {expected}; {AGAIN}"
             )
 
     def refuse_kept(self, tensor: str, entry: str | None) -> None:
@@ -227,9 +232,10 @@ def not_positive(scales: Tensor) -> Tensor:
     return ~(scales.isfinite() & (scales > 0))
 
 
-FLOAT_SCALE = Check(
+BLOCK_SCALE = Check(
     not_positive, "the scale of block {place} is {value}; it must be finite and positive"
 )
+FLOAT_SCALE = Check(not_positive, "the scale at {place} is {value}; it must be finite and positive")
 INTEGER_SCALE = Check(
     not_a_scale, "the scale at {place} is {value}; it must be finite and not zero"
 )
