@@ -198,7 +198,8 @@ class Filling:
     def _extras(self, stored: StoredWeight, lead: list[int], fields: Fields) -> None:
         for extra in stored.extras:
             place, shape = self._matrix(extra.tensor, lead)
-            piece = Piece(extra.tensor, *place, self.checkpoint.tensors[extra.tensor].dtype, shape)
+            dtype = extra.dtype or self.checkpoint.tensors[extra.tensor].dtype
+            piece = Piece(extra.tensor, *place, dtype, shape)
             target = None if extra.field is None else fields[extra.field]
             put = partial(self._put_extra, extra, piece, lead, target)
             self.first.append(piece._replace(put=put))

@@ -533,6 +533,42 @@ def test_packed_weights_that_are_wrong(tmp_path):
         load(hub)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu], ids=str)
+@pytest.mark.parametrize("method", ["fp8", "fp8-block", "mxfp4"])
+def test_scales_of_bytes(tmp_path, method, dtype):
+    """E8M0 as it is or as uint8: 0 is 2^-127, 255 is NaN."""
+    end = "weight_scale" if method == "mxfp4" else "weight_scale_inv"
+    weights = COMPRESSED["mxfp4"][1]
+    config: dict[str, Any] = {"quant_method": "fp8"}
+    if method == "mxfp4":
+        scheme = {"targets": ["Linear"], "weights": weights}
+        config = compressed_config("mxfp4-pack-quantized", ["lm_head", "re:.*gate$"], g=scheme)
+    elif method == "fp8-block":
+        config["weight_block_size"] = [128, 128]
+
+    def encode(w: Tensor) -> Encoded:
+        if method == "mxfp4":
+            encoded, back = compressed_tensors("mxfp4-pack-quantized", **weights)(w)
+        else:
+            shape = [-(-size // 128) for size in w.shape] if method == "fp8-block" else [1]
+            scale = torch.full(shape, 120, dtype=torch.uint8)
+            encoded, back = {"weight": (w * 128).to(torch.float8_e4m3fn), end: scale}, w
+        return encoded | {end: encoded[end].view(dtype)}, back
+
+    hub, _ = write(tmp_path, encode, config)
+    scale = f"{GATE}.{end}"
+
+    def put(byte: int) -> None:
+        change(hub, lambda stored: stored[scale].view(torch.uint8).view(-1)[0].fill_(byte))
+
+    put(0)
+    found = moe_layers(load(hub))[1].w13().scales[3, 0].flatten()[0]
+    assert found.item() == (0 if method == "mxfp4" else 2.0**-127)
+    put(255)
+    with pytest.raises(QuantizationError, match=rf"{scale} .*the scale .* is (nan|255)[,;]"):
+        load(hub)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

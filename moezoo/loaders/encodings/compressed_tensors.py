@@ -238,7 +238,7 @@ def _weight(headers: Headers, module: str, data: str, group: Group) -> StoredWei
         if k % GROUP:
             raise headers.indivisible(data, f"groups of {GROUP}", k)
         headers.beside(scales, data, [(n, k // GROUP)], (torch.uint8, torch.float8_e8m0fnu))
-        extra = Extra(scales, "scales", lambda stored: stored.view(torch.uint8), NOT_NAN)
+        extra = Extra(scales, "scales", as_it_is, NOT_NAN, torch.uint8)
         return StoredWeight((n, k), Kind.of(Mxfp4), data, as_it_is, (extra,))
     return _integers(headers, module, data, scales, group)
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from moezoo.layers.quant import BlockFp8, ChannelFp8
 from moezoo.layers.quant.fp8 import BLOCK, scales_shape
@@ -96,18 +95,10 @@ def fp8_weight(headers: Headers, weight: str, scales: str, *, blocks: bool) -> S
     else:
         shapes = [(*lead, 1), (*lead, 1, 1), tuple(lead), (*lead, n), (*lead, n, 1)]
     found = headers.beside(scales, weight, shapes, _DTYPES)
-    read = _e8m0 if found.dtype == torch.uint8 else as_it_is
-    check = BLOCK_SCALE if blocks else FLOAT_SCALE
-    extra = Extra(scales, "scales", read if blocks else _a_row, check)
+    dtype = torch.float8_e8m0fnu if found.dtype == torch.uint8 else None
+    if blocks:
+        extra = Extra(scales, "scales", as_it_is, BLOCK_SCALE, dtype)
+    else:  # one number or one a row
+        extra = Extra(scales, "scales", torch.flatten, FLOAT_SCALE, dtype)
     kind = Kind.of(BlockFp8 if blocks else ChannelFp8)
     return StoredWeight(info.shape, kind, weight, as_it_is, (extra,), unit=BLOCK if blocks else 1)
-
-
-def _e8m0(stored: Tensor) -> Tensor:
-    """Scales of E8M0 are sometimes stored as uint8."""
-    return stored.view(torch.float8_e8m0fnu)
-
-
-def _a_row(stored: Tensor) -> Tensor:
-    """One number or one a row: [N] or [1]."""
-    return (_e8m0(stored) if stored.dtype == torch.uint8 else stored).flatten()

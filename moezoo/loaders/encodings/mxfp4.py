@@ -60,7 +60,7 @@ class HubMxfp4(Scheme):
             *lead, n, groups, _ = info.shape
             scales = f"{weight}{SCALES}"
             headers.beside(scales, data, [info.shape[:-1]], (torch.uint8, torch.float8_e8m0fnu))
-            extra = Extra(scales, "scales", _as_bytes, NOT_NAN)
+            extra = Extra(scales, "scales", as_it_is, NOT_NAN, torch.uint8)
             shape = (*lead, n, groups * GROUP)
             stored = StoredWeight(shape, Kind.of(Mxfp4), data, _data, (extra,), transposed=True)
             headers.add(weight, stored)
@@ -68,9 +68,5 @@ class HubMxfp4(Scheme):
         return headers.encoding(self)
 
 
-def _as_bytes(stored: Tensor) -> Tensor:
-    return stored.view(torch.uint8)
-
-
 def _data(blocks: Tensor, order: Tensor | None) -> Tensor:
-    return as_it_is(blocks).flatten(-2)
+    return blocks.flatten(-2)

@@ -31,12 +31,17 @@ class Check(NamedTuple):
 @dataclass(frozen=True)
 class Extra:
     """A tensor beside the data of a weight: `read` makes one matrix of it that of `field` in the
-    format; without a field it is looked at only."""
+    format; without a field it is looked at only.
+
+    Both `read` and `check` get it as `dtype` where that is given, such as E8M0, whose bytes may be
+    stored as uint8.
+    """
 
     tensor: str
     field: str | None
     read: Callable[[Tensor], Tensor]
     check: Check | None = None
+    dtype: torch.dtype | None = None
 
 
 def as_it_is(stored: Tensor, *_: object) -> Tensor:
