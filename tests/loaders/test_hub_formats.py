@@ -533,6 +533,17 @@ def test_packed_weights_that_are_wrong(tmp_path):
         load(hub)
 
 
+@pytest.mark.parametrize(
+    "activations", [{"num_bits": 8, "type": "float", "dynamic": True}, {"num_bits": 8}], ids=str
+)
+def test_activations_of_8_bits(tmp_path, activations):
+    stored, weights, kind = COMPRESSED["int8"]
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    config = compressed_config(stored, ["lm_head", "re:.*gate$"], g=group)
+    hub, _ = write(tmp_path, compressed_tensors(stored, **weights), config)
+    assert moe_layers(load(hub))[0].quantized is kind
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu], ids=str)
 @pytest.mark.parametrize("method", ["fp8", "fp8-block", "mxfp4"])
 def test_scales_of_bytes(tmp_path, method, dtype):
@@ -617,13 +628,20 @@ def test_configs_that_are_not_done(tmp_path, config, message):
         ({"group_size": 64.0}, "group_size is 64.0"),
         ({"targets": ["re:(["]}, "'re:([' is no pattern"),
         ({"targets": {}}, "targets is {}; this release loads a list of names"),
+        (
+            {"input_activations": {"num_bits": 4, "type": "float"}},
+            "input_activations.num_bits is 4; this release loads 8",
+        ),
+        ({"input_activations": {"dynamic": "local"}}, "input_activations.dynamic is 'local'"),
+        ({"input_activations": 8}, "input_activations is 8; this release loads a table"),
     ],
     ids=str,
 )
 def test_schemes_that_are_not_done(tmp_path, fields, message):
     plain("qwen2_moe").save_pretrained(tmp_path)
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32} | fields
-    group = {"targets": weights.pop("targets", ["Linear"]), "weights": weights}
+    others = {name: weights.pop(name) for name in {"targets", "input_activations"} & weights.keys()}
+    group = {"targets": ["Linear"], "weights": weights} | others
     config = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
     set_config(tmp_path, quantization_config=config | {"config_groups": {"g": group}})
     with pytest.raises(QuantizationError) as caught:

@@ -8,9 +8,10 @@
     int-quantized          `M.weight` int8; `M.weight_scale` [N, G] or [1]
     mxfp4-pack-quantized   `M.weight_packed` uint8 [N, K / 2]; `M.weight_scale` uint8 [N, K / 32]
 
-Activations of 8 bits are quantised dynamically where the weights are fp8, and not at all with
-others: that is more exact than what the scheme asks for. `M.input_scale`, of static ones, is left
-out.
+Activations are quantised dynamically to 8 bits where the weights are fp8, whether the scheme says
+so, says static or has none, and not at all with other weights. That is at least as exact as what a
+scheme with activations of 8 bits asks for, and less so than one of fp8 weights alone.
+`M.input_scale`, of static ones, is left out.
 """
 
 import re
@@ -85,6 +86,11 @@ class Group:
         weights = table.table("weights")
         weights.one_of("dynamic", False, default=False)
         table.one_of("output_activations", None)
+        if table.given.get("input_activations") is not None:
+            activations = table.table("input_activations")
+            activations.one_of("num_bits", 8, default=8)
+            activations.one_of("type", "int", "float", default="int")
+            activations.one_of("dynamic", True, False, default=False)
         bits = weights.one_of("num_bits", 4, 8)
         integers = weights.one_of("type", "int", "float", default="int") == "int"
         symmetric = weights.one_of("symmetric", True, False, default=True)
