@@ -8,7 +8,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
@@ -24,10 +24,11 @@ from moezoo.loaders.checkpoint import CONFIG, GENERATION_CONFIG, Checkpoint, Loc
 from moezoo.loaders.experts import experts_of
 from moezoo.loaders.held import quantize_on_meta
 from moezoo.loaders.load import build
-from moezoo.loaders.mapping import Rule, Skip
+from moezoo.loaders.mapping import Copy, ParameterInfo
 from moezoo.loaders.plan import Plan, dtype_name
 from moezoo.loaders.quantization import Quantization
 from moezoo.loaders.save import DRAFT, moved_at_end, shard_bytes, write_tensors
+from moezoo.loaders.stream import bar
 from moezoo.loaders.weights import (
     Planned,
     plan_weights,
@@ -37,7 +38,7 @@ from moezoo.loaders.weights import (
     sources_of,
     with_one_order,
 )
-from moezoo.loaders.written import Written, describe_, written_tensors
+from moezoo.loaders.written import Writing, Written, describe_
 
 CARD = "README.md"
 _KEPT = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*")
@@ -148,10 +149,18 @@ def _convert(
         name: torch.empty(info.shape, dtype=info.dtype, device="meta")
         for name, info in planned.wanted.items()
     }
-    written = written_tensors(decoder, rules, blank)
+    writing = Writing(decoder, rules)
+    written = writing.tensors(blank)
     others = _other_files(checkpoint)
-    layers = _Layers(decoder, rules, checkpoint, planned, locations, device)
-    size = write_tensors(written, draft, max_shard_size=max_shard_size, tensor_of=layers.tensor_of)
+    layers = _Layers(writing, checkpoint, planned, locations, device)
+    with bar("converting", sum(tensor.nbytes for tensor in written), progress) as advance:
+
+        def tensor_of(tensor: Written) -> Tensor:
+            made = layers.tensor_of(tensor)
+            advance(made.nbytes)
+            return made
+
+        size = write_tensors(written, draft, max_shard_size=max_shard_size, tensor_of=tensor_of)
     with naming(draft / CONFIG):
         config.to_json_file(draft / CONFIG)
     if generation_config is not None:
@@ -188,53 +197,54 @@ class _Layers:
 
     def __init__(
         self,
-        module: nn.Module,
-        rules: Sequence[Rule | Skip],
+        writing: Writing,
         checkpoint: Checkpoint,
         planned: Planned,
         locations: Mapping[str, Location],
         device: torch.device,
     ) -> None:
-        self.module = module
-        self.rules = rules
+        self.writing = writing
         self.checkpoint = checkpoint
-        self.planned = planned
         self.locations = locations
         self.device = device
         self.layer: str | None = None
         self.tensors: dict[str, Written] = {}
-        self.squares: list[Tensor] = []
+        self.parts: dict[str, Planned] = {}
+        """What is planned of each layer."""
+        copies: dict[str, list[Copy]] = {}
+        wanted: dict[str, dict[str, ParameterInfo]] = {}
+        for copy in planned.plan.copies:
+            copies.setdefault(_layer_of(copy.target), []).append(copy)
+        for name, info in planned.wanted.items():
+            wanted.setdefault(_layer_of(writing.parameter(name)), {})[name] = info
+        for layer, infos in wanted.items():
+            part = Plan(tuple(copies.get(layer, ())), {})
+            self.parts[layer] = planned._replace(wanted=infos, plan=part)
+        quantizes = any(
+            copy.target in planned.quantized and copy.source not in planned.encoding.weights
+            for copy in planned.plan.copies
+        )
+        self.squares = torch.zeros(2, dtype=torch.float64, device=device) if quantizes else None
 
     def tensor_of(self, tensor: Written) -> Tensor:
         layer = _layer_of(tensor.target)
         if layer != self.layer:
             self.layer, self.tensors = layer, {}
-            state = self._read(layer)
-            written = written_tensors(self.module, self.rules, state)
-            self.tensors = {each.name: each for each in written}
+            state = read_copies(
+                self.checkpoint,
+                self.parts[layer],
+                self.locations,
+                device=self.device,
+                progress=False,
+                squares=self.squares,
+            )
+            self.tensors = {each.name: each for each in self.writing.tensors(state)}
         return self.tensors[tensor.name].make()
 
-    def _read(self, layer: str) -> dict[str, Tensor]:
-        copies = [copy for copy in self.planned.plan.copies if _layer_of(copy.target) == layer]
-        wanted = {
-            name: info
-            for name, info in self.planned.wanted.items()
-            if layer in (_layer_of(name), name.rpartition(".")[0])
-        }
-        part = self.planned._replace(wanted=wanted, plan=Plan(tuple(copies), {}))
-        return read_copies(
-            self.checkpoint,
-            part,
-            self.locations,
-            device=self.device,
-            progress=False,
-            squares=self.squares,
-        )
-
     def weight_error(self) -> float | None:
-        if not self.squares:
+        if self.squares is None:
             return None
-        errors, weights = torch.stack(self.squares).double().sum(0).tolist()
+        errors, weights = self.squares.tolist()
         return math.sqrt(errors / weights) if weights else 0.0
 
 

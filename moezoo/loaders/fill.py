@@ -61,8 +61,8 @@ class Filling:
         self.rest: list[Piece] = []
         self.checks: list[_Check] = []
         self.computed: list[tuple[str, Recipe, Tensor]] = []
-        self.squares: list[Tensor] | None = None
-        """If a list: of all that is quantised, sums of squares of errors and of weights, [2]."""
+        self.squares: Tensor | None = None
+        """[2] fp64, to which squares of errors and of weights are added of what is quantised."""
 
     def copy(self, copy: Copy, target: Tensor) -> None:
         """A tensor that is not quantised, and is not to be."""
@@ -307,7 +307,7 @@ class _Put:
 class _Quantize(_Put):
     recipe: Recipe
     fields: Fields
-    squares: list[Tensor] | None
+    squares: Tensor | None
 
     def __call__(self, rows: slice, stored: Tensor) -> None:
         self._put(self.fields, rows, stored)
@@ -318,7 +318,7 @@ class _Quantize(_Put):
         if self.squares is not None:
             wide = w.float()
             errors = quantized.dequantize() - wide
-            self.squares.append(torch.stack((errors.square().sum(), wide.square().sum())))
+            self.squares.add_(torch.stack((errors.square().sum(), wide.square().sum())))
         for name, tensor in quantized.tensors().items():
             if tensor is not None:
                 start = rows.start if name == "data" else rows.start // per

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +24,7 @@ from moezoo import registry
 from moezoo.errors import naming
 from moezoo.loaders.checkpoint import CONFIG, DTYPES, GENERATION_CONFIG, INDEX, WEIGHTS
 from moezoo.loaders.mapping import Rule, Skip
-from moezoo.loaders.written import Written, describe_, written_tensors
+from moezoo.loaders.written import Writing, Written, describe_
 
 _log = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ def write_weights(
     More than one file comes with an index.
     """
     write_tensors(
-        written_tensors(module, rules),
+        Writing(module, rules).tensors(module.state_dict()),
         folder,
         max_shard_size=max_shard_size,
         tensor_of=lambda tensor: tensor.make(),
@@ -108,12 +107,11 @@ def write_tensors(
     shards: list[list[Written]] = [[]]
     size = 0
     for tensor in sorted(written, key=lambda tensor: tensor.name):
-        nbytes = _nbytes(tensor)
-        if shards[-1] and size + nbytes > limit:
+        if shards[-1] and size + tensor.nbytes > limit:
             shards.append([])
             size = 0
         shards[-1].append(tensor)
-        size += nbytes
+        size += tensor.nbytes
     if len(shards) == 1:
         _write(folder / WEIGHTS, shards[0], tensor_of)
         return size
@@ -122,15 +120,11 @@ def write_tensors(
         file = f"model-{i:05}-of-{len(shards):05}.safetensors"
         _write(folder / file, tensors, tensor_of)
         weight_map.update((tensor.name, file) for tensor in tensors)
-    total = sum(_nbytes(tensor) for tensors in shards for tensor in tensors)
+    total = sum(tensor.nbytes for tensors in shards for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     with naming(folder / INDEX):
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return total
-
-
-def _nbytes(tensor: Written) -> int:
-    return prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def _write(
@@ -142,9 +136,9 @@ def _write(
         header[tensor.name] = {
             "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [end, end + _nbytes(tensor)],
+            "data_offsets": [end, end + tensor.nbytes],
         }
-        end += _nbytes(tensor)
+        end += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the data is aligned
     with naming(path), open(path, "wb") as file:
@@ -152,7 +146,7 @@ def _write(
         file.write(text)
         for tensor in tensors:
             written = file.write(_raw(tensor_of(tensor)))
-            assert written == _nbytes(tensor), tensor.name
+            assert written == tensor.nbytes, tensor.name
 
 
 def _raw(tensor: torch.Tensor) -> memoryview:

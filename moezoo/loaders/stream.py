@@ -163,7 +163,8 @@ def stream(pieces: Iterable[Piece], device: torch.device, *, progress: bool) -> 
                     stages.put(stage)
             return sum(piece.nbytes for piece in batch)
 
-        advance = stack.enter_context(_bar(sum(piece.nbytes for piece in pieces), progress))
+        total = sum(piece.nbytes for piece in pieces)
+        advance = stack.enter_context(bar("loading", total, progress))
         pool = stack.enter_context(ThreadPoolExecutor(num_threads))
         for nbytes in pool.map(transfer, _batches(pieces)):
             advance(nbytes)
@@ -273,16 +274,16 @@ def _open(path: Path, stack: ExitStack) -> int:
 
 
 @contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+def bar(doing: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
     """A progress bar in bytes on stderr, if that is a terminal."""
     columns = (
-        TextColumn("loading"),
+        TextColumn(doing),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bar:
-        task = bar.add_task("loading", total=total)
-        yield lambda nbytes: bar.advance(task, nbytes)
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as shows:
+        task = shows.add_task(doing, total=total)
+        yield lambda nbytes: shows.advance(task, nbytes)

@@ -224,11 +224,11 @@ def read_copies(
     *,
     device: torch.device,
     progress: bool,
-    squares: list[torch.Tensor] | None = None,
+    squares: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """The wanted tensors on `device`, read from the files.
 
-    `squares` gets the sums of squares [2] of the errors and of the weights that are quantised.
+    To `squares` [2] fp64 are added those of the errors and of the weights that are quantised.
     """
     tensors = allocate(planned.wanted, device)
     filling = Filling(checkpoint, planned.encoding, locations, device)

@@ -44,32 +44,48 @@ class Written(NamedTuple):
     dtype: torch.dtype
     make: Callable[[], Tensor]
 
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
 
-def written_tensors(
-    module: nn.Module, rules: Sequence[Rule | Skip], state: Mapping[str, Tensor] | None = None
-) -> list[Written]:
-    """The tensors to write for `module`, in the order of its parameters. With `state`, those of the
-    parameters that it has, which are taken from it.
 
-    Raises `QuantizationError` for quantised weights that no layout of the hub has.
-    """
-    weights = dict(_quantized_weights(module))
-    method = _method(module, rules)
-    values = module.state_dict() if state is None else state
-    found: list[Written] = []
-    for copy in layout(rules, _infos(module)):
-        if copy.target in weights:
-            held = weights[copy.target]
-            names = {field: f"{copy.target}.{field}" for field in held.keep_dtype}
-            tensors: dict[str, Any] = {field: values.get(name) for field, name in names.items()}
-            if tensors["data"] is not None:
-                found.extend(_quantized(copy, held.format(**tensors), method))
-        elif copy.target in values:
-            part = values[copy.target][copy.target_index]
-            shape = stored_shape(part.shape, copy.view)
-            make = partial(stored_order, part, copy.view)
-            found.append(Written(copy.source, copy.target, shape, part.dtype, make))
-    return found
+class Writing:
+    """How `module` is written by these rules, whatever values it has."""
+
+    def __init__(self, module: nn.Module, rules: Sequence[Rule | Skip]) -> None:
+        self.weights = dict(_quantized_weights(module))
+        self.method = _method(module, rules)
+        self.copies: dict[str, list[Copy]] = {}
+        for copy in layout(rules, _infos(module)):
+            self.copies.setdefault(copy.target, []).append(copy)
+
+    def tensors(self, state: Mapping[str, Tensor]) -> list[Written]:
+        """The tensors to write for the parameters in `state`, which is all or some of a state_dict.
+
+        Raises `QuantizationError` for quantised weights that no layout of the hub has.
+        """
+        found: list[Written] = []
+        for target in dict.fromkeys(map(self.parameter, state)):
+            copies = self.copies.get(target, ())
+            if target in self.weights:
+                held = self.weights[target]
+                fields: Any = {field: state.get(f"{target}.{field}") for field in held.keep_dtype}
+                whole = held.format(**fields)
+                found.extend(
+                    part for copy in copies for part in _quantized(copy, whole, self.method)
+                )
+                continue
+            for copy in copies:
+                part = state[target][copy.target_index]
+                shape = stored_shape(part.shape, copy.view)
+                make = partial(stored_order, part, copy.view)
+                found.append(Written(copy.source, target, shape, part.dtype, make))
+        return found
+
+    def parameter(self, name: str) -> str:
+        """What a tensor of a state_dict is part of: a parameter, or quantised weights."""
+        owner = name.rpartition(".")[0]
+        return owner if owner in self.weights else name
 
 
 def hub_config(module: nn.Module, rules: Sequence[Rule | Skip]) -> dict[str, Any] | None:

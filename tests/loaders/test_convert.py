@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from test_hub_formats import gptq_config, write
 from moezoo import cli
 from moezoo.errors import QuantizationError
 from moezoo.layers.quant import Int4
-from moezoo.loaders import weights
+from moezoo.loaders import weights, written
 from moezoo.loaders.checkpoint import open_checkpoint
 from moezoo.loaders.convert import convert
 
@@ -106,6 +107,24 @@ def test_no_more_than_a_layer_is_in_memory(tmp_path, monkeypatch):
     assert len(sizes) == 6 + 2
     assert max(sizes) == embedding
     assert sum(sizes) == done.bytes_after
+
+
+def test_layers_are_planned_together_and_written_under_one_bar(tmp_path, monkeypatch):
+    plans, bars, shown = [], [], []
+    real = written.Writing
+    monkeypatch.setattr(
+        "moezoo.loaders.convert.Writing", lambda *args: plans.append(None) or real(*args)
+    )
+
+    @contextmanager
+    def bar(*how):
+        bars.append(how)
+        yield shown.append
+
+    monkeypatch.setattr("moezoo.loaders.convert.bar", bar)
+    done = convert(open_checkpoint(ASSET), tmp_path / "to", quantization="mxfp4", device="cpu")
+    assert bars == [("converting", done.bytes_after, False)] and sum(shown) == done.bytes_after
+    assert len(plans) == 1
 
 
 def test_a_conversion_that_fails_leaves_nothing(tmp_path):
