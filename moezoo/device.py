@@ -1,6 +1,7 @@
 """Which device a name means, how tensors get there, and whether kernels run on them."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 
@@ -72,6 +73,14 @@ def runs_kernels(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     return not torch.is_grad_enabled() or not any(
         tensor is not None and tensor.requires_grad for tensor in (x, *others)
     )
+
+
+@cache
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether products of fp8 run there; the CPU widens the numbers first."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def device_made_current(x: torch.Tensor) -> AbstractContextManager[object]:

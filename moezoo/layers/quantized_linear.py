@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4
-from moezoo.layers.quant.fp8 import BLOCK, quantize_rows
+from moezoo.layers.quant.fp8 import BLOCK, FOR_LINEARS, quantize_rows, require_fp8
 
 PIECE = 2**20
 """Weights dequantised at a time: 4 MB, which caches hold."""
@@ -26,7 +26,8 @@ def quantized_linear(x: Tensor, weight: Format, bias: Tensor | None = None) -> T
     dtype.
 
     `torch.compile` and CUDA graphs work through it: while compiling it is the operator of the
-    format, such as `moezoo::linear_int4`. Raises ValueError where a gradient is asked for.
+    format, such as `moezoo::linear_int4`. Raises ValueError where a gradient is asked for, and
+    QuantizationError for fp8 on a GPU that does not multiply it.
     """
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError(
@@ -49,6 +50,7 @@ def _product(x: Tensor, weight: Format, bias: Tensor | None) -> Tensor:
 
     with torch.cuda.device_of(x):
         if isinstance(weight, BlockFp8 | ChannelFp8):
+            require_fp8(x.device, FOR_LINEARS)
             return linear_fp8(x, weight, bias)
         assert isinstance(weight, Int8 | Int4 | Mxfp4)
         return linear_weight_only(x, weight, bias)

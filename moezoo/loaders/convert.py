@@ -137,7 +137,7 @@ def _convert(
     planned = plan_weights(
         decoder, checkpoint, rules, dtype=config.dtype, quantization=quantization
     )
-    require_device(planned.quantized, device)
+    require_device(decoder, planned.quantized, device)
     locations = checkpoint.fetch(sources_of(planned), progress=progress)
     planned = with_one_order(decoder, checkpoint, planned, locations, dtype=config.dtype)
     report(decoder, planned)

@@ -57,7 +57,6 @@ from moezoo.loaders.written import describe_
 _log = logging.getLogger(__name__)
 
 _MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_HUGE_PAGE = 2 << 20
 _CHUNK = 16 << 20
 
 
@@ -211,7 +210,7 @@ def from_config(
         decoder = registry.build(config)
     plain = parameter_infos(decoder, config.dtype)
     quantized = _kinds_of_config(decoder, config, plain, scheme, asked)
-    require_device(quantized, target_device)
+    require_device(decoder, quantized, target_device)
     wanted = quantized_infos(decoder, plain, quantized)
     check_memory(wanted, target_device, f"this {config.model_type}")
     tensors = allocate(wanted, target_device)

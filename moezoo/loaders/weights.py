@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from moezoo.layers.moe.experts_fp8 import require_fp8
-from moezoo.layers.quant.fp8 import BLOCK_FP8
+from moezoo.layers.quant.fp8 import BLOCK_FP8, FOR_EXPERTS, FOR_LINEARS, require_fp8
 from moezoo.loaders.checkpoint import Checkpoint, Location
 from moezoo.loaders.dense import kept, quantized_linears
 from moezoo.loaders.encodings import Encoding, encoding_of
@@ -66,10 +65,13 @@ def load_weights(
         experts=experts,
         quantization=quantization,
     )
-    require_device(planned.quantized, device)
+    require_device(module, planned.quantized, device)
     check_memory(planned.wanted, device, checkpoint.name)
     locations = checkpoint.fetch(sources_of(planned), progress=progress)
-    planned = with_one_order(module, checkpoint, planned, locations, dtype=dtype)
+    ordered = with_one_order(module, checkpoint, planned, locations, dtype=dtype)
+    if ordered.wanted != planned.wanted:  # more, for layers that do not stay quantised
+        check_memory(ordered.wanted, device, checkpoint.name)
+    planned = ordered
     report(module, planned)
     try:
         tensors = read_copies(checkpoint, planned, locations, device=device, progress=progress)
@@ -172,9 +174,11 @@ def with_one_order(
     return planned._replace(wanted=wanted, quantized=quantized, dense=dense)
 
 
-def require_device(quantized: Mapping[str, Kind], device: torch.device) -> None:
-    if any(kind.format.name == BLOCK_FP8 for kind in quantized.values()):
-        require_fp8(device)
+def require_device(module: nn.Module, quantized: Mapping[str, Kind], device: torch.device) -> None:
+    """Raises `QuantizationError` for what no kernel of the device takes."""
+    in_fp8 = {name for name, kind in quantized.items() if kind.format.name == BLOCK_FP8}
+    if in_fp8:
+        require_fp8(device, FOR_EXPERTS if in_fp8 & experts_of(module).keys() else FOR_LINEARS)
 
 
 def report(module: nn.Module, planned: Planned) -> None:

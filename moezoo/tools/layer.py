@@ -28,9 +28,8 @@ from torch import Tensor
 from moezoo.device import device_of
 from moezoo.errors import QuantizationError
 from moezoo.layers.moe import fused_experts, softmax_topk
-from moezoo.layers.moe.experts_fp8 import require_fp8
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4
-from moezoo.layers.quant.fp8 import BLOCK_FP8
+from moezoo.layers.quant.fp8 import BLOCK_FP8, FOR_EXPERTS, require_fp8
 
 Implementation = Callable[[Tensor, Tensor], Tensor]
 """(x [T, H], logits [T, E]) -> [T, H], for weights that it holds."""
@@ -631,7 +630,7 @@ def new_report(
     if quantization is not None and quantization not in FORMATS:
         raise ValueError(f"quantization must be one of {[*FORMATS]} or None, got {quantization!r}")
     if multiplies_fp8(quantization):
-        require_fp8(kind)
+        require_fp8(kind, FOR_EXPERTS)
     return Report(
         device_name(kind),
         dtype,

@@ -9,12 +9,14 @@ import torch
 from tolerances import RELATIVE, relative_difference
 from torch import Tensor
 
+from moezoo.device import multiplies_fp8
+from moezoo.errors import QuantizationError
 from moezoo.layers import quantized_linear as module
 from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.mlp import GatedMLP
 from moezoo.layers.norm import RMSNorm
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4
-from moezoo.layers.quant.fp8 import quantize_rows
+from moezoo.layers.quant.fp8 import FOR_EXPERTS, FOR_LINEARS, quantize_rows, require_fp8
 from moezoo.layers.quantized_linear import OPERATORS, quantized_linear
 
 KINDS: dict[str, tuple[type[Format], dict[str, Any]]] = {
@@ -191,3 +193,24 @@ def test_refuses() -> None:
     layer(x)
     with pytest.raises(ValueError, match="no gradient through Int8 weights"):
         layer(x.requires_grad_())
+
+
+@pytest.mark.gpu
+def test_refuses_fp8_on_an_old_gpu(monkeypatch):
+    monkeypatch.setattr("moezoo.layers.quant.fp8.multiplies_fp8", lambda device: False)
+    weight = quantized("channel-fp8", normal(32, 64).cuda())
+    with pytest.raises(QuantizationError, match=r"8\.9 or later.*'dense': 'dequantize'"):
+        quantized_linear(torch.ones(2, 64, device="cuda"), weight)
+
+
+@pytest.mark.parametrize("instead", [FOR_EXPERTS, FOR_LINEARS])
+def test_what_an_old_gpu_is_told(monkeypatch, instead):
+    device = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A10")
+    multiplies_fp8.cache_clear()
+    with pytest.raises(QuantizationError) as caught:
+        require_fp8(device, instead)
+    multiplies_fp8.cache_clear()
+    assert str(caught.value).endswith(f"8.9 or later, A10 has 8.6; {instead}")
+    require_fp8(torch.device("cpu"), instead)

@@ -35,6 +35,7 @@ from moezoo.generation.continuous import Batcher, Request
 from moezoo.generation.engine import Engine
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Int4, Int8, Mxfp4, QuantizedWeights
+from moezoo.layers.quant.fp8 import FOR_EXPERTS, FOR_LINEARS
 from moezoo.loaders.checkpoint import open_checkpoint
 from moezoo.loaders.convert import convert
 from moezoo.loaders.dense import linears_of
@@ -192,6 +193,27 @@ def test_parts_with_orders_of_their_own(tmp_path, caplog):
     ) in caplog.text
     convert(open_checkpoint(hub), tmp_path / "to", device="cpu")
     assert_same(load(tmp_path / "to"), load(hub))
+
+
+@pytest.mark.parametrize("experts", [True, False])
+def test_a_gpu_without_fp8(tmp_path, monkeypatch, experts):
+    """What to do depends on what is in fp8."""
+    stored, weights, _ = COMPRESSED["fp8-channel"]
+    ignore = ["lm_head", "re:.*gate$"] + [r"re:.*\.experts\..*"] * (not experts)
+    scheme = {"targets": ["Linear"], "weights": weights}
+    encode = compressed_tensors(stored, **weights)
+    hub, _ = write(
+        tmp_path,
+        lambda module: None if not experts and ".experts." in module else encode,
+        compressed_config(stored, ignore, g=scheme),
+        by_name=True,
+    )
+    told = []
+    monkeypatch.setattr(
+        "moezoo.loaders.weights.require_fp8", lambda device, instead: told.append(instead)
+    )
+    load(hub)
+    assert told == [FOR_EXPERTS if experts else FOR_LINEARS]
 
 
 def test_groups_larger_than_ours(tmp_path):

@@ -1,13 +1,11 @@
 """Experts in fp8 on CUDA: activations are quantised per token and 128 of H, and per row and 128
 of I, and multiplied in fp8."""
 
-import torch
 from torch import Tensor
 
-from moezoo.errors import QuantizationError
 from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.quant.channel_fp8 import Fp8Weights
-from moezoo.layers.quant.fp8 import BLOCK_FP8
+from moezoo.layers.quant.fp8 import FOR_EXPERTS, require_fp8
 
 
 def fp8_cuda(
@@ -31,7 +29,7 @@ def fp8_cuda(
     from moezoo.layers.kernels.quantize import permute_and_quantize
     from moezoo.layers.kernels.tiles import plan
 
-    require_fp8(x.device)
+    require_fp8(x.device, FOR_EXPERTS)
     num_tokens, k = topk_ids.shape
     if num_tokens == 1 and w13.data.stride(-1) == w2.data.stride(-1) == 1:
         return one_token_fp8(
@@ -53,17 +51,3 @@ def fp8_cuda(
     )
     y = down_fp8(h, w2, rows, dtype=x.dtype, tile=tiles.down, bias2=bias2)
     return combine(y, topk_weights, rows.positions)
-
-
-def require_fp8(device: torch.device) -> None:
-    """Raises QuantizationError for a GPU that does not multiply fp8."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return
-    from moezoo.layers.kernels.overlap import capability
-
-    if capability(device) < (8, 9):
-        raise QuantizationError(
-            f"{BLOCK_FP8} needs a GPU of compute capability 8.9 or later, "
-            f"{torch.cuda.get_device_name(device)} has {capability(device)}; dequantize() the "
-            "weights to bfloat16 for it"
-        )

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moezoo.device import multiplies_fp8
+from moezoo.errors import QuantizationError
 from moezoo.layers.quant.format import TINY, Format, require_data, require_weights
 
 BLOCK_FP8 = "fp8_w8a8"
@@ -26,6 +28,13 @@ BLOCK = 128
 
 LARGEST = 448.0
 """float8_e4m3fn holds nothing larger."""
+
+FOR_EXPERTS = (
+    "for experts take a checkpoint that is not quantised, as it is or with quantization="
+    "'int8_w8a16' or 'int4_w4a16'"
+)
+FOR_LINEARS = "load the model with quantization={'dense': 'dequantize'}"
+"""What to do on a GPU that does not multiply fp8."""
 
 _VALUES = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
 
@@ -128,3 +137,13 @@ def scaled(x: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
     # With a number in place of `full`, torch would multiply by a rounded reciprocal.
     full = torch.full_like(largest, LARGEST)
     return (x * (full / largest)).to(torch.float8_e4m3fn), largest / full
+
+
+def require_fp8(device: torch.device, instead: str) -> None:
+    """Raises QuantizationError, with what to do `instead`, for a GPU that does not multiply fp8."""
+    if not multiplies_fp8(device):
+        major, minor = torch.cuda.get_device_capability(device)
+        raise QuantizationError(
+            f"{BLOCK_FP8} needs a GPU of compute capability 8.9 or later, "
+            f"{torch.cuda.get_device_name(device)} has {major}.{minor}; {instead}"
+        )
