@@ -22,6 +22,7 @@ from moezoo.device import device_of
 from moezoo.errors import naming
 from moezoo.loaders.checkpoint import CONFIG, GENERATION_CONFIG, Checkpoint, Location
 from moezoo.loaders.experts import experts_of
+from moezoo.loaders.fill import Squares
 from moezoo.loaders.held import quantize_on_meta
 from moezoo.loaders.load import build
 from moezoo.loaders.mapping import Copy, ParameterInfo
@@ -224,7 +225,7 @@ class _Layers:
             copy.target in planned.quantized and copy.source not in planned.encoding.weights
             for copy in planned.plan.copies
         )
-        self.squares = torch.zeros(2, dtype=torch.float64, device=device) if quantizes else None
+        self.squares = Squares(device) if quantizes else None
 
     def tensor_of(self, tensor: Written) -> Tensor:
         layer = _layer_of(tensor.target)
@@ -244,7 +245,7 @@ class _Layers:
     def weight_error(self) -> float | None:
         if self.squares is None:
             return None
-        errors, weights = self.squares.tolist()
+        errors, weights = self.squares.sums.tolist()
         return math.sqrt(errors / weights) if weights else 0.0
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from math import prod
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,19 @@ class _Check(NamedTuple):
     wrong: Tensor
 
 
+class Squares:
+    """Sums of squares, of errors and of weights: as the threads that read add to them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._lock = Lock()
+
+    def add(self, errors: Tensor, weights: Tensor) -> None:
+        squares = torch.stack((errors.square().sum(), weights.square().sum()))
+        with self._lock:
+            self.sums += squares
+
+
 class Filling:
     """The pieces of one load; `run` reads them."""
 
@@ -61,8 +75,8 @@ class Filling:
         self.rest: list[Piece] = []
         self.checks: list[_Check] = []
         self.computed: list[tuple[str, Recipe, Tensor]] = []
-        self.squares: Tensor | None = None
-        """[2] fp64, to which squares of errors and of weights are added of what is quantised."""
+        self.squares: Squares | None = None
+        """Those of all that is quantised, if anybody wants them."""
 
     def copy(self, copy: Copy, target: Tensor) -> None:
         """A tensor that is not quantised, and is not to be."""
@@ -307,7 +321,7 @@ class _Put:
 class _Quantize(_Put):
     recipe: Recipe
     fields: Fields
-    squares: Tensor | None
+    squares: Squares | None
 
     def __call__(self, rows: slice, stored: Tensor) -> None:
         self._put(self.fields, rows, stored)
@@ -317,8 +331,7 @@ class _Quantize(_Put):
         quantized = self.recipe.quantize(w)
         if self.squares is not None:
             wide = w.float()
-            errors = quantized.dequantize() - wide
-            self.squares.add_(torch.stack((errors.square().sum(), wide.square().sum())))
+            self.squares.add(quantized.dequantize() - wide, wide)
         for name, tensor in quantized.tensors().items():
             if tensor is not None:
                 start = rows.start if name == "data" else rows.start // per

@@ -172,7 +172,7 @@ def build(
             decoder, checkpoint, rules, dtype=config.dtype, quantization=quantization
         )
         if device is not None:
-            check_memory(planned.wanted, device, checkpoint.name)
+            check_memory(planned.wanted, device, checkpoint.name, decoder)
         if not _same_bytes(checkpoint, *twins, progress=progress):
             _untie(config, checkpoint.name, twins)
             rules = registry.architecture(config.model_type).CHECKPOINT
@@ -212,7 +212,7 @@ def from_config(
     quantized = _kinds_of_config(decoder, config, plain, scheme, asked)
     require_device(decoder, quantized, target_device)
     wanted = quantized_infos(decoder, plain, quantized)
-    check_memory(wanted, target_device, f"this {config.model_type}")
+    check_memory(wanted, target_device, f"this {config.model_type}", decoder)
     tensors = allocate(wanted, target_device)
     for name, kind in quantized.items():
         _initialise_quantized(fields_of(tensors, name), kind, config)

@@ -7,15 +7,23 @@ from contextlib import suppress
 from math import prod
 
 import torch
+from torch import nn
 
-from moezoo.errors import MoEOutOfMemoryError
+from moezoo.device import multiplies_fp8
+from moezoo.errors import MoEOutOfMemoryError, QuantizationError
+from moezoo.loaders.experts import experts_of
+from moezoo.loaders.held import quantized_infos
 from moezoo.loaders.mapping import ParameterInfo
+from moezoo.loaders.quantization import FP8, INT4, INT8, MXFP4, Quantization
 
 _HUGE_PAGE = 2 << 20
 
 
-def check_memory(wanted: Mapping[str, ParameterInfo], device: torch.device, name: str) -> None:
-    """Raise `MoEOutOfMemoryError` if `device` has too little free memory for these weights."""
+def check_memory(
+    wanted: Mapping[str, ParameterInfo], device: torch.device, name: str, module: nn.Module
+) -> None:
+    """Raise `MoEOutOfMemoryError` if `device` has too little free memory for these weights of
+    `module`."""
     free = _free_memory(device)
     if free is None or _nbytes(wanted) <= free:
         return
@@ -23,6 +31,9 @@ def check_memory(wanted: Mapping[str, ParameterInfo], device: torch.device, name
     host = _free_memory(torch.device("cpu"))
     if slim <= free:
         advice = f"with dtype=torch.bfloat16 they take {_gib(slim)} and fit"
+    elif (fitting := _that_fits(wanted, device, module, free)) is not None:
+        quantization, small = fitting
+        advice = f"with quantization={quantization!r} they take {_gib(small)} and fit"
     elif device.type == "cuda" and host is not None and need <= host:
         advice = f"device='cpu' has {_gib(host)} free and would fit them"
     else:
@@ -30,6 +41,31 @@ def check_memory(wanted: Mapping[str, ParameterInfo], device: torch.device, name
     raise MoEOutOfMemoryError(
         f"the weights of {name} take {_gib(need)}, {device} has {_gib(free)} free; {advice}"
     )
+
+
+def _that_fits(
+    wanted: Mapping[str, ParameterInfo], device: torch.device, module: nn.Module, free: int
+) -> tuple[str, int] | None:
+    """The quantisation of experts with which the weights fit, the most exact first, and what they
+    take with it."""
+    experts = experts_of(module).keys()
+    if not experts or not experts <= wanted.keys():
+        return None  # nothing to quantise, or quantised already
+    for quantization in (FP8, INT8, INT4, MXFP4):
+        if quantization == FP8 and not multiplies_fp8(device):
+            continue
+        asked = Quantization(quantization)
+        try:
+            kinds = {
+                name: asked.recipe(name, wanted[name].shape[-1], wanted[name].dtype).kind
+                for name in experts
+            }
+        except QuantizationError:
+            continue  # there is no such format of these columns
+        need = _nbytes(quantized_infos(module, wanted, kinds))
+        if need <= free:
+            return quantization, need
+    return None
 
 
 def _nbytes(wanted: Mapping[str, ParameterInfo], widest: int = 8) -> int:

@@ -13,7 +13,7 @@ from moezoo.loaders.checkpoint import Checkpoint, Location
 from moezoo.loaders.dense import kept, quantized_linears
 from moezoo.loaders.encodings import Encoding, encoding_of
 from moezoo.loaders.experts import experts_of, quantized_experts, source_dtype
-from moezoo.loaders.fill import Filling, drop_trivial_orders
+from moezoo.loaders.fill import Filling, Squares, drop_trivial_orders
 from moezoo.loaders.held import quantize_on_meta, quantized_infos
 from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import (
@@ -66,11 +66,11 @@ def load_weights(
         quantization=quantization,
     )
     require_device(module, planned.quantized, device)
-    check_memory(planned.wanted, device, checkpoint.name)
+    check_memory(planned.wanted, device, checkpoint.name, module)
     locations = checkpoint.fetch(sources_of(planned), progress=progress)
     ordered = with_one_order(module, checkpoint, planned, locations, dtype=dtype)
     if ordered.wanted != planned.wanted:  # more, for layers that do not stay quantised
-        check_memory(ordered.wanted, device, checkpoint.name)
+        check_memory(ordered.wanted, device, checkpoint.name, module)
     planned = ordered
     report(module, planned)
     try:
@@ -228,11 +228,11 @@ def read_copies(
     *,
     device: torch.device,
     progress: bool,
-    squares: torch.Tensor | None = None,
+    squares: Squares | None = None,
 ) -> dict[str, torch.Tensor]:
     """The wanted tensors on `device`, read from the files.
 
-    To `squares` [2] fp64 are added those of the errors and of the weights that are quantised.
+    To `squares` are added those of the errors and of the weights that are quantised.
     """
     tensors = allocate(planned.wanted, device)
     filling = Filling(checkpoint, planned.encoding, locations, device)

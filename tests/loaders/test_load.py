@@ -26,8 +26,8 @@ from moezoo.errors import (
 )
 from moezoo.loaders import memory, stream, weights
 from moezoo.loaders.checkpoint import Checkpoint, open_checkpoint
-from moezoo.loaders.load import from_config, from_pretrained
-from moezoo.loaders.mapping import Rule
+from moezoo.loaders.load import build, from_config, from_pretrained
+from moezoo.loaders.mapping import Rule, parameter_infos
 from moezoo.loaders.weights import load_weights
 
 ASSET = Path(moezoo.__file__).parent / "assets" / "tiny-qwen3-moe"
@@ -327,6 +327,34 @@ def test_too_little_memory_is_found_before_anything_is_allocated(
     with pytest.raises(MoEOutOfMemoryError, match=advice) as caught:
         load_toy(folder, toy_model.on_meta())
     assert str(folder) in str(caught.value) and watch.tensors == []
+
+
+@pytest.mark.parametrize(
+    ("free", "device", "advice"),
+    [
+        (9_300_000, "cpu", "with quantization='fp8_w8a8' they take 0.01 GiB and fit"),
+        (9_400_000, "cuda:0", "with quantization='int8_w8a16' they take 0.01 GiB and fit"),
+        (7_000_000, "cpu", "with quantization='int4_w4a16' they take 0.01 GiB and fit"),
+        (1_000_000, "cpu", "in 16 bit they fit a device with"),
+    ],
+)
+def test_too_little_memory_names_the_quantisation_that_fits(monkeypatch, free, device, advice):
+    checkpoint = open_checkpoint(ASSET)
+    decoder = build(
+        checkpoint, dtype="bfloat16", quantization=None, device=None, progress=False
+    ).decoder
+    monkeypatch.setattr(memory, "_free_memory", lambda device: free)
+    monkeypatch.setattr(memory, "multiplies_fp8", lambda device: device.type == "cpu")
+    wanted = parameter_infos(decoder, torch.bfloat16)
+    with pytest.raises(MoEOutOfMemoryError) as caught:
+        memory.check_memory(wanted, torch.device(device), "it", decoder)
+    assert advice in str(caught.value)
+    if "quantization" in advice:
+        quantization = advice.split("'")[1]
+        model = from_pretrained(
+            ASSET, dtype="bfloat16", quantization=quantization, device="cpu", progress=False
+        )
+        assert sum(tensor.nbytes for tensor in model.state_dict().values()) <= free
 
 
 @pytest.mark.gpu
