@@ -159,7 +159,14 @@ def inspect(
         if encoding.scheme is not None:
             others = [copy for copy in chosen.copies if copy.target not in experts_of(decoder)]
             dense = quantized_linears(decoder, others, encoding)
-            report = replace(report, stored_as=_stored_as(decoder, quantized, dense))
+            stay = quantized.keys() | kept(dense).keys()
+            whole = all(
+                copy.target in stay for copy in chosen.copies if copy.source in encoding.weights
+            )
+            stored_as = _stored_as(decoder, quantized, dense)
+            if not whole:
+                stored_as += ", other quantised weights are dequantised when they are loaded"
+            report = replace(report, stored_as=stored_as)
     except MoEZooError as error:
         return replace(report, reason=str(error))
     return replace(report, supported=True)
@@ -184,10 +191,7 @@ def _stored_as(
     if linear:
         of_linear = " and ".join(sorted({kind.described for kind in linear.values()}))
         described = f", {len(linear)} linear layers in {of_linear} too"
-    return (
-        f"{kinds}: the experts of {stay} of {layers} MoE layers stay so{described}, other "
-        "quantised weights are dequantised when they are loaded"
-    )
+    return f"{kinds}: the experts of {stay} of {layers} MoE layers stay so{described}"
 
 
 def _on_disk(checkpoint: Checkpoint) -> Report:

@@ -101,6 +101,11 @@ class Scheme(ABC):
         """What a weight of this name with so many columns is held as, None if it is not quantised;
         `dtype` is the model's."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is computed otherwise than the config says, for the report of a load."""
+        return ()
+
 
 class Headers:
     """The tensors of a checkpoint while a scheme takes them to pieces."""
