@@ -34,22 +34,29 @@ MEASURED = ("fp8_w8a8", "fp8_w8a8_channel", "int8_w8a16", "int4_w4a16", "mxfp4")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
-EXIT_CODES = """\
+_COMMON_CODES = """\
 exit codes:
   0    all done
   1    a failure while running (the model cannot be loaded, out of memory, disk full)
   2    wrong options or bad input; nothing was done
 """
-INSPECT_CODES = f"""\
-{EXIT_CODES}  3    moezoo cannot run the model (the report says why)
-"""
-CONVERT_CODES = f"""\
-{EXIT_CODES}  130  interrupted; nothing is left
+EXIT_CODES = f"""\
+{_COMMON_CODES}  3    finished, but some prompts or input lines failed (each is named on stderr);
+       inspect: moezoo cannot run the model (the report says why)
+  130  interrupted; generate with --output: the same command without --overwrite
+       goes on where it stopped
 """
 GENERATE_CODES = f"""\
-{EXIT_CODES}  3    finished, but some prompts or input lines failed (each is named on stderr)
+{_COMMON_CODES}  3    finished, but some prompts or input lines failed (each is named on stderr)
   130  interrupted; with --output, the same command without --overwrite goes on
        where it stopped
+"""
+INSPECT_CODES = f"""\
+{_COMMON_CODES}  3    moezoo cannot run the model (the report says why)
+  130  interrupted
+"""
+OTHER_CODES = f"""\
+{_COMMON_CODES}  130  interrupted; what was not finished is not kept
 """
 
 
@@ -123,7 +130,7 @@ class _Version(argparse.Action):
 
 
 def _add_command(
-    commands: Any, name: str, run: Any, *, help: str, description: str, codes: str = EXIT_CODES
+    commands: Any, name: str, run: Any, *, help: str, description: str, codes: str = OTHER_CODES
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -246,7 +253,6 @@ def _add_convert(commands: Any) -> None:
         "convert",
         _convert,
         help="write a checkpoint anew, its experts quantised",
-        codes=CONVERT_CODES,
         description=(
             "Write a checkpoint anew with its experts quantised, a layer at a time: as compressed-"
             "tensors, fp8 or\nmxfp4, whichever has the format, which other libraries read too. "

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4
+from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4, WeightOnly
 from moezoo.layers.quant.fp8 import BLOCK, FOR_LINEARS, quantize_rows, require_fp8
 
 PIECE = 2**20
@@ -52,7 +52,7 @@ def _product(x: Tensor, weight: Format, bias: Tensor | None) -> Tensor:
         if isinstance(weight, BlockFp8 | ChannelFp8):
             require_fp8(x.device, FOR_LINEARS)
             return linear_fp8(x, weight, bias)
-        assert isinstance(weight, Int8 | Int4 | Mxfp4)
+        assert isinstance(weight, WeightOnly)
         return linear_weight_only(x, weight, bias)
 
 

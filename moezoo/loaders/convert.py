@@ -39,7 +39,7 @@ from moezoo.loaders.weights import (
     sources_of,
     with_one_order,
 )
-from moezoo.loaders.written import Writing, Written, describe_
+from moezoo.loaders.written import Writing, Written, describe_, warn_of_schemes
 
 CARD = "README.md"
 _KEPT = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*")
@@ -145,6 +145,7 @@ def _convert(
     quantize_on_meta(decoder, planned.quantized)
     rules = registry.architecture(config.model_type).CHECKPOINT
     describe_(config, decoder, rules)
+    warn_of_schemes(getattr(config, "quantization_config", None))
     config.architectures = checkpoint.config.get("architectures")
     blank = {
         name: torch.empty(info.shape, dtype=info.dtype, device="meta")

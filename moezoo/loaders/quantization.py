@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moezoo.errors import QuantizationError
-from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Mxfp4
+from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4
 from moezoo.layers.quant.fp8 import BLOCK
 from moezoo.layers.quant.groups import (
     GROUP_SIZES,
@@ -21,7 +21,7 @@ from moezoo.layers.quant.groups import (
 from moezoo.layers.quant.mxfp4 import GROUP
 from moezoo.loaders.kinds import Kind
 
-FP8, INT8, INT4, MXFP4 = "fp8_w8a8", "int8_w8a16", "int4_w4a16", "mxfp4"
+FP8, INT8, INT4, MXFP4 = BlockFp8.name, Int8.name, Int4.name, Mxfp4.name
 
 _FIELDS = {
     FP8: ("granularity", "block_size"),

@@ -24,7 +24,7 @@ from moezoo import registry
 from moezoo.errors import naming
 from moezoo.loaders.checkpoint import CONFIG, DTYPES, GENERATION_CONFIG, INDEX, WEIGHTS
 from moezoo.loaders.mapping import Rule, Skip
-from moezoo.loaders.written import Writing, Written, describe_
+from moezoo.loaders.written import Writing, Written, describe_, warn_of_schemes
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ def save_pretrained(
         (p.dtype for p in model.decoder.parameters() if p.is_floating_point()), config.dtype
     )
     describe_(config, model.decoder, rules)
+    warn_of_schemes(getattr(config, "quantization_config", None))
     config.architectures = config.architectures or [type(model).__name__]
     with moved_at_end(Path(folder)) as draft:
         write_weights(model.decoder, rules, draft, max_shard_size=max_shard_size)

@@ -194,24 +194,35 @@ def report(module: nn.Module, planned: Planned) -> None:
         )
     experts = experts_of(module)
     targets = {copy.target for copy in copies if copy.source in encoding.weights}
-    for name in sorted(targets & experts.keys() - planned.quantized.keys()):
+    dequantized = sorted(targets & experts.keys() - planned.quantized.keys())
+    for pattern, alike in _by_pattern(dequantized).items():
         _log.warning(
-            "%s: dequantised, since the checkpoint does not have all experts of this layer in one "
-            "format, or has blocks that gate and up share",
-            name,
+            "%s: %d dequantised, since the checkpoint does not have all experts of these layers in "
+            "one format, or has blocks that gate and up share",
+            *(pattern, len(alike)),
         )
+    for note in () if encoding.scheme is None else encoding.scheme.notes:
+        _log.warning("%s", note)
     by_outcome: dict[Kind | str, list[str]] = {}
     for copy in copies:
         if copy.source in encoding.weights and copy.target in planned.dense:
             by_outcome.setdefault(planned.dense[copy.target], []).append(copy.source)
     for outcome, stored in by_outcome.items():
-        shown = ", ".join(sorted({skeleton_of(name)[0].replace("#", "*") for name in stored}))
+        shown = ", ".join(sorted(_by_pattern(stored)))
         if isinstance(outcome, Kind):
             _log.info(
                 "%d weights of linear layers stay in %s: %s", len(stored), outcome.described, shown
             )
         else:
             _log.warning("%d weights dequantised (%s): %s", len(stored), outcome, shown)
+
+
+def _by_pattern(names: Sequence[str]) -> dict[str, list[str]]:
+    """By the names with * for numbers."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(skeleton_of(name)[0].replace("#", "*"), []).append(name)
+    return found
 
 
 def own_encoding(checkpoint: Checkpoint) -> Encoding:

@@ -5,8 +5,9 @@ Weights all in block fp8 are written as `quant_method` "fp8"; those in mxfp4 as 
 architecture stores experts in one tensor; all else as "compressed-tensors".
 """
 
+import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
@@ -33,6 +34,8 @@ from moezoo.loaders.mapping import (
     stored_order,
     stored_shape,
 )
+
+_log = logging.getLogger(__name__)
 
 
 class Written(NamedTuple):
@@ -125,6 +128,19 @@ def describe_(config: Any, module: nn.Module, rules: Sequence[Rule | Skip]) -> N
         config.quantization_config = described
     elif hasattr(config, "quantization_config"):
         del config.quantization_config
+
+
+def warn_of_schemes(described: Mapping[str, Any] | None) -> None:
+    """Say it where transformers does not load what this quantization_config describes."""
+    if described is None or described["quant_method"] != "compressed-tensors":
+        return
+    some = any(r"\.experts\." in entry for entry in described["ignore"])
+    if some or len(described["config_groups"]) > 1:
+        _log.warning(
+            "layers of this model are quantised in different ways (%s): moezoo loads it, but "
+            "transformers does not",
+            "some experts are not" if some else "formats, or sizes of groups",
+        )
 
 
 def _quantized_weights(module: nn.Module) -> Iterator[tuple[str, QuantizedWeights]]:
@@ -282,11 +298,17 @@ def _packed_along_rows(zeros: Tensor) -> Tensor:
 def _compressed(
     copies: Sequence[Copy], weights: Mapping[str, QuantizedWeights], plain: Sequence[str]
 ) -> dict[str, Any]:
+    # A group of all columns is named as the others are: transformers wants one scheme for a layer.
+    sizes = {
+        (type(weight), weight.group_size)
+        for weight in (held() for held in weights.values())
+        if isinstance(weight, (Int4, Int8)) and weight.scales.shape[-1] > 1
+    }
     by_scheme: dict[str, tuple[dict[str, Any], set[str]]] = {}
     for copy in copies:
         pattern = _pattern(copy.source.removesuffix(".weight"))
         if copy.target in weights:
-            scheme = _scheme(weights[copy.target]())
+            scheme = _scheme(weights[copy.target](), sizes)
             by_scheme.setdefault(repr(scheme), (scheme, set()))[1].add(pattern)
     groups = {}
     for i, (scheme, names) in enumerate(by_scheme.values()):
@@ -308,8 +330,8 @@ def _pattern(module: str) -> str:
     return f"re:{escaped}$"
 
 
-def _scheme(weights: Format) -> dict[str, Any]:
-    """What config_groups says of such weights."""
+def _scheme(weights: Format, sizes: Collection[tuple[type, int]]) -> dict[str, Any]:
+    """What config_groups says of such weights; `sizes` are of groups that are not all columns."""
     activations: dict[str, Any] | None = None
     if isinstance(weights, (BlockFp8, ChannelFp8)):
         stored = "float-quantized"
@@ -327,10 +349,11 @@ def _scheme(weights: Format) -> dict[str, Any]:
         assert isinstance(weights, (Int4, Int8))
         stored = "pack-quantized"
         described = {"num_bits": 4 if isinstance(weights, Int4) else 8, "type": "int"}
-        if weights.scales.shape[-1] == 1:
+        size = weights.group_size
+        if weights.scales.shape[-1] == 1 and (type(weights), size) not in sizes:
             described |= {"strategy": "channel"}
         else:
-            described |= {"strategy": "group", "group_size": weights.group_size}
+            described |= {"strategy": "group", "group_size": size}
         if weights.order is not None:
             described["actorder"] = "group"
     zeros = weights.tensors().get("zeros") is not None

@@ -6,7 +6,7 @@ Legend: H hidden, I expert intermediate, E experts, K experts per token.
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import ceil, prod
@@ -24,6 +24,7 @@ from moezoo.layers.decoder import Decoder
 from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.moe import BiasedRoute, FusedMoE, workspace_bytes
 from moezoo.layers.moe.chunks import CHUNK_TOKENS
+from moezoo.layers.quant import Format
 from moezoo.loaders.checkpoint import Checkpoint, open_config
 from moezoo.loaders.dense import kept, quantized_linears
 from moezoo.loaders.encodings import Encoding
@@ -156,10 +157,24 @@ def inspect(
         chosen = plan(rules, encoding.tensors, infos, name=checkpoint.name)
         encoding = unpadded(encoding, chosen, infos)
         quantized = quantized_experts(decoder, chosen.copies, encoding, None)
+        if report.experts is not None and quantized:
+            owners = experts_of(decoder)
+            kinds = (quantized.get(name) for name in owners)
+            formats = {None if kind is None else kind.format for kind in kinds}
+            moe, per_token = next(iter(owners.values())), report.experts.per_token
+            needed = _workspace_bytes(moe, per_token, dtype, formats)
+            report = replace(report, experts=replace(report.experts, workspace_bytes=needed))
         if encoding.scheme is not None:
             others = [copy for copy in chosen.copies if copy.target not in experts_of(decoder)]
             dense = quantized_linears(decoder, others, encoding)
-            report = replace(report, stored_as=_stored_as(decoder, quantized, dense))
+            stay = quantized.keys() | kept(dense).keys()
+            whole = all(
+                copy.target in stay for copy in chosen.copies if copy.source in encoding.weights
+            )
+            stored_as = _stored_as(decoder, quantized, dense)
+            if not whole:
+                stored_as += ", other quantised weights are dequantised when they are loaded"
+            report = replace(report, stored_as=stored_as)
     except MoEZooError as error:
         return replace(report, reason=str(error))
     return replace(report, supported=True)
@@ -184,10 +199,7 @@ def _stored_as(
     if linear:
         of_linear = " and ".join(sorted({kind.described for kind in linear.values()}))
         described = f", {len(linear)} linear layers in {of_linear} too"
-    return (
-        f"{kinds}: the experts of {stay} of {layers} MoE layers stay so{described}, other "
-        "quantised weights are dequantised when they are loaded"
-    )
+    return f"{kinds}: the experts of {stay} of {layers} MoE layers stay so{described}"
 
 
 def _on_disk(checkpoint: Checkpoint) -> Report:
@@ -244,7 +256,7 @@ def _of_decoder(report: Report, decoder: Decoder, dtype: torch.dtype) -> Report:
 
 
 def _experts(moe: FusedMoE, dtype: torch.dtype) -> Experts:
-    num_experts, hidden_size, intermediate_size = moe.w2.shape
+    num_experts, _, intermediate_size = moe.w2.shape
     route = moe.route.fn if isinstance(moe.route, BiasedRoute) else moe.route
     assert isinstance(route, partial), "model files give routes as partial(function, k=..., ...)"
     settings = dict(route.keywords)
@@ -258,13 +270,25 @@ def _experts(moe: FusedMoE, dtype: torch.dtype) -> Experts:
         intermediate_size=intermediate_size,
         router=f"{route.func.__name__}({described})",
         shared_parameters=sum(p.numel() for p in moe.shared.parameters()) if moe.shared else 0,
-        workspace_bytes=workspace_bytes(
+        workspace_bytes=_workspace_bytes(moe, per_token, dtype, {None}),
+    )
+
+
+def _workspace_bytes(
+    moe: FusedMoE, per_token: int, dtype: torch.dtype, formats: Iterable[type[Format] | None]
+) -> int:
+    """With the experts in any of these formats, None for not quantised."""
+    _, hidden_size, intermediate_size = moe.w2.shape
+    return max(
+        workspace_bytes(
             CHUNK_TOKENS,
             per_token,
             hidden_size,
             intermediate_size=intermediate_size,
             element_size=dtype.itemsize,
-        ),
+            weights=weights,
+        )
+        for weights in formats
     )
 
 

@@ -7,6 +7,7 @@ dequantises them on a CPU.
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,7 +42,8 @@ import moezoo
 from moezoo import registry
 from moezoo.errors import CheckpointError, QuantizationError
 from moezoo.generation.engine import fingerprint
-from moezoo.layers.moe import FusedMoE
+from moezoo.layers.moe import FusedMoE, workspace_bytes
+from moezoo.layers.moe.chunks import CHUNK_TOKENS
 from moezoo.layers.quant import BlockFp8, QuantizedWeights
 from moezoo.loaders.checkpoint import open_checkpoint
 from moezoo.loaders.dense import linears_of
@@ -324,8 +326,15 @@ class TestFromTheHub:
         plain(report.model_type).save_pretrained(tmp_path)
         unquantised = moezoo.inspect(tmp_path)
         assert unquantised.stored_as is None
-        for name in ("parameters", "active_parameters", "experts", "weight_bytes", "dtype"):
+        for name in ("parameters", "active_parameters", "weight_bytes", "dtype"):
             assert getattr(report, name) == getattr(unquantised, name), name
+        experts = report.experts
+        sizes = {"intermediate_size": experts.intermediate_size, "element_size": 4}
+        needed = workspace_bytes(
+            CHUNK_TOKENS, experts.per_token, report.hidden_size, weights=BlockFp8, **sizes
+        )
+        assert experts == replace(unquantised.experts, workspace_bytes=needed)
+        assert needed != unquantised.experts.workspace_bytes
         assert 0 < report.expert_bytes_on_disk < unquantised.expert_bytes_on_disk / 3.9
 
     def test_asking_for_the_same_changes_nothing(self, folder):

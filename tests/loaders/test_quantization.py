@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_models import ASSET, EXACT, assert_same, load, moe_layers, plain
+from small_models import (
+    ASSET,
+    EXACT,
+    MODELS,
+    assert_same,
+    distance,
+    ids,
+    load,
+    moe_layers,
+    plain,
+)
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -83,10 +93,31 @@ def test_logits_are_those_of_the_dequantised_weights(name):
         with torch.no_grad():
             full.w13.copy_(moe.w13().dequantize().flatten(1, 2))
             full.w2.copy_(moe.w2().dequantize())
-    ids = torch.randint(1, 61, (2, 7), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        found, expected = model(ids).logits, dense(ids).logits
+        found, expected = model(ids(2, 7)).logits, dense(ids(2, 7)).logits
     assert (found - expected).norm() < EXACT * expected.norm()
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("name", ["int4", "mxfp4"])
+def test_every_architecture(tmp_path, model_type, name):
+    """Quantised while it loads and saved: the same weights, and the logits of them dequantised."""
+    plain(model_type).save_pretrained(tmp_path / "plain")
+    asked, kind, options = ASKED[name]
+    model, dense = (
+        load(tmp_path / "plain", dtype="float32", quantization=q) for q in (asked, None)
+    )
+    assert len(moe_layers(model)) == len(moe_layers(dense)) > 0
+    with torch.no_grad():
+        for moe, full in zip(moe_layers(model), moe_layers(dense), strict=True):
+            assert_equal(moe.w13(), kind.quantize(full.w13.unflatten(1, (2, -1)), **options))
+            assert_equal(moe.w2(), kind.quantize(full.w2, **options))
+            full.w13.copy_(moe.w13().dequantize().flatten(1, 2))
+            full.w2.copy_(moe.w2().dequantize())
+        found, expected = model(ids(2, 7)).logits, dense(ids(2, 7)).logits
+    assert distance(found, expected) < EXACT
+    model.save_pretrained(tmp_path / "saved")
+    assert_same(load(tmp_path / "saved"), model)
 
 
 @pytest.mark.gpu

@@ -85,9 +85,11 @@ def by_package(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_saved_and_read_again(folder, tmp_path, name):
+def test_saved_and_read_again(folder, tmp_path, name, caplog):
     model = load(folder, quantization=ASKED[name])
-    model.save_pretrained(tmp_path)
+    with caplog.at_level("WARNING"):
+        model.save_pretrained(tmp_path)
+    assert "transformers does not" not in caplog.text
     assert_same(load(tmp_path), model)
     again = load(tmp_path, dtype="bfloat16")
     assert moe_layers(again)[0].w13.scales.dtype == moe_layers(model)[0].w13.scales.dtype
@@ -177,6 +179,19 @@ def test_columns_that_do_not_fill_words(tmp_path, asked, width):
     assert_same(load(tmp_path / "again"), model)
 
 
+def test_weight_only_fp8_is_reported(folder, tmp_path, caplog):
+    load(folder, quantization=ASKED["fp8-channel"]).save_pretrained(tmp_path)
+    load(tmp_path)
+    assert "run as fp8_w8a8" not in caplog.text
+    described = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    described["config_groups"]["group_0"]["input_activations"] = None
+    set_config(tmp_path, quantization_config=described)
+    load(tmp_path)
+    assert caplog.text.count("quantises no activations run as fp8_w8a8") == 1
+    stored_as = moezoo.inspect(tmp_path).stored_as
+    assert stored_as.endswith("the experts of 2 of 2 MoE layers stay so")
+
+
 def test_int8_that_is_not_packed_has_any_columns(tmp_path):
     """What the package writes as int-quantized."""
     config = MixtralConfig(**ODD | {"intermediate_size": 33}, head_dim=32)
@@ -196,10 +211,11 @@ def test_int8_that_is_not_packed_has_any_columns(tmp_path):
     assert_same(load(tmp_path), model)
 
 
-def test_groups_of_several_sizes(tmp_path):
+def test_groups_of_several_sizes(tmp_path, caplog):
     """The experts are 64 wide: groups of 128, and of 64, which are rows: two schemes."""
     model = load(ASSET, quantization="int4_w4a16", dtype="float32")
     model.save_pretrained(tmp_path)
+    assert caplog.text.count("(formats, or sizes of groups): moezoo loads it, but transf") == 1
     assert_same(load(tmp_path, dtype="float32"), model)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     targets = {
@@ -210,13 +226,14 @@ def test_groups_of_several_sizes(tmp_path):
     assert len(by_package(tmp_path)) == 6 * 16 * 3
 
 
-def test_layers_that_are_not_quantised(folder, tmp_path):
+def test_layers_that_are_not_quantised(folder, tmp_path, caplog):
     model = load(folder, quantization="int8_w8a16")
     moe = moe_layers(model)[1]
     w13, w2 = moe.w13().dequantize().flatten(1, 2), moe.w2().dequantize()
     del moe.w13, moe.w2
     moe.w13, moe.w2 = (nn.Parameter(w, requires_grad=False) for w in (w13, w2))
     model.save_pretrained(tmp_path)
+    assert caplog.text.count("(some experts are not): moezoo loads it, but transformers") == 1
     assert_same(load(tmp_path), model)
     assert {module.split(".")[2] for module in by_package(tmp_path)} == {"0"}
 

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from moezoo.layers.kernels.activations import Gating
-from moezoo.layers.quant import Int4, Int8, Mxfp4
-
-WeightOnly = Int8 | Int4 | Mxfp4
+from moezoo.layers.quant import Int4, Int8, Mxfp4, WeightOnly
 
 ORDERED_TOKENS = 2048
 """Tokens at a time where columns have an order: gathering takes 8 bytes for each number."""

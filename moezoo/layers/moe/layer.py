@@ -106,6 +106,10 @@ class FusedMoE(nn.Module):
         """Put w13 [E, 2, I, H] and w2 [E, H, I], both of one format, in the place of the experts'
         parameters. They need no gradient, and none comes through them.
 
+            layer.quantize_(
+                Int8.quantize(layer.w13.unflatten(1, (2, -1))), Int8.quantize(layer.w2)
+            )
+
         Raises ValueError for other shapes, two formats, or what is none.
         """
         for name, given in (("w13", w13), ("w2", w2)):

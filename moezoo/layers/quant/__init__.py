@@ -8,4 +8,16 @@ from moezoo.layers.quant.int8 import Int8
 from moezoo.layers.quant.mxfp4 import Mxfp4
 from moezoo.layers.quant.weights import QuantizedWeights
 
-__all__ = ["BlockFp8", "ChannelFp8", "Format", "Int4", "Int8", "Mxfp4", "QuantizedWeights"]
+__all__ = [
+    "BlockFp8",
+    "ChannelFp8",
+    "Format",
+    "Int4",
+    "Int8",
+    "Mxfp4",
+    "QuantizedWeights",
+    "WeightOnly",
+]
+
+WeightOnly = Int8 | Int4 | Mxfp4
+"""Formats beside which activations are not quantised."""

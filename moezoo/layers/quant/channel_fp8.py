@@ -23,7 +23,7 @@ from moezoo.layers.quant.format import (
 from moezoo.layers.quant.fp8 import BLOCK_FP8, BlockFp8, scaled, widened
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChannelFp8(Format):
     """data [.., N, K] float8_e4m3fn, scales [.., N] fp32."""
 

@@ -19,13 +19,14 @@ _CHUNK = {"cpu": 2**18, "cuda": 2**24}
 """Values quantised at a time: what caches hold, and what fills a GPU."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Format:
     """A weight [.., N, K] as `data` and `scales`, and what else a format has, which share their
     first dimensions: those are matrices of their own, as w13's experts, gate and up are.
 
     `quantize` and `dequantize` are each format's definition. A constructor raises QuantizationError
-    for shapes, dtypes or devices that do not belong together; it does not look at values.
+    for shapes, dtypes or devices that do not belong together; it does not look at values. Two are
+    equal if they are one, as tensors cannot say whether they are.
     """
 
     name: ClassVar[str]

@@ -39,7 +39,7 @@ FOR_LINEARS = "load the model with quantization={'dense': 'dequantize'}"
 _VALUES = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockFp8(Format):
     """data [.., N, K] float8_e4m3fn, scales [.., ceil(N/128), ceil(K/128)] fp32."""
 

@@ -32,7 +32,7 @@ ZERO = 8
 """What stands for zero where there are no zero points."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Int4(Format):
     """data [.., N, K / 2] uint8, the even columns in the low halves; scales [.., N, G] in fp32,
     bf16 or fp16, where K / G is 32, 64, 128 or K; zeros [.., N, G] uint8, a byte each, or None.

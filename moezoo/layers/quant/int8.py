@@ -32,7 +32,7 @@ from moezoo.layers.quant.groups import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Int8(Format):
     """data [.., N, K] int8, scales [.., N, G] in fp32, bf16 or fp16; K / G is 32, 64, 128 or K.
 

@@ -32,7 +32,7 @@ NAN = 255
 """The one scale that is no number."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mxfp4(Format):
     """data [.., N, K / 2] uint8, the even columns in the low halves; scales [.., N, K / 32] uint8,
     the exponents plus 127."""

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moezoo.layers.quant.groups import PER_CHANNEL, pack
+from moezoo.layers.quant.groups import PER_CHANNEL, SCALE_DTYPES, pack
 from moezoo.loaders.encodings.integers import (
-    SCALE_DTYPES,
     held_groups,
     integer_kind,
     repeated,
@@ -50,7 +49,7 @@ class Awq(Scheme):
         return cls(table.size("group_size"), tuple(skipped))
 
     def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:
-        if ".experts." not in weight or entry_within(weight, self.not_converted):
+        if entry_within(weight, self.not_converted):
             return None
         return self._kind(columns, dtype)
 

@@ -25,11 +25,10 @@ from torch import Tensor
 
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Mxfp4
 from moezoo.layers.quant.fp8 import BLOCK
-from moezoo.layers.quant.groups import PER_CHANNEL
+from moezoo.layers.quant.groups import PER_CHANNEL, SCALE_DTYPES
 from moezoo.layers.quant.mxfp4 import GROUP
 from moezoo.loaders.encodings.fp8 import fp8_weight
 from moezoo.loaders.encodings.integers import (
-    SCALE_DTYPES,
     held,
     held_groups,
     integer_kind,
@@ -79,6 +78,8 @@ class Group:
     """-1 is all columns."""
     symmetric: bool
     ordered: bool
+    weight_only: bool
+    """Whether activations are not to be quantised."""
 
     @classmethod
     def of(cls, table: Table, format_of_all: str) -> "Group":
@@ -135,6 +136,7 @@ class Group:
             group_size=group_size,
             symmetric=symmetric,
             ordered=actorder in ("group", "dynamic"),
+            weight_only=table.given.get("input_activations") is None,
         )
 
     def kind(self, columns: int, dtype: torch.dtype) -> Kind | None:
@@ -167,6 +169,15 @@ class CompressedTensors(Scheme):
             table.refuse("config_groups", "at least one group")
         return cls(tuple(found), tuple(table.patterns("ignore")))
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if any(group.weights == "fp8" and group.weight_only for group in self.groups):
+            return (
+                "fp8 weights beside which the config quantises no activations run as fp8_w8a8: "
+                "activations are rounded to fp8 too",
+            )
+        return ()
+
     def ignores(self, module: str) -> str | None:
         return next((entry for entry in self.ignored if _names(entry, module)), None)
 
@@ -181,7 +192,7 @@ class CompressedTensors(Scheme):
 
     def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:
         module = weight.removesuffix(".weight")
-        if ".experts." not in weight or self.ignores(module) is not None:
+        if self.ignores(module) is not None:
             return None
         group = self.group(module)
         return None if group is None else replace(group, ordered=False).kind(columns, dtype)
@@ -258,7 +269,7 @@ def _integers(headers: Headers, module: str, data: str, scales: str, group: Grou
     k = stored * each
     if k - each < group.group_size < k:
         return weight(group.group_size)
-    if group.group_size in (PER_CHANNEL, k):
+    if group.group_size == PER_CHANNEL:
         # Only the values of weight_shape, or the model, say how much of the last word is padding.
         return replace(weight(k), padding=each - 1, of_columns=weight)
     return weight(k)

@@ -15,9 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moezoo.layers.quant.groups import PER_CHANNEL
+from moezoo.layers.quant.groups import PER_CHANNEL, SCALE_DTYPES
 from moezoo.loaders.encodings.integers import (
-    SCALE_DTYPES,
     all_equal,
     held,
     held_groups,
@@ -78,7 +77,7 @@ class Gptq(Scheme):
 
     def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:
         # No order: only checkpoints have one.
-        return self._kind(columns, dtype, ordered=False) if ".experts." in weight else None
+        return self._kind(columns, dtype, ordered=False)
 
     def _kind(self, columns: int, dtype: torch.dtype, *, ordered: bool) -> Kind | None:
         zeros = not self.symmetric

@@ -12,8 +12,6 @@ from moezoo.layers.quant.groups import GROUP_SIZES, PER_CHANNEL, pack, unpack
 from moezoo.loaders.encodings.stored import Check, Extra
 from moezoo.loaders.kinds import Kind
 
-SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
 
 def integer_kind(
     bits: int, columns: int, group_size: int, dtype: torch.dtype, *, zeros: bool, ordered: bool

@@ -46,7 +46,7 @@ class HubMxfp4(Scheme):
         return cls(tuple(table.names("modules_to_not_convert")))
 
     def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:
-        if ".experts." not in weight or entry_within(weight, self.not_converted):
+        if entry_within(weight, self.not_converted):
             return None
         return Kind.of(Mxfp4)
 

@@ -103,8 +103,13 @@ class Scheme(ABC):
 
     @abstractmethod
     def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:
-        """What a weight of this name with so many columns is held as, None if it is not quantised;
-        `dtype` is the model's."""
+        """What an expert's weight of this name with so many columns is held as, None if it is not
+        quantised; `dtype` is the model's."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is computed otherwise than the config says, for the report of a load."""
+        return ()
 
 
 class Headers:

@@ -203,3 +203,8 @@ def test_no_rows(kind: str, shape: tuple[int, ...]) -> None:
 def test_a_granularity_that_there_is_not() -> None:
     with pytest.raises(ValueError, match="granularity is 'x', expected 'channel' or 'tensor'"):
         ChannelFp8.quantize(normal(2, 32), granularity="x")
+
+
+def test_weights_are_compared_without_a_look_at_their_values():
+    a, b = (Int8.quantize(torch.ones(4, 32)) for _ in range(2))
+    assert a == a and a != b and len({a, b}) == 2
