@@ -436,7 +436,8 @@ def rows_and_pages_that_fit(
     """For an `Engine` of at most `num_rows` rows: of `cache_bytes`, or of the memory that is free.
 
     Where only some layers have a sliding window, their rings take half of it at most.
-    On a GPU a forward pass of `chunk` tokens is made to see what it takes beside the cache.
+    On a GPU where all might not fit, a forward pass of `chunk` tokens is made to see what it takes
+    beside the cache.
     Raises `ValueError` if `cache_bytes` has no room for a page and a ring.
     """
     weight = decoder.embed.weight
@@ -450,11 +451,13 @@ def rows_and_pages_that_fit(
     if cache_bytes is None and weight.is_cpu:
         cache_bytes = max(CPU_CACHE_BYTES, least)
     elif cache_bytes is None:
-        activations = _activation_bytes(decoder, min(chunk, context))
         # The widest temporaries of sampling: scores sorted, and summed up in float64.
         logits = num_rows * decoder.embed.num_embeddings * 40
-        cache_bytes = int(0.95 * free_bytes(weight.device) - 1.25 * activations - logits)
-        cache_bytes = max(cache_bytes, least)
+        free = free_bytes(weight.device)
+        cache_bytes = num_rows * (num_pages(context) * page_bytes + row_bytes)
+        if cache_bytes + logits > free // 2:
+            activations = _activation_bytes(decoder, min(chunk, context))
+            cache_bytes = max(least, int(0.95 * free - 1.25 * activations - logits))
     if cache_bytes < least:
         raise ValueError(
             f"cache_bytes is {cache_bytes}, but one prompt of {PAGE_SIZE} tokens takes {least}"

@@ -2,9 +2,9 @@
 
 Weights are the first operand, unpacked from shared memory to the registers that the matrix units
 read. They are multiplied as the small numbers they are stored as, which 16 bits hold exactly, and
-the sums over a group of columns are scaled in fp32: with up to 128 rows that is no more work than
-to scale the weights. mxfp4's groups are too small for it, and its scales are powers of two: there
-weights are scaled first, exactly.
+the sums over a group of columns are scaled in fp32. mxfp4's groups are too small for that, and its
+scales are powers of two: there weights are scaled first, exactly. With many rows weights are scaled
+first in all formats with groups, and rounded then.
 
 Legend: R rows of weights, of both gate and up where there are both; W words of a row, see `unpack`.
 """
@@ -20,6 +20,18 @@ from moezoo.layers.kernels.unpack import (
     unpack,
     zero_points,
 )
+
+
+def num_slices(block_words: int, group: int, *, mxfp4: bool, zeros: bool, chain: bool) -> int:
+    """Into how many a block of words is cut: one for each group, or two.
+
+    Uncut, words with zero points or scales of their row would go through shared memory once more.
+    And of a chain with one product a block Triton 3.6 makes several that the next block does not
+    wait for: ptxas, where registers are few, then unpacks into those that the matrix units still
+    read (seen with mxfp4 and 256 rows: errors of 3e-2, or inf).
+    """
+    cuts = 2 if (zeros or chain) and block_words > CHUNK.value else 1
+    return max(cuts, block_words // group if group and not mxfp4 else 1)
 
 
 @triton.jit
@@ -90,13 +102,15 @@ def products(
     stride_se,
     stride_sp,
     stride_sn,
-    DTYPE: tl.constexpr,
+    dtype: tl.constexpr,
     FORMAT: tl.constexpr,
     WAYS: tl.constexpr,
     PARTS: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     GROUP: tl.constexpr,
     SCALES_ALIGNED: tl.constexpr,
+    SLICES: tl.constexpr,
+    CHAIN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     ROWS_DESCRIBED: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -110,13 +124,16 @@ def products(
     Rows are as `interleave` makes them: p_rows [BLOCK_M] is where each begins, or, if
     ROWS_DESCRIBED, `rows` a descriptor of them, whose loads may go on past the expert's last. GROUP
     words have a scale, or with GROUP 0 all of a column; strides of scales are multiples of
-    SCALES_ALIGNED.
+    SCALES_ALIGNED. SLICES is what `num_slices` says.
+
+    With CHAIN the matrix units go on adding, and weights are scaled first, in dtype: for many rows,
+    whose sums leave no registers for those of a group.
     """
     R: tl.constexpr = PARTS * BLOCK_N
     SCALED: tl.constexpr = FORMAT == "mxfp4"
-    SLICES: tl.constexpr = BLOCK_W // GROUP if GROUP > 0 and GROUP < BLOCK_W and not SCALED else 1
+    GROUPS: tl.constexpr = max(1, BLOCK_W // GROUP) if GROUP > 0 else 1
     SLICE_W: tl.constexpr = BLOCK_W // SLICES
-    GROUPS: tl.constexpr = max(1, BLOCK_W // GROUP) if SCALED else 1
+    SLICE_GROUPS: tl.constexpr = max(1, GROUPS // SLICES)
     turns = tl.arange(0, R)
     if PARTS == 1:
         part = turns * 0
@@ -146,7 +163,7 @@ def products(
     scales = ()
     zeros = ()
     if not SCALED:
-        for s in tl.static_range(SLICES):
+        for s in tl.static_range(GROUPS):
             m_group = m_cols & (s < num_groups)
             scales += (tl.load(scales_ptr + (o_scales + s), mask=m_group, other=0.0),)
             if HAS_ZEROS:
@@ -173,7 +190,7 @@ def products(
         next_zeros = ()
         if GROUP > 0 and not SCALED:
             # What the next block needs is asked for before this one is worked on.
-            for s in tl.static_range(SLICES):
+            for s in tl.static_range(GROUPS):
                 group = (start + BLOCK_W) // GROUP + s
                 m_group = m_cols & (group < num_groups)
                 next_scales += (tl.load(scales_ptr + (o_scales + group), mask=m_group, other=0.0),)
@@ -183,26 +200,39 @@ def products(
         for s in tl.static_range(SLICES):
             factor = 1.0
             if SCALED:
-                groups = start // GROUP + tl.arange(0, GROUPS)
+                groups = start // GROUP + s * SLICE_GROUPS + tl.arange(0, SLICE_GROUPS)
                 p_group = scales_ptr + (o_scales[:, None] + groups[None, :])
                 if EVEN_K:
                     factor = tl.load(p_group)
                 else:
                     factor = tl.load(p_group, mask=(groups < num_groups)[None, :], other=0)
-                factor = _spread(factors(factor, DTYPE, PAIRS), BLOCK_W)
+                factor = _spread(factors(factor, dtype, PAIRS), SLICE_W)
             if HAS_ZEROS:
-                zero = zero_points(zeros[s], DTYPE, PAIRS)
+                zero = zero_points(zeros[s * GROUPS // SLICES], dtype, PAIRS)
                 zero = tl.broadcast_to(zero[:, None], [R, SLICE_W])
             else:
-                zero = no_zero_points([R, SLICE_W], DTYPE, PAIRS)
-            b_w = unpack(slices[s], zero, factor, FORMAT, WAYS, SCALED, DTYPE, PAIRS)
-            # A sum that went on in the matrix units would be waited for every 16 columns.
-            product = tl.dot(b_w, xs[s].T, input_precision="ieee")
-            if SCALED:
-                total += product * (2.0**E2M1_SHIFT if PAIRS and DTYPE == tl.bfloat16 else 1.0)
+                zero = no_zero_points([R, SLICE_W], dtype, PAIRS)
+            if CHAIN and GROUP > 0 and not SCALED:
+                factor = scales[s * GROUPS // SLICES].to(dtype if PAIRS else tl.float32)
+                factor = tl.broadcast_to(factor[:, None], [R, SLICE_W])
+            b_w = unpack(
+                slices[s], zero, factor, FORMAT, WAYS, SCALED or (CHAIN and GROUP > 0), dtype, PAIRS
+            )
+            if CHAIN:
+                total = tl.dot(b_w, xs[s].T, total, input_precision="ieee")
             else:
-                total += product * scales[s].to(tl.float32)[:, None]
+                # A sum that went on in the matrix units would be waited for every 16 columns.
+                product = tl.dot(b_w, xs[s].T, input_precision="ieee")
+                if SCALED:
+                    total += product * (2.0**E2M1_SHIFT if PAIRS and dtype == tl.bfloat16 else 1.0)
+                else:
+                    total += product * scales[s * GROUPS // SLICES].to(tl.float32)[:, None]
         if GROUP > 0 and not SCALED:
             scales = next_scales
             zeros = next_zeros
+    if CHAIN:
+        if GROUP == 0:
+            total *= scales[0].to(tl.float32)[:, None]
+        elif SCALED and PAIRS and dtype == tl.bfloat16:
+            total *= 2.0**E2M1_SHIFT
     return total

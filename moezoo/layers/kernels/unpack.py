@@ -105,30 +105,30 @@ fit otherwise. Scales from 2^-68 to 2^65 are exact; those beyond give 0, or Inf 
 
 
 @triton.jit
-def zero_points(zeros, DTYPE: tl.constexpr, PAIRS: tl.constexpr):
+def zero_points(zeros, dtype: tl.constexpr, PAIRS: tl.constexpr):
     """uint8 zero points as `unpack` subtracts them."""
     if not PAIRS:
         return zeros.to(tl.float32)
-    elif DTYPE == tl.bfloat16:
+    elif dtype == tl.bfloat16:
         return (zeros.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
     else:
         return (zeros.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True)
 
 
 @triton.jit
-def no_zero_points(shape: tl.constexpr, DTYPE: tl.constexpr, PAIRS: tl.constexpr):
+def no_zero_points(shape: tl.constexpr, dtype: tl.constexpr, PAIRS: tl.constexpr):
     """Those of 8: a constant, of which the compiler knows that it costs nothing in any layout."""
     if not PAIRS:
         return tl.full(shape, 8.0, tl.float32)
-    elif DTYPE == tl.bfloat16:
+    elif dtype == tl.bfloat16:
         return tl.full(shape, 136.0, tl.bfloat16)
     else:
         return tl.full(shape, 1032.0, tl.float16)
 
 
 @triton.jit
-def _unpack_pairs(words, zeros, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
-    if DTYPE == tl.bfloat16:
+def _unpack_pairs(words, zeros, FORMAT: tl.constexpr, dtype: tl.constexpr):
+    if dtype == tl.bfloat16:
         if FORMAT == "int4":
             return tl.inline_asm_elementwise(
                 INT4_BF16, INT4_OPERANDS, [words, zeros], (tl.bfloat16,) * 4, True, 2
@@ -172,10 +172,10 @@ def _unpack_plain(words, zeros, way: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def factors(scales, DTYPE: tl.constexpr, PAIRS: tl.constexpr):
+def factors(scales, dtype: tl.constexpr, PAIRS: tl.constexpr):
     """mxfp4's scales as `unpack` multiplies by them."""
     exponent = scales.to(tl.int32)
-    if PAIRS and DTYPE == tl.bfloat16:
+    if PAIRS and dtype == tl.bfloat16:
         # 2^(exponent - 127 + 126 - E2M1_SHIFT); beyond that Inf.
         field = tl.minimum(exponent + (126 - E2M1_SHIFT), 255)
         return (field << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
@@ -183,12 +183,12 @@ def factors(scales, DTYPE: tl.constexpr, PAIRS: tl.constexpr):
         # The least, 2^-127, is subnormal.
         bits = tl.where(exponent == 0, 1 << 22, exponent << 23)
         factor = bits.to(tl.float32, bitcast=True)
-        return factor.to(DTYPE) if PAIRS else factor
+        return factor.to(dtype) if PAIRS else factor
 
 
 @triton.jit
-def _times(a, b, DTYPE: tl.constexpr):
-    if DTYPE == tl.bfloat16:
+def _times(a, b, dtype: tl.constexpr):
+    if dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(TIMES_BF16, "=r,r,r", [a, b], tl.bfloat16, True, 2)
     else:
         return tl.inline_asm_elementwise(TIMES_FP16, "=r,r,r", [a, b], tl.float16, True, 2)
@@ -219,25 +219,25 @@ def unpack(
     FORMAT: tl.constexpr,
     WAYS: tl.constexpr,
     SCALED: tl.constexpr,
-    DTYPE: tl.constexpr,
+    dtype: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """words [N, W] -> weights [N, WAYS * W] of DTYPE in the order chunk, way, word; if SCALED, times
-    the factors.
+    """words [N, W] -> weights [N, WAYS * W] of dtype, in the order chunk, way, word; if SCALED,
+    times the factors.
 
     zeros and factor, of `zero_points` and `factors`, broadcast to words.
     """
     if PAIRS:
-        ways = _unpack_pairs(words, zeros, FORMAT, DTYPE)
+        ways = _unpack_pairs(words, zeros, FORMAT, dtype)
         if SCALED:
             scaled = ()
             for way in tl.static_range(WAYS):
-                if FORMAT == "mxfp4" and DTYPE == tl.float16:
+                if FORMAT == "mxfp4" and dtype == tl.float16:
                     # Its bits are 2^-14 of what they should be, and no factor has room for that.
-                    value = _times(ways[way], tl.full(words.shape, 16384.0, DTYPE), DTYPE)
-                    scaled += (_times(value, factor, DTYPE),)
+                    value = _times(ways[way], tl.full(words.shape, 16384.0, dtype), dtype)
+                    scaled += (_times(value, factor, dtype),)
                 else:
-                    scaled += (_times(ways[way], factor, DTYPE),)
+                    scaled += (_times(ways[way], factor, dtype),)
             return _in_chunks(scaled, WAYS)
         else:
             return _in_chunks(ways, WAYS)
@@ -247,5 +247,5 @@ def unpack(
             value = _unpack_plain(words, zeros, way, FORMAT)
             if SCALED:
                 value *= factor
-            ways += (value.to(DTYPE),)
+            ways += (value.to(dtype),)
         return _in_chunks(ways, WAYS)

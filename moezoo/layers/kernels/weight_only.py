@@ -4,10 +4,11 @@
     y[r] = w2[e] @ h[r] + bias
     t = order[r] // K,  e the expert with offsets[e] <= r < offsets[e+1]
 
-h lies between them in the order of `interleave`. Integers are exact in the products and their sums
-over a group of columns are scaled in fp32; mxfp4's weights are exact when multiplied (in fp16, up
-to what fp16 holds). Sums are fp32, h and y are rounded once. What that leaves is what the products
-of dequantised fp32 weights have, in another order of sums.
+x and h have their columns in the order of `interleave`. Rounding points: with tiles of up to 64
+rows integers are exact in the products, and their sums over a group of columns are scaled in fp32.
+With more rows scales are rounded to x's dtype, and so are weights times scales; sums with a scale
+per row stay as they were. mxfp4's weights are exact (in fp16, as far as it holds them). Sums are
+fp32, h and y are rounded once.
 
 Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per token, S = T*K rows.
 """
@@ -22,9 +23,9 @@ from torch import Tensor
 
 from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.kernels.gated_up import activate, activate_gated
-from moezoo.layers.kernels.interleave import interleave, interleave_ref, padded
-from moezoo.layers.kernels.overlap import launch_options, wait
-from moezoo.layers.kernels.packed_products import out_of_turns, products
+from moezoo.layers.kernels.interleave import interleave_ref, padded
+from moezoo.layers.kernels.overlap import launch_options, start_next, wait, wait_for_previous
+from moezoo.layers.kernels.packed_products import num_slices, out_of_turns, products
 from moezoo.layers.kernels.permute import Permutation
 from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, swizzle
 from moezoo.layers.kernels.unpack import CHUNK
@@ -38,10 +39,21 @@ FORMATS: dict[type, str] = {Int8: "int8", Int4: "int4", Mxfp4: "mxfp4"}
 """By which the kernels know them."""
 
 
+FEW_ROWS = 64
+"""Up to so many rows a tile, sums over groups are scaled, with more the weights: see `products`."""
+
+
 def ways(weights: type, num_columns: int) -> int:
     """Columns in a word of the weights: as many as 16 bits hold, or 8 where those do not fit."""
     in_a_byte = 1 if weights is Int8 else 2
     return in_a_byte if num_columns % (2 * in_a_byte) else 2 * in_a_byte
+
+
+def _in_order(x: Tensor, weights: type, num_columns: int) -> Tensor:
+    """The inverse of `interleave`."""
+    return x.unflatten(-1, (-1, ways(weights, num_columns), CHUNK.value)).mT.flatten(-3)[
+        :, :num_columns
+    ]
 
 
 def gated_up_weight_only_ref(
@@ -56,7 +68,8 @@ def gated_up_weight_only_ref(
 ) -> Tensor:
     gating = Gating.of(activation)
     order, offsets = permutation.order, permutation.offsets
-    num_experts, _, intermediate_size, _ = w13.shape
+    num_experts, _, intermediate_size, hidden_size = w13.shape
+    x = _in_order(x, type(w13), hidden_size)
     h = x.new_zeros(permutation.positions.numel(), intermediate_size)
     for e in range(num_experts):
         rows = slice(int(offsets[e]), int(offsets[e + 1]))
@@ -76,9 +89,7 @@ def down_weight_only_ref(
     bias2: Tensor | None = None,
 ) -> Tensor:
     num_experts, hidden_size, intermediate_size = w2.shape
-    # The inverse of `interleave`.
-    h = h.unflatten(-1, (-1, ways(type(w2), intermediate_size), CHUNK.value)).mT.flatten(-3)
-    h = h[:, :intermediate_size]
+    h = _in_order(h, type(w2), intermediate_size)
     y = h.new_zeros(len(h), hidden_size)
     for e in range(num_experts):
         rows = slice(int(permutation.offsets[e]), int(permutation.offsets[e + 1]))
@@ -123,6 +134,8 @@ def _gated_up_tile(
     HAS_ZEROS: tl.constexpr,
     GROUP: tl.constexpr,
     SCALES_ALIGNED: tl.constexpr,
+    SLICES: tl.constexpr,
+    CHAIN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     UP_OFFSET: tl.constexpr,
@@ -144,7 +157,7 @@ def _gated_up_tile(
         expert, first_col, intermediate_size, 0, None, x_ptr + tokens * stride_xt, m_rows, w,
         scales_ptr, zeros_ptr, num_words, stride_we, stride_wp, stride_wn, stride_se, stride_sp,
         stride_sn, x_ptr.dtype.element_ty, FORMAT, WAYS, PARTS, HAS_ZEROS, GROUP, SCALES_ALIGNED,
-        DESCRIPTORS, False, EVEN_K, PAIRS, BLOCK_M, BLOCK_N, BLOCK_W,
+        SLICES, CHAIN, DESCRIPTORS, False, EVEN_K, PAIRS, BLOCK_M, BLOCK_N, BLOCK_W,
     )
     # fmt: on
     if HAS_BIAS:
@@ -195,6 +208,8 @@ def _down_tile(
     HAS_ZEROS: tl.constexpr,
     GROUP: tl.constexpr,
     SCALES_ALIGNED: tl.constexpr,
+    SLICES: tl.constexpr,
+    CHAIN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -212,8 +227,8 @@ def _down_tile(
     y = products(
         expert, first_col, hidden_size, first_row, h, p_rows, m_rows, w, scales_ptr, zeros_ptr,
         num_words, stride_we, stride_wp, stride_wn, stride_se, stride_sp, stride_sn,
-        y_ptr.dtype.element_ty, FORMAT, WAYS, 1, HAS_ZEROS, GROUP, SCALES_ALIGNED, DESCRIPTORS,
-        DESCRIPTORS, EVEN_K, PAIRS, BLOCK_M, BLOCK_N, BLOCK_W,
+        y_ptr.dtype.element_ty, FORMAT, WAYS, 1, HAS_ZEROS, GROUP, SCALES_ALIGNED, SLICES, CHAIN,
+        DESCRIPTORS, DESCRIPTORS, EVEN_K, PAIRS, BLOCK_M, BLOCK_N, BLOCK_W,
     )
     # fmt: on
     if HAS_BIAS:
@@ -257,6 +272,8 @@ def _gated_up_weight_only_kernel(
     HAS_ZEROS: tl.constexpr,
     GROUP: tl.constexpr,
     SCALES_ALIGNED: tl.constexpr,
+    SLICES: tl.constexpr,
+    CHAIN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     UP_OFFSET: tl.constexpr,
@@ -285,16 +302,18 @@ def _gated_up_weight_only_kernel(
                 expert, first_row, end, first_col, x_ptr, w, scales_ptr, zeros_ptr, bias_ptr, h_ptr,
                 order_ptr, stride_xt, num_words, intermediate_size, stride_hr, k, stride_we,
                 stride_wp, stride_wn, stride_se, stride_sp, stride_sn, stride_be, stride_bp,
-                stride_bn, FORMAT, WAYS, H_WAYS, PARTS, HAS_ZEROS, GROUP, SCALES_ALIGNED, ACTIVATION, LIMIT, UP_OFFSET,
-                HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, TAIL, BLOCK_N, BLOCK_W,
+                stride_bn, FORMAT, WAYS, H_WAYS, PARTS, HAS_ZEROS, GROUP, SCALES_ALIGNED, SLICES,
+                CHAIN, ACTIVATION, LIMIT, UP_OFFSET, HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, TAIL,
+                BLOCK_N, BLOCK_W,
             )
         else:
             _gated_up_tile(
                 expert, first_row, end, first_col, x_ptr, w, scales_ptr, zeros_ptr, bias_ptr, h_ptr,
                 order_ptr, stride_xt, num_words, intermediate_size, stride_hr, k, stride_we,
                 stride_wp, stride_wn, stride_se, stride_sp, stride_sn, stride_be, stride_bp,
-                stride_bn, FORMAT, WAYS, H_WAYS, PARTS, HAS_ZEROS, GROUP, SCALES_ALIGNED, ACTIVATION, LIMIT, UP_OFFSET,
-                HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, BLOCK_M, BLOCK_N, BLOCK_W,
+                stride_bn, FORMAT, WAYS, H_WAYS, PARTS, HAS_ZEROS, GROUP, SCALES_ALIGNED, SLICES,
+                CHAIN, ACTIVATION, LIMIT, UP_OFFSET, HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, BLOCK_M,
+                BLOCK_N, BLOCK_W,
             )
         # fmt: on
 
@@ -328,6 +347,8 @@ def _down_weight_only_kernel(
     HAS_ZEROS: tl.constexpr,
     GROUP: tl.constexpr,
     SCALES_ALIGNED: tl.constexpr,
+    SLICES: tl.constexpr,
+    CHAIN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -340,8 +361,10 @@ def _down_weight_only_kernel(
     BLOCK_W: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    wait(OVERLAP)
-    num_tiles = tl.load(num_tiles_ptr)
+    start_next(OVERLAP)
+    # What counted the tiles had finished before the first product let this one start.
+    num_tiles = max_tiles if num_tiles_ptr is None else tl.load(num_tiles_ptr)
+    wait_for_previous(OVERLAP)
     num_n = tl.cdiv(hidden_size, BLOCK_N)
     for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
         tile, pid_n = swizzle(pid, num_tiles, num_n, GROUP_M)
@@ -353,15 +376,16 @@ def _down_weight_only_kernel(
                 expert, first_row, end, first_col, h_tail, w, scales_ptr, zeros_ptr, bias_ptr,
                 y_ptr, stride_hr, num_words, hidden_size, stride_we, stride_wp, stride_wn,
                 stride_se, stride_sp, stride_sn, stride_be, stride_bn, FORMAT, WAYS, HAS_ZEROS,
-                GROUP, SCALES_ALIGNED, HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, TAIL, BLOCK_N, BLOCK_W,
+                GROUP, SCALES_ALIGNED, SLICES, CHAIN, HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, TAIL,
+                BLOCK_N, BLOCK_W,
             )
         else:
             _down_tile(
                 expert, first_row, end, first_col, h, w, scales_ptr, zeros_ptr, bias_ptr, y_ptr,
-                stride_hr, num_words, hidden_size, stride_we, stride_wp, stride_wn,
-                stride_se, stride_sp, stride_sn, stride_be, stride_bn, FORMAT, WAYS, HAS_ZEROS,
-                GROUP, SCALES_ALIGNED, HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, BLOCK_M, BLOCK_N,
-                BLOCK_W,
+                stride_hr, num_words, hidden_size, stride_we, stride_wp, stride_wn, stride_se,
+                stride_sp, stride_sn, stride_be, stride_bn, FORMAT, WAYS, HAS_ZEROS, GROUP,
+                SCALES_ALIGNED, SLICES, CHAIN, HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, BLOCK_M,
+                BLOCK_N, BLOCK_W,
             )
         # fmt: on
 
@@ -402,23 +426,25 @@ def _packed(name: str, w: WeightOnly, x: Tensor, tile: Tile) -> _Packed:
         )
     mxfp4 = isinstance(w, Mxfp4)
     group = GROUP if mxfp4 else 0 if w.scales.shape[-1] == 1 else w.group_size
-    strides = [stride for stride in w.scales.stride()[:-1]]
+    group, block_words, chain = group // num_ways, tile.k // num_ways, tile.m > FEW_ROWS
+    packed_pairs = words.dtype == torch.int16 and x.dtype.itemsize == 2
     options = {
         "FORMAT": FORMATS[type(w)],
         "WAYS": num_ways,
         "HAS_ZEROS": zeros is not None,
-        "GROUP": group // num_ways,
-        "SCALES_ALIGNED": gcd(16, *strides) if mxfp4 else 1,
+        "GROUP": group,
+        "SCALES_ALIGNED": gcd(16, *w.scales.stride()[:-1]) if mxfp4 else 1,
+        "SLICES": num_slices(block_words, group, mxfp4=mxfp4, zeros=zeros is not None, chain=chain),
+        "CHAIN": chain,
         "DESCRIPTORS": tile.descriptors,
         "EVEN_K": num_columns % tile.k == 0,
-        "PAIRS": x.is_cuda and torch.version.hip is None and x.dtype.itemsize == 2
-        and words.dtype == torch.int16,
+        "PAIRS": packed_pairs and x.is_cuda and torch.version.hip is None,
         "FLATTEN": tile.programs_per_sm > 0 and not tile.tail,
         "GROUP_M": tile.group_m,
         "TAIL": tile.tail,
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
-        "BLOCK_W": tile.k // num_ways,
+        "BLOCK_W": block_words,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
         **launch_options(x.device),
@@ -439,8 +465,9 @@ def gated_up_weight_only(
     """-> h [S, P] in x's dtype, rows in expert order and columns as `interleave` has them, P of I;
     rows from offsets[E] on are not written.
 
-    x [T, H] fp32, bf16 or fp16; w13 [E, 2, I, H], or without a gate [E, 1, I, H], and bias13
-    [E, 2 or 1, I]. `permutation` has `tile.m` rows a tile.
+    x as `interleave` made it for `ways` of w13, from [T, H] fp32, bf16 or fp16; w13 [E, 2, I, H],
+    or without a gate [E, 1, I, H], and bias13 [E, 2 or 1, I]. `permutation` has `tile.m` rows a
+    tile.
 
     Raises ValueError for shapes or strides that do not fit, for weights whose columns have an order
     of their own, and for an unknown activation.
@@ -450,8 +477,12 @@ def gated_up_weight_only(
         raise ValueError(f"w13 must be [E, 2 or 1, I, H], got {list(w13.shape)}")
     num_experts, num_parts, intermediate_size, hidden_size = w13.shape
     order, _, offsets, tiles, num_tiles = permutation
-    if x.ndim != 2 or x.shape[1] != hidden_size:
-        raise ValueError(f"x must be [T, {hidden_size}] as w13 is, got {list(x.shape)}")
+    x_width = padded(hidden_size, ways(type(w13), hidden_size))
+    if x.ndim != 2 or x.shape[1] != x_width or not x.is_contiguous():
+        raise ValueError(
+            f"x must be [T, {x_width}] as w13 is, and contiguous, got {list(x.shape)} with strides "
+            f"{x.stride()}"
+        )
     if order.numel() != x.shape[0] * k or offsets.numel() != num_experts + 1:
         raise ValueError(
             f"order must be [{x.shape[0] * k}] and offsets [{num_experts + 1}], got "
@@ -468,7 +499,6 @@ def gated_up_weight_only(
         return h
     words, options = packed.words, packed.options
     block = (1, num_parts, tile.n, options["BLOCK_W"])
-    x = interleave(x, options["WAYS"])
     _gated_up_weight_only_kernel[(num_programs,)](
         x,
         descriptor(words, block) if tile.descriptors else words,
@@ -511,7 +541,7 @@ def down_weight_only(
     """-> y [S, H] in h's dtype, rows in expert order; those from offsets[E] on are not written.
 
     h [S, P] as `gated_up_weight_only` made it, w2 [E, H, I] and bias2 [E, H]; `permutation` has
-    `tile.m` rows a tile.
+    `tile.m` rows a tile, and the launch just before this one did not count them.
 
     Raises ValueError as `gated_up_weight_only` does.
     """
@@ -538,11 +568,7 @@ def down_weight_only(
     block = (1, 1, tile.n, options["BLOCK_W"])
     rows = tail_rows = h
     if tile.descriptors:
-        # A load is what a group's sum is of, see `products`.
-        columns = min(options["GROUP"] or options["BLOCK_W"], options["BLOCK_W"])
-        if options["FORMAT"] == "mxfp4":
-            columns = options["BLOCK_W"]
-        columns *= options["WAYS"]
+        columns = tile.k // options["SLICES"]
         rows = descriptor(h, (tile.m, columns))
         tail_rows = descriptor(h, (tile.tail, columns)) if tile.tail else rows
     _down_weight_only_kernel[(num_programs,)](

@@ -101,29 +101,29 @@ QWEN3 = (128, 2048, 768)
 
 
 def test_the_users_plans_lie_over_the_packages(own_table: Path) -> None:
-    package = tiles._tuned(CUDA, QWEN3, 64.0)
+    package = tiles.tuned(CUDA, QWEN3, 64.0)
     assert package is not None
     write_table(own_table, QWEN3, 64.0)
     tiles.reload_tables()
-    assert tiles._tuned(CUDA, QWEN3, 70.0) == MINE
-    assert tiles._tuned(CUDA, QWEN3, 1.0) not in (MINE, None)
-    assert tiles._tuned(CUDA, (9, 64, 32), 64.0) is None
+    assert tiles.tuned(CUDA, QWEN3, 70.0) == MINE
+    assert tiles.tuned(CUDA, QWEN3, 1.0) not in (MINE, None)
+    assert tiles.tuned(CUDA, (9, 64, 32), 64.0) is None
 
 
 def test_fp8_does_not_take_the_plans_of_16_bit(own_table: Path) -> None:
-    assert tiles._tuned(CUDA, QWEN3, 64.0) is not None
-    found = tiles._tuned(CUDA, (*QWEN3, BLOCK_FP8), 64.0)
+    assert tiles.tuned(CUDA, QWEN3, 64.0) is not None
+    found = tiles.tuned(CUDA, (*QWEN3, BLOCK_FP8), 64.0)
     assert found is not None
     write_table(own_table, QWEN3, 64.0)
     tiles.reload_tables()
-    assert tiles._tuned(CUDA, (*QWEN3, BLOCK_FP8), 64.0) == found
+    assert tiles.tuned(CUDA, (*QWEN3, BLOCK_FP8), 64.0) == found
 
 
 def test_a_plan_for_far_fewer_rows_is_not_used(own_table: Path) -> None:
     write_table(own_table, (9, 64, 32), 10.0)
     tiles.reload_tables()
-    assert tiles._tuned(CUDA, (9, 64, 32), 39.0) == MINE
-    assert tiles._tuned(CUDA, (9, 64, 32), 41.0) is None
+    assert tiles.tuned(CUDA, (9, 64, 32), 39.0) == MINE
+    assert tiles.tuned(CUDA, (9, 64, 32), 41.0) is None
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"layers": [{"num_experts": 8}]}'])
@@ -131,7 +131,7 @@ def test_a_broken_table_of_the_user_is_left_out_aloud(own_table: Path, text: str
     own_table.write_text(text)
     tiles.reload_tables()
     with pytest.warns(UserWarning, match=f"{own_table}.*moezoo tune"):
-        assert tiles._tuned(CUDA, QWEN3, 64.0) is not None
+        assert tiles.tuned(CUDA, QWEN3, 64.0) is not None
     with pytest.raises(ValueError, match=str(own_table)):
         tiles.read_table(own_table)
 
