@@ -350,7 +350,6 @@ def _down_weight_only_kernel(
     SLICES: tl.constexpr,
     CHAIN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    COUNTED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -363,12 +362,9 @@ def _down_weight_only_kernel(
     OVERLAP: tl.constexpr,
 ):
     start_next(OVERLAP)
-    if COUNTED:
-        # What counted the tiles had finished before the launch before let this one start.
-        num_tiles = tl.load(num_tiles_ptr)
+    # What counted the tiles had finished before the first product let this one start.
+    num_tiles = max_tiles if num_tiles_ptr is None else tl.load(num_tiles_ptr)
     wait_for_previous(OVERLAP)
-    if not COUNTED:
-        num_tiles = tl.load(num_tiles_ptr)
     num_n = tl.cdiv(hidden_size, BLOCK_N)
     for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
         tile, pid_n = swizzle(pid, num_tiles, num_n, GROUP_M)
@@ -541,12 +537,11 @@ def down_weight_only(
     *,
     tile: Tile,
     bias2: Tensor | None = None,
-    counted: bool = True,
 ) -> Tensor:
     """-> y [S, H] in h's dtype, rows in expert order; those from offsets[E] on are not written.
 
     h [S, P] as `gated_up_weight_only` made it, w2 [E, H, I] and bias2 [E, H]; `permutation` has
-    `tile.m` rows a tile. `counted` says that it was made before the launch just before this one.
+    `tile.m` rows a tile, and the launch just before this one did not count them.
 
     Raises ValueError as `gated_up_weight_only` does.
     """
@@ -595,7 +590,6 @@ def down_weight_only(
         *packed.scales.stride()[:-1],
         *((0, 0) if bias2 is None else bias2.stride()),
         HAS_BIAS=bias2 is not None,
-        COUNTED=counted,
         **options,
     )
     return y
