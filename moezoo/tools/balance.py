@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 from torch import Tensor
 
@@ -101,38 +102,35 @@ class Comparison:
         return {"simulations": rows, "skipped": list(self.skipped)}
 
     def __rich__(self) -> Table:
+        caption = "first, later: experts received by a rebalance, of all slots"
+        if self.expert_bytes is not None:
+            caption += f"; an expert has {self.expert_bytes:,} bytes"
         table = Table(
             title="Balancedness (mean rank load over highest) from the first rebalance on",
-            caption="moved: experts received by rebalances, of all slots; 100 % would be all anew",
+            caption=caption,
+            box=SIMPLE,
+            padding=(0, 1, 0, 0),
         )
-        for name in ("GPUs", "redundant", "window", "interval"):
-            table.add_column(name, justify="right")
-        table.add_column("policy")
-        for name in ("mean", "lowest", "moved first", "then"):
-            table.add_column(name, justify="right")
+        for name in ("GPUs", "copies", "every", "window"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("policy", no_wrap=True)
+        for name in ("mean", "lowest", "first", "later"):
+            table.add_column(name, justify="right", no_wrap=True)
         for simulation in self.simulations:
             setting, settled, moved = simulation.setting, simulation.settled, simulation.moved
             never = setting.interval is None
             table.add_row(
                 str(setting.num_ranks),
                 str(setting.num_redundant),
-                "" if never else str(setting.window),
                 "never" if never else str(setting.interval),
+                "" if never else str(setting.window),
                 "" if never else setting.policy,
                 f"{settled.mean():.3f}",
                 f"{settled.min():.3f}",
-                self._moved(simulation, moved[:1]),
-                self._moved(simulation, moved[1:]),
+                f"{moved[0]:.0%}" if moved else "",
+                f"{sum(moved[1:]) / len(moved[1:]):.1%}" if moved[1:] else "",
             )
         return table
-
-    def _moved(self, simulation: Simulation, moved: Sequence[float]) -> str:
-        if not moved:
-            return ""
-        mean = sum(moved) / len(moved)
-        if self.expert_bytes is None:
-            return f"{mean:.1%}"
-        return f"{mean:.1%}, {mean * self.expert_bytes * simulation.num_slots / 1e9:.3g} GB"
 
     def plot(self) -> "Figure":
         """A matplotlib figure: the balancedness of each setting, step by step."""
@@ -167,17 +165,20 @@ def compare(
     *,
     num_ranks: Iterable[int],
     num_redundant: Iterable[int],
-    windows: Iterable[int],
-    intervals: Iterable[int],
+    windows: Sequence[int] | None,
+    intervals: Sequence[int],
     policies: Iterable[str],
     expert_bytes: int | None = None,
 ) -> Comparison:
     """Simulate every combination over loads [S, L, E], and each number of ranks and of redundant
-    experts without a rebalance. What does not divide over the ranks is left out.
+    experts without a rebalance. Windows are as long as the interval by default. What does not
+    divide over the ranks is left out.
 
     Raises ValueError for settings that cannot be, or if none is left.
     """
-    ways = [None, *product(windows, intervals, policies)]
+    ways: list[tuple[int, int, str] | None] = [None]
+    for interval, policy in product(intervals, policies):
+        ways += [(window, interval, policy) for window in windows or [interval]]
     simulations, skipped = [], []
     for ranks, redundant in product(num_ranks, num_redundant):
         try:
