@@ -46,6 +46,11 @@ def plan(
 
     Raises ExpertMapError or ValueError for numbers that do not divide, and a trace without tokens.
     """
+    if num_groups % num_nodes:
+        raise ValueError(
+            f"{num_groups} groups of experts do not divide over {num_nodes} nodes; without groups "
+            "give one node"
+        )
     load = trace.expert_load
     num_layers, num_experts = load.shape
     if not load.sum():

@@ -113,6 +113,13 @@ def test_a_plan_is_made_for_the_loads_of_the_trace(tmp_path):
         made.placement.save(tmp_path / "placement.json")
         Placement.load(tmp_path / "placement.json").check_model(32, range(3), 4)
     assert plan(trace(load), 5, 8).linear != plan(trace(load), 5, 8).linear  # NaN: 32 on 5 ranks
+    with pytest.raises(ValueError, match="1 groups of experts do not divide over 2 nodes"):
+        plan(trace(load), 4, 8, num_nodes=2)
+    with pytest.raises(ValueError, match="'least_movement' knows no nodes, got num_nodes=2"):
+        plan(trace(load), 4, 8, num_groups=4, num_nodes=2, policy="least_movement")
+    in_nodes = plan(trace(load), 4, 8, num_groups=4, num_nodes=2).placement
+    first, second = (set(half.tolist()) for half in in_nodes.physical_to_logical_map[0].view(2, -1))
+    assert not first & second
     with pytest.raises(ValueError, match="has no tokens"):
         plan(trace(load * 0), 4, 8)
     with pytest.raises(ExpertMapError, match="do not divide over 4 ranks; 8 redundant ones would"):

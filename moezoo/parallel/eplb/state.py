@@ -34,11 +34,18 @@ def rebalanced(
     num_groups: int = 1,
     num_nodes: int = 1,
 ) -> Tensor:
-    """The next map int64 [L, P] for loads [L, E] of experts, on the CPU.
+    """The next map int64 [L, P] for loads [L, E] of experts, on the CPU; waits for the device.
 
     An expert that stays on its rank stays in its slot. Groups and nodes are those of
-    `rebalance_experts`; to `least_movement` all ranks are alike.
+    `rebalance_experts`.
+
+    Raises ValueError for another policy, or several nodes with `least_movement`, to which all ranks
+    are alike.
     """
+    if policy == "least_movement" and num_nodes > 1:
+        raise ValueError(
+            f"policy 'least_movement' knows no nodes, got num_nodes={num_nodes}; use 'default'"
+        )
     old = physical_to_logical_map.cpu()
     if policy == "least_movement":
         new = least_movement(load, old, num_ranks)
