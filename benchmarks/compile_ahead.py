@@ -9,14 +9,14 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, wait
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moezoo.layers.quant.fp8 import BlockFp8, blocks
-from moezoo.tools.layer import LAYERS, QuantizedWeights, Weights, moezoo_layer
+from moezoo.tools.layer import LAYERS, Layer, QuantizedWeights, Weights, moezoo_layer, on_meta
 
 MAX_WORKERS = 12
 
@@ -24,7 +24,7 @@ MAX_WORKERS = 12
 def borrowed(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """A tensor on the GPU, of any size, over a few bytes: only its address is good."""
     memory = torch.empty(4096, dtype=torch.uint8, device="cuda")
-    kind = {1: "|u1", 2: "<f2"}[dtype.itemsize]
+    kind = {1: "|u1", 2: "<f2", 4: "<f4"}[dtype.itemsize]
     array = {"shape": shape, "typestr": kind, "data": (memory.data_ptr(), False), "version": 2}
     holder = SimpleNamespace(__cuda_array_interface__=array, memory=memory)
     return torch.as_tensor(holder, device="cuda").view(dtype)
@@ -47,12 +47,13 @@ def compile_layer(name: str, num_tokens: int, quantization: str | None = None) -
     logits = torch.randn(num_tokens, num_experts, device="cuda")
     triton.JITFunction.run = compile_only
     try:
-        for build in (_moezoo, _moezoo_fp8 if quantization else _triton_kernels):
+        second = partial(_quantized, layer, quantization) if quantization else _triton_kernels
+        for build in (_moezoo, second):
             try:
                 with torch.inference_mode():
                     build(w13, w2, layer.k)(x, logits)
             except Exception as error:  # it will be met again, and told, where it is measured
-                problems.append(f"{name}, {num_tokens}, {build.__name__}: {error!r:.300}")
+                problems.append(f"{name}, {num_tokens}, {quantization or ''}: {error!r:.300}")
     finally:
         triton.JITFunction.run = launch
         torch.cuda.empty_cache()
@@ -63,16 +64,15 @@ def _moezoo(w13: Tensor, w2: Tensor, k: int) -> Callable[[Tensor, Tensor], Tenso
     return moezoo_layer(Weights(w13, w2), k)
 
 
-def _moezoo_fp8(w13: Tensor, w2: Tensor, k: int) -> Callable[[Tensor, Tensor], Tensor]:
-    num_experts, hidden_size, intermediate_size = w2.shape
+def _quantized(
+    layer: Layer, quantization: str, w13: Tensor, w2: Tensor, k: int
+) -> Callable[[Tensor, Tensor], Tensor]:
+    weights = on_meta(layer, quantization)
 
-    def weights(*shape: int) -> BlockFp8:
-        scales = torch.ones(*shape[:-2], blocks(shape[-2]), blocks(shape[-1]), device="cuda")
-        return BlockFp8(borrowed(*shape, dtype=torch.float8_e4m3fn), scales)
+    def there(tensor: Tensor) -> Tensor:
+        return borrowed(*tensor.shape, dtype=tensor.dtype)
 
-    w13_fp8 = weights(num_experts, 2, intermediate_size, hidden_size)
-    w2_fp8 = weights(num_experts, hidden_size, intermediate_size)
-    return moezoo_layer(QuantizedWeights(w13_fp8, w2_fp8), k)
+    return moezoo_layer(QuantizedWeights(weights.w13.map(there), weights.w2.map(there)), k)
 
 
 def _triton_kernels(w13: Tensor, w2: Tensor, k: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -1,7 +1,7 @@
 """The MoE layer beside its peers and its floor, in one run on one GPU.
 
     python benchmarks/layer.py [--layer qwen3-30b-a3b ...] [--tokens 1 64 ...] [--peers NAME ...]
-                               [--quantization fp8_w8a8]
+                               [--quantization int4_w4a16]
 
 `moezoo/tools/layer.py` says how it is measured. A peer that is not installed, or that fails on a
 shape, is skipped by name with the reason. Figures that cannot be measured here (vLLM's, DeepGEMM's)
@@ -12,9 +12,9 @@ Results are written after each layer as layer_partial_<GPU>.json, and once a run
 all layers, numbers of tokens and peers, as layer_<GPU>.json instead; with the routing and the dtype
 in the name where they are not uniform and bfloat16.
 
-In block fp8 the peer is moezoo on the same weights in bfloat16, and vLLM's and DeepGEMM's figures
-are those in fp8. transformers' own experts for this format fetch their kernels from the hub when
-they run, and are left out.
+With quantised weights the peer is moezoo on the same weights in bfloat16; in block fp8 vLLM's and
+DeepGEMM's figures are those in fp8. transformers' own experts for that format fetch their kernels
+from the hub when they run, and are left out.
 """
 
 import argparse
@@ -34,9 +34,11 @@ from peers import PEERS, unfit
 from rich.console import Console
 from rich.table import Table
 
+from moezoo.errors import QuantizationError
 from moezoo.layers.quant.fp8 import BLOCK_FP8
 from moezoo.tools.layer import (
     DEFAULT_TOKENS,
+    FORMATS,
     LAYERS,
     Cell,
     Implementation,
@@ -65,6 +67,8 @@ def references(report: Report) -> dict[str, dict[str, dict[int, float]]]:
     """Layer -> implementation -> tokens -> microseconds, measured earlier on this kind of GPU."""
     kept = json.loads(REFERENCES.read_text())
     if (report.device, report.dtype, report.routing) != (kept["gpu"], kept["dtype"], "uniform"):
+        return {}
+    if report.quantization not in (None, BLOCK_FP8):
         return {}
     layers = kept["fp8_layers" if report.quantization else "layers"]
     return {
@@ -252,7 +256,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, metavar="N")
     parser.add_argument("--peers", nargs="*", choices=[*PEERS, OWN_BF16], help="default: all")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--quantization", choices=[BLOCK_FP8], help="default: none")
+    parser.add_argument("--quantization", choices=[*FORMATS], help="default: none")
     parser.add_argument("--skewed", action="store_true", help="some experts are popular (Zipf)")
     parser.add_argument("--time-budget", type=float, default=math.inf, metavar="SECONDS")
     parser.add_argument("--cell-ms", type=float, default=40, help="timing of a cell, each peer")
@@ -296,7 +300,7 @@ def main() -> None:
         layer = LAYERS[name]
         try:
             weights = random_weights(layer, dtype, device, args.quantization)
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, QuantizationError) as error:
             report.skipped[name] = reason(error)
             say(f"{name} skipped: {report.skipped[name]}")
             continue

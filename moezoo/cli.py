@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 DONE, FAILED, USAGE, PARTLY, INTERRUPTED = 0, 1, 2, 3, 130
 QUANTIZATIONS = ("fp8_w8a8", "int8_w8a16", "int4_w4a16", "mxfp4")
-MEASURED = ("fp8_w8a8",)
+TUNED = ("fp8_w8a8",)
+MEASURED = ("fp8_w8a8", "fp8_w8a8_channel", "int8_w8a16", "int4_w4a16", "mxfp4")
 EPLB_POLICIES = ("default", "least_movement")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -427,7 +428,7 @@ def _add_tune(commands: Any) -> None:
         metavar="N",
         help="numbers of tokens to tune for, repeatable (default: 2 to 16384)",
     )
-    parser.add_argument("--quantization", choices=MEASURED, help="of the weights (default: 16 bit)")
+    parser.add_argument("--quantization", choices=TUNED, help="of the weights (default: 16 bit)")
     parser.add_argument("--output", type=Path, help="JSON file instead of the user's table")
 
 

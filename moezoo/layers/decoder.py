@@ -15,6 +15,8 @@ from moezoo.layers.attention import Context
 from moezoo.layers.linear import Linear, linear
 from moezoo.layers.moe import RoutingRecorder
 from moezoo.layers.norm import RMSNorm, handed_to
+from moezoo.layers.quant import QuantizedWeights
+from moezoo.layers.quantized_linear import quantized_linear
 from moezoo.layers.rope import RotaryEmbedding, Rotation
 
 
@@ -103,6 +105,8 @@ class Decoder(nn.Module):
         """Hidden states [.., H] -> logits [.., V] in the model's dtype."""
         head = self.embed if self.lm_head is None else self.lm_head
         with device_made_current(x):
+            if isinstance(head.weight, QuantizedWeights):
+                return quantized_linear(x, head.weight())
             return linear(x, head.weight)
 
 

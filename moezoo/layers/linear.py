@@ -14,7 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from moezoo.device import runs_kernels
-from moezoo.layers.norm import NormOfSum
+from moezoo.layers.norm import NormOfSum, normed
+from moezoo.layers.quant import Format, QuantizedWeights
+from moezoo.layers.quantized_linear import quantized_linear
 
 ONEDNN_DTYPES = tuple(
     dtype
@@ -121,9 +123,29 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, multiplied as `linear` does."""
+    """`nn.Linear`, multiplied as `linear` does, or as `quantized_linear` after `quantize_`."""
+
+    weight: nn.Parameter | QuantizedWeights  # type: ignore[assignment]
+
+    def reset_parameters(self) -> None:
+        if isinstance(self.weight, QuantizedWeights):
+            raise ValueError("quantised weights are not reset; build the layer anew")
+        super().reset_parameters()
+
+    def quantize_(self, weight: Format) -> None:
+        """Put weight [N, K] in the place of the parameter. It needs no gradient, and none comes
+        through it.
+
+        Raises ValueError for another shape.
+        """
+        if weight.shape != self.weight.shape:
+            raise ValueError(f"weight must be {list(self.weight.shape)}, got {list(weight.shape)}")
+        del self.weight
+        self.weight = QuantizedWeights(weight)
 
     def forward(self, x: torch.Tensor | NormOfSum) -> torch.Tensor:
+        if isinstance(self.weight, QuantizedWeights):
+            return quantized_linear(normed(x), self.weight(), self.bias)
         if not isinstance(x, NormOfSum):
             return linear(x, self.weight, self.bias)
         arguments = x.kernel_arguments(NORM_ROWS, self.weight, self.bias)

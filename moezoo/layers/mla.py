@@ -5,7 +5,7 @@ Legend: B batch, T new tokens, S keys (cached and new), N heads, C latent width,
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -76,8 +76,11 @@ class MultiHeadLatentAttention(nn.Module):
     With few new tokens the heads' key and value projections are absorbed into the query and the
     output, so that attention runs over the latents themselves; with many, keys and values are
     expanded.
-    `q` projects [B, T, H] to [B, T, N * (nope_dim + rope_dim)].
+    `q` projects [B, T, H] to [B, T, N * (nope_dim + rope_dim)]. The weight of `kv_b` is used as
+    matrices of the heads, not as that of a linear layer, so it is not held quantised.
     """
+
+    keep_dense: ClassVar[tuple[str, ...]] = ("kv_b",)
 
     def __init__(
         self,
@@ -141,7 +144,9 @@ class MultiHeadLatentAttention(nn.Module):
 
     def _projections(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows of `kv_b` as key and value projections, [N, nope_dim, C] and [N, v_dim, C]."""
-        key, value = self.kv_b.weight.unflatten(0, (self.num_heads, -1)).split_with_sizes(
+        weight = self.kv_b.weight
+        assert isinstance(weight, torch.Tensor), "loaders leave what is in keep_dense as it is"
+        key, value = weight.unflatten(0, (self.num_heads, -1)).split_with_sizes(
             (self.nope_dim, self.v_dim), 1
         )
         return key, value

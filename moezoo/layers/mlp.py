@@ -7,6 +7,7 @@ from moezoo.device import runs_kernels
 from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.moe import ACTIVATIONS
 from moezoo.layers.norm import NormOfSum, is_hooked, normed
+from moezoo.layers.quant import QuantizedWeights
 
 
 class GatedMLP(nn.Module):
@@ -48,10 +49,10 @@ class GatedMLP(nn.Module):
         """All that follows gate_up [T, 2I] in one launch, if that pays."""
         from moezoo.layers.kernels.few_rows import gated_linear, takes_gated
 
+        weight, bias = self.down.weight, self.down.bias
         if type(self.down) is not Linear or is_hooked(self.down):
             return None
-        weight, bias = self.down.weight, self.down.bias
-        if not takes_gated(gate_up, weight):
+        if isinstance(weight, QuantizedWeights) or not takes_gated(gate_up, weight):
             return None
         if addend is not None:
             addend = addend.reshape(-1, addend.shape[-1])

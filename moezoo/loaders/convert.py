@@ -21,7 +21,8 @@ from moezoo import registry
 from moezoo.device import device_of
 from moezoo.errors import naming
 from moezoo.loaders.checkpoint import CONFIG, GENERATION_CONFIG, Checkpoint, Location
-from moezoo.loaders.experts import quantize_on_meta
+from moezoo.loaders.experts import experts_of
+from moezoo.loaders.held import quantize_on_meta
 from moezoo.loaders.load import build
 from moezoo.loaders.mapping import Rule, Skip
 from moezoo.loaders.plan import Plan, dtype_name
@@ -34,6 +35,7 @@ from moezoo.loaders.weights import (
     report,
     require_device,
     sources_of,
+    with_one_order,
 )
 from moezoo.loaders.written import Written, describe_, written_tensors
 
@@ -43,13 +45,15 @@ _LEFT = (CONFIG, GENERATION_CONFIG, "*.index.json", "quant*_config.json")
 
 
 class Conversion(NamedTuple):
-    """What was written: the kinds of the experts, and bytes of weights before and after.
+    """What was written: the kinds of the experts and of linear layers that the checkpoint had
+    quantised, and bytes of weights before and after.
 
     `weight_error` is the root mean square of what quantising changed in the experts' weights, over
     that of these weights; None where nothing was quantised.
     """
 
     kinds: tuple[str, ...]
+    dense: tuple[str, ...]
     dtype: torch.dtype
     bytes_before: int
     bytes_after: int
@@ -84,6 +88,8 @@ def convert(
     )
     planned = plan_weights(decoder, checkpoint, rules, dtype=config.dtype, quantization=asked)
     require_device(planned.quantized, on)
+    locations = checkpoint.fetch(sources_of(planned), progress=progress)
+    planned = with_one_order(decoder, checkpoint, planned, locations, dtype=config.dtype)
     report(decoder, planned)
     quantize_on_meta(decoder, planned.quantized)
     rules = registry.architecture(config.model_type).CHECKPOINT
@@ -95,7 +101,6 @@ def convert(
     }
     written = written_tensors(decoder, rules, blank)
     others = _other_files(checkpoint)
-    locations = checkpoint.fetch(sources_of(planned), progress=progress)
     layers = _Layers(decoder, rules, checkpoint, planned, locations, on)
     with moved_at_end(target) as draft:
         size = write_tensors(
@@ -109,7 +114,7 @@ def convert(
         for file, path in others.items():
             shutil.copyfile(path, draft / file)
         done = Conversion(
-            tuple(sorted({kind.described for kind in planned.quantized.values()})),
+            *_kinds(decoder, planned),
             config.dtype,
             sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
             size,
@@ -119,6 +124,15 @@ def convert(
             before = (draft / CARD).read_text() if CARD in others else ""
             (draft / CARD).write_text(_card(checkpoint, before, done))
     return done
+
+
+def _kinds(module: nn.Module, planned: Planned) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    experts = experts_of(module)
+    of_experts: set[str] = set()
+    of_others: set[str] = set()
+    for name, kind in planned.quantized.items():
+        (of_experts if name in experts else of_others).add(kind.described)
+    return tuple(sorted(of_experts)), tuple(sorted(of_others))
 
 
 class _Layers:
@@ -154,7 +168,11 @@ class _Layers:
 
     def _read(self, layer: str) -> dict[str, Tensor]:
         copies = [copy for copy in self.planned.plan.copies if _layer_of(copy.target) == layer]
-        wanted = {n: info for n, info in self.planned.wanted.items() if _layer_of(n) == layer}
+        wanted = {
+            name: info
+            for name, info in self.planned.wanted.items()
+            if layer in (_layer_of(name), name.rpartition(".")[0])
+        }
         part = self.planned._replace(wanted=wanted, plan=Plan(tuple(copies), {}))
         return read_copies(
             self.checkpoint,
@@ -195,6 +213,7 @@ def _card(checkpoint: Checkpoint, before: str, done: Conversion) -> str:
     source = checkpoint.name if checkpoint.revision is None else f"{checkpoint.name}, commit "
     source += checkpoint.revision or ""
     experts = f"in {' and '.join(done.kinds)}" if done.kinds else "not quantised"
+    linear = f"\n| linear layers | some in {' and '.join(done.dense)} |" if done.dense else ""
     share = done.bytes_after / max(1, done.bytes_before)
     quality = ""
     if done.weight_error is not None:
@@ -206,7 +225,7 @@ Written by moezoo {version("moezoo")} from {source}.
 
 | | |
 |---|---|
-| experts | {experts} |
+| experts | {experts} |{linear}
 | all else | {dtype_name(done.dtype)} |
 | bytes of weights before | {done.bytes_before:,} |
 | bytes of weights after | {done.bytes_after:,} ({share:.1%}) |

@@ -15,7 +15,7 @@ from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant.groups import GROUP_SIZES
 from moezoo.loaders.encodings import Encoding
 from moezoo.loaders.kinds import Kind
-from moezoo.loaders.mapping import Copy, Index, ParameterInfo
+from moezoo.loaders.mapping import Copy, Index
 from moezoo.loaders.quantization import INT4, Quantization
 
 _log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def parts_shape(layer: FusedMoE, name: str) -> tuple[int, ...]:
 
 def parts_index(index: Index, shape: Sequence[int]) -> Index:
     """The place in `QuantizedWeights` of this shape of what is parameter[index] of [E, 2I, H]."""
-    if len(index) < 2 or len(shape) == 3:
+    if len(index) < 2 or len(shape) < 4:
         return index
     part = index[1]
     assert isinstance(part, slice), "the rows of gate or up"
@@ -72,7 +72,9 @@ def quantized_experts(
         if copy.target in by_target:
             by_target[copy.target].append(copy)
     if encoding.scheme is None:
-        return {} if asked is None else _on_the_fly(owners, by_target, encoding, asked)
+        if asked is None or asked.type is None:
+            return {}
+        return _on_the_fly(owners, by_target, encoding, asked)
     kinds = {
         name: _stored_kind(by_target[name], encoding, parts_shape(layer, name))
         for name, layer in owners.items()
@@ -87,7 +89,7 @@ def quantized_experts(
         if kind is not None and len(formats[owners[name]]) == 1
     }
     found = sorted({kind.format.name for kind in whole.values()})
-    if asked is not None and any(name != asked.type for name in found):
+    if asked is not None and asked.type is not None and set(found) - {asked.type}:
         raise QuantizationError(
             f"the checkpoint has its experts in {' and '.join(found)} already, so they cannot be "
             f"asked for in {asked.type}; leave quantization None, or take the 16-bit checkpoint"
@@ -138,32 +140,3 @@ def _stored_kind(copies: Sequence[Copy], encoding: Encoding, shape: Sequence[int
             return None
         kinds.add(stored.kind)
     return kinds.pop() if len(kinds) == 1 else None
-
-
-def quantized_infos(
-    module: nn.Module, infos: Mapping[str, ParameterInfo], quantized: Mapping[str, Kind]
-) -> dict[str, ParameterInfo]:
-    """The parameters of `module`, with the tensors of their format for those that are quantised."""
-    owners = experts_of(module)
-    found = {}
-    for name, info in infos.items():
-        if name not in quantized:
-            found[name] = info
-            continue
-        weights = quantized[name].on_meta(*parts_shape(owners[name], name))
-        for field, tensor in weights.tensors().items():
-            if tensor is not None:
-                found[f"{name}.{field}"] = ParameterInfo(tuple(tensor.shape), tensor.dtype)
-    return found
-
-
-def quantize_on_meta(module: nn.Module, quantized: Mapping[str, Kind]) -> None:
-    """Put `QuantizedWeights` in the place of these parameters, and take no more gradients."""
-    names: dict[FusedMoE, list[str]] = {}
-    for name, layer in experts_of(module).items():
-        if name in quantized:
-            names.setdefault(layer, []).append(name)
-    for layer, both in names.items():
-        layer.quantize_(*(quantized[name].on_meta(*parts_shape(layer, name)) for name in both))
-    if quantized:
-        module.requires_grad_(False)

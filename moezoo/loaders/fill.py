@@ -25,7 +25,7 @@ from moezoo.loaders.checkpoint import Checkpoint, Location
 from moezoo.loaders.encodings import Encoding, Extra, StoredWeight
 from moezoo.loaders.experts import has_both, parts_index
 from moezoo.loaders.kinds import Kind
-from moezoo.loaders.mapping import Copy, View, stored_order
+from moezoo.loaders.mapping import Copy, Index, View, stored_order
 from moezoo.loaders.quantization import Recipe
 from moezoo.loaders.stream import Piece, cut, cut_rows, read, stream
 
@@ -94,12 +94,11 @@ class Filling:
                 self._cut(copy.source, there, dtype, matrix, recipe.rows, put)
 
     def unpack(self, copy: Copy, weights: Fields) -> None:
-        """A quantised weight into the tensors of its format, those of all experts."""
+        """A quantised weight into the tensors of its format, those of all experts or of a layer."""
         stored = self.encoding.weights[copy.source]
-        index = parts_index(copy.target_index, weights["data"].shape)
         both = has_both(copy.target_index, weights["data"].shape)
         interleaved = "deinterleave" in copy.view
-        fields = {name: tensor[index] for name, tensor in weights.items()}
+        fields = _part(weights, copy.target_index, stored.kind)
         for which, lead in self._matrices(copy, stored):
             one = {name: tensor[which] for name, tensor in fields.items()}
             if both:
@@ -255,6 +254,19 @@ def _wrong(kind: Kind, scales: Tensor) -> Tensor:
     if kind.format is Mxfp4:
         return scales == NAN
     return ~((scales > 0) & scales.isfinite())
+
+
+def _part(weights: Fields, index: Index, kind: Kind) -> Fields:
+    """Of the tensors of a format those of parameter[index]: some rows, or experts and parts."""
+    if weights["data"].ndim > 2:
+        places = parts_index(index, weights["data"].shape)
+        return {name: tensor[places] for name, tensor in weights.items()}
+    if not index:
+        return weights
+    (rows,) = index
+    assert isinstance(rows, slice)
+    part = kind.format(**weights).rows(rows.start, rows.stop)
+    return {name: tensor for name, tensor in part.tensors().items() if tensor is not None}
 
 
 def _rows(tensor: Tensor, interleaved: bool) -> Tensor:

@@ -30,12 +30,8 @@ from moezoo.loaders.checkpoint import (
     open_checkpoint,
 )
 from moezoo.loaders.encodings import Encoding, Scheme, hub_scheme
-from moezoo.loaders.experts import (
-    experts_of,
-    parts_shape,
-    quantize_on_meta,
-    quantized_infos,
-)
+from moezoo.loaders.experts import experts_of, parts_shape
+from moezoo.loaders.held import quantize_on_meta, quantized_infos
 from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import (
     ParameterInfo,
@@ -86,9 +82,10 @@ def from_pretrained(
     checkpoint's own (float32 for one in float64, cast while loading); `device` is "cuda", "cuda:1"
     or "cpu", by default a GPU if there is one. `quantization` quantises the experts of a checkpoint
     that is not quantised while it loads: "fp8_w8a8", "int8_w8a16", "int4_w4a16", "mxfp4", or a dict
-    or `Quantization` with its choices; None keeps them as they are stored. `parallel` and `eplb`
-    are None in this release. `revision`, `cache_dir`, `token` and `local_files_only` mean what they
-    do in huggingface_hub. `progress` shows a bar where stderr is a terminal.
+    or `Quantization` with its choices; None keeps experts and linear layers as they are stored, and
+    {"dense": "dequantize"} loads linear layers that are stored quantised in `dtype`. `parallel` and
+    `eplb` are None in this release. `revision`, `cache_dir`, `token` and `local_files_only` mean
+    what they do in huggingface_hub. `progress` shows a bar where stderr is a terminal.
 
     Raises `CheckpointError` for a checkpoint that cannot be found, read or fitted,
     `UnsupportedArchitectureError`, `QuantizationError`, `MoEOutOfMemoryError` before anything is
@@ -239,7 +236,7 @@ def _kinds_of_config(
     owners = experts_of(decoder)
     columns = {name: parts_shape(layer, name)[-1] for name, layer in owners.items()}
     if scheme is None:
-        if asked is None:
+        if asked is None or asked.type is None:
             return {}
         return {name: asked.recipe(name, k, config.dtype).kind for name, k in columns.items()}
     found: dict[str, set[Kind | None]] = {name: set() for name in owners}

@@ -1,4 +1,5 @@
-"""What a user may ask for: the experts of a checkpoint quantised while it loads."""
+"""What a user may ask for: experts quantised while a checkpoint loads, and what becomes of linear
+layers that it has quantised."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -28,6 +29,7 @@ _FIELDS = {
     INT4: ("group_size", "per_channel", "block_size", "symmetric"),
     MXFP4: (),
 }
+_DENSE = ("keep", "dequantize")
 
 
 class Recipe(NamedTuple):
@@ -42,7 +44,8 @@ class Recipe(NamedTuple):
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the experts are held. `type` and what may be chosen with it:
+    """How weights are held. `type` is of the experts, None as the checkpoint stores them; it and
+    what may be chosen with it:
 
     * "fp8_w8a8": `granularity` "block" (the default: a scale for 128 x 128 weights, which is
       `block_size`), "channel" or "tensor".
@@ -52,26 +55,37 @@ class Quantization:
       `symmetric=False` gives each a zero point.
     * "mxfp4": nothing.
 
+    `dense` is what becomes of linear layers that the checkpoint stores quantised (attention, shared
+    experts, dense layers, the head): "keep" runs them so, "dequantize" loads them in the model's
+    dtype.
+
     Raises `ValueError` for what there is not, or not together.
     """
 
-    type: str = FP8
+    type: str | None = None
     granularity: str | None = None
     block_size: Sequence[int] | None = None
     group_size: int | None = None
     per_channel: bool = False
     symmetric: bool = True
+    dense: str = "keep"
 
     def __post_init__(self) -> None:
-        if self.type not in _FIELDS:
+        if self.dense not in _DENSE:
+            known = " or ".join(map(repr, _DENSE))
+            raise ValueError(f"dense is {self.dense!r}, expected {known}")
+        if self.type is not None and self.type not in _FIELDS:
             known = ", ".join(map(repr, _FIELDS))
             raise ValueError(f"quantization type is {self.type!r}, expected one of {known}")
-        for field in fields(self)[1:]:
+        choices = () if self.type is None else _FIELDS[self.type]
+        for field in fields(self)[1:-1]:
             value = getattr(self, field.name)
-            if value != field.default and field.name not in _FIELDS[self.type]:
+            if value != field.default and field.name not in choices:
+                if self.type is None:
+                    raise ValueError(f"{field.name}={value!r} needs a type, such as {INT4!r}")
                 raise ValueError(
                     f"{field.name}={value!r} is not for {self.type}, which has "
-                    f"{' and '.join(_FIELDS[self.type]) or 'no choices'}"
+                    f"{' and '.join(choices) or 'no choices'}"
                 )
         for name in ("per_channel", "symmetric"):
             if not isinstance(getattr(self, name), bool):
@@ -132,7 +146,7 @@ class Quantization:
                 " a moezoo.Quantization"
             )
         given = dict(value)
-        if "type" not in given:
+        if not given.keys() & {"type", "dense"}:
             raise ValueError(f"quantization {value!r} has no 'type', such as {FP8!r}")
         if "block_shape" in given:
             if "block_size" in given:

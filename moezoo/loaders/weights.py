@@ -11,15 +11,11 @@ from torch import nn
 from moezoo.layers.moe.experts_fp8 import require_fp8
 from moezoo.layers.quant.fp8 import BLOCK_FP8
 from moezoo.loaders.checkpoint import Checkpoint, Location
+from moezoo.loaders.dense import kept, quantized_linears
 from moezoo.loaders.encodings import Encoding, encoding_of
-from moezoo.loaders.experts import (
-    experts_of,
-    quantize_on_meta,
-    quantized_experts,
-    quantized_infos,
-    source_dtype,
-)
+from moezoo.loaders.experts import experts_of, quantized_experts, source_dtype
 from moezoo.loaders.fill import Filling, drop_trivial_orders
+from moezoo.loaders.held import quantize_on_meta, quantized_infos
 from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import (
     Copy,
@@ -32,6 +28,7 @@ from moezoo.loaders.mapping import (
 from moezoo.loaders.memory import allocate, check_memory
 from moezoo.loaders.plan import Plan, plan
 from moezoo.loaders.quantization import Quantization
+from moezoo.loaders.stream import Piece, read
 
 _log = logging.getLogger(__name__)
 
@@ -54,8 +51,8 @@ def load_weights(
     its rows. Weights that the module shares are loaded once and stay shared.
 
     With `quantization` the experts of a checkpoint that is not quantised become `QuantizedWeights`;
-    so do those that are stored quantised, and other quantised weights are dequantised. A module
-    with quantised experts needs no gradient.
+    so do those that are stored quantised, and linear layers that are, unless it says otherwise.
+    Other quantised weights are dequantised. A module with quantised weights needs no gradient.
 
     Raises `CheckpointError` for what does not fit or cannot be read, `QuantizationError` for what
     is wrong with quantised weights, and `MoEOutOfMemoryError` before any allocation; the module is
@@ -71,8 +68,9 @@ def load_weights(
     )
     require_device(planned.quantized, device)
     check_memory(planned.wanted, device, checkpoint.name)
-    report(module, planned)
     locations = checkpoint.fetch(sources_of(planned), progress=progress)
+    planned = with_one_order(module, checkpoint, planned, locations, dtype=dtype)
+    report(module, planned)
     try:
         tensors = read_copies(checkpoint, planned, locations, device=device, progress=progress)
     except BaseException as error:
@@ -90,7 +88,10 @@ class Planned(NamedTuple):
     plan: Plan
     encoding: Encoding
     quantized: dict[str, Kind]
-    """The experts' parameters that become `QuantizedWeights`."""
+    """The parameters of experts and linear layers that become `QuantizedWeights`."""
+    dense: dict[str, Kind | str]
+    """Of the weights that are stored quantised and not of experts, what `quantized_linears` says,
+    or that it was asked for otherwise."""
     asked: Quantization | None
 
 
@@ -120,8 +121,43 @@ def plan_weights(
     plain = parameter_infos(module, dtype)
     chosen = plan(rules, encoding.tensors, plain, experts=experts, name=checkpoint.name)
     quantized = quantized_experts(module, chosen.copies, encoding, quantization)
+    owners = experts_of(module)
+    others = [copy for copy in chosen.copies if copy.target not in owners]
+    dense = quantized_linears(module, others, encoding)
+    if quantization is not None and quantization.dense == "dequantize":
+        dense = dict.fromkeys(dense, "as asked")
+    quantized |= kept(dense)
     wanted = quantized_infos(module, plain, quantized)
-    return Planned(wanted, chosen, encoding, quantized, quantization)
+    return Planned(wanted, chosen, encoding, quantized, dense, quantization)
+
+
+def with_one_order(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    planned: Planned,
+    locations: Mapping[str, Location],
+    *,
+    dtype: torch.dtype,
+) -> Planned:
+    """The same, but that linear layers are dequantised whose parts have their columns in different
+    orders: only the files tell. Quantisers give parts of one input the same one."""
+    dense = dict(planned.dense)
+    for name, copies in _by_target(planned.plan.copies).items():
+        kind = dense.get(name)
+        if not isinstance(kind, Kind) or not kind.ordered or len(copies) == 1:
+            continue
+        first, *rest = (
+            extra.read(read(Piece(extra.tensor, *locations[extra.tensor], info.dtype, info.shape)))
+            for copy in copies
+            for extra in planned.encoding.weights[copy.source].extras
+            if extra.field == "order"
+            for info in (checkpoint.tensors[extra.tensor],)
+        )
+        if not all(order.equal(first) for order in rest):
+            dense[name] = "parts of one layer with columns in different orders"
+    quantized = {n: kind for n, kind in planned.quantized.items() if n not in dense} | kept(dense)
+    wanted = quantized_infos(module, parameter_infos(module, dtype), quantized)
+    return planned._replace(wanted=wanted, quantized=quantized, dense=dense)
 
 
 def require_device(quantized: Mapping[str, Kind], device: torch.device) -> None:
@@ -141,21 +177,25 @@ def report(module: nn.Module, planned: Planned) -> None:
             *(encoding.left_out[0], len(encoding.left_out)),
         )
     experts = experts_of(module)
-    stored = {copy.target for copy in copies if copy.source in encoding.weights}
-    for name in sorted(stored & experts.keys() - planned.quantized.keys()):
+    targets = {copy.target for copy in copies if copy.source in encoding.weights}
+    for name in sorted(targets & experts.keys() - planned.quantized.keys()):
         _log.warning(
             "%s: dequantised, since the checkpoint does not have all experts of this layer in one "
             "format, or has blocks that gate and up share",
             name,
         )
-    dense = [
-        copy.source
-        for copy in copies
-        if copy.source in encoding.weights and copy.target not in experts
-    ]
-    if dense:
-        kinds = sorted({skeleton_of(name)[0].replace("#", "*") for name in dense})
-        _log.warning("%d weights dequantised: %s", len(dense), ", ".join(kinds))
+    by_outcome: dict[Kind | str, list[str]] = {}
+    for copy in copies:
+        if copy.source in encoding.weights and copy.target in planned.dense:
+            by_outcome.setdefault(planned.dense[copy.target], []).append(copy.source)
+    for outcome, stored in by_outcome.items():
+        shown = ", ".join(sorted({skeleton_of(name)[0].replace("#", "*") for name in stored}))
+        if isinstance(outcome, Kind):
+            _log.info(
+                "%d weights of linear layers stay in %s: %s", len(stored), outcome.described, shown
+            )
+        else:
+            _log.warning("%d weights dequantised (%s): %s", len(stored), outcome, shown)
 
 
 def own_encoding(checkpoint: Checkpoint) -> Encoding:

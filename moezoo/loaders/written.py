@@ -1,13 +1,14 @@
 """What a model is written as: the tensors of a checkpoint, and what its config says of those that
 are quantised. The inverse of `loaders.encodings`. Nothing here opens a file.
 
-Experts all in block fp8 are written as `quant_method` "fp8"; those in mxfp4 as "mxfp4" where an
+Weights all in block fp8 are written as `quant_method` "fp8"; those in mxfp4 as "mxfp4" where an
 architecture stores experts in one tensor; all else as "compressed-tensors".
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -123,9 +124,10 @@ def _infos(module: nn.Module) -> dict[str, ParameterInfo]:
         if owner not in weights:
             infos[name] = info
         elif owner not in infos:
+            layer = module.get_submodule(owner.rpartition(".")[0])
             *lead, n, k = weights[owner].shape
-            rows = n if len(lead) == 1 else lead[1] * n
-            infos[owner] = ParameterInfo((lead[0], rows, k), torch.bfloat16)
+            shape = (*lead[:1], prod(lead[1:]) * n, k)
+            infos[owner] = ParameterInfo(shape, torch.bfloat16, getattr(layer, "part_sizes", None))
     return infos
 
 
@@ -145,7 +147,12 @@ def _quantized(copy: Copy, whole: Format, method: str) -> Iterator[Written]:
     """The tensors of one quantised weight."""
     index = parts_index(copy.target_index, whole.shape)
     both = has_both(copy.target_index, whole.shape)
-    part = _map(whole, lambda tensor: tensor[index])
+    if len(whole.shape) == 2 and index:
+        (rows,) = index
+        assert isinstance(rows, slice)
+        part = whole.rows(rows.start, rows.stop)
+    else:
+        part = whole.map(lambda tensor: tensor[index])
     if method == "mxfp4":
         yield from _mxfp4(copy, part, both=both)
         return
@@ -153,7 +160,7 @@ def _quantized(copy: Copy, whole: Format, method: str) -> Iterator[Written]:
     if copy.view or blocks_shared or (both and part.tensors().get("order") is not None):
         raise _unwritable(copy, whole)
     if both:
-        part = _map(part, lambda tensor: tensor.flatten(-3, -2))
+        part = part.map(lambda tensor: tensor.flatten(-3, -2))
     if method == "fp8":
         yield _as_it_is(copy, copy.source, part.data)
         yield _as_it_is(copy, copy.source + fp8.SCALES, part.scales)
@@ -161,12 +168,6 @@ def _quantized(copy: Copy, whole: Format, method: str) -> Iterator[Written]:
     if part.data.ndim != 2 or not copy.source.endswith(".weight"):
         raise _unwritable(copy, whole)
     yield from _compressed_tensors(copy, part)
-
-
-def _map(weights: Format, fn: Callable[[Tensor], Tensor]) -> Format:
-    tensors = weights.tensors().items()
-    mapped: dict[str, Any] = {name: None if t is None else fn(t) for name, t in tensors}
-    return type(weights)(**mapped)
 
 
 def _unwritable(copy: Copy, weights: Format) -> QuantizationError:

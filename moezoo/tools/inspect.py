@@ -25,6 +25,7 @@ from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.moe import BiasedRoute, FusedMoE, workspace_bytes
 from moezoo.layers.moe.chunks import CHUNK_TOKENS
 from moezoo.loaders.checkpoint import Checkpoint, open_config
+from moezoo.loaders.dense import kept, quantized_linears
 from moezoo.loaders.encodings import Encoding
 from moezoo.loaders.experts import experts_of, quantized_experts
 from moezoo.loaders.kinds import Kind
@@ -155,7 +156,9 @@ def inspect(
         chosen = plan(rules, encoding.tensors, infos, name=checkpoint.name)
         quantized = quantized_experts(decoder, chosen.copies, encoding, None)
         if encoding.scheme is not None:
-            report = replace(report, stored_as=_stored_as(decoder, quantized))
+            others = [copy for copy in chosen.copies if copy.target not in experts_of(decoder)]
+            dense = quantized_linears(decoder, others, encoding)
+            report = replace(report, stored_as=_stored_as(decoder, quantized, dense))
     except MoEZooError as error:
         return replace(report, reason=str(error))
     return replace(report, supported=True)
@@ -169,13 +172,20 @@ def _encoding_if_known(checkpoint: Checkpoint) -> Encoding:
         return Encoding(None, checkpoint.tensors, {})
 
 
-def _stored_as(decoder: Decoder, quantized: Mapping[str, Kind]) -> str:
+def _stored_as(
+    decoder: Decoder, quantized: Mapping[str, Kind], dense: Mapping[str, Kind | str]
+) -> str:
     layers = sum(name.endswith("w2") for name in experts_of(decoder))
     stay = sum(name.endswith("w2") for name in quantized)
     kinds = " and ".join(sorted({kind.described for kind in quantized.values()})) or "quantised"
+    linear = kept(dense)
+    described = ""
+    if linear:
+        of_linear = " and ".join(sorted({kind.described for kind in linear.values()}))
+        described = f", {len(linear)} linear layers in {of_linear} too"
     return (
-        f"{kinds}: the experts of {stay} of {layers} MoE layers stay so, other quantised weights "
-        "are dequantised when they are loaded"
+        f"{kinds}: the experts of {stay} of {layers} MoE layers stay so{described}, other "
+        "quantised weights are dequantised when they are loaded"
     )
 
 

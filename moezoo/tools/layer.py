@@ -26,9 +26,10 @@ from rich.table import Table
 from torch import Tensor
 
 from moezoo.device import device_of
+from moezoo.errors import QuantizationError
 from moezoo.layers.moe import fused_experts, softmax_topk
 from moezoo.layers.moe.experts_fp8 import require_fp8
-from moezoo.layers.quant import BlockFp8
+from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4
 from moezoo.layers.quant.fp8 import BLOCK_FP8
 
 Implementation = Callable[[Tensor, Tensor], Tensor]
@@ -71,8 +72,21 @@ QUANTIZED_TOLERANCE = 8e-2
 """TOLERANCE for fp8_w8a8 against fp32 on the dequantised weights: x and h are rounded to 4 bits,
 which changes an element by 2.5 % on average and a sum of many as much, x in both factors of h."""
 
+FORMATS: dict[str, tuple[Any, dict[str, Any]]] = {
+    BLOCK_FP8: (BlockFp8, {}),
+    f"{BLOCK_FP8}_channel": (ChannelFp8, {}),
+    "int8_w8a16": (Int8, {}),
+    "int4_w4a16": (Int4, {"group_size": 128}),
+    "mxfp4": (Mxfp4, {}),
+}
+"""How weights can be quantised, by the name of a measurement: a format and its choices."""
+
+FP8 = (BlockFp8, ChannelFp8)
+
 FP8_LAYERS = ("qwen3-30b-a3b", "deepseek-v3")
 """Those that are published in block fp8."""
+WEIGHT_ONLY_LAYERS = ("qwen3-30b-a3b", "mixtral-8x7b")
+"""Few rows of an expert and many, narrow experts and wide ones."""
 
 ZIPF_EXPONENT = 1.0
 CHECKED_TOKENS = 64
@@ -220,20 +234,23 @@ class Weights:
 
 @dataclass(frozen=True)
 class QuantizedWeights:
-    """w13 [E, 2, I, H] and w2 [E, H, I] in block fp8."""
+    """w13 [E, 2, I, H] and w2 [E, H, I] of one format."""
 
-    w13: BlockFp8
-    w2: BlockFp8
+    w13: Format
+    w2: Format
 
     @classmethod
-    def random(cls, layer: Layer, device: torch.device) -> "QuantizedWeights":
+    def random(
+        cls, layer: Layer, device: torch.device, quantization: str = BLOCK_FP8
+    ) -> "QuantizedWeights":
         """As `Weights.random`, quantised expert by expert."""
+        format_, options = FORMATS[quantization]
         one = Layer(1, 1, layer.hidden_size, layer.intermediate_size)
         parts = []
         for seed in range(layer.num_experts):
             weights = Weights.random(one, torch.bfloat16, device, seed=seed)
             w13 = weights.w13.unflatten(1, (2, -1))
-            parts.append((BlockFp8.quantize(w13), BlockFp8.quantize(weights.w2)))
+            parts.append(tuple(format_.quantize(w, **options) for w in (w13, weights.w2)))
         w13s, w2s = zip(*parts, strict=True)
         return cls(_joined(w13s), _joined(w2s))
 
@@ -243,7 +260,7 @@ class QuantizedWeights:
     def dequantized(self, dtype: torch.dtype) -> Weights:
         """The same weights in `dtype`, expert by expert."""
         num_experts, hidden_size, intermediate_size = self.w2.shape
-        device = self.w2.data.device
+        device = self.w2.device
         sizes = (num_experts, 2 * intermediate_size, hidden_size)
         w13, w2 = (torch.empty(s, dtype=dtype, device=device) for s in (sizes, self.w2.shape))
         for index in range(num_experts):
@@ -251,9 +268,30 @@ class QuantizedWeights:
         return Weights(w13, w2)
 
 
-def _joined(parts: Sequence[BlockFp8]) -> BlockFp8:
-    data = torch.cat([part.data for part in parts])
-    return BlockFp8(data, torch.cat([part.scales for part in parts]))
+def _joined(parts: Sequence[Format]) -> Format:
+    def cat(tensors: tuple[Any, ...]) -> Any:
+        return None if tensors[0] is None else torch.cat(tensors)
+
+    fields = zip(*(part.tensors().values() for part in parts), strict=True)
+    return type(parts[0])(*map(cat, fields))
+
+
+def on_meta(layer: Layer, quantization: str) -> QuantizedWeights:
+    """Weights without memory or values."""
+    format_, options = FORMATS[quantization]
+    E, H, I = layer.num_experts, layer.hidden_size, layer.intermediate_size
+    return QuantizedWeights(
+        format_.on_meta(E, 2, I, H, **options), format_.on_meta(E, H, I, **options)
+    )
+
+
+def expert_bytes(layer: Layer, dtype: torch.dtype, quantization: str | None) -> int:
+    """Of an expert's weights, scales included."""
+    if quantization is None:
+        return layer.expert_elements * dtype.itemsize
+    weights = on_meta(layer, quantization)
+    tensors = [*weights.w13.tensors().values(), *weights.w2.tensors().values()]
+    return sum(t.nbytes for t in tensors if t is not None) // layer.num_experts
 
 
 def random_weights(
@@ -261,7 +299,7 @@ def random_weights(
 ) -> Weights | QuantizedWeights:
     if quantization is None:
         return Weights.random(layer, dtype, device)
-    return QuantizedWeights.random(layer, device)
+    return QuantizedWeights.random(layer, device, quantization)
 
 
 def moezoo_layer(weights: Weights | QuantizedWeights, k: int) -> Implementation:
@@ -359,7 +397,7 @@ class Oracle:
         spread = torch.linspace(0, num_tokens - 1, min(num_tokens, CHECKED_TOKENS))
         self.sample = spread.round().long().to(inputs.x.device)
         self.tolerance = TOLERANCE[inputs.x.dtype]
-        if isinstance(weights, QuantizedWeights):
+        if isinstance(weights, QuantizedWeights) and isinstance(weights.w13, FP8):
             self.tolerance = QUANTIZED_TOLERANCE
         self.shape, self.dtype = inputs.x.shape, inputs.x.dtype
         self.expected = {
@@ -479,7 +517,7 @@ def measure_ceilings(
     size = 8192 if on_gpu else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     multiply = partial(torch.nn.functional.linear, a, b)
-    if quantization is not None and on_gpu:
+    if multiplies_fp8(quantization) and on_gpu:
         a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
         one = torch.ones((), device=device)
         multiply = partial(
@@ -513,14 +551,13 @@ def new_cell(
     """The cell of layer `name` for these inputs, its floor counted, nothing timed yet."""
     layer = LAYERS[name]
     num_tokens, dtype = len(inputs.x), inputs.x.dtype
-    # In fp8 a byte each; the scales, one for 128 x 128, are not counted.
-    expert_bytes = layer.expert_elements * (1 if quantization else dtype.itemsize)
+    nbytes = inputs.experts_hit * expert_bytes(layer, dtype, quantization)
     launches = len(inputs.logits) if inputs.disjoint else 1
     return Cell(
         *(name, num_tokens, inputs.experts_hit),
-        ceilings.floor_us(round(inputs.experts_hit * expert_bytes), layer.flop(num_tokens)),
+        ceilings.floor_us(round(nbytes), layer.flop(num_tokens)),
         len(inputs.logits),
-        round(launches * inputs.experts_hit * expert_bytes),
+        round(launches * nbytes),
     )
 
 
@@ -537,9 +574,9 @@ def bench(
 ) -> Report:
     """Measure moezoo's layer; every cell is also given to `progress` when it is done.
 
-    `quantization` is "fp8_w8a8", or None for weights in `dtype`. A layer whose weights
-    do not fit is skipped. Raises ValueError for one that is not in `LAYERS`, and for a device that
-    is not there.
+    `quantization` is one of `FORMATS`, or None for weights in `dtype`. A layer whose weights do not
+    fit, into memory or into the format, is skipped. Raises ValueError for one that is not in
+    `LAYERS`, and for a device that is not there.
     """
     kind = device_of(device)
     names = known(layers or default_layers(kind, quantization))
@@ -548,7 +585,7 @@ def bench(
         layer = LAYERS[name]
         try:
             weights = random_weights(layer, getattr(torch, dtype), kind, quantization)
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, QuantizationError) as error:
             report.skipped[name] = _first_line(error)
             continue
         run = moezoo_layer(weights, layer.k)
@@ -573,7 +610,13 @@ def _first_line(error: Exception) -> str:
 
 
 def default_layers(device: torch.device, quantization: str | None) -> tuple[str, ...]:
-    return FP8_LAYERS if quantization and device.type == "cuda" else DEFAULT_LAYERS[device.type]
+    if quantization is None or device.type != "cuda":
+        return DEFAULT_LAYERS[device.type]
+    return FP8_LAYERS if multiplies_fp8(quantization) else WEIGHT_ONLY_LAYERS
+
+
+def multiplies_fp8(quantization: str | None) -> bool:
+    return quantization is not None and FORMATS[quantization][0] in FP8
 
 
 def new_report(
@@ -581,13 +624,13 @@ def new_report(
 ) -> Report:
     """A report without cells, its ceilings measured.
 
-    Raises ValueError for another quantization than "fp8_w8a8", and QuantizationError on a GPU that
-    does not multiply fp8.
+    Raises ValueError for a quantization that is not in `FORMATS`, and QuantizationError for fp8 on
+    a GPU that does not multiply it.
     """
     kind = device_of(device)
-    if quantization not in (None, BLOCK_FP8):
-        raise ValueError(f"quantization must be {BLOCK_FP8!r} or None, got {quantization!r}")
-    if quantization is not None:
+    if quantization is not None and quantization not in FORMATS:
+        raise ValueError(f"quantization must be one of {[*FORMATS]} or None, got {quantization!r}")
+    if multiplies_fp8(quantization):
         require_fp8(kind)
     return Report(
         device_name(kind),

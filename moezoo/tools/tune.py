@@ -347,6 +347,7 @@ def _first_product(x: Tensor, weights: Weights | QuantizedWeights, k: int, tile:
     if isinstance(w13, BlockFp8):
         fitted, tokens = tile.fitted(2, 1, x.device), quantize_rows(x)
         return lambda rows: gated_up_fp8(tokens, w13, rows, k=k, tile=fitted).data
+    assert isinstance(w13, Tensor)
     fitted = tile.fitted(2, 2, x.device)
     return lambda rows: gated_up(x, w13, rows, k=k, tile=fitted)
 
@@ -357,6 +358,7 @@ def _second_product(h: Tensor, weights: Weights | QuantizedWeights, tile: Tile) 
         data, scales = quantize_rows(h)
         fitted, between = tile.fitted(1, 1, h.device), Fp8Rows(data, scales.mT.contiguous().mT)
         return lambda rows: down_fp8(between, w2, rows, dtype=torch.bfloat16, tile=fitted)
+    assert isinstance(w2, Tensor)
     fitted = tile.fitted(1, 2, h.device)
     return lambda rows: down(h, w2, rows, tile=fitted)
 

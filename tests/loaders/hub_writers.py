@@ -59,12 +59,13 @@ def gptq(
     sym: bool = True,
     desc_act: bool = False,
     v2: bool = False,
+    seed: int = 0,
 ) -> Encoded:
     k = w.shape[1]
     size = k if group_size == -1 else group_size
     groups = torch.arange(k) // size
     if desc_act:
-        groups = groups[torch.randperm(k, generator=torch.Generator().manual_seed(k))]
+        groups = groups[torch.randperm(k, generator=torch.Generator().manual_seed(k + seed))]
     codes, scales, zeros = grouped_codes(w, groups, bits=bits, symmetric=sym, dtype=torch.float16)
     if not v2:
         zeros = zeros.clamp(min=1)  # one less is stored, in as many bits

@@ -13,6 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import moezoo
 from moezoo.layers.moe import FusedMoE
+from moezoo.layers.quant import QuantizedWeights
+from moezoo.layers.quant.fp8 import quantize_rows
+from moezoo.loaders.dense import linears_of
 from moezoo.loaders.load import from_pretrained
 
 ASSET = Path(moezoo.__file__).parent / "assets" / "tiny-qwen3-moe"
@@ -110,6 +113,21 @@ def change(folder: Path, edit) -> None:
     stored = load_file(folder / "model.safetensors")
     edit(stored)
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def round_inputs(dense: Any, model: Any) -> None:
+    """Let linear layers of `dense` round what they take as those of `model` in fp8 do."""
+    layers = linears_of(model.decoder)
+    for name, layer in linears_of(dense.decoder).items():
+        weight = layers[name].weight
+        if isinstance(weight, QuantizedWeights) and "fp8" in weight.format.name:
+            layer.register_forward_pre_hook(round_input)
+
+
+def round_input(_: Any, args: tuple[Tensor]) -> Tensor:
+    x = args[0]
+    rows = quantize_rows(x.flatten(0, -2)).dequantize()
+    return rows[:, : x.shape[-1]].view(x.shape)
 
 
 @cache

@@ -248,6 +248,8 @@ def test_weights_that_are_not_finite_are_named(tmp_path, name):
         ({"type": "int4_w4a16", "group_size": 64, "per_channel": True}, "contradict each other"),
         ({"type": "int4_w4a16", "block_size": [8, 100]}, "with g one of [128, 64, 32]"),
         ({"type": "int8_w8a16", "symmetric": False}, "symmetric=False is not for int8"),
+        ({"dense": "bf16"}, "dense is 'bf16', expected 'keep' or 'dequantize'"),
+        ({"dense": "dequantize", "group_size": 32}, "group_size=32 needs a type, such as 'int4_"),
         ({"type": "int4_w4a16", "symmetric": 1}, "symmetric is 1, expected True or False"),
         (
             {"type": "fp8_w8a8", "granularity": "channel", "block_size": [128, 128]},

@@ -60,7 +60,8 @@ def by_package(folder: Path) -> dict[str, Tensor]:
             if any(target == "Linear" or match_name(module, target) for target in scheme.targets)
         ]
         assert len(schemes) == 1, module
-        compressor = package.BaseCompressor.get_value_from_registry(schemes[0].format)
+        stored_as = schemes[0].format or config.format
+        compressor = package.BaseCompressor.get_value_from_registry(stored_as)
         state = {n.rpartition(".")[2]: t for n, t in stored.items() if n.startswith(f"{module}.")}
         found[module] = compressor.decompress(state, schemes[0])["weight"].float()
     for name, tensor in stored.items():

@@ -223,14 +223,35 @@ def test_command_line_names_the_layers_it_knows(capsys):
     assert "qwen3-30b-a3b" in capsys.readouterr().err
 
 
-def test_block_fp8_is_measured_against_its_dequantized_weights(small):
-    report = tool.bench(["small"], [1, 5], quantization="fp8_w8a8", device="cpu", budget_ms=1)
-    assert report.quantization == "fp8_w8a8"
+@pytest.mark.parametrize(
+    ("quantization", "expert_bytes"),
+    [
+        # Blocks of 128 x 128, two of them for gate and up.
+        ("fp8_w8a8", 3 * 128 * 256 + 4 * (4 + 2)),
+        ("fp8_w8a8_channel", 3 * 128 * 256 + 4 * (256 + 256)),
+        ("int8_w8a16", 3 * 128 * 256 + 2 * (256 + 256)),
+        ("int4_w4a16", 3 * 128 * 128 + 2 * (256 * 2 + 256)),
+        ("mxfp4", 3 * 128 * 128 + 256 * 8 + 256 * 4),
+    ],
+)
+def test_quantized_is_measured_against_its_dequantized_weights(
+    small, monkeypatch, quantization, expert_bytes
+):
+    monkeypatch.setitem(tool.LAYERS, "small", tool.Layer(4, 2, 256, 128))
+    report = tool.bench(["small"], [1, 5], quantization=quantization, device="cpu", budget_ms=1)
+    assert report.quantization == quantization
     assert [cell.skipped for cell in report.cells] == [{}, {}]
+    fp8 = quantization.startswith("fp8")
+    tolerance = tool.QUANTIZED_TOLERANCE if fp8 else tool.TOLERANCE[torch.bfloat16]
     for cell in report.cells:
-        assert 0 < cell.timings["moezoo"].error < tool.QUANTIZED_TOLERANCE
-    # 2 of 16 experts, a byte a weight.
-    assert report.cells[0].floor_us == pytest.approx(1e6 * 2 * SMALL.expert_elements / 1e10)
+        assert 0 < cell.timings["moezoo"].error < tolerance
+    # Two experts.
+    assert report.cells[0].floor_us == pytest.approx(1e6 * 2 * expert_bytes / 1e10)
+
+
+def test_what_a_format_does_not_take_is_skipped(small):
+    report = tool.bench(["small"], [1], quantization="int4_w4a16", device="cpu", budget_ms=1)
+    assert "128" in report.skipped["small"]
 
 
 def test_quantized_weights_are_those_of_the_layer():

@@ -165,9 +165,9 @@ def test_what_was_saved_is_used_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(tiles, "capability", lambda device: (9, 0))
     tiles.reload_tables()
     device = torch.device("cuda", 0)
-    assert tiles._tuned(device, (8, 64, 96), 4.0) is None
+    assert tiles.tuned(device, (8, 64, 96), 4.0) is None
     tool.save([entry(4.0, num_stages=5)], path)
-    assert tiles._tuned(device, (8, 64, 96), 4.0).down.num_stages == 5
+    assert tiles.tuned(device, (8, 64, 96), 4.0).down.num_stages == 5
     tiles.reload_tables()
 
 

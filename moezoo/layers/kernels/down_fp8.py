@@ -1,9 +1,10 @@
-"""down_fp8: `down` for block fp8.
+"""down_fp8: `down` in fp8, with a scale per block or per row of w2.
 
     y[r] = w2[e] @ h[r] + bias,  e the expert with offsets[e] <= r < offsets[e+1]
 
 Products accumulate in the matrix units for 128 of I (see `gated_up_fp8`), then are scaled and added
-in fp32; y is rounded once. A tile of 256 columns is two products of 128.
+in fp32; a scale per row multiplies their sum. y is rounded once. A tile of 256 columns is two
+products of 128.
 
 Legend: H hidden, I expert intermediate, E experts, S rows, N most tiles (see `permute`).
 """
@@ -16,12 +17,13 @@ from torch import Tensor
 from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.permute import Permutation
 from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, swizzle
-from moezoo.layers.quant.fp8 import BLOCK, BlockFp8, Fp8Rows, blocks
+from moezoo.layers.quant.channel_fp8 import ChannelFp8, Fp8Weights
+from moezoo.layers.quant.fp8 import BLOCK, Fp8Rows, blocks
 
 
 def down_fp8_ref(
     h: Fp8Rows,
-    w2: BlockFp8,
+    w2: Fp8Weights,
     permutation: Permutation,
     *,
     dtype: torch.dtype,
@@ -93,6 +95,7 @@ def _rows_times_columns(
     stride_be,
     stride_bn,
     HAS_BIAS: tl.constexpr,
+    PER_ROW: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN_K: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
@@ -131,7 +134,7 @@ def _rows_times_columns(
     second = y
     for start in range(0, intermediate_size, BLOCK_K):
         h_scales = tl.load(p_h_scales, mask=m_rows, other=0.0)
-        w_scale = tl.load(p_w_scales)
+        w_scale = 1.0 if PER_ROW else tl.load(p_w_scales)
         if DESCRIPTORS:
             b_h = h.load([first_row, start])
             b_w = tl.reshape(w.load([expert, first_col, start]), [WIDTH, BLOCK_K])
@@ -149,7 +152,7 @@ def _rows_times_columns(
         else:
             y += tl.dot(b_h, b_w.T) * (h_scales * w_scale)[:, None]
         if HALVES == 2:
-            second_scale = tl.load(p_w_scales + o_second)
+            second_scale = 1.0 if PER_ROW else tl.load(p_w_scales + o_second)
             if DESCRIPTORS:
                 b_second = tl.reshape(w.load([expert, first_col + WIDTH, start]), [WIDTH, BLOCK_K])
             else:
@@ -166,6 +169,14 @@ def _rows_times_columns(
         p_h_scales += stride_hs
         p_w_scales += stride_si
 
+    if PER_ROW:
+        p_w_scales = w_scales_ptr + expert.to(tl.int64) * stride_se
+        scales = tl.load(p_w_scales + cols * stride_sn, mask=cols < hidden_size, other=0.0)
+        y *= scales[:, None] if WEIGHTS_FIRST else scales[None, :]
+        if HALVES == 2:
+            p_second_scales = p_w_scales + (cols + WIDTH) * stride_sn
+            scales = tl.load(p_second_scales, mask=cols + WIDTH < hidden_size, other=0.0)
+            second *= scales[:, None] if WEIGHTS_FIRST else scales[None, :]
     # fmt: off
     _store(
         y, rows, m_rows, cols, expert, bias_ptr, y_ptr, hidden_size, stride_be, stride_bn,
@@ -208,6 +219,7 @@ def _down_fp8_kernel(
     stride_be,
     stride_bn,
     HAS_BIAS: tl.constexpr,
+    PER_ROW: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN_K: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
@@ -220,7 +232,7 @@ def _down_fp8_kernel(
     OVERLAP: tl.constexpr,
 ):
     wait(OVERLAP)
-    num_tiles = tl.load(num_tiles_ptr)
+    num_tiles = max_tiles if num_tiles_ptr is None else tl.load(num_tiles_ptr)
     num_n = tl.cdiv(hidden_size, BLOCK_N)
     for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
         tile, pid_n = swizzle(pid, num_tiles, num_n, GROUP_M)
@@ -231,22 +243,22 @@ def _down_fp8_kernel(
             _rows_times_columns(
                 expert, first_row, end, first_col, h_tail, h_scales_ptr, w, w_scales_ptr, bias_ptr,
                 y_ptr, intermediate_size, hidden_size, stride_hs, stride_we, stride_wn, stride_wi,
-                stride_se, stride_sn, stride_si, stride_be, stride_bn, HAS_BIAS, DESCRIPTORS,
-                EVEN_K, WEIGHTS_FIRST, TAIL, BLOCK_N, BLOCK_K,
+                stride_se, stride_sn, stride_si, stride_be, stride_bn, HAS_BIAS, PER_ROW,
+                DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, TAIL, BLOCK_N, BLOCK_K,
             )
         else:
             _rows_times_columns(
                 expert, first_row, end, first_col, h, h_scales_ptr, w, w_scales_ptr, bias_ptr,
                 y_ptr, intermediate_size, hidden_size, stride_hs, stride_we, stride_wn, stride_wi,
-                stride_se, stride_sn, stride_si, stride_be, stride_bn, HAS_BIAS, DESCRIPTORS,
-                EVEN_K, WEIGHTS_FIRST, BLOCK_M, BLOCK_N, BLOCK_K,
+                stride_se, stride_sn, stride_si, stride_be, stride_bn, HAS_BIAS, PER_ROW,
+                DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, BLOCK_M, BLOCK_N, BLOCK_K,
             )
         # fmt: on
 
 
 def down_fp8(
     h: Fp8Rows,
-    w2: BlockFp8,
+    w2: Fp8Weights,
     permutation: Permutation,
     *,
     dtype: torch.dtype,
@@ -282,6 +294,7 @@ def down_fp8(
     num_programs = tile.num_programs(tiles.shape[1], hidden_size, y.device)
     if num_programs == 0:
         return y
+    per_row = isinstance(w2, ChannelFp8)
     if tile.descriptors:
         rows = descriptor(h.data, (tile.m, tile.k))
         tail_rows = descriptor(h.data, (tile.tail, tile.k)) if tile.tail else rows
@@ -305,8 +318,10 @@ def down_fp8(
         h.scales.stride(1),
         *w2.data.stride(),
         *w2.scales.stride(),
+        *((0,) if per_row else ()),
         *((0, 0) if bias2 is None else bias2.stride()),
         HAS_BIAS=bias2 is not None,
+        PER_ROW=per_row,
         DESCRIPTORS=tile.descriptors,
         EVEN_K=tile.descriptors or intermediate_size % tile.k == 0,
         WEIGHTS_FIRST=tile.weights_first,

@@ -1,9 +1,11 @@
-"""gated_up_fp8: `gated_up` for block fp8, and its result quantised in turn.
+"""gated_up_fp8: `gated_up` in fp8, with a scale per block or per row of w13, and its result
+quantised in turn.
 
     h[r] = act(w13[e][:I] @ x[t] + bias) * (w13[e][I:] @ x[t] + bias), per 128 of I in fp8
 
 Products accumulate in the matrix units for 128 of H (on Hopper with 13 bits of fraction, too few
-for more), then are scaled and added in fp32. h is fp32 until it is quantised.
+for more), then are scaled and added in fp32; a scale per row multiplies their sum. h is fp32 until
+it is quantised.
 
 A program computes all 128 columns of a group of h, so that it knows the group's scale. Gate and up
 are two products: one at a time is in registers beside the two sums, which lets a tile of 128 rows
@@ -23,12 +25,13 @@ from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.permute import Permutation
 from moezoo.layers.kernels.quantize import fp8_factor
 from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, swizzle
-from moezoo.layers.quant.fp8 import BLOCK, BlockFp8, Fp8Rows, blocks, quantize_rows
+from moezoo.layers.quant.channel_fp8 import ChannelFp8, Fp8Weights
+from moezoo.layers.quant.fp8 import BLOCK, Fp8Rows, blocks, quantize_rows
 
 
 def gated_up_fp8_ref(
     x: Fp8Rows,
-    w13: BlockFp8,
+    w13: Fp8Weights,
     permutation: Permutation,
     *,
     k: int,
@@ -84,6 +87,7 @@ def _rows_times_columns(
     LIMIT: tl.constexpr,
     UP_OFFSET: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    PER_ROW: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN_K: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
@@ -102,9 +106,10 @@ def _rows_times_columns(
     tokens = (tl.load(order_ptr + rows, mask=m_rows, other=0) // k).to(tl.int64)
     p_x = x_ptr + (tokens * num_groups * BLOCK_K)[:, None] + inner[None, :]
     p_x_scales = x_scales_ptr + tokens * num_groups
-    p_w_scales = w_scales_ptr + expert.to(tl.int64) * stride_se + group_n * stride_sn
+    w_cols = tl.where(m_cols, cols, 0).to(tl.int64)
+    p_w_scales = w_scales_ptr + expert.to(tl.int64) * stride_se
+    p_w_scales += (w_cols if PER_ROW else group_n) * stride_sn
     if not DESCRIPTORS:
-        w_cols = tl.where(m_cols, cols, 0).to(tl.int64)
         o_w = expert.to(tl.int64) * stride_we + w_cols * stride_wn
         p_w = w + o_w[:, None] + inner[None, :] * stride_wh
 
@@ -115,7 +120,7 @@ def _rows_times_columns(
     up = gate
     for start in range(0, hidden_size, BLOCK_K):
         x_scales = tl.load(p_x_scales)
-        gate_scale = tl.load(p_w_scales)
+        gate_scale = 1.0 if PER_ROW else tl.load(p_w_scales)
         b_x = tl.load(p_x)
         p_x += BLOCK_K
         p_x_scales += 1
@@ -126,7 +131,7 @@ def _rows_times_columns(
         else:
             b_gate = tl.load(p_w, mask=(start + inner < hidden_size)[None, :], other=0.0)
         if PARTS == 2:
-            up_scale = tl.load(p_w_scales + stride_sg)
+            up_scale = 1.0 if PER_ROW else tl.load(p_w_scales + stride_sg)
             if DESCRIPTORS:
                 b_up = tl.reshape(w.load([expert, 1, first_col, start]), [BLOCK_N, BLOCK_K])
             elif EVEN_K:
@@ -142,10 +147,17 @@ def _rows_times_columns(
             gate += tl.dot(b_x, b_gate.T) * (x_scales * gate_scale)[:, None]
             if PARTS == 2:
                 up += tl.dot(b_x, b_up.T) * (x_scales * up_scale)[:, None]
-        p_w_scales += stride_sh
+        if not PER_ROW:
+            p_w_scales += stride_sh
         if not DESCRIPTORS:
             p_w += BLOCK_K * stride_wh
 
+    if PER_ROW:
+        scales = tl.load(p_w_scales)
+        gate *= scales[:, None] if WEIGHTS_FIRST else scales[None, :]
+        if PARTS == 2:
+            scales = tl.load(p_w_scales + stride_sg)
+            up *= scales[:, None] if WEIGHTS_FIRST else scales[None, :]
     if HAS_BIAS:
         p_bias = bias_ptr + expert.to(tl.int64) * stride_be + cols * stride_bn
         bias = tl.load(p_bias, mask=m_cols, other=0.0).to(tl.float32)
@@ -211,6 +223,7 @@ def _gated_up_fp8_kernel(
     LIMIT: tl.constexpr,
     UP_OFFSET: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    PER_ROW: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN_K: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
@@ -235,7 +248,7 @@ def _gated_up_fp8_kernel(
                 h_ptr, h_scales_ptr, order_ptr, hidden_size, intermediate_size, k, stride_we,
                 stride_wg, stride_wn, stride_wh, stride_se, stride_sg, stride_sn, stride_sh,
                 stride_be, stride_bg, stride_bn, stride_hs, PARTS, ACTIVATION, LIMIT, UP_OFFSET,
-                HAS_BIAS, DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, TAIL, BLOCK_N, BLOCK_K,
+                HAS_BIAS, PER_ROW, DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, TAIL, BLOCK_N, BLOCK_K,
             )
         else:
             _rows_times_columns(
@@ -243,14 +256,14 @@ def _gated_up_fp8_kernel(
                 h_ptr, h_scales_ptr, order_ptr, hidden_size, intermediate_size, k, stride_we,
                 stride_wg, stride_wn, stride_wh, stride_se, stride_sg, stride_sn, stride_sh,
                 stride_be, stride_bg, stride_bn, stride_hs, PARTS, ACTIVATION, LIMIT, UP_OFFSET,
-                HAS_BIAS, DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, BLOCK_M, BLOCK_N, BLOCK_K,
+                HAS_BIAS, PER_ROW, DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, BLOCK_M, BLOCK_N, BLOCK_K,
             )
         # fmt: on
 
 
 def gated_up_fp8(
     x: Fp8Rows,
-    w13: BlockFp8,
+    w13: Fp8Weights,
     permutation: Permutation,
     *,
     k: int,
@@ -299,6 +312,7 @@ def gated_up_fp8(
     num_programs = tile.num_programs(tiles.shape[1], intermediate_size, h.device)
     if num_programs == 0:
         return Fp8Rows(h, h_scales.mT)
+    per_row = isinstance(w13, ChannelFp8)
     w = descriptor(w13.data, (1, 1, tile.n, tile.k)) if tile.descriptors else w13.data
     _gated_up_fp8_kernel[(num_programs,)](
         *x,
@@ -317,6 +331,7 @@ def gated_up_fp8(
         k,
         *w13.data.stride(),
         *w13.scales.stride(),
+        *((0,) if per_row else ()),
         *((0, 0, 0) if bias13 is None else bias13.stride()),
         h_scales.stride(0),
         PARTS=num_parts,
@@ -324,6 +339,7 @@ def gated_up_fp8(
         LIMIT=gating.limit,
         UP_OFFSET=gating.up_offset,
         HAS_BIAS=bias13 is not None,
+        PER_ROW=per_row,
         DESCRIPTORS=tile.descriptors,
         EVEN_K=tile.descriptors or hidden_size % tile.k == 0,
         WEIGHTS_FIRST=tile.weights_first,

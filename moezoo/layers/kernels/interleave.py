@@ -2,6 +2,8 @@
 
     out[t, (chunk * WAYS + way) * 8 + i] = x[t, (chunk * 8 + i) * WAYS + way], and 0 for K and more
 
+`permute_and_interleave` does it in the launch of `permute`, whose few programs wait for memory.
+
 Legend: T rows, K columns, P the least whole number of chunks from K on, WAYS columns in a word.
 """
 
@@ -11,7 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moezoo.layers.kernels import permute as permuting
 from moezoo.layers.kernels.overlap import launch_options, wait
+from moezoo.layers.kernels.permute import (
+    Permutation,
+    empty_permutation,
+    permute,
+    permute_expert,
+    permute_ref,
+)
 from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 from moezoo.layers.kernels.unpack import CHUNK
 
@@ -27,6 +37,40 @@ def interleave_ref(x: Tensor, ways: int) -> Tensor:
     return x.unflatten(-1, (-1, CHUNK.value, ways)).mT.flatten(-3)
 
 
+def permute_and_interleave_ref(
+    x: Tensor, topk_ids: Tensor, num_experts: int, tile_rows: int, *, ways: int
+) -> tuple[Permutation, Tensor]:
+    return permute_ref(topk_ids, num_experts, tile_rows), interleave_ref(x, ways)
+
+
+@triton.jit
+def interleave_block(
+    row,
+    block,
+    x_ptr,
+    columns_ptr,
+    out_ptr,
+    num_columns,
+    num_chunks,
+    stride_xt,
+    stride_xk,
+    WAYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK chunks of a row; with columns, column j of x is columns[j] of what is stored."""
+    row = row.to(tl.int64)
+    chunks = block * BLOCK + tl.arange(0, BLOCK)[:, None, None]
+    ways = tl.arange(0, WAYS)[None, :, None]
+    inner = tl.arange(0, CHUNK)[None, None, :]
+    cols = (chunks * CHUNK + inner) * WAYS + ways
+    m_cols = cols < num_columns
+    if columns_ptr is not None:
+        cols = tl.load(columns_ptr + cols, mask=m_cols, other=0)
+    x = tl.load(x_ptr + row * stride_xt + cols * stride_xk, mask=m_cols, other=0.0)
+    p_out = out_ptr + row * num_chunks * WAYS * CHUNK + (chunks * WAYS + ways) * CHUNK + inner
+    tl.store(p_out, x, mask=chunks < num_chunks)
+
+
 @triton.jit
 def _interleave_kernel(
     x_ptr,
@@ -40,14 +84,57 @@ def _interleave_kernel(
     OVERLAP: tl.constexpr,
 ):
     wait(OVERLAP)
-    row = tl.program_id(0).to(tl.int64)
-    chunks = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None, None]
-    ways = tl.arange(0, WAYS)[None, :, None]
-    inner = tl.arange(0, CHUNK)[None, None, :]
-    cols = (chunks * CHUNK + inner) * WAYS + ways
-    x = tl.load(x_ptr + row * stride_xt + cols * stride_xk, mask=cols < num_columns, other=0.0)
-    p_out = out_ptr + row * num_chunks * WAYS * CHUNK + (chunks * WAYS + ways) * CHUNK + inner
-    tl.store(p_out, x, mask=chunks < num_chunks)
+    # fmt: off
+    interleave_block(
+        tl.program_id(0), tl.program_id(1), x_ptr, None, out_ptr, num_columns, num_chunks,
+        stride_xt, stride_xk, WAYS, BLOCK,
+    )
+    # fmt: on
+
+
+@triton.jit(do_not_specialize=["num_rows", "max_tiles"])
+def _permute_and_interleave_kernel(
+    ids_ptr,
+    order_ptr,
+    positions_ptr,
+    offsets_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
+    x_ptr,
+    out_ptr,
+    num_rows,
+    num_experts,
+    max_tiles,
+    num_columns,
+    num_chunks,
+    stride_xt,
+    stride_xk,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WAYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    wait(OVERLAP)
+    program = tl.program_id(0)
+    if program < num_experts:
+        # fmt: off
+        permute_expert(
+            program, ids_ptr, order_ptr, positions_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
+            num_rows, num_experts, max_tiles, TILE_ROWS, BLOCK_S, BLOCK_E, BLOCK_N,
+        )
+        # fmt: on
+    else:
+        num_blocks = tl.cdiv(num_chunks, BLOCK)
+        block = program - num_experts
+        # fmt: off
+        interleave_block(
+            block // num_blocks, block % num_blocks, x_ptr, None, out_ptr, num_columns, num_chunks,
+            stride_xt, stride_xk, WAYS, BLOCK,
+        )
+        # fmt: on
 
 
 def interleave(x: Tensor, ways: int) -> Tensor:
@@ -71,3 +158,45 @@ def interleave(x: Tensor, ways: int) -> Tensor:
         **launch_options(x.device),
     )
     return out
+
+
+def permute_and_interleave(
+    x: Tensor, topk_ids: Tensor, num_experts: int, tile_rows: int, *, ways: int
+) -> tuple[Permutation, Tensor]:
+    """x [T, K] of any strides and topk_ids [T, K'] -> Permutation, [T, P].
+
+    Raises ValueError as `permute` does, and for another number of tokens.
+    """
+    if x.ndim != 2 or len(x) != len(topk_ids):
+        raise ValueError(f"x must be [{len(topk_ids)}, K] as topk_ids are, got {list(x.shape)}")
+    num_rows, (num_tokens, num_columns) = topk_ids.numel(), x.shape
+    # Where rows are many a launch is nothing beside them; without columns there is none.
+    if num_rows > permuting.FEW_ROWS or x.numel() == 0:
+        return permute(topk_ids, num_experts, tile_rows), interleave(x, ways)
+    rows = empty_permutation(topk_ids, num_experts, tile_rows)
+    out = torch.empty(num_tokens, padded(num_columns, ways), dtype=x.dtype, device=x.device)
+    num_chunks = out.shape[1] // (CHUNK.value * ways)
+    block = min(32, next_power_of_2(num_chunks))
+    # Smaller than `permute`'s: its registers would leave room for one program on a multiprocessor.
+    block_s = min(2048, max(128, next_power_of_2(num_rows)))
+    _permute_and_interleave_kernel[(num_experts + num_tokens * cdiv(num_chunks, block),)](
+        topk_ids.contiguous(),
+        *rows,
+        x,
+        out,
+        num_rows,
+        num_experts,
+        rows.tiles.shape[1],
+        num_columns,
+        num_chunks,
+        *x.stride(),
+        TILE_ROWS=tile_rows,
+        BLOCK_S=block_s,
+        BLOCK_E=next_power_of_2(num_experts),
+        BLOCK_N=32,
+        WAYS=ways,
+        BLOCK=block,
+        num_warps=8 if block_s > 1024 else 4,
+        **launch_options(x.device),
+    )
+    return rows, out

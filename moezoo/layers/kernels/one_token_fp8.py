@@ -1,4 +1,4 @@
-"""one_token_fp8: the experts of one token in block fp8, as `few_tokens` does them in 16 bits.
+"""one_token_fp8: the experts of one token in fp8, as `few_tokens` does them in 16 bits.
 
     h[k] = act(w13[e][:I] @ x + bias) * (w13[e][I:] @ x + bias),  e = topk_ids[k]
     out  = sum over k with topk_ids[k] in 0..E-1 of topk_weights[k] * (w2[e] @ h[k] + bias)
@@ -8,8 +8,8 @@ on its company beyond the order of sums. Each program does it for itself, in reg
 takes to read x or h again is less than a launch. No program has 128 columns of h, so h goes from
 one kernel to the other in fp32.
 
-Products accumulate in fp32 for 128, then are scaled and added in fp32; each expert's row of the sum
-is rounded once, as is the sum.
+Products accumulate in fp32 for 128, then are scaled and added in fp32, a scale per row of weights
+after that; each expert's row of the sum is rounded once, as is the sum.
 
 Legend: H hidden, I expert intermediate, E experts, K experts per token.
 """
@@ -24,7 +24,8 @@ from moezoo.layers.kernels.gated_up import activate, activate_gated
 from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.quantize import fp8_factor
 from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
-from moezoo.layers.quant.fp8 import BLOCK, BlockFp8, blocks, quantize_rows
+from moezoo.layers.quant.channel_fp8 import ChannelFp8, Fp8Weights
+from moezoo.layers.quant.fp8 import BLOCK, blocks, quantize_rows
 
 UP_BLOCK = (4, 8, 2)
 DOWN_BLOCK = (4, 16, 4)
@@ -34,8 +35,8 @@ time, and its warps."""
 
 def one_token_fp8_ref(
     x: Tensor,
-    w13: BlockFp8,
-    w2: BlockFp8,
+    w13: Fp8Weights,
+    w2: Fp8Weights,
     *,
     topk_weights: Tensor,
     topk_ids: Tensor,
@@ -96,6 +97,7 @@ def _one_token_gated_up_fp8_kernel(
     LIMIT: tl.constexpr,
     UP_OFFSET: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    PER_ROW: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -110,7 +112,9 @@ def _one_token_gated_up_fp8_kernel(
         cols = first_col + tl.arange(0, BLOCK_N)
         m_cols = cols < intermediate_size
         w_cols = tl.where(m_cols, cols, 0).to(tl.int64)
-        p_scales = scales_ptr + expert * stride_se + first_col // GROUP * stride_sn
+        p_scales = scales_ptr + expert * stride_se
+        if not PER_ROW:
+            p_scales += first_col // GROUP * stride_sn
         p_w = w_ptr + expert * stride_we
         gate = tl.zeros([GROUPS, BLOCK_N], tl.float32)
         up = tl.zeros([GROUPS, BLOCK_N], tl.float32)
@@ -125,17 +129,27 @@ def _one_token_gated_up_fp8_kernel(
             if PARTS == 2:
                 b_up = tl.load(p_gate + stride_wg, mask=m_inner[:, None, :], other=0.0)
             x = tl.load(x_ptr + inner * stride_xh, mask=m_inner, other=0.0).to(tl.float32)
-            gate_scales = tl.load(p_scales + groups * stride_sh, mask=m_groups, other=0.0)
+            if PER_ROW:
+                gate_scales = 1.0
+            else:
+                gate_scales = tl.load(p_scales + groups * stride_sh, mask=m_groups, other=0.0)
             x, x_scales = _rounded(x)
             gates = tl.sum(b_gate.to(tl.float32) * x[:, None, :], 2)
             gate += gates * (x_scales * gate_scales)[:, None]
             if PARTS == 2:
-                p_up_scales = p_scales + stride_sg + groups * stride_sh
-                up_scales = tl.load(p_up_scales, mask=m_groups, other=0.0)
+                if PER_ROW:
+                    up_scales = 1.0
+                else:
+                    p_up_scales = p_scales + stride_sg + groups * stride_sh
+                    up_scales = tl.load(p_up_scales, mask=m_groups, other=0.0)
                 ups = tl.sum(b_up.to(tl.float32) * x[:, None, :], 2)
                 up += ups * (x_scales * up_scales)[:, None]
         gates = tl.sum(gate, 0)
         ups = tl.sum(up, 0)
+        if PER_ROW:
+            gates *= tl.load(p_scales + w_cols * stride_sn)
+            if PARTS == 2:
+                ups *= tl.load(p_scales + stride_sg + w_cols * stride_sn)
         if HAS_BIAS:
             p_bias = bias_ptr + expert * stride_be + w_cols * stride_bn
             gates += tl.load(p_bias).to(tl.float32)
@@ -170,6 +184,7 @@ def _one_token_down_fp8_kernel(
     stride_bn,
     K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    PER_ROW: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -187,7 +202,8 @@ def _one_token_down_fp8_kernel(
     cols = first_col + tl.arange(0, BLOCK_N)
     m_cols = cols < hidden_size
     w_cols = tl.where(m_cols, cols, 0).to(tl.int64)
-    p_scales = scales_ptr + row_experts * stride_se + first_col // GROUP * stride_sn
+    if not PER_ROW:
+        p_scales = scales_ptr + row_experts * stride_se + first_col // GROUP * stride_sn
     o_h = tl.where(m_rows, row_slots, 0) * intermediate_size
     o_w = (row_experts * stride_we)[:, None] + (w_cols * stride_wn)[None, :]
     products = tl.zeros([BLOCK_SLOTS * GROUPS, BLOCK_N], tl.float32)
@@ -199,8 +215,11 @@ def _one_token_down_fp8_kernel(
         p_w = w_ptr + o_w[:, :, None] + inner[:, None, :] * stride_wi
         b_w = tl.load(p_w, mask=m_inner[:, None, :], other=0.0)
         h = tl.load(h_ptr + o_h[:, None] + inner, mask=m_inner, other=0.0)
-        m_scales = m_rows & (groups < num_groups)
-        scales = tl.load(p_scales + groups * stride_si, mask=m_scales, other=0.0)
+        if PER_ROW:
+            scales = 1.0
+        else:
+            m_scales = m_rows & (groups < num_groups)
+            scales = tl.load(p_scales + groups * stride_si, mask=m_scales, other=0.0)
         h, h_scales = _rounded(h)
         sums = tl.sum(b_w.to(tl.float32) * h[:, None, :], 2)
         products += sums * (h_scales * scales)[:, None]
@@ -208,8 +227,12 @@ def _one_token_down_fp8_kernel(
     slots = tl.arange(0, BLOCK_SLOTS)
     experts = tl.load(ids_ptr + slots, mask=slots < K, other=-1).to(tl.int64)
     m_slots = (experts >= 0) & (experts < num_experts)
+    experts = tl.where(m_slots, experts, 0)
+    if PER_ROW:
+        o_scales = experts[:, None] * stride_se + (w_cols * stride_sn)[None, :]
+        y *= tl.load(scales_ptr + o_scales)
     if HAS_BIAS:
-        o_bias = tl.where(m_slots, experts, 0)[:, None] * stride_be
+        o_bias = experts[:, None] * stride_be
         y += tl.load(bias_ptr + o_bias + (w_cols * stride_bn)[None, :]).to(tl.float32)
     y = y.to(out_ptr.dtype.element_ty).to(tl.float32)
     weights = tl.load(weights_ptr + slots, mask=m_slots, other=0.0)
@@ -219,8 +242,8 @@ def _one_token_down_fp8_kernel(
 
 def one_token_fp8(
     x: Tensor,
-    w13: BlockFp8,
-    w2: BlockFp8,
+    w13: Fp8Weights,
+    w2: Fp8Weights,
     *,
     topk_weights: Tensor,
     topk_ids: Tensor,
@@ -254,6 +277,7 @@ def one_token_fp8(
     h = torch.empty(k, intermediate_size, dtype=torch.float32, device=x.device)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     options = launch_options(x.device)
+    per_row = isinstance(w13, ChannelFp8)
     block_n, max_groups, num_warps = UP_BLOCK
     _one_token_gated_up_fp8_kernel[(cdiv(intermediate_size, block_n), k)](
         x,
@@ -268,12 +292,14 @@ def one_token_fp8(
         x.stride(1),
         *w13.data.stride(),
         *w13.scales.stride(),
+        *((0,) if per_row else ()),
         *((0, 0, 0) if bias13 is None else bias13.stride()),
         PARTS=num_parts,
         ACTIVATION=ACTIVATIONS[gating.activation].__name__,
         LIMIT=gating.limit,
         UP_OFFSET=gating.up_offset,
         HAS_BIAS=bias13 is not None,
+        PER_ROW=per_row,
         GROUPS=min(max_groups, next_power_of_2(blocks(hidden_size))),
         GROUP=BLOCK,
         BLOCK_N=block_n,
@@ -296,9 +322,11 @@ def one_token_fp8(
         hidden_size,
         *w2.data.stride(),
         *w2.scales.stride(),
+        *((0,) if per_row else ()),
         *((0, 0) if bias2 is None else bias2.stride()),
         K=k,
         HAS_BIAS=bias2 is not None,
+        PER_ROW=per_row,
         BLOCK_SLOTS=block_slots,
         GROUPS=min(groups, next_power_of_2(blocks(intermediate_size))),
         GROUP=BLOCK,

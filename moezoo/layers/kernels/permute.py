@@ -35,14 +35,15 @@ class Permutation(NamedTuple):
     """All int32: order [S], positions [T, K], offsets [E+1], tiles [3, N], num_tiles [1].
 
     tiles[:, i] is the expert of tile i, its first row in expert order, and the end of the expert's
-    rows. Of order, offsets[E] elements are written, of each row of tiles num_tiles.
+    rows. Of order, offsets[E] elements are written, of each row of tiles num_tiles; `one_matrix`
+    makes one without an order, whose tiles are all written and num_tiles None.
     """
 
     order: Tensor
     positions: Tensor
     offsets: Tensor
     tiles: Tensor
-    num_tiles: Tensor
+    num_tiles: Tensor | None
 
 
 def max_tiles(num_rows: int, num_experts: int, tile_rows: int) -> int:
@@ -71,7 +72,7 @@ def permute_ref(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutati
 
 
 @triton.jit
-def _store_tiles(
+def store_tiles(
     expert,
     offset,
     own_rows,
@@ -122,7 +123,7 @@ def permute_expert(
     first_tile = tl.sum(tl.where(experts < expert, tiles, 0), 0)
     own_rows = tl.sum(tl.where(experts == expert, counts, 0), 0)
     tl.store(offsets_ptr + expert, offset)
-    _store_tiles(expert, offset, own_rows, first_tile, tiles_ptr, max_tiles, TILE_ROWS, BLOCK_N)
+    store_tiles(expert, offset, own_rows, first_tile, tiles_ptr, max_tiles, TILE_ROWS, BLOCK_N)
     if expert == num_experts - 1:
         tl.store(offsets_ptr + num_experts, offset + own_rows)
         tl.store(num_tiles_ptr, tl.sum(tiles, 0))
@@ -242,7 +243,7 @@ def _place_kernel(
         offset = tl.sum(tl.where(its, offsets, 0), 0)
         own_rows = tl.sum(tl.where(its, counts, 0), 0)
         first_tile = tl.sum(tl.where(its, first_tiles, 0), 0)
-        _store_tiles(expert, offset, own_rows, first_tile, tiles_ptr, max_tiles, TILE_ROWS, BLOCK_N)
+        store_tiles(expert, offset, own_rows, first_tile, tiles_ptr, max_tiles, TILE_ROWS, BLOCK_N)
 
     lanes = tl.arange(0, BLOCK_S)
     rows = block * BLOCK_S + lanes

@@ -54,7 +54,7 @@ def fp8_factor(largest):
 
 
 @triton.jit
-def _quantize_groups(
+def quantize_groups(
     program,
     x_ptr,
     x8_ptr,
@@ -64,6 +64,8 @@ def _quantize_groups(
     hidden_size,
     stride_xt,
     stride_xh,
+    stride_st,
+    stride_sg,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
@@ -79,7 +81,8 @@ def _quantize_groups(
     # Groups lie one after the other, tokens too.
     p_x8 = x8_ptr + rows.to(tl.int64)[:, None] * GROUP + inner
     tl.store(p_x8, x8, mask=m_rows[:, None])
-    tl.store(scales_ptr + rows, scales, mask=m_rows)
+    p_scales = scales_ptr + tokens * stride_st + rows % num_groups * stride_sg
+    tl.store(p_scales, scales, mask=m_rows)
 
 
 # num_groups stays a variable: with H = 1 ptxas 12.8 would know values to be equal, and lose a
@@ -122,9 +125,9 @@ def _permute_and_quantize_kernel(
         # fmt: on
     else:
         # fmt: off
-        _quantize_groups(
+        quantize_groups(
             program - num_experts, x_ptr, x8_ptr, scales_ptr, num_tokens, num_groups,
-            hidden_size, stride_xt, stride_xh, GROUPS, GROUP,
+            hidden_size, stride_xt, stride_xh, num_groups, 1, GROUPS, GROUP,
         )
         # fmt: on
 
@@ -156,9 +159,9 @@ def _count_and_quantize_kernel(
         count_block(program, ids_ptr, counts_ptr, num_rows, num_experts, BLOCK_S, BLOCK_E)
     else:
         # fmt: off
-        _quantize_groups(
+        quantize_groups(
             program - num_blocks, x_ptr, x8_ptr, scales_ptr, num_tokens, num_groups,
-            hidden_size, stride_xt, stride_xh, GROUPS, GROUP,
+            hidden_size, stride_xt, stride_xh, num_groups, 1, GROUPS, GROUP,
         )
         # fmt: on
 

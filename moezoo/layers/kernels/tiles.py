@@ -22,7 +22,6 @@ from torch import Tensor
 
 from moezoo.layers.kernels.overlap import capability
 from moezoo.layers.kernels.sizes import cdiv
-from moezoo.layers.quant.format import Format
 from moezoo.layers.quant.fp8 import BLOCK_FP8
 
 TABLES = Path(__file__).parent / "tables"
@@ -89,21 +88,14 @@ class Plan:
 
 
 def plan(
-    x: Tensor,
-    w13: Tensor | Format,
-    w2: Tensor | Format,
-    *,
-    num_rows: int,
-    num_experts: int | None = None,
+    x: Tensor, w13: Tensor, w2: Tensor, *, num_rows: int, num_experts: int | None = None
 ) -> Plan:
     """The plan for num_rows rows of x [T, H] on w13 [E, 2 or 1, I, H] and w2 [E, H, I].
 
-    Weights are of x's dtype, or the data of `BlockFp8`s, or in a format of weights alone.
-    num_experts is how many the rows are spread over, those of other ranks included; default E. The
-    plan depends on shapes, strides, dtype and device, never on what the router chose.
+    Weights are of x's dtype, or the data of `BlockFp8`s. num_experts is how many the rows are
+    spread over, those of other ranks included; default E. The plan depends on shapes, strides,
+    dtype and device, never on what the router chose.
     """
-    if isinstance(w13, Format) or isinstance(w2, Format):
-        return _weight_only_plan(num_rows / (num_experts or w13.shape[0]))
     described = w13.dtype != torch.float32 and can_describe(w13) and can_describe(w2)
     # The rows between the products are ours, and dense.
     described = described and all(size * w2.dtype.itemsize % 16 == 0 for size in w2.shape[1:])
@@ -183,12 +175,6 @@ def _fp8_plan(rows_per_expert: float, described: bool) -> Plan:
     return Plan(tail, tail)
 
 
-def _weight_only_plan(rows_per_expert: float) -> Plan:
-    m = 16 if rows_per_expert <= 16 else 32 if rows_per_expert <= 32 else 64
-    tile = Tile(m, 64, 64, num_warps=4, num_stages=2)
-    return Plan(replace(tile, n=32), tile)
-
-
 Sizes = tuple[int, int, int] | tuple[int, int, int, str]
 """(E, H, I), and how the weights are quantised where they are."""
 
@@ -232,15 +218,17 @@ def _table(device: torch.device) -> Table:
     return {shape: table.get(shape, {}) | own.get(shape, {}) for shape in table.keys() | own.keys()}
 
 
-def tuned(device: torch.device, shape: Sizes, rows_per_expert: float) -> Plan | None:
-    """The plan measured at the number of rows nearest by ratio, if there is one within `FAR`."""
+def tuned(
+    device: torch.device, shape: Sizes, rows_per_expert: float, *, far: float = FAR
+) -> Plan | None:
+    """The plan measured at the number of rows nearest by ratio, if there is one within `far`."""
     plans = _table(device).get(shape, {}) if device.type == "cuda" else {}
 
     def distance(measured: float) -> float:
         return max(measured / rows_per_expert, rows_per_expert / measured)
 
     nearest = min(plans, key=distance, default=None)
-    if nearest is None or distance(nearest) > FAR:
+    if nearest is None or distance(nearest) > far:
         return None
     return plans[nearest]
 

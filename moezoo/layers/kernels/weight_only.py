@@ -4,11 +4,11 @@
     y[r] = w2[e] @ h[r] + bias
     t = order[r] // K,  e the expert with offsets[e] <= r < offsets[e+1]
 
-h lies between them in the order of `interleave`. Rounding points: with tiles of up to 64 rows
-integers are exact in the products, and their sums over a group of columns are scaled in fp32. With
-more rows scales are rounded to x's dtype, and so are weights times scales; sums with a scale per
-row stay as they were. mxfp4's weights are exact (in fp16, as far as it holds them). Sums are fp32,
-h and y are rounded once.
+x and h have their columns in the order of `interleave`. Rounding points: with tiles of up to 64
+rows integers are exact in the products, and their sums over a group of columns are scaled in fp32.
+With more rows scales are rounded to x's dtype, and so are weights times scales; sums with a scale
+per row stay as they were. mxfp4's weights are exact (in fp16, as far as it holds them). Sums are
+fp32, h and y are rounded once.
 
 Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per token, S = T*K rows.
 """
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.kernels.gated_up import activate, activate_gated
-from moezoo.layers.kernels.interleave import interleave, interleave_ref, padded
-from moezoo.layers.kernels.overlap import launch_options, wait
+from moezoo.layers.kernels.interleave import interleave_ref, padded
+from moezoo.layers.kernels.overlap import launch_options, start_next, wait, wait_for_previous
 from moezoo.layers.kernels.packed_products import num_slices, out_of_turns, products
 from moezoo.layers.kernels.permute import Permutation
 from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, swizzle
@@ -49,6 +49,13 @@ def ways(weights: type, num_columns: int) -> int:
     return in_a_byte if num_columns % (2 * in_a_byte) else 2 * in_a_byte
 
 
+def _in_order(x: Tensor, weights: type, num_columns: int) -> Tensor:
+    """The inverse of `interleave`."""
+    return x.unflatten(-1, (-1, ways(weights, num_columns), CHUNK.value)).mT.flatten(-3)[
+        :, :num_columns
+    ]
+
+
 def gated_up_weight_only_ref(
     x: Tensor,
     w13: WeightOnly,
@@ -61,7 +68,8 @@ def gated_up_weight_only_ref(
 ) -> Tensor:
     gating = Gating.of(activation)
     order, offsets = permutation.order, permutation.offsets
-    num_experts, _, intermediate_size, _ = w13.shape
+    num_experts, _, intermediate_size, hidden_size = w13.shape
+    x = _in_order(x, type(w13), hidden_size)
     h = x.new_zeros(permutation.positions.numel(), intermediate_size)
     for e in range(num_experts):
         rows = slice(int(offsets[e]), int(offsets[e + 1]))
@@ -81,9 +89,7 @@ def down_weight_only_ref(
     bias2: Tensor | None = None,
 ) -> Tensor:
     num_experts, hidden_size, intermediate_size = w2.shape
-    # The inverse of `interleave`.
-    h = h.unflatten(-1, (-1, ways(type(w2), intermediate_size), CHUNK.value)).mT.flatten(-3)
-    h = h[:, :intermediate_size]
+    h = _in_order(h, type(w2), intermediate_size)
     y = h.new_zeros(len(h), hidden_size)
     for e in range(num_experts):
         rows = slice(int(permutation.offsets[e]), int(permutation.offsets[e + 1]))
@@ -355,8 +361,10 @@ def _down_weight_only_kernel(
     BLOCK_W: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    wait(OVERLAP)
-    num_tiles = tl.load(num_tiles_ptr)
+    start_next(OVERLAP)
+    # What counted the tiles had finished before the first product let this one start.
+    num_tiles = max_tiles if num_tiles_ptr is None else tl.load(num_tiles_ptr)
+    wait_for_previous(OVERLAP)
     num_n = tl.cdiv(hidden_size, BLOCK_N)
     for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
         tile, pid_n = swizzle(pid, num_tiles, num_n, GROUP_M)
@@ -457,8 +465,9 @@ def gated_up_weight_only(
     """-> h [S, P] in x's dtype, rows in expert order and columns as `interleave` has them, P of I;
     rows from offsets[E] on are not written.
 
-    x [T, H] fp32, bf16 or fp16; w13 [E, 2, I, H], or without a gate [E, 1, I, H], and bias13
-    [E, 2 or 1, I]. `permutation` has `tile.m` rows a tile.
+    x as `interleave` made it for `ways` of w13, from [T, H] fp32, bf16 or fp16; w13 [E, 2, I, H],
+    or without a gate [E, 1, I, H], and bias13 [E, 2 or 1, I]. `permutation` has `tile.m` rows a
+    tile.
 
     Raises ValueError for shapes or strides that do not fit, for weights whose columns have an order
     of their own, and for an unknown activation.
@@ -468,8 +477,12 @@ def gated_up_weight_only(
         raise ValueError(f"w13 must be [E, 2 or 1, I, H], got {list(w13.shape)}")
     num_experts, num_parts, intermediate_size, hidden_size = w13.shape
     order, _, offsets, tiles, num_tiles = permutation
-    if x.ndim != 2 or x.shape[1] != hidden_size:
-        raise ValueError(f"x must be [T, {hidden_size}] as w13 is, got {list(x.shape)}")
+    x_width = padded(hidden_size, ways(type(w13), hidden_size))
+    if x.ndim != 2 or x.shape[1] != x_width or not x.is_contiguous():
+        raise ValueError(
+            f"x must be [T, {x_width}] as w13 is, and contiguous, got {list(x.shape)} with strides "
+            f"{x.stride()}"
+        )
     if order.numel() != x.shape[0] * k or offsets.numel() != num_experts + 1:
         raise ValueError(
             f"order must be [{x.shape[0] * k}] and offsets [{num_experts + 1}], got "
@@ -486,7 +499,6 @@ def gated_up_weight_only(
         return h
     words, options = packed.words, packed.options
     block = (1, num_parts, tile.n, options["BLOCK_W"])
-    x = interleave(x, options["WAYS"])
     _gated_up_weight_only_kernel[(num_programs,)](
         x,
         descriptor(words, block) if tile.descriptors else words,
@@ -529,7 +541,7 @@ def down_weight_only(
     """-> y [S, H] in h's dtype, rows in expert order; those from offsets[E] on are not written.
 
     h [S, P] as `gated_up_weight_only` made it, w2 [E, H, I] and bias2 [E, H]; `permutation` has
-    `tile.m` rows a tile.
+    `tile.m` rows a tile, and the launch just before this one did not count them.
 
     Raises ValueError as `gated_up_weight_only` does.
     """

@@ -1,5 +1,5 @@
-"""Experts in any format, one at a time: what quantised experts compute, on CPU, and on CUDA where
-no kernel takes the weights. Beyond the rows only one expert's matrices are in memory, in fp32.
+"""Experts in any format, one at a time: what quantised experts compute on CPU. Beyond the rows only
+one expert's matrices are in memory, in fp32.
 """
 
 import torch
@@ -42,13 +42,6 @@ def dequantized_experts(
 
     tokens = rounded(x.float())
     out = torch.zeros_like(tokens)
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        # A graph cannot ask which rows an expert has.
-        for e in range(num_experts):
-            chosen = topk_ids == e
-            weights = topk_weights.where(chosen, 0).sum(1, keepdim=True)
-            out += (of_expert(e, tokens) * weights).where(chosen.any(1, keepdim=True), 0)
-        return out.to(x.dtype)
     order, offsets = permute(topk_ids, num_experts)
     token_ids = order // topk_ids.shape[1]
     weights = topk_weights.flatten().index_select(0, order).unsqueeze(1)

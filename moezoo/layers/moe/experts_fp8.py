@@ -6,14 +6,14 @@ from torch import Tensor
 
 from moezoo.errors import QuantizationError
 from moezoo.layers.kernels.activations import Gating
-from moezoo.layers.quant import BlockFp8
+from moezoo.layers.quant.channel_fp8 import Fp8Weights
 from moezoo.layers.quant.fp8 import BLOCK_FP8
 
 
 def fp8_cuda(
     x: Tensor,
-    w13: BlockFp8,
-    w2: BlockFp8,
+    w13: Fp8Weights,
+    w2: Fp8Weights,
     topk_weights: Tensor,
     topk_ids: Tensor,
     *,

@@ -34,9 +34,9 @@ def quantized_experts(
         if topk_ids.numel() == 0 or w13.shape[0] == 0:
             return torch.zeros_like(x)
         arguments: Any = (x, w13, w2, topk_weights, topk_ids)
-        if not x.is_cuda or isinstance(w13, ChannelFp8):
+        if not x.is_cuda:
             return dequantized_experts(*arguments, **settings)
-        on_cuda = fp8_cuda if isinstance(w13, BlockFp8) else weight_only_cuda
+        on_cuda = fp8_cuda if isinstance(w13, BlockFp8 | ChannelFp8) else weight_only_cuda
         with torch.cuda.device_of(x):
             return on_cuda(*arguments, **settings, num_experts=num_experts)
 

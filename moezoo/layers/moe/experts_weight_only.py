@@ -33,9 +33,9 @@ def weight_only_cuda(
     """w13 [E, 2 or 1, I, H]; topk_ids [T, K] are rows of w13, or negative, and spread over
     num_experts, those of other ranks included."""
     from moezoo.layers.kernels.combine import combine
-    from moezoo.layers.kernels.permute import permute
-    from moezoo.layers.kernels.tiles import plan
-    from moezoo.layers.kernels.weight_only import down_weight_only, gated_up_weight_only
+    from moezoo.layers.kernels.interleave import permute_and_interleave
+    from moezoo.layers.kernels.weight_only import down_weight_only, gated_up_weight_only, ways
+    from moezoo.layers.kernels.weight_only_tiles import plan_weight_only
 
     if _order(w13) is not None or _order(w2) is not None:
         parts = (tensor.split(ORDERED_TOKENS) for tensor in (x, topk_weights, topk_ids))
@@ -46,8 +46,10 @@ def weight_only_cuda(
                 for some, weights, ids in zip(*parts, strict=True)
             ]
         )
-    tiles = plan(x, w13, w2, num_rows=topk_ids.numel(), num_experts=num_experts)
-    rows = permute(topk_ids, w13.shape[0], tiles.gated_up.m)
+    tiles = plan_weight_only(x, w13, w2, num_rows=topk_ids.numel(), num_experts=num_experts)
+    rows, x = permute_and_interleave(
+        *(x, topk_ids, w13.shape[0], tiles.gated_up.m), ways=ways(type(w13), x.shape[1])
+    )
     h = gated_up_weight_only(
         *(x, w13, rows),
         k=topk_ids.shape[1],
@@ -77,10 +79,10 @@ def _in_order(
     from moezoo.layers.kernels.combine import combine
     from moezoo.layers.kernels.interleave import interleave
     from moezoo.layers.kernels.permute import permute
-    from moezoo.layers.kernels.tiles import plan
     from moezoo.layers.kernels.weight_only import down_weight_only, ways
+    from moezoo.layers.kernels.weight_only_tiles import plan_weight_only
 
-    tile = plan(x, w13, w2, num_rows=topk_ids.numel(), num_experts=num_experts).down
+    tile = plan_weight_only(x, w13, w2, num_rows=topk_ids.numel(), num_experts=num_experts).down
     rows = permute(topk_ids, w13.shape[0], tile.m)
     last_row, last_expert = topk_ids.numel() - 1, w13.shape[0] - 1
     # Nobody wrote the order of rows without an expert, nor reads what becomes of them.

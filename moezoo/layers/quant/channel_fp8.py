@@ -20,7 +20,7 @@ from moezoo.layers.quant.format import (
     require_data,
     require_weights,
 )
-from moezoo.layers.quant.fp8 import BLOCK_FP8, scaled, widened
+from moezoo.layers.quant.fp8 import BLOCK_FP8, BlockFp8, scaled, widened
 
 
 @dataclass(frozen=True)
@@ -56,3 +56,7 @@ class ChannelFp8(Format):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return (widened(self.data) * self.scales.unsqueeze(-1)).to(dtype)
+
+
+Fp8Weights = BlockFp8 | ChannelFp8
+"""What the kernels multiply in fp8."""

@@ -81,6 +81,15 @@ class Format:
     def __getitem__(self, index: int) -> Self:
         return self.map(lambda tensor: tensor[index])
 
+    def rows(self, start: int, stop: int) -> Self:
+        """Some rows of a matrix [N, K]. Of blocks of rows that have one scale, start is the first
+        of one."""
+        tensors: dict[str, Any] = {
+            name: tensor if tensor is None or name == "order" else tensor[start:stop]
+            for name, tensor in self.tensors().items()
+        }
+        return type(self)(**tensors)
+
     def in_parts(self, parts: int) -> Self:
         """[.., parts * N, K] -> [.., parts, N, K]"""
         dim = len(self.shape) - 2

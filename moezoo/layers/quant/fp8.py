@@ -63,6 +63,11 @@ class BlockFp8(Format):
         scales = self.scales.repeat_interleave(BLOCK, -2)[..., :n, :].unsqueeze(-1)
         return (groups * scales).flatten(-2)[..., :k].to(dtype)
 
+    def rows(self, start: int, stop: int) -> "BlockFp8":
+        assert start % BLOCK == 0, start
+        scales = self.scales[start // BLOCK : blocks(stop)]
+        return BlockFp8(self.data[start:stop], scales)
+
     def in_parts(self, parts: int) -> "BlockFp8":
         """[.., parts * N, K] -> [.., parts, N, K]. Raises ValueError unless 128 divides N: blocks
         would be shared."""

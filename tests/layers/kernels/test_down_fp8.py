@@ -5,13 +5,14 @@ import pytest
 import torch
 from tolerances import assert_close
 
-from kernels.fp8_cases import SIZES, TILES, weights
+from kernels.fp8_cases import FORMATS, SIZES, TILES, weights
 from kernels.routings import ROUTINGS as SHAPES
 from kernels.routings import topk_ids
 from kernels.tile_cases import bulk_copies
 from moezoo.layers.kernels.down_fp8 import down_fp8, down_fp8_ref
 from moezoo.layers.kernels.permute import permute_ref
-from moezoo.layers.quant.fp8 import BlockFp8, Fp8Rows, quantize_rows
+from moezoo.layers.quant.channel_fp8 import ChannelFp8, Fp8Weights
+from moezoo.layers.quant.fp8 import Fp8Rows, quantize_rows
 
 
 def rows_of(num_rows: int, intermediate: int, device: torch.device) -> Fp8Rows:
@@ -44,13 +45,29 @@ def test_matches_reference(
     assert torch.equal(y[:end], down_fp8(h, w2, rows, dtype=torch.float16, tile=tile)[:end])
 
 
+@pytest.mark.parametrize(("hidden", "intermediate"), SIZES, ids=str)
+@pytest.mark.parametrize("width", [128, 256])
+@pytest.mark.parametrize("name", TILES)
+@pytest.mark.usefixtures("fp8")
+def test_scales_of_rows(
+    name: str, width: int, hidden: int, intermediate: int, device: torch.device
+) -> None:
+    tile = replace(bulk_copies(TILES[name], device), n=width)
+    h = rows_of(189, intermediate, device)
+    w2 = weights(7, hidden, intermediate, device=device, format_=ChannelFp8)
+    rows = permute_ref(topk_ids("odd").to(device), 7, tile.m)
+    y = down_fp8(h, w2, rows, dtype=torch.float16, tile=tile)
+    assert_close(y, down_fp8_ref(h, w2, rows, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize("width", [128, 256])
 @pytest.mark.usefixtures("fp8")
-def test_bias_and_strides(width: int, device: torch.device) -> None:
-    h, w2 = rows_of(189, 144, device), weights(7, 200, 144, device=device)
+def test_bias_and_strides(width: int, format_: type[Fp8Weights], device: torch.device) -> None:
+    h, w2 = rows_of(189, 144, device), weights(7, 200, 144, device=device, format_=format_)
     bias2 = torch.randn(7, 200, generator=torch.Generator().manual_seed(2)).to(device)
     rows = permute_ref(topk_ids("odd").to(device), 7, 16)
-    strided = BlockFp8(w2.data.mT.contiguous().mT, w2.scales.mT.contiguous().mT)
+    strided = format_(w2.data.mT.contiguous().mT, w2.scales.mT.contiguous().mT)
     settings = {"dtype": torch.float16, "bias2": bias2, "tile": replace(TILES["plain"], n=width)}
     expected = down_fp8_ref(h, w2, rows, **settings)
     assert_close(down_fp8(h, strided, rows, **settings), expected)

@@ -3,14 +3,15 @@ import re
 import pytest
 import torch
 
-from kernels.fp8_cases import ROUTINGS, SIZES, TILES, assert_rows_close, weights
+from kernels.fp8_cases import FORMATS, ROUTINGS, SIZES, TILES, assert_rows_close, weights
 from kernels.routings import ROUTINGS as SHAPES
 from kernels.routings import topk_ids
 from kernels.tile_cases import bulk_copies
 from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.kernels.gated_up_fp8 import gated_up_fp8, gated_up_fp8_ref
 from moezoo.layers.kernels.permute import permute_ref
-from moezoo.layers.quant.fp8 import BlockFp8, Fp8Rows, quantize_rows
+from moezoo.layers.quant.channel_fp8 import ChannelFp8, Fp8Weights
+from moezoo.layers.quant.fp8 import Fp8Rows, quantize_rows
 
 
 def tokens(num_tokens: int, hidden: int, device: torch.device) -> Fp8Rows:
@@ -42,24 +43,37 @@ def test_matches_reference(
 
 
 @pytest.mark.usefixtures("fp8")
+@pytest.mark.parametrize(("hidden", "intermediate"), SIZES, ids=str)
+@pytest.mark.parametrize("name", TILES)
+def test_scales_of_rows(name: str, hidden: int, intermediate: int, device: torch.device) -> None:
+    tile, x = bulk_copies(TILES[name], device), tokens(63, hidden, device)
+    w13 = weights(7, 2, intermediate, hidden, device=device, format_=ChannelFp8)
+    rows = permute_ref(topk_ids("odd").to(device), 7, tile.m)
+    h = gated_up_fp8(x, w13, rows, k=3, tile=tile)
+    assert_rows_close(h, gated_up_fp8_ref(x, w13, rows, k=3))
+
+
+@pytest.mark.usefixtures("fp8")
+@pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize("weights_first", [False, True])
 @pytest.mark.parametrize("gating", ["gelu", Gating("quick_gelu", limit=0.5, up_offset=1.0)])
 def test_gatings_biases_and_strides(
-    gating: str | Gating, weights_first: bool, device: torch.device
+    gating: str | Gating, weights_first: bool, format_: type[Fp8Weights], device: torch.device
 ) -> None:
-    x, w13 = tokens(63, 144, device), weights(7, 2, 48, 144, device=device)
+    x, w13 = tokens(63, 144, device), weights(7, 2, 48, 144, device=device, format_=format_)
     bias13 = torch.randn(7, 2, 48, generator=torch.Generator().manual_seed(2)).to(device)
     rows = permute_ref(topk_ids("odd").to(device), 7, 16)
     tile = TILES["weights-first" if weights_first else "plain"]
-    strided = BlockFp8(w13.data.mT.contiguous().mT, w13.scales.mT.contiguous().mT)
+    strided = format_(w13.data.mT.contiguous().mT, w13.scales.mT.contiguous().mT)
     settings = {"k": 3, "tile": tile, "activation": gating, "bias13": bias13}
     expected = gated_up_fp8_ref(x, w13, rows, **settings)
     assert_rows_close(gated_up_fp8(x, strided, rows, **settings), expected)
 
 
 @pytest.mark.usefixtures("fp8")
-def test_without_a_gate(device: torch.device) -> None:
-    x, w13 = tokens(63, 144, device), weights(7, 1, 48, 144, device=device)
+@pytest.mark.parametrize("format_", FORMATS)
+def test_without_a_gate(format_: type[Fp8Weights], device: torch.device) -> None:
+    x, w13 = tokens(63, 144, device), weights(7, 1, 48, 144, device=device, format_=format_)
     rows = permute_ref(topk_ids("odd").to(device), 7, 16)
     settings = {"k": 3, "tile": TILES["plain"], "activation": "relu2"}
     expected = gated_up_fp8_ref(x, w13, rows, **settings)

@@ -5,19 +5,25 @@ import torch
 from tolerances import RELATIVE, relative_difference
 from torch import Tensor
 
-from kernels.fp8_cases import weights
+from kernels.fp8_cases import FORMATS, weights
 from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.kernels.one_token_fp8 import one_token_fp8, one_token_fp8_ref
+from moezoo.layers.quant.channel_fp8 import Fp8Weights
 from moezoo.layers.quant.fp8 import BlockFp8
 
 
-def inputs(shape: tuple[int, int, int, int], device: torch.device) -> dict[str, object]:
+def inputs(
+    shape: tuple[int, int, int, int],
+    device: torch.device,
+    format_: type[Fp8Weights] = BlockFp8,
+) -> dict[str, object]:
     num_experts, k, hidden, intermediate = shape
     generator = torch.Generator().manual_seed(0)
+    options = {"device": device, "format_": format_}
     return {
         "x": torch.randn(1, hidden, generator=generator).to(device, torch.float16),
-        "w13": weights(num_experts, 2, intermediate, hidden, device=device, seed=1),
-        "w2": weights(num_experts, hidden, intermediate, device=device, seed=2),
+        "w13": weights(num_experts, 2, intermediate, hidden, seed=1, **options),
+        "w2": weights(num_experts, hidden, intermediate, seed=2, **options),
         "topk_weights": torch.rand(1, k, generator=generator).to(device),
         "topk_ids": torch.randperm(num_experts, generator=generator)[:k].int()[None].to(device),
     }
@@ -33,11 +39,14 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize(
     "shape", [(4, 2, 40, 24), (1, 1, 1, 1), (8, 6, 200, 30), (4, 3, 1100, 300)], ids=str
 )
+@pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.usefixtures("fp8")
-def test_matches_reference(shape: tuple[int, int, int, int], device: torch.device) -> None:
+def test_matches_reference(
+    shape: tuple[int, int, int, int], format_: type[Fp8Weights], device: torch.device
+) -> None:
     if device.type == "cpu" and shape[2] > 1000:
         pytest.skip("half a minute in the interpreter")
-    arguments = inputs(shape, device)
+    arguments = inputs(shape, device, format_)
     assert_close(one_token_fp8(**arguments), one_token_fp8_ref(**arguments))
 
 
@@ -52,9 +61,10 @@ def test_absent_experts_and_nan(device: torch.device) -> None:
     assert not one_token_fp8(**arguments).any()
 
 
+@pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.usefixtures("fp8")
-def test_biases_gates_and_strides(device: torch.device) -> None:
-    arguments = inputs((4, 2, 144, 136), device)
+def test_biases_gates_and_strides(format_: type[Fp8Weights], device: torch.device) -> None:
+    arguments = inputs((4, 2, 144, 136), device, format_)
     generator = torch.Generator().manual_seed(3)
     arguments["bias13"] = torch.randn(4, 2, 136, generator=generator).to(device)
     arguments["bias2"] = torch.randn(4, 144, generator=generator).to(device)
@@ -62,7 +72,7 @@ def test_biases_gates_and_strides(device: torch.device) -> None:
     expected = one_token_fp8_ref(**arguments)
     for name in ("w13", "w2"):
         data, scales = arguments[name].data, arguments[name].scales
-        arguments[name] = BlockFp8(data.mT.contiguous().mT, scales.mT.contiguous().mT)
+        arguments[name] = format_(data.mT.contiguous().mT, scales.mT.contiguous().mT)
     arguments["x"] = arguments["x"].repeat_interleave(2, 1)[:, ::2]
     assert_close(one_token_fp8(**arguments), expected)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tolerances import assert_close, relative_difference
 
+from kernels.fp8_cases import FORMATS
 from kernels.fp8_cases import weights as fp8_weights
 from kernels.routings import ROUTINGS, topk_ids
 from moezoo.layers.kernels.activations import Gating
@@ -15,6 +16,7 @@ from moezoo.layers.moe.experts_dense import dense_cuda, dense_torch
 from moezoo.layers.moe.experts_fp8 import fp8_cuda
 from moezoo.layers.moe.experts_weight_only import weight_only_cuda
 from moezoo.layers.quant import Format, Int4, Int8, Mxfp4
+from moezoo.layers.quant.channel_fp8 import Fp8Weights
 
 
 @pytest.mark.parametrize("routing", ["one-token", "odd", "no-tokens", "all-on-one", "absent"])
@@ -35,13 +37,16 @@ def test_equals_the_torch_path(routing: str, dtype: torch.dtype, device: torch.d
 
 
 @pytest.mark.parametrize("routing", ["one-token", "odd", "all-on-one", "absent"])
+@pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.usefixtures("fp8")
-def test_block_fp8_equals_the_torch_path(routing: str, device: torch.device) -> None:
+def test_fp8_equals_the_torch_path(
+    format_: type[Fp8Weights], routing: str, device: torch.device
+) -> None:
     num_tokens, k, num_experts = ROUTINGS[routing]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(num_tokens, 144, generator=generator).to(device, torch.float16)
-    w13 = fp8_weights(num_experts, 2, 144, 144, device=device)
-    w2 = fp8_weights(num_experts, 144, 144, device=device)
+    w13 = fp8_weights(num_experts, 2, 144, 144, device=device, format_=format_)
+    w2 = fp8_weights(num_experts, 144, 144, device=device, format_=format_)
     weights = torch.rand(num_tokens, k, generator=generator).to(device)
     arguments = (x, w13, w2, weights, topk_ids(routing).to(device))
     settings = {"gating": Gating(), "bias13": None, "bias2": None}

@@ -1,0 +1,92 @@
+"""Linear layers whose weights are quantised: torch on the CPU, kernels on CUDA, an operator for
+each format.
+
+Rounding points are those of quantised experts, see `moezoo.layers.moe.experts`: beside weights in
+fp8 x is quantised per token and 128 of K; in formats of weights alone x is multiplied as it is.
+Sums are fp32, and rounded once with the bias in them.
+
+Legend: T tokens, N and K rows and columns of the weights.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4
+from moezoo.layers.quant.fp8 import BLOCK, quantize_rows
+
+PIECE = 2**20
+"""Weights dequantised at a time: 4 MB, which caches hold."""
+
+
+def quantized_linear(x: Tensor, weight: Format, bias: Tensor | None = None) -> Tensor:
+    """x [.., K] fp32, bf16 or fp16, weight [N, K], bias [N] -> x @ weight.T + bias, [.., N] in x's
+    dtype.
+
+    `torch.compile` and CUDA graphs work through it: while compiling it is the operator of the
+    format, such as `moezoo::linear_int4`. Raises ValueError where a gradient is asked for.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError(
+            f"there is no gradient through {type(weight).__name__} weights; use torch.no_grad() or "
+            "torch.inference_mode(), or load the model with quantization={'dense': 'dequantize'}"
+        )
+    rows = x.reshape(-1, x.shape[-1])
+    if torch.compiler.is_compiling():
+        y: Tensor = OPERATORS[type(weight)](rows, list(weight.tensors().values()), bias)
+    else:
+        y = _product(rows, weight, bias)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _product(x: Tensor, weight: Format, bias: Tensor | None) -> Tensor:
+    """x [T, K] -> [T, N]"""
+    if not x.is_cuda:
+        return _in_pieces(x, weight, bias)
+    from moezoo.layers.kernels.one_matrix import linear_fp8, linear_weight_only
+
+    with torch.cuda.device_of(x):
+        if isinstance(weight, BlockFp8 | ChannelFp8):
+            return linear_fp8(x, weight, bias)
+        assert isinstance(weight, Int8 | Int4 | Mxfp4)
+        return linear_weight_only(x, weight, bias)
+
+
+def _in_pieces(x: Tensor, weight: Format, bias: Tensor | None) -> Tensor:
+    """Some rows of the weights after the other, dequantised in fp32."""
+    n, k = weight.shape
+    fp8 = isinstance(weight, BlockFp8 | ChannelFp8)
+    wide = quantize_rows(x).dequantize()[:, :k] if fp8 else x.float()
+    out = x.new_empty(len(x), n)
+    step = max(1, PIECE // k // BLOCK) * BLOCK
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        piece = weight.rows(start, stop).dequantize()
+        # As in `linear`: with few rows of x, MKL is faster if the weights are on the left.
+        y = (piece @ wide.t()).t() if len(wide) <= 64 else wide @ piece.t()
+        if bias is not None:
+            y = y + bias[start:stop].float()
+        out[:, start:stop] = y
+    return out
+
+
+def _operator(name: str, restored: Any) -> Any:
+    """`restored` is the format, called with its tensors in the order of its fields."""
+
+    def linear(x: Tensor, weight: Sequence[Tensor | None], bias: Tensor | None) -> Tensor:
+        return _product(x, restored(*weight), bias)
+
+    op = torch.library.custom_op(f"moezoo::linear_{name}", linear, mutates_args=())
+    op.register_fake(lambda x, weight, bias: x.new_empty(len(x), len(weight[0])))
+    return op
+
+
+OPERATORS = {
+    BlockFp8: _operator("block_fp8", BlockFp8),
+    ChannelFp8: _operator("channel_fp8", ChannelFp8),
+    Int8: _operator("int8", Int8),
+    Int4: _operator("int4", Int4),
+    Mxfp4: _operator("mxfp4", Mxfp4),
+}

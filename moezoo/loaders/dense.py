@@ -1,0 +1,62 @@
+"""The linear layers of a model: which of them are held as a checkpoint stores them, quantised."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from moezoo.layers.linear import Linear
+from moezoo.loaders.encodings import Encoding
+from moezoo.loaders.kinds import Kind
+from moezoo.loaders.mapping import Copy
+
+
+def linears_of(module: nn.Module) -> dict[str, Linear]:
+    """The names of the weights of linear layers in `module` and the layer that has each, but for
+    those that their owner names in `keep_dense`."""
+    found = {}
+    for name, layer in module.named_modules():
+        owner, _, attribute = name.rpartition(".")
+        kept = getattr(module.get_submodule(owner), "keep_dense", ())
+        if isinstance(layer, Linear) and attribute not in kept:
+            found[f"{name}.weight" if name else "weight"] = layer
+    return found
+
+
+def quantized_linears(
+    module: nn.Module, copies: Sequence[Copy], encoding: Encoding
+) -> dict[str, Kind | str]:
+    """The weights that the checkpoint has quantised, other than those of experts: the kind of each
+    that a linear layer can hold, and of the others why they are dequantised."""
+    layers = linears_of(module)
+    by_target: dict[str, list[Copy]] = {}
+    for copy in copies:
+        by_target.setdefault(copy.target, []).append(copy)
+    found: dict[str, Kind | str] = {}
+    for name, some in by_target.items():
+        if not any(copy.source in encoding.weights for copy in some):
+            continue
+        if name in layers:
+            found[name] = _kind(some, encoding)
+        elif isinstance(module.get_submodule(name.rpartition(".")[0]), Linear):
+            found[name] = "their layer takes them apart"
+        else:
+            found[name] = "not of a linear layer"
+    return found
+
+
+def _kind(copies: Sequence[Copy], encoding: Encoding) -> Kind | str:
+    stored = [encoding.weights.get(copy.source) for copy in copies]
+    kinds = {None if weight is None else weight.kind for weight in stored}
+    kind = kinds.pop()
+    if kinds or kind is None:
+        return "parts of one layer that are stored in several ways"
+    if any(copy.view for copy in copies) or any(weight and weight.transposed for weight in stored):
+        return "rows that are stored in another order"
+    starts = [index.start for copy in copies for index in copy.target_index[:1]]  # type: ignore[union-attr]
+    if any(start % kind.rows_per_scale for start in starts):
+        return "parts of one layer that would share blocks"
+    return kind
+
+
+def kept(found: Mapping[str, Kind | str]) -> dict[str, Kind]:
+    return {name: kind for name, kind in found.items() if isinstance(kind, Kind)}
