@@ -3,20 +3,28 @@
     python benchmarks/plan_parallel.py [MODEL] [--gpus 8 32 320] [--redundant 0 32 64]
 
 MODEL is a hub id or a folder; a config.json is enough (default: DeepSeek-V3's, in benchmarks/data).
-Attention, dense layers and shared experts are on every GPU, in the model's dtype, and work on the
-GPU's own tokens; experts are divided, in the format that --experts names. Tokens are split over the
-GPUs (`all_to_all`). Routing is taken as uniform, so replicas and placement are taken as perfect:
-divide by the balancedness that `moezoo eplb simulate` finds.
+Attention, dense layers and shared experts are on every GPU and work on the GPU's own tokens; their
+linear layers are in the format that --dense names, as far as moezoo keeps them so, embeddings, head
+and router in the model's dtype. Experts are divided, in the format that --experts names. Tokens are
+split over the GPUs (`all_to_all`). Routing is taken as uniform, so replicas and placement are taken
+as perfect: divide rates by the balancedness that `moezoo eplb simulate` finds.
 
 Legend: T tokens of a GPU, K experts per token, H hidden, I expert intermediate, R GPUs, P slots.
 """
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
-from math import comb
+from dataclasses import dataclass, replace
+from math import comb, prod
 from pathlib import Path
 
+import torch
+
+from moezoo import registry
+from moezoo.loaders.checkpoint import open_config
+from moezoo.loaders.dense import linears_of
+from moezoo.loaders.load import transformers_config
+from moezoo.loaders.mapping import parameter_infos
 from moezoo.tools.inspect import FORMATS, Report, inspect
 
 DEEPSEEK_V3 = Path(__file__).parent / "data" / "deepseek-v3"
@@ -49,6 +57,8 @@ class Deployment:
     report: Report
     gpus: int
     redundant: int
+    dense_bytes: int
+    """Of all that is not routed experts."""
     experts: str = "fp8_w8a8"
     dispatched: str = "fp8"
     """What tokens are sent to experts as; their outputs come back in bf16."""
@@ -67,13 +77,6 @@ class Deployment:
     @property
     def rank_expert_bytes(self) -> int:
         return self.slots * self.expert_bytes * (self.report.num_moe_layers or 0)
-
-    @property
-    def dense_bytes(self) -> int:
-        experts = self.report.experts
-        assert experts is not None
-        stacked = experts.num_experts * expert_bytes(self.report, "bf16")
-        return self.report.weight_bytes["bf16"][1] - stacked * (self.report.num_moe_layers or 0)
 
     @property
     def cached_tokens(self) -> float:
@@ -130,6 +133,21 @@ class Deployment:
         return (self.dense_bytes - embedding) / self.machine.read_rate
 
 
+def dense_bytes(model: str | Path, name: str) -> int:
+    """Of all weights that are not routed experts, linear layers in a format."""
+    config = transformers_config(open_config(model))
+    with torch.device("meta"):
+        decoder = registry.build(config)
+    linears = linears_of(decoder).keys() - {"lm_head.weight"}
+    total = 0
+    for parameter, info in parameter_infos(decoder, torch.bfloat16).items():
+        if parameter.endswith((".w13", ".w2")):
+            continue
+        stored = FORMATS[name](*info.shape) if parameter in linears else None
+        total += prod(info.shape) * info.dtype.itemsize if stored is None else stored
+    return total
+
+
 def expert_bytes(report: Report, name: str) -> int:
     """Of one expert of one layer in a format. Raises ValueError where it does not fit."""
     assert report.experts is not None and report.hidden_size is not None
@@ -153,11 +171,7 @@ def cache_table(deployments: list[Deployment], memories: list[float]) -> Iterato
     yield _row("GPUs", *(f"of {memory / 1e9:.0f} GB" for memory in memories))
     yield "|---|" + "---|" * len(memories)
     for it in deployments:
-        left = [
-            Deployment(it.report, it.gpus, it.redundant, it.experts, it.dispatched, Machine(memory))
-            for memory in memories
-        ]
-        room = [deployment.cached_tokens for deployment in left]
+        room = [replace(it, machine=Machine(memory)).cached_tokens for memory in memories]
         yield _row(str(it.gpus), *(f"{n:,.0f}" if n > 0 else "does not fit" for n in room))
 
 
@@ -219,6 +233,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 32, 320])
     parser.add_argument("--redundant", type=int, nargs="+", default=[0, 32, 64])
     parser.add_argument("--experts", choices=FORMATS, default="fp8_w8a8")
+    parser.add_argument("--dense", choices=FORMATS, default="fp8_w8a8")
     parser.add_argument("--dispatched", choices=BYTES_ON_THE_WIRE, default="fp8")
     parser.add_argument("--decode", type=int, default=64, help="tokens of a GPU in a step")
     parser.add_argument("--prefill", type=int, default=4096, help="tokens of a GPU in a pass")
@@ -228,8 +243,9 @@ def main() -> None:
     report = inspect(arguments.model)
     if report.experts is None:
         parser.error(f"{arguments.model}: {report.reason or 'it has no experts'}")
+    dense = dense_bytes(arguments.model, arguments.dense)
     deployments = [
-        Deployment(report, gpus, redundant, arguments.experts, arguments.dispatched)
+        Deployment(report, gpus, redundant, dense, arguments.experts, arguments.dispatched)
         for gpus, redundant in zip(arguments.gpus, arguments.redundant, strict=True)
     ]
     print(page(deployments, arguments.decode, arguments.prefill), end="")
