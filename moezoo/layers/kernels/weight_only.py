@@ -24,7 +24,13 @@ from torch import Tensor
 from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.kernels.gated_up import activate, activate_gated
 from moezoo.layers.kernels.interleave import interleave_ref, padded
-from moezoo.layers.kernels.overlap import launch_options, start_next, wait, wait_for_previous
+from moezoo.layers.kernels.overlap import (
+    capability,
+    launch_options,
+    start_next,
+    wait,
+    wait_for_previous,
+)
 from moezoo.layers.kernels.packed_products import num_slices, out_of_turns, products
 from moezoo.layers.kernels.permute import Permutation
 from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, swizzle
@@ -399,6 +405,13 @@ class _Packed(NamedTuple):
     options: dict[str, Any]
 
 
+def unpacks_pairs(x: Tensor) -> bool:
+    """Whether the GPU of x calculates with pairs of its dtype; of bf16 those before Hopper do not."""
+    if not x.is_cuda or torch.version.hip is not None or x.dtype.itemsize != 2:
+        return False
+    return x.dtype == torch.float16 or capability(x.device) >= (9, 0)
+
+
 def _packed(name: str, w: WeightOnly, x: Tensor, tile: Tile) -> _Packed:
     """w of four dimensions, for x's dtype.
 
@@ -427,7 +440,6 @@ def _packed(name: str, w: WeightOnly, x: Tensor, tile: Tile) -> _Packed:
     mxfp4 = isinstance(w, Mxfp4)
     group = GROUP if mxfp4 else 0 if w.scales.shape[-1] == 1 else w.group_size
     group, block_words, chain = group // num_ways, tile.k // num_ways, tile.m > FEW_ROWS
-    packed_pairs = words.dtype == torch.int16 and x.dtype.itemsize == 2
     options = {
         "FORMAT": FORMATS[type(w)],
         "WAYS": num_ways,
@@ -438,7 +450,7 @@ def _packed(name: str, w: WeightOnly, x: Tensor, tile: Tile) -> _Packed:
         "CHAIN": chain,
         "DESCRIPTORS": tile.descriptors,
         "EVEN_K": num_columns % tile.k == 0,
-        "PAIRS": packed_pairs and x.is_cuda and torch.version.hip is None,
+        "PAIRS": words.dtype == torch.int16 and unpacks_pairs(x),
         "FLATTEN": tile.programs_per_sm > 0 and not tile.tail,
         "GROUP_M": tile.group_m,
         "TAIL": tile.tail,
