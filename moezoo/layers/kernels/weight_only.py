@@ -406,7 +406,7 @@ class _Packed(NamedTuple):
 
 
 def unpacks_pairs(x: Tensor) -> bool:
-    """Whether the GPU of x calculates with pairs of its dtype; of bf16 those before Hopper do not."""
+    """Whether the GPU of x calculates with pairs of its dtype; before Hopper not in bf16."""
     if not x.is_cuda or torch.version.hip is not None or x.dtype.itemsize != 2:
         return False
     return x.dtype == torch.float16 or capability(x.device) >= (9, 0)
