@@ -7,13 +7,15 @@ other. The loss is in nats a token over windows of consecutive tokens, each a te
 "top-1" is the fraction of tokens whose likeliest next token is another than in bf16, "weights" the
 norm of the experts' error over theirs, in the worst layer. Without options it is the small model
 of the package. Differences above the limits of `LIMITS`, or of an int4 that does not beat
-round-to-nearest in the same groups, end it with exit code 1.
+round-to-nearest in the same groups, end it with exit code 1. A run of a part of the text, another
+one, or fewer models than are published is written as quality_partial_<device>.json.
 """
 
 import argparse
+import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from machine import write_result
+from machine import result_path, write_result
 from torch import Tensor, nn
 
 import moezoo
@@ -31,6 +33,7 @@ from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4
 
 TEXT = Path(__file__).parent / "data" / "heldout.txt"
+LENGTH = 512
 BATCH = 8
 
 
@@ -209,14 +212,25 @@ def show(name: str, entries: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-def main() -> None:
+def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, nargs="+", default=[tiny_model()])
     parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--device", default=None)
-    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a window")
     parser.add_argument("--windows", type=int, help="the first so many; default all of the text")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def result_name(args: argparse.Namespace, published: Path, models: Collection[str]) -> str:
+    """A partial one for a part of the text, another one, or fewer models than are published."""
+    before = json.loads(published.read_text())["checkpoints"] if published.exists() else {}
+    whole = args.windows is None and args.text == TEXT and args.length == LENGTH
+    return "quality" if whole and set(before) <= set(models) else "quality_partial"
+
+
+def main() -> None:
+    args = arguments(sys.argv[1:])
     device = device_of(args.device)
     text = args.text.read_text()
     checkpoints, wrong = {}, []
@@ -232,7 +246,8 @@ def main() -> None:
         }
         wrong += [f"{folder.name}, {failure}" for failure in failures(qualities)]
     content = {"text": args.text.name, "limits": LIMITS, "checkpoints": checkpoints}
-    print(f"written to {write_result('quality', device, content)}")
+    name = result_name(args, result_path("quality", device), checkpoints)
+    print(f"written to {write_result(name, device, content)}")
     if wrong:
         sys.exit("\n".join(["over the limits:", *wrong]))
 

@@ -35,15 +35,29 @@ EPLB_POLICIES = ("default", "least_movement")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
-EXIT_CODES = """\
+_COMMON_CODES = """\
 exit codes:
   0    all done
   1    a failure while running (the model cannot be loaded, out of memory, disk full)
-  2    wrong options or bad input; nothing was generated
-  3    finished, but some prompts or input lines failed (each is named on stderr);
+  2    wrong options or bad input; nothing was done
+"""
+EXIT_CODES = f"""\
+{_COMMON_CODES}  3    finished, but some prompts or input lines failed (each is named on stderr);
        inspect: moezoo cannot run the model (the report says why)
+  130  interrupted; generate with --output: the same command without --overwrite
+       goes on where it stopped
+"""
+GENERATE_CODES = f"""\
+{_COMMON_CODES}  3    finished, but some prompts or input lines failed (each is named on stderr)
   130  interrupted; with --output, the same command without --overwrite goes on
        where it stopped
+"""
+INSPECT_CODES = f"""\
+{_COMMON_CODES}  3    moezoo cannot run the model (the report says why)
+  130  interrupted
+"""
+OTHER_CODES = f"""\
+{_COMMON_CODES}  130  interrupted; what was not finished is not kept
 """
 
 
@@ -70,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _how_to_go_on(arguments: argparse.Namespace) -> str:
-    if getattr(arguments, "output", None) is None or not hasattr(arguments, "overwrite"):
+    if not hasattr(arguments, "overwrite") or arguments.output is None:
         return ""
     if arguments.overwrite:
         return "; leave out --overwrite to go on where it stopped"
@@ -119,13 +133,13 @@ class _Version(argparse.Action):
 
 
 def _add_command(
-    commands: Any, name: str, run: Any, *, help: str, description: str
+    commands: Any, name: str, run: Any, *, help: str, description: str, codes: str = OTHER_CODES
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=help,
         description=description,
-        epilog=EXIT_CODES,
+        epilog=codes,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
@@ -143,6 +157,7 @@ def _add_generate(commands: Any) -> None:
         "generate",
         _generate,
         help="complete prompts",
+        codes=GENERATE_CODES,
         description=(
             "Complete prompts. One --prompt is printed as text; several, and those of --input, as "
             "JSON lines,\neach when it is finished: in any order, told apart by their ids.\nWith "
@@ -224,6 +239,7 @@ def _add_inspect(commands: Any) -> None:
         "inspect",
         _inspect,
         help="tell what a checkpoint holds and needs, before downloading it",
+        codes=INSPECT_CODES,
         description=(
             "Tell what a checkpoint holds and needs, from its config and the headers of its "
             "files; no weight is read.\nA model that moezoo cannot run is reported too, with the "
@@ -247,12 +263,18 @@ def _add_convert(commands: Any) -> None:
         ),
     )
     parser.add_argument("model", help="hub id or folder")
-    parser.add_argument("output", type=Path, help="folder, new or empty")
+    parser.add_argument("output", type=_folder, help="folder, new or empty")
     _add_quantization(parser, "of the experts (default: as stored)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as stored")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default 5GB")
     parser.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is one")
     parser.add_argument("--quiet", action="store_true", help="no progress, only errors")
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("is '', expected the name of a folder")
+    return Path(text)
 
 
 def _add_routing(commands: Any) -> None:

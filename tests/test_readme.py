@@ -39,6 +39,13 @@ def test_the_code_runs(page, capsys):
         assert len(capsys.readouterr().out) > 100
 
 
+def test_a_layer_is_quantised_by_hand():
+    model = moezoo.from_pretrained(ROOT / "moezoo/assets/tiny-qwen3-moe", device="cpu")
+    (code,) = (code for code in python_blocks("docs/loading.md") if "quantize_" in code)
+    exec(compile(code, "docs/loading.md", "exec"), {"model": model})
+    assert model.decoder.layers[0].mlp.quantized.name == "int8_w8a16"
+
+
 @pytest.mark.parametrize(
     "command", [command for command in CONSOLE if command.startswith("moezoo ")]
 )

@@ -136,8 +136,13 @@ class Linear(nn.Linear):
         """Put weight [N, K] in the place of the parameter. It needs no gradient, and none comes
         through it.
 
-        Raises ValueError for another shape.
+        Raises ValueError for another shape, or what is of no format.
         """
+        if not isinstance(weight, Format):
+            raise ValueError(
+                f"weight is a {type(weight).__name__}, expected weights of a format, such as "
+                "Int8.quantize(w) makes them"
+            )
         if weight.shape != self.weight.shape:
             raise ValueError(f"weight must be {list(self.weight.shape)}, got {list(weight.shape)}")
         del self.weight

@@ -27,7 +27,7 @@ from moezoo.loaders.load import build
 from moezoo.loaders.mapping import Rule, Skip
 from moezoo.loaders.plan import Plan, dtype_name
 from moezoo.loaders.quantization import Quantization
-from moezoo.loaders.save import moved_at_end, write_tensors
+from moezoo.loaders.save import DRAFT, moved_at_end, shard_bytes, write_tensors
 from moezoo.loaders.weights import (
     Planned,
     plan_weights,
@@ -37,10 +37,14 @@ from moezoo.loaders.weights import (
     sources_of,
     with_one_order,
 )
-from moezoo.loaders.written import Written, describe_, written_tensors
+from moezoo.loaders.written import Written, describe_, warn_of_schemes, written_tensors
 
 CARD = "README.md"
 _KEPT = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*")
+_SECTION = re.compile(
+    r"\n*^## Quantisation\n\nWritten by moezoo .*?`moezoo\.score` tells\.\n?",
+    re.DOTALL | re.MULTILINE,
+)
 _LEFT = (CONFIG, GENERATION_CONFIG, "*.index.json", "quant*_config.json")
 
 
@@ -79,21 +83,67 @@ def convert(
     folder that is not empty, and what `from_pretrained` and `save_pretrained` raise.
     """
     target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is there already; give a folder that is new or empty")
+    _require_target(target, checkpoint)
+    shard_bytes(max_shard_size)
     asked = Quantization.of(quantization)
     on = device_of(device)
+    # Opened first, since a folder that cannot be written should cost no download.
+    with moved_at_end(target) as draft:
+        return _convert(
+            checkpoint,
+            draft,
+            quantization=asked,
+            dtype=dtype,
+            device=on,
+            max_shard_size=max_shard_size,
+            progress=progress,
+        )
+
+
+def _require_target(target: Path, checkpoint: Checkpoint) -> None:
+    """Raises `ValueError` where `target` cannot become a folder of its own."""
+    if target.exists():
+        there = [path.name for path in target.iterdir()] if target.is_dir() else [target.name]
+        if any(not name.startswith(DRAFT) for name in there):
+            raise ValueError(f"{target} is there already; give a folder that is new or empty")
+    above = next(path for path in (target, *target.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise ValueError(f"{target} cannot be a folder, since {above} is a file; give another")
+    source = Path(checkpoint.name)
+    if (
+        checkpoint.revision is None
+        and source.is_dir()
+        and target.resolve().is_relative_to(source.resolve())
+    ):
+        raise ValueError(
+            f"{target} is inside {source}, which is converted; give a folder elsewhere"
+        )
+
+
+def _convert(
+    checkpoint: Checkpoint,
+    draft: Path,
+    *,
+    quantization: Quantization | None,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    max_shard_size: int | str,
+    progress: bool,
+) -> Conversion:
     config, generation_config, decoder, rules = build(
-        checkpoint, dtype=dtype, quantization=asked, device=None, progress=progress
+        checkpoint, dtype=dtype, quantization=quantization, device=None, progress=progress
     )
-    planned = plan_weights(decoder, checkpoint, rules, dtype=config.dtype, quantization=asked)
-    require_device(planned.quantized, on)
+    planned = plan_weights(
+        decoder, checkpoint, rules, dtype=config.dtype, quantization=quantization
+    )
+    require_device(planned.quantized, device)
     locations = checkpoint.fetch(sources_of(planned), progress=progress)
     planned = with_one_order(decoder, checkpoint, planned, locations, dtype=config.dtype)
     report(decoder, planned)
     quantize_on_meta(decoder, planned.quantized)
     rules = registry.architecture(config.model_type).CHECKPOINT
     describe_(config, decoder, rules)
+    warn_of_schemes(getattr(config, "quantization_config", None))
     config.architectures = checkpoint.config.get("architectures")
     blank = {
         name: torch.empty(info.shape, dtype=info.dtype, device="meta")
@@ -101,28 +151,27 @@ def convert(
     }
     written = written_tensors(decoder, rules, blank)
     others = _other_files(checkpoint)
-    layers = _Layers(decoder, rules, checkpoint, planned, locations, on)
-    with moved_at_end(target) as draft:
-        size = write_tensors(
-            written, draft, max_shard_size=max_shard_size, tensor_of=layers.tensor_of
-        )
-        with naming(draft / CONFIG):
-            config.to_json_file(draft / CONFIG)
-        if generation_config is not None:
-            with naming(draft / GENERATION_CONFIG):
-                generation_config.to_json_file(draft / GENERATION_CONFIG)
-        for file, path in others.items():
-            shutil.copyfile(path, draft / file)
-        done = Conversion(
-            *_kinds(decoder, planned),
-            config.dtype,
-            sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
-            size,
-            layers.weight_error(),
-        )
+    layers = _Layers(decoder, rules, checkpoint, planned, locations, device)
+    size = write_tensors(written, draft, max_shard_size=max_shard_size, tensor_of=layers.tensor_of)
+    with naming(draft / CONFIG):
+        config.to_json_file(draft / CONFIG)
+    if generation_config is not None:
+        with naming(draft / GENERATION_CONFIG):
+            generation_config.to_json_file(draft / GENERATION_CONFIG)
+    for file, path in others.items():
+        shutil.copyfile(path, draft / file)
+    done = Conversion(
+        *_kinds(decoder, planned),
+        config.dtype,
+        sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
+        size,
+        layers.weight_error(),
+    )
+    before = others[CARD].read_text("utf-8", "surrogateescape") if CARD in others else ""
+    card = _card(checkpoint, before, done)
+    if card:
         with naming(draft / CARD):
-            before = (draft / CARD).read_text() if CARD in others else ""
-            (draft / CARD).write_text(_card(checkpoint, before, done))
+            (draft / CARD).write_text(card, "utf-8", "surrogateescape")
     return done
 
 
@@ -209,7 +258,11 @@ def _other_files(checkpoint: Checkpoint) -> dict[str, Path]:
 
 
 def _card(checkpoint: Checkpoint, before: str, done: Conversion) -> str:
-    """The model card with a section on the conversion."""
+    """The model card with a section on the conversion, in the place of one of an earlier
+    conversion; without one where nothing is quantised."""
+    before = _SECTION.sub("", before)
+    if not done.kinds and not done.dense:
+        return before
     source = checkpoint.name if checkpoint.revision is None else f"{checkpoint.name}, commit "
     source += checkpoint.revision or ""
     experts = f"in {' and '.join(done.kinds)}" if done.kinds else "not quantised"

@@ -88,13 +88,31 @@ def quantized_experts(
         for name, kind in kinds.items()
         if kind is not None and len(formats[owners[name]]) == 1
     }
-    found = sorted({kind.format.name for kind in whole.values()})
-    if asked is not None and asked.type is not None and set(found) - {asked.type}:
+    refuse_others(asked, whole, {name: parts_shape(owners[name], name)[-1] for name in whole})
+    return whole
+
+
+def refuse_others(
+    asked: Quantization | None, kinds: Mapping[str, Kind], columns: Mapping[str, int]
+) -> None:
+    """Raise `QuantizationError` where experts that a checkpoint has quantised, parameters of these
+    kinds and so many columns, are asked for otherwise."""
+    if asked is None or asked.type is None:
+        return
+    found = sorted({kind.format.name for kind in kinds.values()})
+    if set(found) - {asked.type}:
         raise QuantizationError(
             f"the checkpoint has its experts in {' and '.join(found)} already, so they cannot be "
             f"asked for in {asked.type}; leave quantization None, or take the 16-bit checkpoint"
         )
-    return whole
+    for name, kind in kinds.items():
+        field = asked.contradicted(kind, columns[name])
+        if field is not None:
+            raise QuantizationError(
+                f"{field}={getattr(asked, field)!r} is asked for, but the checkpoint has {name} in "
+                f"{kind.described} already; leave quantization None to take it as it is, or take "
+                "the 16-bit checkpoint of the model"
+            )
 
 
 def _on_the_fly(
@@ -110,7 +128,8 @@ def _on_the_fly(
         dtype = source_dtype(by_target[name], encoding)
         kinds[name] = kind = asked.recipe(name, columns, dtype).kind
         size = dict(kind.options).get("group_size", 0)
-        if asked.type == INT4 and asked.group_size is None and 0 < size < GROUP_SIZES[0]:
+        chosen = asked.group_size or asked.block_size
+        if asked.type == INT4 and chosen is None and 0 < size < GROUP_SIZES[0]:
             smaller.setdefault(size, []).append(name)
     for size, names in smaller.items():
         _log.warning(

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from moezoo.errors import QuantizationError
-from moezoo.layers.quant import Mxfp4
+from moezoo.layers.quant import Int4, Int8, Mxfp4
 from moezoo.layers.quant.mxfp4 import NAN
 from moezoo.loaders.checkpoint import Checkpoint, Location
 from moezoo.loaders.encodings import Encoding, Extra, StoredWeight
+from moezoo.loaders.encodings.stored import AGAIN
 from moezoo.loaders.experts import has_both, parts_index
 from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import Copy, Index, View, stored_order
@@ -59,7 +60,7 @@ class Filling:
         self.first: list[Piece] = []
         self.rest: list[Piece] = []
         self.checks: list[_Check] = []
-        self.computed: list[tuple[str, Kind, Tensor]] = []
+        self.computed: list[tuple[str, Recipe, Tensor]] = []
         self.squares: list[Tensor] | None = None
         """If a list: of all that is quantised, sums of squares of errors and of weights, [2]."""
 
@@ -83,7 +84,7 @@ class Filling:
         matrix = (*lead[len(lead) - within :], n, k)
         for i, which in enumerate(product(*map(range, lead[: len(lead) - within]))):
             one = {name: tensor[which] for name, tensor in fields.items()}
-            self.computed.append((copy.source, recipe.kind, one["scales"]))
+            self.computed.append((copy.source, recipe, one["scales"]))
             start = place.offset + i * prod(matrix) * dtype.itemsize
             put = _Quantize(recipe, one, self.squares)
             there = Location(place.path, start)
@@ -226,7 +227,9 @@ class Filling:
         found = value.float().item() if value.is_floating_point() else value.item()
         problem = extra.check.problem.format(place=lead + index, value=found)
         where = self.checkpoint.tensors[extra.tensor].where
-        raise QuantizationError(f"{self.checkpoint.name}: {extra.tensor}{where}: {problem}")
+        raise QuantizationError(
+            f"{self.checkpoint.name}: {extra.tensor}{where}: {problem}; {AGAIN}"
+        )
 
     def _check_computed(self) -> None:
         """Raise `QuantizationError` for the first weight whose scales say that it holds NaN or Inf,
@@ -234,19 +237,28 @@ class Filling:
         # One wait for the GPU a thousand tensors; which of them is wrong matters only if one is.
         for start in range(0, len(self.computed), 1000):
             some = self.computed[start : start + 1000]
-            kind = some[0][1]
+            kind = some[0][1].kind
             if not _wrong(kind, torch.cat([scales.flatten() for *_, scales in some])).any():
                 continue
-            for source, kind, scales in some:
-                wrong = _wrong(kind, scales)
+            for source, recipe, scales in some:
+                wrong = _wrong(recipe.kind, scales)
                 if wrong.any():
                     index = wrong.nonzero()[0].tolist()
                     raise QuantizationError(
                         f"{self.checkpoint.name}: {source}"
                         f"{self.checkpoint.tensors[source].where}: the weights of "
-                        f"{kind.format.unit} {index} are NaN or Inf, or too large for "
-                        f"{kind.format.name}: their scale is {scales[tuple(index)].item()}"
+                        f"{_owner(recipe, scales, index)} are NaN or Inf, or too large for "
+                        f"{recipe.kind.format.name}: their scale is {scales[tuple(index)].item()}; "
+                        "get the checkpoint again"
                     )
+
+
+def _owner(recipe: Recipe, scales: Tensor, index: list[int]) -> str:
+    """Whose scale is at this place of those of a tensor."""
+    if recipe.rows is None:
+        return "the matrix"
+    groups = recipe.kind.format in (Int4, Int8) and scales.shape[-1] == 1
+    return f"row {index[:-1]}" if groups else f"{recipe.kind.format.unit} {index}"
 
 
 def _wrong(kind: Kind, scales: Tensor) -> Tensor:

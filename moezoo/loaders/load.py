@@ -30,7 +30,7 @@ from moezoo.loaders.checkpoint import (
     open_checkpoint,
 )
 from moezoo.loaders.encodings import Encoding, Scheme, hub_scheme
-from moezoo.loaders.experts import experts_of, parts_shape
+from moezoo.loaders.experts import experts_of, parts_shape, refuse_others
 from moezoo.loaders.held import quantize_on_meta, quantized_infos
 from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import (
@@ -245,11 +245,13 @@ def _kinds_of_config(
             kind = scheme.kind(copy.source, columns[copy.target], config.dtype)
             found[copy.target].add(kind)
     kinds = {name: kind for name, (kind, *rest) in found.items() if kind is not None and not rest}
-    return {
+    whole = {
         name: kind
         for name, kind in kinds.items()
         if all(other in kinds for other, layer in owners.items() if layer is owners[name])
     }
+    refuse_others(asked, whole, columns)
+    return whole
 
 
 @torch.no_grad()

@@ -32,10 +32,14 @@ _NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a checkpoint's header says of one tensor."""
+    """What a checkpoint's header says of one tensor.
+
+    `padding` is how many of its last columns may be no part of the weight, which it does not say.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    padding: int = field(default=0, kw_only=True)
 
     @property
     def where(self) -> str:

@@ -31,6 +31,7 @@ from moezoo.loaders.mapping import (
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SHOWN = 10
+_LOADED = ("fp8", "float8", "gptq", "awq", "compressed-tensors", "mxfp4")
 # How tensor names give away who quantised a checkpoint whose config does not say.
 _QUANTISED_NAMES = (
     (".weight_scale_inv", "fp8"),
@@ -130,27 +131,27 @@ class _Planner:
             "unknown": unknown,
         }
         if any(problems.values()):
-            method = self._quantised()
-            if method is not None and "fp8" in method.replace("float8", "fp8"):
-                advice = (
-                    f"It looks quantised ({method}), which its config.json does not say: get the "
-                    "config.json with the quantization_config of these weights, or take the 16-bit "
-                    "checkpoint of the model"
-                )
-            elif method is not None:
-                advice = (
-                    f"It looks quantised ({method}), which this release does not load; take the "
-                    "16-bit checkpoint of the model"
-                )
-            else:
-                advice = (
-                    "Get the checkpoint again, or the config.json that belongs to these weights"
-                )
             raise CheckpointError(
-                f"{self.name} does not fit the model of its config.json: "
-                f"{_described(problems)}\n{advice}"
+                f"{self.name} does not fit the model of its config.json: {self._refusal(problems)}"
             )
         return Plan(tuple(self.copies), skipped)
+
+    def _refusal(self, problems: Mapping[str, list[str]]) -> str:
+        """What is wrong and what to do."""
+        method = self._quantised()
+        if method is None:
+            return (
+                f"{_described(problems, _SHOWN)}\n"
+                "Get the checkpoint again, or the config.json that belongs to these weights"
+            )
+        if any(known in method for known in _LOADED):
+            advice = (
+                "which its config.json does not say: get the config.json with the "
+                "quantization_config of these weights, or take the 16-bit checkpoint of the model"
+            )
+        else:
+            advice = "which this release does not load; take the 16-bit checkpoint of the model"
+        return f"{_described(problems, 1)}\nIt looks quantised ({method}), {advice}"
 
     def _choose(self, name: str, candidates: list[tuple[Rule, int | None]]) -> Rule | None:
         """The rule of this parameter whose sources the checkpoint holds, in whole or in part."""
@@ -280,12 +281,17 @@ class _Planner:
 
     def _fits(self, name: str, place: _Place, shape: tuple[int, ...]) -> bool:
         expected = stored_shape(shape, place.rule.view)
-        stored, where = self.checkpoint[name].shape, self.checkpoint[name].where
-        if stored != expected:
+        info = self.checkpoint[name]
+        stored = info.shape
+        columns = range(stored[-1] - info.padding, stored[-1]) if stored else range(0)
+        fits = stored == expected or (
+            stored[:-1] == expected[:-1] and bool(expected) and expected[-1] in columns
+        )
+        if not fits:
             self.shapes.append(
-                f"{name} is {list(stored)}{where}, {place.target} takes {list(expected)} of it"
+                f"{name} is {list(stored)}{info.where}, {place.target} takes {list(expected)} of it"
             )
-        return stored == expected
+        return fits
 
     def _skip(self, depth: int) -> dict[Skip, tuple[str, ...]]:
         skipped = {}
@@ -343,15 +349,16 @@ class _Planner:
         return f"quant_method {methods[0]}" if methods else f"stored as {dtype_name(integer[0])}"
 
 
-def _described(problems: Mapping[str, list[str]]) -> str:
+def _described(problems: Mapping[str, list[str]], shown: int) -> str:
+    """Each kind of problem with that many of those who have it."""
     lines = []
     for kind, offenders in problems.items():
         if offenders:
-            rest = len(offenders) - _SHOWN
+            rest = len(offenders) - shown
             more = [f"and {rest} more"] if rest > 0 else []
             noun = "tensor" if len(offenders) == 1 else "tensors"
             lines.append(
-                "\n  ".join([f"{len(offenders)} {noun} {kind}:", *offenders[:_SHOWN], *more])
+                "\n  ".join([f"{len(offenders)} {noun} {kind}:", *offenders[:shown], *more])
             )
     return "\n".join(lines)
 

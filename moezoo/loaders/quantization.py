@@ -52,8 +52,10 @@ class Quantization:
     * "int8_w8a16": a scale per output channel, or per `group_size` columns.
     * "int4_w4a16": a scale per `group_size` columns, by default the largest of 128, 64 and 32 that
       divides them; or `per_channel`; or `block_size` [n, g], a scale for g columns of n rows.
-      `symmetric=False` gives each a zero point.
+      `symmetric=False` gives each a zero point; None is True.
     * "mxfp4": nothing.
+
+    Of a checkpoint whose experts are quantised, what is given must be what it has.
 
     `dense` is what becomes of linear layers that the checkpoint stores quantised (attention, shared
     experts, dense layers, the head): "keep" runs them so, "dequantize" loads them in the model's
@@ -67,14 +69,14 @@ class Quantization:
     block_size: Sequence[int] | None = None
     group_size: int | None = None
     per_channel: bool = False
-    symmetric: bool = True
+    symmetric: bool | None = None
     dense: str = "keep"
 
     def __post_init__(self) -> None:
         if self.dense not in _DENSE:
             known = " or ".join(map(repr, _DENSE))
             raise ValueError(f"dense is {self.dense!r}, expected {known}")
-        if self.type is not None and self.type not in _FIELDS:
+        if self.type is not None and (not isinstance(self.type, str) or self.type not in _FIELDS):
             known = ", ".join(map(repr, _FIELDS))
             raise ValueError(f"quantization type is {self.type!r}, expected one of {known}")
         choices = () if self.type is None else _FIELDS[self.type]
@@ -88,8 +90,9 @@ class Quantization:
                     f"{' and '.join(choices) or 'no choices'}"
                 )
         for name in ("per_channel", "symmetric"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected True or False")
+            value = getattr(self, name)
+            if not isinstance(value, bool) and (name == "per_channel" or value is not None):
+                raise ValueError(f"{name} is {value!r}, expected True or False")
         self._check_sizes()
         if self.type == FP8:
             self._check_fp8()
@@ -99,7 +102,7 @@ class Quantization:
 
     def _check_sizes(self) -> None:
         block, group = self.block_size, self.group_size
-        if group is not None and group not in GROUP_SIZES:
+        if group is not None and (type(group) is not int or group not in GROUP_SIZES):
             raise ValueError(
                 f"group_size is {group!r}, expected one of {list(GROUP_SIZES)}, or per_channel=True"
             )
@@ -129,9 +132,6 @@ class Quantization:
             raise ValueError(
                 f"block_size is {self.block_size!r}, expected [{BLOCK}, {BLOCK}] for {FP8}"
             )
-        object.__setattr__(self, "granularity", chosen)
-        if chosen == "block":
-            object.__setattr__(self, "block_size", (BLOCK, BLOCK))
 
     @classmethod
     def of(cls, value: object) -> "Quantization | None":
@@ -160,13 +160,33 @@ class Quantization:
                 )
         return cls(**given)
 
+    def contradicted(self, kind: Kind, columns: int) -> str | None:
+        """The field that says something else than this kind of `type`, which a checkpoint has."""
+        options = dict(kind.options)
+        group = options.get("group_size", PER_CHANNEL)
+        group = columns if group == PER_CHANNEL else group
+        blocks = kind.format is BlockFp8
+        if self.granularity is not None and (self.granularity == "block") != blocks:
+            return "granularity"
+        if self.block_size is not None and (
+            not blocks if self.type == FP8 else self.block_size[1] != group
+        ):
+            return "block_size"
+        if self.group_size not in (None, group):
+            return "group_size"
+        if self.per_channel and group != columns:
+            return "per_channel"
+        if self.symmetric is not None and self.symmetric == options.get("zeros", False):
+            return "symmetric"
+        return None
+
     def recipe(self, name: str, columns: int, dtype: torch.dtype) -> Recipe:
         """For matrices of `name` with so many columns, whose weights are of `dtype`.
 
         Raises `QuantizationError` naming them where the format has no such columns.
         """
         scales = dtype if dtype in SCALE_DTYPES else torch.float32
-        if self.type == FP8 and self.granularity == "block":
+        if self.type == FP8 and self.granularity in (None, "block"):
             return _recipe(Kind.of(BlockFp8), BLOCK)
         if self.type == FP8:
             if self.granularity == "channel":
@@ -179,15 +199,18 @@ class Quantization:
         group = self._group_size(name, columns)
         if self.type == INT8:
             return _recipe(Kind.int8(group, scales))
-        kind = Kind.int4(group, scales, zeros=not self.symmetric)
+        kind = Kind.int4(group, scales, zeros=self.symmetric is False)
         if self.block_size is None:
             return _recipe(kind)
         n = self.block_size[0]
         return Recipe(kind, partial(_in_blocks, kind=kind, rows=n, group=group), n)
 
     def _group_size(self, name: str, columns: int) -> int:
-        if self.type == INT4:
-            self._require(name, columns, 2)
+        if self.type == INT4 and columns % 2:
+            raise QuantizationError(
+                f"{name}: {self.type} has two columns in a byte, and there are {columns}, which is "
+                f"odd; {INT8!r} takes any number of them"
+            )
         chosen = self.block_size[1] if self.block_size is not None else self.group_size
         if chosen is not None:
             self._require(name, columns, chosen)
@@ -205,7 +228,11 @@ class Quantization:
     def _require(self, name: str, columns: int, group: int) -> None:
         if columns % group:
             fits = [size for size in GROUP_SIZES if columns % size == 0]
-            advice = f"groups of {fits[0]} do" if fits else f"{INT8!r} takes any number of them"
+            advice = f"{INT8!r} takes any number of them"
+            if self.type == INT8:
+                advice = "without group_size there is a scale a row, of any number of them"
+            if fits:
+                advice = f"groups of {fits[0]} do"
             raise QuantizationError(
                 f"{name}: groups of {group}, as {self.type} has them, do not divide its {columns} "
                 f"columns; {advice}"

@@ -1,14 +1,15 @@
 """From a model to a checkpoint in the layout of the hub: the inverse of each target's first rule.
 
 Tensors are written one at a time, so a save takes the memory of the largest one. Files are written
-in a folder beside their final names and moved when all are whole.
+in a folder of their own, which is moved into place when all are whole.
 """
 
 import json
+import logging
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -24,7 +25,12 @@ from moezoo import registry
 from moezoo.errors import naming
 from moezoo.loaders.checkpoint import CONFIG, DTYPES, GENERATION_CONFIG, INDEX, WEIGHTS
 from moezoo.loaders.mapping import Rule, Skip
-from moezoo.loaders.written import Written, describe_, written_tensors
+from moezoo.loaders.written import Written, describe_, warn_of_schemes, written_tensors
+
+_log = logging.getLogger(__name__)
+
+DRAFT = ".saving-"
+"""How the names of folders begin whose files are not all written."""
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -60,6 +66,7 @@ def save_pretrained(
         (p.dtype for p in model.decoder.parameters() if p.is_floating_point()), config.dtype
     )
     describe_(config, model.decoder, rules)
+    warn_of_schemes(getattr(config, "quantization_config", None))
     config.architectures = config.architectures or [type(model).__name__]
     with moved_at_end(Path(folder)) as draft:
         write_weights(model.decoder, rules, draft, max_shard_size=max_shard_size)
@@ -98,7 +105,7 @@ def write_tensors(
 ) -> int:
     """Write these tensors, which `tensor_of` is asked for in the order of their names; the bytes of
     all."""
-    limit = _bytes(max_shard_size)
+    limit = shard_bytes(max_shard_size)
     shards: list[list[Written]] = [[]]
     size = 0
     for tensor in sorted(written, key=lambda tensor: tensor.name):
@@ -157,19 +164,32 @@ def _raw(tensor: torch.Tensor) -> memoryview:
 
 @contextmanager
 def moved_at_end(folder: Path) -> Iterator[Path]:
-    """A new folder inside `folder` whose files move into it if the block succeeds."""
+    """A new folder that becomes `folder` if the block succeeds; where that is there already, its
+    files move into it."""
     existed = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    place = folder if existed else folder.parent
+    parents = [path for path in (place, *place.parents) if not path.exists()]
+    place.mkdir(parents=True, exist_ok=True)
+    start = DRAFT if existed else f"{DRAFT}{folder.name}-"
+    for leftover in place.glob(f"{start}*"):
+        _log.warning(
+            "%s is of a save that was stopped or still runs: remove it if none does", leftover
+        )
+    # Not `tempfile.mkdtemp`, whose folders only their owner can read.
+    draft = place / f"{start}{secrets.token_hex(4)}"
+    draft.mkdir()
     try:
         yield draft
     except BaseException:
         shutil.rmtree(draft)
-        if not existed:
-            shutil.rmtree(folder)
+        for path in parents:
+            path.rmdir()
         raise
     try:
-        _move(draft, folder)
+        if existed:
+            _move(draft, folder)
+        else:
+            draft.rename(folder)
     except BaseException as error:
         # From here on the old files go, so the new ones are all that there is.
         error.add_note(
@@ -177,7 +197,8 @@ def moved_at_end(folder: Path) -> Iterator[Path]:
             f"into {folder}, {INDEX} last"
         )
         raise
-    shutil.rmtree(draft)
+    if existed:
+        shutil.rmtree(draft)
 
 
 def _move(draft: Path, folder: Path) -> None:
@@ -192,8 +213,11 @@ def _move(draft: Path, folder: Path) -> None:
         (draft / name).replace(folder / name)
 
 
-def _bytes(size: int | str) -> int:
-    """5_000_000_000 from "5GB"; decimals are allowed, as huggingface_hub does."""
+def shard_bytes(size: int | str) -> int:
+    """5_000_000_000 from "5GB"; decimals are allowed, as huggingface_hub does.
+
+    Raises `ValueError` for what is neither such a string nor a positive number.
+    """
     if isinstance(size, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]I?B)\s*", size.upper())
         if match:

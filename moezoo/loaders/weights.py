@@ -120,6 +120,7 @@ def plan_weights(
     encoding = own_encoding(checkpoint)
     plain = parameter_infos(module, dtype)
     chosen = plan(rules, encoding.tensors, plain, experts=experts, name=checkpoint.name)
+    encoding = unpadded(encoding, chosen, plain)
     quantized = quantized_experts(module, chosen.copies, encoding, quantization)
     owners = experts_of(module)
     others = [copy for copy in chosen.copies if copy.target not in owners]
@@ -129,6 +130,17 @@ def plan_weights(
     quantized |= kept(dense)
     wanted = quantized_infos(module, plain, quantized)
     return Planned(wanted, chosen, encoding, quantized, dense, quantization)
+
+
+def unpadded(encoding: Encoding, chosen: Plan, parameters: Mapping[str, ParameterInfo]) -> Encoding:
+    """The encoding without columns that the parameters do not have: padding."""
+    return encoding.unpadded(
+        {
+            copy.source: parameters[copy.target].shape[-1]
+            for copy in chosen.copies
+            if copy.source in encoding.weights and not copy.view
+        }
+    )
 
 
 def with_one_order(
@@ -178,24 +190,35 @@ def report(module: nn.Module, planned: Planned) -> None:
         )
     experts = experts_of(module)
     targets = {copy.target for copy in copies if copy.source in encoding.weights}
-    for name in sorted(targets & experts.keys() - planned.quantized.keys()):
+    dequantized = sorted(targets & experts.keys() - planned.quantized.keys())
+    for pattern, alike in _by_pattern(dequantized).items():
         _log.warning(
-            "%s: dequantised, since the checkpoint does not have all experts of this layer in one "
-            "format, or has blocks that gate and up share",
-            name,
+            "%s: %d dequantised, since the checkpoint does not have all experts of these layers in "
+            "one format, or has blocks that gate and up share",
+            *(pattern, len(alike)),
         )
+    for note in () if encoding.scheme is None else encoding.scheme.notes:
+        _log.warning("%s", note)
     by_outcome: dict[Kind | str, list[str]] = {}
     for copy in copies:
         if copy.source in encoding.weights and copy.target in planned.dense:
             by_outcome.setdefault(planned.dense[copy.target], []).append(copy.source)
     for outcome, stored in by_outcome.items():
-        shown = ", ".join(sorted({skeleton_of(name)[0].replace("#", "*") for name in stored}))
+        shown = ", ".join(sorted(_by_pattern(stored)))
         if isinstance(outcome, Kind):
             _log.info(
                 "%d weights of linear layers stay in %s: %s", len(stored), outcome.described, shown
             )
         else:
             _log.warning("%d weights dequantised (%s): %s", len(stored), outcome, shown)
+
+
+def _by_pattern(names: Sequence[str]) -> dict[str, list[str]]:
+    """By the names with * for numbers."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(skeleton_of(name)[0].replace("#", "*"), []).append(name)
+    return found
 
 
 def own_encoding(checkpoint: Checkpoint) -> Encoding:

@@ -5,13 +5,15 @@ Weights all in block fp8 are written as `quant_method` "fp8"; those in mxfp4 as 
 architecture stores experts in one tensor; all else as "compressed-tensors".
 """
 
+import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.errors import QuantizationError
@@ -32,6 +34,8 @@ from moezoo.loaders.mapping import (
     stored_order,
     stored_shape,
 )
+
+_log = logging.getLogger(__name__)
 
 
 class Written(NamedTuple):
@@ -84,6 +88,7 @@ def hub_config(module: nn.Module, rules: Sequence[Rule | Skip]) -> dict[str, Any
             for copy in copies
             if copy.target not in weights and len(infos[copy.target].shape) > 1
         }
+        | _tied(module, rules)
     )
     method = _method(module, rules)
     if method == "compressed-tensors":
@@ -109,6 +114,19 @@ def describe_(config: Any, module: nn.Module, rules: Sequence[Rule | Skip]) -> N
         del config.quantization_config
 
 
+def warn_of_schemes(described: Mapping[str, Any] | None) -> None:
+    """Say it where transformers does not load what this quantization_config describes."""
+    if described is None or described["quant_method"] != "compressed-tensors":
+        return
+    some = any(r"\.experts\." in entry for entry in described["ignore"])
+    if some or len(described["config_groups"]) > 1:
+        _log.warning(
+            "layers of this model are quantised in different ways (%s): moezoo loads it, but "
+            "transformers does not",
+            "some experts are not" if some else "formats, or sizes of groups",
+        )
+
+
 def _quantized_weights(module: nn.Module) -> Iterator[tuple[str, QuantizedWeights]]:
     for name, child in module.named_modules():
         if isinstance(child, QuantizedWeights):
@@ -129,6 +147,17 @@ def _infos(module: nn.Module) -> dict[str, ParameterInfo]:
             shape = (*lead[:1], prod(lead[1:]) * n, k)
             infos[owner] = ParameterInfo(shape, torch.bfloat16, getattr(layer, "part_sizes", None))
     return infos
+
+
+def _tied(module: nn.Module, rules: Sequence[Rule | Skip]) -> set[str]:
+    """The modules of a checkpoint that `module` does without, such as a head that is the embedding:
+    others build them from the config, which must say that they are not quantised."""
+    return {
+        rule.sources[0].removesuffix(".weight")
+        for rule in rules
+        if isinstance(rule, Rule)
+        and getattr(module, rule.target.removesuffix(".weight"), module) is None
+    }
 
 
 def _method(module: nn.Module, rules: Sequence[Rule | Skip]) -> str:
@@ -173,7 +202,7 @@ def _quantized(copy: Copy, whole: Format, method: str) -> Iterator[Written]:
 def _unwritable(copy: Copy, weights: Format) -> QuantizationError:
     return QuantizationError(
         f"{copy.source} cannot be written: there is no layout for {weights.name} of shape "
-        f"{list(weights.shape)} there"
+        f"{list(weights.shape)} there; quantise them otherwise, or save the model before"
     )
 
 
@@ -205,9 +234,7 @@ def _compressed_tensors(copy: Copy, part: Format) -> Iterator[Written]:
     assert isinstance(part, (Int4, Int8))
     n, k = part.shape
     bits = 4 if isinstance(part, Int4) else 8
-    if k * bits % 32:
-        raise _unwritable(copy, part)
-    words = (n, k * bits // 32)
+    words = (n, -(-k * bits // 32))
     yield Written(f"{module}.weight_packed", copy.target, words, torch.int32, partial(_words, part))
     yield _as_it_is(copy, f"{module}.weight_scale", part.scales)
     yield Written(
@@ -223,13 +250,14 @@ def _compressed_tensors(copy: Copy, part: Format) -> Iterator[Written]:
 
 
 def _words(part: Int4 | Int8) -> Tensor:
-    """Unsigned codes in int32, columns where they belong."""
+    """Unsigned codes in int32, columns where they belong, the last word filled with zeros."""
     if isinstance(part, Int8):
-        codes = part.data.view(torch.uint8) ^ 128
-        return words_of(_back(codes, part.order))
-    if part.order is None:
-        return words_of(part.data)
-    return words_of(pack(_back(unpack(part.data), part.order)))
+        octets = _back(part.data.view(torch.uint8) ^ 128, part.order)
+    elif part.order is None:
+        octets = part.data
+    else:
+        octets = pack(_back(unpack(part.data), part.order))
+    return words_of(F.pad(octets, (0, -octets.shape[1] % 4)))
 
 
 def _back(codes: Tensor, order: Tensor | None) -> Tensor:
@@ -254,11 +282,17 @@ def _packed_along_rows(zeros: Tensor) -> Tensor:
 def _compressed(
     copies: Sequence[Copy], weights: Mapping[str, QuantizedWeights], plain: Sequence[str]
 ) -> dict[str, Any]:
+    # A group of all columns is named as the others are: transformers wants one scheme for a layer.
+    sizes = {
+        (type(weight), weight.group_size)
+        for weight in (held() for held in weights.values())
+        if isinstance(weight, (Int4, Int8)) and weight.scales.shape[-1] > 1
+    }
     by_scheme: dict[str, tuple[dict[str, Any], set[str]]] = {}
     for copy in copies:
         pattern = _pattern(copy.source.removesuffix(".weight"))
         if copy.target in weights:
-            scheme = _scheme(weights[copy.target]())
+            scheme = _scheme(weights[copy.target](), sizes)
             by_scheme.setdefault(repr(scheme), (scheme, set()))[1].add(pattern)
     groups = {}
     for i, (scheme, names) in enumerate(by_scheme.values()):
@@ -280,8 +314,8 @@ def _pattern(module: str) -> str:
     return f"re:{escaped}$"
 
 
-def _scheme(weights: Format) -> dict[str, Any]:
-    """What config_groups says of such weights."""
+def _scheme(weights: Format, sizes: Collection[tuple[type, int]]) -> dict[str, Any]:
+    """What config_groups says of such weights; `sizes` are of groups that are not all columns."""
     activations: dict[str, Any] | None = None
     if isinstance(weights, (BlockFp8, ChannelFp8)):
         stored = "float-quantized"
@@ -299,10 +333,11 @@ def _scheme(weights: Format) -> dict[str, Any]:
         assert isinstance(weights, (Int4, Int8))
         stored = "pack-quantized"
         described = {"num_bits": 4 if isinstance(weights, Int4) else 8, "type": "int"}
-        if weights.scales.shape[-1] == 1:
+        size = weights.group_size
+        if weights.scales.shape[-1] == 1 and (type(weights), size) not in sizes:
             described |= {"strategy": "channel"}
         else:
-            described |= {"strategy": "group", "group_size": weights.group_size}
+            described |= {"strategy": "group", "group_size": size}
         if weights.order is not None:
             described["actorder"] = "group"
     zeros = weights.tensors().get("zeros") is not None

@@ -37,7 +37,7 @@ from moezoo.loaders.load import (
 )
 from moezoo.loaders.mapping import parameter_infos
 from moezoo.loaders.plan import dtype_name, plan
-from moezoo.loaders.weights import own_encoding
+from moezoo.loaders.weights import own_encoding, unpadded
 
 EXPERT_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Sizes that memory is reported for, as far as there are experts for every rank."""
@@ -154,11 +154,19 @@ def inspect(
         own_generation_config(checkpoint)
         infos = parameter_infos(decoder, dtype)
         chosen = plan(rules, encoding.tensors, infos, name=checkpoint.name)
+        encoding = unpadded(encoding, chosen, infos)
         quantized = quantized_experts(decoder, chosen.copies, encoding, None)
         if encoding.scheme is not None:
             others = [copy for copy in chosen.copies if copy.target not in experts_of(decoder)]
             dense = quantized_linears(decoder, others, encoding)
-            report = replace(report, stored_as=_stored_as(decoder, quantized, dense))
+            stay = quantized.keys() | kept(dense).keys()
+            whole = all(
+                copy.target in stay for copy in chosen.copies if copy.source in encoding.weights
+            )
+            stored_as = _stored_as(decoder, quantized, dense)
+            if not whole:
+                stored_as += ", other quantised weights are dequantised when they are loaded"
+            report = replace(report, stored_as=stored_as)
     except MoEZooError as error:
         return replace(report, reason=str(error))
     return replace(report, supported=True)
@@ -183,10 +191,7 @@ def _stored_as(
     if linear:
         of_linear = " and ".join(sorted({kind.described for kind in linear.values()}))
         described = f", {len(linear)} linear layers in {of_linear} too"
-    return (
-        f"{kinds}: the experts of {stay} of {layers} MoE layers stay so{described}, other "
-        "quantised weights are dequantised when they are loaded"
-    )
+    return f"{kinds}: the experts of {stay} of {layers} MoE layers stay so{described}"
 
 
 def _on_disk(checkpoint: Checkpoint) -> Report:

@@ -59,3 +59,14 @@ def test_the_model_is_as_it_was() -> None:
             assert 8 <= bits < 8.3
         after = [(name, id(parameter)) for name, parameter in model.named_parameters()]
         assert sorted(after) == sorted(before)
+
+
+def test_a_partial_run_has_a_name_of_its_own(tmp_path):
+    published = tmp_path / "quality_cpu.json"
+    whole = quality.arguments([])
+    assert quality.result_name(whole, published, ["a"]) == "quality"
+    published.write_text('{"checkpoints": {"a": {}, "b": {}}}')
+    assert quality.result_name(whole, published, ["a", "b", "c"]) == "quality"
+    assert quality.result_name(whole, published, ["a"]) == "quality_partial"
+    for some in (["--windows", "2"], ["--text", "other"], ["--length", "64"]):
+        assert quality.result_name(quality.arguments(some), published, "ab") == "quality_partial"

@@ -45,12 +45,13 @@ def test_the_files_are_those_of_save_pretrained(tmp_path, asked):
     tokenizer = (tmp_path / "a" / "tokenizer.json").read_bytes()
     assert tokenizer == (ASSET / "tokenizer.json").read_bytes()
     card = (tmp_path / "a" / "README.md").read_text()
-    assert card.startswith((ASSET / "README.md").read_text().rstrip())
-    assert f"{done.bytes_before:,}" in card and f"{done.bytes_after:,}" in card
-    assert ("not quantised" if asked is None else done.kinds[0]) in card
+    before = (ASSET / "README.md").read_text()
     if asked is None:
-        assert done.weight_error is None
+        assert done.weight_error is None and card == before
         return
+    assert card.startswith(before.rstrip())
+    assert f"{done.bytes_before:,}" in card and f"{done.bytes_after:,}" in card
+    assert done.kinds[0] in card
     errors = weights = 0.0
     for ours, plain_layer in zip(moe_layers(model), moe_layers(load(ASSET)), strict=True):
         for name in ("w13", "w2"):
@@ -153,3 +154,73 @@ def test_the_card_of_a_model_that_has_none(tmp_path):
     convert(open_checkpoint(tmp_path / "from"), to, quantization="int8_w8a16", device="cpu")
     assert (to / "README.md").read_text().startswith("## Quantisation\n")
     assert json.loads((to / "config.json").read_text())["architectures"] == ["MixtralForCausalLM"]
+
+
+def test_a_card_has_one_section(tmp_path):
+    plain("mixtral").save_pretrained(tmp_path / "from")
+    before = b"# Mixtral \xe9\n"
+    (tmp_path / "from" / "README.md").write_bytes(before)
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    convert(open_checkpoint(tmp_path / "from"), once, quantization="int8_w8a16", device="cpu")
+    convert(open_checkpoint(once), twice, device="cpu")
+    for folder in (once, twice):
+        card = (folder / "README.md").read_bytes()
+        assert card.startswith(before + b"\n## Quantisation\n") and card.count(b"## Quant") == 1
+    assert str(once).encode() in card
+
+
+def test_interrupted(tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moezoo.loaders.convert.write_tensors", interrupted)
+    command = (
+        "convert",
+        ASSET,
+        tmp_path / "a" / "to",
+        "--quantization",
+        "mxfp4",
+        "--device",
+        "cpu",
+    )
+    assert run(*command) == 130
+    assert capsys.readouterr().err.endswith("moezoo: interrupted\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("existed", [False, True], ids=["new", "empty"])
+def test_what_a_killed_conversion_leaves_does_not_stop_the_next(tmp_path, caplog, existed):
+    plain("mixtral").save_pretrained(tmp_path / "from")
+    to = tmp_path / "to"
+    leftover = to / ".saving-12345678" if existed else tmp_path / ".saving-to-12345678"
+    leftover.mkdir(parents=True)
+    convert(open_checkpoint(tmp_path / "from"), to, quantization="int8_w8a16", device="cpu")
+    assert f"{leftover} is of a save that was stopped" in caplog.text
+    assert load(to).config.quantization_config["format"] == "pack-quantized"
+    assert to.stat().st_mode & 0o777 == (tmp_path / "from").stat().st_mode & 0o777
+
+
+def test_places_that_cannot_be_written_are_refused_first(tmp_path, capsys, monkeypatch):
+    def download(*arguments, **options):
+        raise AssertionError("too late")
+
+    monkeypatch.setattr("moezoo.loaders.checkpoint.Checkpoint.fetch", download)
+    plain("mixtral").save_pretrained(tmp_path / "from")
+    (tmp_path / "file").touch()
+    for arguments, message in (
+        ((tmp_path / "file" / "to",), f"since {tmp_path / 'file'} is a file; give another"),
+        ((tmp_path / "from" / "to",), f"is inside {tmp_path / 'from'}, which is converted"),
+        ((tmp_path / "to", "--max-shard-size", "5XB"), "max_shard_size is '5XB', expected"),
+    ):
+        assert run("convert", tmp_path / "from", *arguments, "--device", "cpu") == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        run("convert", tmp_path / "from", "")
+    assert caught.value.code == 2 and "expected the name of a folder" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"from", "file"}
+
+
+def test_its_help_is_not_that_of_generate(capsys):
+    with pytest.raises(SystemExit):
+        run("convert", "--help")
+    assert "prompt" not in capsys.readouterr().out

@@ -30,7 +30,7 @@ from test_saved_quantized import by_package
 from torch import Tensor
 
 import moezoo
-from moezoo.errors import QuantizationError
+from moezoo.errors import CheckpointError, QuantizationError
 from moezoo.generation.continuous import Batcher, Request
 from moezoo.generation.engine import Engine
 from moezoo.layers.moe import FusedMoE
@@ -391,9 +391,9 @@ def test_schemes_that_differ_by_module(tmp_path, caplog):
     assert "8 static scales of activations not loaded" in caplog.text
     report = moezoo.inspect(hub)
     assert report.supported and report.stored_as is not None
-    assert report.stored_as.startswith(
+    assert report.stored_as == (
         "int4_w4a16 in groups of 64: the experts of 1 of 2 MoE layers stay so, 8 linear layers in "
-        "fp8_w8a8 with a scale a row and int4_w4a16 in groups of 64 too, other"
+        "fp8_w8a8 with a scale a row and int4_w4a16 in groups of 64 too"
     )
     model.save_pretrained(tmp_path / "again")
     assert_same(load(tmp_path / "again", dtype="float32"), model)
@@ -547,6 +547,10 @@ def test_packed_weights_that_are_wrong(tmp_path):
         ),
         ({"quant_method": "awq", "group_size": 32, "zero_point": False}, "zero_point is False"),
         ({"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes'"),
+        ({"quant_method": ["gptq"]}, "quant_method is ['gptq']"),
+        (gptq_config() | {"dynamic": 3}, "dynamic is 3"),
+        ({"quant_method": "fp8", "modules_to_not_convert": 5}, "modules_to_not_convert is 5"),
+        ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size is 128"),
         (
             {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
             "format is 'nvfp4",
@@ -574,19 +578,59 @@ def test_configs_that_are_not_done(tmp_path, config, message):
         ),
         ({"strategy": "tensor_group"}, "strategy is 'tensor_group'"),
         ({"dynamic": True}, "dynamic is True"),
+        ({"group_size": 64.0}, "group_size is 64.0"),
+        ({"targets": ["re:(["]}, "'re:([' is no pattern"),
+        ({"targets": {}}, "targets is {}; this release loads a list of names"),
     ],
     ids=str,
 )
 def test_schemes_that_are_not_done(tmp_path, fields, message):
     plain("qwen2_moe").save_pretrained(tmp_path)
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32} | fields
-    group = {"targets": ["Linear"], "weights": weights}
+    group = {"targets": weights.pop("targets", ["Linear"]), "weights": weights}
     config = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
     set_config(tmp_path, quantization_config=config | {"config_groups": {"g": group}})
     with pytest.raises(QuantizationError) as caught:
         load(tmp_path)
     where = "quantization_config.config_groups.g."
     assert where in str(caught.value) and message in str(caught.value)
+
+
+def test_what_the_scheme_says_is_not_there(tmp_path):
+    weights = {"num_bits": 4, "type": "int", "group_size": 32, "strategy": "group"}
+    encode = compressed_tensors("pack-quantized", **weights, symmetric=False)
+    scheme = {"targets": ["Linear"], "weights": weights}
+    config = compressed_config("pack-quantized", ["lm_head"], g=scheme)
+    hub, _ = write(tmp_path / "a", encode, config)
+    message = (
+        r"weight_zero_point in .* holds zero points, but the scheme of .* symmetric is True; get"
+    )
+    with pytest.raises(QuantizationError, match=message):
+        load(hub)
+    hub, _ = write(tmp_path / "b", lambda w: ordered_compressed_tensors(w, group_size=32), config)
+    with pytest.raises(QuantizationError, match=r"weight_g_idx .* has no actorder 'group'"):
+        load(hub)
+
+
+def test_gptq_without_its_config(tmp_path):
+    hub, _ = write(tmp_path, gptq, gptq_config())
+    set_config(hub, quantization_config=None)
+    reason = moezoo.inspect(hub).reason
+    assert len(reason) < 1500 and reason.count("\n  ") <= 8
+    assert (
+        "It looks quantised (quant_method gptq or awq), which its config.json does not say"
+        in reason
+    )
+    with pytest.raises(CheckpointError, match=r"get the config\.json with the quantization_config"):
+        load(hub)
+
+
+@pytest.mark.parametrize("config", [[], 5, "gptq"], ids=str)
+def test_a_config_that_is_no_table(tmp_path, config):
+    plain("qwen2_moe").save_pretrained(tmp_path)
+    set_config(tmp_path, quantization_config=config)
+    with pytest.raises(QuantizationError, match=r"expected a table; get the config\.json"):
+        load(tmp_path)
 
 
 def test_saved_as_they_were_loaded(tmp_path):

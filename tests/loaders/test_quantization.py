@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_models import ASSET, EXACT, load, moe_layers
+from small_models import ASSET, EXACT, assert_same, load, moe_layers, plain
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -79,10 +79,10 @@ def test_experts_are_quantised_from_what_is_stored(name):
 @pytest.mark.parametrize("name", [name for name in ASKED if "fp8" not in name])
 def test_logits_are_those_of_the_dequantised_weights(name):
     model, dense = (load(ASSET, dtype="float32", quantization=q) for q in (ASKED[name][0], None))
-    for moe, plain in zip(moe_layers(model), moe_layers(dense), strict=True):
+    for moe, full in zip(moe_layers(model), moe_layers(dense), strict=True):
         with torch.no_grad():
-            plain.w13.copy_(moe.w13().dequantize().flatten(1, 2))
-            plain.w2.copy_(moe.w2().dequantize())
+            full.w13.copy_(moe.w13().dequantize().flatten(1, 2))
+            full.w2.copy_(moe.w2().dequantize())
     ids = torch.randint(1, 61, (2, 7), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         found, expected = model(ids).logits, dense(ids).logits
@@ -250,6 +250,8 @@ def test_weights_that_are_not_finite_are_named(tmp_path, name):
         ({"type": "int8_w8a16", "symmetric": False}, "symmetric=False is not for int8"),
         ({"dense": "bf16"}, "dense is 'bf16', expected 'keep' or 'dequantize'"),
         ({"dense": "dequantize", "group_size": 32}, "group_size=32 needs a type, such as 'int4_"),
+        ({"type": ["a"]}, "quantization type is ['a'], expected one of"),
+        ({"type": "int4_w4a16", "group_size": 64.0}, "group_size is 64.0, expected one of"),
         ({"type": "int4_w4a16", "symmetric": 1}, "symmetric is 1, expected True or False"),
         (
             {"type": "fp8_w8a8", "granularity": "channel", "block_size": [128, 128]},
@@ -328,3 +330,45 @@ def test_memory_beyond_the_quantised_weights_is_small(tmp_path, asked, size):
     weights, beyond = map(int, output.split())
     assert abs(weights - size) < 3e6
     assert beyond < 150e6
+
+
+def test_groups_that_were_asked_for_are_not_reported(tmp_path, caplog):
+    plain("mixtral").save_pretrained(tmp_path)
+    load(tmp_path, quantization={"type": "int4_w4a16", "block_shape": [8, 64]})
+    assert "largest that divide" not in caplog.text
+
+
+def test_an_odd_number_of_columns():
+    for type, message in (
+        ("int4_w4a16", "two columns in a byte, and there are 33, which is odd; 'int8_w8a16' takes"),
+        ("int8_w8a16", "without group_size there is a scale a row"),
+    ):
+        choice = {"per_channel": True} if type == "int4_w4a16" else {"group_size": 32}
+        with pytest.raises(QuantizationError, match=message):
+            Quantization(type, **choice).recipe("w2", 33, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "message"),
+    [
+        ("fp8_w8a8", {"granularity": "channel"}, "granularity='channel' .* in blocks of 128 x 128"),
+        ({"type": "fp8_w8a8", "granularity": "tensor"}, {"block_size": [128, 128]}, "block_size="),
+        ("int8_w8a16", {"group_size": 32}, "group_size=32 .* with a scale a row already"),
+        ("int4_w4a16", {"group_size": 32}, "group_size=32 .* groups of 128 already"),
+        ("int4_w4a16", {"per_channel": True}, "per_channel=True .*w13 in int4_w4a16 in groups"),
+        ("int4_w4a16", {"symmetric": False}, "symmetric=False is asked for, but the checkpoint"),
+        ({"type": "int4_w4a16", "symmetric": False}, {"symmetric": True}, "with zero points"),
+        ("int4_w4a16", {"block_size": [8, 64]}, r"block_size=\(8, 64\)"),
+    ],
+    ids=str,
+)
+def test_a_request_that_contradicts_the_checkpoint(tmp_path, stored, asked, message):
+    plain("mixtral").save_pretrained(tmp_path / "plain")
+    model = load(tmp_path / "plain", quantization=stored)
+    model.save_pretrained(tmp_path / "stored")
+    named = Quantization.of(stored).type
+    with pytest.raises(QuantizationError, match=f"{message}.*leave quantization None"):
+        load(tmp_path / "stored", quantization={"type": named} | asked)
+    with pytest.raises(QuantizationError, match=message):
+        from_config(model.config, device="cpu", quantization={"type": named} | asked)
+    assert_same(load(tmp_path / "stored", quantization=named), model)

@@ -7,15 +7,28 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from small_models import ASSET, assert_same, load, moe_layers, plain, set_config
+from safetensors.torch import load_file, save_file
+from small_models import (
+    ASSET,
+    EXACT,
+    assert_same,
+    distance,
+    ids,
+    load,
+    moe_layers,
+    plain,
+    set_config,
+)
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
+import moezoo
 from moezoo.errors import QuantizationError
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import Int8, Mxfp4
 from moezoo.loaders.checkpoint import open_checkpoint
+from moezoo.loaders.convert import convert
+from moezoo.loaders.load import from_config
 from moezoo.loaders.mapping import Rule
 from moezoo.loaders.save import write_weights
 from moezoo.loaders.weights import load_weights
@@ -72,9 +85,11 @@ def by_package(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_saved_and_read_again(folder, tmp_path, name):
+def test_saved_and_read_again(folder, tmp_path, name, caplog):
     model = load(folder, quantization=ASKED[name])
-    model.save_pretrained(tmp_path)
+    with caplog.at_level("WARNING"):
+        model.save_pretrained(tmp_path)
+    assert "transformers does not" not in caplog.text
     assert_same(load(tmp_path), model)
     again = load(tmp_path, dtype="bfloat16")
     assert moe_layers(again)[0].w13.scales.dtype == moe_layers(model)[0].w13.scales.dtype
@@ -104,10 +119,103 @@ def test_saved_and_read_again(folder, tmp_path, name):
         assert theirs[f"{module}.down_proj"].equal(moe.w2().dequantize())
 
 
-def test_groups_of_several_sizes(tmp_path):
+@pytest.mark.parametrize("name", ["fp8-block", "fp8-channel", "int8", "int4"])
+def test_a_tied_head_is_not_quantised_in_transformers(tmp_path, name):
+    plain("qwen3_moe").save_pretrained(tmp_path / "plain")
+    asked = ASKED.get(name, "fp8_w8a8")
+    model = load(tmp_path / "plain", quantization=asked)
+    model.save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["tie_word_embeddings"]
+    described = config["quantization_config"]
+    kept = described.get("ignore", described.get("modules_to_not_convert"))
+    assert "lm_head" in kept
+    from transformers import CompressedTensorsConfig, FineGrainedFP8Config
+
+    dequantized = (
+        FineGrainedFP8Config(dequantize=True, modules_to_not_convert=kept)
+        if name == "fp8-block"
+        else CompressedTensorsConfig(dequantize=True)
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", dtype=torch.float32, quantization_config=dequantized
+    )
+    assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
+    with torch.no_grad():
+        expected = theirs(ids(2, 9)).logits
+        # fp8 rounds activations too, which transformers does not do with dequantised weights.
+        tolerance = 0.15 if "fp8" in name else EXACT
+        assert distance(model(ids(2, 9)).logits, expected) < tolerance
+
+
+ODD: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 100,
+    "intermediate_size": 36,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_local_experts": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("asked", "width"),
+    [("int8_w8a16", 33), ("int8_w8a16", 36), ("int8_w8a16", 130), (ASKED["int4-row"], 36)],
+    ids=str,
+)
+def test_columns_that_do_not_fill_words(tmp_path, asked, width):
+    config = MixtralConfig(**ODD | {"intermediate_size": width}, head_dim=32)
+    model = from_config(config, device="cpu", quantization=asked)
+    model.save_pretrained(tmp_path / "saved")
+    stored = load_file(tmp_path / "saved" / "model.safetensors")
+    module = "model.layers.0.block_sparse_moe.experts.0.w2"
+    assert stored[f"{module}.weight_shape"].tolist() == [100, width]
+    assert_same(load(tmp_path / "saved"), model)
+    assert moezoo.inspect(tmp_path / "saved").supported
+    w2 = moe_layers(model)[0].w2().dequantize()
+    assert by_package(tmp_path / "saved")[module].equal(w2[0])
+    convert(open_checkpoint(tmp_path / "saved"), tmp_path / "again", device="cpu")
+    assert_same(load(tmp_path / "again"), model)
+
+
+def test_weight_only_fp8_is_reported(folder, tmp_path, caplog):
+    load(folder, quantization=ASKED["fp8-channel"]).save_pretrained(tmp_path)
+    load(tmp_path)
+    assert "run as fp8_w8a8" not in caplog.text
+    described = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    described["config_groups"]["group_0"]["input_activations"] = None
+    set_config(tmp_path, quantization_config=described)
+    load(tmp_path)
+    assert caplog.text.count("quantises no activations run as fp8_w8a8") == 1
+    stored_as = moezoo.inspect(tmp_path).stored_as
+    assert stored_as.endswith("the experts of 2 of 2 MoE layers stay so")
+
+
+def test_int8_that_is_not_packed_has_any_columns(tmp_path):
+    """What the package writes as int-quantized."""
+    config = MixtralConfig(**ODD | {"intermediate_size": 33}, head_dim=32)
+    model = from_config(config, device="cpu", quantization="int8_w8a16")
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in stored if name.endswith("_packed")]:
+        module = name.removesuffix(".weight_packed")
+        n, k = stored.pop(f"{module}.weight_shape").tolist()
+        codes = stored.pop(name).view(torch.uint8)[:, :k] ^ 128
+        assert codes.shape == (n, k)
+        stored[f"{module}.weight"] = codes.view(torch.int8).contiguous()
+    save_file(stored, tmp_path / "model.safetensors")
+    described = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    described["format"] = described["config_groups"]["group_0"]["format"] = "int-quantized"
+    set_config(tmp_path, quantization_config=described)
+    assert_same(load(tmp_path), model)
+
+
+def test_groups_of_several_sizes(tmp_path, caplog):
     """The experts are 64 wide: groups of 128, and of 64, which are rows: two schemes."""
     model = load(ASSET, quantization="int4_w4a16", dtype="float32")
     model.save_pretrained(tmp_path)
+    assert caplog.text.count("(formats, or sizes of groups): moezoo loads it, but transf") == 1
     assert_same(load(tmp_path, dtype="float32"), model)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     targets = {
@@ -118,13 +226,14 @@ def test_groups_of_several_sizes(tmp_path):
     assert len(by_package(tmp_path)) == 6 * 16 * 3
 
 
-def test_layers_that_are_not_quantised(folder, tmp_path):
+def test_layers_that_are_not_quantised(folder, tmp_path, caplog):
     model = load(folder, quantization="int8_w8a16")
     moe = moe_layers(model)[1]
     w13, w2 = moe.w13().dequantize().flatten(1, 2), moe.w2().dequantize()
     del moe.w13, moe.w2
     moe.w13, moe.w2 = (nn.Parameter(w, requires_grad=False) for w in (w13, w2))
     model.save_pretrained(tmp_path)
+    assert caplog.text.count("(some experts are not): moezoo loads it, but transformers") == 1
     assert_same(load(tmp_path), model)
     assert {module.split(".")[2] for module in by_package(tmp_path)} == {"0"}
 

@@ -109,8 +109,18 @@ class FusedMoE(nn.Module):
         """Put w13 [E, 2, I, H] and w2 [E, H, I], both of one format, in the place of the experts'
         parameters. They need no gradient, and none comes through them.
 
-        Raises ValueError for other shapes, or two formats.
+            layer.quantize_(
+                Int8.quantize(layer.w13.unflatten(1, (2, -1))), Int8.quantize(layer.w2)
+            )
+
+        Raises ValueError for other shapes, two formats, or what is none.
         """
+        for name, given in (("w13", w13), ("w2", w2)):
+            if not isinstance(given, Format):
+                raise ValueError(
+                    f"{name} is a {type(given).__name__}, expected weights of a format, such as "
+                    "Int8.quantize(w) makes them"
+                )
         num_experts, hidden_size, intermediate_size = self.w2.shape
         expected = (num_experts, 2, intermediate_size, hidden_size), tuple(self.w2.shape)
         if (tuple(w13.shape), tuple(w2.shape)) != expected:

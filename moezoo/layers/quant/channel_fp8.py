@@ -38,8 +38,16 @@ class ChannelFp8(Format):
     def quantize_unchecked(
         cls, w: Tensor, *, granularity: Literal["channel", "tensor"] = "channel"
     ) -> "ChannelFp8":
-        """granularity "tensor" is a scale per matrix [N, K]."""
+        """granularity "tensor" is a scale per matrix [N, K].
+
+        Raises ValueError for another one.
+        """
         require_weights(w)
+        if granularity not in ("channel", "tensor"):
+            raise ValueError(
+                f"granularity is {granularity!r}, expected 'channel' or 'tensor'; blocks are "
+                "BlockFp8's"
+            )
         largest = magnitudes(w, -1 if granularity == "channel" else (-2, -1))
 
         def quantize(rows: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,17 @@ class Format:
         Raises QuantizationError where w holds NaN or Inf.
         """
         quantized = cls.quantize_unchecked(w, **options)
-        quantized.check_values()
+        try:
+            quantized.check_values()
+        except QuantizationError:
+            wrong = (~w.isfinite()).nonzero()
+            if not len(wrong):
+                raise
+            place = wrong[0].tolist()
+            raise QuantizationError(
+                f"the weight at {place} is {w[tuple(place)].item()}, which {cls.name} cannot hold; "
+                "quantise finite weights"
+            ) from None
         return quantized
 
     @classmethod
@@ -65,7 +75,7 @@ class Format:
         if place is not None:
             raise QuantizationError(
                 f"{name}: the scale of {self.unit} {place} is {self.scales[tuple(place)].item()}, "
-                "it must be finite and positive"
+                "it must be finite and positive; get these weights again"
             )
 
     def tensors(self) -> dict[str, Tensor | None]:
@@ -140,9 +150,10 @@ def require_data(data: Tensor, shape: str, dtype: torch.dtype) -> None:
 
 def require_weights(w: Tensor) -> None:
     """Raises QuantizationError unless w [.., N, K] can be quantised."""
-    if not w.is_floating_point() or w.ndim < 2:
+    if not w.is_floating_point() or w.ndim < 2 or 0 in w.shape[-2:]:
         raise QuantizationError(
-            f"weights must be [.., N, K] floating point, got {list(w.shape)} {w.dtype}"
+            "weights must be [.., N, K] floating point with N and K above 0, got "
+            f"{list(w.shape)} {w.dtype}"
         )
 
 

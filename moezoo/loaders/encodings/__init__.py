@@ -30,16 +30,19 @@ def hub_scheme(quantization_config: object, name: str) -> Scheme | None:
 
     Raises `QuantizationError` naming the field that moezoo does not do.
     """
-    if not quantization_config:
+    if quantization_config is None or quantization_config == {}:
         return None
     given = quantization_config
     if not isinstance(given, Mapping) and hasattr(given, "to_dict"):
         given = given.to_dict()
     if not isinstance(given, Mapping):
-        raise QuantizationError(f"{name}: quantization_config is {given!r}, expected a table")
+        raise QuantizationError(
+            f"{name}: quantization_config is {given!r}, expected a table; get the config.json that "
+            "belongs to these weights"
+        )
     table = Table(given, name)
     method = given.get("quant_method")
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         table.refuse("quant_method", ", ".join(map(repr, _METHODS)))
     return _METHODS[method](table)
 

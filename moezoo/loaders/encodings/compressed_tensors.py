@@ -39,6 +39,7 @@ from moezoo.loaders.encodings.integers import (
 )
 from moezoo.loaders.encodings.mxfp4 import NOT_NAN
 from moezoo.loaders.encodings.stored import (
+    AGAIN,
     INTEGER_SCALE,
     Check,
     Encoding,
@@ -77,6 +78,8 @@ class Group:
     """-1 is all columns."""
     symmetric: bool
     ordered: bool
+    weight_only: bool
+    """Whether activations are not to be quantised."""
 
     @classmethod
     def of(cls, table: Table, format_of_all: str) -> "Group":
@@ -120,7 +123,7 @@ class Group:
             if group_size != GROUP:
                 weights.refuse("group_size", f"{GROUP} for mxfp4")
         return cls(
-            targets=tuple(table.names("targets")),
+            targets=tuple(table.patterns("targets")),
             weights=kind,
             packed=stored.endswith("pack-quantized"),
             bits=bits,
@@ -128,6 +131,7 @@ class Group:
             group_size=group_size,
             symmetric=symmetric,
             ordered=actorder in ("group", "dynamic"),
+            weight_only=table.given.get("input_activations") is None,
         )
 
     def kind(self, columns: int, dtype: torch.dtype) -> Kind | None:
@@ -158,7 +162,16 @@ class CompressedTensors(Scheme):
         found = [Group.of(groups.table(name), stored) for name in groups.given]
         if not found:
             table.refuse("config_groups", "at least one group")
-        return cls(tuple(found), tuple(table.names("ignore")))
+        return cls(tuple(found), tuple(table.patterns("ignore")))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if any(group.weights == "fp8" and group.weight_only for group in self.groups):
+            return (
+                "fp8 weights beside which the config quantises no activations run as fp8_w8a8: "
+                "activations are rounded to fp8 too",
+            )
+        return ()
 
     def ignores(self, module: str) -> str | None:
         return next((entry for entry in self.ignored if _names(entry, module)), None)
@@ -193,10 +206,11 @@ class CompressedTensors(Scheme):
             if group is None or group.packed != packed:
                 raise headers.error(
                     f"{data} is {dtype_of(info)}{info.where}, but no group of "
-                    f"quantization_config.config_groups says that {module} is stored so"
+                    f"quantization_config.config_groups says that {module} is stored so; {AGAIN}"
                 )
             stored = _weight(headers, module, data, group)
             headers.add(f"{module}.weight", stored)
+            _refuse_unsaid(headers, module, group)
             for end in _ACTIVATIONS:
                 headers.leave_out(f"{module}.{end}")
         for end in _ENDS[1:]:
@@ -208,6 +222,20 @@ def _names(entry: str, module: str) -> bool:
     if entry.startswith("re:"):
         return re.match(entry.removeprefix("re:"), module) is not None
     return entry == module
+
+
+def _refuse_unsaid(headers: Headers, module: str, group: Group) -> None:
+    """Raise `QuantizationError` for zero points and orders that the scheme says are not there."""
+    for end, what, said in (
+        ("weight_zero_point", "zero points", f"symmetric is {group.symmetric}"),
+        ("weight_g_idx", "groups of columns in any order", "no actorder 'group'"),
+    ):
+        tensor = f"{module}.{end}"
+        if tensor in headers.plain:
+            raise headers.error(
+                f"{tensor}{headers.tensors[tensor].where} holds {what}, but the scheme of {module} "
+                f"in quantization_config.config_groups has {said}; {AGAIN}"
+            )
 
 
 def _weight(headers: Headers, module: str, data: str, group: Group) -> StoredWeight:
@@ -229,7 +257,22 @@ def _weight(headers: Headers, module: str, data: str, group: Group) -> StoredWei
 
 def _integers(headers: Headers, module: str, data: str, scales: str, group: Group) -> StoredWeight:
     n, stored = headers.matrix(data, torch.int32 if group.packed else torch.int8)
-    k = stored * 32 // group.bits if group.packed else stored
+    weight = partial(_of_columns, headers, module, data, scales, group, n)
+    if not group.packed:
+        return weight(stored)
+    each = 32 // group.bits
+    k = stored * each
+    if k - each < group.group_size < k:
+        return weight(group.group_size)
+    if group.group_size == PER_CHANNEL:
+        # Only the values of weight_shape, or the model, say how much of the last word is padding.
+        return replace(weight(k), padding=each - 1, of_columns=weight)
+    return weight(k)
+
+
+def _of_columns(
+    headers: Headers, module: str, data: str, scales: str, group: Group, n: int, k: int
+) -> StoredWeight:
     size = k if group.group_size == PER_CHANNEL else group.group_size
     if k % size:
         raise headers.indivisible(data, f"groups of {size}", k)
@@ -253,11 +296,13 @@ def _integers(headers: Headers, module: str, data: str, scales: str, group: Grou
         words = -(-n * group.bits // 32)
         headers.beside(zeros, data, [(words, k // size)], (torch.int32,))
         extras.append(Extra(zeros, "zeros", partial(_zeros, n=n, groups=held_groups(kind, k))))
-    if group.ordered and size != k:
-        g_idx = f"{module}.weight_g_idx"
+    g_idx = f"{module}.weight_g_idx"
+    if g_idx in headers.plain and size == k:
+        headers.drop(g_idx)  # all columns are in one group
+    elif group.ordered and size != k:
         headers.beside(g_idx, data, [(k,)], (torch.int32, torch.int64))
         extras.append(order_extra(g_idx, k, size))
-    unpack = partial(_data, bits=group.bits) if group.packed else as_it_is
+    unpack = partial(_data, bits=group.bits, columns=k) if group.packed else as_it_is
     return StoredWeight((n, k), kind, data, unpack, tuple(extras))
 
 
@@ -269,8 +314,8 @@ def _shape_extra(tensor: str, n: int, k: int) -> Extra:
     return Extra(tensor, None, as_it_is, Check(wrong, problem))
 
 
-def _data(words: Tensor, order: Tensor | None, *, bits: int) -> Tensor:
-    return held(octets_of(words), bits, order)
+def _data(words: Tensor, order: Tensor | None, *, bits: int, columns: int) -> Tensor:
+    return held(octets_of(words)[:, : columns * bits // 8], bits, order)
 
 
 def _scales(stored: Tensor, *, groups: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from moezoo.layers.quant import BlockFp8, ChannelFp8
 from moezoo.layers.quant.fp8 import BLOCK, scales_shape
 from moezoo.loaders.encodings.stored import (
+    BLOCK_SCALE,
     FLOAT_SCALE,
     Encoding,
     Extra,
@@ -50,7 +51,7 @@ class HubFp8(Scheme):
         table.one_of("expert_dtype", "fp8", default="fp8")
         table.one_of("dequantize", False, default=False)
         size = table.given.get("weight_block_size")
-        if size is not None and (not isinstance(size, Sequence) or list(size) != [BLOCK, BLOCK]):
+        if size is not None and size not in ([BLOCK, BLOCK], (BLOCK, BLOCK)):
             table.refuse("weight_block_size", f"[{BLOCK}, {BLOCK}] or none, a scale a matrix")
         skipped = [*table.names("modules_to_not_convert"), *table.names("ignored_layers")]
         table.only(
@@ -96,7 +97,8 @@ def fp8_weight(headers: Headers, weight: str, scales: str, *, blocks: bool) -> S
         shapes = [(*lead, 1), (*lead, 1, 1), tuple(lead), (*lead, n), (*lead, n, 1)]
     found = headers.beside(scales, weight, shapes, _DTYPES)
     read = _e8m0 if found.dtype == torch.uint8 else as_it_is
-    extra = Extra(scales, "scales", read if blocks else _a_row, FLOAT_SCALE)
+    check = BLOCK_SCALE if blocks else FLOAT_SCALE
+    extra = Extra(scales, "scales", read if blocks else _a_row, check)
     kind = Kind.of(BlockFp8 if blocks else ChannelFp8)
     return StoredWeight(info.shape, kind, weight, as_it_is, (extra,), unit=BLOCK if blocks else 1)
 

@@ -61,7 +61,8 @@ class Gptq(Scheme):
         table.one_of("pack_dtype", "int32", default="int32")
         table.one_of("data_type", "int", default="int")
         table.one_of("rotation", None)
-        if any(not str(rule).startswith("-:") for rule in table.given.get("dynamic") or ()):
+        dynamic = table.given.get("dynamic") or {}
+        if not isinstance(dynamic, Mapping) or not all(str(n).startswith("-:") for n in dynamic):
             table.refuse("dynamic", "rules '-:..' of what is not quantised")
         symmetric = table.one_of("sym", True, False, default=True)
         if bits == 8 and not symmetric:

@@ -24,7 +24,7 @@ def integer_kind(
         held: int | None = PER_CHANNEL
     else:
         held = next((size for size in GROUP_SIZES if group_size % size == 0), None)
-    if held is None or columns % bits:
+    if held is None or (bits == 4 and columns % 2):
         return None
     ordered = ordered and held != PER_CHANNEL
     if bits == 8:

@@ -16,6 +16,9 @@ from moezoo.errors import QuantizationError
 from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import TensorInfo
 
+AGAIN = "get the checkpoint again, or the config.json that belongs to it"
+"""What to do about tensors that contradict one another or the config."""
+
 
 class Check(NamedTuple):
     """What must not be in a stored tensor: a mask of it, and what an error says with the `place`
@@ -46,7 +49,8 @@ class StoredWeight:
     the order of the columns if there is one, those rows or columns of the format's data.
 
     `columns` says that rows of `data` run along K; `unit` of them are unpacked together, all where
-    None. The tensor that the plan sees is [.., K, N] where `transposed`.
+    None. The tensor that the plan sees is [.., K, N] where `transposed`. Where up to `padding` of
+    the columns may fill the last word, `of_columns` is the weight of fewer.
     """
 
     shape: tuple[int, ...]
@@ -57,6 +61,8 @@ class StoredWeight:
     columns: bool = False
     unit: int | None = 1
     transposed: bool = False
+    padding: int = 0
+    of_columns: "Callable[[int], StoredWeight] | None" = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,15 @@ class Encoding:
     tensors: Mapping[str, TensorInfo]
     weights: Mapping[str, StoredWeight]
     left_out: Sequence[str] = ()
+
+    def unpadded(self, columns: Mapping[str, int]) -> "Encoding":
+        """With so many columns of these weights, where the rest of them is padding."""
+        weights = dict(self.weights)
+        for name, k in columns.items():
+            stored = weights.get(name)
+            if stored is not None and stored.of_columns is not None and k < stored.shape[-1]:
+                weights[name] = stored.of_columns(k)
+        return replace(self, weights=weights)
 
 
 class Scheme(ABC):
@@ -85,6 +100,11 @@ class Scheme(ABC):
     def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:
         """What a weight of this name with so many columns is held as, None if it is not quantised;
         `dtype` is the model's."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is computed otherwise than the config says, for the report of a load."""
+        return ()
 
 
 class Headers:
@@ -106,7 +126,9 @@ class Headers:
         *lead, n, k = stored.shape
         shape = (*lead, k, n) if stored.transposed else (*lead, n, k)
         # Of a dtype that any parameter takes: what is stored is not looked at any more.
-        self.plain[weight] = replace(info, shape=shape, dtype=torch.bfloat16)
+        self.plain[weight] = replace(
+            info, shape=shape, dtype=torch.bfloat16, padding=stored.padding
+        )
         self.weights[weight] = stored
 
     def leave_out(self, tensor: str) -> None:
@@ -130,14 +152,17 @@ class Headers:
     def unexpected(self, tensor: str, expected: str) -> QuantizationError:
         info = self.tensors[tensor]
         return self.error(
-            f"{tensor} is {list(info.shape)} {dtype_of(info)}{info.where}, expected {expected}"
+            f"{tensor} is {list(info.shape)} {dtype_of(info)}{info.where}, expected {expected}; "
+            f"{AGAIN}"
         )
 
     def indivisible(self, tensor: str, what: str, columns: int) -> QuantizationError:
         info = self.tensors[tensor]
         return self.error(
             f"{tensor} {list(info.shape)}{info.where} has {columns} columns, which cannot be held "
-            f"in {what}; groups of 32, 64, 128 and multiples of them can be, if they divide them"
+            f"in {what}; groups of 32, 64, 128 and multiples of them can be, if they divide them, "
+            "and a scale a row, of an even number where two share a byte; take another checkpoint "
+            "of the model"
         )
 
     def beside(
@@ -154,19 +179,20 @@ class Headers:
         info = self.tensors[weight]
         if tensor not in self.tensors:
             raise self.error(
-                f"{weight} is {dtype_of(info)}{info.where} and there is no {tensor}; get the "
-                "checkpoint again"
+                f"{weight} is {dtype_of(info)}{info.where} and there is no {tensor}; {AGAIN}"
             )
         found = self.tensors[tensor]
         if found.shape not in [tuple(shape) for shape in shapes]:
             wanted = " or ".join(str(list(shape)) for shape in shapes) or "none"
             raise self.error(
                 f"{tensor} is {list(found.shape)}{found.where}, {weight} {list(info.shape)} takes "
-                f"{wanted}"
+                f"{wanted} with the bits and groups of the quantization_config; {AGAIN}"
             )
         if found.dtype not in dtypes:
             wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise self.error(f"{tensor} is {dtype_of(found)}{found.where}, expected {wanted}")
+            raise self.error(
+                f"{tensor} is {dtype_of(found)}{found.where}, expected {wanted}; {AGAIN}"
+            )
         return found
 
     def refuse_alone(self, end: str, weight_end: str, expected: str) -> None:
@@ -178,7 +204,7 @@ class Headers:
             what = f"is {dtype_of(self.tensors[weight])}" if there else "is not there"
             raise self.error(
                 f"{alone}{self.tensors[alone].where} holds scales of {weight}, which {what}, "
-                f"expected {expected}; get the checkpoint again"
+                f"expected {expected}; {AGAIN}"
             )
 
     def refuse_kept(self, tensor: str, entry: str | None) -> None:
@@ -211,9 +237,10 @@ def not_positive(scales: Tensor) -> Tensor:
     return ~(scales.isfinite() & (scales > 0))
 
 
-FLOAT_SCALE = Check(
+BLOCK_SCALE = Check(
     not_positive, "the scale of block {place} is {value}; it must be finite and positive"
 )
+FLOAT_SCALE = Check(not_positive, "the scale at {place} is {value}; it must be finite and positive")
 INTEGER_SCALE = Check(
     not_a_scale, "the scale at {place} is {value}; it must be finite and not zero"
 )

@@ -1,5 +1,6 @@
 """Reading a quantization_config: what is known, what is asked of it, what is refused."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -27,7 +28,7 @@ class Table:
         value = default if value is None else value
         if value not in known:
             self.refuse(field, " or ".join(repr(k) for k in known))
-        return value
+        return known[known.index(value)]  # 4 for 4.0
 
     def only(self, known: Iterable[str]) -> None:
         """Refuse fields that are not known and say something."""
@@ -37,10 +38,23 @@ class Table:
                 self.refuse(field, "none of that name")
 
     def names(self, field: str) -> list[str]:
-        names = self.given.get(field) or []
-        if isinstance(names, str) or not all(isinstance(module, str) for module in names):
+        names = self.given.get(field)
+        names = [] if names is None else names
+        if not isinstance(names, (list, tuple, set)) or not all(
+            isinstance(module, str) for module in names
+        ):
             self.refuse(field, "a list of names")
         return list(names)
+
+    def patterns(self, field: str) -> list[str]:
+        """Names, and regular expressions after "re:"."""
+        names = self.names(field)
+        for name in names:
+            try:
+                re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
+            except re.error as error:
+                self.refuse(field, f"names and patterns, and {name!r} is no pattern ({error})")
+        return names
 
     def table(self, field: str) -> "Table":
         value = self.given.get(field)

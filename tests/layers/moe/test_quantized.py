@@ -338,3 +338,9 @@ def test_layer_refuses() -> None:
         layer.quantize_(Int8.quantize(w13), Int4.quantize(w2))
     with pytest.raises(ValueError, match=re.escape("must be [4, 2, 32, 64] and [4, 64, 32], got")):
         layer.quantize_(Int8.quantize(w2), Int8.quantize(w2))
+
+
+@pytest.mark.parametrize("given", [None, torch.ones(4, 2, 64, 32)], ids=["none", "tensor"])
+def test_what_is_of_no_format_is_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"w13 is a .*, expected weights of a format"):
+        FusedMoE(32, 64, 4, None).quantize_(given, given)

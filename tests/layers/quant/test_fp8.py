@@ -112,7 +112,7 @@ def test_values_that_cannot_be_scales(value: float) -> None:
 def test_refuses_to_quantize() -> None:
     w = normal(2, 256, 128)
     w[1, 200, 3] = torch.nan
-    with pytest.raises(QuantizationError, match=re.escape("the scale of block [1, 1, 0] is nan")):
+    with pytest.raises(QuantizationError, match=re.escape("the weight at [1, 200, 3] is nan")):
         BlockFp8.quantize(w)
     with pytest.raises(QuantizationError, match=re.escape("got [4, 4] torch.int8")):
         BlockFp8.quantize(torch.zeros(4, 4, dtype=torch.int8))
