@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moezoo.loaders.quantization import Quantization
     from moezoo.registry import list_architectures
     from moezoo.tools.inspect import Report, inspect
+    from moezoo.tools.routing import RoutingTrace, record_routing
 
 __version__ = "0.1.0"
 
@@ -26,12 +27,14 @@ __all__ = [
     "Prompt",
     "Quantization",
     "Report",
+    "RoutingTrace",
     "Score",
     "from_config",
     "from_pretrained",
     "generate",
     "inspect",
     "list_architectures",
+    "record_routing",
     "score",
 ]
 
@@ -40,12 +43,14 @@ _HOMES = {
     "Prompt": "moezoo.generation.offline",
     "Quantization": "moezoo.loaders.quantization",
     "Report": "moezoo.tools.inspect",
+    "RoutingTrace": "moezoo.tools.routing",
     "Score": "moezoo.generation.score",
     "from_config": "moezoo.loaders.load",
     "from_pretrained": "moezoo.loaders.load",
     "generate": "moezoo.generation.offline",
     "inspect": "moezoo.tools.inspect",
     "list_architectures": "moezoo.registry",
+    "record_routing": "moezoo.tools.routing",
     "score": "moezoo.generation.score",
 }
 

@@ -1,4 +1,4 @@
-"""The command line: `moezoo generate`, `inspect`, `convert`, `tune` and `bench`.
+"""The command line: `moezoo generate`, `inspect`, `convert`, `routing`, `eplb`, `tune`, `bench`.
 
 Exit codes: 0 all done; 1 a failure while running; 2 wrong options or bad input; 3 finished, but
 some prompts or input lines failed, or (inspect) moezoo cannot run the model; 130 interrupted.
@@ -31,6 +31,7 @@ DONE, FAILED, USAGE, PARTLY, INTERRUPTED = 0, 1, 2, 3, 130
 QUANTIZATIONS = ("fp8_w8a8", "int8_w8a16", "int4_w4a16", "mxfp4")
 TUNED = ("fp8_w8a8",)
 MEASURED = ("fp8_w8a8", "fp8_w8a8_channel", "int8_w8a16", "int4_w4a16", "mxfp4")
+EPLB_POLICIES = ("default", "least_movement")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -106,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_inspect(commands)
     _add_convert(commands)
+    _add_routing(commands)
+    _add_eplb(commands)
     _add_tune(commands)
     _add_bench(commands)
     return parser
@@ -272,6 +275,134 @@ def _folder(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("is '', expected the name of a folder")
     return Path(text)
+
+
+def _add_routing(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "routing",
+        _routing,
+        help="record which experts the tokens of prompts go to",
+        description=(
+            "Run prompts through a model and record which experts their tokens go to, for moezoo "
+            "eplb\nand RoutingTrace.load."
+        ),
+    )
+    parser.set_defaults(prompt=None)
+    parser.add_argument(
+        "model", nargs="?", help="hub id or folder (default: the small model in the package)"
+    )
+    parser.add_argument(
+        "--input", required=True, metavar="FILE", help="JSON lines as generate takes; - is stdin"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="the trace, as safetensors"
+    )
+    at_least_1 = _number(int, 1)
+    parser.add_argument(
+        "--max-new-tokens",
+        type=at_least_1,
+        default=1,
+        metavar="N",
+        help="let the prompts go on for so many tokens (default 1: the prompts alone)",
+    )
+    parser.add_argument(
+        "--history",
+        type=at_least_1,
+        default=1024,
+        metavar="N",
+        help="keep the loads of the last N forward passes one by one (default 1024)",
+    )
+    parser.add_argument(
+        "--choices", action="store_true", help="keep the experts and weights of each token too"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it: .png, .svg or .pdf")
+    parser.add_argument(
+        "--chat", action="store_true", help="wrap prompts with the tokenizer's chat template"
+    )
+    parser.add_argument("--batch-size", type=at_least_1, metavar="N", help="most prompts at once")
+    parser.add_argument(
+        "--batch-tokens", type=at_least_1, metavar="N", help="most prompt tokens in a forward pass"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as stored")
+    _add_quantization(parser, "quantise the experts while they load (default: as stored)")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is one")
+    parser.add_argument("--quiet", action="store_true", help="no table, only errors")
+
+
+def _add_eplb(commands: Any) -> None:
+    eplb = commands.add_parser("eplb", help="plan where experts go on several GPUs")
+    actions = eplb.add_subparsers(title="actions", required=True, metavar="ACTION")
+    at_least_1, at_least_0 = _number(int, 1), _number(int, 0)
+
+    parser = actions.add_parser(
+        "plan",
+        help="a placement for the loads of a trace",
+        description="Place experts, and copies of the busiest, for the loads that moezoo routing "
+        'recorded; eplb={"placement": FILE} starts from the file.',
+    )
+    parser.set_defaults(run=_eplb_plan)
+    parser.add_argument("--trace", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--gpus", type=at_least_1, required=True, metavar="N")
+    parser.add_argument(
+        "--redundant", type=at_least_0, default=0, metavar="N", help="copies of experts (default 0)"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON")
+    parser.add_argument("--policy", choices=EPLB_POLICIES, default="default")
+    parser.add_argument("--nodes", type=at_least_1, default=1, metavar="N", help="default 1")
+    parser.add_argument(
+        "--groups",
+        type=at_least_1,
+        default=1,
+        metavar="N",
+        help="groups of experts that stay on one node (default 1; as the router has them)",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    parser = actions.add_parser(
+        "simulate",
+        help="balancedness over time, for different settings",
+        description="Replay the loads of a trace, or made-up ones by Zipf's law, and tell how "
+        "balanced ranks would have been\nand what would have moved. Options that take several "
+        "values are tried in all combinations.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=_eplb_simulate)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--trace", type=Path, metavar="FILE", help="of moezoo routing")
+    source.add_argument(
+        "--zipf", type=_number(float, 0), metavar="S", help="the n-th most popular: n ** -S"
+    )
+    zipf = parser.add_argument_group("loads of --zipf")
+    zipf.add_argument("--experts", type=at_least_1, default=256, metavar="N", help="default 256")
+    zipf.add_argument("--layers", type=at_least_1, default=4, metavar="N", help="default 4")
+    zipf.add_argument("--steps", type=_number(int, 2), default=1000, metavar="N", help="def. 1000")
+    zipf.add_argument(
+        "--tokens",
+        type=at_least_1,
+        default=32768,
+        metavar="N",
+        help="routed to a layer's experts in a step (default 32768: 4096 tokens of 8 experts)",
+    )
+    zipf.add_argument(
+        "--half-life",
+        type=_number(float, 1),
+        metavar="STEPS",
+        help="popularity correlates by 1/2 with itself so many steps before (default: no drift)",
+    )
+    zipf.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--gpus", type=at_least_1, nargs="+", required=True, metavar="N")
+    parser.add_argument("--redundant", type=at_least_0, nargs="+", default=[0], metavar="N")
+    parser.add_argument(
+        "--window", type=at_least_1, nargs="+", metavar="N", help="steps (default: the interval)"
+    )
+    parser.add_argument(
+        "--interval", type=at_least_1, nargs="+", metavar="N", help="steps (default: a tenth)"
+    )
+    parser.add_argument("--policy", choices=EPLB_POLICIES, nargs="+", default=list(EPLB_POLICIES))
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it: .png, .svg or .pdf")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _add_quantization(parser: Any, help: str) -> None:
@@ -489,9 +620,34 @@ def _completions(
     And whether they are printed already, token by token.
     """
     from transformers import TextStreamer
-    from transformers.utils import logging
 
     from moezoo.generation.offline import generate
+
+    model, tokenizer = _model(checkpoint, arguments)
+    streamer = None
+    # A streamer prints each token as it comes, so with stop strings also what is to be cut off.
+    stops = arguments.stop or model.generation_config.stop_strings
+    if _prints_text(arguments) and sys.stdout.isatty() and not stops:
+        streamer = TextStreamer(tokenizer, skip_prompt=arguments.chat, skip_special_tokens=True)
+    completions = generate(
+        model,
+        tokenizer,
+        prompts,
+        batch_size=arguments.batch_size if streamer is None else 1,
+        cache_bytes=None if arguments.cache_gib is None else int(arguments.cache_gib * 2**30),
+        seed=arguments.seed,
+        chat=arguments.chat,
+        streamer=streamer,
+        **({} if arguments.batch_tokens is None else {"batch_tokens": arguments.batch_tokens}),
+        **options,
+    )
+    return completions, streamer is not None
+
+
+def _model(checkpoint: Checkpoint, arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Load the model, and its tokenizer."""
+    from transformers.utils import logging
+
     from moezoo.layers.moe import FusedMoE
     from moezoo.loaders.load import from_checkpoint
 
@@ -519,24 +675,7 @@ def _completions(
             dtype += f", experts in {' and '.join(sorted(formats))},"
         seconds = time.perf_counter() - started
         _say(f"loaded {checkpoint.name} as {dtype} on {model.device} in {seconds:.1f} s")
-    streamer = None
-    # A streamer prints each token as it comes, so with stop strings also what is to be cut off.
-    stops = arguments.stop or model.generation_config.stop_strings
-    if _prints_text(arguments) and sys.stdout.isatty() and not stops:
-        streamer = TextStreamer(tokenizer, skip_prompt=arguments.chat, skip_special_tokens=True)
-    completions = generate(
-        model,
-        tokenizer,
-        prompts,
-        batch_size=arguments.batch_size if streamer is None else 1,
-        cache_bytes=None if arguments.cache_gib is None else int(arguments.cache_gib * 2**30),
-        seed=arguments.seed,
-        chat=arguments.chat,
-        streamer=streamer,
-        **({} if arguments.batch_tokens is None else {"batch_tokens": arguments.batch_tokens}),
-        **options,
-    )
-    return completions, streamer is not None
+    return model, tokenizer
 
 
 def _tokenizer(checkpoint: Checkpoint, *, local_files_only: bool) -> Any:
@@ -654,6 +793,141 @@ def _convert(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _routing(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from moezoo.generation.offline import generate
+    from moezoo.loaders.checkpoint import open_checkpoint
+    from moezoo.tools.routing import record_routing
+
+    _require_folder(arguments, "output", "plot")
+    prompts, problems = _prompts(arguments)
+    for problem in problems:
+        _say(f"skipped {problem}")
+    if not prompts:
+        raise ValueError("there is no prompt to run")
+    _quieten_hub(arguments)
+    checkpoint = open_checkpoint(
+        _model_id(arguments),
+        revision=arguments.revision,
+        local_files_only=arguments.local_files_only,
+    )
+    model, tokenizer = _model(checkpoint, arguments)
+    options = {
+        name: getattr(arguments, name)
+        for name in ("batch_size", "batch_tokens")
+        if getattr(arguments, name) is not None
+    }
+    num_failed = 0
+    with record_routing(model, choices=arguments.choices, history=arguments.history) as trace:
+        completions = generate(
+            model,
+            tokenizer,
+            prompts,
+            chat=arguments.chat,
+            do_sample=False,
+            max_new_tokens=arguments.max_new_tokens,
+            **options,
+        )
+        for completion in completions:
+            if completion.error is not None:
+                num_failed += 1
+                _say(f"prompt {completion.id!r} failed: {completion.error}")
+    with naming(arguments.output):
+        trace.save(arguments.output)
+    _save_plot(arguments.plot, trace)
+    if not arguments.quiet:
+        with naming("stdout"):
+            Console().print(trace)
+        _say(f"{arguments.output}: {len(prompts) - num_failed} prompts, {num_failed} failed")
+    return PARTLY if num_failed or problems else DONE
+
+
+def _eplb_plan(arguments: argparse.Namespace) -> int:
+    from moezoo.tools.balance import plan
+    from moezoo.tools.routing import RoutingTrace
+
+    _require_folder(arguments, "output")
+    made = plan(
+        RoutingTrace.load(arguments.trace),
+        arguments.gpus,
+        arguments.redundant,
+        policy=arguments.policy,
+        num_groups=arguments.groups,
+        num_nodes=arguments.nodes,
+    )
+    with naming(arguments.output):
+        made.placement.save(arguments.output)
+    linear = "" if math.isnan(made.linear) else f"; linear and without copies {made.linear:.3f}"
+    _say(f"{arguments.output}: balancedness {made.planned:.3f} for the trace{linear}")
+    return DONE
+
+
+def _eplb_simulate(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from moezoo.tools.balance import compare, history
+    from moezoo.tools.simulate import zipf_loads
+
+    _require_folder(arguments, "plot", "json")
+    if arguments.trace is not None:
+        loads, trace = history(arguments.trace)
+        expert_bytes = trace.about.get("expert_bytes")
+        source = {"trace": str(arguments.trace), **trace.about}
+    else:
+        names = ("steps", "layers", "experts", "tokens", "half_life", "seed")
+        source = {"zipf": arguments.zipf, **{name: getattr(arguments, name) for name in names}}
+        expert_bytes = None
+        loads = zipf_loads(
+            arguments.steps,
+            arguments.layers,
+            arguments.experts,
+            exponent=arguments.zipf,
+            half_life=arguments.half_life,
+            tokens=arguments.tokens,
+            seed=arguments.seed,
+        )
+    intervals = arguments.interval or [max(1, len(loads) // 10)]
+    comparison = compare(
+        loads,
+        num_ranks=arguments.gpus,
+        num_redundant=arguments.redundant,
+        windows=arguments.window,
+        intervals=intervals,
+        policies=arguments.policy,
+        expert_bytes=expert_bytes,
+    )
+    for reason in comparison.skipped:
+        _say(f"left out: {reason}")
+    with naming("stdout"):
+        Console().print(comparison)
+    _save_plot(arguments.plot, comparison)
+    if arguments.json is not None:
+        with naming(arguments.json):
+            record = {"loads": source, **comparison.to_dict()}
+            arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    return DONE
+
+
+def _require_folder(arguments: argparse.Namespace, *options: str) -> None:
+    """What is wrong should be said before minutes are spent."""
+    for option in options:
+        path = getattr(arguments, option)
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"--{option} {path}: there is no folder {path.parent}")
+    if getattr(arguments, "plot", None) is not None:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise ValueError("--plot needs matplotlib: pip install 'moezoo[plots]'") from None
+
+
+def _save_plot(path: Path | None, subject: Any) -> None:
+    if path is not None:
+        with naming(path):
+            subject.plot().savefig(path)
+
+
 def _tune(arguments: argparse.Namespace) -> int:
     import torch
 
@@ -710,8 +984,7 @@ def _bench_layer(arguments: argparse.Namespace) -> int:
 
     from moezoo.tools.layer import bench
 
-    if arguments.json is not None and not arguments.json.parent.is_dir():
-        raise ValueError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
+    _require_folder(arguments, "json")
     report = bench(
         arguments.layer,
         arguments.tokens,

@@ -12,7 +12,13 @@ import moezoo
 from moezoo import cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/loading.md", "docs/generation.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/loading.md",
+    "docs/generation.md",
+    "docs/parallel.md",
+)
 CONSOLE = [
     line.removeprefix("$ ").split(" #")[0].strip()
     for page in PAGES

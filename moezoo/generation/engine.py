@@ -9,7 +9,7 @@ Legend: R rows, B rows of a step, T tokens, V vocabulary, P pages of a row.
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, cached_property
 from threading import Lock
 from typing import Any
@@ -112,6 +112,8 @@ class Engine:
         self._prompt_graphs: dict[Sizes, tuple[Tensor, Any, Tensor] | None] = {}
         """None for a size that was seen once."""
         self._pool: Any = None
+        self._recorders: set[nn.Module | None] = set()
+        """Those that graphs write to, and so must not lose their memory."""
         self._unfolds = any(len(layer.cache_shapes) == 1 for layer in attentions(decoder))
 
     @torch.inference_mode()
@@ -315,7 +317,9 @@ class Engine:
 
     def _record(self, run: Callable[[], Tensor]) -> tuple[Any, Tensor]:
         """A CUDA graph of `run`, and the memory where it leaves its result."""
-        run()  # compiles kernels, which a capture must not
+        with _unrecorded(self.decoder):
+            run()  # compiles kernels, which a capture must not
+        self._recorders.add(self.decoder.recorder)
         graph = torch.cuda.CUDAGraph()
         capture = torch.cuda.graph(
             graph,
@@ -399,7 +403,9 @@ def batch_size(rows: int) -> int:
 
 def capturable(decoder: nn.Module) -> bool:
     """Whether a recorded step would do what the modules do when they are called."""
-    return not any(is_hooked(module) for module in decoder.modules())
+    return not any(
+        is_hooked(module) or getattr(module, "runs_on_host", False) for module in decoder.modules()
+    )
 
 
 def has_modules_of_others(decoder: nn.Module) -> bool:
@@ -409,9 +415,15 @@ def has_modules_of_others(decoder: nn.Module) -> bool:
 
 
 def fingerprint(decoder: nn.Module) -> tuple[int, ...]:
-    """Other numbers once a module or the memory of a weight is another: old graphs are stale."""
+    """Other numbers once a module or the memory of a tensor is another: old graphs are stale."""
     modules = (id(module) for module in decoder.modules())
-    return (*modules, *(parameter.data_ptr() for parameter in decoder.parameters()))
+    tensors = itertools.chain(decoder.parameters(), decoder.buffers())
+    return (*modules, *(tensor.data_ptr() for tensor in tensors))
+
+
+def _unrecorded(decoder: Decoder) -> AbstractContextManager[None]:
+    """For passes that do nobody's work."""
+    return nullcontext() if decoder.recorder is None else decoder.recorder.undone()
 
 
 def supports(decoder: Decoder) -> bool:
@@ -478,5 +490,6 @@ def _activation_bytes(decoder: Decoder, num_tokens: int) -> int:
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     context = DenseContext(decoder.rotation(ids), CausalMask(0, num_tokens, device))
-    decoder(decoder.embed(ids % decoder.embed.num_embeddings), context)
+    with _unrecorded(decoder):
+        decoder(decoder.embed(ids % decoder.embed.num_embeddings), context)
     return torch.cuda.max_memory_allocated(device) - before

@@ -86,6 +86,9 @@ class PagedContext:
     slots: dict[Window, Tensor]
     """int64 [T], where each new token goes; -1 for one that is kept nowhere (on CUDA only)."""
 
+    def real_tokens(self) -> Tensor | None:
+        return self.slots[None] >= 0
+
     def append_heads(
         self, attention: GroupedQueryAttention, qkv: Tensor, layer_idx: int
     ) -> tuple[Tensor, Keys]:

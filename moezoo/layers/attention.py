@@ -176,6 +176,10 @@ class Context(Protocol):
         """The same with keys [B, Hq, S, D] and values [B, Hq, S, Dv] of all tokens."""
         ...
 
+    def real_tokens(self) -> torch.Tensor | None:
+        """bool [B * T], False for a place that no token fills; None where tokens fill all."""
+        ...
+
 
 @dataclass(frozen=True)
 class DenseContext:
@@ -236,6 +240,12 @@ class DenseContext:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
     ) -> torch.Tensor:
         return attend(q.transpose(1, 2), k, v, self.mask, scale=scale).transpose(1, 2)
+
+    def real_tokens(self) -> torch.Tensor | None:
+        visible = self.mask.visible
+        if visible is None or visible.dim() == 4:
+            return None
+        return visible[:, self.mask.past : self.mask.past + self.mask.length].flatten()
 
 
 class GroupedQueryAttention(nn.Module):

@@ -13,6 +13,7 @@ from moezoo.device import device_made_current
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import Context
 from moezoo.layers.linear import Linear, linear
+from moezoo.layers.moe import RoutingRecorder
 from moezoo.layers.norm import RMSNorm, handed_to
 from moezoo.layers.quant import QuantizedWeights
 from moezoo.layers.quantized_linear import quantized_linear
@@ -69,6 +70,8 @@ class Decoder(nn.Module):
         self.lm_head: nn.Linear | None = None
         if not tied:
             self.lm_head = Linear(hidden_size, vocab_size, bias=False)
+        self.recorder: RoutingRecorder | None = None
+        """What counts the choices of the MoE layers, while somebody wants to know them."""
 
     def forward(
         self,
@@ -82,6 +85,8 @@ class Decoder(nn.Module):
         The input of each layer, and last the result, are appended to `states`.
         """
         update: torch.Tensor | None = None
+        if self.recorder is not None:
+            self.recorder.begin(context.real_tokens())
         with device_made_current(x):
             for layer_idx, layer in enumerate(self.layers):
                 if states is not None:

@@ -232,7 +232,7 @@ def _down_fp8_kernel(
     OVERLAP: tl.constexpr,
 ):
     wait(OVERLAP)
-    num_tiles = tl.load(num_tiles_ptr)
+    num_tiles = max_tiles if num_tiles_ptr is None else tl.load(num_tiles_ptr)
     num_n = tl.cdiv(hidden_size, BLOCK_N)
     for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
         tile, pid_n = swizzle(pid, num_tiles, num_n, GROUP_M)

@@ -44,11 +44,11 @@ def permute_and_interleave_ref(
 
 
 @triton.jit
-def interleave_row(
+def interleave_block(
     row,
-    first_chunk,
+    block,
     x_ptr,
-    order_ptr,
+    columns_ptr,
     out_ptr,
     num_columns,
     num_chunks,
@@ -57,15 +57,15 @@ def interleave_row(
     WAYS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK chunks of a row; with an order, column j of x is what it says of j."""
+    """BLOCK chunks of a row; with columns, column j of x is columns[j] of what is stored."""
     row = row.to(tl.int64)
-    chunks = first_chunk + tl.arange(0, BLOCK)[:, None, None]
+    chunks = block * BLOCK + tl.arange(0, BLOCK)[:, None, None]
     ways = tl.arange(0, WAYS)[None, :, None]
     inner = tl.arange(0, CHUNK)[None, None, :]
     cols = (chunks * CHUNK + inner) * WAYS + ways
     m_cols = cols < num_columns
-    if order_ptr is not None:
-        cols = tl.load(order_ptr + cols, mask=m_cols, other=0)
+    if columns_ptr is not None:
+        cols = tl.load(columns_ptr + cols, mask=m_cols, other=0)
     x = tl.load(x_ptr + row * stride_xt + cols * stride_xk, mask=m_cols, other=0.0)
     p_out = out_ptr + row * num_chunks * WAYS * CHUNK + (chunks * WAYS + ways) * CHUNK + inner
     tl.store(p_out, x, mask=chunks < num_chunks)
@@ -85,8 +85,8 @@ def _interleave_kernel(
 ):
     wait(OVERLAP)
     # fmt: off
-    interleave_row(
-        tl.program_id(0), tl.program_id(1) * BLOCK, x_ptr, None, out_ptr, num_columns, num_chunks,
+    interleave_block(
+        tl.program_id(0), tl.program_id(1), x_ptr, None, out_ptr, num_columns, num_chunks,
         stride_xt, stride_xk, WAYS, BLOCK,
     )
     # fmt: on
@@ -130,9 +130,9 @@ def _permute_and_interleave_kernel(
         num_blocks = tl.cdiv(num_chunks, BLOCK)
         block = program - num_experts
         # fmt: off
-        interleave_row(
-            block // num_blocks, block % num_blocks * BLOCK, x_ptr, None, out_ptr, num_columns,
-            num_chunks, stride_xt, stride_xk, WAYS, BLOCK,
+        interleave_block(
+            block // num_blocks, block % num_blocks, x_ptr, None, out_ptr, num_columns, num_chunks,
+            stride_xt, stride_xk, WAYS, BLOCK,
         )
         # fmt: on
 

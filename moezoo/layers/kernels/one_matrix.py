@@ -18,17 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from moezoo.layers.kernels.down_fp8 import down_fp8
-from moezoo.layers.kernels.interleave import interleave_row, padded
+from moezoo.layers.kernels.interleave import interleave_block, padded
 from moezoo.layers.kernels.overlap import launch_options, wait
-from moezoo.layers.kernels.permute import Permutation, max_tiles, store_tiles
+from moezoo.layers.kernels.permute import Permutation, store_tiles
 from moezoo.layers.kernels.quantize import quantize_groups
 from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 from moezoo.layers.kernels.tiles import Tile, multiprocessors, plan
 from moezoo.layers.kernels.unpack import CHUNK
 from moezoo.layers.kernels.weight_only import WeightOnly, down_weight_only, ways
 from moezoo.layers.kernels.weight_only_tiles import plan_weight_only
-from moezoo.layers.quant.channel_fp8 import ChannelFp8
-from moezoo.layers.quant.fp8 import BLOCK, BlockFp8, Fp8Rows, blocks, quantize_rows
+from moezoo.layers.quant.channel_fp8 import Fp8Weights
+from moezoo.layers.quant.fp8 import BLOCK, Fp8Rows, blocks, quantize_rows
 from moezoo.layers.quant.mxfp4 import Mxfp4
 
 GROUPS = 8
@@ -43,26 +43,17 @@ def linear_weight_only_ref(x: Tensor, w: WeightOnly, bias: Tensor | None = None)
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def linear_fp8_ref(x: Tensor, w: BlockFp8 | ChannelFp8, bias: Tensor | None = None) -> Tensor:
+def linear_fp8_ref(x: Tensor, w: Fp8Weights, bias: Tensor | None = None) -> Tensor:
     y = quantize_rows(x).dequantize()[:, : x.shape[1]] @ w.dequantize().T
     return (y if bias is None else y + bias.float()).to(x.dtype)
-
-
-@triton.jit
-def _store_tiles_of_one(
-    num_rows, tiles_ptr, num_tiles_ptr, max_tiles, TILE_ROWS: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    store_tiles(0, 0, num_rows, 0, tiles_ptr, max_tiles, TILE_ROWS, BLOCK_N)
-    tl.store(num_tiles_ptr, tl.cdiv(num_rows, TILE_ROWS))
 
 
 @triton.jit(do_not_specialize=["num_rows", "max_tiles"])
 def _interleaved_rows_kernel(
     x_ptr,
-    order_ptr,
+    columns_ptr,
     out_ptr,
     tiles_ptr,
-    num_tiles_ptr,
     num_rows,
     max_tiles,
     num_columns,
@@ -80,13 +71,13 @@ def _interleaved_rows_kernel(
     block = tl.program_id(1)
     if row < num_rows:
         # fmt: off
-        interleave_row(
-            row, block * BLOCK, x_ptr, order_ptr, out_ptr, num_columns, num_chunks, stride_xr,
-            stride_xk, WAYS, BLOCK,
+        interleave_block(
+            row, block, x_ptr, columns_ptr, out_ptr, num_columns, num_chunks, stride_xr, stride_xk,
+            WAYS, BLOCK,
         )
         # fmt: on
     elif block == 0:
-        _store_tiles_of_one(num_rows, tiles_ptr, num_tiles_ptr, max_tiles, TILE_ROWS, BLOCK_N)
+        store_tiles(0, 0, num_rows, 0, tiles_ptr, max_tiles, TILE_ROWS, BLOCK_N)
 
 
 # num_groups stays a variable, see `quantize`.
@@ -96,7 +87,6 @@ def _fp8_rows_kernel(
     x8_ptr,
     scales_ptr,
     tiles_ptr,
-    num_tiles_ptr,
     num_rows,
     max_tiles,
     num_groups,
@@ -120,7 +110,7 @@ def _fp8_rows_kernel(
         )
         # fmt: on
     else:
-        _store_tiles_of_one(num_rows, tiles_ptr, num_tiles_ptr, max_tiles, TILE_ROWS, BLOCK_N)
+        store_tiles(0, 0, num_rows, 0, tiles_ptr, max_tiles, TILE_ROWS, BLOCK_N)
 
 
 def linear_weight_only(
@@ -133,8 +123,7 @@ def linear_weight_only(
     _check(x, w, bias)
     if tile is None:
         parts = w.map(lambda tensor: tensor[None, None])
-        tile = plan_weight_only(x, parts, parts[0], num_rows=len(x)).down
-        tile = _narrow(tile, x, len(w.data))
+        tile = _narrow(plan_weight_only(x, parts, parts[0], num_rows=len(x)).down, x, len(w.data))
     num_rows, num_columns = x.shape
     order = None if isinstance(w, Mxfp4) else w.order
     w = w if order is None else replace(w, order=None)
@@ -150,7 +139,6 @@ def linear_weight_only(
             order,
             interleaved,
             rows.tiles,
-            rows.num_tiles,
             num_rows,
             rows.tiles.shape[1],
             num_columns,
@@ -164,12 +152,13 @@ def linear_weight_only(
             **launch_options(x.device),
         )
     bias2 = None if bias is None else bias[None]
-    one = w.map(lambda tensor: tensor[None])
-    return down_weight_only(interleaved, one, rows, tile=tile, bias2=bias2, counted=False)
+    return down_weight_only(
+        interleaved, w.map(lambda tensor: tensor[None]), rows, tile=tile, bias2=bias2
+    )
 
 
 def linear_fp8(
-    x: Tensor, w: BlockFp8 | ChannelFp8, bias: Tensor | None = None, *, tile: Tile | None = None
+    x: Tensor, w: Fp8Weights, bias: Tensor | None = None, *, tile: Tile | None = None
 ) -> Tensor:
     """x [R, K] fp32, bf16 or fp16, of any strides; w [N, K], bias [N] -> y [R, N] in x's dtype.
 
@@ -190,7 +179,6 @@ def linear_fp8(
             x8,
             scales,
             rows.tiles,
-            rows.num_tiles,
             num_rows,
             rows.tiles.shape[1],
             num_groups,
@@ -209,7 +197,7 @@ def linear_fp8(
     return down_fp8(Fp8Rows(x8, scales.mT), one, rows, dtype=x.dtype, tile=tile, bias2=bias2)
 
 
-def _check(x: Tensor, w: WeightOnly | BlockFp8 | ChannelFp8, bias: Tensor | None) -> None:
+def _check(x: Tensor, w: WeightOnly | Fp8Weights, bias: Tensor | None) -> None:
     if w.data.ndim != 2 or x.ndim != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(f"x must be [R, K] and w [N, K], got {list(x.shape)} and {list(w.shape)}")
     if bias is not None and bias.shape != w.shape[:1]:
@@ -226,10 +214,10 @@ def _narrow(tile: Tile, x: Tensor, num_columns: int) -> Tile:
 
 
 def _permutation(num_rows: int, tile_rows: int, device: torch.device) -> Permutation:
-    """Without the order: rows are where they are."""
+    """Without an order, since rows are where they are; nobody has to count the tiles."""
 
     def int32(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
 
-    n = max_tiles(num_rows, 1, tile_rows)
-    return Permutation(int32(num_rows), int32(num_rows, 1), int32(2), int32(3, n), int32(1))
+    tiles = int32(3, cdiv(num_rows, tile_rows))
+    return Permutation(int32(num_rows), int32(num_rows, 1), int32(2), tiles, None)

@@ -35,14 +35,15 @@ class Permutation(NamedTuple):
     """All int32: order [S], positions [T, K], offsets [E+1], tiles [3, N], num_tiles [1].
 
     tiles[:, i] is the expert of tile i, its first row in expert order, and the end of the expert's
-    rows. Of order, offsets[E] elements are written, of each row of tiles num_tiles.
+    rows. Of order, offsets[E] elements are written, of each row of tiles num_tiles; `one_matrix`
+    makes one without an order, whose tiles are all written and num_tiles None.
     """
 
     order: Tensor
     positions: Tensor
     offsets: Tensor
     tiles: Tensor
-    num_tiles: Tensor
+    num_tiles: Tensor | None
 
 
 def max_tiles(num_rows: int, num_experts: int, tile_rows: int) -> int:

@@ -9,8 +9,8 @@ Integers of up to 8 bits are exact in bf16 and fp16. Their bits become the lowes
 put where its exponent begins; a multiplication by a power of two, its scale's included, makes it
 right, subnormal or not.
 
-PAIRS is for NVIDIA GPUs and words of 16 bits, two to a register: an instruction works on two
-values. Elsewhere, in fp32 and for words of 8 bits plain operations do the same.
+PAIRS is for NVIDIA GPUs (in bf16 from Hopper on) and words of 16 bits: an instruction works on two
+values in a register. Elsewhere, in fp32 and for words of 8 bits plain operations do the same.
 
 Legend: N rows of weights, W words of a row.
 """

@@ -24,7 +24,13 @@ from torch import Tensor
 from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.kernels.gated_up import activate, activate_gated
 from moezoo.layers.kernels.interleave import interleave_ref, padded
-from moezoo.layers.kernels.overlap import launch_options, start_next, wait, wait_for_previous
+from moezoo.layers.kernels.overlap import (
+    capability,
+    launch_options,
+    start_next,
+    wait,
+    wait_for_previous,
+)
 from moezoo.layers.kernels.packed_products import num_slices, out_of_turns, products
 from moezoo.layers.kernels.permute import Permutation
 from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, swizzle
@@ -350,7 +356,6 @@ def _down_weight_only_kernel(
     SLICES: tl.constexpr,
     CHAIN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    COUNTED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -363,12 +368,9 @@ def _down_weight_only_kernel(
     OVERLAP: tl.constexpr,
 ):
     start_next(OVERLAP)
-    if COUNTED:
-        # What counted the tiles had finished before the launch before let this one start.
-        num_tiles = tl.load(num_tiles_ptr)
+    # What counted the tiles had finished before the first product let this one start.
+    num_tiles = max_tiles if num_tiles_ptr is None else tl.load(num_tiles_ptr)
     wait_for_previous(OVERLAP)
-    if not COUNTED:
-        num_tiles = tl.load(num_tiles_ptr)
     num_n = tl.cdiv(hidden_size, BLOCK_N)
     for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
         tile, pid_n = swizzle(pid, num_tiles, num_n, GROUP_M)
@@ -403,6 +405,13 @@ class _Packed(NamedTuple):
     options: dict[str, Any]
 
 
+def unpacks_pairs(x: Tensor) -> bool:
+    """Whether the GPU of x calculates with pairs of its dtype; before Hopper not in bf16."""
+    if not x.is_cuda or torch.version.hip is not None or x.dtype.itemsize != 2:
+        return False
+    return x.dtype == torch.float16 or capability(x.device) >= (9, 0)
+
+
 def _packed(name: str, w: WeightOnly, x: Tensor, tile: Tile) -> _Packed:
     """w of four dimensions, for x's dtype.
 
@@ -431,7 +440,6 @@ def _packed(name: str, w: WeightOnly, x: Tensor, tile: Tile) -> _Packed:
     mxfp4 = isinstance(w, Mxfp4)
     group = GROUP if mxfp4 else 0 if w.scales.shape[-1] == 1 else w.group_size
     group, block_words, chain = group // num_ways, tile.k // num_ways, tile.m > FEW_ROWS
-    packed_pairs = words.dtype == torch.int16 and x.dtype.itemsize == 2
     options = {
         "FORMAT": FORMATS[type(w)],
         "WAYS": num_ways,
@@ -442,7 +450,7 @@ def _packed(name: str, w: WeightOnly, x: Tensor, tile: Tile) -> _Packed:
         "CHAIN": chain,
         "DESCRIPTORS": tile.descriptors,
         "EVEN_K": num_columns % tile.k == 0,
-        "PAIRS": packed_pairs and x.is_cuda and torch.version.hip is None,
+        "PAIRS": words.dtype == torch.int16 and unpacks_pairs(x),
         "FLATTEN": tile.programs_per_sm > 0 and not tile.tail,
         "GROUP_M": tile.group_m,
         "TAIL": tile.tail,
@@ -541,12 +549,11 @@ def down_weight_only(
     *,
     tile: Tile,
     bias2: Tensor | None = None,
-    counted: bool = True,
 ) -> Tensor:
     """-> y [S, H] in h's dtype, rows in expert order; those from offsets[E] on are not written.
 
     h [S, P] as `gated_up_weight_only` made it, w2 [E, H, I] and bias2 [E, H]; `permutation` has
-    `tile.m` rows a tile. `counted` says that it was made before the launch just before this one.
+    `tile.m` rows a tile, and the launch just before this one did not count them.
 
     Raises ValueError as `gated_up_weight_only` does.
     """
@@ -595,7 +602,6 @@ def down_weight_only(
         *packed.scales.stride()[:-1],
         *((0, 0) if bias2 is None else bias2.stride()),
         HAS_BIAS=bias2 is not None,
-        COUNTED=counted,
         **options,
     )
     return y

@@ -4,6 +4,7 @@ from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.moe.experts import fused_experts, workspace_bytes
 from moezoo.layers.moe.layer import BiasedRoute, Dispatcher, FusedMoE
 from moezoo.layers.moe.permute import combine, permute
+from moezoo.layers.moe.recording import RoutingRecorder
 from moezoo.layers.moe.routing import grouped_topk, softmax_topk
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Dispatcher",
     "FusedMoE",
     "Gating",
+    "RoutingRecorder",
     "combine",
     "fused_experts",
     "grouped_topk",

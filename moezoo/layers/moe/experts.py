@@ -186,7 +186,7 @@ def _validate(
             continue
         if (
             (shape is not None and tensor.shape != shape)
-            or _kind(tensor) != kind
+            or _kind(tensor) is not kind
             or tensor.device != device
         ):
             raise ValueError(

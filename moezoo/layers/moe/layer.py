@@ -20,6 +20,7 @@ NORM_TOKENS = 8
 """For up to this many tokens the router's kernel computes the norm of x as well."""
 
 Route = Callable[[Tensor], tuple[Tensor, Tensor]]
+Record = Callable[[Tensor, Tensor], None]
 
 
 class Dispatcher(Protocol):
@@ -88,6 +89,8 @@ class FusedMoE(nn.Module):
         self.route = route
         self.shared = shared
         self.dispatcher = dispatcher
+        self.record: Record | None = None
+        """Called with topk_weights and topk_ids [T, K] of each forward pass."""
         self.gate = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.w13: nn.Parameter | QuantizedWeights = nn.Parameter(
             torch.empty(num_experts, 2 * intermediate_size, hidden_size)
@@ -144,6 +147,8 @@ class FusedMoE(nn.Module):
         x = normed(x)
         tokens = x.reshape(-1, x.shape[-1])
         topk_weights, topk_ids = self.route(logits)
+        if self.record is not None:
+            self.record(topk_weights, topk_ids)
         y = self.experts(tokens, topk_weights, topk_ids)
         if self.shared is not None:
             adds = getattr(self.shared, "adds", False) and not is_hooked(self.shared)

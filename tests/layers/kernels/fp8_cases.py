@@ -41,12 +41,13 @@ def weights(
 def assert_rows_close(actual: Fp8Rows, expected: Fp8Rows) -> None:
     """A value within a step of fp8 (an eighth of it), and all but 2 % equal.
 
-    Hopper's fp8 instructions keep 13 bits of fraction, and a group of 128 is four of them: values
-    before quantising, and so scales, may differ by 2^-11 of the largest.
+    Hopper's fp8 instructions cut products to 13 bits of fraction, all downwards: values before
+    quantising may differ by 2^-9 of the largest where they are small, scales by 2^-9 of themselves.
     """
     assert actual.data.shape == expected.data.shape
     assert actual.scales.shape == expected.scales.shape
     torch.testing.assert_close(actual.scales, expected.scales, rtol=2e-3, atol=0)
     a, b = actual.data.float(), expected.data.float()
-    assert ((a - b).abs() <= b.abs() / 7 + LARGEST * 2**-11).all()
+    excess = ((a - b).abs() - b.abs() / 7).max().item() if a.numel() else 0.0
+    assert excess <= LARGEST * 2**-9, f"{excess / LARGEST:.2e} of the largest beyond a step"
     assert (a != b).sum() <= 0.02 * a.numel()

@@ -1,0 +1,247 @@
+"""What expert-parallel load balancing knows while a model runs: maps and loads, on its device.
+
+Nothing here waits for the device but what says so, and nothing talks to other ranks. Where they
+take part: between `logical_load` and `rebalanced` loads are summed over ranks, and between
+`rebalanced` and `switch_layer_` the weights of `plan_moves` travel.
+
+Legend: T tokens, K experts per token, L MoE layers, E experts (logical), P physical experts in
+slots, R ranks (P / R slots each), X the most replicas of an expert, W steps of the window.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from moezoo.errors import ExpertMapError, LoadImbalanceWarning
+from moezoo.parallel.eplb.movement import keep_slots
+from moezoo.parallel.eplb.policy import least_movement, rebalance_experts
+from moezoo.parallel.placement import check_map
+
+POLICIES = ("default", "least_movement")
+"""`default` is the published algorithm."""
+
+GOLDEN = 2654435769
+"""2^32 over the golden ratio: multiples of it fill a range evenly (Fibonacci hashing)."""
+
+
+def rebalanced(
+    load: Tensor,
+    physical_to_logical_map: Tensor,
+    *,
+    num_ranks: int,
+    policy: str = "default",
+    num_groups: int = 1,
+    num_nodes: int = 1,
+) -> Tensor:
+    """The next map int64 [L, P] for loads [L, E] of experts, on the CPU; waits for the device.
+
+    An expert that stays on its rank stays in its slot. Groups and nodes are those of
+    `rebalance_experts`.
+
+    Raises ValueError for another policy, or several nodes with `least_movement`, to which all ranks
+    are alike.
+    """
+    if policy == "least_movement" and num_nodes > 1:
+        raise ValueError(
+            f"policy 'least_movement' knows no nodes, got num_nodes={num_nodes}; use 'default'"
+        )
+    old = physical_to_logical_map.cpu()
+    if policy == "least_movement":
+        new = least_movement(load, old, num_ranks)
+    elif policy == "default":
+        new, _, _ = rebalance_experts(load, old.shape[1], num_groups, num_nodes, num_ranks)
+    else:
+        raise ValueError(f"policy is {policy!r}, expected {' or '.join(map(repr, POLICIES))}")
+    return keep_slots(old, new, num_ranks)
+
+
+def balancedness(rank_load: Tensor) -> Tensor:
+    """rank_load [.., L, R] -> fp64 [..]: mean load of a rank over the highest, 1 at best.
+
+    Both are summed over layers first: a layer waits for its busiest rank. 1 without any load.
+    """
+    rank_load = rank_load.double()
+    highest = rank_load.amax(-1).sum(-1)
+    return torch.where(highest > 0, rank_load.mean(-1).sum(-1) / highest, 1.0)
+
+
+def replica_maps(physical_to_logical_map: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """int64 [L, P] -> slots of each expert in ascending order, int64 [L, E, X] padded with -1, and
+    their number [L, E]. X is P - E + 1, the most that an expert can have, whatever the map.
+    """
+    num_layers, num_physical = physical_to_logical_map.shape
+    most = num_physical - num_experts + 1
+    # Stable: slots of an expert stay in order, so a slot's place among them is its distance to
+    # the first of them.
+    experts, slots = physical_to_logical_map.sort(dim=1, stable=True)
+    counts = torch.zeros_like(experts[:, :1]).expand(-1, num_experts).clone()
+    counts.scatter_add_(1, experts, torch.ones_like(experts))
+    first = (counts.cumsum(1) - counts).gather(1, experts)
+    place = torch.arange(num_physical, device=experts.device) - first
+    replicas = torch.full((num_layers, num_experts * most), -1, device=experts.device)
+    replicas.scatter_(1, experts * most + place, slots)
+    return replicas.view(num_layers, num_experts, most), counts
+
+
+class EPLBState:
+    """The maps and loads of a model's MoE layers.
+
+    The tensors stay where they are for good, so that captured graphs see what changes in them.
+
+    Args:
+        physical_to_logical_map: int64 [L, P] to begin with.
+        num_experts: E.
+        window_size: W, steps that a rebalance looks back.
+        step_interval: steps between rebalances; the first is due after a quarter of it.
+        seed: another one for each rank, so that ranks do not choose the same replica at a time.
+    """
+
+    def __init__(
+        self,
+        physical_to_logical_map: Tensor,
+        num_experts: int,
+        *,
+        num_ranks: int,
+        window_size: int = 1000,
+        step_interval: int = 3000,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if window_size < 1 or step_interval < 1:
+            raise ValueError(
+                f"window_size and step_interval must be at least 1, got {window_size} and "
+                f"{step_interval}"
+            )
+        check_map(physical_to_logical_map, num_experts, "the map")
+        num_layers, num_physical = physical_to_logical_map.shape
+        if num_physical % num_ranks:
+            raise ExpertMapError(f"{num_physical} slots do not divide over {num_ranks} ranks")
+        self.num_experts = num_experts
+        self.num_ranks = num_ranks
+        self.step_interval = step_interval
+        self.physical_to_logical_map = physical_to_logical_map.to(device, torch.int64).clone()
+        self.logical_to_physical_map, self.logical_replica_count = replica_maps(
+            self.physical_to_logical_map, num_experts
+        )
+        # One place more: tokens that do not count fall there.
+        self._pass = torch.zeros(num_layers, num_physical + 1, dtype=torch.int32, device=device)
+        self.expert_load_pass = self._pass[:, :-1]
+        """int32 [L, P]: tokens of each physical expert in this step so far."""
+        self.expert_load_window = torch.zeros(
+            window_size, num_layers, num_physical, dtype=torch.int32, device=device
+        )
+        """int32 [W, L, P], the steps before in a ring."""
+        self._next_in_window = 0
+        self._steps = 0
+        self._last_rebalance = -(step_interval - max(1, step_interval // 4))
+        self._first_token = torch.full((1,), seed * GOLDEN % 2**31, device=device)
+
+    def physical_ids(self, layer: int, topk_ids: Tensor) -> Tensor:
+        """Choose a replica of each chosen expert: topk_ids int [T, K] -> int32 [T, K].
+
+        A token's place in the batch and the step decide, by a multiplicative hash that spreads any
+        run of tokens, and any every n-th token of one, evenly. -1 stays -1.
+        """
+        tokens = torch.arange(len(topk_ids), device=topk_ids.device) + self._first_token
+        spread = tokens * GOLDEN % 2**32
+        experts = topk_ids.clamp(min=0).long()
+        # The upper bits: those below repeat with a power of two.
+        replica = spread[:, None] * self.logical_replica_count[layer][experts] >> 32
+        slots = self.logical_to_physical_map[layer][experts, replica]
+        return torch.where(topk_ids < 0, -1, slots).int()
+
+    def record_(self, layer: int, physical_ids: Tensor, real: Tensor | None = None) -> None:
+        """Count the tokens of physical_ids int [T, K]; not ids of -1, nor tokens that are padding.
+
+        real is bool [T], False at padding.
+        """
+        num_physical = self.expert_load_pass.shape[1]
+        ids = torch.where(physical_ids < 0, num_physical, physical_ids)
+        if real is not None:
+            ids = torch.where(real[:, None], ids, num_physical)
+        ids = ids.flatten().long()
+        self._pass[layer].scatter_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+
+    def end_step_(self, *, dummy: bool = False) -> None:
+        """Move the step's loads into the window; a dummy step counts, and leaves no loads."""
+        if not dummy:
+            self.expert_load_window[self._next_in_window].copy_(self.expert_load_pass)
+            self._next_in_window = (self._next_in_window + 1) % len(self.expert_load_window)
+        self._pass.zero_()
+        self._first_token += 1
+        self._steps += 1
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to rebalance: at the same step on every rank."""
+        return self._steps - self._last_rebalance >= self.step_interval
+
+    def rebalance_begins_(self) -> None:
+        """The next rebalance is due an interval from this step."""
+        self._last_rebalance = self._steps
+
+    def logical_load(self) -> Tensor:
+        """int64 [L, E]: tokens of each expert in the window."""
+        load = self.expert_load_window.sum(0)
+        logical = torch.zeros_like(self.logical_replica_count)
+        return logical.scatter_add_(1, self.physical_to_logical_map, load)
+
+    def rank_load(self) -> Tensor:
+        """int64 [L, R]: tokens of each rank in the window."""
+        return self.expert_load_window.sum(0).unflatten(1, (self.num_ranks, -1)).sum(-1)
+
+    def switch_layer_(self, layer: int, slots: Tensor) -> None:
+        """From now on the layer's experts are where slots int64 [P], on the CPU, says.
+
+        Called in the same place between two steps as the weights are switched.
+
+        What the window knows of the layer is told anew in these slots: each expert's tokens, even
+        over its replicas.
+
+        Raises ExpertMapError, with nothing changed, for another size or an expert without a slot.
+        """
+        if slots.shape != self.physical_to_logical_map[layer].shape:
+            raise ExpertMapError(
+                f"layer {layer} has {self.physical_to_logical_map.shape[1]} slots, and the new map "
+                f"{list(slots.shape)}"
+            )
+        check_map(slots[None], self.num_experts, "the new map")
+        slots = slots.to(self.physical_to_logical_map.device)
+        replicas, counts = replica_maps(slots[None], self.num_experts)
+        window = self.expert_load_window[:, layer]
+        old = self.physical_to_logical_map[layer].expand_as(window)
+        load = torch.zeros(
+            len(window), self.num_experts, dtype=window.dtype, device=window.device
+        ).scatter_add_(1, old, window)
+        place = (replicas[0][slots] == torch.arange(len(slots), device=slots.device)[:, None]).int()
+        place = place.argmax(1)
+        # The first replicas take what does not divide.
+        window.copy_((load[:, slots] + counts[0][slots] - 1 - place) // counts[0][slots])
+        self.physical_to_logical_map[layer].copy_(slots)
+        self.logical_to_physical_map[layer].copy_(replicas[0])
+        self.logical_replica_count[layer].copy_(counts[0])
+
+
+class ImbalanceWatch:
+    """Warns with `LoadImbalanceWarning`, once, when balancedness stays low."""
+
+    def __init__(self, *, threshold: float = 0.5, patience: int = 3) -> None:
+        self.threshold = threshold
+        self.patience = patience
+        self._low = 0
+
+    def __call__(self, balancedness: float) -> None:
+        """Take the balancedness of an interval; the warning comes with the `patience`-th low one in
+        a row."""
+        self._low = self._low + 1 if balancedness < self.threshold else 0
+        if self._low == self.patience:
+            warnings.warn(
+                LoadImbalanceWarning(
+                    f"the mean load of a rank is {balancedness:.2f} of the highest, and was below "
+                    f"{self.threshold} for {self.patience} intervals: MoE layers take about "
+                    f"{1 / max(balancedness, 1e-9):.1f} times as long as balanced ones; try "
+                    'eplb={"num_redundant_experts": ..}, or a placement of moezoo eplb plan'
+                ),
+                stacklevel=2,
+            )

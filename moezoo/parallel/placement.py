@@ -1,0 +1,261 @@
+"""Which rank holds which expert.
+
+Legend: E experts (logical), R ranks, L MoE layers, P physical experts: E and the redundant ones, in
+slots; the slots of rank r are r * P / R and those that follow it.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moezoo.errors import ExpertMapError
+
+STRATEGIES = ("linear", "round_robin")
+"""`linear` gives a rank neighbours, `round_robin` every R-th expert."""
+
+FORMAT, VERSION = "moezoo-placement", 1
+
+Strategy = str | Sequence[Sequence[int]]
+"""A name of `STRATEGIES`, or for each rank the experts that it holds, in the order of its rows."""
+
+
+def experts_of_rank(num_experts: int, ep_size: int, ep_rank: int, strategy: Strategy) -> list[int]:
+    """The experts of one rank, in the order of its rows; none where there are more ranks.
+
+    The first E mod R ranks hold one more than the others.
+
+    Raises:
+        ExpertMapError: a size below 1, a rank that there is not, an unknown strategy, or a map that
+            does not hold every expert on exactly one rank.
+    """
+    if num_experts < 1 or ep_size < 1:
+        raise ExpertMapError(
+            f"there must be an expert and a rank or more, got {num_experts} experts, "
+            f"{ep_size} ranks"
+        )
+    if not 0 <= ep_rank < ep_size:
+        raise ExpertMapError(f"rank {ep_rank} is not one of the {ep_size} ranks")
+    if not isinstance(strategy, str):
+        _check_custom(num_experts, ep_size, strategy)
+        return list(strategy[ep_rank])
+    if strategy == "round_robin":
+        return list(range(ep_rank, num_experts, ep_size))
+    if strategy == "linear":
+        base, rem = divmod(num_experts, ep_size)
+        first = ep_rank * base + min(ep_rank, rem)
+        return list(range(first, first + base + (ep_rank < rem)))
+    raise ExpertMapError(
+        f"placement is {strategy!r}, expected {' or '.join(map(repr, STRATEGIES))}, or a list of "
+        "experts for each rank"
+    )
+
+
+def expert_map(
+    num_experts: int, ep_size: int, ep_rank: int, strategy: Strategy = "linear"
+) -> tuple[int, Tensor | None]:
+    """How many experts a rank holds, and int32 [E]: the row of each among its own, or -1.
+
+    The map is None for a single rank that holds all of them in order. Raises as `experts_of_rank`.
+    """
+    held = experts_of_rank(num_experts, ep_size, ep_rank, strategy)
+    if ep_size == 1 and held == list(range(num_experts)):
+        return num_experts, None
+    rows = torch.full((num_experts,), -1, dtype=torch.int32)
+    rows[torch.tensor(held, dtype=torch.int64)] = torch.arange(len(held), dtype=torch.int32)
+    return len(held), rows
+
+
+def _check_custom(num_experts: int, ep_size: int, ranks: Sequence[Sequence[int]]) -> None:
+    if len(ranks) != ep_size:
+        raise ExpertMapError(
+            f"the placement lists experts for {len(ranks)} ranks, and there are {ep_size}"
+        )
+    holder: dict[int, int] = {}
+    for rank, experts in enumerate(ranks):
+        for expert in experts:
+            if not 0 <= expert < num_experts:
+                raise ExpertMapError(
+                    f"the placement puts expert {expert} on rank {rank}, and there are experts "
+                    f"0 to {num_experts - 1}"
+                )
+            if expert in holder:
+                raise ExpertMapError(
+                    f"the placement puts expert {expert} on rank {holder[expert]} and on rank "
+                    f"{rank}; copies of experts are for eplb=, with a placement file"
+                )
+            holder[expert] = rank
+    if len(holder) < num_experts:
+        missing = sorted(set(range(num_experts)) - holder.keys())
+        raise ExpertMapError(f"the placement puts experts {missing} on no rank")
+
+
+def initial_map(
+    num_experts: int, num_redundant: int, num_ranks: int, strategy: Strategy = "linear"
+) -> Tensor:
+    """int64 [P]: the expert of each slot before any load is known.
+
+    Experts 0 to E - 1 and then as many again as there are redundant ones, laid out over the ranks
+    by the strategy; a custom one lists those of each rank itself, copies included.
+
+    Raises ExpertMapError where P does not divide by the ranks, or a custom map does not hold every
+    expert or fills other than P / R slots of a rank.
+    """
+    num_physical = num_experts + num_redundant
+    if num_experts < 1 or num_ranks < 1 or num_redundant < 0:
+        raise ExpertMapError(
+            f"there must be an expert and a rank or more, got {num_experts} experts, "
+            f"{num_redundant} redundant ones, {num_ranks} ranks"
+        )
+    if num_physical % num_ranks:
+        raise ExpertMapError(
+            f"{num_experts} experts and {num_redundant} redundant ones do not divide over "
+            f"{num_ranks} ranks; {num_redundant + -num_physical % num_ranks} redundant ones would"
+        )
+    if isinstance(strategy, str):
+        slots = list(
+            chain.from_iterable(
+                experts_of_rank(num_physical, num_ranks, rank, strategy)
+                for rank in range(num_ranks)
+            )
+        )
+        return torch.tensor(slots, dtype=torch.int64) % num_experts
+    sizes = [len(experts) for experts in strategy]
+    if sizes != [num_physical // num_ranks] * num_ranks:
+        raise ExpertMapError(
+            f"each of {num_ranks} ranks must list {num_physical // num_ranks} experts, got {sizes}"
+        )
+    slots_ = torch.tensor([*chain.from_iterable(strategy)], dtype=torch.int64)
+    check_map(slots_[None], num_experts, "the placement")
+    return slots_
+
+
+def check_map(physical_to_logical_map: Tensor, num_experts: int, name: str) -> None:
+    """Raise ExpertMapError unless each layer of int64 [L, P] has a slot for every expert."""
+    if physical_to_logical_map.numel() == 0:
+        raise ExpertMapError(f"{name} has no slots")
+    low, high = (int(x) for x in physical_to_logical_map.aminmax())
+    if low < 0 or high >= num_experts:
+        raise ExpertMapError(
+            f"{name} has expert {low if low < 0 else high} in a slot, and there are experts 0 to "
+            f"{num_experts - 1}"
+        )
+    held = torch.zeros(len(physical_to_logical_map), num_experts, dtype=torch.bool)
+    held.scatter_(1, physical_to_logical_map.cpu(), True)
+    if not held.all():
+        layer, expert = (~held).nonzero()[0].tolist()
+        raise ExpertMapError(f"{name} has no slot for expert {expert} in MoE layer {layer}")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The expert of each slot in each MoE layer of a model: what a placement file holds.
+
+    Raises ExpertMapError for slots that do not divide over the ranks, an expert without a slot, and
+    layers that are not as many as the map's.
+    """
+
+    num_experts: int
+    num_ranks: int
+    layers: tuple[int, ...]
+    """The decoder's layers that have experts, [L]."""
+    physical_to_logical_map: Tensor
+    """int64 [L, P]."""
+
+    def __post_init__(self) -> None:
+        slots = self.physical_to_logical_map
+        if slots.ndim != 2 or len(slots) != len(self.layers):
+            raise ExpertMapError(
+                f"the map must have a row for each of the {len(self.layers)} layers, got "
+                f"{list(slots.shape)}"
+            )
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ExpertMapError(f"layers must ascend, got {list(self.layers)}")
+        if self.num_ranks < 1 or slots.shape[1] % self.num_ranks:
+            raise ExpertMapError(
+                f"{slots.shape[1]} slots do not divide over {self.num_ranks} ranks"
+            )
+        check_map(slots, self.num_experts, "the placement")
+
+    @property
+    def num_redundant(self) -> int:
+        return self.physical_to_logical_map.shape[1] - self.num_experts
+
+    def check_model(self, num_experts: int, layers: Sequence[int], num_ranks: int) -> None:
+        """Raise ExpertMapError unless it was made for such a model on so many ranks."""
+        for what, placed, there in (
+            ("experts", self.num_experts, num_experts),
+            ("ranks", self.num_ranks, num_ranks),
+            ("MoE layers", list(self.layers), list(layers)),
+        ):
+            if placed != there:
+                raise ExpertMapError(
+                    f"the placement is for {what} {placed}, and the model runs with {there}; plan "
+                    "it anew with moezoo eplb plan"
+                )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON, a line a layer."""
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "num_experts": self.num_experts,
+            "num_ranks": self.num_ranks,
+            "layers": list(self.layers),
+        }
+        rows = ",\n  ".join(json.dumps(row) for row in self.physical_to_logical_map.tolist())
+        text = json.dumps(head)[:-1] + f',\n "physical_to_logical_map": [\n  {rows}\n]}}\n'
+        Path(path).write_text(text)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Placement":
+        """Raises ExpertMapError, naming the file, for what is no placement; OSError without one."""
+        try:
+            record = json.loads(Path(path).read_text())
+        except (ValueError, RecursionError) as error:
+            raise ExpertMapError(f"{path} is not JSON: {error}") from error
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise ExpertMapError(
+                f'{path} has no "format": "{FORMAT}"; moezoo eplb plan writes placements'
+            )
+        if record.get("version") != VERSION:
+            raise ExpertMapError(
+                f"{path} has version {record.get('version')!r}, and this moezoo reads {VERSION}; "
+                "plan it anew with moezoo eplb plan"
+            )
+        try:
+            return cls(
+                _number(record, "num_experts"),
+                _number(record, "num_ranks"),
+                tuple(_numbers(record["layers"], "layers")),
+                torch.tensor(
+                    [
+                        _numbers(row, "physical_to_logical_map")
+                        for row in record["physical_to_logical_map"]
+                    ],
+                    dtype=torch.int64,
+                ),
+            )
+        except KeyError as error:
+            raise ExpertMapError(f"{path} has no {error}") from None
+        except (TypeError, ValueError) as error:
+            raise ExpertMapError(f"{path}: {error}") from error
+        except ExpertMapError as error:
+            reason = str(error).removeprefix("Expert map mismatch: ")
+            raise ExpertMapError(f"{path}: {reason}") from None
+
+
+def _number(record: dict[str, Any], name: str) -> int:
+    return _numbers([record[name]], name)[0]
+
+
+def _numbers(values: Any, name: str) -> list[int]:
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise ValueError(f"{name} must be whole numbers, got {str(values)[:60]}")
+    return values

@@ -1,0 +1,239 @@
+"""Which experts a model's tokens go to: recording it, keeping it, showing it.
+
+Legend: T tokens, K experts per token, L MoE layers, E experts, S forward passes.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moezoo.layers.decoder import Decoder
+from moezoo.layers.moe import FusedMoE, RoutingRecorder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMAT, VERSION = "moezoo-routing", "1"
+
+HISTORY = 1024
+BINS = 50
+
+
+class RoutingTrace:
+    """What was recorded; within `record_routing`, so far.
+
+    Reading from it while a GPU computes waits for the GPU.
+    """
+
+    def __init__(
+        self, layers: tuple[int, ...], tensors: Mapping[str, Tensor], **about: Any
+    ) -> None:
+        self.layers = layers
+        """The decoder's layers that have experts, [L]."""
+        self.about: dict[str, Any] = about
+        """`model`, its name, `experts_per_token`, and `expert_bytes`, what one of a layer takes."""
+        self._tensors = tensors
+        self._recorder: RoutingRecorder | None = None
+
+    @property
+    def expert_load(self) -> Tensor:
+        """int64 [L, E]: tokens that went to each expert."""
+        return self._read()["expert_load"]
+
+    @property
+    def load_history(self) -> Tensor:
+        """int32 [S, L, E]: the same of each of the last forward passes, in their order."""
+        return self._read()["load_history"]
+
+    @property
+    def score_histogram(self) -> Tensor:
+        """int64 [L, bins]: how many chosen experts had which share of their token's weight.
+
+        The bins divide the range from 0 to 1 evenly.
+        """
+        return self._read()["score_histogram"]
+
+    @property
+    def topk_ids(self) -> tuple[Tensor, ...] | None:
+        """For each MoE layer int32 [T, K], the tokens in the order of computing; if asked for."""
+        return self._choices("topk_ids")
+
+    @property
+    def topk_weights(self) -> tuple[Tensor, ...] | None:
+        """For each MoE layer fp32 [T, K]; if asked for."""
+        return self._choices("topk_weights")
+
+    @property
+    def imbalance(self) -> Tensor:
+        """fp64 [L]: tokens of the busiest expert over the mean; NaN without tokens."""
+        load = self.expert_load.double()
+        return load.amax(1) / load.mean(1)
+
+    def _choices(self, name: str) -> tuple[Tensor, ...] | None:
+        tensors = self._read()
+        found = [tensors.get(f"{name}.{layer}") for layer in range(len(self.layers))]
+        whole = tuple(tensor for tensor in found if tensor is not None)
+        return whole if len(whole) == len(found) else None
+
+    def _read(self) -> Mapping[str, Tensor]:
+        return self._tensors if self._recorder is None else _tensors(self._recorder)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as safetensors, which `load` reads."""
+        metadata = {"format": FORMAT, "version": VERSION}
+        metadata |= {"layers": json.dumps(self.layers), "about": json.dumps(self.about)}
+        save_file({k: v.contiguous() for k, v in self._read().items()}, path, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "RoutingTrace":
+        """Raises ValueError, naming the file, for what is no trace; OSError where there is none."""
+        with open(path, "rb"):
+            pass  # safetensors tells less about a file that cannot be read
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no safetensors file: {error}") from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a trace of moezoo routing")
+        if metadata.get("version") != VERSION:
+            raise ValueError(
+                f"{path} has version {metadata.get('version')}, and this moezoo reads {VERSION}; "
+                "record it anew with moezoo routing"
+            )
+        about = json.loads(metadata["about"])
+        return cls(tuple(json.loads(metadata["layers"])), tensors, **about)
+
+    def plot(self) -> "Figure":
+        """A matplotlib figure: loads of layers and experts, and the imbalance of each layer."""
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+        load = self.expert_load.double()
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        heat, bars = figure.subplots(1, 2, width_ratios=(3, 1), sharey=True)
+        relative = (load / load.mean(1, keepdim=True)).numpy()
+        image = heat.imshow(relative, aspect="auto", interpolation="nearest", cmap="viridis")
+        heat.set(xlabel="expert", ylabel="layer", title="tokens, mean of a layer = 1")
+        heat.yaxis.set_major_locator(MaxNLocator(12, integer=True))
+        heat.yaxis.set_major_formatter(
+            lambda at, _: str(self.layers[int(at)]) if 0 <= at < len(self.layers) else ""
+        )
+        figure.colorbar(image, ax=heat)
+        bars.barh(range(len(self.layers)), self.imbalance.tolist())
+        bars.set(xlabel="busiest expert over mean", title="imbalance")
+        return figure
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"Routing of {self.about.get('model', 'a model')}")
+        for name in ("layer", "tokens", "busiest expert", "over mean", "without a token"):
+            table.add_column(name, justify="right")
+        load, imbalance = self.expert_load, self.imbalance
+        tokens = load.sum(1) // self.about.get("experts_per_token", 1)
+        for i, layer in enumerate(self.layers):
+            table.add_row(
+                str(layer),
+                f"{tokens[i]:,}",
+                str(int(load[i].argmax())),
+                f"{imbalance[i]:.2f}",
+                str(int((load[i] == 0).sum())),
+            )
+        return table
+
+
+def _tensors(recorder: RoutingRecorder) -> dict[str, Tensor]:
+    passes = int(recorder.passes)
+    history = recorder.history[..., :-1].cpu()
+    size = len(history)
+    order = [i % size for i in range(max(0, passes - size), passes)]
+    tensors = {
+        "expert_load": recorder.load[:, :-1].cpu(),
+        "load_history": history[order],
+        "score_histogram": recorder.scores[:, :-1].cpu(),
+    }
+    for layer, choices in enumerate(recorder.choices):
+        if choices:
+            ids, weights = zip(*choices, strict=True)
+            tensors[f"topk_ids.{layer}"] = torch.cat(ids).cpu()
+            tensors[f"topk_weights.{layer}"] = torch.cat(weights).cpu()
+    return tensors
+
+
+@contextmanager
+def record_routing(
+    model: PreTrainedModel, *, choices: bool = False, history: int = HISTORY
+) -> Iterator[RoutingTrace]:
+    """Record where the tokens go that the model computes within the block; padding is not counted.
+
+    What is counted is what runs: a prefix that prompts share once, and the token after a sequence's
+    last one where the engine is a step ahead. Generation has to begin and end within the block.
+
+    Args:
+        model: what `moezoo.from_pretrained` or `moezoo.from_config` returned.
+        choices: keep `topk_ids` and `topk_weights` of each token too, on the model's device (8 K L
+            bytes a token); steps then do not run as CUDA graphs.
+        history: the last forward passes whose loads are kept one by one (4 L E bytes each).
+
+    Raises:
+        ValueError: it is not such a model, has no MoE layer, or is being recorded already.
+    """
+    if history < 1:
+        raise ValueError(f"history must be at least 1, got {history}")
+    decoder = getattr(model, "decoder", None)
+    if not isinstance(decoder, Decoder):
+        raise ValueError(
+            f"{type(model).__name__} is not a model of moezoo; load it with moezoo.from_pretrained"
+        )
+    if decoder.recorder is not None:
+        raise ValueError("the model is being recorded already; one recording at a time")
+    layers = {i: x.mlp for i, x in enumerate(decoder.layers) if isinstance(x.mlp, FusedMoE)}
+    numbers = {len(layer.gate) for layer in layers.values()}
+    if len(numbers) != 1:
+        raise ValueError(
+            f"its layers have {' and '.join(map(str, sorted(numbers))) or 'no'} experts; expected "
+            "one number for all"
+        )
+    recorder = RoutingRecorder(
+        len(layers),
+        numbers.pop(),
+        history=history,
+        bins=BINS,
+        keeps_choices=choices,
+        device=decoder.embed.weight.device,
+    )
+    first = next(iter(layers.values()))
+    trace = RoutingTrace(
+        tuple(layers),
+        {},
+        model=model.config.name_or_path,
+        experts_per_token=model.config.num_experts_per_tok,
+        expert_bytes=_nbytes(first) // len(first.gate),
+    )
+    trace._recorder = recorder
+    decoder.recorder = recorder
+    for i, layer in enumerate(layers.values()):
+        layer.record = partial(recorder.add, i)
+    try:
+        yield trace
+    finally:
+        decoder.recorder = None
+        for layer in layers.values():
+            layer.record = None
+        trace._tensors, trace._recorder = _tensors(recorder), None
+
+
+def _nbytes(layer: FusedMoE) -> int:
+    """Of all its experts, as they are stored."""
+    own = [p for name, p in layer.named_parameters() if name.split(".")[0] in ("w13", "w2")]
+    return sum(parameter.nbytes for parameter in own)

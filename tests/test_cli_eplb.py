@@ -1,0 +1,113 @@
+"""`moezoo routing` and `moezoo eplb`, from prompts to a placement and a simulation."""
+
+import json
+
+import pytest
+import torch
+
+from moezoo import cli
+from moezoo.parallel.eplb import POLICIES
+from moezoo.parallel.placement import Placement
+from moezoo.tools.routing import RoutingTrace
+
+
+def run(capsys, *arguments):
+    """Exit code, stdout, stderr of `moezoo ...`."""
+    try:
+        code = cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "in.jsonl"
+    texts = ["The dog", "Once upon a time", "A cat sat on the roof and looked at the moon"]
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return path
+
+
+def test_from_prompts_to_a_placement(capsys, tmp_path, prompts):
+    file, placement = tmp_path / "trace.safetensors", tmp_path / "placement.json"
+    options = ("--device", "cpu", "--dtype", "float32", "--max-new-tokens", 6, "--choices")
+    command = ("routing", "--input", prompts, "--output", file, *options)
+    code, out, err = run(capsys, *command, "--plot", tmp_path / "trace.png")
+    assert code == 0
+    assert "over mean" in out
+    assert f"{file}: 3 prompts, 0 failed" in err
+    assert (tmp_path / "trace.png").stat().st_size > 1000
+    trace = RoutingTrace.load(file)
+    assert len(trace.topk_ids) == 6
+    assert trace.expert_load.sum(1).eq(4 * len(trace.topk_ids[0])).all()
+    assert torch.equal(trace.load_history.sum(0), trace.expert_load)
+
+    command = ("eplb", "plan", "--trace", file, "--gpus", 4, "--redundant", 8)
+    code, _, err = run(capsys, *command, "--output", placement)
+    assert code == 0
+    assert f"{placement}: balancedness 0." in err
+    assert "linear and without copies 0." in err
+    Placement.load(placement).check_model(16, trace.layers, 4)
+
+    command = ("eplb", "simulate", "--trace", file, "--gpus", 4, 5, "--redundant", 0, 8)
+    files = ("--plot", tmp_path / "eplb.svg", "--json", tmp_path / "eplb.json")
+    code, out, err = run(capsys, *command, "--interval", 2, "--window", 2, *files)
+    assert code == 0
+    assert "Balancedness" in out
+    assert err.count("left out: 16 experts and") == 2
+    record = json.loads((tmp_path / "eplb.json").read_text())
+    assert record["loads"]["experts_per_token"] == 4
+    assert len(record["simulations"]) == 2 * 3
+    assert (tmp_path / "eplb.svg").exists()
+
+
+def test_made_up_loads(capsys):
+    loads = ("--zipf", 1.0, "--experts", 32, "--layers", 2, "--steps", 40, "--half-life", 1000)
+    code, out, _ = run(capsys, "eplb", "simulate", *loads, "--gpus", 4, "--redundant", 8)
+    assert code == 0
+    assert "least_movement" in out
+
+
+def test_policies_are_those_that_there_are():
+    assert cli.EPLB_POLICIES == POLICIES
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("plan", "--gpus", 2, "--output", "out.json"), 2, "--trace"),
+        (("plan", "--trace", "none", "--gpus", 2, "--output", "out.json"), 1, "none"),
+        (("plan", "--trace", "no", "--gpus", 2, "--output", "out.json"), 2, "no safetensors"),
+        (("plan", "--trace", "no", "--gpus", 2, "--output", "a/b.json"), 2, "there is no folder a"),
+        (("simulate", "--gpus", 2), 2, "--trace --zipf"),
+        (("simulate", "--gpus", 7, "--zipf", 1), 2, "nothing to simulate: 256 experts and 0"),
+        (("simulate", "--gpus", 0, "--zipf", 1), 2, "must be at least 1"),
+    ],
+)
+def test_bad_input(capsys, tmp_path, monkeypatch, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "no").write_text("no")
+    found, _, err = run(capsys, "eplb", *arguments)
+    assert found == code
+    assert message in err
+
+
+def test_a_trace_of_one_pass_is_no_history(capsys, tmp_path, prompts):
+    file = tmp_path / "trace.safetensors"
+    command = ("routing", "--input", prompts, "--output", file, "--device", "cpu", "--quiet")
+    code, out, err = run(capsys, *command)
+    assert (code, out) == (0, "")
+    code, _, err = run(capsys, "eplb", "simulate", "--trace", file, "--gpus", 2)
+    assert code == 2
+    assert "has 1 forward passes; record more prompts, or let them go on" in err
+
+
+def test_prompts_that_fail_are_named(capsys, tmp_path):
+    lines, file = tmp_path / "in.jsonl", tmp_path / "trace.safetensors"
+    lines.write_text('{"prompt": "The dog"}\n' + json.dumps({"prompt": "word " * 600}) + "\nno\n")
+    command = ("routing", "--input", lines, "--output", file, "--device", "cpu")
+    code, _, err = run(capsys, *command)
+    assert code == 3
+    assert "prompt 2 failed: the prompt has 602 tokens" in err
+    assert ":3: not JSON" in err
