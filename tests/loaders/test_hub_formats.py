@@ -7,6 +7,7 @@ GPTQ and AWQ are written and decoded by `hub_writers`, from the definitions of t
 
 import json
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,7 @@ def test_gptq_orders_of_none(tmp_path):
     assert model.decoder.layers[0].attn.o.weight().order is None
 
 
-def test_parts_with_orders_of_their_own(tmp_path, caplog):
+def test_parts_with_orders_of_their_own(tmp_path, caplog, monkeypatch):
     def how(module: str) -> Encode:
         return lambda w: gptq(w, desc_act=True, seed=len(module))
 
@@ -193,6 +194,16 @@ def test_parts_with_orders_of_their_own(tmp_path, caplog):
     ) in caplog.text
     convert(open_checkpoint(hub), tmp_path / "to", device="cpu")
     assert_same(load(tmp_path / "to"), load(hub))
+    needed = []
+    monkeypatch.setattr(
+        "moezoo.loaders.weights.check_memory",
+        lambda wanted, *_: needed.append(
+            sum(i.dtype.itemsize * prod(i.shape) for i in wanted.values())
+        ),
+    )
+    model = load(hub)
+    held = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert needed[0] < needed[1] and held <= needed[1]
 
 
 @pytest.mark.parametrize("experts", [True, False])
