@@ -25,11 +25,11 @@ from moezoo.layers.kernels.quantize import quantize_groups
 from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 from moezoo.layers.kernels.tiles import Tile, multiprocessors, plan
 from moezoo.layers.kernels.unpack import CHUNK
-from moezoo.layers.kernels.weight_only import WeightOnly, down_weight_only, ways
+from moezoo.layers.kernels.weight_only import down_weight_only, ways
 from moezoo.layers.kernels.weight_only_tiles import plan_weight_only
+from moezoo.layers.quant import Mxfp4, WeightOnly
 from moezoo.layers.quant.channel_fp8 import Fp8Weights
 from moezoo.layers.quant.fp8 import BLOCK, Fp8Rows, blocks, quantize_rows
-from moezoo.layers.quant.mxfp4 import Mxfp4
 
 GROUPS = 8
 """Groups of 128 that a program quantises."""

@@ -35,11 +35,8 @@ from moezoo.layers.kernels.packed_products import num_slices, out_of_turns, prod
 from moezoo.layers.kernels.permute import Permutation
 from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, swizzle
 from moezoo.layers.kernels.unpack import CHUNK
-from moezoo.layers.quant.int4 import Int4
-from moezoo.layers.quant.int8 import Int8
-from moezoo.layers.quant.mxfp4 import GROUP, Mxfp4
-
-WeightOnly = Int8 | Int4 | Mxfp4
+from moezoo.layers.quant import Int4, Int8, Mxfp4, WeightOnly
+from moezoo.layers.quant.mxfp4 import GROUP
 
 FORMATS: dict[type, str] = {Int8: "int8", Int4: "int4", Mxfp4: "mxfp4"}
 """By which the kernels know them."""

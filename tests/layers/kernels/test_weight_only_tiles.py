@@ -8,8 +8,8 @@ from tolerances import RELATIVE
 
 from moezoo.layers.kernels import tiles, weight_only_tiles
 from moezoo.layers.kernels.tiles import Plan, tuned
-from moezoo.layers.kernels.weight_only import WeightOnly
 from moezoo.layers.kernels.weight_only_tiles import plan_weight_only
+from moezoo.layers.quant import WeightOnly
 from moezoo.layers.quant.int4 import Int4
 from moezoo.layers.quant.int8 import Int8
 from moezoo.layers.quant.mxfp4 import Mxfp4
