@@ -83,6 +83,12 @@ def multiplies_fp8(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that nothing uses, that which torch keeps for later included."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 def device_made_current(x: torch.Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be that of a model's tensors."""
     if not x.is_cuda or torch.compiler.is_compiling():

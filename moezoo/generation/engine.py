@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 
-from moezoo.device import device_made_current, runs_kernels, to_device
+from moezoo.device import device_made_current, free_bytes, runs_kernels, to_device
 from moezoo.generation.cache import growing_cache
 from moezoo.generation.paged import (
     DecodeContext,
@@ -430,12 +430,6 @@ def supports(decoder: Decoder) -> bool:
     """Whether an `Engine` can run it: one device, and a rotation that ignores the length."""
     devices = {parameter.device for parameter in decoder.parameters()}
     return len(devices) == 1 and decoder.rope.kind not in ("dynamic", "longrope")
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory of a GPU that nothing uses, that which torch keeps for later included."""
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def _all_token_bytes(decoder: Decoder) -> int:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from moezoo.device import runs_kernels
 from moezoo.layers.norm import NormOfSum, normed
+from moezoo.layers.pieces import PIECE, product_in_pieces
 from moezoo.layers.quant import Format, QuantizedWeights
 from moezoo.layers.quantized_linear import quantized_linear
 
@@ -36,10 +37,6 @@ FEW_ROWS = 8
 
 NORM_ROWS = 2
 """Up to this many rows that kernel computes the norm of x as well, faster than another launch."""
-
-FP32_BLOCK = 2**20
-"""Weights widened at a time: 4 MB, which caches hold. New memory would cost more than the product.
-"""
 
 
 class _Switch:
@@ -109,16 +106,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     ):
         return F.linear(x, weight, bias)
     wide = x.reshape(-1, x.shape[-1]).float()
-    out = x.new_empty(wide.shape[0], weight.shape[0])
-    rows = max(1, FP32_BLOCK // weight.shape[1])
-    for start in range(0, weight.shape[0], rows):
-        some = slice(start, start + rows)
-        block = weight[some].float()
-        # With few rows of x, MKL is up to 3 times as fast if the weights are on the left.
-        y = (block @ wide.t()).t() if wide.shape[0] <= 64 else wide @ block.t()
-        if bias is not None:
-            y += bias[some]
-        out[:, some] = y
+    out = product_in_pieces(
+        wide,
+        lambda start, stop: weight[start:stop].float(),
+        bias,
+        out=x.new_empty(wide.shape[0], weight.shape[0]),
+        step=max(1, PIECE // weight.shape[1]),
+    )
     return out.view(*x.shape[:-1], -1)
 
 

@@ -16,9 +16,6 @@ from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.rope import Rotation
 
-FEW_ROWS = 8
-"""Up to so many tokens on CUDA, each head's own product is a kernel's."""
-
 
 def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [B, T, N, i] times each head's own weight [N, i, o] -> [B, T, N, o]."""
@@ -28,20 +25,22 @@ def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _absorbed(q: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """q [B, T, N, nope_dim + R], key [N, nope_dim, C] -> [B, T, N, C + R], R as it was."""
-    if q.shape[0] * q.shape[1] <= FEW_ROWS and runs_kernels(q, key):
-        from moezoo.layers.kernels.per_head import absorb_query
+    if runs_kernels(q, key):
+        from moezoo.layers.kernels.per_head import FEW_ROWS, absorb_query
 
-        return absorb_query(q.flatten(0, 1), key).unflatten(0, q.shape[:2])
+        if q.shape[0] * q.shape[1] <= FEW_ROWS:
+            return absorb_query(q.flatten(0, 1), key).unflatten(0, q.shape[:2])
     nope_dim = key.shape[1]
     return torch.cat((_per_head(q[..., :nope_dim], key), q[..., nope_dim:]), -1)
 
 
 def _expanded(x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """x [B, T, N, C], value [N, v_dim, C] -> [B, T, N, v_dim]."""
-    if x.shape[0] * x.shape[1] <= FEW_ROWS and runs_kernels(x, value):
-        from moezoo.layers.kernels.per_head import expand_values
+    if runs_kernels(x, value):
+        from moezoo.layers.kernels.per_head import FEW_ROWS, expand_values
 
-        return expand_values(x.flatten(0, 1), value).unflatten(0, x.shape[:2])
+        if x.shape[0] * x.shape[1] <= FEW_ROWS:
+            return expand_values(x.flatten(0, 1), value).unflatten(0, x.shape[:2])
     return _per_head(x, value.transpose(1, 2))
 
 

@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4, WeightOnly
+from moezoo.layers.pieces import PIECE, product_in_pieces
+from moezoo.layers.quant import FORMATS, BlockFp8, ChannelFp8, Format, WeightOnly
 from moezoo.layers.quant.fp8 import BLOCK, FOR_LINEARS, quantize_rows, require_fp8
-
-PIECE = 2**20
-"""Weights dequantised at a time: 4 MB, which caches hold."""
 
 
 def quantized_linear(x: Tensor, weight: Format, bias: Tensor | None = None) -> Tensor:
@@ -61,17 +59,13 @@ def _in_pieces(x: Tensor, weight: Format, bias: Tensor | None) -> Tensor:
     n, k = weight.shape
     fp8 = isinstance(weight, BlockFp8 | ChannelFp8)
     wide = quantize_rows(x).dequantize()[:, :k] if fp8 else x.float()
-    out = x.new_empty(len(x), n)
-    step = max(1, PIECE // k // BLOCK) * BLOCK
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        piece = weight.rows(start, stop).dequantize()
-        # As in `linear`: with few rows of x, MKL is faster if the weights are on the left.
-        y = (piece @ wide.t()).t() if len(wide) <= 64 else wide @ piece.t()
-        if bias is not None:
-            y = y + bias[start:stop].float()
-        out[:, start:stop] = y
-    return out
+    return product_in_pieces(
+        wide,
+        lambda start, stop: weight.rows(start, stop).dequantize(),
+        bias,
+        out=x.new_empty(len(x), n),
+        step=max(1, PIECE // k // BLOCK) * BLOCK,
+    )
 
 
 def _operator(name: str, restored: Any) -> Any:
@@ -85,10 +79,4 @@ def _operator(name: str, restored: Any) -> Any:
     return op
 
 
-OPERATORS = {
-    BlockFp8: _operator("block_fp8", BlockFp8),
-    ChannelFp8: _operator("channel_fp8", ChannelFp8),
-    Int8: _operator("int8", Int8),
-    Int4: _operator("int4", Int4),
-    Mxfp4: _operator("mxfp4", Mxfp4),
-}
+OPERATORS = {format_: _operator(name, format_) for name, format_ in FORMATS.items()}

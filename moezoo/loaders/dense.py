@@ -7,7 +7,7 @@ from torch import nn
 from moezoo.layers.linear import Linear
 from moezoo.loaders.encodings import Encoding
 from moezoo.loaders.kinds import Kind
-from moezoo.loaders.mapping import Copy
+from moezoo.loaders.mapping import Copy, copies_by_target
 
 
 def linears_of(module: nn.Module) -> dict[str, Linear]:
@@ -28,11 +28,8 @@ def quantized_linears(
     """The weights that the checkpoint has quantised, other than those of experts: the kind of each
     that a linear layer can hold, and of the others why they are dequantised."""
     layers = linears_of(module)
-    by_target: dict[str, list[Copy]] = {}
-    for copy in copies:
-        by_target.setdefault(copy.target, []).append(copy)
     found: dict[str, Kind | str] = {}
-    for name, some in by_target.items():
+    for name, some in copies_by_target(copies).items():
         if not any(copy.source in encoding.weights for copy in some):
             continue
         if name in layers:

@@ -29,7 +29,7 @@ from moezoo.loaders.experts import has_both, parts_index
 from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import Copy, Index, View, stored_order
 from moezoo.loaders.quantization import Recipe
-from moezoo.loaders.stream import Piece, cut, cut_rows, read, stream
+from moezoo.loaders.stream import Piece, PutRows, cut, cut_rows, read, stream
 
 Fields = Mapping[str, Tensor]
 """The tensors of a format at one place, by their names."""
@@ -190,7 +190,7 @@ class Filling:
             index = index * size + i
         return Location(path, offset + index * prod(shape) * info.dtype.itemsize), shape
 
-    def _data(self, stored: StoredWeight, lead: Sequence[int], put: "_Put", pairs: int) -> None:
+    def _data(self, stored: StoredWeight, lead: Sequence[int], put: PutRows, pairs: int) -> None:
         place, shape = self._matrix(stored.data, lead)
         unit = None if stored.unit is None else stored.unit * pairs
         dtype = self.checkpoint.tensors[stored.data].dtype
@@ -203,7 +203,7 @@ class Filling:
         dtype: torch.dtype,
         shape: Sequence[int],
         unit: int | None,
-        put: "_Put | partial[None]",
+        put: PutRows,
     ) -> None:
         self.rest.extend(
             cut_rows(source, place, dtype, shape, unit=unit, device=self.device, put=put)
@@ -312,13 +312,7 @@ def _assign(target: Tensor, rows: slice, value: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class _Put:
-    def __call__(self, rows: slice, stored: Tensor) -> None:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class _Quantize(_Put):
+class _Quantize:
     recipe: Recipe
     fields: Fields
     squares: Squares | None
@@ -351,7 +345,7 @@ class _Quantize(_Put):
 
 
 @dataclass(frozen=True)
-class _Unpack(_Put):
+class _Unpack:
     stored: StoredWeight
     fields: Fields
     pairs: int
@@ -369,7 +363,7 @@ class _Unpack(_Put):
 
 
 @dataclass(frozen=True)
-class _Dequantize(_Put):
+class _Dequantize:
     stored: StoredWeight
     fields: Fields
     dense: Tensor

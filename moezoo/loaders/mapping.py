@@ -16,7 +16,7 @@ two of these rules are two layouts of one parameter [E, H, I]: a tensor an exper
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -165,6 +165,14 @@ class Copy(NamedTuple):
     source: str
     rows: slice | None
     view: tuple[View, ...]
+
+
+def copies_by_target(copies: Iterable[Copy]) -> dict[str, list[Copy]]:
+    """The copies of each parameter."""
+    found: dict[str, list[Copy]] = {}
+    for copy in copies:
+        found.setdefault(copy.target, []).append(copy)
+    return found
 
 
 def parameter_infos(

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import nn
 
-from moezoo.device import multiplies_fp8
+from moezoo.device import free_bytes, multiplies_fp8
 from moezoo.errors import MoEOutOfMemoryError, QuantizationError
 from moezoo.loaders.experts import experts_of
 from moezoo.loaders.held import quantized_infos
@@ -78,9 +78,7 @@ def _gib(nbytes: int) -> str:
 
 def _free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + cached
+        return free_bytes(device)
     with suppress(OSError), open("/proc/meminfo") as lines:
         for line in lines:
             if line.startswith("MemAvailable:"):

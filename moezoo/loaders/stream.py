@@ -42,6 +42,9 @@ _STAGES = 256 << 20
 Put = Callable[[torch.Tensor], object]
 """What is done with stored bytes, on the device of the load, where they are not just copied."""
 
+PutRows = Callable[[slice, torch.Tensor], object]
+"""The same with some rows of a tensor, and which they are."""
+
 
 class Piece(NamedTuple):
     """Consecutive bytes of one stored tensor; `target` runs through its elements in their order, or
@@ -103,7 +106,7 @@ def cut_rows(
     *,
     unit: int | None,
     device: torch.device,
-    put: Callable[[slice, torch.Tensor], object],
+    put: PutRows,
 ) -> Iterator[Piece]:
     """A stored tensor [R, ..] in pieces of rows, for put(rows, stored): a few times `unit` of them,
     all where None."""

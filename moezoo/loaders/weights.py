@@ -17,10 +17,10 @@ from moezoo.loaders.fill import Filling, Squares, drop_trivial_orders
 from moezoo.loaders.held import quantize_on_meta, quantized_infos
 from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import (
-    Copy,
     ParameterInfo,
     Rule,
     Skip,
+    copies_by_target,
     parameter_infos,
     skeleton_of,
 )
@@ -156,7 +156,7 @@ def with_one_order(
     """The same, but that linear layers are dequantised whose parts have their columns in different
     orders: only the files tell. Quantisers give parts of one input the same one."""
     dense = dict(planned.dense)
-    for name, copies in _by_target(planned.plan.copies).items():
+    for name, copies in copies_by_target(planned.plan.copies).items():
         kind = dense.get(name)
         if not isinstance(kind, Kind) or not kind.ordered or len(copies) == 1:
             continue
@@ -169,6 +169,8 @@ def with_one_order(
         )
         if not all(order.equal(first) for order in rest):
             dense[name] = "parts of one layer with columns in different orders"
+    if dense == planned.dense:
+        return planned
     quantized = {n: kind for n, kind in planned.quantized.items() if n not in dense} | kept(dense)
     wanted = quantized_infos(module, parameter_infos(module, dtype), quantized)
     return planned._replace(wanted=wanted, quantized=quantized, dense=dense)
@@ -248,7 +250,7 @@ def read_copies(
     tensors = allocate(planned.wanted, device)
     filling = Filling(checkpoint, planned.encoding, locations, device)
     filling.squares = squares
-    for name, copies in _by_target(planned.plan.copies).items():
+    for name, copies in copies_by_target(planned.plan.copies).items():
         kind = planned.quantized.get(name)
         if kind is None:
             for copy in copies:
@@ -268,13 +270,6 @@ def read_copies(
                 filling.quantize(copy, fields, planned.asked.recipe(name, columns, dtype))
     filling.run(progress=progress)
     return tensors
-
-
-def _by_target(copies: Sequence[Copy]) -> dict[str, list[Copy]]:
-    found: dict[str, list[Copy]] = {}
-    for copy in copies:
-        found.setdefault(copy.target, []).append(copy)
-    return found
 
 
 def fields_of(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:

@@ -29,6 +29,7 @@ from moezoo.loaders.mapping import (
     ParameterInfo,
     Rule,
     Skip,
+    copies_by_target,
     layout,
     parameter_infos,
     stored_order,
@@ -58,9 +59,7 @@ class Writing:
     def __init__(self, module: nn.Module, rules: Sequence[Rule | Skip]) -> None:
         self.weights = dict(_quantized_weights(module))
         self.method = _method(module, rules)
-        self.copies: dict[str, list[Copy]] = {}
-        for copy in layout(rules, _infos(module)):
-            self.copies.setdefault(copy.target, []).append(copy)
+        self.copies = copies_by_target(layout(rules, _infos(module)))
 
     def tensors(self, state: Mapping[str, Tensor]) -> list[Written]:
         """The tensors to write for the parameters in `state`, which is all or some of a state_dict.

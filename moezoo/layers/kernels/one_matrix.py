@@ -27,7 +27,7 @@ from moezoo.layers.kernels.tiles import Tile, multiprocessors, plan
 from moezoo.layers.kernels.unpack import CHUNK
 from moezoo.layers.kernels.weight_only import down_weight_only, ways
 from moezoo.layers.kernels.weight_only_tiles import plan_weight_only
-from moezoo.layers.quant import Mxfp4, WeightOnly
+from moezoo.layers.quant import WeightOnly
 from moezoo.layers.quant.channel_fp8 import Fp8Weights
 from moezoo.layers.quant.fp8 import BLOCK, Fp8Rows, blocks, quantize_rows
 
@@ -125,7 +125,7 @@ def linear_weight_only(
         parts = w.map(lambda tensor: tensor[None, None])
         tile = _narrow(plan_weight_only(x, parts, parts[0], num_rows=len(x)).down, x, len(w.data))
     num_rows, num_columns = x.shape
-    order = None if isinstance(w, Mxfp4) else w.order
+    order = w.order
     w = w if order is None else replace(w, order=None)
     num_ways = ways(type(w), num_columns)
     width = padded(num_columns, num_ways)

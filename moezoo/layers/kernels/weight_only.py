@@ -414,7 +414,7 @@ def _packed(name: str, w: WeightOnly, x: Tensor, tile: Tile) -> _Packed:
 
     Raises ValueError for what the kernels do not read.
     """
-    if isinstance(w, Int8 | Int4) and w.order is not None:
+    if w.order is not None:
         raise ValueError(f"{name} has its columns in an order of its own: dequantize() it")
     zeros = w.zeros if isinstance(w, Int4) else None
     num_columns = w.shape[-1]

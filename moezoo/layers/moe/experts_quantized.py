@@ -11,7 +11,7 @@ from moezoo.layers.moe.chunks import in_chunks, local_ids, operator
 from moezoo.layers.moe.dequantized import dequantized_experts
 from moezoo.layers.moe.experts_fp8 import fp8_cuda
 from moezoo.layers.moe.experts_weight_only import weight_only_cuda
-from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4
+from moezoo.layers.quant import FORMATS, BlockFp8, ChannelFp8, Format
 
 
 def quantized_experts(
@@ -70,11 +70,5 @@ def _operator(name: str, restored: Any) -> Any:
     return operator(f"moezoo::fused_experts_{name}", fused_experts, fused_experts)
 
 
-OPERATORS = {
-    BlockFp8: _operator("block_fp8", BlockFp8),
-    ChannelFp8: _operator("channel_fp8", ChannelFp8),
-    Int8: _operator("int8", Int8),
-    Int4: _operator("int4", Int4),
-    Mxfp4: _operator("mxfp4", Mxfp4),
-}
+OPERATORS = {format_: _operator(name, format_) for name, format_ in FORMATS.items()}
 """They take the tensors of w13 and w2 in the order of their fields."""

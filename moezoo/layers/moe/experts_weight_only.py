@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moezoo.layers.kernels.activations import Gating
-from moezoo.layers.quant import Int4, Int8, Mxfp4, WeightOnly
+from moezoo.layers.quant import Mxfp4, WeightOnly
 
 ORDERED_TOKENS = 2048
 """Tokens at a time where columns have an order: gathering takes 8 bytes for each number."""
@@ -35,7 +35,7 @@ def weight_only_cuda(
     from moezoo.layers.kernels.weight_only import down_weight_only, gated_up_weight_only, ways
     from moezoo.layers.kernels.weight_only_tiles import plan_weight_only
 
-    if _order(w13) is not None or _order(w2) is not None:
+    if w13.order is not None or w2.order is not None:
         parts = (tensor.split(ORDERED_TOKENS) for tensor in (x, topk_weights, topk_ids))
         settings: Any = {"gating": gating, "bias13": bias13, "bias2": bias2}
         return torch.cat(
@@ -90,9 +90,8 @@ def _in_order(
 
     def product(x: Tensor, w: WeightOnly, bias: Tensor | None) -> Tensor:
         """x [S, K] in expert order, w [E, N, K] -> [S, N]"""
-        order = _order(w)
-        if isinstance(w, Int8 | Int4) and order is not None:
-            x = x.gather(1, order[experts].long())
+        if not isinstance(w, Mxfp4) and w.order is not None:
+            x = x.gather(1, w.order[experts].long())
             w = replace(w, order=None)
         x = interleave(x, ways(type(w), w.shape[-1]))
         return down_weight_only(x, w, rows, tile=tile, bias2=bias)
@@ -106,10 +105,6 @@ def _in_order(
     )
     y = product(h.to(x.dtype), w2, bias2)
     return combine(y, topk_weights, rows.positions)
-
-
-def _order(w: WeightOnly) -> Tensor | None:
-    return None if isinstance(w, Mxfp4) else w.order
 
 
 def _part(w13: WeightOnly, part: int) -> WeightOnly:

@@ -9,6 +9,7 @@ from moezoo.layers.quant.mxfp4 import Mxfp4
 from moezoo.layers.quant.weights import QuantizedWeights
 
 __all__ = [
+    "FORMATS",
     "BlockFp8",
     "ChannelFp8",
     "Format",
@@ -18,6 +19,15 @@ __all__ = [
     "QuantizedWeights",
     "WeightOnly",
 ]
+
+FORMATS: dict[str, type[Format]] = {
+    "block_fp8": BlockFp8,
+    "channel_fp8": ChannelFp8,
+    "int8": Int8,
+    "int4": Int4,
+    "mxfp4": Mxfp4,
+}
+"""By what operators are named after."""
 
 WeightOnly = Int8 | Int4 | Mxfp4
 """Formats beside which activations are not quantised."""

@@ -39,6 +39,8 @@ class Mxfp4(Format):
 
     name: ClassVar[str] = "mxfp4"
     unit: ClassVar[str] = "group"
+    order: ClassVar[None] = None
+    """Columns are where they belong, see `Int4.order`."""
 
     def __post_init__(self) -> None:
         require_data(self.data, "[.., N, K / 2]", torch.uint8)
