@@ -12,11 +12,17 @@ from moezoo.models.fields import check_sizes
 ARCHITECTURES = {
     "deepseek_v2": "deepseek_v2",
     "deepseek_v3": "deepseek_v3",
+    "dots1": "dots1",
+    "exaone_moe": "exaone_moe",
+    "glm4_moe": "glm4_moe",
+    "glm4_moe_lite": "glm4_moe_lite",
+    "hy_v3": "hy_v3",
     "kimi_k2": "deepseek_v3",
     "mixtral": "mixtral",
     "olmoe": "olmoe",
     "qwen2_moe": "qwen2_moe",
     "qwen3_moe": "qwen3_moe",
+    "solar_open": "solar_open",
 }
 """`model_type` of a config -> name of the module in `moezoo.models`."""
 

@@ -21,7 +21,7 @@ from moezoo.generation.pages import PAGE_SIZE, num_pages
 from moezoo.layers.attention import CausalMask, GroupedQueryAttention, Keys, attend
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.mla import MultiHeadLatentAttention
-from moezoo.layers.rope import Rotation, rotate_interleaved
+from moezoo.layers.rope import Rotation, rotate_interleaved, unrotated
 
 Window = int | None
 
@@ -101,7 +101,7 @@ class PagedContext:
             norms = attention.q_norm, attention.k_norm
             q = rotate_and_store(
                 qkv[0],
-                self.rotation,
+                None if attention.rotate is unrotated else self.rotation,
                 slots,
                 pages.keys,
                 pages.values,
@@ -111,6 +111,7 @@ class PagedContext:
                 k_weight=None if norms[1] is None else norms[1].weight,
                 eps=0.0 if norms[0] is None else norms[0].eps,
                 clip=attention.clip,
+                interleaved=attention.rotate is rotate_interleaved,
             )
             return q[None], pages
         q, k, v = attention.heads(qkv, self.rotation)

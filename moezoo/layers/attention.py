@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
-from moezoo.layers.rope import Rotation, rotate_half
+from moezoo.layers.rope import Rotate, Rotation, rotate_half
 
 
 class LayerCache(Protocol):
@@ -254,6 +254,7 @@ class GroupedQueryAttention(nn.Module):
     `q_norm` and `k_norm` normalise each head (width `head_dim`) or all heads at once (width
     heads * `head_dim`) before the rotation. `window` limits a query to that many newest keys, its
     own included. `clip` bounds queries, keys and values to [-clip, clip] before the rotation.
+    `rotate` is a function of `moezoo.layers.rope`.
     """
 
     def __init__(
@@ -269,6 +270,7 @@ class GroupedQueryAttention(nn.Module):
         k_norm: RMSNorm | None = None,
         window: int | None = None,
         clip: float | None = None,
+        rotate: Rotate = rotate_half,
     ) -> None:
         super().__init__()
         sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
@@ -281,6 +283,7 @@ class GroupedQueryAttention(nn.Module):
         self.head_dim = head_dim
         self.window = window
         self.clip = clip
+        self.rotate = rotate
 
     @property
     def scale(self) -> float:
@@ -314,5 +317,5 @@ class GroupedQueryAttention(nn.Module):
         # Queries and keys are rotated together: on a CPU a token's time is the number of calls.
         every = qkv.view(*qkv.shape[:2], -1, self.head_dim)
         qk, v = every.split_with_sizes((self.num_heads + self.num_kv_heads, self.num_kv_heads), 2)
-        q, k = rotate_half(qk, rotation).split_with_sizes((self.num_heads, self.num_kv_heads), 2)
+        q, k = self.rotate(qk, rotation).split_with_sizes((self.num_heads, self.num_kv_heads), 2)
         return q, k, v

@@ -17,7 +17,7 @@ from moezoo.layers.moe import RoutingRecorder
 from moezoo.layers.norm import RMSNorm, handed_to
 from moezoo.layers.quant import QuantizedWeights
 from moezoo.layers.quantized_linear import quantized_linear
-from moezoo.layers.rope import RotaryEmbedding, Rotation
+from moezoo.layers.rope import RotaryEmbedding, Rotation, whole_heads
 
 
 class DecoderLayer(nn.Module):
@@ -114,8 +114,12 @@ def pre_norm_decoder(
     config: PreTrainedConfig,
     attention: Callable[[int], nn.Module],
     feed_forward: Callable[[int], nn.Module],
+    *,
+    rope: RotaryEmbedding | None = None,
 ) -> Decoder:
     """The usual decoder: an RMSNorm before `attention(layer_idx)` and `feed_forward(layer_idx)`.
+
+    Without a `rope` all of each head is rotated, and a config that says otherwise is refused.
 
     Raises `UnsupportedArchitectureError` where `config.layer_types` or `config.sliding_window` says
     other than the layers do: a cache keeps what the config says.
@@ -143,6 +147,6 @@ def pre_norm_decoder(
         config.hidden_size,
         layers,
         norm=norm(),
-        rope=RotaryEmbedding(config),
+        rope=rope or whole_heads(config),
         tied=config.tie_word_embeddings,
     )

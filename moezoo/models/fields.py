@@ -18,6 +18,7 @@ POSITIVE = (
     "moe_intermediate_size",
     "num_local_experts",
     "n_routed_experts",
+    "num_shared_experts",
     "kv_lora_rank",
     "qk_nope_head_dim",
     "qk_rope_head_dim",

@@ -9,6 +9,7 @@ from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import softmax_topk
 from moezoo.loaders.mapping import Rule
+from moezoo.models.attentions import grouped_queries
 from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
 from moezoo.models.names import ATTENTION, DECODER, EXPERTS
 
@@ -17,13 +18,7 @@ ASSUMES = ASSUMED_EVERYWHERE
 
 def build(config: MixtralConfig) -> Decoder:
     def attention(layer_idx: int) -> GroupedQueryAttention:
-        return GroupedQueryAttention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
-            window=config.sliding_window,
-        )
+        return grouped_queries(config, window=config.sliding_window)
 
     def feed_forward(layer_idx: int) -> FusedMoE:
         return FusedMoE(

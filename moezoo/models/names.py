@@ -83,3 +83,16 @@ EXPERTS = (
     ),
     Rule("layers.{L}.mlp.w2", "model.layers.{L}.mlp.experts.down_proj", shard="expert"),
 )
+
+SHARED_EXPERTS = gated_mlp("layers.{L}.mlp.shared", "model.layers.{L}.mlp.shared_experts")
+
+CORRECTION_BIAS = Rule(
+    "layers.{L}.mlp.route.correction_bias", "model.layers.{L}.mlp.gate.e_score_correction_bias"
+)
+
+TOKEN_PREDICTION_LAYERS = Skip(
+    "model.layers.{L}.{*}",
+    "multi-token prediction",
+    marks=tuple(f"model.layers.{{L}}.{name}.weight" for name in ("eh_proj", "enorm", "hnorm")),
+)
+"""What follows the last layer of models that were trained to predict several tokens at once."""

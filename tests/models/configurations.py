@@ -112,6 +112,34 @@ LATENT = COMMON | {
 DEEPSEEK_V2 = LATENT | {"topk_method": "greedy", "n_shared_experts": 2, "kv_lora_rank": 6}
 DEEPSEEK_V3 = LATENT | {"n_shared_experts": 1, "n_group": 3, "topk_group": 2}
 
+# DeepSeek-V3's router on grouped queries.
+GROUPED = COMMON | {
+    "hidden_size": 20,
+    "intermediate_size": 18,
+    "moe_intermediate_size": 10,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": True,
+    "bos_token_id": None,
+}
+GLM4 = GROUPED | {"n_routed_experts": 12, "n_shared_experts": 1, "first_k_dense_replace": 1}
+GLM4_LITE = {k: v for k, v in LATENT.items() if k != "first_k_dense_replace"} | {
+    "n_shared_experts": 1
+}
+DOTS1 = GLM4 | {"sliding_window": None, "routed_scaling_factor": 2.5}
+SOLAR = {k: v for k, v in GLM4.items() if k not in ("intermediate_size", "first_k_dense_replace")}
+EXAONE = GROUPED | {"num_experts": 12, "sliding_window": 5, "num_hidden_layers": 5}
+HY_V3 = GROUPED | {"num_experts": 9}
+
+
+def partial_rotary(factor: float, rope: Config | None = None) -> Config:
+    rope = rope or {"rope_type": "default", "rope_theta": 100.0}
+    return {"rope_parameters": rope | {"partial_rotary_factor": factor}}
+
+
 CONFIGURATIONS: dict[str, dict[str, Config]] = {
     "mixtral": {
         "gqa": MIXTRAL,
@@ -234,6 +262,102 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
         },
         "whole-groups-llama3": DEEPSEEK_V3
         | {"num_experts_per_tok": 8, "topk_group": 2, "rope_parameters": ROPE["llama3"]},
+    },
+    "glm4_moe": {
+        "half-rotated": GLM4,
+        "qk-norm-groups": GLM4
+        | {"use_qk_norm": True, "n_group": 3, "topk_group": 2, "routed_scaling_factor": 2.5},
+        "bias-odd-rotary": GLM4
+        | {"attention_bias": True, "tie_word_embeddings": True}
+        | partial_rotary(0.65),
+        "wide-raw-weights": {k: v for k, v in GLM4.items() if k != "head_dim"}
+        | {
+            "hidden_size": 36,
+            "norm_topk_prob": False,
+            "first_k_dense_replace": 0,
+            "num_key_value_heads": 1,
+            "rms_norm_eps": 1e-2,
+        },
+        "yarn-k1": GLM4
+        | {"num_experts_per_tok": 1, "n_shared_experts": 2}
+        | partial_rotary(0.75, ROPE["yarn"]),
+    },
+    "glm4_moe_lite": {
+        "latent": GLM4_LITE,
+        "listed-dense": GLM4_LITE
+        | {
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "rope_interleave": False,
+            "q_lora_rank": None,
+        },
+        "yarn-bias-groups": GLM4_LITE
+        | {
+            "attention_bias": True,
+            "n_group": 4,
+            "topk_group": 3,
+            "norm_topk_prob": False,
+            "rope_parameters": ROPE["yarn-mscale-all"],
+        },
+    },
+    "dots1": {
+        "full": DOTS1,
+        "window": DOTS1 | {"sliding_window": 4, "max_window_layers": 1, "num_key_value_heads": 6},
+        "bias-raw-weights": DOTS1
+        | {
+            "attention_bias": True,
+            "norm_topk_prob": False,
+            "first_k_dense_replace": 2,
+            "n_shared_experts": 2,
+            "rope_parameters": ROPE["linear"],
+        },
+        "groups-tied": DOTS1
+        | {
+            "n_group": 4,
+            "topk_group": 2,
+            "tie_word_embeddings": True,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 6,
+        },
+    },
+    "solar_open": {
+        "plain": SOLAR,
+        "bias-yarn": SOLAR
+        | {"attention_bias": True, "n_shared_experts": 2, "rope_parameters": ROPE["yarn"]},
+        "groups-scaled": SOLAR
+        | {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.7, "norm_topk_prob": False},
+    },
+    "exaone_moe": {
+        "hybrid": EXAONE,
+        "pattern-dense": EXAONE
+        | {
+            "sliding_window_pattern": 2,
+            "first_k_dense_replace": 3,
+            "num_shared_experts": 2,
+            "rope_parameters": ROPE["llama3"],
+        },
+        "groups-no-norm": EXAONE
+        | {"n_group": 2, "topk_group": 1, "norm_topk_prob": False, "num_hidden_layers": 4},
+        "listed": EXAONE
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "tie_word_embeddings": True,
+        },
+    },
+    "hy_v3": {
+        "plain": HY_V3,
+        "biases": HY_V3
+        | {"attention_bias": True, "mlp_bias": True, "num_shared_experts": 2, "rms_norm_eps": 1e-2},
+        "listed-tied-k1": HY_V3
+        | {
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "num_experts_per_tok": 1,
+            "tie_word_embeddings": True,
+            "enable_moe_fp32_combine": False,
+            "router_scaling_factor": 0.7,
+        },
+        "yarn": HY_V3 | {"rope_parameters": ROPE["yarn-exact"]},
     },
     "kimi_k2": {
         "one-group": DEEPSEEK_V3

@@ -249,8 +249,9 @@ def test_old_spelling_of_the_config(pair: Pair, tmp_path: Path) -> None:
     write(pair.model_type, pair.reference, tmp_path)
     rope = dict(pair.reference.config.rope_parameters)
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
+    partial = {k: rope.pop(k) for k in ("partial_rotary_factor",) if k in rope}
     scaling = None if kind == "default" else rope | {"type": kind}
-    old = {"rope_theta": theta, "rope_scaling": scaling, "torch_dtype": "float32"}
+    old = {"rope_theta": theta, "rope_scaling": scaling, "torch_dtype": "float32"} | partial
     change_config(tmp_path, remove=("rope_parameters", "dtype", "transformers_version"), **old)
     ids = token_ids(2, LENGTH)
     assert load(tmp_path)(ids).logits.equal(pair.logits(input_ids=ids)[0])

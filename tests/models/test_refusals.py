@@ -6,12 +6,10 @@ import pytest
 import torch
 import transformers
 from configurations import (
+    CONFIGURATIONS,
     DEEPSEEK_V2,
     DEEPSEEK_V3,
-    MIXTRAL,
-    OLMOE,
     QWEN2,
-    QWEN3,
     TRANSFORMERS_TYPE,
     longrope,
 )
@@ -19,15 +17,10 @@ from configurations import (
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.registry import architecture, build, list_architectures
 
-BASE = {
-    "mixtral": MIXTRAL,
-    "qwen2_moe": QWEN2,
-    "qwen3_moe": QWEN3,
-    "olmoe": OLMOE,
-    "deepseek_v2": DEEPSEEK_V2,
-    "deepseek_v3": DEEPSEEK_V3,
-    "kimi_k2": DEEPSEEK_V3,
-}
+BASE = {model_type: next(iter(cases.values())) for model_type, cases in CONFIGURATIONS.items()}
+"""The first of each architecture's configurations."""
+BASE |= {"deepseek_v3": DEEPSEEK_V3, "deepseek_v2": DEEPSEEK_V2, "kimi_k2": DEEPSEEK_V3}
+PARTIAL_ROTARY = {"glm4_moe"}
 
 EVERYWHERE: dict[str, dict[str, Any]] = {
     "hidden_act": {"hidden_act": "mish"},
@@ -138,6 +131,8 @@ def test_everywhere(model_type: str, field: str) -> None:
 @pytest.mark.parametrize("rope", ROPE)
 @pytest.mark.parametrize("model_type", BASE)
 def test_rope(model_type: str, rope: str) -> None:
+    if model_type in PARTIAL_ROTARY and rope in ("partial", "partial-longrope"):
+        pytest.skip("is done")
     # transformers' own check of a longrope needs to know the head's width.
     width = {"head_dim": 10} if model_type == "mixtral" else {}
     message = refusal(model_type, **width, rope_parameters=ROPE[rope] | {"rope_theta": 10.0})
