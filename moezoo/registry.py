@@ -17,6 +17,7 @@ ARCHITECTURES = {
     "glm4_moe": "glm4_moe",
     "glm4_moe_lite": "glm4_moe_lite",
     "hy_v3": "hy_v3",
+    "gpt_oss": "gpt_oss",
     "kimi_k2": "deepseek_v3",
     "mixtral": "mixtral",
     "olmoe": "olmoe",

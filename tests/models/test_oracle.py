@@ -250,6 +250,8 @@ def test_old_spelling_of_the_config(pair: Pair, tmp_path: Path) -> None:
     rope = dict(pair.reference.config.rope_parameters)
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
     partial = {k: rope.pop(k) for k in ("partial_rotary_factor",) if k in rope}
+    if pair.model_type == "gpt_oss" and kind == "default":
+        pytest.skip("where its config names no scaling, it has that of the releases")
     scaling = None if kind == "default" else rope | {"type": kind}
     old = {"rope_theta": theta, "rope_scaling": scaling, "torch_dtype": "float32"} | partial
     change_config(tmp_path, remove=("rope_parameters", "dtype", "transformers_version"), **old)

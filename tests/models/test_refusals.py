@@ -7,8 +7,6 @@ import torch
 import transformers
 from configurations import (
     CONFIGURATIONS,
-    DEEPSEEK_V2,
-    DEEPSEEK_V3,
     QWEN2,
     TRANSFORMERS_TYPE,
     longrope,
@@ -19,7 +17,7 @@ from moezoo.registry import architecture, build, list_architectures
 
 BASE = {model_type: next(iter(cases.values())) for model_type, cases in CONFIGURATIONS.items()}
 """The first of each architecture's configurations."""
-BASE |= {"deepseek_v3": DEEPSEEK_V3, "deepseek_v2": DEEPSEEK_V2, "kimi_k2": DEEPSEEK_V3}
+BASE["kimi_k2"] = BASE["deepseek_v3"]
 PARTIAL_ROTARY = {"glm4_moe"}
 
 EVERYWHERE: dict[str, dict[str, Any]] = {
@@ -92,6 +90,14 @@ FIELDS = [
     ("deepseek_v3", "n_group", {"n_group": None}),
     ("deepseek_v3", "topk_group", {"topk_group": 4}),
     ("deepseek_v3", "head_dim", {"head_dim": 16}),
+    ("gpt_oss", "hidden_act", {"hidden_act": "gelu"}),
+    ("gpt_oss", "swiglu_alpha", {"swiglu_alpha": 1.0}),
+    ("gpt_oss", "swiglu_limit", {"swiglu_limit": 0.0}),
+    ("gpt_oss", "layer_types", {"layer_types": ["chunked_attention"] * 3}),
+    ("gpt_oss", "layer_types", {"sliding_window": None}),
+    ("gpt_oss", "sliding_window", {"sliding_window": 0}),
+    ("gpt_oss", "num_experts_per_tok", {"num_experts_per_tok": 6}),
+    ("gpt_oss", "num_local_experts", {"num_local_experts": 0}),
     (
         "deepseek_v3",
         "rope_parameters",
