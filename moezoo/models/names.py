@@ -84,6 +84,22 @@ EXPERTS = (
     Rule("layers.{L}.mlp.w2", "model.layers.{L}.mlp.experts.down_proj", shard="expert"),
 )
 
+BLOCK_SPARSE_MOE = (
+    Rule("layers.{L}.mlp.gate", "model.layers.{L}.block_sparse_moe.gate.weight"),
+    Rule(
+        "layers.{L}.mlp.w13",
+        "model.layers.{L}.block_sparse_moe.experts.{E}.w1.weight",
+        "model.layers.{L}.block_sparse_moe.experts.{E}.w3.weight",
+        shard="expert",
+    ),
+    Rule(
+        "layers.{L}.mlp.w2",
+        "model.layers.{L}.block_sparse_moe.experts.{E}.w2.weight",
+        shard="expert",
+    ),
+)
+"""Mixtral's names of what `EXPERTS` names otherwise."""
+
 SHARED_EXPERTS = gated_mlp("layers.{L}.mlp.shared", "model.layers.{L}.mlp.shared_experts")
 
 CORRECTION_BIAS = Rule(

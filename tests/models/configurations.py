@@ -148,6 +148,8 @@ SOLAR = {k: v for k, v in GLM4.items() if k not in ("intermediate_size", "first_
 EXAONE = GROUPED | {"num_experts": 12, "sliding_window": 5, "num_hidden_layers": 5}
 HY_V3 = GROUPED | {"num_experts": 9}
 
+MINIMAX_M2 = MIXTRAL | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+
 
 def partial_rotary(factor: float, rope: Config | None = None) -> Config:
     rope = rope or {"rope_type": "default", "rope_theta": 100.0}
@@ -372,6 +374,13 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
             "router_scaling_factor": 0.7,
         },
         "yarn": HY_V3 | {"rope_parameters": ROPE["yarn-exact"]},
+    },
+    "minimax_m2": {
+        "half-rotated": MINIMAX_M2 | partial_rotary(0.5),
+        "whole-k1": MINIMAX_M2 | {"num_experts_per_tok": 1, "tie_word_embeddings": True},
+        "yarn-mqa": MINIMAX_M2
+        | {"num_key_value_heads": 1, "rms_norm_eps": 1e-2, "num_experts_per_tok": 4}
+        | partial_rotary(0.75, ROPE["yarn"]),
     },
     "gpt_oss": {
         "windows-in-turn": GPT_OSS,

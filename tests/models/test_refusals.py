@@ -18,7 +18,7 @@ from moezoo.registry import architecture, build, list_architectures
 BASE = {model_type: next(iter(cases.values())) for model_type, cases in CONFIGURATIONS.items()}
 """The first of each architecture's configurations."""
 BASE["kimi_k2"] = BASE["deepseek_v3"]
-PARTIAL_ROTARY = {"glm4_moe"}
+PARTIAL_ROTARY = {"glm4_moe", "minimax_m2"}
 
 EVERYWHERE: dict[str, dict[str, Any]] = {
     "hidden_act": {"hidden_act": "mish"},

@@ -3,7 +3,7 @@
     scores  = softmax(logits) or sigmoid(logits)
     choice  = scores + correction_bias, outside the best groups: dropped
     ids     = the k largest of choice, ties to the lower id
-    weights = scores[ids], divided by their sum + epsilon if renormalised, times scaling
+    weights = scores[ids], over max(their sum + epsilon, min_sum) if renormalised, times scaling
 
 `moezoo.layers.moe.routing` has the reference and says which router is which.
 
@@ -51,6 +51,7 @@ def _topk_kernel(
     stride_t,
     stride_e,
     epsilon,
+    min_sum,
     scaling,
     SCORING: tl.constexpr,
     RENORMALIZE: tl.constexpr,
@@ -125,7 +126,7 @@ def _topk_kernel(
         weights = tl.exp(weights - tl.max(weights, 1)[:, None])
         weights = weights / tl.sum(weights, 1)[:, None]
     elif RENORMALIZE:
-        weights = weights / (tl.sum(weights, 1)[:, None] + epsilon)
+        weights = weights / tl.maximum(tl.sum(weights, 1)[:, None] + epsilon, min_sum)
     weights = weights * scaling
     m_slots = m_tokens[:, None] & (slots < K)
     p_slots = tokens[:, None] * K + slots
@@ -143,6 +144,7 @@ def topk(
     num_groups: int = 1,
     topk_groups: int = 1,
     epsilon: float = 0.0,
+    min_sum: float = 0.0,
     scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """logits [T, E] of any float dtype and strides -> weights [T, K] fp32, ids [T, K] int32.
@@ -167,6 +169,7 @@ def topk(
         num_experts,
         *logits.stride(),
         epsilon,
+        min_sum,
         scaling,
         SCORING=scoring,
         RENORMALIZE=renormalize,

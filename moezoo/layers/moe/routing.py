@@ -22,6 +22,8 @@ from torch import Tensor
 
 from moezoo.device import runs_kernels
 
+Scoring = Literal["softmax", "sigmoid"]
+
 
 def softmax_topk(logits: Tensor, k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
     """The k largest of softmax(logits), divided by their sum if `renormalize`.
@@ -49,7 +51,7 @@ def grouped_topk(
     *,
     num_groups: int,
     topk_groups: int,
-    scoring: Literal["softmax", "sigmoid"] = "softmax",
+    scoring: Scoring = "softmax",
     correction_bias: Tensor | None = None,
     renormalize: bool,
     scaling: float = 1.0,
@@ -91,11 +93,7 @@ def grouped_topk(
                 epsilon=1e-20,
                 scaling=scaling,
             )
-    if scoring == "softmax":
-        scores = torch.softmax(logits, -1, dtype=torch.float32)
-    else:
-        scores = logits.float().sigmoid()
-
+    scores = _scores(logits, scoring)
     if correction_bias is None:
         if topk_groups < num_groups:
             group_scores = scores.unflatten(-1, (num_groups, -1)).amax(-1)
@@ -115,6 +113,47 @@ def grouped_topk(
     if scaling != 1.0:
         weights = weights * scaling
     return weights, ids.int()
+
+
+def biased_topk(
+    logits: Tensor,
+    k: int,
+    *,
+    scoring: Scoring,
+    correction_bias: Tensor,
+    min_sum: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The k experts whose scores plus bias are largest; the weights are the scores without it,
+    divided by their sum, or by `min_sum` where that is more.
+
+    logits [T, E] of any float dtype, correction_bias [E]
+    -> topk_weights [T, K] fp32, topk_ids [T, K] int32.
+    The router of MiniMax-M2 (sigmoid) and ERNIE 4.5 (softmax).
+    """
+    _require_k(k, logits.shape[-1])
+    if logits.ndim == 2 and runs_kernels(logits):
+        from moezoo.layers.kernels.topk import topk
+
+        with torch.cuda.device_of(logits):
+            return topk(
+                logits,
+                k,
+                scoring=scoring,
+                renormalize=True,
+                correction_bias=correction_bias,
+                min_sum=min_sum,
+            )
+    scores = _scores(logits, scoring)
+    ids = _largest(scores + correction_bias, k)[1]
+    weights = scores.gather(-1, ids)
+    return weights / weights.sum(-1, keepdim=True).clamp(min=min_sum), ids.int()
+
+
+def _scores(logits: Tensor, scoring: Scoring) -> Tensor:
+    """Of all experts, in fp32."""
+    if scoring == "softmax":
+        return logits.softmax(-1, dtype=torch.float32)
+    return logits.float().sigmoid()
 
 
 def _require_k(k: int, num_experts: int) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moezoo.layers.kernels.topk import topk
-from moezoo.layers.moe.routing import grouped_topk, softmax_topk
+from moezoo.layers.moe.routing import biased_topk, grouped_topk, softmax_topk
 
 
 def assert_same(
@@ -76,6 +76,21 @@ def test_groups(
         **settings,
     )
     assert_same(actual, grouped_topk(logits, k, correction_bias=bias, **settings))
+
+
+@pytest.mark.parametrize("min_sum", [0.0, 0.1])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_bias(scoring: str, min_sum: float, device: torch.device) -> None:
+    logits = 3 * logits_of(9, 60)
+    bias = torch.randn(60, generator=torch.Generator().manual_seed(1))
+    settings = {"scoring": scoring, "min_sum": min_sum}
+    actual = topk(
+        logits.to(device), 5, correction_bias=bias.to(device), renormalize=True, **settings
+    )
+    expected = biased_topk(logits, 5, correction_bias=bias, **settings)
+    assert_same(actual, expected)
+    if scoring == "softmax":
+        assert (expected[0].sum(-1) < 0.99).any() == (min_sum > 0)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
