@@ -290,12 +290,13 @@ class DenseContext:
 
 
 class GroupedQueryAttention(nn.Module):
-    """Attention whose query heads share key and value heads.
+    """Attention whose query heads share key and value heads, of width `head_dim` and `value_dim`.
 
     `q_norm` and `k_norm` normalise each head (width `head_dim`) or all heads at once (width
     heads * `head_dim`) before the rotation. `window` limits a query to that many newest keys, its
     own included. `clip` bounds queries, keys and values to [-clip, clip] before the rotation.
-    `rotate` is a function of `moezoo.layers.rope`.
+    `rotate` is a function of `moezoo.layers.rope`, and `part` what it takes of the rotation, where
+    that is of several kinds.
     `sinks` [Hq], a parameter, are one more score a head, of a key without a value.
     """
 
@@ -306,6 +307,7 @@ class GroupedQueryAttention(nn.Module):
         num_kv_heads: int,
         *,
         head_dim: int,
+        value_dim: int | None = None,
         qkv_bias: bool = False,
         out_bias: bool = False,
         q_norm: RMSNorm | None = None,
@@ -313,20 +315,24 @@ class GroupedQueryAttention(nn.Module):
         window: int | None = None,
         clip: float | None = None,
         rotate: Rotate = rotate_half,
+        part: slice | None = None,
         sinks: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
-        sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
-        self.qkv = FusedLinear(hidden_size, sizes, qkv_bias)
-        self.o = Linear(num_heads * head_dim, hidden_size, bias=out_bias)
+        value_dim = value_dim or head_dim
+        self.sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * value_dim)
+        self.qkv = FusedLinear(hidden_size, self.sizes, qkv_bias)
+        self.o = Linear(num_heads * value_dim, hidden_size, bias=out_bias)
         self.q_norm = q_norm
         self.k_norm = k_norm
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
+        self.value_dim = value_dim
         self.window = window
         self.clip = clip
         self.rotate = rotate
+        self.part = part
         self.sinks = sinks
 
     @property
@@ -336,7 +342,14 @@ class GroupedQueryAttention(nn.Module):
     @property
     def cache_shapes(self) -> tuple[tuple[int, int], ...]:
         """What a cache keeps of a token: keys and values, each [heads, width]."""
-        return ((self.num_kv_heads, self.head_dim),) * 2
+        return (self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.value_dim)
+
+    def own(self, rotation: Rotation) -> Rotation:
+        """What the layer takes of a rotation that may be of several kinds."""
+        if self.part is None:
+            return rotation
+        cos, sin = rotation
+        return cos[..., self.part], sin[..., self.part]
 
     def forward(
         self, x: torch.Tensor | NormOfSum, context: Context, layer_idx: int
@@ -350,17 +363,19 @@ class GroupedQueryAttention(nn.Module):
     def heads(
         self, qkv: torch.Tensor, rotation: Rotation
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """qkv [B, T, ..] -> q [B, T, Hq, D], k and v [B, T, Hk, D]; normed, clipped and rotated."""
+        """qkv [B, T, ..] -> q [B, T, Hq, D], k [B, T, Hk, D] and v [B, T, Hk, Dv]; normed, clipped
+        and rotated."""
         if self.q_norm is not None and self.k_norm is not None:
-            heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-            q, k, v = qkv.split_with_sizes([number * self.head_dim for number in heads], -1)
+            q, k, v = qkv.split_with_sizes(self.sizes, -1)
             q = self.q_norm(q.unflatten(-1, (-1, self.q_norm.dim))).flatten(2)
             k = self.k_norm(k.unflatten(-1, (-1, self.k_norm.dim))).flatten(2)
             qkv = torch.cat((q, k, v), -1)
         if self.clip is not None:
             qkv = qkv.clamp(-self.clip, self.clip)
         # Queries and keys are rotated together: on a CPU a token's time is the number of calls.
-        every = qkv.view(*qkv.shape[:2], -1, self.head_dim)
-        qk, v = every.split_with_sizes((self.num_heads + self.num_kv_heads, self.num_kv_heads), 2)
-        q, k = self.rotate(qk, rotation).split_with_sizes((self.num_heads, self.num_kv_heads), 2)
+        heads = self.num_heads + self.num_kv_heads
+        qk, v = qkv.split_with_sizes((sum(self.sizes[:2]), self.sizes[2]), -1)
+        qk = self.rotate(qk.unflatten(-1, (heads, -1)), self.own(rotation))
+        q, k = qk.split_with_sizes((self.num_heads, self.num_kv_heads), 2)
+        v = v.unflatten(-1, (self.num_kv_heads, -1))
         return q, k, v

@@ -17,7 +17,7 @@ from moezoo.layers.moe import RoutingRecorder
 from moezoo.layers.norm import RMSNorm, handed_to
 from moezoo.layers.quant import QuantizedWeights
 from moezoo.layers.quantized_linear import quantized_linear
-from moezoo.layers.rope import RotaryEmbedding, Rotation, whole_heads
+from moezoo.layers.rope import RotaryEmbedding, RotaryEmbeddings, Rotation, whole_heads
 
 
 class DecoderLayer(nn.Module):
@@ -59,7 +59,7 @@ class Decoder(nn.Module):
         layers: list[DecoderLayer],
         *,
         norm: RMSNorm,
-        rope: RotaryEmbedding,
+        rope: RotaryEmbedding | RotaryEmbeddings,
         tied: bool,
     ) -> None:
         super().__init__()
@@ -99,7 +99,8 @@ class Decoder(nn.Module):
 
     def rotation(self, positions: torch.Tensor) -> Rotation:
         """Of tokens at positions int [B or 1, T], in the model's dtype."""
-        return self.rope(positions, self.embed.weight.dtype)
+        rotation: Rotation = self.rope(positions, self.embed.weight.dtype)
+        return rotation
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states [.., H] -> logits [.., V] in the model's dtype."""
@@ -115,7 +116,7 @@ def pre_norm_decoder(
     attention: Callable[[int], nn.Module],
     feed_forward: Callable[[int], nn.Module],
     *,
-    rope: RotaryEmbedding | None = None,
+    rope: RotaryEmbedding | RotaryEmbeddings | None = None,
 ) -> Decoder:
     """The usual decoder: an RMSNorm before `attention(layer_idx)` and `feed_forward(layer_idx)`.
 

@@ -4,7 +4,8 @@ Legend: B batch, T tokens, D rotated dimensions of a head.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -67,6 +68,11 @@ class RotaryEmbedding(nn.Module):
             ) from error
 
     @property
+    def depends_on_length(self) -> bool:
+        """Whether a token's rotation changes with the tokens that follow."""
+        return self.kind in ("dynamic", "longrope")
+
+    @property
     def dim(self) -> int:
         """D, which may be less than the width of a head."""
         return 2 * len(self.inv_freq)
@@ -113,6 +119,30 @@ class RotaryEmbedding(nn.Module):
         if self.scale != 1:
             cos, sin = cos * self.scale, sin * self.scale
         return cos.to(dtype), sin.to(dtype)
+
+
+class RotaryEmbeddings(nn.Module):
+    """Several at once, for layers that differ: their cosines and sines lie side by side.
+
+    `parts[name]` says which numbers are whose.
+    """
+
+    def __init__(self, embeddings: Mapping[str, RotaryEmbedding]) -> None:
+        super().__init__()
+        self.embeddings = nn.ModuleList(embeddings.values())
+        ends = list(accumulate(one.dim for one in embeddings.values()))
+        self.parts = {
+            name: slice(end - one.dim, end)
+            for (name, one), end in zip(embeddings.items(), ends, strict=True)
+        }
+
+    @property
+    def depends_on_length(self) -> bool:
+        return any(one.depends_on_length for one in self.embeddings)
+
+    def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
+        cosines, sines = zip(*(one(positions, dtype) for one in self.embeddings), strict=True)
+        return torch.cat(cosines, -1), torch.cat(sines, -1)
 
 
 def whole_heads(config: PreTrainedConfig) -> RotaryEmbedding:

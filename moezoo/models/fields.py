@@ -25,11 +25,11 @@ POSITIVE = (
     "v_head_dim",
     "max_position_embeddings",
 )
+NOT_NEGATIVE_OR_NONE = ("n_shared_experts",)
 POSITIVE_OR_NONE = ("head_dim", "q_lora_rank")
 NOT_NEGATIVE = (
     "intermediate_size",
     "num_experts",
-    "n_shared_experts",
     "shared_expert_intermediate_size",
     "first_k_dense_replace",
 )
@@ -40,10 +40,15 @@ def check_sizes(config: PreTrainedConfig) -> None:
 
     Also where the heads of keys are not as many for each head of queries.
     """
-    for fields, low in ((POSITIVE, 1), (POSITIVE_OR_NONE, 1), (NOT_NEGATIVE, 0)):
+    for fields, low, or_none in (
+        (POSITIVE, 1, False),
+        (POSITIVE_OR_NONE, 1, True),
+        (NOT_NEGATIVE, 0, False),
+        (NOT_NEGATIVE_OR_NONE, 0, True),
+    ):
         for field in fields:
             value = getattr(config, field, low)
-            if value is None and fields is POSITIVE_OR_NONE:
+            if value is None and or_none:
                 continue
             if not isinstance(value, int) or value < low:
                 raise UnsupportedArchitectureError.of_field(config, field, f"{low} or more")

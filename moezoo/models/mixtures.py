@@ -58,12 +58,12 @@ def first_layers(config: PreTrainedConfig) -> Container[int]:
 def listed_layers(config: PreTrainedConfig) -> Container[int]:
     """The dense layers where `config.mlp_layer_types` lists all.
 
-    Raises `UnsupportedArchitectureError` for other kinds, or not one a layer.
+    Raises `UnsupportedArchitectureError` for other kinds.
     """
     kinds = config.mlp_layer_types
-    if len(kinds) != config.num_hidden_layers or set(kinds) - {"dense", "sparse"}:
+    if set(kinds) - {"dense", "sparse"}:
         raise UnsupportedArchitectureError.of_field(
-            config, "mlp_layer_types", f"'dense' or 'sparse' for {config.num_hidden_layers} layers"
+            config, "mlp_layer_types", "'dense' or 'sparse' for each layer"
         )
     return {layer_idx for layer_idx, kind in enumerate(kinds) if kind == "dense"}
 

@@ -148,7 +148,28 @@ SOLAR = {k: v for k, v in GLM4.items() if k not in ("intermediate_size", "first_
 EXAONE = GROUPED | {"num_experts": 12, "sliding_window": 5, "num_hidden_layers": 5}
 HY_V3 = GROUPED | {"num_experts": 9}
 
+MIMO = GROUPED | {
+    "n_routed_experts": 12,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "head_dim": 12,
+    "v_head_dim": 8,
+    "sliding_window": 5,
+}
 MINIMAX_M2 = MIXTRAL | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+
+
+def ropes(full: float, sliding: float, rope: Config | None = None) -> Config:
+    """A rotation for full layers and one for sliding layers, of these shares of a head."""
+    kinds = {
+        "full_attention": (rope or {"rope_type": "default", "rope_theta": 500.0}, full),
+        "sliding_attention": ({"rope_type": "default", "rope_theta": 50.0}, sliding),
+    }
+    return {
+        "rope_parameters": {
+            kind: own | {"partial_rotary_factor": share} for kind, (own, share) in kinds.items()
+        }
+    }
 
 
 def partial_rotary(factor: float, rope: Config | None = None) -> Config:
@@ -374,6 +395,30 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
             "router_scaling_factor": 0.7,
         },
         "yarn": HY_V3 | {"rope_parameters": ROPE["yarn-exact"]},
+    },
+    "mimo_v2_flash": {
+        "released-rope": MIMO,
+        "narrow-heads": MIMO
+        | {
+            "head_dim": 6,
+            "v_head_dim": 10,
+            "num_key_value_heads": 1,
+            "layer_types": [*["sliding_attention"] * 2, "full_attention", "full_attention"],
+            "attention_value_scale": None,
+            "attention_bias": True,
+            "n_group": 3,
+            "topk_group": 2,
+        }
+        | ropes(0.7, 1.0),
+        "yarn-tied-listed": MIMO
+        | {
+            "mlp_layer_types": ["sparse", "dense", "dense", "sparse"],
+            "tie_word_embeddings": True,
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 1.6,
+        }
+        | ropes(0.5, 0.9, ROPE["yarn"]),
+        "all-slide": MIMO | {"layer_types": ["sliding_attention"] * 4, "sliding_window": 3},
     },
     "minimax_m2": {
         "half-rotated": MINIMAX_M2 | partial_rotary(0.5),

@@ -33,7 +33,7 @@ class Pair:
     @property
     def forgets_length(self) -> bool:
         """Whether a token's rotation does not depend on what comes after it."""
-        return self.reference.config.rope_parameters["rope_type"] not in ("dynamic", "longrope")
+        return not self.model.decoder.rope.depends_on_length
 
     def logits(self, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         self.forget()
@@ -248,6 +248,8 @@ def test_old_spelling_of_the_config(pair: Pair, tmp_path: Path) -> None:
     """Checkpoints on the hub have `rope_theta` and `rope_scaling` in place of `rope_parameters`."""
     write(pair.model_type, pair.reference, tmp_path)
     rope = dict(pair.reference.config.rope_parameters)
+    if "full_attention" in rope:
+        pytest.skip("the old spelling has no rotation for each kind of layer")
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
     partial = {k: rope.pop(k) for k in ("partial_rotary_factor",) if k in rope}
     if pair.model_type == "gpt_oss" and kind == "default":

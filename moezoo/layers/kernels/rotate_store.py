@@ -9,7 +9,8 @@ with norm(x) = x / sqrt(mean(x^2) + eps). The pairs are i and i + R/2, or 2i and
 (`interleaved`); the result has the pairs' first members before their second ones. Computed in fp32;
 q, k and v are rounded once, at the end.
 
-Legend: N rows, Hq query heads, Hk key heads, D head width, R rotated width, S slots of the cache.
+Legend: N rows, Hq query heads, Hk key heads, D head width, Dv value width, R rotated width, S slots
+of the cache.
 """
 
 import torch
@@ -40,7 +41,7 @@ def rotate_and_store_ref(
     clip: float | None = None,
     interleaved: bool = False,
 ) -> Tensor:
-    head_dim = keys.shape[-1]
+    head_dim, value_dim = keys.shape[-1], values.shape[-1]
 
     def normed(x: Tensor, weight: Tensor | None) -> Tensor:
         if weight is None:
@@ -59,15 +60,15 @@ def rotate_and_store_ref(
         return torch.cat((pairs * cos + pairs.roll(dim // 2, -1) * sin, rest), -1)
 
     q, k, v = qkv.float().split_with_sizes(
-        [heads * head_dim for heads in (num_heads, num_kv_heads, num_kv_heads)], -1
+        [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * value_dim], -1
     )
     q, k = normed(q, q_weight), normed(k, k_weight)
     if clip is not None:
         q, k, v = (x.clamp(-clip, clip) for x in (q, k, v))
-    q, k, v = (x.unflatten(-1, (-1, head_dim)) for x in (q, k, v))
+    q, k = (x.unflatten(-1, (-1, head_dim)) for x in (q, k))
     kept = slots >= 0
     keys[slots[kept].long()] = rotated(k)[kept].to(keys.dtype)
-    values[slots[kept].long()] = v[kept].to(values.dtype)
+    values[slots[kept].long()] = v.unflatten(-1, (-1, value_dim))[kept].to(values.dtype)
     return rotated(q).to(qkv.dtype)
 
 
@@ -198,6 +199,7 @@ def _rotate_and_store_kernel(
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     NORM: tl.constexpr,
     CLIP: tl.constexpr,
     ROTATED: tl.constexpr,
@@ -232,7 +234,7 @@ def _rotate_and_store_kernel(
     else:
         _part(
             row, (block - Q_BLOCKS - KV_BLOCKS) * BLOCK_HEADS, p_v, None, p_cos, p_sin, slots_ptr,
-            values_ptr, stride_vs, stride_vh, eps, NUM_KV_HEADS, HEAD_DIM, "none", CLIP, 0,
+            values_ptr, stride_vs, stride_vh, eps, NUM_KV_HEADS, VALUE_DIM, "none", CLIP, 0,
             False, True, BLOCK_HEADS, BLOCK_HALF, OVERLAP,
         )
     # fmt: on
@@ -294,7 +296,8 @@ def rotate_and_store(
     clip: float | None = None,
     interleaved: bool = False,
 ) -> Tensor:
-    """qkv [N, (Hq + 2 Hk) D] -> q [N, Hq, D]; keys and values [S, Hk, D] get those of the rows.
+    """qkv [N, (Hq + Hk) D + Hk Dv] -> q [N, Hq, D]; the rows' keys and values go into keys
+    [S, Hk, D] and values [S, Hk, Dv].
 
     `rotation` is cosine and signed sine, [N, R] or [1, N, 1, R], of any float dtype, R even and up
     to D; None leaves the heads unrotated. slots [N] int32 or int64, below S; a row whose slot is
@@ -304,19 +307,19 @@ def rotate_and_store(
 
     Raises ValueError for shapes, dtypes or strides that do not fit.
     """
-    num_rows, head_dim = len(qkv), keys.shape[-1]
+    num_rows, head_dim, value_dim = len(qkv), keys.shape[-1], values.shape[-1]
     q_width, k_width = num_heads * head_dim, num_kv_heads * head_dim
-    if qkv.shape != (num_rows, q_width + 2 * k_width) or qkv.stride(1) != 1:
+    width = q_width + k_width + num_kv_heads * value_dim
+    if qkv.shape != (num_rows, width) or qkv.stride(1) != 1:
         raise ValueError(
-            f"qkv must be [N, {q_width + 2 * k_width}] of dense rows, "
-            f"got {list(qkv.shape)}, {qkv.stride()}"
+            f"qkv must be [N, {width}] of dense rows, got {list(qkv.shape)}, {qkv.stride()}"
         )
-    if head_dim % 2:
-        raise ValueError(f"heads must be of even width, got {head_dim}")
+    if head_dim % 2 or value_dim % 2:
+        raise ValueError(f"heads must be of even width, got {head_dim} and {value_dim}")
     for name, cache in (("keys", keys), ("values", values)):
-        if cache.shape[1:] != (num_kv_heads, head_dim) or cache.dtype != qkv.dtype:
+        if cache.ndim != 3 or cache.shape[1] != num_kv_heads or cache.dtype != qkv.dtype:
             raise ValueError(
-                f"{name} must be [S, {num_kv_heads}, {head_dim}] {qkv.dtype} as qkv is, "
+                f"{name} must be [S, {num_kv_heads}, ..] {qkv.dtype} as qkv is, "
                 f"got {list(cache.shape)} {cache.dtype}"
             )
         if cache.stride(2) != 1:
@@ -332,7 +335,7 @@ def rotate_and_store(
     q = torch.empty(num_rows, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     if q.numel() == 0:
         return q
-    block_half = next_power_of_2(head_dim // 2)
+    block_half = next_power_of_2(max(head_dim, value_dim) // 2)
     block_heads = next_power_of_2(max(num_heads, num_kv_heads))
     if norm != "all_heads":
         block_heads = min(block_heads, max(1, BLOCK // (2 * block_half)))
@@ -356,6 +359,7 @@ def rotate_and_store(
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim,
         NORM=norm,
         CLIP=clip,
         ROTATED=rotated_dim // 2,

@@ -98,6 +98,16 @@ def test_other_pairs(
     check(arguments | {"interleaved": interleaved})
 
 
+@pytest.mark.parametrize("value_dim", [2, 12, 34])
+@pytest.mark.parametrize("norm", ["none", "each_head", "all_heads"])
+def test_values_of_another_width(
+    norm: str, value_dim: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    arguments = inputs((5, 6, 2, 20), dtype, device, norm)
+    arguments["qkv"] = arguments["qkv"].repeat(1, 2)[:, : 160 + 2 * value_dim].contiguous()
+    check(arguments | {"values": arguments["values"].repeat(1, 1, 2)[..., :value_dim].contiguous()})
+
+
 def test_partial_rotation_matches_transformers(device: torch.device) -> None:
     arguments = inputs((5, 6, 2, 20), torch.float32, device)
     cos, sin = arguments["rotation"] = rotation(5, 12, torch.float32, device)
@@ -203,9 +213,10 @@ def test_no_rows(device: torch.device) -> None:
     [
         ({"qkv": torch.zeros(5, 201)}, "qkv must be [N, 200] of dense rows, got [5, 201]"),
         ({"qkv": torch.zeros(200, 5).mT}, "qkv must be [N, 200] of dense rows"),
-        ({"keys": torch.zeros(8, 1, 20)}, "keys must be [S, 2, 20] torch.float32"),
-        ({"values": torch.zeros(8, 2, 10)}, "values must be [S, 2, 20] torch.float32"),
-        ({"keys": torch.zeros(8, 2, 20).half()}, "keys must be [S, 2, 20] torch.float32"),
+        ({"keys": torch.zeros(8, 1, 20)}, "keys must be [S, 2, ..] torch.float32"),
+        ({"values": torch.zeros(8, 2, 10)}, "qkv must be [N, 180] of dense rows"),
+        ({"values": torch.zeros(8, 1, 20)}, "values must be [S, 2, ..] torch.float32"),
+        ({"keys": torch.zeros(8, 2, 20).half()}, "keys must be [S, 2, ..] torch.float32"),
         ({"keys": torch.zeros(8, 20, 2).mT}, "keys must have dense heads"),
         ({"slots": torch.zeros(4).long()}, "slots must be [5] int32 or int64"),
         ({"slots": torch.zeros(5)}, "slots must be [5] int32 or int64"),
