@@ -296,7 +296,7 @@ class GroupedQueryAttention(nn.Module):
     heads * `head_dim`) before the rotation. `window` limits a query to that many newest keys, its
     own included. `clip` bounds queries, keys and values to [-clip, clip] before the rotation.
     `rotate` is a function of `moezoo.layers.rope`, and `part` what it takes of the rotation, where
-    that is of several kinds.
+    that is of several kinds. `scale` multiplies the scores, by default 1 / sqrt(`head_dim`).
     `sinks` [Hq], a parameter, are one more score a head, of a key without a value.
     """
 
@@ -316,6 +316,7 @@ class GroupedQueryAttention(nn.Module):
         clip: float | None = None,
         rotate: Rotate = rotate_half,
         part: slice | None = None,
+        scale: float | None = None,
         sinks: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
@@ -333,11 +334,8 @@ class GroupedQueryAttention(nn.Module):
         self.clip = clip
         self.rotate = rotate
         self.part = part
+        self.scale = head_dim**-0.5 if scale is None else scale
         self.sinks = sinks
-
-    @property
-    def scale(self) -> float:
-        return self.head_dim**-0.5
 
     @property
     def cache_shapes(self) -> tuple[tuple[int, int], ...]:

@@ -58,6 +58,15 @@ def check_sizes(config: PreTrainedConfig) -> None:
         )
 
 
+def check_head_bias(config: PreTrainedConfig, bias: bool) -> bool:
+    """`bias`, whether the head has one; `UnsupportedArchitectureError` if it is the embedding."""
+    if bias and config.tie_word_embeddings:
+        raise UnsupportedArchitectureError.of_field(
+            config, "tie_word_embeddings", "False for a head with a bias"
+        )
+    return bias
+
+
 def experts_per_token(config: PreTrainedConfig, num_experts: int) -> int:
     """`config.num_experts_per_tok`, of `num_experts` that a token can choose from.
 

@@ -75,8 +75,9 @@ def dense_or_mixture(
     dense: Container[int],
     num_shared: int | None,
     bias: bool = False,
+    mixture: Callable[..., FusedMoE] = FusedMoE,
 ) -> Callable[[int], nn.Module]:
-    """For `pre_norm_decoder`: the layers in `dense` are dense, the others mixtures.
+    """For `pre_norm_decoder`: the layers in `dense` are dense, the others a `mixture`.
 
     Their `num_shared` shared experts are one dense layer of as many times the width; `bias` is that
     of dense layers.
@@ -87,7 +88,7 @@ def dense_or_mixture(
         if layer_idx in dense:
             return mlp(config.intermediate_size)
         width = config.moe_intermediate_size
-        return FusedMoE(
+        return mixture(
             config.hidden_size,
             width,
             num_experts(config),

@@ -2,14 +2,19 @@
 
 from moezoo.loaders.mapping import Rule, Skip
 
-DECODER = (
+AROUND_LAYERS = (
     Rule("embed.weight", "model.embed_tokens.weight"),
-    Rule("layers.{L}.attn_norm.weight", "model.layers.{L}.input_layernorm.weight"),
-    Rule("layers.{L}.mlp_norm.weight", "model.layers.{L}.post_attention_layernorm.weight"),
     Rule("norm.weight", "model.norm.weight"),
     Rule("lm_head.weight", "lm_head.weight"),
+    Rule("lm_head.bias", "lm_head.bias"),
     Skip("model.layers.{L}.self_attn.rotary_emb.inv_freq", "computed from the config"),
     Skip("model.rotary_emb.inv_freq", "computed from the config"),
+)
+
+DECODER = (
+    *AROUND_LAYERS,
+    Rule("layers.{L}.attn_norm.weight", "model.layers.{L}.input_layernorm.weight"),
+    Rule("layers.{L}.mlp_norm.weight", "model.layers.{L}.post_attention_layernorm.weight"),
 )
 
 ATTENTION = (

@@ -156,6 +156,24 @@ MIMO = GROUPED | {
     "v_head_dim": 8,
     "sliding_window": 5,
 }
+FLEX_OLMO = OLMOE | {"num_experts": 7, "num_experts_per_tok": 3}
+GRANITE = MIXTRAL | {
+    "embedding_multiplier": 1.7,
+    "attention_multiplier": 0.4,
+    "residual_multiplier": 0.6,
+    "logits_scaling": 2.5,
+}
+ERNIE = COMMON | {
+    "hidden_size": 24,
+    "intermediate_size": 18,
+    "moe_intermediate_size": 10,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "moe_num_experts": 9,
+    "moe_k": 3,
+    "bos_token_id": None,
+}
 MINIMAX_M2 = MIXTRAL | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 
 
@@ -419,6 +437,52 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
         }
         | ropes(0.5, 0.9, ROPE["yarn"]),
         "all-slide": MIMO | {"layer_types": ["sliding_attention"] * 4, "sliding_window": 3},
+    },
+    "flex_olmo": {
+        "post-norm": FLEX_OLMO,
+        "mqa-bias-tied": FLEX_OLMO
+        | {
+            "num_key_value_heads": 1,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "norm_topk_prob": True,
+            "rms_norm_eps": 1e-2,
+        },
+        "k1-yarn": FLEX_OLMO | {"num_experts_per_tok": 1, "rope_parameters": ROPE["yarn"]},
+    },
+    "granitemoe": {
+        "multipliers": GRANITE,
+        "bias-tied": GRANITE
+        | {
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "num_experts_per_tok": 5,
+            "rope_parameters": ROPE["linear"],
+        },
+        "ones": MIXTRAL | {"num_experts_per_tok": 1, "hidden_act": "gelu"},
+    },
+    "granitemoeshared": {
+        "shared": GRANITE | {"shared_intermediate_size": 18},
+        "none-shared": GRANITE | {"shared_intermediate_size": 0, "rms_norm_eps": 1e-2},
+    },
+    "ernie4_5_moe": {
+        "shared": ERNIE,
+        "biases-interval": ERNIE
+        | {
+            "use_bias": True,
+            "moe_layer_start_index": 0,
+            "moe_layer_end_index": 2,
+            "moe_layer_interval": 2,
+            "moe_num_shared_experts": 1,
+            "tie_word_embeddings": False,
+        },
+        "none-shared-least-sum": ERNIE
+        | {
+            "moe_num_shared_experts": 0,
+            "moe_norm_min": 0.5,
+            "head_dim": 10,
+            "rope_parameters": ROPE["yarn"],
+        },
     },
     "minimax_m2": {
         "half-rotated": MINIMAX_M2 | partial_rotary(0.5),
