@@ -98,6 +98,19 @@ class PagedContext:
         if runs_kernels(qkv):
             from moezoo.layers.kernels.rotate_store import rotate_and_store
 
+            if not attention.has_usual_heads:
+                heads = attention.heads(qkv, self.rotation)
+                rows = torch.cat([x[0].flatten(1) for x in heads], -1)
+                q = rotate_and_store(
+                    rows,
+                    None,
+                    slots,
+                    pages.keys,
+                    pages.values,
+                    num_heads=attention.num_heads,
+                    num_kv_heads=attention.num_kv_heads,
+                )
+                return q[None], pages
             norms = attention.q_norm, attention.k_norm
             q = rotate_and_store(
                 qkv[0],

@@ -349,6 +349,11 @@ class GroupedQueryAttention(nn.Module):
         cos, sin = rotation
         return cos[..., self.part], sin[..., self.part]
 
+    @property
+    def has_usual_heads(self) -> bool:
+        """Whether the kernel that rotates and stores does what `heads` does."""
+        return type(self).heads is GroupedQueryAttention.heads
+
     def forward(
         self, x: torch.Tensor | NormOfSum, context: Context, layer_idx: int
     ) -> torch.Tensor:

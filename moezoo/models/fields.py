@@ -50,7 +50,9 @@ def check_sizes(config: PreTrainedConfig) -> None:
             value = getattr(config, field, low)
             if value is None and or_none:
                 continue
-            if not isinstance(value, int) or value < low:
+            # Some configs have a number for each layer.
+            numbers = value if isinstance(value, list) else [value]
+            if not all(isinstance(number, int) and number >= low for number in numbers):
                 raise UnsupportedArchitectureError.of_field(config, field, f"{low} or more")
     if config.num_attention_heads % config.num_key_value_heads:
         raise UnsupportedArchitectureError.of_field(

@@ -174,6 +174,18 @@ ERNIE = COMMON | {
     "moe_k": 3,
     "bos_token_id": None,
 }
+HUNYUAN = COMMON | {
+    "hidden_size": 20,
+    "intermediate_size": 14,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 7,
+    "moe_topk": 3,
+    "bos_token_id": None,
+}
+PHIMOE = MIXTRAL | {"num_local_experts": 6, "router_jitter_noise": 0.3}
 MINIMAX_M2 = MIXTRAL | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 
 
@@ -482,6 +494,43 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
             "moe_norm_min": 0.5,
             "head_dim": 10,
             "rope_parameters": ROPE["yarn"],
+        },
+    },
+    "hunyuan_v1_moe": {
+        "norm-after": HUNYUAN,
+        "alpha-topk-list": HUNYUAN
+        | {
+            "moe_topk": [1, 7, 2],
+            "attention_bias": True,
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "rope_theta": 10.0,
+                "alpha": 5.0,
+                "factor": 1.0,
+            },
+        },
+        "tied-linear": HUNYUAN
+        | {"tie_word_embeddings": True, "rms_norm_eps": 1e-2, "rope_parameters": ROPE["linear"]},
+    },
+    "phimoe": {
+        "close-experts": PHIMOE,
+        "biases-window": PHIMOE
+        | {
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "sliding_window": 5,
+            "router_jitter_noise": 0.01,
+        },
+        "longrope-tied": PHIMOE
+        | {
+            "tie_word_embeddings": True,
+            "rope_parameters": longrope(5, short_mscale=1.2, long_mscale=1.2),
+        },
+        "longrope-two-scales": PHIMOE
+        | {
+            "head_dim": 6,
+            "router_jitter_noise": 1.5,
+            "rope_parameters": longrope(3, short_mscale=0.8, long_mscale=1.3),
         },
     },
     "minimax_m2": {

@@ -101,6 +101,14 @@ FIELDS = [
     ("glm4_moe_lite", "mlp_layer_types", {"mlp_layer_types": ["dense", "mixed", "sparse"]}),
     ("glm4_moe_lite", "rope_parameters", partial_rotary(0.5)),
     ("glm4_moe_lite", "topk_method", {"topk_method": "greedy"}),
+    ("hunyuan_v1_moe", "moe_topk", {"moe_topk": [1, 8, 2]}),
+    ("hunyuan_v1_moe", "moe_topk", {"moe_topk": [1, 2]}),
+    ("hunyuan_v1_moe", "moe_intermediate_size", {"moe_intermediate_size": [14, 14, 10]}),
+    ("hunyuan_v1_moe", "num_shared_expert", {"num_shared_expert": [1, 2, 1]}),
+    ("hunyuan_v1_moe", "use_cla", {"use_cla": True}),
+    ("phimoe", "num_experts_per_tok", {"num_experts_per_tok": 3}),
+    ("phimoe", "num_experts_per_tok", {"num_local_experts": 1}),
+    ("phimoe", "tie_word_embeddings", {"lm_head_bias": True, "tie_word_embeddings": True}),
     ("hy_v3", "num_shared_experts", {"num_shared_experts": None}),
     ("hy_v3", "num_experts_per_tok", {"num_experts_per_tok": 10}),
     ("mimo_v2_flash", "n_shared_experts", {"n_shared_experts": 1}),
@@ -177,7 +185,9 @@ def test_rope(model_type: str, rope: str) -> None:
         pytest.skip("is done")
     # transformers' own check of a longrope needs to know the head's width.
     width = {"head_dim": 10} if model_type == "mixtral" else {}
-    message = refusal(model_type, **width, rope_parameters=ROPE[rope] | {"rope_theta": 10.0})
+    mscales = {"short_mscale": 1.0, "long_mscale": 1.0} if model_type == "phimoe" else {}
+    parameters = ROPE[rope] | {"rope_theta": 10.0} | mscales
+    message = refusal(model_type, **width, rope_parameters=parameters)
     assert "rope_parameters" in message
     assert str(ROPE[rope]["rope_type"]) in message
 

@@ -5,7 +5,7 @@ from moezoo.layers.moe.experts import fused_experts, workspace_bytes
 from moezoo.layers.moe.layer import BiasedLogits, BiasedRoute, Dispatcher, FusedMoE
 from moezoo.layers.moe.permute import combine, permute
 from moezoo.layers.moe.recording import RoutingRecorder
-from moezoo.layers.moe.routing import biased_topk, grouped_topk, softmax_topk
+from moezoo.layers.moe.routing import biased_topk, grouped_topk, softmax_topk, sparsemixer
 
 __all__ = [
     "ACTIVATIONS",
@@ -21,5 +21,6 @@ __all__ = [
     "grouped_topk",
     "permute",
     "softmax_topk",
+    "sparsemixer",
     "workspace_bytes",
 ]

@@ -26,10 +26,11 @@ from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeS
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2SparseMoeBlock
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+from transformers.models.phimoe.modeling_phimoe import sparsemixer as phimoe_sparsemixer
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from moezoo.layers.moe import biased_topk, grouped_topk, softmax_topk
+from moezoo.layers.moe import biased_topk, grouped_topk, softmax_topk, sparsemixer
 
 V2 = partial(grouped_topk, num_groups=4, topk_groups=2, renormalize=False, scaling=16.0)
 V3 = partial(grouped_topk, num_groups=4, topk_groups=2, scoring="sigmoid", scaling=2.5)
@@ -147,6 +148,19 @@ def test_equals_transformers(
     torch.testing.assert_close(
         weights.gather(-1, order), expected_weights.gather(-1, expected_order)
     )
+
+
+@pytest.mark.parametrize("jitter", [0.01, 0.3, 2.0])
+def test_sparsemixer_equals_transformers(jitter: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(300, 9, generator=generator)
+    logits[:100] -= 5  # rows whose best logit is negative
+    expected_weights, expected_ids = phimoe_sparsemixer(logits, jitter, training=False)
+    weights, ids = sparsemixer(logits, jitter=jitter)
+    assert weights.dtype == torch.float32 and ids.dtype == torch.int32
+    assert torch.equal(ids, expected_ids.int())
+    torch.testing.assert_close(weights, expected_weights)
+    assert len(weights.unique()) > 30
 
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES.keys())
