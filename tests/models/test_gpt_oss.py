@@ -18,6 +18,11 @@ from moezoo.generation.continuous import Batcher, Request
 from moezoo.generation.engine import Engine
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4
+from moezoo.loaders.checkpoint import open_checkpoint
+from moezoo.loaders.convert import convert
+from moezoo.loaders.weights import load_weights
+from moezoo.models.gpt_oss import CHECKPOINT
+from moezoo.registry import build
 
 CONFIG = GPT_OSS | {"hidden_size": 64, "intermediate_size": 96}
 FILE = "model.safetensors"
@@ -212,6 +217,10 @@ def test_quantised_experts_are_read_back(
     assert ("written one by one" in caplog.text) == (name != "mxfp4")
     described = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert "experts" not in str(described.get("modules_to_not_convert"))
+    convert(open_checkpoint(dense), tmp_path / "converted", quantization=asked, dtype="float32")
+    written, converted = load_file(tmp_path / FILE), load_file(tmp_path / "converted" / FILE)
+    assert written.keys() == converted.keys()
+    assert all(tensor.equal(converted[name]) for name, tensor in written.items())
     again = load(tmp_path)
     assert {moe.quantized for moe in moe_layers(again)} == {format_}
     before = model.state_dict()
@@ -238,6 +247,42 @@ def test_experts_one_by_one(dense: Path, tmp_path: Path) -> None:
     ours, expected = load(tmp_path).state_dict(), load(dense).state_dict()
     assert ours.keys() == expected.keys()
     assert all(tensor.equal(expected[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("stored", ["dense", "hub"])
+def test_the_experts_of_a_rank(dense: Path, hub: tuple[Path, PreTrainedModel], stored: str) -> None:
+    owned = [3, 0, 1]
+    whole = load(dense if stored == "dense" else hub[0])
+    with torch.device("meta"):
+        decoder = build(whole.config)
+    for moe in moe_layers(decoder):
+        for name in ("w13", "w2", "bias13", "bias2"):
+            setattr(moe, name, nn.Parameter(getattr(moe, name)[: len(owned)]))
+    load_weights(
+        decoder,
+        open_checkpoint(dense if stored == "dense" else hub[0]),
+        CHECKPOINT,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        experts=owned,
+    )
+    expected = whole.decoder.state_dict()
+    for name, tensor in decoder.state_dict().items():
+        experts = any(f".mlp.{part}" in name for part in ("w13", "w2", "bias13", "bias2"))
+        assert tensor.equal(expected[name][owned] if experts else expected[name]), name
+
+
+def test_inspected(hub: tuple[Path, PreTrainedModel]) -> None:
+    folder, theirs = hub
+    report = moezoo.inspect(folder)
+    assert report.supported
+    assert report.stored_as is not None and "mxfp4" in report.stored_as
+    assert report.parameters == theirs.num_parameters()
+    idle = 3 * sum(p[0].numel() for p in theirs.model.layers[0].mlp.experts.parameters())
+    assert report.active_parameters == report.parameters - 3 * idle
+    assert report.sliding_windows == {5: 2}
+    assert report.experts is not None
+    assert report.experts.router == "softmax_topk(renormalize=True, bias=True)"
 
 
 def test_from_a_config(hub: tuple[Path, PreTrainedModel]) -> None:
