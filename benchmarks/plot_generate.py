@@ -1,6 +1,6 @@
 """docs/generate.png: one line a model; decoding, prefill and many prompts beside transformers.
 
-python benchmarks/plot_generate.py benchmarks/results/generate_partial_<..>.json [more of the device]
+python benchmarks/plot_generate.py benchmarks/results/generate_partial_<..>.json [more]
 """
 
 from typing import Any
