@@ -187,7 +187,7 @@ class DecodeContext(PagedContext):
         value_dim: int | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        if runs_kernels(q):
+        if runs_kernels(q, sinks):
             from moezoo.layers.kernels.decode_attention import decode_attention
 
             return decode_attention(

@@ -136,8 +136,8 @@ multiple of."""
 def _with_sink_key(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k and v with SINK_DIMS numbers more a head, and one key more of value 0, whose product with
-    a query is its head's number in `sinks` [Hq].
+    """q, k and v with SINK_DIMS numbers more a head, and one key more, of value 0: its product with
+    a query is the number of the query's head in `sinks` [Hq].
 
     So any kernel of torch does attention with sinks. The other keys are 0 where the queries have
     the sinks, which are the sum of two numbers there, since 16 bits may not hold a quotient.

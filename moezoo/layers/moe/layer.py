@@ -62,9 +62,9 @@ class BiasedRoute(nn.Module):
 
 
 class BiasedLogits(nn.Module):
-    """A route for a gate with a bias [E]: `fn(logits + self.bias)`."""
+    """A route for a gate with a bias [E]: `fn(logits, bias=self.bias)`."""
 
-    def __init__(self, num_experts: int, fn: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, num_experts: int, fn: Callable[..., tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self.fn = fn
         self.bias = nn.Parameter(torch.empty(num_experts))
@@ -73,7 +73,7 @@ class BiasedLogits(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        return self.fn(logits + self.bias)
+        return self.fn(logits, bias=self.bias)
 
 
 class FusedMoE(nn.Module):
