@@ -118,6 +118,14 @@ CHECKPOINT = (
     Rule("layers.{L}.mlp.w13", f"{MOE}.experts.gate_up_proj", shard="expert"),
     Rule("layers.{L}.mlp.w2", f"{MOE}.output_linear.weight", shard="expert"),
     Rule("layers.{L}.mlp.w2", f"{MOE}.experts.down_proj", shard="expert"),
+    # For formats that have matrices only.
+    Rule(
+        "layers.{L}.mlp.w13",
+        f"{MOE}.experts.{{E}}.gate_proj.weight",
+        f"{MOE}.experts.{{E}}.up_proj.weight",
+        shard="expert",
+    ),
+    Rule("layers.{L}.mlp.w2", f"{MOE}.experts.{{E}}.down_proj.weight", shard="expert"),
     Rule("layers.{L}.mlp.shared.gate_up.weight", "model.layers.{L}.shared_mlp.input_linear.weight"),
     Rule("layers.{L}.mlp.shared.down.weight", "model.layers.{L}.shared_mlp.output_linear.weight"),
 )

@@ -46,7 +46,7 @@ EXPERT_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
-_OF_EXPERT = re.compile(r"(^|\.)experts\.")
+_OF_EXPERT = re.compile(r"(^|\.)(experts|block_sparse_moe\.(in|out)put_linear)\.")
 _FP8_BLOCK = 128
 _MXFP4_GROUP = 32
 _INT4_GROUPS = (128, 64, 32)
@@ -227,12 +227,11 @@ def _of_decoder(report: Report, decoder: Decoder, dtype: torch.dtype) -> Report:
     parameters = sum(prod(info.shape) for info in infos)
     all_bytes = sum(prod(info.shape) * info.dtype.itemsize for info in infos)
     moe_layers = [layer.mlp for layer in decoder.layers if isinstance(layer.mlp, FusedMoE)]
-    in_experts = sum(prod(moe.w13.shape) + prod(moe.w2.shape) + _biases(moe) for moe in moe_layers)
+    in_experts = sum(map(_in_experts, moe_layers))
     experts = _experts(moe_layers[0], dtype) if moe_layers else None
     active, weight_bytes = parameters, {}
     if experts is not None:
-        idle = in_experts // experts.num_experts * (experts.num_experts - experts.per_token)
-        active = parameters - idle
+        active = parameters - sum(map(_idle, moe_layers))
         rest = all_bytes - in_experts * dtype.itemsize
         weight_bytes = _weight_bytes(moe_layers, rest, dtype)
     attentions = [layer.attn for layer in decoder.layers]
@@ -257,10 +256,26 @@ def _of_decoder(report: Report, decoder: Decoder, dtype: torch.dtype) -> Report:
     )
 
 
-def _experts(moe: FusedMoE, dtype: torch.dtype) -> Experts:
-    num_experts, _, intermediate_size = moe.w2.shape
+def _route(moe: FusedMoE) -> "partial[tuple[torch.Tensor, torch.Tensor]]":
     route = moe.route.fn if isinstance(moe.route, nn.Module) else moe.route
     assert isinstance(route, partial), "model files give routes as partial(function, k=..., ...)"
+    return route
+
+
+def _in_experts(moe: FusedMoE) -> int:
+    return prod(moe.w13.shape) + prod(moe.w2.shape) + _biases(moe)
+
+
+def _idle(moe: FusedMoE) -> int:
+    """Numbers of the experts that a token is not sent to."""
+    num_experts = moe.w2.shape[0]
+    per_token: int = _route(moe).keywords["k"]
+    return _in_experts(moe) // num_experts * (num_experts - per_token)
+
+
+def _experts(moe: FusedMoE, dtype: torch.dtype) -> Experts:
+    num_experts, _, intermediate_size = moe.w2.shape
+    route = _route(moe)
     settings = dict(route.keywords)
     per_token = settings.pop("k")
     if isinstance(moe.route, nn.Module):
