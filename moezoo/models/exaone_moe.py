@@ -2,6 +2,7 @@
 
 from transformers import ExaoneMoeConfig
 
+from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.rope import rotate_half, unrotated
@@ -32,10 +33,14 @@ def build(config: ExaoneMoeConfig) -> Decoder:
             **norm_of_each_head(config),
         )
 
+    dense = listed_layers(config)
+    sparse = [layer_idx not in dense for layer_idx in range(config.num_hidden_layers)]
+    if getattr(config, "is_moe_layer", sparse) != sparse:
+        raise UnsupportedArchitectureError.of_field(config, "is_moe_layer", str(sparse))
     feed_forward = dense_or_mixture(
         config,
         sigmoid_route(config),
-        dense=listed_layers(config),
+        dense=dense,
         num_shared=config.num_shared_experts,
     )
     return pre_norm_decoder(config, attention, feed_forward)
