@@ -12,6 +12,7 @@ from moezoo.models.fields import check_sizes
 ARCHITECTURES = {
     "deepseek_v2": "deepseek_v2",
     "deepseek_v3": "deepseek_v3",
+    "gpt_oss": "gpt_oss",
     "kimi_k2": "deepseek_v3",
     "mixtral": "mixtral",
     "olmoe": "olmoe",

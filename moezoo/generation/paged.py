@@ -171,8 +171,9 @@ class DecodeContext(PagedContext):
         window: int | None = None,
         scale: float,
         value_dim: int | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        if runs_kernels(q):
+        if runs_kernels(q, sinks):
             from moezoo.layers.kernels.decode_attention import decode_attention
 
             return decode_attention(
@@ -185,11 +186,12 @@ class DecodeContext(PagedContext):
                 scale=scale,
                 value_dim=value_dim,
                 window=window,
+                sinks=sinks,
             )[None]
         index, mask = self._padded[window]
         k = keys.keys[index].transpose(1, 2)  # [T, Hk, S, D]
         v = k if keys.values is None else keys.values[index].transpose(1, 2)
-        out = attend(q.squeeze(0).unsqueeze(2), k, v, mask, scale=scale)
+        out = attend(q.squeeze(0).unsqueeze(2), k, v, mask, scale=scale, sinks=sinks)
         return out[..., :value_dim].squeeze(2).unsqueeze(0)
 
     @cached_property

@@ -92,17 +92,32 @@ def attend(
     *,
     window: int | None = None,
     scale: float,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention: q [B, Hq, T, D], k [B, Hk, S, D], v [B, Hk, S, Dv] -> [B, Hq, T, Dv].
 
     Query head h reads key head h // (Hq / Hk). A query sees the `window` newest keys up to its own.
+    `sinks` [Hq] are one more score a head, of a key without a value.
     """
     groups = q.shape[1] // k.shape[1]
+    if sinks is not None:
+        allowed = mask(k.shape[2], window)
+        if allowed is not None:
+            allowed = F.pad(allowed, (0, 1), value=allowed.dtype == torch.bool)
+        out = _masked(*_with_sink_key(q, k, v, sinks / scale), allowed, scale)
+        return out[..., : v.shape[-1]]
     if mask.is_plain(k.shape[2], window):
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=groups > 1
         )
-    allowed = mask(k.shape[2], window)
+    return _masked(q, k, v, mask(k.shape[2], window), scale)
+
+
+def _masked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """`attend` to the keys that `allowed` says, broadcastable to [B, heads, T, S]."""
+    groups = q.shape[1] // k.shape[1]
     if q.shape[2] == 1:
         # One query a head: the heads that share keys become the rows of one product.
         rows = q.view(*k.shape[:2], groups, -1)
@@ -111,6 +126,29 @@ def attend(
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
+
+
+SINK_DIMS = 8
+"""Numbers that `_with_sink_key` adds to a head: as many as fused kernels want the width to be a
+multiple of."""
+
+
+def _with_sink_key(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v with SINK_DIMS numbers more a head, and one key more, of value 0: its product with
+    a query is the number of the query's head in `sinks` [Hq].
+
+    So any kernel of torch does attention with sinks. The other keys are 0 where the queries have
+    the sinks, which are the sum of two numbers there, since 16 bits may not hold a quotient.
+    """
+    high = sinks.to(q.dtype)
+    low = (sinks - high).to(q.dtype)
+    more = F.pad(torch.stack((high, low), -1), (0, SINK_DIMS - 2))
+    q = torch.cat((q, more[:, None].expand(*q.shape[:-1], SINK_DIMS)), -1)
+    k, v = F.pad(k, (0, SINK_DIMS, 0, 1)), F.pad(v, (0, SINK_DIMS, 0, 1))
+    k[..., -1, -SINK_DIMS : 2 - SINK_DIMS] = 1
+    return q, k, v
 
 
 class Keys(NamedTuple):
@@ -162,11 +200,13 @@ class Context(Protocol):
         window: int | None = None,
         scale: float,
         value_dim: int | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Softmax attention to what `append_..` returned, q [B, T, Hq, D] -> [B, T, Hq, Dv].
 
         Query head h reads key head h // (Hq / Hk). A query sees the `window` newest keys up to its
-        own. Where keys have no values, their first `value_dim` numbers are.
+        own. Where keys have no values, their first `value_dim` numbers are. `sinks` [Hq] are one
+        more score a head, of a key without a value.
         """
         ...
 
@@ -230,10 +270,11 @@ class DenseContext:
         window: int | None = None,
         scale: float,
         value_dim: int | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         # Fused kernels want equal widths: numbers that are no values come along as such.
         k, v = keys.keys, keys.keys if keys.values is None else keys.values
-        out = attend(q.transpose(1, 2), k, v, self.mask, window=window, scale=scale)
+        out = attend(q.transpose(1, 2), k, v, self.mask, window=window, scale=scale, sinks=sinks)
         return out[..., :value_dim].transpose(1, 2)
 
     def attend_to(
@@ -254,6 +295,7 @@ class GroupedQueryAttention(nn.Module):
     `q_norm` and `k_norm` normalise each head (width `head_dim`) or all heads at once (width
     heads * `head_dim`) before the rotation. `window` limits a query to that many newest keys, its
     own included. `clip` bounds queries, keys and values to [-clip, clip] before the rotation.
+    `sinks` [Hq], a parameter, are one more score a head, of a key without a value.
     """
 
     def __init__(
@@ -269,6 +311,7 @@ class GroupedQueryAttention(nn.Module):
         k_norm: RMSNorm | None = None,
         window: int | None = None,
         clip: float | None = None,
+        sinks: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
         sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
@@ -281,6 +324,7 @@ class GroupedQueryAttention(nn.Module):
         self.head_dim = head_dim
         self.window = window
         self.clip = clip
+        self.sinks = sinks
 
     @property
     def scale(self) -> float:
@@ -297,7 +341,8 @@ class GroupedQueryAttention(nn.Module):
         """x [B, T, H] -> [B, T, H]; keys and values go to the cache under `layer_idx`."""
         qkv = self.qkv(handed_to(self.qkv, x))
         q, keys = context.append_heads(self, qkv, layer_idx)
-        return self.o(context.attend(q, keys, window=self.window, scale=self.scale).flatten(2))
+        out = context.attend(q, keys, window=self.window, scale=self.scale, sinks=self.sinks)
+        return self.o(out.flatten(2))
 
     def heads(
         self, qkv: torch.Tensor, rotation: Rotation

@@ -270,9 +270,10 @@ def _initialise_quantized(
 
 @torch.no_grad()
 def _initialise(name: str, tensor: torch.Tensor, deviation: float) -> None:
-    if name.endswith("bias"):
+    attribute = name.rpartition(".")[2]
+    if "bias" in attribute:
         tensor.zero_()
-    elif tensor.dim() == 1:
+    elif tensor.dim() == 1 and attribute != "sinks":
         tensor.fill_(1)  # a norm's weight
     else:
         tensor.normal_(std=deviation)

@@ -111,6 +111,20 @@ LATENT = COMMON | {
 # transformers turns this rope into complex numbers, for which the rank has to be even.
 DEEPSEEK_V2 = LATENT | {"topk_method": "greedy", "n_shared_experts": 2, "kv_lora_rank": 6}
 DEEPSEEK_V3 = LATENT | {"n_shared_experts": 1, "n_group": 3, "topk_group": 2}
+GPT_OSS = COMMON | {
+    "hidden_size": 20,
+    "intermediate_size": 14,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "sliding_window": 5,
+    "rope_parameters": ROPE["yarn-exact"],
+}
+# Another one is not in every transformers.
+SWIGLU_LIMIT = {"swiglu_limit": 1.5} if hasattr(transformers.GptOssConfig(), "swiglu_limit") else {}
 
 CONFIGURATIONS: dict[str, dict[str, Config]] = {
     "mixtral": {
@@ -234,6 +248,46 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
         },
         "whole-groups-llama3": DEEPSEEK_V3
         | {"num_experts_per_tok": 8, "topk_group": 2, "rope_parameters": ROPE["llama3"]},
+    },
+    "gpt_oss": {
+        "windows-in-turn": GPT_OSS,
+        "full-first": GPT_OSS
+        | {
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 3,
+            "rms_norm_eps": 1e-2,
+        },
+        "no-window-k1": GPT_OSS
+        | {
+            "layer_types": ["full_attention"] * 3,
+            "num_experts_per_tok": 1,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
+        },
+        "all-windows-all-experts": GPT_OSS
+        | {
+            "layer_types": ["sliding_attention"] * 3,
+            "sliding_window": 7,
+            "num_experts_per_tok": 5,
+            "num_key_value_heads": 6,
+            **SWIGLU_LIMIT,
+        },
+        "no-bias-tied": GPT_OSS
+        | {"attention_bias": False, "tie_word_embeddings": True, "intermediate_size": 34},
+        "wide-heads-linear": GPT_OSS | {"head_dim": 26, "rope_parameters": ROPE["linear"]},
+        "dynamic": GPT_OSS | {"max_position_embeddings": 9, "rope_parameters": ROPE["dynamic"]},
+        "released-rope": GPT_OSS
+        | {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+        },
     },
     "kimi_k2": {
         "one-group": DEEPSEEK_V3

@@ -249,6 +249,8 @@ def test_old_spelling_of_the_config(pair: Pair, tmp_path: Path) -> None:
     write(pair.model_type, pair.reference, tmp_path)
     rope = dict(pair.reference.config.rope_parameters)
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
+    if pair.model_type == "gpt_oss" and kind == "default":
+        pytest.skip("where its config names no scaling, it has that of the releases")
     scaling = None if kind == "default" else rope | {"type": kind}
     old = {"rope_theta": theta, "rope_scaling": scaling, "torch_dtype": "float32"}
     change_config(tmp_path, remove=("rope_parameters", "dtype", "transformers_version"), **old)

@@ -8,6 +8,7 @@ import transformers
 from configurations import (
     DEEPSEEK_V2,
     DEEPSEEK_V3,
+    GPT_OSS,
     MIXTRAL,
     OLMOE,
     QWEN2,
@@ -26,6 +27,7 @@ BASE = {
     "olmoe": OLMOE,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
+    "gpt_oss": GPT_OSS,
     "kimi_k2": DEEPSEEK_V3,
 }
 
@@ -99,6 +101,14 @@ FIELDS = [
     ("deepseek_v3", "n_group", {"n_group": None}),
     ("deepseek_v3", "topk_group", {"topk_group": 4}),
     ("deepseek_v3", "head_dim", {"head_dim": 16}),
+    ("gpt_oss", "hidden_act", {"hidden_act": "gelu"}),
+    ("gpt_oss", "swiglu_alpha", {"swiglu_alpha": 1.0}),
+    ("gpt_oss", "swiglu_limit", {"swiglu_limit": 0.0}),
+    ("gpt_oss", "layer_types", {"layer_types": ["chunked_attention"] * 3}),
+    ("gpt_oss", "layer_types", {"sliding_window": None}),
+    ("gpt_oss", "sliding_window", {"sliding_window": 0}),
+    ("gpt_oss", "num_experts_per_tok", {"num_experts_per_tok": 6}),
+    ("gpt_oss", "num_local_experts", {"num_local_experts": 0}),
     (
         "deepseek_v3",
         "rope_parameters",

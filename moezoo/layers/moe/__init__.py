@@ -2,13 +2,14 @@
 
 from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.moe.experts import fused_experts, workspace_bytes
-from moezoo.layers.moe.layer import BiasedRoute, Dispatcher, FusedMoE
+from moezoo.layers.moe.layer import BiasedLogits, BiasedRoute, Dispatcher, FusedMoE
 from moezoo.layers.moe.permute import combine, permute
 from moezoo.layers.moe.recording import RoutingRecorder
 from moezoo.layers.moe.routing import grouped_topk, softmax_topk
 
 __all__ = [
     "ACTIVATIONS",
+    "BiasedLogits",
     "BiasedRoute",
     "Dispatcher",
     "FusedMoE",

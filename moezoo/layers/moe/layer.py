@@ -4,6 +4,7 @@ Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per toke
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
@@ -60,11 +61,27 @@ class BiasedRoute(nn.Module):
         return self.fn(logits, correction_bias=self.correction_bias)
 
 
+class BiasedLogits(nn.Module):
+    """A route for a gate with a bias [E]: `fn(logits, bias=self.bias)`."""
+
+    def __init__(self, num_experts: int, fn: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.fn = fn
+        self.bias = nn.Parameter(torch.empty(num_experts))
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.bias)
+
+    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fn(logits, bias=self.bias)
+
+
 class FusedMoE(nn.Module):
     """K of E gated experts for each token, plus `shared`, if there is one, for every token.
 
-    Parameters: gate [E, H]; w13 [E, 2I, H], gate rows then up rows; w2 [E, H, I]. Quantised, w13
-    [E, 2, I, H] and w2 are modules with parameters of their own, see `quantize_`.
+    Parameters: gate [E, H]; w13 [E, 2I, H], gate rows then up rows; w2 [E, H, I]; with `bias` also
+    bias13 [E, 2I] and bias2 [E, H] of the experts. Quantised, w13 [E, 2, I, H] and w2 are modules
+    with parameters of their own, see `quantize_`.
 
     `route` maps fp32 logits [T, E] to (topk_weights [T, K] fp32, topk_ids [T, K] int32): a partial
     of a function in `moezoo.layers.moe.routing`, or a module where the router has parameters.
@@ -81,6 +98,7 @@ class FusedMoE(nn.Module):
         route: Route,
         *,
         activation: str | Gating = "silu",
+        bias: bool = False,
         shared: nn.Module | None = None,
         dispatcher: Dispatcher | None = None,
     ) -> None:
@@ -98,12 +116,20 @@ class FusedMoE(nn.Module):
         self.w2: nn.Parameter | QuantizedWeights = nn.Parameter(
             torch.empty(num_experts, hidden_size, intermediate_size)
         )
+        self.bias13: nn.Parameter | None = None
+        self.bias2: nn.Parameter | None = None
+        if bias:
+            self.bias13 = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size))
+            self.bias2 = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def reset_parameters(self) -> None:
         for parameter in (self.gate, self.w13, self.w2):
             if isinstance(parameter, QuantizedWeights):
                 raise ValueError("quantised experts are not reset; build the layer anew")
             nn.init.normal_(parameter, std=0.02)
+        for bias in (self.bias13, self.bias2):
+            if bias is not None:
+                nn.init.zeros_(bias)
 
     def quantize_(self, w13: Format, w2: Format) -> None:
         """Put w13 [E, 2, I, H] and w2 [E, H, I], both of one format, in the place of the experts'
@@ -178,18 +204,17 @@ class FusedMoE(nn.Module):
     def experts(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """The weighted sum of the chosen experts: x [T, H] -> [T, H]."""
         w13, w2 = (w() if isinstance(w, QuantizedWeights) else w for w in (self.w13, self.w2))
-        if self.dispatcher is None:
-            return fused_experts(x, w13, w2, topk_weights, topk_ids, activation=self.activation)
-        x, topk_ids, topk_weights = self.dispatcher.dispatch(x, topk_ids, topk_weights)
-        y = fused_experts(
-            x,
-            w13,
-            w2,
-            topk_weights,
-            topk_ids,
-            activation=self.activation,
-            expert_map=self.dispatcher.expert_map,
+        bias13 = self.bias13
+        if bias13 is not None and self.quantized is not None:
+            bias13 = bias13.unflatten(1, (2, -1))
+        compute = partial(
+            fused_experts, activation=self.activation, bias13=bias13, bias2=self.bias2
         )
+        if self.dispatcher is None:
+            return compute(x, w13, w2, topk_weights, topk_ids)
+        x, topk_ids, topk_weights = self.dispatcher.dispatch(x, topk_ids, topk_weights)
+        expert_map = self.dispatcher.expert_map
+        y = compute(x, w13, w2, topk_weights, topk_ids, expert_map=expert_map)
         return self.dispatcher.combine(y)
 
     def extra_repr(self) -> str:

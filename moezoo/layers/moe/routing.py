@@ -23,18 +23,25 @@ from torch import Tensor
 from moezoo.device import runs_kernels
 
 
-def softmax_topk(logits: Tensor, k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """The k largest of softmax(logits), divided by their sum if `renormalize`.
+def softmax_topk(
+    logits: Tensor, k: int, *, renormalize: bool, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k largest of softmax(logits + bias), divided by their sum if `renormalize`.
 
-    logits [T, E] of any float dtype -> topk_weights [T, K] fp32, topk_ids [T, K] int32.
-    The router of Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and, without groups, of DeepSeek-V2.
+    logits [T, E] and bias [E] of any float dtype
+    -> topk_weights [T, K] fp32, topk_ids [T, K] int32.
+    The router of Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and, without groups, of DeepSeek-V2; with a
+    bias that of gpt-oss.
     """
     _require_k(k, logits.shape[-1])
-    if logits.ndim == 2 and runs_kernels(logits):
+    if logits.ndim == 2 and runs_kernels(logits, bias):
         from moezoo.layers.kernels.topk import topk
 
         with torch.cuda.device_of(logits):
-            return topk(logits, k, scoring="softmax_of_chosen" if renormalize else "softmax")
+            scoring = "softmax_of_chosen" if renormalize else "softmax"
+            return topk(logits, k, scoring=scoring, bias=bias)
+    if bias is not None:
+        logits = logits.float() + bias.float()
     if renormalize:
         # The softmax over all, divided by its sum over the chosen, is the softmax over the chosen.
         chosen, ids = _largest(logits.float(), k)

@@ -78,6 +78,22 @@ def test_groups(
     assert_same(actual, grouped_topk(logits, k, correction_bias=bias, **settings))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize(("num_experts", "k"), [(32, 4), (5, 5), (37, 3)])
+def test_bias_of_the_gate(
+    num_experts: int, k: int, renormalize: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """One that changes what is chosen, and of its own dtype."""
+    logits = logits_of(9, num_experts)
+    bias = 2 * torch.randn(num_experts, generator=torch.Generator().manual_seed(1))
+    bias = bias.to(dtype)
+    scoring = "softmax_of_chosen" if renormalize else "softmax"
+    actual = topk(logits.to(device), k, scoring=scoring, bias=bias.to(device))
+    assert_same(actual, softmax_topk(logits + bias.float(), k, renormalize=renormalize))
+    assert_same(actual, softmax_topk(logits, k, renormalize=renormalize, bias=bias))
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_bad_row_touches_no_other(value: float, device: torch.device) -> None:
     logits = logits_of(6, 32)
