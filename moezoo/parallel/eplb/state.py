@@ -13,6 +13,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from moezoo.device import to_device
 from moezoo.errors import ExpertMapError, LoadImbalanceWarning
 from moezoo.parallel.eplb.movement import keep_slots
 from moezoo.parallel.eplb.policy import least_movement, rebalance_experts
@@ -163,6 +164,24 @@ class EPLBState:
         ids = ids.flatten().long()
         self._pass[layer].scatter_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
 
+    def choose_(self, layer: int, topk_ids: Tensor, real: Tensor | None = None) -> Tensor:
+        """`physical_ids`, recorded; on a GPU in one launch."""
+        if not topk_ids.is_cuda:
+            slots = self.physical_ids(layer, topk_ids)
+            self.record_(layer, slots, real)
+            return slots
+        from moezoo.parallel.eplb.replicas import choose_and_count_
+
+        return choose_and_count_(
+            topk_ids,
+            self.logical_to_physical_map[layer],
+            self.logical_replica_count[layer],
+            first_token=self._first_token,
+            load=self._pass[layer],
+            real=real,
+            golden=GOLDEN,
+        )
+
     def end_step_(self, *, dummy: bool = False) -> None:
         """Move the step's loads into the window; a dummy step counts, and leaves no loads."""
         if not dummy:
@@ -207,7 +226,7 @@ class EPLBState:
                 f"{list(slots.shape)}"
             )
         check_map(slots[None], self.num_experts, "the new map")
-        slots = slots.to(self.physical_to_logical_map.device)
+        slots = to_device(slots, self.physical_to_logical_map.device)
         replicas, counts = replica_maps(slots[None], self.num_experts)
         window = self.expert_load_window[:, layer]
         old = self.physical_to_logical_map[layer].expand_as(window)

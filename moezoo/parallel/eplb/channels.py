@@ -1,0 +1,59 @@
+"""The process groups by which the ranks of a balancer talk, apart from those of the model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Each is used by one thread alone, so that all ranks use it in the same order."""
+
+    votes: dist.ProcessGroup
+    """On the CPU, for the thread that runs the model."""
+    plans: dist.ProcessGroup
+    """On the CPU, for the thread in the background."""
+    weights: dist.ProcessGroup
+    """On the device of the weights, for the thread in the background too."""
+
+    @classmethod
+    def open(
+        cls, ranks: Sequence[int], device: torch.device, timeout: timedelta
+    ) -> "Channels | None":
+        """Among `ranks`, each of which calls this; None for one alone."""
+        if len(ranks) == 1:
+            return None
+
+        def group(backend: str) -> dist.ProcessGroup:
+            return dist.new_group(
+                list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True
+            )
+
+        votes, plans = group("gloo"), group("gloo")
+        if device.type == "cpu":
+            return cls(votes, plans, plans)
+        weights = group("nccl")
+        # The first use connects all ranks, and a round of a transfer may have some of them only.
+        dist.all_reduce(torch.zeros(1, device=device), group=weights)
+        return cls(votes, plans, weights)
+
+
+class Vote:
+    """Whether all ranks say yes; asked at the same step by each, which need not wait for it."""
+
+    def __init__(self, yes: bool, group: dist.ProcessGroup | None) -> None:
+        self._answer: Tensor = torch.tensor([int(yes)])
+        self._work = None
+        if group is not None:
+            self._work = dist.all_reduce(
+                self._answer, dist.ReduceOp.MIN, group=group, async_op=True
+            )
+
+    def wait(self) -> bool:
+        if self._work is not None:
+            self._work.wait()
+        return bool(self._answer)
