@@ -1,12 +1,13 @@
 """The process groups by which the ranks of a balancer talk, apart from those of the model."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from moezoo.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -21,24 +22,27 @@ class Channels:
     """On the device of the weights, for the thread in the background too."""
 
     @classmethod
-    def open(
-        cls, ranks: Sequence[int], device: torch.device, timeout: timedelta
-    ) -> "Channels | None":
-        """Among `ranks`, each of which calls this; None for one alone."""
-        if len(ranks) == 1:
-            return None
+    def open(cls, mesh: Mesh) -> "Channels":
+        """Among the ranks of an expert group, each of which calls this.
+
+        Raises `RankError` where one does not.
+        """
 
         def group(backend: str) -> dist.ProcessGroup:
             return dist.new_group(
-                list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True
+                list(mesh.group_ranks),
+                timeout=timedelta(seconds=mesh.parallel.timeout),
+                backend=backend,
+                use_local_synchronization=True,
             )
 
-        votes, plans = group("gloo"), group("gloo")
-        if device.type == "cpu":
-            return cls(votes, plans, plans)
-        weights = group("nccl")
-        # The first use connects all ranks, and a round of a transfer may have some of them only.
-        dist.all_reduce(torch.zeros(1, device=device), group=weights)
+        with mesh.named_faults("opening the channels of EPLB"):
+            votes, plans = group("gloo"), group("gloo")
+            if mesh.device.type == "cpu":
+                return cls(votes, plans, plans)
+            weights = group("nccl")
+            # The first use connects all ranks, and a round of a transfer may have some only.
+            dist.all_reduce(torch.zeros(1, device=mesh.device), group=weights)
         return cls(votes, plans, weights)
 
 

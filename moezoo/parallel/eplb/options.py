@@ -3,21 +3,19 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Union
-
-import torch
-from torch import Tensor
+from typing import TypeGuard, Union
 
 from moezoo.errors import ExpertMapError
 from moezoo.parallel.eplb.state import POLICIES
 from moezoo.parallel.placement import STRATEGIES, Placement, Strategy, initial_map
+from moezoo.parallel.slots import Slots
 
 
 @dataclass(frozen=True)
 class EPLB:
     """Expert-parallel load balancing: copies of busy experts, and experts that change their rank.
 
-    * `enabled`: False keeps every expert where the start puts it.
+    * `enabled`: False keeps every expert where the start puts it, copies included.
     * `num_redundant_experts`: slots of each MoE layer beyond one for each expert; those of all
       ranks together. Experts and these must divide over the ranks. A placement file has its own.
     * `window_size`: the steps whose loads decide. `step_interval`: steps between rebalances; the
@@ -57,7 +55,7 @@ class EPLB:
                 f"eplb: policy is {self.policy!r}, expected {' or '.join(map(repr, POLICIES))}"
             )
         strategy, placement = self.expert_placement_strategy, self.placement
-        if not (strategy is None or strategy in STRATEGIES or _lists_of_numbers(strategy)):
+        if not (strategy is None or is_strategy(strategy)):
             raise ValueError(
                 f"eplb: expert_placement_strategy is {strategy!r}, expected "
                 f"{' or '.join(map(repr, STRATEGIES))}, or a list of experts for each rank"
@@ -91,39 +89,42 @@ class EPLB:
                 raise ValueError(f"eplb has no {key!r}, expected some of {', '.join(known)}")
         return cls(**eplb)  # type: ignore[arg-type]
 
-    def first_map(
-        self, num_experts: int, layers: Sequence[int], num_ranks: int, strategy: Strategy
-    ) -> Tensor:
-        """int64 [L, P]: the expert of each slot to begin with, on the CPU.
-
-        `layers` are the decoder's layers that have experts, `strategy` is that of the model where
-        these options have none.
+    def slots(
+        self,
+        num_experts: int,
+        layers: Sequence[int],
+        num_ranks: int,
+        otherwise: Strategy | os.PathLike[str],
+    ) -> Slots:
+        """Where experts are to begin with. `layers` are the decoder's layers that have experts;
+        `otherwise` is `Parallel.placement`.
 
         Raises `ExpertMapError` for numbers that do not divide, and a placement that is not for
         such a model; `OSError` where its file cannot be read.
         """
-        if self.placement is None:
-            chosen = self.expert_placement_strategy or strategy
-            slots = initial_map(num_experts, self.num_redundant_experts, num_ranks, chosen)
-            return slots.repeat(len(layers), 1)
-        placement = self.placement
-        if not isinstance(placement, Placement):
-            placement = Placement.load(placement)
-        placement.check_model(num_experts, layers, num_ranks)
-        if self.num_redundant_experts not in (0, placement.num_redundant):
+        given = self.expert_placement_strategy if self.placement is None else self.placement
+        chosen = otherwise if given is None else given
+        if isinstance(chosen, Placement):
+            slots = Slots.placed(chosen, num_experts, layers, num_ranks)
+        elif is_strategy(chosen) and (self.enabled or self.num_redundant_experts):
+            first = initial_map(num_experts, self.num_redundant_experts, num_ranks, chosen)
+            bounds = range(0, len(first) + 1, len(first) // num_ranks)
+            slots = Slots(num_experts, tuple(layers), tuple(bounds), first.repeat(len(layers), 1))
+        else:
+            slots = Slots.of(chosen, num_experts, layers, num_ranks)
+        if self.num_redundant_experts not in (0, slots.num_redundant):
             raise ExpertMapError(
                 f"num_redundant_experts={self.num_redundant_experts} is asked for, and the "
-                f"placement has {placement.num_redundant}; leave it out to take them"
+                f"placement has {slots.num_redundant}; leave it out to take them"
             )
-        return placement.physical_to_logical_map.to(torch.int64).clone()
+        return slots
 
 
-def _lists_of_numbers(strategy: object) -> bool:
-    return (
-        isinstance(strategy, Sequence)
-        and not isinstance(strategy, str)
-        and all(
-            isinstance(experts, Sequence) and all(type(expert) is int for expert in experts)
-            for experts in strategy
-        )
+def is_strategy(value: object) -> TypeGuard[Strategy]:
+    """Whether it is a strategy's name, or has a list of numbers for each rank."""
+    if isinstance(value, str):
+        return value in STRATEGIES
+    return isinstance(value, Sequence) and all(
+        isinstance(experts, Sequence) and all(type(expert) is int for expert in experts)
+        for experts in value
     )

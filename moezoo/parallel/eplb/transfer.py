@@ -7,8 +7,9 @@ them there. Everything travels as bytes, so that the format does not matter.
 Legend: L MoE layers, S slots of a rank, R ranks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -126,7 +127,7 @@ class Transfer:
             if switch.moves.rank_of(move.targets[0]) == self._rank
         }
 
-    def _operation(self, kind: object, tensor: Tensor, peer: int) -> dist.P2POp:
+    def _operation(self, kind: Callable[..., Any], tensor: Tensor, peer: int) -> dist.P2POp:
         # Bytes: NCCL does not know every dtype, E8M0 for one.
         data = tensor.reshape(-1).view(torch.uint8)
         return dist.P2POp(kind, data, group=self._group, group_peer=peer)
