@@ -84,6 +84,23 @@ def replica_maps(physical_to_logical_map: Tensor, num_experts: int) -> tuple[Ten
     return replicas.view(num_layers, num_experts, most), counts
 
 
+def choose_replicas(
+    topk_ids: Tensor, replicas: Tensor, counts: Tensor, first_token: Tensor
+) -> Tensor:
+    """A replica of each chosen expert: topk_ids int [T, K] -> slots int32 [T, K]; -1 stays -1.
+
+    replicas int64 [E, X] and counts [E] are a layer's of `replica_maps`. A token's place in the
+    batch and first_token int64 [1] decide, by a multiplicative hash that spreads any run of tokens,
+    and any every n-th token of one, evenly.
+    """
+    tokens = torch.arange(len(topk_ids), device=topk_ids.device) + first_token
+    spread = tokens * GOLDEN % 2**32
+    experts = topk_ids.clamp(min=0).long()
+    # The upper bits: those below repeat with a power of two.
+    replica = spread[:, None] * counts[experts] >> 32
+    return torch.where(topk_ids < 0, -1, replicas[experts, replica]).int()
+
+
 class EPLBState:
     """The maps and loads of a model's MoE layers.
 
@@ -138,18 +155,14 @@ class EPLBState:
         self._first_token = torch.full((1,), seed * GOLDEN % 2**31, device=device)
 
     def physical_ids(self, layer: int, topk_ids: Tensor) -> Tensor:
-        """Choose a replica of each chosen expert: topk_ids int [T, K] -> int32 [T, K].
-
-        A token's place in the batch and the step decide, by a multiplicative hash that spreads any
-        run of tokens, and any every n-th token of one, evenly. -1 stays -1.
-        """
-        tokens = torch.arange(len(topk_ids), device=topk_ids.device) + self._first_token
-        spread = tokens * GOLDEN % 2**32
-        experts = topk_ids.clamp(min=0).long()
-        # The upper bits: those below repeat with a power of two.
-        replica = spread[:, None] * self.logical_replica_count[layer][experts] >> 32
-        slots = self.logical_to_physical_map[layer][experts, replica]
-        return torch.where(topk_ids < 0, -1, slots).int()
+        """Choose a replica of each chosen expert: topk_ids int [T, K] -> int32 [T, K], as
+        `choose_replicas` does, others in each step."""
+        return choose_replicas(
+            topk_ids,
+            self.logical_to_physical_map[layer],
+            self.logical_replica_count[layer],
+            self._first_token,
+        )
 
     def record_(self, layer: int, physical_ids: Tensor, real: Tensor | None = None) -> None:
         """Count the tokens of physical_ids int [T, K]; not ids of -1, nor tokens that are padding.
