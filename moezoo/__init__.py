@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moezoo.generation.score import Score, score
     from moezoo.loaders.load import from_config, from_pretrained
     from moezoo.loaders.quantization import Quantization
+    from moezoo.parallel.mesh import Parallel
     from moezoo.registry import list_architectures
     from moezoo.tools.inspect import Report, inspect
     from moezoo.tools.routing import RoutingTrace, record_routing
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Completion",
+    "Parallel",
     "Prompt",
     "Quantization",
     "Report",
@@ -40,6 +42,7 @@ __all__ = [
 
 _HOMES = {
     "Completion": "moezoo.generation.offline",
+    "Parallel": "moezoo.parallel.mesh",
     "Prompt": "moezoo.generation.offline",
     "Quantization": "moezoo.loaders.quantization",
     "Report": "moezoo.tools.inspect",
