@@ -162,6 +162,15 @@ class FusedMoE(nn.Module):
         """Those of all ranks that a token can choose from."""
         return self.gate.shape[0]
 
+    def expert_tensors(self) -> list[Tensor]:
+        """All that the experts of this process consist of: parameters [E', ..], a row for each."""
+        weights = (self.w13, self.w2)
+        return [
+            tensor
+            for w in weights
+            for tensor in (w.parameters() if isinstance(w, QuantizedWeights) else [w])
+        ]
+
     @property
     def quantized(self) -> type[Format] | None:
         """The format of the experts' weights; None where they are parameters of 16 or 32 bits."""

@@ -57,7 +57,7 @@ class Balancer:
         options: None, or those that are not enabled: experts stay where they are, and ranks whose
             load stays uneven make a `LoadImbalanceWarning`.
         mesh: None is a process alone.
-        num_groups: of neighbouring experts, and `num_nodes` of ranks: see `rebalance_experts`.
+        num_groups: of neighbouring experts, for the published policy: see `rebalance_experts`.
     """
 
     def __init__(
@@ -68,14 +68,13 @@ class Balancer:
         options: EPLB | None,
         mesh: Mesh | None = None,
         num_groups: int = 1,
-        num_nodes: int = 1,
     ) -> None:
         if options is None:
             options = EPLB(enabled=False, window_size=WATCHED_STEPS)
         self._options = options
         self._mesh = None if mesh is None or mesh.ep_size == 1 else mesh
         self._rank, self._num_ranks = (0, 1) if mesh is None else (mesh.ep_rank, mesh.ep_size)
-        self._nodes = {"num_groups": num_groups, "num_nodes": num_nodes}
+        self._nodes = {"num_groups": num_groups, "num_nodes": 1 if mesh is None else mesh.num_nodes}
         if options.policy == "least_movement":
             self._nodes = {}  # to it all ranks are alike
         self._channels = None if self._mesh is None else Channels.open(self._mesh)

@@ -267,7 +267,7 @@ class EPLBState:
 class ImbalanceWatch:
     """Warns with `LoadImbalanceWarning`, once, when balancedness stays low."""
 
-    def __init__(self, *, threshold: float = 0.5, patience: int = 3) -> None:
+    def __init__(self, *, threshold: float = 0.6, patience: int = 3) -> None:
         self.threshold = threshold
         self.patience = patience
         self._low = 0

@@ -1,24 +1,25 @@
 """Ranks whose experts move while tokens go to them."""
 
 import logging
-import os
-import signal
 import time
 import warnings
+from functools import cache
 
 import pytest
 import torch
 import torch.distributed as dist
-from eplb_ranks import Parallel, results, run_ranks
+from ranks import die, results, run
 
 from moezoo.errors import LoadImbalanceWarning, RankError
 from moezoo.layers.quant import BlockFp8, Int4, Int8, Mxfp4
 from moezoo.parallel.eplb.balancer import Balancer
 from moezoo.parallel.eplb.options import EPLB
+from moezoo.parallel.mesh import Parallel, join
 
 E, LAYERS, STEPS = 6, (1, 2, 4), 40
 
 
+@cache
 def expert(layer, e):
     """All tensors of one expert, of every kind that a format has."""
     generator = torch.Generator().manual_seed(100 * layer + e)
@@ -85,7 +86,8 @@ def step(mesh, balanced, number):
     return chosen
 
 
-def moving(mesh, all_options):
+def moving(rank, all_options, parallel):
+    mesh = join(parallel, "cpu")
     outcomes = []
     for options in all_options:
         balanced, layers = balancer(mesh, options)
@@ -114,8 +116,8 @@ def test_weights_follow_the_maps_which_every_rank_switches_at_the_same_step(disp
         EPLB(window_size=6, step_interval=4, policy="least_movement", use_async=False),
         EPLB(num_redundant_experts=6, step_interval=10, expert_placement_strategy="round_robin"),
     ]
-    parallel = Parallel(3, dispatch=dispatch, timeout=30)
-    ranks = results(run_ranks(3, moving, all_options, parallel=parallel))
+    parallel = Parallel(3, dispatch=dispatch)
+    ranks = results(3, moving, all_options, parallel)
     for options, outcomes in zip(all_options, zip(*ranks, strict=True), strict=True):
         histories, wrong, chosen = zip(*outcomes, strict=True)
         assert wrong == ([],) * 3
@@ -127,3 +129,77 @@ def test_weights_follow_the_maps_which_every_rank_switches_at_the_same_step(disp
         if dispatch == "all_gather":  # else a token's expert would be on no rank, or on two
             for one, other in zip(chosen[0], chosen[2], strict=True):
                 assert all(map(torch.equal, one, other))
+
+
+def stopped(rank, use_async):
+    """Rank 1 dies in the second wave of a rebalance; what the others are left with."""
+    mesh = join(Parallel(3, timeout=8), "cpu")
+    options = EPLB(num_redundant_experts=3, step_interval=8, use_async=use_async)
+    balanced, layers = balancer(mesh, options)
+    fetch, fetched = balanced._transfer.fetch, []
+
+    def dying(wave):
+        fetched.append(wave)
+        if rank == 1 and len(fetched) == 2:
+            die()
+        fetch(wave)
+
+    balanced._transfer.fetch = dying
+    begin = time.monotonic()
+    for number in range(STEPS):
+        try:
+            with mesh.named_faults("stepping"):
+                step(mesh, balanced, number)
+        except RankError as error:
+            maps = balanced.state.physical_to_logical_map.tolist()
+            took = time.monotonic() - begin
+            return str(error), maps, wrong_slots(mesh, balanced, layers), len(fetched), took
+    return None
+
+
+@pytest.mark.parametrize("use_async", [True, False])
+def test_a_rank_that_dies_during_a_transfer_is_named_and_no_map_is_half_switched(use_async):
+    first, dead, third = run(3, stopped, use_async)
+    assert dead is None
+    for message, maps, wrong, fetched, took in (first, third):
+        assert "rank 1 gave no sign of life" in message
+        assert wrong == []
+        assert maps == first[1]
+        assert fetched == 2
+        assert took < 20
+
+
+def watched(rank, options):
+    """Loads of ranks that stay uneven where nothing is balanced."""
+    mesh = join(Parallel(2), "cpu")
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logging.getLogger("moezoo").addHandler(handler)
+    logging.getLogger("moezoo").setLevel(logging.INFO)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        slots = options.slots(E, LAYERS, 2, [[0, 1, 2], [3, 4, 5]])
+        balanced = Balancer(slots, [[torch.zeros(3)]] * 3, options=options, mesh=mesh)
+        for _ in range(STEPS):
+            balanced.begin(torch.tensor([True] * 8 + [False]))
+            for i in range(3):
+                ids = torch.tensor([[0]] * 7 + [[4], [5]])
+                assert torch.equal(balanced.physical_ids(i, ids), ids.int())
+            dist.barrier()
+            balanced.end_step()
+        maps = balanced.state.physical_to_logical_map.tolist()
+    return maps, records, [(warning.category, str(warning.message)) for warning in caught]
+
+
+def test_uneven_ranks_are_logged_and_warned_of_where_nothing_moves():
+    options = EPLB(enabled=False, step_interval=8, window_size=4)
+    (maps, records, caught), (_, *others) = results(2, watched, options)
+    assert maps == [[0, 1, 2, 3, 4, 5]] * 3
+    # 7 of 8 tokens that are none of padding go to the first rank: a mean of 4
+    assert len(records) >= 3
+    assert all("balancedness 0.571 over the last" in record for record in records)
+    ((category, message),) = caught
+    assert category is LoadImbalanceWarning
+    assert "is 0.57 of the highest, and was below 0.6 for 3 intervals" in message
+    assert others == [[], []]
