@@ -23,10 +23,12 @@ class Channels:
 
     @classmethod
     def open(cls, mesh: Mesh) -> "Channels":
-        """Among the ranks of an expert group, each of which calls this.
+        """Among the ranks of an expert group; all ranks of the job call this.
 
         Raises `RankError` where one does not.
         """
+        with mesh.together("loading experts"):
+            pass  # some take longer, and process groups do not wait for long
 
         def group(backend: str) -> dist.ProcessGroup:
             return dist.new_group(
