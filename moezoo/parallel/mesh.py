@@ -170,9 +170,7 @@ class Mesh:
     def all_gather(self, rows: Tensor, doing: str) -> "Pending":
         """rows [C, W], as many on every rank -> [R * C, W]."""
         result = rows.new_empty(self.ep_size * len(rows), *rows.shape[1:])
-        return self._begin(
-            doing, _all_gather, result, _octets(result), _octets(rows)
-        )
+        return self._begin(doing, _all_gather, result, _octets(result), _octets(rows))
 
     def all_reduce(self, tensor: Tensor, doing: str) -> "Pending":
         """The sum over the group, in place of `tensor`; the same bits on every rank."""
