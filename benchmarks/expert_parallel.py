@@ -4,9 +4,9 @@
 
 `correctness`: logits of trained checkpoints and of a few layers of Qwen3-30B-A3B beside one GPU's,
 for every placement, dispatch and quantisation. `layer`: an MoE layer's time by tokens of a rank,
-alone, as a job of one rank and over all ranks, with the bytes that a rank sends over what NVLink
-was measured to carry; uniform routing and Zipf's. `eplb`: steps of a few layers under Zipf's routing
-without EPLB, from a static placement, and with it rebalancing in the background.
+alone, as a job of one rank and over all ranks, with the bytes that a rank sends over what the wire
+was measured to carry. `eplb`: steps of a few layers under Zipf's routing without EPLB, from a
+static placement, and with it rebalancing in the background.
 
 Writes expert_parallel_<ranks>x_<device>.json from rank 0.
 """

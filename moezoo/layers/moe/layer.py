@@ -189,10 +189,10 @@ class FusedMoE(nn.Module):
 
     def expert_tensors(self) -> list[Tensor]:
         """All that the experts of this process consist of: parameters [E', ..], a row for each."""
-        weights = (self.w13, self.w2)
         return [
             tensor
-            for w in weights
+            for w in (self.w13, self.w2, self.bias13, self.bias2)
+            if w is not None
             for tensor in (w.parameters() if isinstance(w, QuantizedWeights) else [w])
         ]
 
