@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -58,8 +59,10 @@ from moezoo.loaders.weights import (
     require_device,
 )
 from moezoo.loaders.written import describe_
+from moezoo.parallel.eplb.options import EPLB
 from moezoo.parallel.mesh import Mesh, Parallel, join
-from moezoo.parallel.sharding import check_wire, moe_layers, shard_, slots_of
+from moezoo.parallel.sharding import balance_, check_wire, moe_layers, shard_, slots_of
+from moezoo.parallel.slots import Slots
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +78,7 @@ def from_pretrained(
     device: torch.device | str | None = None,
     quantization: str | Mapping[str, object] | Quantization | None = None,
     parallel: Parallel | None = None,
-    eplb: object = None,
+    eplb: Mapping[str, object] | EPLB | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
@@ -91,16 +94,16 @@ def from_pretrained(
     or `Quantization` with its choices; None keeps experts and linear layers as they are stored, and
     {"dense": "dequantize"} loads linear layers that are stored quantised in `dtype`. `parallel`
     divides experts over the processes of torchrun: each reads its own only, on the GPU of its place
-    on the host. `eplb` is None in this release. `revision`, `cache_dir`, `token` and
-    `local_files_only` mean what they do in huggingface_hub. `progress` shows a bar where stderr is
-    a terminal.
+    on the host. `eplb`, a dict or `EPLB`, keeps the processes evenly loaded. `revision`,
+    `cache_dir`, `token` and `local_files_only` mean what they do in huggingface_hub. `progress`
+    shows a bar where stderr is a terminal.
 
     Raises `CheckpointError` for a checkpoint that cannot be found, read or fitted,
     `UnsupportedArchitectureError`, `QuantizationError`, `MoEOutOfMemoryError` before anything is
     allocated, `ExpertMapError` for ranks and placements that do not fit, `RankError` where another
     rank fails, and `ValueError` for other arguments.
     """
-    _refuse_later_options(eplb)
+    balance = _balance(eplb, parallel)
     asked = Quantization.of(quantization)
     _dtype(dtype)  # before anything is asked of the hub
     mesh = _joined(parallel, device)
@@ -119,6 +122,7 @@ def from_pretrained(
             device=target_device,
             quantization=asked,
             mesh=mesh,
+            eplb=balance,
             progress=progress,
         )
 
@@ -131,6 +135,7 @@ def from_checkpoint(
     device: torch.device | str | None = None,
     quantization: str | Mapping[str, object] | Quantization | None = None,
     mesh: Mesh | None = None,
+    eplb: EPLB | None = None,
     progress: bool = True,
 ) -> MoECausalLM:
     """The model of an open checkpoint; arguments and errors as in `from_pretrained`."""
@@ -139,18 +144,18 @@ def from_checkpoint(
     built = build(
         checkpoint, dtype=dtype, quantization=asked, device=target_device, progress=progress
     )
-    experts = None
+    slots = None
     if mesh is not None:
         tensors = sha256(repr(sorted(checkpoint.tensors.items())).encode()).hexdigest()
         mesh.agree({"the checkpoint": checkpoint.revision, "its tensors (a hash)": tensors})
-        experts = _sharded(built.decoder, mesh, built.config, asked)
+        slots = _sharded(built.decoder, mesh, built.config, asked, eplb)
     load_weights(
         built.decoder,
         checkpoint,
         built.rules,
         device=target_device,
         dtype=built.config.dtype,
-        experts=experts,
+        experts=None if mesh is None or slots is None else slots.of_rank(mesh.ep_rank),
         quantization=asked,
         check=None if mesh is None else partial(_check_wire, mesh, built.decoder),
         progress=progress,
@@ -158,6 +163,8 @@ def from_checkpoint(
     describe_(
         built.config, built.decoder, registry.architecture(built.config.model_type).CHECKPOINT
     )
+    if mesh is not None and slots is not None:
+        balance_(built.decoder, mesh, slots, eplb, num_groups=_groups(built.config))
     model = MoECausalLM(built.config, built.decoder).eval()
     model.mesh = mesh
     if built.generation_config is not None:
@@ -173,14 +180,39 @@ def _joined(parallel: Parallel | None, device: torch.device | str | None) -> Mes
     return join(parallel, device)
 
 
+def _balance(eplb: Mapping[str, object] | EPLB | None, parallel: Parallel | None) -> EPLB | None:
+    balance = EPLB.of(eplb)
+    if balance is not None and parallel is None:
+        raise ValueError(
+            f"eplb={eplb!r} is for experts that are divided over ranks: give parallel too, such as "
+            "moezoo.Parallel(expert_parallel_size=8)"
+        )
+    return balance
+
+
+def _groups(config: PreTrainedConfig) -> int:
+    """Of neighbouring experts that a token chooses first, where the router does so."""
+    return getattr(config, "n_group", None) or 1
+
+
 def _sharded(
-    decoder: Decoder, mesh: Mesh, config: PreTrainedConfig, asked: Quantization | None
-) -> dict[int, list[int]]:
-    """Leave this rank's experts in a decoder on meta; the experts of each layer that are left."""
-    mesh.agree({"config": config.to_json_string(use_diff=False), "quantization": asked})
-    slots = slots_of(decoder, mesh)
+    decoder: Decoder,
+    mesh: Mesh,
+    config: PreTrainedConfig,
+    asked: Quantization | None,
+    balance: EPLB | None,
+) -> Slots:
+    """Leave this rank's experts in a decoder on meta: those of its slots."""
+    mesh.agree(
+        {
+            "config": config.to_json_string(use_diff=False),
+            "quantization": asked,
+            "eplb": balance and repr(replace(balance, placement=None)),
+        }
+    )
+    slots = slots_of(decoder, mesh, balance)
     shard_(decoder, mesh, slots)
-    return slots.of_rank(mesh.ep_rank)
+    return slots
 
 
 def _check_wire(mesh: Mesh, decoder: Decoder, planned: Planned) -> None:
@@ -243,7 +275,7 @@ def from_config(
     device: torch.device | str | None = None,
     quantization: str | Mapping[str, object] | Quantization | None = None,
     parallel: Parallel | None = None,
-    eplb: object = None,
+    eplb: Mapping[str, object] | EPLB | None = None,
 ) -> MoECausalLM:
     """The model that `config` describes with random weights, made on `device`.
 
@@ -254,7 +286,7 @@ def from_config(
     or a config that says so, experts are made one by one and quantised. Arguments and errors
     otherwise as in `from_pretrained`.
     """
-    _refuse_later_options(eplb)
+    balance = _balance(eplb, parallel)
     asked = Quantization.of(quantization)
     if not isinstance(config, PreTrainedConfig):
         raise ValueError(f"config is a {type(config).__name__}, expected a transformers config")
@@ -267,10 +299,12 @@ def from_config(
     with nullcontext() if mesh is None else mesh.together("making the model"):
         with torch.device("meta"):
             decoder = registry.build(config)
+        slots = None
         experts: Mapping[int, Sequence[int]] = {}
         if mesh is not None:
             seed = int(mesh.watch.exchange("agreeing on a seed", str(seed))[0])
-            experts = _sharded(decoder, mesh, config, asked)
+            slots = _sharded(decoder, mesh, config, asked, balance)
+            experts = slots.of_rank(mesh.ep_rank)
         plain = parameter_infos(decoder, config.dtype)
         quantized = _kinds_of_config(decoder, config, plain, scheme, asked)
         require_device(decoder, quantized, target_device)
@@ -288,6 +322,8 @@ def from_config(
         quantize_on_meta(decoder, quantized)
         place(decoder, tensors)
         describe_(config, decoder, registry.architecture(config.model_type).CHECKPOINT)
+        if mesh is not None and slots is not None:
+            balance_(decoder, mesh, slots, balance, num_groups=_groups(config))
     model = MoECausalLM(config, decoder).eval()
     model.mesh = mesh
     return model
@@ -429,11 +465,6 @@ def _same_bytes(checkpoint: Checkpoint, first: str, second: str, *, progress: bo
         right.seek(locations[second].offset)
         sizes = (min(_CHUNK, nbytes - start) for start in range(0, nbytes, _CHUNK))
         return all(left.read(size) == right.read(size) for size in sizes)
-
-
-def _refuse_later_options(eplb: object) -> None:
-    if eplb is not None:
-        raise ValueError(f"eplb={eplb!r} is not in this release; leave it None")
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | None:

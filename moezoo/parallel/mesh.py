@@ -101,7 +101,8 @@ class Parallel:
 class Mesh:
     """This process among the others. Made by `join`.
 
-    Ranks are those of the job; `group_ranks` are the ones of this rank's expert group, `group` is
+    Ranks are those of the job, `num_nodes` the hosts that divide an expert group evenly;
+    `group_ranks` are the ones of this rank's expert group, `group` is
     their process group, and `ep_rank` the place among them.
     """
 
@@ -113,6 +114,8 @@ class Mesh:
         self.ep_rank = self.rank % self.ep_size
         first = self.rank - self.ep_rank
         self.group_ranks = range(first, first + self.ep_size)
+        on_host = _int("LOCAL_WORLD_SIZE", self.world_size)
+        self.num_nodes = self.ep_size // on_host if self.ep_size % on_host == 0 else 1
         store = _get_default_store()
         # Ranks make their meshes in the same order.
         number = store.add(f"moezoo/meshes/{self.rank}", 1)

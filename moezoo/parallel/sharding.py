@@ -3,18 +3,21 @@
 Legend: E experts, P slots.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moezoo.errors import ExpertMapError
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.moe import Dispatcher, FusedMoE
 from moezoo.layers.quant import BlockFp8, Format
 from moezoo.parallel.dispatch import AllGather, AllToAll
+from moezoo.parallel.eplb.balancer import Balancer
+from moezoo.parallel.eplb.options import EPLB
 from moezoo.parallel.mesh import Mesh
-from moezoo.parallel.slots import ReplicaChoice, Slots
+from moezoo.parallel.slots import Slots
 
 
 def moe_layers(decoder: Decoder) -> dict[int, FusedMoE]:
@@ -22,8 +25,8 @@ def moe_layers(decoder: Decoder) -> dict[int, FusedMoE]:
     return {i: x.mlp for i, x in enumerate(decoder.layers) if isinstance(x.mlp, FusedMoE)}
 
 
-def slots_of(decoder: Decoder, mesh: Mesh) -> Slots:
-    """Where `Parallel.placement` puts the experts of a model.
+def slots_of(decoder: Decoder, mesh: Mesh, options: EPLB | None) -> Slots:
+    """Where `eplb` and `Parallel.placement` put the experts of a model to begin with.
 
     Raises ExpertMapError for a placement that does not fit it, and a model without experts.
     """
@@ -35,41 +38,53 @@ def slots_of(decoder: Decoder, mesh: Mesh) -> Slots:
             if not sizes
             else f"the MoE layers have {sorted(sizes)} experts, and a placement is for one number"
         )
-    return Slots.of(mesh.parallel.placement, sizes.pop(), list(layers), mesh.ep_size)
+    placement = mesh.parallel.placement
+    if options is not None:
+        return options.slots(sizes.pop(), list(layers), mesh.ep_size, placement)
+    return Slots.of(placement, sizes.pop(), list(layers), mesh.ep_size)
 
 
-def shard_(
-    decoder: Decoder,
-    mesh: Mesh,
-    slots: Slots,
-    *,
-    physical_ids: Callable[[int], Callable[[Tensor], Tensor]] | None = None,
-) -> None:
+def shard_(decoder: Decoder, mesh: Mesh, slots: Slots) -> None:
     """Leave in each MoE layer, on meta, the experts in this rank's slots, and attach what carries
-    tokens to the others.
-
-    `physical_ids` gives for each MoE layer, counted from 0, the function that chooses slots; by
-    default tokens choose evenly among replicas. No parameter needs a gradient from then on.
+    tokens to the others. No parameter needs a gradient from then on.
 
     Raises ExpertMapError where ranks have other maps than this one.
     """
     mesh.agree({"the map of experts": slots.fingerprint})
     dispatcher = dispatcher_of(mesh, slots)
     held = slots.of_rank(mesh.ep_rank)
-    trivial = torch.arange(slots.num_experts)
-    # Those with tokens of their own choose replicas apart from each other.
-    seed = mesh.ep_rank if mesh.parallel.dispatch == "all_to_all" else 0
-    for i, (layer, moe) in enumerate(moe_layers(decoder).items()):
-        for name in ("w13", "w2"):
+    for layer, moe in moe_layers(decoder).items():
+        for name in ("w13", "w2", "bias13", "bias2"):
             whole = getattr(moe, name)
+            if whole is None:
+                continue
             setattr(moe, name, nn.Parameter(whole.new_empty(len(held[layer]), *whole.shape[1:])))
         moe.dispatcher = dispatcher
-        own = slots.physical_to_logical_map[i]
-        if physical_ids is not None:
-            moe.physical_ids = physical_ids(i)
-        elif not torch.equal(own, trivial):
-            moe.physical_ids = ReplicaChoice(own, slots.num_experts, seed=seed, device=mesh.device)
     decoder.requires_grad_(False)
+
+
+def balance_(
+    decoder: Decoder, mesh: Mesh, slots: Slots, options: EPLB | None, *, num_groups: int = 1
+) -> None:
+    """Attach what chooses the slots that tokens go to and, by `options`, moves experts, to a
+    decoder that `shard_` divided and whose weights are there.
+
+    Of `num_groups` groups of experts each stays on a node, where they divide over the nodes.
+    """
+    trivial = torch.arange(slots.num_experts).repeat(len(slots.layers), 1)
+    if mesh.ep_size == 1 and torch.equal(slots.physical_to_logical_map, trivial):
+        return
+    layers = moe_layers(decoder).values()
+    balancer = Balancer(
+        slots,
+        [moe.expert_tensors() for moe in layers],
+        options=options,
+        mesh=mesh,
+        num_groups=num_groups,
+    )
+    decoder.balancer = balancer
+    for i, moe in enumerate(layers):
+        moe.physical_ids = partial(balancer.physical_ids, i)
 
 
 def dispatcher_of(mesh: Mesh, slots: Slots) -> Dispatcher | None:
@@ -102,6 +117,8 @@ def check_wire(mesh: Mesh, formats: Collection[type[Format] | None]) -> None:
 
 def step_without_tokens(decoder: Decoder) -> None:
     """Take part in a forward pass of the other ranks, for a rank that has no tokens."""
+    if decoder.balancer is not None:
+        decoder.balancer.begin(None)
     for moe in moe_layers(decoder).values():
         if moe.dispatcher is None:
             continue
@@ -110,3 +127,4 @@ def step_without_tokens(decoder: Decoder) -> None:
         topk_weights, topk_ids = moe.route(moe.gate.new_zeros(1, moe.num_experts).float())
         slots = topk_ids if moe.physical_ids is None else moe.physical_ids(topk_ids[:0])
         moe.dispatched(nothing, topk_weights[:0], slots[:0])
+    decoder.end_step(dummy=True)

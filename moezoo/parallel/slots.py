@@ -1,7 +1,6 @@
-"""Where the experts of a model are: slots, those of rank 0 first, and who takes which replica.
+"""Where the experts of a model are: slots, those of rank 0 first.
 
-Legend: T tokens, K experts per token, L MoE layers, E experts, P slots (E and redundant ones), R
-ranks, X the most replicas of an expert.
+Legend: L MoE layers, E experts, P slots (E and redundant ones), R ranks.
 """
 
 import os
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 
 from moezoo.errors import ExpertMapError
-from moezoo.parallel.eplb.state import choose_replicas, replica_maps
 from moezoo.parallel.placement import STRATEGIES, Placement, experts_of_rank
 
 
@@ -85,28 +83,3 @@ class Slots:
         described = repr((self.layers, self.bounds, self.physical_to_logical_map.tolist()))
         sizes = "+".join(str(b - a) for a, b in pairwise(self.bounds))
         return f"slots {sizes} of hash {sha256(described.encode()).hexdigest()[:12]}"
-
-
-class ReplicaChoice:
-    """The slots that a layer's tokens go to, by the order of its experts: an even choice of
-    replicas.
-
-    Args:
-        slots: int64 [P], the expert of each slot.
-        seed: another one for each rank, so that ranks do not choose the same replica at a time;
-            the same one for ranks that have the same tokens, as those must choose alike.
-    """
-
-    def __init__(self, slots: Tensor, num_experts: int, *, seed: int, device: torch.device) -> None:
-        replicas, counts = replica_maps(slots[None].to(device), num_experts)
-        self._replicas, self._counts = replicas[0], counts[0]
-        self._turn = torch.full((1,), seed * 997, dtype=torch.int64, device=device)
-        self._several = len(slots) > num_experts
-
-    def __call__(self, topk_ids: Tensor) -> Tensor:
-        """topk_ids int [T, K] -> slots int32 [T, K]; -1 stays -1."""
-        if self._several:
-            slots = choose_replicas(topk_ids, self._replicas, self._counts, self._turn)
-            self._turn += 1
-            return slots
-        return torch.where(topk_ids < 0, -1, self._replicas[topk_ids.clamp(min=0), 0]).int()
