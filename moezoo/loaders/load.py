@@ -27,6 +27,7 @@ from moezoo.errors import (
     UnsupportedArchitectureError,
 )
 from moezoo.layers.decoder import Decoder
+from moezoo.layers.quant import Format
 from moezoo.loaders.checkpoint import (
     CONFIG,
     GENERATION_CONFIG,

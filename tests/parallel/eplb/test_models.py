@@ -1,5 +1,7 @@
 """Models whose experts move between steps, against the same model in one process."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from ranks import results
@@ -8,7 +10,7 @@ from tolerances import RELATIVE, relative_difference
 from transformers import AutoConfig
 
 import moezoo
-from moezoo import EPLB, Parallel
+from moezoo import Parallel
 from moezoo.errors import ExpertMapError
 from moezoo.parallel.placement import Placement
 from moezoo.parallel.sharding import moe_layers, step_without_tokens
@@ -103,5 +105,55 @@ def test_logits_stay_those_of_one_process_while_experts_move():
             assert furthest < (RELATIVE[torch.bfloat16] if "dtype" in case[0] else EXACT), case
             assert maps == outcomes[0][1]
             assert same, case
-        steps = [a != b for a, b in zip(maps, maps[1:], strict=False)]
+        steps = [a != b for a, b in pairwise(maps)]
         assert any(steps[:-3]), case  # some steps come after a switch
+
+
+def generating(rank, placement):
+    whole = made()
+    expected = whole.generate(prompt(1), max_new_tokens=20, do_sample=False)
+    parallel = Parallel(2, dispatch="all_gather")
+    found = []
+    for eplb in ({"enabled": False, "step_interval": 2}, {"step_interval": 4}):
+        model = made(parallel=parallel, eplb=eplb | {"placement": placement})
+        tokens = model.generate(prompt(1), max_new_tokens=20, do_sample=False)
+        assert torch.equal(tokens, expected)
+        state = model.decoder.balancer.state
+        found.append((state.physical_to_logical_map.tolist(), state.rank_load().sum().item()))
+    with pytest.raises(ExpertMapError, match=r"eplb is EPLB.*window_size=3.* on rank 0 and EPLB"):
+        made(parallel=parallel, eplb={"window_size": 3 + rank})
+    return found
+
+
+def test_a_placement_file_is_the_start_and_generation_goes_on_while_experts_move(tmp_path):
+    maps = torch.tensor([[7, 6, 5, 4, 3, 3, 2, 1, 0, 7], [0, 1, 2, 3, 4, 5, 6, 7, 0, 0]])
+    file = str(tmp_path / "placement.json")
+    Placement(8, 2, (1, 2), maps).save(file)
+    first, second = results(2, generating, file)
+    assert first == second
+    (still, counted), (moved, _) = first
+    assert still == maps.tolist()
+    assert moved != maps.tolist()
+    # 9 tokens of the prompt and 19 that were generated, each with 2 experts in 2 layers
+    assert counted == (9 + 19) * 2 * 2
+
+
+def test_one_process(tmp_path):
+    """Nothing moves between ranks, and without copies there is nothing to do at all."""
+    with pytest.raises(ValueError, match=r"for experts that are divided .* give parallel too"):
+        made(eplb={"num_redundant_experts": 4})
+    with pytest.raises(ValueError, match="eplb has no 'redundant'"):
+        made(eplb={"redundant": 4}, parallel=Parallel(1))
+    assert results(1, alone) == [[True, False]]
+
+
+def alone(rank):
+    expected = made()(prompt(2)).logits
+    found = []
+    for eplb in ({"step_interval": 4}, {"step_interval": 4, "num_redundant_experts": 3}):
+        model = made(parallel=Parallel(1), eplb=eplb)
+        for _ in range(9):
+            with torch.no_grad():
+                assert relative_difference(model(prompt(2)).logits, expected) < EXACT
+        found.append(model.decoder.balancer is None)
+    return found
