@@ -50,7 +50,10 @@ def balancer(mesh, options):
     """And the weights that it looks after: those that the first map puts on this rank."""
     slots = options.slots(E, LAYERS, mesh.ep_size, "linear")
     layers = [
-        [stacked(tensors) for tensors in zip(*(expert(layer, e) for e in held), strict=True)]
+        [
+            stacked(tensors).to(mesh.device)
+            for tensors in zip(*(expert(layer, e) for e in held), strict=True)
+        ]
         for layer, held in slots.of_rank(mesh.ep_rank).items()
     ]
     return Balancer(slots, layers, options=options, mesh=mesh), layers
@@ -64,7 +67,7 @@ def wrong_slots(mesh, balanced, layers):
         for i, tensors in enumerate(layers)
         for slot, e in enumerate(maps[i].tolist())
         for n, (held, right) in enumerate(zip(tensors, expert(LAYERS[i], e), strict=True))
-        if not same(held[slot], right)
+        if not same(held[slot].cpu(), right)
     ]
 
 
@@ -203,3 +206,26 @@ def test_uneven_ranks_are_logged_and_warned_of_where_nothing_moves():
     assert category is LoadImbalanceWarning
     assert "is 0.57 of the highest, and was below 0.6 for 3 intervals" in message
     assert others == [[], []]
+
+
+def beside_a_gpu(rank):
+    mesh = join(Parallel(1), "cuda")
+    balanced, layers = balancer(mesh, EPLB(num_redundant_experts=3, step_interval=8))
+    first = balanced.state.physical_to_logical_map.tolist()
+    ids = [torch.randint(3, (64, 2), device="cuda") for _ in range(STEPS)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    for choices in ids:
+        balanced.begin(None)
+        for i in range(len(LAYERS)):
+            balanced.physical_ids(i, choices)
+        balanced.end_step()
+        time.sleep(0.01)  # as a step takes its time
+    torch.cuda.set_sync_debug_mode("default")
+    moved = balanced.state.physical_to_logical_map.tolist() != first
+    return moved, wrong_slots(mesh, balanced, layers)
+
+
+@pytest.mark.gpu
+def test_the_host_never_waits_for_the_gpu():
+    assert results(1, beside_a_gpu) == [(True, [])]

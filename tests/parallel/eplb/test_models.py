@@ -20,13 +20,10 @@ EXACT = 1e-5
 """fp32, where sums come in another order, over the largest logit."""
 
 
-def config(**more):
-    return AutoConfig.for_model("deepseek_v3", **MODELS["deepseek_v3"] | more)
-
-
-def made(**options):
+def made(device="cpu", **options):
     torch.manual_seed(3)
-    return moezoo.from_config(config(), device="cpu", **options)
+    config = AutoConfig.for_model("deepseek_v3", **MODELS["deepseek_v3"])
+    return moezoo.from_config(config, device=device, **options)
 
 
 def prompt(number):
@@ -78,7 +75,8 @@ def stepping(rank, cases):
 
 def same_weights(model, whole, rank):
     """Whether this rank's weights are the whole model's, by the last map."""
-    maps = model.decoder.balancer.state.physical_to_logical_map.unflatten(1, (RANKS, -1))[:, rank]
+    state = model.decoder.balancer.state
+    maps = state.physical_to_logical_map.unflatten(1, (state.num_ranks, -1))[:, rank]
     layers = zip(
         moe_layers(model.decoder).values(), moe_layers(whole.decoder).values(), strict=True
     )
@@ -157,3 +155,24 @@ def alone(rank):
                 assert relative_difference(model(prompt(2)).logits, expected) < EXACT
         found.append(model.decoder.balancer is None)
     return found
+
+
+def on_a_gpu(rank, quantization):
+    """Copies move within the process, under the captured steps of an engine."""
+    options = {"device": "cuda", "quantization": quantization}
+    whole = made(**options)
+    eplb = {"num_redundant_experts": 4, "step_interval": 8}
+    model = made(parallel=Parallel(1), eplb=eplb, **options)
+    first = model.decoder.balancer.state.physical_to_logical_map.tolist()
+    asked = {"max_new_tokens": 50, "do_sample": False}
+    tokens, expected = (m.generate(prompt(1).cuda(), **asked) for m in (model, whole))
+    assert model._engines._engine._graphs  # its steps were replayed
+    assert model.decoder.balancer.state.physical_to_logical_map.tolist() != first
+    assert same_weights(model, whole, rank)
+    return torch.equal(tokens, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantization", [None, "int4_w4a16"])
+def test_captured_steps_see_experts_that_moved(quantization):
+    assert results(1, on_a_gpu, quantization) == [True]
