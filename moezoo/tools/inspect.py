@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
+from torch import nn
 
 from moezoo import registry
 from moezoo.errors import CheckpointError, ExpertMapError, MoEZooError, QuantizationError
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.mla import MultiHeadLatentAttention
-from moezoo.layers.moe import BiasedRoute, FusedMoE, workspace_bytes
+from moezoo.layers.moe import FusedMoE, workspace_bytes
 from moezoo.layers.moe.chunks import CHUNK_TOKENS
 from moezoo.layers.quant import Format
 from moezoo.loaders.checkpoint import Checkpoint, open_config
@@ -50,7 +51,7 @@ EXPERT_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
-_OF_EXPERT = re.compile(r"(^|\.)experts\.")
+_OF_EXPERT = re.compile(r"(^|\.)(experts|block_sparse_moe\.(in|out)put_linear)\.")
 _FP8_BLOCK = 128
 _MXFP4_GROUP = 32
 _INT4_GROUPS = (128, 64, 32)
@@ -248,13 +249,13 @@ def _of_decoder(report: Report, decoder: Decoder, dtype: torch.dtype) -> Report:
     parameters = sum(prod(info.shape) for info in infos)
     all_bytes = sum(prod(info.shape) * info.dtype.itemsize for info in infos)
     moe_layers = [layer.mlp for layer in decoder.layers if isinstance(layer.mlp, FusedMoE)]
-    in_experts = sum(prod(moe.w13.shape) + prod(moe.w2.shape) for moe in moe_layers)
+    in_experts = sum(map(_in_experts, moe_layers))
     experts = _experts(moe_layers[0], dtype) if moe_layers else None
     active, weight_bytes = parameters, {}
     if experts is not None:
-        idle = in_experts // experts.num_experts * (experts.num_experts - experts.per_token)
-        active = parameters - idle
-        weight_bytes = _weight_bytes(moe_layers, rest=all_bytes - in_experts * dtype.itemsize)
+        active = parameters - sum(map(_idle, moe_layers))
+        rest = all_bytes - in_experts * dtype.itemsize
+        weight_bytes = _weight_bytes(moe_layers, rest, dtype)
     attentions = [layer.attn for layer in decoder.layers]
     windows = Counter(
         attention.window
@@ -277,14 +278,30 @@ def _of_decoder(report: Report, decoder: Decoder, dtype: torch.dtype) -> Report:
     )
 
 
+def _route(moe: FusedMoE) -> "partial[tuple[torch.Tensor, torch.Tensor]]":
+    route = moe.route.fn if isinstance(moe.route, nn.Module) else moe.route
+    assert isinstance(route, partial), "model files give routes as partial(function, k=..., ...)"
+    return route
+
+
+def _in_experts(moe: FusedMoE) -> int:
+    return prod(moe.w13.shape) + prod(moe.w2.shape) + _biases(moe)
+
+
+def _idle(moe: FusedMoE) -> int:
+    """Numbers of the experts that a token is not sent to."""
+    num_experts = moe.w2.shape[0]
+    per_token: int = _route(moe).keywords["k"]
+    return _in_experts(moe) // num_experts * (num_experts - per_token)
+
+
 def _experts(moe: FusedMoE, dtype: torch.dtype) -> Experts:
     num_experts, _, intermediate_size = moe.w2.shape
-    route = moe.route.fn if isinstance(moe.route, BiasedRoute) else moe.route
-    assert isinstance(route, partial), "model files give routes as partial(function, k=..., ...)"
+    route = _route(moe)
     settings = dict(route.keywords)
     per_token = settings.pop("k")
-    if isinstance(moe.route, BiasedRoute):
-        settings["correction_bias"] = True
+    if isinstance(moe.route, nn.Module):
+        settings |= {name: True for name, _ in moe.route.named_parameters()}
     described = ", ".join(f"{name}={value}" for name, value in settings.items())
     return Experts(
         num_experts=num_experts,
@@ -323,15 +340,23 @@ def _kv_width(attention: object) -> int:
     return sum(attention.kv_a.part_sizes)
 
 
-def _weight_bytes(moe_layers: list[FusedMoE], rest: int) -> dict[str, dict[int, int]]:
+def _biases(moe: FusedMoE) -> int:
+    """Numbers in the biases of a layer's experts."""
+    return sum(bias.numel() for bias in (moe.bias13, moe.bias2) if bias is not None)
+
+
+def _weight_bytes(
+    moe_layers: list[FusedMoE], rest: int, dtype: torch.dtype
+) -> dict[str, dict[int, int]]:
     num_experts, hidden_size, intermediate_size = moe_layers[0].w2.shape
+    biases = _biases(moe_layers[0]) // num_experts * dtype.itemsize
     table: dict[str, dict[int, int]] = {}
     for name, matrix_bytes in FORMATS.items():
         gate_or_up = matrix_bytes(intermediate_size, hidden_size)
         down = matrix_bytes(hidden_size, intermediate_size)
         if gate_or_up is None or down is None:
             continue
-        expert = (2 * gate_or_up + down) * len(moe_layers)
+        expert = (2 * gate_or_up + down + biases) * len(moe_layers)
         table[name] = {
             size: rest + ceil(num_experts / size) * expert
             for size in EXPERT_PARALLEL_SIZES
