@@ -153,7 +153,15 @@ def alone(rank):
         for _ in range(9):
             with torch.no_grad():
                 assert relative_difference(model(prompt(2)).logits, expected) < EXACT
-        found.append(model.decoder.balancer is None)
+        balancer = model.decoder.balancer
+        found.append(balancer is None)
+    window = balancer.state.expert_load_window.clone()
+    with torch.no_grad(), balancer.undone():
+        model(prompt(3))
+    assert torch.equal(balancer.state.expert_load_window, window)
+    with torch.no_grad():
+        model(prompt(3))
+    assert balancer.state.expert_load_window.sum() == window.sum() + 9 * 2 * 2
     return found
 
 
