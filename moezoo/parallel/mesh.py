@@ -25,6 +25,9 @@ from moezoo.parallel.placement import STRATEGIES
 # Its name in torch 2.13, which warns of the one before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+_START = 300.0
+"""Seconds in which all ranks must have begun: imports take long where many read one disk."""
+
 DISPATCHES = ("all_to_all", "all_gather")
 
 
@@ -228,7 +231,7 @@ def join(parallel: Parallel, device: torch.device | str | None = None) -> Mesh:
 def _initialise(parallel: Parallel, device: torch.device) -> None:
     options: dict[str, Any] = {
         "backend": "nccl" if device.type == "cuda" else "gloo",
-        "timeout": timedelta(seconds=parallel.timeout),
+        "timeout": timedelta(seconds=max(parallel.timeout, _START)),
     }
     if device.type == "cuda":
         options["device_id"] = device
