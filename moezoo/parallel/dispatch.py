@@ -63,7 +63,7 @@ class _Shared:
         tokens = x, topk_weights, ranks.rows(slots)
         parts = (tensor.tensor_split(ranks.chunks) for tensor in tokens)
         self._parts = [Arrival(*part) for part in zip(*parts, strict=True)]
-        self._sums: list[Pending] = []
+        self._sums: list[Pending[Tensor]] = []
 
     def arrivals(self) -> Iterator[Arrival]:
         yield from self._parts
