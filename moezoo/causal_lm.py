@@ -27,6 +27,7 @@ from moezoo.generation.paged import windows
 from moezoo.layers.attention import CausalMask, DenseContext, visible_tokens
 from moezoo.layers.decoder import Decoder
 from moezoo.loaders.save import save_pretrained
+from moezoo.parallel.mesh import Mesh
 
 ENGINE_KWARGS = {
     "attention_mask",
@@ -81,6 +82,8 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.loss_type = "ForCausalLM"
         self._engines = EngineKeeper()
+        self.mesh: Mesh | None = None
+        """The other ranks, where experts are divided over them."""
         self.all_tied_weights_keys: dict[str, str] = {}
 
     @classmethod
