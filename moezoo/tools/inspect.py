@@ -6,7 +6,7 @@ Legend: H hidden, I expert intermediate, E experts, K experts per token.
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import ceil, prod
@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import nn
 
 from moezoo import registry
-from moezoo.errors import CheckpointError, MoEZooError, QuantizationError
+from moezoo.errors import CheckpointError, ExpertMapError, MoEZooError, QuantizationError
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.mla import MultiHeadLatentAttention
@@ -30,6 +30,7 @@ from moezoo.loaders.checkpoint import Checkpoint, open_config
 from moezoo.loaders.dense import kept, quantized_linears
 from moezoo.loaders.encodings import Encoding
 from moezoo.loaders.experts import experts_of, quantized_experts
+from moezoo.loaders.held import quantized_infos
 from moezoo.loaders.kinds import Kind
 from moezoo.loaders.load import (
     own_dtype,
@@ -40,6 +41,10 @@ from moezoo.loaders.load import (
 from moezoo.loaders.mapping import parameter_infos
 from moezoo.loaders.plan import dtype_name, plan
 from moezoo.loaders.weights import own_encoding, unpadded
+from moezoo.parallel.placement import Strategy
+from moezoo.parallel.sharding import moe_layers
+from moezoo.parallel.slots import Slots
+from moezoo.tools.shares import RankShare, rank_shares
 
 EXPERT_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Sizes that memory is reported for, as far as there are experts for every rank."""
@@ -99,18 +104,23 @@ class Report:
     """Window -> number of layers whose cache stops growing there."""
     weight_bytes: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     """Quantisation -> expert-parallel size -> bytes of the weights on the fullest rank."""
+    ranks: Sequence[RankShare] = ()
+    """Of the expert-parallel size that was asked for, each rank's."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report in types that JSON knows (whose object keys are strings)."""
         return asdict(self)
 
     def __rich__(self) -> RenderableType:
-        return Group(_facts(self), *([_memory(self)] if self.weight_bytes else []))
+        tables = [_memory(self)] if self.weight_bytes else []
+        return Group(_facts(self), *tables, *([_ranks(self)] if self.ranks else []))
 
 
 def inspect(
     model_id: str | os.PathLike[str],
     *,
+    expert_parallel_size: int | None = None,
+    placement: Strategy | os.PathLike[str] = "linear",
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
@@ -122,9 +132,12 @@ def inspect(
     its weights are pickled or their headers cannot be read, the config alone is reported.
     `weight_bytes` counts experts in the format with its scales, and everything else in the model's
     dtype and on every rank. A format that does not fit the experts' shapes is left out.
+    With an expert-parallel size, `ranks` says what each rank would read and hold of the checkpoint
+    as it is stored, under a placement as `Parallel` takes it.
 
     Raises:
         CheckpointError: there is no checkpoint, or its config cannot be read.
+        ExpertMapError: the placement does not fit the model.
     """
     where: dict[str, Any] = {
         "revision": revision,
@@ -158,6 +171,8 @@ def inspect(
         chosen = plan(rules, encoding.tensors, infos, name=checkpoint.name)
         encoding = unpadded(encoding, chosen, infos)
         quantized = quantized_experts(decoder, chosen.copies, encoding, None)
+        others = [copy for copy in chosen.copies if copy.target not in experts_of(decoder)]
+        dense = quantized_linears(decoder, others, encoding)
         if report.experts is not None and quantized:
             owners = experts_of(decoder)
             kinds = (quantized.get(name) for name in owners)
@@ -166,8 +181,6 @@ def inspect(
             needed = _workspace_bytes(moe, per_token, dtype, formats)
             report = replace(report, experts=replace(report.experts, workspace_bytes=needed))
         if encoding.scheme is not None:
-            others = [copy for copy in chosen.copies if copy.target not in experts_of(decoder)]
-            dense = quantized_linears(decoder, others, encoding)
             stay = quantized.keys() | kept(dense).keys()
             whole = all(
                 copy.target in stay for copy in chosen.copies if copy.source in encoding.weights
@@ -178,7 +191,16 @@ def inspect(
             report = replace(report, stored_as=stored_as)
     except MoEZooError as error:
         return replace(report, reason=str(error))
-    return replace(report, supported=True)
+    report = replace(report, supported=True)
+    if expert_parallel_size is None:
+        return report
+    layers = moe_layers(decoder)
+    if report.experts is None:
+        raise ExpertMapError(f"{checkpoint.name} has no MoE layers to divide")
+    wanted = quantized_infos(decoder, infos, quantized | kept(dense))
+    slots = Slots.of(placement, report.experts.num_experts, list(layers), expert_parallel_size)
+    shares = rank_shares(decoder, checkpoint, chosen, encoding, wanted=wanted, slots=slots)
+    return replace(report, ranks=shares)
 
 
 def _encoding_if_known(checkpoint: Checkpoint) -> Encoding:
@@ -433,6 +455,17 @@ def _memory(report: Report) -> Table:
         table.add_column(str(size), justify="right", no_wrap=True)
     for name, per_rank in report.weight_bytes.items():
         table.add_row(name, *(_number(per_rank[size] / 1000**power) for size in sizes))
+    return table
+
+
+def _ranks(report: Report) -> Table:
+    table = Table(title=f"each of {len(report.ranks)} ranks, as the checkpoint is stored")
+    table.add_column("rank", justify="right")
+    for name in ("experts", "in memory", "read", "in files to download"):
+        table.add_column(name, justify="right")
+    for share in report.ranks:
+        sizes = share.weight_bytes, share.read_bytes, share.download_bytes
+        table.add_row(str(share.rank), str(share.experts), *map(_size, sizes))
     return table
 
 
