@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from datetime import timedelta
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
+import moezoo
 from moezoo.device import device_of
 from moezoo.errors import ExpertMapError
 from moezoo.parallel.faults import Watch
@@ -125,7 +125,7 @@ class Mesh:
         own = PrefixStore(f"moezoo/{number}", store.clone())  # type: ignore[attr-defined]
         self.watch = Watch(own, self.rank, self.world_size, timeout=parallel.timeout)
         self.agree(
-            {"moezoo": version("moezoo"), "torch": torch.__version__, "device": device.type}
+            {"moezoo": moezoo.__version__, "torch": torch.__version__, "device": device.type}
             | {f"Parallel.{f.name}": getattr(parallel, f.name) for f in fields(parallel)}
         )
         backend = "nccl" if device.type == "cuda" else "gloo"
