@@ -4,7 +4,7 @@ Legend: B batch, T new tokens, H hidden, V vocabulary.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -15,7 +15,7 @@ from moezoo.device import device_made_current
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import Context
 from moezoo.layers.linear import Linear, linear
-from moezoo.layers.moe import RoutingRecorder
+from moezoo.layers.moe import Dispatcher, RoutingRecorder
 from moezoo.layers.norm import RMSNorm, handed_to
 from moezoo.layers.quant import QuantizedWeights
 from moezoo.layers.quantized_linear import quantized_linear
@@ -91,6 +91,8 @@ class Decoder(nn.Module):
             self.lm_head = Linear(hidden_size, vocab_size, bias=head_bias)
         self.recorder: RoutingRecorder | None = None
         """What counts the choices of the MoE layers, while somebody wants to know them."""
+        self.dispatcher: Dispatcher | None = None
+        """That of the MoE layers; None where this process has all the experts."""
         self.balancer: Balancer | None = None
         """None where there is nothing to balance."""
 
@@ -110,7 +112,7 @@ class Decoder(nn.Module):
             self.recorder.begin(context.real_tokens())
         if self.balancer is not None:
             self.balancer.begin(context.real_tokens())
-        with device_made_current(x):
+        with self.passing(x.shape[:-1].numel()), device_made_current(x):
             for layer_idx, layer in enumerate(self.layers):
                 if states is not None:
                     states.append(x if update is None else x + update)
@@ -121,6 +123,10 @@ class Decoder(nn.Module):
         if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.end_step()
         return x
+
+    def passing(self, num_tokens: int) -> AbstractContextManager[None]:
+        """A forward pass over so many tokens, which other ranks that have experts make too."""
+        return nullcontext() if self.dispatcher is None else self.dispatcher.passing(num_tokens)
 
     def end_step(self, *, dummy: bool = False) -> None:
         """A forward pass is queued, or a replay of one that was captured: experts may move."""

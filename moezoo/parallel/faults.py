@@ -6,10 +6,12 @@ waits in a collective, reads a file or compiles, and stop when its process dies 
 """
 
 import json
-import logging
+import os
+import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -17,10 +19,11 @@ from torch.distributed.distributed_c10d import Store
 
 from moezoo.errors import RankError
 
-_log = logging.getLogger(__name__)
-
 _LOOKS = 5
 """A rank that says nothing for so many intervals is gone."""
+
+_LOOKED_AT = 32
+"""Ranks in an interval: all of them would be many questions to one store."""
 
 
 class _Sign:
@@ -31,6 +34,8 @@ class _Sign:
         self.collectives = 0
         """That it has begun."""
         self.doing = "starting"
+        self.awaits: deque[int] = deque()
+        """Ranks without which this one ends."""
         self.over = threading.Event()
 
     def __str__(self) -> str:
@@ -56,12 +61,21 @@ class Watch:
         store.set(f"sign/{rank}", str(self._sign))
         thread = threading.Thread(
             target=_beat,
-            args=(store.clone(), rank, world_size, self._sign, timeout),  # type: ignore[attr-defined]
+            args=(store.clone(), rank, self._sign, timeout),  # type: ignore[attr-defined]
             name="moezoo signs of life",
             daemon=True,
         )
         thread.start()
         weakref.finalize(self, _leave, store, rank, self._sign, thread)
+
+    def end_if_kept_waiting(self, ranks: Sequence[int]) -> None:
+        """From now on, end this process with a message if one of these ranks does not come to a
+        collective within the time-out after this rank began it.
+
+        That is for GPUs, where no call fails: what is launched just waits, and NCCL ends the
+        process in the end without a word of whom it waited for.
+        """
+        self._sign.awaits = deque(rank for rank in ranks if rank != self.rank)
 
     def begins(self, doing: str) -> None:
         """This rank begins a collective."""
@@ -177,26 +191,48 @@ class Watch:
         return f"while {doing}, with all ranks alive: {said}"
 
 
-def _beat(store: Store, rank: int, world_size: int, sign: _Sign, timeout: float) -> None:
-    """Write that this rank lives, and say so if the next one does not: NCCL ends a process that
-    waits too long without a word of whom it waited for."""
-    neighbour = (rank + 1) % world_size
-    heard, last = time.monotonic(), ""
+def _beat(store: Store, rank: int, sign: _Sign, timeout: float) -> None:
+    """Write that this rank lives, and look whether it waits for others in vain."""
+    began: deque[tuple[float, int]] = deque()
+    heard: dict[int, tuple[float, str]] = {}
     with _unheard():  # without a store there is nobody to tell
         while not sign.over.wait(_interval(timeout)):
             sign.beats += 1
             store.set(f"sign/{rank}", str(sign))
-            key = f"sign/{neighbour}"
-            said = store.get(key).decode() if store.check([key]) else ""
-            if said != last or not said:
-                heard, last = time.monotonic(), said
-            elif time.monotonic() - heard > timeout / 2:
-                _log.error(
-                    "rank %d has given no sign of life for %g s; ranks that wait for it stop "
-                    "%g s after they began to",
-                    *(neighbour, timeout / 2, timeout),
-                )
-                heard = time.monotonic() + threading.TIMEOUT_MAX  # once is enough
+            if not sign.awaits:
+                continue
+            now = time.monotonic()
+            # Of a moment that is a time-out ago; it may not have been looked at exactly then.
+            began.append((now, sign.collectives))
+            while len(began) > 1 and now - began[1][0] >= timeout:
+                began.popleft()
+            for _ in range(min(_LOOKED_AT, len(sign.awaits))):
+                other = sign.awaits[0]
+                sign.awaits.rotate(-1)
+                said = store.get(f"sign/{other}").decode()
+                if other not in heard or said != heard[other][1]:
+                    # One that has left stays at what it did last.
+                    heard[other] = now, said or heard.get(other, (now, ""))[1]
+            if now - began[0][0] >= timeout:
+                _end_if_late(began[0][1], heard, sign, now, timeout)
+
+
+def _end_if_late(
+    begun: int, heard: Mapping[int, tuple[float, str]], sign: _Sign, now: float, timeout: float
+) -> None:
+    """This rank had begun so many collectives a time-out ago."""
+    signs = {other: said for other, (_, said) in heard.items()}
+    late = [other for other, said in signs.items() if said and json.loads(said)[1] < begun]
+    if not late:
+        return
+    silent = [other for other in late if now - heard[other][0] > timeout / 2]
+    if silent:
+        what = f"{_named(silent)} gave no sign of life for {timeout / 2:g} s"
+    else:
+        what = f"{_named(late)} did not come within {timeout:g} s: {_places(late, signs)}"
+    sys.stderr.write(f"RankError: {what}; this rank was {sign.doing}, and ends\n")
+    sys.stderr.flush()
+    os._exit(1)  # a usual end would wait for the GPU
 
 
 def _leave(store: Store, rank: int, sign: _Sign, thread: threading.Thread) -> None:
