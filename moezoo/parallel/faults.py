@@ -232,6 +232,7 @@ def _end_if_late(
         what = f"{_named(late)} did not come within {timeout:g} s: {_places(late, signs)}"
     sys.stderr.write(f"RankError: {what}; this rank was {sign.doing}, and ends\n")
     sys.stderr.flush()
+    time.sleep(2 * _interval(timeout))  # others may look into a store that this process holds
     os._exit(1)  # a usual end would wait for the GPU
 
 
