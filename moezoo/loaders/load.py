@@ -156,7 +156,7 @@ def from_checkpoint(
         dtype=built.config.dtype,
         experts=None if mesh is None or slots is None else slots.of_rank(mesh.ep_rank),
         quantization=asked,
-        check=None if mesh is None else partial(_check_wire, built.decoder, mesh),
+        check=None if mesh is None else partial(_check_wire, mesh, built.decoder),
         progress=progress,
     )
     describe_(
@@ -214,9 +214,14 @@ def _sharded(
     return slots
 
 
-def _check_wire(decoder: Decoder, mesh: Mesh, planned: Planned) -> None:
-    kinds = (planned.quantized.get(name) for name in experts_of(decoder))
-    check_wire(mesh, {None if kind is None else kind.format for kind in kinds})
+def _check_wire(mesh: Mesh, decoder: Decoder, planned: Planned) -> None:
+    check_wire(mesh, _formats(decoder, planned.quantized))
+
+
+def _formats(decoder: Decoder, quantized: Mapping[str, Kind]) -> set[type[Format] | None]:
+    """Those of the experts of this rank, None for not quantised."""
+    held = (name for name, layer in experts_of(decoder).items() if layer.w2.shape[0])
+    return {quantized[name].format if name in quantized else None for name in held}
 
 
 class Built(NamedTuple):
@@ -303,7 +308,7 @@ def from_config(
         quantized = _kinds_of_config(decoder, config, plain, scheme, asked)
         require_device(decoder, quantized, target_device)
         if mesh is not None:
-            check_wire(mesh, {kind.format for kind in quantized.values()})
+            check_wire(mesh, _formats(decoder, quantized))
         wanted = quantized_infos(decoder, plain, quantized)
         check_memory(wanted, target_device, f"this {config.model_type}", decoder)
         tensors = allocate(wanted, target_device)
@@ -342,7 +347,11 @@ def _kinds_of_config(
         if copy.target in owners:
             kind = scheme.kind(copy.source, columns[copy.target], config.dtype)
             found[copy.target].add(kind)
-    kinds = {name: kind for name, (kind, *rest) in found.items() if kind is not None and not rest}
+    kinds = {
+        name: kind
+        for name, alike in found.items()
+        if len(alike) == 1 and (kind := next(iter(alike))) is not None
+    }
     whole = {
         name: kind
         for name, kind in kinds.items()

@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import Store
 
 from moezoo.errors import RankError
 
-_LOOKS = 3
+_LOOKS = 5
 """A rank that says nothing for so many intervals is gone."""
 
 
@@ -129,12 +129,12 @@ class Watch:
                 silent = [rank for rank in absent if now - heard[rank][0] > self.timeout / 2]
                 if silent:
                     raise RankError(
-                        f"{_named(silent)} gave no sign of life for {self.timeout / 2:.0f} s while "
+                        f"{_named(silent)} gave no sign of life for {self.timeout / 2:g} s while "
                         f"the others were {what}"
                     )
                 if limit is not None and now - begin > limit:
                     raise RankError(
-                        f"{_named(absent)} did not come to {what} within {limit:.0f} s: "
+                        f"{_named(absent)} did not come to {what} within {limit:g} s: "
                         f"{_places(absent, signs)}"
                     )
                 time.sleep(pause)

@@ -104,9 +104,9 @@ def dispatcher_of(mesh: Mesh, slots: Slots) -> Dispatcher | None:
 def check_wire(mesh: Mesh, formats: Collection[type[Format] | None]) -> None:
     """Raise ValueError where tokens are to travel in fp8, and not all experts are in block fp8,
     which would round them so anyway. `formats` are those of the experts, None for 16 or 32 bits."""
-    if mesh.parallel.wire == "fp8" and set(formats) != {BlockFp8}:
+    if mesh.parallel.wire == "fp8" and set(formats) - {BlockFp8}:
         names = {"not quantised" if format is None else format.name for format in formats}
-        held = " and ".join(sorted(names)) or "not quantised"
+        held = " and ".join(sorted(names))
         raise ValueError(
             f"wire='fp8' is for experts in {BlockFp8.name} in blocks, and these are {held}; leave "
             "wire 'model', or quantise them"
@@ -118,6 +118,8 @@ def step_without_tokens(decoder: Decoder) -> None:
     if decoder.balancer is not None:
         decoder.balancer.begin(None)
     for moe in moe_layers(decoder).values():
+        if moe.dispatcher is None:
+            continue
         nothing = moe.gate.new_empty(0, moe.gate.shape[1])
         # A row that is cut off says how many experts a token has.
         topk_weights, topk_ids = moe.route(moe.gate.new_zeros(1, moe.num_experts).float())

@@ -1,13 +1,14 @@
 """Work for several processes, as torchrun would start them: gloo, on the CPU."""
 
+import io
 import multiprocessing
 import os
-import pickle
 import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -18,9 +19,15 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["moezoo.loaders.load", "small_models", "pytest"])
 
 
-def run(num_ranks: int, work: Callable[..., Any], *args: Any, timeout: float = 90) -> list[Any]:
+def run(
+    num_ranks: int,
+    work: Callable[..., Any],
+    *args: Any,
+    timeout: float = 90,
+    never: Collection[int] = (),
+) -> list[Any]:
     """What work(rank, *args) returns on each rank. A rank that raises gives its exception, one that
-    dies None.
+    dies None, and so do those that `never` end by themselves.
 
     Raises AssertionError where one is not done in time.
     """
@@ -29,28 +36,33 @@ def run(num_ranks: int, work: Callable[..., Any], *args: Any, timeout: float = 9
         port = free.getsockname()[1]
     pipes, processes = [], []
     for rank in range(num_ranks):
-        ours, theirs = _CONTEXT.Pipe(duplex=False)
+        ours, theirs = _CONTEXT.Pipe()
         process = _CONTEXT.Process(target=_rank, args=(rank, num_ranks, port, theirs, work, args))
         process.start()
         theirs.close()
         pipes.append(ours)
         processes.append(process)
-    results: list[Any] = [None] * num_ranks
+    try:
+        found = _received(pipes, timeout, never)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return found
+
+
+def _received(pipes: list[Any], timeout: float, never: Collection[int]) -> list[Any]:
+    results: list[Any] = [None] * len(pipes)
     end = time.monotonic() + timeout
-    waiting = set(pipes)
-    while waiting and time.monotonic() < end:
+    waiting = {pipe for rank, pipe in enumerate(pipes) if rank not in never}
+    while waiting:
         for pipe in wait(list(waiting), timeout=0.5):
             waiting.discard(pipe)
-            try:
-                results[pipes.index(pipe)] = pickle.loads(pipe.recv_bytes())
-            except EOFError:
-                continue
-    late = [pipes.index(pipe) for pipe in waiting]
-    for process in processes:
-        if late:
-            process.kill()
-        process.join()
-    assert not late, f"ranks {late} were not done in {timeout} s"
+            with suppress(EOFError, ConnectionError):
+                octets = io.BytesIO(pipe.recv_bytes())
+                results[pipes.index(pipe)] = torch.load(octets, weights_only=False)
+        late = [pipes.index(pipe) for pipe in waiting]
+        assert not late or time.monotonic() < end, f"ranks {late} were not done in {timeout} s"
     return results
 
 
@@ -85,9 +97,7 @@ def _rank(
     except Exception as error:
         error.add_note(traceback.format_exc())
         result = error
-    pipe.send_bytes(pickle.dumps(result))  # not send, which keeps tensors in this process
-    pipe.close()
-    if torch.distributed.is_initialized():
-        # Rank 0 has the store, which the others need to the end.
-        torch.distributed.barrier() if not isinstance(result, Exception) else None
-    os._exit(0)
+    octets = io.BytesIO()
+    torch.save(result, octets)
+    pipe.send_bytes(octets.getvalue())  # not send, which leaves tensors in this process
+    pipe.recv_bytes()  # until the end: rank 0 has the store, which the others need

@@ -190,9 +190,8 @@ class HalfOfTheExperts:
 
     def dispatch(self, x: Tensor, topk_weights: Tensor, slots: Tensor) -> "HalfOfTheExperts":
         rows = torch.where(slots % 2 == self.rank, slots // 2, -1)
-        self.parts = [
-            Arrival(*part) for part in zip(*(t.split(7) for t in (x, topk_weights, rows)))
-        ]
+        parts = (tensor.split(7) for tensor in (x, topk_weights, rows))
+        self.parts = [Arrival(*part) for part in zip(*parts, strict=True)]
         self.answers: list[Tensor] = []
         return self
 
