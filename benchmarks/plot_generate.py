@@ -1,6 +1,6 @@
 """docs/generate.png: one line a model; decoding, prefill and many prompts beside transformers.
 
-python benchmarks/plot_generate.py benchmarks/results/generate_partial_<..>.json
+python benchmarks/plot_generate.py benchmarks/results/generate_partial_<..>.json [more]
 """
 
 from typing import Any
@@ -89,7 +89,7 @@ PANELS = {"decode": decode, "prefill": prefill, "offline": offline}
 
 def plot(document: dict[str, Any]) -> Figure:
     rows = document["rows"]
-    cases = list(dict.fromkeys(row["case"] for row in rows))
+    cases = list(dict.fromkeys(row["case"] for row in rows if row["section"] in PANELS))
     measured = {row["section"] for row in rows if "failed" not in row}
     sections = [name for name in PANELS if name in measured]
     figure, panels = plt.subplots(

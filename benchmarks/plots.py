@@ -17,10 +17,13 @@ def short(number: int) -> str:
 
 
 def save(plot: Callable[[dict[str, Any]], Figure], description: str, name: str) -> None:
-    """The command line: a file of results, and where its picture goes, docs/`name` by default."""
+    """The command line: files of results, the first of which names the device, and where their
+    picture goes, docs/`name` by default."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, default=DOCS / name)
     args = parser.parse_args()
-    plot(json.loads(args.results.read_text())).savefig(args.output, dpi=130)
+    documents = [json.loads(path.read_text()) for path in args.results]
+    rows = [row for document in documents for row in document["rows"]]
+    plot({**documents[0], "rows": rows}).savefig(args.output, dpi=130)
     print(f"written to {args.output}")

@@ -16,7 +16,8 @@ def expert_layers(decoder: Decoder) -> list[FusedMoE]:
 
 def expert_bytes(layer: FusedMoE) -> int:
     """Of one of its experts."""
-    return (layer.w13.nbytes + layer.w2.nbytes) // len(layer.w13)
+    tensors = (layer.w13, layer.w2, layer.bias13, layer.bias2)
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None) // len(layer.w13)
 
 
 def dense_bytes(decoder: Decoder) -> int:

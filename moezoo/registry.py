@@ -12,11 +12,26 @@ from moezoo.models.fields import check_sizes
 ARCHITECTURES = {
     "deepseek_v2": "deepseek_v2",
     "deepseek_v3": "deepseek_v3",
+    "dots1": "dots1",
+    "ernie4_5_moe": "ernie4_5_moe",
+    "exaone_moe": "exaone_moe",
+    "flex_olmo": "flex_olmo",
+    "glm4_moe": "glm4_moe",
+    "glm4_moe_lite": "glm4_moe_lite",
+    "granitemoe": "granitemoe",
+    "granitemoeshared": "granitemoe",
+    "hunyuan_v1_moe": "hunyuan_v1_moe",
+    "hy_v3": "hy_v3",
+    "gpt_oss": "gpt_oss",
     "kimi_k2": "deepseek_v3",
+    "mimo_v2_flash": "mimo_v2_flash",
+    "minimax_m2": "minimax_m2",
     "mixtral": "mixtral",
     "olmoe": "olmoe",
+    "phimoe": "phimoe",
     "qwen2_moe": "qwen2_moe",
     "qwen3_moe": "qwen3_moe",
+    "solar_open": "solar_open",
 }
 """`model_type` of a config -> name of the module in `moezoo.models`."""
 

@@ -474,7 +474,7 @@ def _unrecorded(decoder: Decoder) -> Iterator[None]:
 def supports(decoder: Decoder) -> bool:
     """Whether an `Engine` can run it: one device, and a rotation that ignores the length."""
     devices = {parameter.device for parameter in decoder.parameters()}
-    return len(devices) == 1 and decoder.rope.kind not in ("dynamic", "longrope")
+    return len(devices) == 1 and not decoder.rope.depends_on_length
 
 
 def _all_token_bytes(decoder: Decoder) -> int:

@@ -21,7 +21,7 @@ from moezoo.generation.pages import PAGE_SIZE, num_pages
 from moezoo.layers.attention import CausalMask, GroupedQueryAttention, Keys, attend
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.mla import MultiHeadLatentAttention
-from moezoo.layers.rope import Rotation, rotate_interleaved
+from moezoo.layers.rope import Rotation, rotate_interleaved, unrotated
 
 Window = int | None
 
@@ -98,10 +98,23 @@ class PagedContext:
         if runs_kernels(qkv):
             from moezoo.layers.kernels.rotate_store import rotate_and_store
 
+            if not attention.has_usual_heads:
+                heads = attention.heads(qkv, self.rotation)
+                rows = torch.cat([x[0].flatten(1) for x in heads], -1)
+                q = rotate_and_store(
+                    rows,
+                    None,
+                    slots,
+                    pages.keys,
+                    pages.values,
+                    num_heads=attention.num_heads,
+                    num_kv_heads=attention.num_kv_heads,
+                )
+                return q[None], pages
             norms = attention.q_norm, attention.k_norm
             q = rotate_and_store(
                 qkv[0],
-                self.rotation,
+                None if attention.rotate is unrotated else attention.own(self.rotation),
                 slots,
                 pages.keys,
                 pages.values,
@@ -111,6 +124,7 @@ class PagedContext:
                 k_weight=None if norms[1] is None else norms[1].weight,
                 eps=0.0 if norms[0] is None else norms[0].eps,
                 clip=attention.clip,
+                interleaved=attention.rotate is rotate_interleaved,
             )
             return q[None], pages
         q, k, v = attention.heads(qkv, self.rotation)
@@ -171,8 +185,9 @@ class DecodeContext(PagedContext):
         window: int | None = None,
         scale: float,
         value_dim: int | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        if runs_kernels(q):
+        if runs_kernels(q, sinks):
             from moezoo.layers.kernels.decode_attention import decode_attention
 
             return decode_attention(
@@ -185,11 +200,12 @@ class DecodeContext(PagedContext):
                 scale=scale,
                 value_dim=value_dim,
                 window=window,
+                sinks=sinks,
             )[None]
         index, mask = self._padded[window]
         k = keys.keys[index].transpose(1, 2)  # [T, Hk, S, D]
         v = k if keys.values is None else keys.values[index].transpose(1, 2)
-        out = attend(q.squeeze(0).unsqueeze(2), k, v, mask, scale=scale)
+        out = attend(q.squeeze(0).unsqueeze(2), k, v, mask, scale=scale, sinks=sinks)
         return out[..., :value_dim].squeeze(2).unsqueeze(0)
 
     @cached_property

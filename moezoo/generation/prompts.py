@@ -167,6 +167,7 @@ class PromptContext(PagedContext):
         window: int | None = None,
         scale: float,
         value_dim: int | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         from moezoo.layers.kernels.prompt_attention import prompt_attention
 
@@ -180,6 +181,7 @@ class PromptContext(PagedContext):
             page_size=PAGE_SIZE,
             scale=scale,
             window=window,
+            sinks=sinks,
         )[None]
 
     def attend_to(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
@@ -218,13 +220,14 @@ class TorchPromptContext(PagedContext):
         window: int | None = None,
         scale: float,
         value_dim: int | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         k = [keys.keys[slots] for slots in self.seen[window]]
         if keys.values is None:
             v = [one[..., :value_dim] for one in k]
         else:
             v = [keys.values[slots] for slots in self.seen[window]]
-        return self._attend(q, k, v, window, scale)
+        return self._attend(q, k, v, window, scale, sinks)
 
     def attend_to(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         lengths = [len(slots) for slots in self.seen[None]]
@@ -232,14 +235,20 @@ class TorchPromptContext(PagedContext):
         return self._attend(q, keys, values, None, scale)
 
     def _attend(
-        self, q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], window: Window, scale: float
+        self,
+        q: Tensor,
+        k: Sequence[Tensor],
+        v: Sequence[Tensor],
+        window: Window,
+        scale: float,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """q [1, T, Hq, D], k [S_b, Hk, D] and v [S_b, Hk, Dv] of each sequence."""
         attended = []
         for queries, keys, values in zip(q[0].split(self.num_new), k, v, strict=True):
             mask = CausalMask(len(keys) - len(queries), len(queries), q.device)
             one_q, one_k, one_v = (x.transpose(0, 1)[None] for x in (queries, keys, values))
-            out = attend(one_q, one_k, one_v, mask, window=window, scale=scale)
+            out = attend(one_q, one_k, one_v, mask, window=window, scale=scale, sinks=sinks)
             attended.append(out[0].transpose(0, 1))
         return torch.cat(attended)[None]
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
-from moezoo.layers.rope import Rotation, rotate_half
+from moezoo.layers.rope import Rotate, Rotation, rotate_half
 
 
 class LayerCache(Protocol):
@@ -92,17 +92,32 @@ def attend(
     *,
     window: int | None = None,
     scale: float,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention: q [B, Hq, T, D], k [B, Hk, S, D], v [B, Hk, S, Dv] -> [B, Hq, T, Dv].
 
     Query head h reads key head h // (Hq / Hk). A query sees the `window` newest keys up to its own.
+    `sinks` [Hq] are one more score a head, of a key without a value.
     """
     groups = q.shape[1] // k.shape[1]
+    if sinks is not None:
+        allowed = mask(k.shape[2], window)
+        if allowed is not None:
+            allowed = F.pad(allowed, (0, 1), value=allowed.dtype == torch.bool)
+        out = _masked(*_with_sink_key(q, k, v, sinks / scale), allowed, scale)
+        return out[..., : v.shape[-1]]
     if mask.is_plain(k.shape[2], window):
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=groups > 1
         )
-    allowed = mask(k.shape[2], window)
+    return _masked(q, k, v, mask(k.shape[2], window), scale)
+
+
+def _masked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """`attend` to the keys that `allowed` says, broadcastable to [B, heads, T, S]."""
+    groups = q.shape[1] // k.shape[1]
     if q.shape[2] == 1:
         # One query a head: the heads that share keys become the rows of one product.
         rows = q.view(*k.shape[:2], groups, -1)
@@ -111,6 +126,29 @@ def attend(
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
+
+
+SINK_DIMS = 8
+"""Numbers that `_with_sink_key` adds to a head: as many as fused kernels want the width to be a
+multiple of."""
+
+
+def _with_sink_key(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v with SINK_DIMS numbers more a head, and one key more, of value 0: its product with
+    a query is the number of the query's head in `sinks` [Hq].
+
+    So any kernel of torch does attention with sinks. The other keys are 0 where the queries have
+    the sinks, which are the sum of two numbers there, since 16 bits may not hold a quotient.
+    """
+    high = sinks.to(q.dtype)
+    low = (sinks - high).to(q.dtype)
+    more = F.pad(torch.stack((high, low), -1), (0, SINK_DIMS - 2))
+    q = torch.cat((q, more[:, None].expand(*q.shape[:-1], SINK_DIMS)), -1)
+    k, v = F.pad(k, (0, SINK_DIMS, 0, 1)), F.pad(v, (0, SINK_DIMS, 0, 1))
+    k[..., -1, -SINK_DIMS : 2 - SINK_DIMS] = 1
+    return q, k, v
 
 
 class Keys(NamedTuple):
@@ -162,11 +200,13 @@ class Context(Protocol):
         window: int | None = None,
         scale: float,
         value_dim: int | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Softmax attention to what `append_..` returned, q [B, T, Hq, D] -> [B, T, Hq, Dv].
 
         Query head h reads key head h // (Hq / Hk). A query sees the `window` newest keys up to its
-        own. Where keys have no values, their first `value_dim` numbers are.
+        own. Where keys have no values, their first `value_dim` numbers are. `sinks` [Hq] are one
+        more score a head, of a key without a value.
         """
         ...
 
@@ -230,10 +270,11 @@ class DenseContext:
         window: int | None = None,
         scale: float,
         value_dim: int | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         # Fused kernels want equal widths: numbers that are no values come along as such.
         k, v = keys.keys, keys.keys if keys.values is None else keys.values
-        out = attend(q.transpose(1, 2), k, v, self.mask, window=window, scale=scale)
+        out = attend(q.transpose(1, 2), k, v, self.mask, window=window, scale=scale, sinks=sinks)
         return out[..., :value_dim].transpose(1, 2)
 
     def attend_to(
@@ -249,11 +290,14 @@ class DenseContext:
 
 
 class GroupedQueryAttention(nn.Module):
-    """Attention whose query heads share key and value heads.
+    """Attention whose query heads share key and value heads, of width `head_dim` and `value_dim`.
 
     `q_norm` and `k_norm` normalise each head (width `head_dim`) or all heads at once (width
     heads * `head_dim`) before the rotation. `window` limits a query to that many newest keys, its
     own included. `clip` bounds queries, keys and values to [-clip, clip] before the rotation.
+    `rotate` is a function of `moezoo.layers.rope`, and `part` what it takes of the rotation, where
+    that is of several kinds. `scale` multiplies the scores, by default 1 / sqrt(`head_dim`).
+    `sinks` [Hq], a parameter, are one more score a head, of a key without a value.
     """
 
     def __init__(
@@ -263,33 +307,52 @@ class GroupedQueryAttention(nn.Module):
         num_kv_heads: int,
         *,
         head_dim: int,
+        value_dim: int | None = None,
         qkv_bias: bool = False,
         out_bias: bool = False,
         q_norm: RMSNorm | None = None,
         k_norm: RMSNorm | None = None,
         window: int | None = None,
         clip: float | None = None,
+        rotate: Rotate = rotate_half,
+        part: slice | None = None,
+        scale: float | None = None,
+        sinks: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
-        sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
-        self.qkv = FusedLinear(hidden_size, sizes, qkv_bias)
-        self.o = Linear(num_heads * head_dim, hidden_size, bias=out_bias)
+        value_dim = value_dim or head_dim
+        self.sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * value_dim)
+        self.qkv = FusedLinear(hidden_size, self.sizes, qkv_bias)
+        self.o = Linear(num_heads * value_dim, hidden_size, bias=out_bias)
         self.q_norm = q_norm
         self.k_norm = k_norm
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
+        self.value_dim = value_dim
         self.window = window
         self.clip = clip
-
-    @property
-    def scale(self) -> float:
-        return self.head_dim**-0.5
+        self.rotate = rotate
+        self.part = part
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.sinks = sinks
 
     @property
     def cache_shapes(self) -> tuple[tuple[int, int], ...]:
         """What a cache keeps of a token: keys and values, each [heads, width]."""
-        return ((self.num_kv_heads, self.head_dim),) * 2
+        return (self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.value_dim)
+
+    def own(self, rotation: Rotation) -> Rotation:
+        """What the layer takes of a rotation that may be of several kinds."""
+        if self.part is None:
+            return rotation
+        cos, sin = rotation
+        return cos[..., self.part], sin[..., self.part]
+
+    @property
+    def has_usual_heads(self) -> bool:
+        """Whether the kernel that rotates and stores does what `heads` does."""
+        return type(self).heads is GroupedQueryAttention.heads
 
     def forward(
         self, x: torch.Tensor | NormOfSum, context: Context, layer_idx: int
@@ -297,22 +360,25 @@ class GroupedQueryAttention(nn.Module):
         """x [B, T, H] -> [B, T, H]; keys and values go to the cache under `layer_idx`."""
         qkv = self.qkv(handed_to(self.qkv, x))
         q, keys = context.append_heads(self, qkv, layer_idx)
-        return self.o(context.attend(q, keys, window=self.window, scale=self.scale).flatten(2))
+        out = context.attend(q, keys, window=self.window, scale=self.scale, sinks=self.sinks)
+        return self.o(out.flatten(2))
 
     def heads(
         self, qkv: torch.Tensor, rotation: Rotation
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """qkv [B, T, ..] -> q [B, T, Hq, D], k and v [B, T, Hk, D]; normed, clipped and rotated."""
+        """qkv [B, T, ..] -> q [B, T, Hq, D], k [B, T, Hk, D] and v [B, T, Hk, Dv]; normed, clipped
+        and rotated."""
         if self.q_norm is not None and self.k_norm is not None:
-            heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-            q, k, v = qkv.split_with_sizes([number * self.head_dim for number in heads], -1)
+            q, k, v = qkv.split_with_sizes(self.sizes, -1)
             q = self.q_norm(q.unflatten(-1, (-1, self.q_norm.dim))).flatten(2)
             k = self.k_norm(k.unflatten(-1, (-1, self.k_norm.dim))).flatten(2)
             qkv = torch.cat((q, k, v), -1)
         if self.clip is not None:
             qkv = qkv.clamp(-self.clip, self.clip)
         # Queries and keys are rotated together: on a CPU a token's time is the number of calls.
-        every = qkv.view(*qkv.shape[:2], -1, self.head_dim)
-        qk, v = every.split_with_sizes((self.num_heads + self.num_kv_heads, self.num_kv_heads), 2)
-        q, k = rotate_half(qk, rotation).split_with_sizes((self.num_heads, self.num_kv_heads), 2)
+        heads = self.num_heads + self.num_kv_heads
+        qk, v = qkv.split_with_sizes((sum(self.sizes[:2]), self.sizes[2]), -1)
+        qk = self.rotate(qk.unflatten(-1, (heads, -1)), self.own(rotation))
+        q, k = qk.split_with_sizes((self.num_heads, self.num_kv_heads), 2)
+        v = v.unflatten(-1, (self.num_kv_heads, -1))
         return q, k, v

@@ -19,7 +19,7 @@ from moezoo.layers.moe import RoutingRecorder
 from moezoo.layers.norm import RMSNorm, handed_to
 from moezoo.layers.quant import QuantizedWeights
 from moezoo.layers.quantized_linear import quantized_linear
-from moezoo.layers.rope import RotaryEmbedding, Rotation
+from moezoo.layers.rope import RotaryEmbedding, RotaryEmbeddings, Rotation, whole_heads
 
 
 class DecoderLayer(nn.Module):
@@ -118,7 +118,7 @@ class Peers(Protocol):
 class Decoder(nn.Module):
     """Token ids or embeddings to hidden states, and hidden states to logits.
 
-    `tied` uses the embedding as the head: there is then no parameter `lm_head.weight`.
+    `tied` uses the embedding as the head: there is then no parameter `lm_head.weight`, nor a bias.
     """
 
     def __init__(
@@ -128,8 +128,9 @@ class Decoder(nn.Module):
         layers: list[DecoderLayer],
         *,
         norm: RMSNorm,
-        rope: RotaryEmbedding,
+        rope: RotaryEmbedding | RotaryEmbeddings,
         tied: bool,
+        head_bias: bool = False,
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocab_size, hidden_size)
@@ -138,7 +139,7 @@ class Decoder(nn.Module):
         self.rope = rope
         self.lm_head: nn.Linear | None = None
         if not tied:
-            self.lm_head = Linear(hidden_size, vocab_size, bias=False)
+            self.lm_head = Linear(hidden_size, vocab_size, bias=head_bias)
         self.recorder: RoutingRecorder | None = None
         """What counts the choices of the MoE layers, while somebody wants to know them."""
         self.balancer: Balancer | None = None
@@ -182,33 +183,44 @@ class Decoder(nn.Module):
 
     def rotation(self, positions: torch.Tensor) -> Rotation:
         """Of tokens at positions int [B or 1, T], in the model's dtype."""
-        return self.rope(positions, self.embed.weight.dtype)
+        rotation: Rotation = self.rope(positions, self.embed.weight.dtype)
+        return rotation
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states [.., H] -> logits [.., V] in the model's dtype."""
         head = self.embed if self.lm_head is None else self.lm_head
+        bias = None if self.lm_head is None else self.lm_head.bias
         with device_made_current(x):
             if isinstance(head.weight, QuantizedWeights):
-                return quantized_linear(x, head.weight())
-            return linear(x, head.weight)
+                return quantized_linear(x, head.weight(), bias)
+            return linear(x, head.weight, bias)
 
 
 def pre_norm_decoder(
     config: PreTrainedConfig,
     attention: Callable[[int], nn.Module],
     feed_forward: Callable[[int], nn.Module],
+    *,
+    rope: RotaryEmbedding | RotaryEmbeddings | None = None,
+    norm: Callable[[int, float], RMSNorm] = RMSNorm,
+    layer: Callable[..., DecoderLayer] = DecoderLayer,
+    decoder: Callable[..., Decoder] = Decoder,
 ) -> Decoder:
     """The usual decoder: an RMSNorm before `attention(layer_idx)` and `feed_forward(layer_idx)`.
+
+    Without a `rope` all of each head is rotated, and a config that says otherwise is refused.
+    Architectures that are unusual bring another `norm`, or classes derived from the `layer` and the
+    `decoder` here.
 
     Raises `UnsupportedArchitectureError` where `config.layer_types` or `config.sliding_window` says
     other than the layers do: a cache keeps what the config says.
     """
 
-    def norm() -> RMSNorm:
-        return RMSNorm(config.hidden_size, config.rms_norm_eps)
+    def new_norm() -> RMSNorm:
+        return norm(config.hidden_size, config.rms_norm_eps)
 
     layers = [
-        DecoderLayer(norm(), attention(layer_idx), mlp_norm=norm(), mlp=feed_forward(layer_idx))
+        layer(new_norm(), attention(layer_idx), mlp_norm=new_norm(), mlp=feed_forward(layer_idx))
         for layer_idx in range(config.num_hidden_layers)
     ]
     windows = [getattr(layer.attn, "window", None) for layer in layers]
@@ -221,11 +233,11 @@ def pre_norm_decoder(
     elif getattr(config, "sliding_window", None) is not None and None in windows:
         raise UnsupportedArchitectureError.of_field(config, "sliding_window", "None")
 
-    return Decoder(
+    return decoder(
         config.vocab_size,
         config.hidden_size,
         layers,
-        norm=norm(),
-        rope=RotaryEmbedding(config),
+        norm=new_norm(),
+        rope=rope or whole_heads(config),
         tied=config.tie_word_embeddings,
     )

@@ -4,7 +4,6 @@ Legend: B batch, T new tokens, S keys (cached and new), N heads, C latent width,
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +13,7 @@ from moezoo.device import runs_kernels
 from moezoo.layers.attention import Context, Keys
 from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
-from moezoo.layers.rope import Rotation
+from moezoo.layers.rope import Rotate, Rotation
 
 
 def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -91,7 +90,7 @@ class MultiHeadLatentAttention(nn.Module):
         nope_dim: int,
         rope_dim: int,
         v_dim: int,
-        rotate: Callable[[torch.Tensor, Rotation], torch.Tensor],
+        rotate: Rotate,
         scale: float,
         bias: bool = False,
     ) -> None:

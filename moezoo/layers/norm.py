@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (Zhang and Sennrich, 2019)."""
+"""Root-mean-square normalisation (Zhang and Sennrich, 2019), and layer normalisation."""
 
 from typing import Any
 
@@ -99,6 +99,34 @@ class NormOfSum:
         shape = self._x.shape
         self._x, self._update = total.view(shape), None
         self._normed = None if normed is None else normed.view(shape)
+
+
+class LayerNorm(RMSNorm):
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias (Ba et al., 2016)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__(dim, eps)
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, (self.dim,), self.weight, self.bias, self.eps)
+
+    def add(
+        self, x: torch.Tensor, update: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if update is not None:
+            x = x + update
+        return self(x), x
+
+    def of_sum(self, x: torch.Tensor, update: torch.Tensor | None) -> "NormOfSum":
+        sums = NormOfSum(self, x, update)
+        # The kernels that compute norms compute RMSNorm: here they find it done.
+        _ = sums.normed
+        return sums
 
 
 def normed(x: torch.Tensor | NormOfSum) -> torch.Tensor:

@@ -4,6 +4,8 @@ Legend: B batch, T tokens, D rotated dimensions of a head.
 """
 
 import copy
+from collections.abc import Callable, Mapping
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -17,10 +19,13 @@ ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "longrope", "yarn")
 Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosine and signed sine, each [B or 1, T, 1, D] in the model's dtype."""
 
+Rotate = Callable[[torch.Tensor, Rotation], torch.Tensor]
+"""`rotate_half`, `rotate_interleaved` or `unrotated`: what the positions do to queries and keys."""
+
 
 def default_frequencies(config: PreTrainedConfig) -> torch.Tensor:
-    """theta^(-2i/D) for i < D/2, fp32 [D/2], D the head's width."""
-    dim = config.head_dim
+    """theta^(-2i/D) for i < D/2, fp32, D as much of the head's width as the config says."""
+    dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     return 1.0 / config.rope_parameters["rope_theta"] ** exponents
 
@@ -42,18 +47,17 @@ class RotaryEmbedding(nn.Module):
     synchronisation: "longrope" takes its long factors beyond the original context, "dynamic"
     stretches theta with the length. Nothing is remembered between calls: the same input always
     gives the same output.
+
+    Raises `UnsupportedArchitectureError` for what frequencies cannot be computed from.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         self.config = _with_head_dim(config)
         self.kind = config.rope_parameters.get("rope_type")
-        partial = config.rope_parameters.get("partial_rotary_factor", 1) != 1
-        if self.kind not in ROPE_TYPES or partial:
+        if self.kind not in ROPE_TYPES:
             raise UnsupportedArchitectureError.of_field(
-                config,
-                "rope_parameters",
-                f"one rope_type of {', '.join(ROPE_TYPES)}, and no partial_rotary_factor",
+                config, "rope_parameters", f"one rope_type of {', '.join(ROPE_TYPES)}"
             )
         self.scale = 1.0
         try:
@@ -62,6 +66,16 @@ class RotaryEmbedding(nn.Module):
             raise UnsupportedArchitectureError.of_field(
                 config, "rope_parameters", f"what frequencies can be computed from ({error})"
             ) from error
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a token's rotation changes with the tokens that follow."""
+        return self.kind in ("dynamic", "longrope")
+
+    @property
+    def dim(self) -> int:
+        """D, which may be less than the width of a head."""
+        return 2 * len(self.inv_freq)
 
     def _compute(self, config: PreTrainedConfig) -> None:
         # Frequencies are plain tensors on the CPU, so that a model built on meta has them too.
@@ -75,8 +89,13 @@ class RotaryEmbedding(nn.Module):
                 self.long_inv_freq, _ = ROPE_INIT_FUNCTIONS["longrope"](
                     config, seq_len=self.context + 1
                 )
+                for name in ("short_factor", "long_factor"):
+                    if len(config.rope_parameters[name]) != len(self.inv_freq):
+                        raise ValueError(f"{name} needs {len(self.inv_freq)} numbers")
         if not self.inv_freq.isfinite().all():
             raise ValueError("they are not finite")
+        if not 2 <= self.dim <= config.head_dim:
+            raise ValueError(f"they are for {self.dim} of the {config.head_dim} numbers of a head")
 
     def _frequencies(self, positions: torch.Tensor) -> torch.Tensor:
         device = positions.device
@@ -102,16 +121,62 @@ class RotaryEmbedding(nn.Module):
         return cos.to(dtype), sin.to(dtype)
 
 
+class RotaryEmbeddings(nn.Module):
+    """Several at once, for layers that differ: their cosines and sines lie side by side.
+
+    `parts[name]` says which numbers are whose.
+    """
+
+    def __init__(self, embeddings: Mapping[str, RotaryEmbedding]) -> None:
+        super().__init__()
+        self.embeddings = nn.ModuleList(embeddings.values())
+        ends = list(accumulate(one.dim for one in embeddings.values()))
+        self.parts = {
+            name: slice(end - one.dim, end)
+            for (name, one), end in zip(embeddings.items(), ends, strict=True)
+        }
+
+    @property
+    def depends_on_length(self) -> bool:
+        return any(one.depends_on_length for one in self.embeddings)
+
+    def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
+        cosines, sines = zip(*(one(positions, dtype) for one in self.embeddings), strict=True)
+        return torch.cat(cosines, -1), torch.cat(sines, -1)
+
+
+def whole_heads(config: PreTrainedConfig) -> RotaryEmbedding:
+    """For architectures that rotate all of a head, and ignore that a config says otherwise.
+
+    Raises `UnsupportedArchitectureError` for such a config.
+    """
+    rope = RotaryEmbedding(config)
+    if rope.dim != rope.config.head_dim:
+        raise UnsupportedArchitectureError.of_field(
+            config, "rope_parameters", "one without a partial_rotary_factor"
+        )
+    return rope
+
+
 def rotate_half(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Rotate x [B, T, heads, D]; dimensions i and i + D/2 are a pair."""
+    """Rotate the first D numbers of x [B, T, heads, ..]; i and i + D/2 are a pair."""
     cos, sin = rotation
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    dim = cos.shape[-1]
+    if dim < x.shape[-1]:
+        return torch.cat((rotate_half(x[..., :dim], rotation), x[..., dim:]), -1)
+    return torch.addcmul(x * cos, x.roll(dim // 2, -1), sin)
 
 
 def rotate_interleaved(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Rotate x [B, T, heads, D]; dimensions 2i and 2i + 1 are a pair.
+    """Rotate the first D numbers of x [B, T, heads, ..]; 2i and 2i + 1 are a pair.
 
     The result has the pairs' first members before their second ones. Queries and keys get the same
     order, so their products do not change.
     """
-    return rotate_half(x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2), rotation)
+    pairs = x[..., : rotation[0].shape[-1]].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    return rotate_half(torch.cat((pairs, x[..., pairs.shape[-1] :]), -1), rotation)
+
+
+def unrotated(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """x as it is: layers that know no positions but by the causal mask (NoPE)."""
+    return x

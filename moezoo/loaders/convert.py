@@ -145,7 +145,7 @@ def _convert(
     quantize_on_meta(decoder, planned.quantized)
     rules = registry.architecture(config.model_type).CHECKPOINT
     describe_(config, decoder, rules)
-    warn_of_schemes(getattr(config, "quantization_config", None))
+    warn_of_schemes(getattr(config, "quantization_config", None), decoder, rules)
     config.architectures = checkpoint.config.get("architectures")
     blank = {
         name: torch.empty(info.shape, dtype=info.dtype, device="meta")

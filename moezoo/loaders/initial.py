@@ -61,9 +61,10 @@ def _draw(seeds: torch.Generator, count: int) -> list[int]:
 
 
 def _fill(name: str, tensor: Tensor, deviation: float, seed: int) -> None:
-    if name.endswith("bias"):
+    attribute = name.rpartition(".")[2]
+    if "bias" in attribute:
         tensor.zero_()
-    elif tensor.dim() == 1:
+    elif tensor.dim() == 1 and attribute != "sinks":
         tensor.fill_(1)  # a norm's weight
     else:
         _normal(tensor, deviation, seed)

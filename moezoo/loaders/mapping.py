@@ -16,7 +16,7 @@ two of these rules are two layouts of one parameter [E, H, I]: a tensor an exper
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 Index = tuple[slice | int, ...]
-View = Literal["transpose", "deinterleave", "unflatten"]
+View = Literal["transpose", "deinterleave", "deinterleave_last", "unflatten"]
 
 _NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
 
@@ -70,7 +70,8 @@ class Rule:
 
     `view` is applied to each source before it is put in place, from left to right when it is a
     tuple: "transpose" swaps the last two dims, "deinterleave" turns rows g0, u0, g1, u1, ... into
-    gate rows then up rows, "unflatten" turns [E * N, K] into [E, N, K].
+    gate rows then up rows, "deinterleave_last" does so with the last dim, as biases need it, and
+    "unflatten" turns [E * N, K] into [E, N, K].
 
     Several rules may name one target: other layouts of the same weights. A checkpoint holds the
     sources of exactly one of them for each parameter; the first is the one that is written. Raises
@@ -114,7 +115,7 @@ class Rule:
             )
         if len({"{E}" in source for source in sources}) > 1:
             raise ValueError(f"Rule({target!r}): {{E}} must be in every source, or in none")
-        order = ("unflatten", "transpose", "deinterleave")
+        order = ("unflatten", "transpose", "deinterleave", "deinterleave_last")
         if list(views) != [step for step in order if step in views]:
             raise ValueError(
                 f"Rule({target!r}): view is {views}, expected some of {order}, in this order"
@@ -204,6 +205,8 @@ def stored_order(part: torch.Tensor, view: Sequence[View]) -> torch.Tensor:
 
     Its shape may have more dims than the stored tensor: [I, 2, H] for interleaved rows [2 * I, H].
     """
+    if "deinterleave_last" in view:
+        part = part.unflatten(-1, (2, -1)).transpose(-2, -1)
     interleaved = "deinterleave" in view
     if interleaved:
         *lead, rows, cols = part.shape
@@ -223,15 +226,23 @@ def stored_shape(shape: Sequence[int], view: Sequence[View]) -> tuple[int, ...]:
     return stored
 
 
-def layout(rules: Sequence[Rule | Skip], parameters: Mapping[str, ParameterInfo]) -> list[Copy]:
-    """The tensors to write for `parameters`, in the layout of the first rule of each.
+def layout(
+    rules: Sequence[Rule | Skip],
+    parameters: Mapping[str, ParameterInfo],
+    *,
+    per_expert: Collection[str] = (),
+) -> list[Copy]:
+    """The tensors to write for `parameters`, in the layout of the first rule of each; of those in
+    `per_expert`, of the first that has a tensor for each expert, if there is one.
 
     `rows` is None in all of them. Raises `ValueError` for a parameter that no rule names.
     """
     table = by_target(rules)
     copies = []
     for name, parameter in parameters.items():
-        rule, layer = candidates_of(table, name)[0]
+        candidates = candidates_of(table, name)
+        stacking = (found for found in candidates if name in per_expert and found[0].stacks)
+        rule, layer = next(stacking, candidates[0])
         parts = parts_of(rule, parameter)
         if parts is None:
             raise ValueError(

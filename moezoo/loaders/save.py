@@ -65,7 +65,7 @@ def save_pretrained(
         (p.dtype for p in model.decoder.parameters() if p.is_floating_point()), config.dtype
     )
     describe_(config, model.decoder, rules)
-    warn_of_schemes(getattr(config, "quantization_config", None))
+    warn_of_schemes(getattr(config, "quantization_config", None), model.decoder, rules)
     config.architectures = config.architectures or [type(model).__name__]
     with moved_at_end(Path(folder)) as draft:
         write_weights(model.decoder, rules, draft, max_shard_size=max_shard_size)

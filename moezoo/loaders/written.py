@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moezoo.errors import QuantizationError
+from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4, QuantizedWeights
 from moezoo.layers.quant.fp8 import BLOCK
 from moezoo.layers.quant.groups import pack, unpack
@@ -59,7 +60,7 @@ class Writing:
     def __init__(self, module: nn.Module, rules: Sequence[Rule | Skip]) -> None:
         self.weights = dict(_quantized_weights(module))
         self.method = _method(module, rules)
-        self.copies = copies_by_target(layout(rules, _infos(module)))
+        self.copies = copies_by_target(_layout(module, rules))
 
     def tensors(self, state: Mapping[str, Tensor]) -> list[Written]:
         """The tensors to write for the parameters in `state`, which is all or some of a state_dict.
@@ -96,12 +97,14 @@ def hub_config(module: nn.Module, rules: Sequence[Rule | Skip]) -> dict[str, Any
     if not weights:
         return None
     infos = _infos(module)
-    copies = layout(rules, infos)
+    copies = _layout(module, rules)
     plain = sorted(
         {
             copy.source.removesuffix(".weight")
             for copy in copies
-            if copy.target not in weights and len(infos[copy.target].shape) > 1
+            if copy.target not in weights
+            and len(infos[copy.target].shape) > 1
+            and not copy.source.endswith("bias")
         }
         | _tied(module, rules)
     )
@@ -129,9 +132,20 @@ def describe_(config: Any, module: nn.Module, rules: Sequence[Rule | Skip]) -> N
         del config.quantization_config
 
 
-def warn_of_schemes(described: Mapping[str, Any] | None) -> None:
+def warn_of_schemes(
+    described: Mapping[str, Any] | None, module: nn.Module, rules: Sequence[Rule | Skip]
+) -> None:
     """Say it where transformers does not load what this quantization_config describes."""
-    if described is None or described["quant_method"] != "compressed-tensors":
+    if described is None:
+        return
+    usual = {copy.source for copy in layout(rules, _infos(module))}
+    if not usual.issuperset(copy.source for copy in _layout(module, rules)):
+        _log.warning(
+            "experts are written one by one, since in one tensor there is no layout for their "
+            "format: moezoo loads it, but transformers does not"
+        )
+        return
+    if described["quant_method"] != "compressed-tensors":
         return
     some = any(r"\.experts\." in entry for entry in described["ignore"])
     if some or len(described["config_groups"]) > 1:
@@ -162,6 +176,19 @@ def _infos(module: nn.Module) -> dict[str, ParameterInfo]:
             shape = (*lead[:1], prod(lead[1:]) * n, k)
             infos[owner] = ParameterInfo(shape, torch.bfloat16, getattr(layer, "part_sizes", None))
     return infos
+
+
+def _layout(module: nn.Module, rules: Sequence[Rule | Skip]) -> list[Copy]:
+    """Of quantised experts a tensor each, where the hub has no layout for all in one."""
+    infos = _infos(module)
+    if _method(module, rules) == "mxfp4":
+        return layout(rules, infos)
+    owners = {
+        name
+        for name, child in module.named_modules()
+        if isinstance(child, FusedMoE) and child.quantized is not None
+    }
+    return layout(rules, infos, per_expert={n for n in infos if n.rpartition(".")[0] in owners})
 
 
 def _tied(module: nn.Module, rules: Sequence[Rule | Skip]) -> set[str]:

@@ -1,24 +1,20 @@
 """DeepSeek-V2 (DeepSeek-AI, 2024): latent attention, shared experts, groups chosen by maximum."""
 
-from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import nn
-from transformers import DeepseekV2Config, DeepseekV3Config
+from transformers import DeepseekV2Config, DeepseekV3Config, Glm4MoeLiteConfig
 
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.linear import Linear
 from moezoo.layers.mla import LowRankLinear, MultiHeadLatentAttention, yarn_softmax_factor
-from moezoo.layers.mlp import GatedMLP
-from moezoo.layers.moe import FusedMoE
-from moezoo.layers.moe.layer import Route
 from moezoo.layers.moe.routing import grouped_topk
 from moezoo.layers.norm import RMSNorm
-from moezoo.layers.rope import Rotation, rotate_interleaved
+from moezoo.layers.rope import Rotate, rotate_interleaved
 from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
-from moezoo.models.names import DECODER, DENSE_MLP, EXPERTS, MLA, gated_mlp
+from moezoo.models.mixtures import check_groups, dense_or_mixture, first_layers
+from moezoo.models.names import DECODER, DENSE_MLP, EXPERTS, MLA, SHARED_EXPERTS
 
 ASSUMES = ASSUMED_EVERYWHERE | {
     "topk_method": ("greedy", "group_limited_greedy"),
@@ -29,24 +25,8 @@ ASSUMES = ASSUMED_EVERYWHERE | {
 LATENT_NORM_EPS = 1e-6
 
 
-def check_routing(config: DeepseekV2Config | DeepseekV3Config, *, grouped: bool) -> None:
-    """Raise `UnsupportedArchitectureError` for numbers of experts and groups that do not fit."""
-    experts = config.n_routed_experts
-    if grouped:
-        groups, kept = config.n_group, config.topk_group
-        if not groups or experts % groups:
-            raise UnsupportedArchitectureError.of_field(
-                config, "n_group", f"a divisor of {experts}"
-            )
-        if not kept or kept > groups:
-            raise UnsupportedArchitectureError.of_field(config, "topk_group", f"1 to {groups}")
-        experts = kept * experts // groups
-    experts_per_token(config, experts)
-
-
 def latent_attention(
-    config: DeepseekV2Config | DeepseekV3Config,
-    rotate: Callable[[torch.Tensor, Rotation], torch.Tensor],
+    config: DeepseekV2Config | DeepseekV3Config | Glm4MoeLiteConfig, rotate: Rotate
 ) -> MultiHeadLatentAttention:
     if config.num_key_value_heads != config.num_attention_heads:
         raise UnsupportedArchitectureError.of_field(
@@ -89,31 +69,13 @@ def latent_attention(
     )
 
 
-def feed_forward(
-    config: DeepseekV2Config | DeepseekV3Config,
-    mlp: Callable[[int], nn.Module],
-    route: Callable[[], Route],
-    layer_idx: int,
-) -> nn.Module:
-    """Dense layers first, which are an `mlp` of some width, then mixtures with shared experts."""
-    if layer_idx < config.first_k_dense_replace:
-        return mlp(config.intermediate_size)
-    return FusedMoE(
-        config.hidden_size,
-        config.moe_intermediate_size,
-        config.n_routed_experts,
-        route(),
-        activation=config.hidden_act,
-        shared=mlp(config.moe_intermediate_size * config.n_shared_experts),
-    )
-
-
 def build(config: DeepseekV2Config) -> Decoder:
     grouped = config.topk_method == "group_limited_greedy"
-    check_routing(config, grouped=grouped)
+    if grouped:
+        check_groups(config)
     route = partial(
         grouped_topk,
-        k=config.num_experts_per_tok,
+        k=experts_per_token(config, config.n_routed_experts),
         num_groups=config.n_group if grouped else 1,
         topk_groups=config.topk_group if grouped else 1,
         scoring="softmax",
@@ -124,8 +86,14 @@ def build(config: DeepseekV2Config) -> Decoder:
     def attention(layer_idx: int) -> MultiHeadLatentAttention:
         return latent_attention(config, rotate_interleaved)
 
-    mlp = partial(GatedMLP, config.hidden_size, activation=config.hidden_act, bias=config.mlp_bias)
-    return pre_norm_decoder(config, attention, partial(feed_forward, config, mlp, lambda: route))
+    feed_forward = dense_or_mixture(
+        config,
+        lambda: route,
+        dense=first_layers(config),
+        num_shared=config.n_shared_experts,
+        bias=config.mlp_bias,
+    )
+    return pre_norm_decoder(config, attention, feed_forward)
 
 
 CHECKPOINT = (
@@ -133,5 +101,5 @@ CHECKPOINT = (
     *MLA,
     *DENSE_MLP,
     *EXPERTS,
-    *gated_mlp("layers.{L}.mlp.shared", "model.layers.{L}.mlp.shared_experts"),
+    *SHARED_EXPERTS,
 )

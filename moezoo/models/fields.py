@@ -18,17 +18,18 @@ POSITIVE = (
     "moe_intermediate_size",
     "num_local_experts",
     "n_routed_experts",
+    "num_shared_experts",
     "kv_lora_rank",
     "qk_nope_head_dim",
     "qk_rope_head_dim",
     "v_head_dim",
     "max_position_embeddings",
 )
+NOT_NEGATIVE_OR_NONE = ("n_shared_experts",)
 POSITIVE_OR_NONE = ("head_dim", "q_lora_rank")
 NOT_NEGATIVE = (
     "intermediate_size",
     "num_experts",
-    "n_shared_experts",
     "shared_expert_intermediate_size",
     "first_k_dense_replace",
 )
@@ -39,17 +40,33 @@ def check_sizes(config: PreTrainedConfig) -> None:
 
     Also where the heads of keys are not as many for each head of queries.
     """
-    for fields, low in ((POSITIVE, 1), (POSITIVE_OR_NONE, 1), (NOT_NEGATIVE, 0)):
+    for fields, low, or_none in (
+        (POSITIVE, 1, False),
+        (POSITIVE_OR_NONE, 1, True),
+        (NOT_NEGATIVE, 0, False),
+        (NOT_NEGATIVE_OR_NONE, 0, True),
+    ):
         for field in fields:
             value = getattr(config, field, low)
-            if value is None and fields is POSITIVE_OR_NONE:
+            if value is None and or_none:
                 continue
-            if not isinstance(value, int) or value < low:
+            # Some configs have a number for each layer.
+            numbers = value if isinstance(value, list) else [value]
+            if not all(isinstance(number, int) and number >= low for number in numbers):
                 raise UnsupportedArchitectureError.of_field(config, field, f"{low} or more")
     if config.num_attention_heads % config.num_key_value_heads:
         raise UnsupportedArchitectureError.of_field(
             config, "num_key_value_heads", f"a divisor of {config.num_attention_heads}"
         )
+
+
+def check_head_bias(config: PreTrainedConfig, bias: bool) -> bool:
+    """`bias`, whether the head has one; `UnsupportedArchitectureError` if it is the embedding."""
+    if bias and config.tie_word_embeddings:
+        raise UnsupportedArchitectureError.of_field(
+            config, "tie_word_embeddings", "False for a head with a bias"
+        )
+    return bias
 
 
 def experts_per_token(config: PreTrainedConfig, num_experts: int) -> int:

@@ -8,22 +8,16 @@ from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import softmax_topk
-from moezoo.loaders.mapping import Rule
+from moezoo.models.attentions import grouped_queries
 from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
-from moezoo.models.names import ATTENTION, DECODER, EXPERTS
+from moezoo.models.names import ATTENTION, BLOCK_SPARSE_MOE, DECODER, EXPERTS
 
 ASSUMES = ASSUMED_EVERYWHERE
 
 
 def build(config: MixtralConfig) -> Decoder:
     def attention(layer_idx: int) -> GroupedQueryAttention:
-        return GroupedQueryAttention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
-            window=config.sliding_window,
-        )
+        return grouped_queries(config, window=config.sliding_window)
 
     def feed_forward(layer_idx: int) -> FusedMoE:
         return FusedMoE(
@@ -44,17 +38,6 @@ def build(config: MixtralConfig) -> Decoder:
 CHECKPOINT = (
     *DECODER,
     *ATTENTION,
-    Rule("layers.{L}.mlp.gate", "model.layers.{L}.block_sparse_moe.gate.weight"),
-    Rule(
-        "layers.{L}.mlp.w13",
-        "model.layers.{L}.block_sparse_moe.experts.{E}.w1.weight",
-        "model.layers.{L}.block_sparse_moe.experts.{E}.w3.weight",
-        shard="expert",
-    ),
-    Rule(
-        "layers.{L}.mlp.w2",
-        "model.layers.{L}.block_sparse_moe.experts.{E}.w2.weight",
-        shard="expert",
-    ),
+    *BLOCK_SPARSE_MOE,
     *EXPERTS,
 )

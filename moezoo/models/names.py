@@ -2,14 +2,19 @@
 
 from moezoo.loaders.mapping import Rule, Skip
 
-DECODER = (
+AROUND_LAYERS = (
     Rule("embed.weight", "model.embed_tokens.weight"),
-    Rule("layers.{L}.attn_norm.weight", "model.layers.{L}.input_layernorm.weight"),
-    Rule("layers.{L}.mlp_norm.weight", "model.layers.{L}.post_attention_layernorm.weight"),
     Rule("norm.weight", "model.norm.weight"),
     Rule("lm_head.weight", "lm_head.weight"),
+    Rule("lm_head.bias", "lm_head.bias"),
     Skip("model.layers.{L}.self_attn.rotary_emb.inv_freq", "computed from the config"),
     Skip("model.rotary_emb.inv_freq", "computed from the config"),
+)
+
+DECODER = (
+    *AROUND_LAYERS,
+    Rule("layers.{L}.attn_norm.weight", "model.layers.{L}.input_layernorm.weight"),
+    Rule("layers.{L}.mlp_norm.weight", "model.layers.{L}.post_attention_layernorm.weight"),
 )
 
 ATTENTION = (
@@ -83,3 +88,32 @@ EXPERTS = (
     ),
     Rule("layers.{L}.mlp.w2", "model.layers.{L}.mlp.experts.down_proj", shard="expert"),
 )
+
+BLOCK_SPARSE_MOE = (
+    Rule("layers.{L}.mlp.gate", "model.layers.{L}.block_sparse_moe.gate.weight"),
+    Rule(
+        "layers.{L}.mlp.w13",
+        "model.layers.{L}.block_sparse_moe.experts.{E}.w1.weight",
+        "model.layers.{L}.block_sparse_moe.experts.{E}.w3.weight",
+        shard="expert",
+    ),
+    Rule(
+        "layers.{L}.mlp.w2",
+        "model.layers.{L}.block_sparse_moe.experts.{E}.w2.weight",
+        shard="expert",
+    ),
+)
+"""Mixtral's names of what `EXPERTS` names otherwise."""
+
+SHARED_EXPERTS = gated_mlp("layers.{L}.mlp.shared", "model.layers.{L}.mlp.shared_experts")
+
+CORRECTION_BIAS = Rule(
+    "layers.{L}.mlp.route.correction_bias", "model.layers.{L}.mlp.gate.e_score_correction_bias"
+)
+
+TOKEN_PREDICTION_LAYERS = Skip(
+    "model.layers.{L}.{*}",
+    "multi-token prediction",
+    marks=tuple(f"model.layers.{{L}}.{name}.weight" for name in ("eh_proj", "enorm", "hnorm")),
+)
+"""What follows the last layer of models that were trained to predict several tokens at once."""

@@ -9,7 +9,7 @@ from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import softmax_topk
-from moezoo.layers.norm import RMSNorm
+from moezoo.models.attentions import grouped_queries, norm_of_all_heads
 from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
 from moezoo.models.names import ATTENTION, DECODER, EXPERTS, QK_NORM
 
@@ -22,16 +22,12 @@ def build(config: OlmoeConfig) -> Decoder:
         raise UnsupportedArchitectureError.of_field(config, "head_dim", str(head_dim))
 
     def attention(layer_idx: int) -> GroupedQueryAttention:
-        return GroupedQueryAttention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            head_dim=head_dim,
+        return grouped_queries(
+            config,
             qkv_bias=config.attention_bias,
             out_bias=config.attention_bias,
-            q_norm=RMSNorm(config.num_attention_heads * head_dim, config.rms_norm_eps),
-            k_norm=RMSNorm(config.num_key_value_heads * head_dim, config.rms_norm_eps),
             clip=config.clip_qkv,
+            **norm_of_all_heads(config),
         )
 
     def feed_forward(layer_idx: int) -> FusedMoE:

@@ -13,6 +13,7 @@ from moezoo.layers.mlp import GatedMLP, SigmoidGatedMLP
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import softmax_topk
 from moezoo.loaders.mapping import Rule
+from moezoo.models.attentions import grouped_queries, window_of
 from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
 from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, EXPERTS, gated_mlp
 
@@ -45,18 +46,9 @@ def feed_forward(
 
 
 def build(config: Qwen2MoeConfig) -> Decoder:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
     def attention(layer_idx: int) -> GroupedQueryAttention:
-        slides = config.layer_types[layer_idx] == "sliding_attention"
-        return GroupedQueryAttention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            head_dim=head_dim,
-            qkv_bias=config.qkv_bias,
-            window=config.sliding_window if slides else None,
-        )
+        window = window_of(config, layer_idx)
+        return grouped_queries(config, qkv_bias=config.qkv_bias, window=window)
 
     def shared_expert() -> SigmoidGatedMLP:
         width = config.shared_expert_intermediate_size

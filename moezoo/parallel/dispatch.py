@@ -179,7 +179,7 @@ class _Part:
     def send(self) -> None:
         order, self._places = pack_order(self.there, sum(self.sent), self._k)
         sizes = {"sent": self.sent, "received": self.received}
-        rows = self._dispatcher.packed(self._x[order])
+        rows = self._dispatcher.packed(self._x.index_select(0, order))
         self._rows = self._mesh.all_to_all(rows, _SENDING, **sizes)
         self._arriving = self._mesh.all_to_all(self._choices[order], _SENDING, **sizes)
 

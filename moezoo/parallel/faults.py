@@ -6,6 +6,7 @@ waits in a collective, reads a file or compiles, and stop when its process dies 
 """
 
 import json
+import logging
 import threading
 import time
 import weakref
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 from torch.distributed.distributed_c10d import Store
 
 from moezoo.errors import RankError
+
+_log = logging.getLogger(__name__)
 
 _LOOKS = 5
 """A rank that says nothing for so many intervals is gone."""
@@ -47,18 +50,18 @@ class Watch:
         self.rank = rank
         self.world_size = world_size
         self.timeout = timeout
-        self.interval = min(1.0, timeout / 20)
+        self.interval = _interval(timeout)
         self._sign = _Sign()
         self._meetings = 0
         store.set(f"sign/{rank}", str(self._sign))
         thread = threading.Thread(
             target=_beat,
-            args=(store.clone(), rank, self._sign, self.interval),  # type: ignore[attr-defined]
+            args=(store.clone(), rank, world_size, self._sign, timeout),  # type: ignore[attr-defined]
             name="moezoo signs of life",
             daemon=True,
         )
         thread.start()
-        weakref.finalize(self, self._sign.over.set)
+        weakref.finalize(self, _leave, store, rank, self._sign)
 
     def begins(self, doing: str) -> None:
         """This rank begins a collective."""
@@ -174,11 +177,37 @@ class Watch:
         return f"while {doing}, with all ranks alive: {said}"
 
 
-def _beat(store: Store, rank: int, sign: _Sign, interval: float) -> None:
+def _beat(store: Store, rank: int, world_size: int, sign: _Sign, timeout: float) -> None:
+    """Write that this rank lives, and say so if the next one does not: NCCL ends a process that
+    waits too long without a word of whom it waited for."""
+    neighbour = (rank + 1) % world_size
+    heard, last = time.monotonic(), ""
     with _unheard():  # without a store there is nobody to tell
-        while not sign.over.wait(interval):
+        while not sign.over.wait(_interval(timeout)):
             sign.beats += 1
             store.set(f"sign/{rank}", str(sign))
+            key = f"sign/{neighbour}"
+            said = store.get(key).decode() if store.check([key]) else ""
+            if said != last or not said:
+                heard, last = time.monotonic(), said
+            elif time.monotonic() - heard > timeout / 2:
+                _log.error(
+                    "rank %d has given no sign of life for %g s; ranks that wait for it stop "
+                    "%g s after they began to",
+                    *(neighbour, timeout / 2, timeout),
+                )
+                heard = time.monotonic() + threading.TIMEOUT_MAX  # once is enough
+
+
+def _leave(store: Store, rank: int, sign: _Sign) -> None:
+    """This rank ends, or needs the others no more."""
+    sign.over.set()
+    with _unheard():
+        store.set(f"sign/{rank}", "")
+
+
+def _interval(timeout: float) -> float:
+    return min(1.0, timeout / 20)
 
 
 @contextmanager

@@ -54,8 +54,10 @@ def shard_(decoder: Decoder, mesh: Mesh, slots: Slots) -> None:
     dispatcher = dispatcher_of(mesh, slots)
     held = slots.of_rank(mesh.ep_rank)
     for layer, moe in moe_layers(decoder).items():
-        for name in ("w13", "w2"):
+        for name in ("w13", "w2", "bias13", "bias2"):
             whole = getattr(moe, name)
+            if whole is None:
+                continue
             setattr(moe, name, nn.Parameter(whole.new_empty(len(held[layer]), *whole.shape[1:])))
         moe.dispatcher = dispatcher
     decoder.requires_grad_(False)

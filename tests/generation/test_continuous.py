@@ -279,6 +279,7 @@ WINDOWS = {
     "mixtral-70": ("mixtral", "window", {"sliding_window": 70}),
     "some-layers-5": ("qwen2_moe", "layer-types", {}),
     "some-layers-70": ("qwen2_moe", "layer-types", {"sliding_window": 70}),
+    "sinks-70": ("gpt_oss", "windows-in-turn", {"sliding_window": 70}),
 }
 
 

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from moezoo.loaders.mapping import Rule, Skip, parameter_infos, stored_order
+from moezoo.loaders.mapping import (
+    ParameterInfo,
+    Rule,
+    Skip,
+    layout,
+    parameter_infos,
+    stored_order,
+)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +51,27 @@ def test_transpose_and_deinterleave_as_their_definitions():
     assert torch.equal(stored_order(parameter.T.contiguous(), ("transpose",)), parameter)
     both = stored_order(parameter[None], ("transpose", "deinterleave"))
     assert torch.equal(both.reshape(1, h, 2 * i), rows.T[None])
+
+
+def test_deinterleave_last_as_its_definition():
+    bias = torch.randn(2, 6)  # g0, u0, g1, ..
+    parameter = torch.cat((bias[:, 0::2], bias[:, 1::2]), 1)
+    assert torch.equal(stored_order(parameter, ("deinterleave_last",)).reshape(2, 6), bias)
+
+
+def test_a_layout_of_each_expert_where_there_is_one():
+    rules = [
+        Rule("w", "all", shard="expert"),
+        Rule("w", "each.{E}", shard="expert"),
+        Rule("gate", "gate"),
+    ]
+    parameters = {
+        "w": ParameterInfo((2, 3, 4), torch.float32),
+        "gate": ParameterInfo((2, 4), torch.float32),
+    }
+    assert [copy.source for copy in layout(rules, parameters)] == ["all", "gate"]
+    sources = [copy.source for copy in layout(rules, parameters, per_expert={"w", "gate"})]
+    assert sources == ["each.0", "each.1", "gate"]
 
 
 def test_infos_of_a_module_name_shared_weights_once():

@@ -111,6 +111,101 @@ LATENT = COMMON | {
 # transformers turns this rope into complex numbers, for which the rank has to be even.
 DEEPSEEK_V2 = LATENT | {"topk_method": "greedy", "n_shared_experts": 2, "kv_lora_rank": 6}
 DEEPSEEK_V3 = LATENT | {"n_shared_experts": 1, "n_group": 3, "topk_group": 2}
+GPT_OSS = COMMON | {
+    "hidden_size": 20,
+    "intermediate_size": 14,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "sliding_window": 5,
+    "rope_parameters": ROPE["yarn-exact"],
+}
+# Another one is not in every transformers.
+SWIGLU_LIMIT = {"swiglu_limit": 1.5} if hasattr(transformers.GptOssConfig(), "swiglu_limit") else {}
+
+# DeepSeek-V3's router on grouped queries.
+GROUPED = COMMON | {
+    "hidden_size": 20,
+    "intermediate_size": 18,
+    "moe_intermediate_size": 10,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": True,
+    "bos_token_id": None,
+}
+GLM4 = GROUPED | {"n_routed_experts": 12, "n_shared_experts": 1, "first_k_dense_replace": 1}
+GLM4_LITE = {k: v for k, v in LATENT.items() if k != "first_k_dense_replace"} | {
+    "n_shared_experts": 1
+}
+DOTS1 = GLM4 | {"sliding_window": None, "routed_scaling_factor": 2.5}
+SOLAR = {k: v for k, v in GLM4.items() if k not in ("intermediate_size", "first_k_dense_replace")}
+EXAONE = GROUPED | {"num_experts": 12, "sliding_window": 5, "num_hidden_layers": 5}
+HY_V3 = GROUPED | {"num_experts": 9}
+
+MIMO = GROUPED | {
+    "n_routed_experts": 12,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "head_dim": 12,
+    "v_head_dim": 8,
+    "sliding_window": 5,
+}
+FLEX_OLMO = OLMOE | {"num_experts": 7, "num_experts_per_tok": 3}
+GRANITE = MIXTRAL | {
+    "embedding_multiplier": 1.7,
+    "attention_multiplier": 0.4,
+    "residual_multiplier": 0.6,
+    "logits_scaling": 2.5,
+}
+ERNIE = COMMON | {
+    "hidden_size": 24,
+    "intermediate_size": 18,
+    "moe_intermediate_size": 10,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "moe_num_experts": 9,
+    "moe_k": 3,
+    "bos_token_id": None,
+}
+HUNYUAN = COMMON | {
+    "hidden_size": 20,
+    "intermediate_size": 14,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 7,
+    "moe_topk": 3,
+    "bos_token_id": None,
+}
+PHIMOE = MIXTRAL | {"num_local_experts": 6, "router_jitter_noise": 0.3}
+MINIMAX_M2 = MIXTRAL | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+
+
+def ropes(full: float, sliding: float, rope: Config | None = None) -> Config:
+    """A rotation for full layers and one for sliding layers, of these shares of a head."""
+    kinds = {
+        "full_attention": (rope or {"rope_type": "default", "rope_theta": 500.0}, full),
+        "sliding_attention": ({"rope_type": "default", "rope_theta": 50.0}, sliding),
+    }
+    return {
+        "rope_parameters": {
+            kind: own | {"partial_rotary_factor": share} for kind, (own, share) in kinds.items()
+        }
+    }
+
+
+def partial_rotary(factor: float, rope: Config | None = None) -> Config:
+    rope = rope or {"rope_type": "default", "rope_theta": 100.0}
+    return {"rope_parameters": rope | {"partial_rotary_factor": factor}}
+
 
 CONFIGURATIONS: dict[str, dict[str, Config]] = {
     "mixtral": {
@@ -234,6 +329,256 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
         },
         "whole-groups-llama3": DEEPSEEK_V3
         | {"num_experts_per_tok": 8, "topk_group": 2, "rope_parameters": ROPE["llama3"]},
+    },
+    "glm4_moe": {
+        "half-rotated": GLM4,
+        "qk-norm-groups": GLM4
+        | {"use_qk_norm": True, "n_group": 3, "topk_group": 2, "routed_scaling_factor": 2.5},
+        "bias-odd-rotary": GLM4
+        | {"attention_bias": True, "tie_word_embeddings": True}
+        | partial_rotary(0.65),
+        "wide-raw-weights": {k: v for k, v in GLM4.items() if k != "head_dim"}
+        | {
+            "hidden_size": 36,
+            "norm_topk_prob": False,
+            "first_k_dense_replace": 0,
+            "num_key_value_heads": 1,
+            "rms_norm_eps": 1e-2,
+        },
+        "yarn-k1": GLM4
+        | {"num_experts_per_tok": 1, "n_shared_experts": 2}
+        | partial_rotary(0.75, ROPE["yarn"]),
+    },
+    "glm4_moe_lite": {
+        "latent": GLM4_LITE,
+        "listed-dense": GLM4_LITE
+        | {
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "rope_interleave": False,
+            "q_lora_rank": None,
+        },
+        "yarn-bias-groups": GLM4_LITE
+        | {
+            "attention_bias": True,
+            "n_group": 4,
+            "topk_group": 3,
+            "norm_topk_prob": False,
+            "rope_parameters": ROPE["yarn-mscale-all"],
+        },
+    },
+    "dots1": {
+        "full": DOTS1,
+        "window": DOTS1 | {"sliding_window": 4, "max_window_layers": 1, "num_key_value_heads": 6},
+        "bias-raw-weights": DOTS1
+        | {
+            "attention_bias": True,
+            "norm_topk_prob": False,
+            "first_k_dense_replace": 2,
+            "n_shared_experts": 2,
+            "rope_parameters": ROPE["linear"],
+        },
+        "groups-tied": DOTS1
+        | {
+            "n_group": 4,
+            "topk_group": 2,
+            "tie_word_embeddings": True,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 6,
+        },
+    },
+    "solar_open": {
+        "plain": SOLAR,
+        "bias-yarn": SOLAR
+        | {"attention_bias": True, "n_shared_experts": 2, "rope_parameters": ROPE["yarn"]},
+        "groups-scaled": SOLAR
+        | {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.7, "norm_topk_prob": False},
+    },
+    "exaone_moe": {
+        "hybrid": EXAONE,
+        "pattern-dense": EXAONE
+        | {
+            "sliding_window_pattern": 2,
+            "first_k_dense_replace": 3,
+            "num_shared_experts": 2,
+            "rope_parameters": ROPE["llama3"],
+        },
+        "groups-no-norm": EXAONE
+        | {"n_group": 2, "topk_group": 1, "norm_topk_prob": False, "num_hidden_layers": 4},
+        "listed": EXAONE
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "tie_word_embeddings": True,
+        },
+    },
+    "hy_v3": {
+        "plain": HY_V3,
+        "biases": HY_V3
+        | {"attention_bias": True, "mlp_bias": True, "num_shared_experts": 2, "rms_norm_eps": 1e-2},
+        "listed-tied-k1": HY_V3
+        | {
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "num_experts_per_tok": 1,
+            "tie_word_embeddings": True,
+            "enable_moe_fp32_combine": False,
+            "router_scaling_factor": 0.7,
+        },
+        "yarn": HY_V3 | {"rope_parameters": ROPE["yarn-exact"]},
+    },
+    "mimo_v2_flash": {
+        "released-rope": MIMO,
+        "narrow-heads": MIMO
+        | {
+            "head_dim": 6,
+            "v_head_dim": 10,
+            "num_key_value_heads": 1,
+            "layer_types": [*["sliding_attention"] * 2, "full_attention", "full_attention"],
+            "attention_value_scale": None,
+            "attention_bias": True,
+            "n_group": 3,
+            "topk_group": 2,
+        }
+        | ropes(0.7, 1.0),
+        "yarn-tied-listed": MIMO
+        | {
+            "mlp_layer_types": ["sparse", "dense", "dense", "sparse"],
+            "tie_word_embeddings": True,
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 1.6,
+        }
+        | ropes(0.5, 0.9, ROPE["yarn"]),
+        "all-slide": MIMO | {"layer_types": ["sliding_attention"] * 4, "sliding_window": 3},
+    },
+    "flex_olmo": {
+        "post-norm": FLEX_OLMO,
+        "mqa-bias-tied": FLEX_OLMO
+        | {
+            "num_key_value_heads": 1,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "norm_topk_prob": True,
+            "rms_norm_eps": 1e-2,
+        },
+        "k1-yarn": FLEX_OLMO | {"num_experts_per_tok": 1, "rope_parameters": ROPE["yarn"]},
+    },
+    "granitemoe": {
+        "multipliers": GRANITE,
+        "bias-tied": GRANITE
+        | {
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "num_experts_per_tok": 5,
+            "rope_parameters": ROPE["linear"],
+        },
+        "ones": MIXTRAL | {"num_experts_per_tok": 1, "hidden_act": "gelu"},
+    },
+    "granitemoeshared": {
+        "shared": GRANITE | {"shared_intermediate_size": 18},
+        "none-shared": GRANITE | {"shared_intermediate_size": 0, "rms_norm_eps": 1e-2},
+    },
+    "ernie4_5_moe": {
+        "shared": ERNIE,
+        "biases-interval": ERNIE
+        | {
+            "use_bias": True,
+            "moe_layer_start_index": 0,
+            "moe_layer_end_index": 2,
+            "moe_layer_interval": 2,
+            "moe_num_shared_experts": 1,
+            "tie_word_embeddings": False,
+        },
+        "none-shared-least-sum": ERNIE
+        | {
+            "moe_num_shared_experts": 0,
+            "moe_norm_min": 0.5,
+            "head_dim": 10,
+            "rope_parameters": ROPE["yarn"],
+        },
+    },
+    "hunyuan_v1_moe": {
+        "norm-after": HUNYUAN,
+        "alpha-topk-list": HUNYUAN
+        | {
+            "moe_topk": [1, 7, 2],
+            "attention_bias": True,
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "rope_theta": 10.0,
+                "alpha": 5.0,
+                "factor": 1.0,
+            },
+        },
+        "tied-linear": HUNYUAN
+        | {"tie_word_embeddings": True, "rms_norm_eps": 1e-2, "rope_parameters": ROPE["linear"]},
+    },
+    "phimoe": {
+        "close-experts": PHIMOE,
+        "biases-window": PHIMOE
+        | {
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "sliding_window": 5,
+            "router_jitter_noise": 0.01,
+        },
+        "longrope-tied": PHIMOE
+        | {
+            "tie_word_embeddings": True,
+            "rope_parameters": longrope(5, short_mscale=1.2, long_mscale=1.2),
+        },
+        "longrope-two-scales": PHIMOE
+        | {
+            "head_dim": 6,
+            "router_jitter_noise": 1.5,
+            "rope_parameters": longrope(3, short_mscale=0.8, long_mscale=1.3),
+        },
+    },
+    "minimax_m2": {
+        "half-rotated": MINIMAX_M2 | partial_rotary(0.5),
+        "whole-k1": MINIMAX_M2 | {"num_experts_per_tok": 1, "tie_word_embeddings": True},
+        "yarn-mqa": MINIMAX_M2
+        | {"num_key_value_heads": 1, "rms_norm_eps": 1e-2, "num_experts_per_tok": 4}
+        | partial_rotary(0.75, ROPE["yarn"]),
+    },
+    "gpt_oss": {
+        "windows-in-turn": GPT_OSS,
+        "full-first": GPT_OSS
+        | {
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 3,
+            "rms_norm_eps": 1e-2,
+        },
+        "no-window-k1": GPT_OSS
+        | {
+            "layer_types": ["full_attention"] * 3,
+            "num_experts_per_tok": 1,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
+        },
+        "all-windows-all-experts": GPT_OSS
+        | {
+            "layer_types": ["sliding_attention"] * 3,
+            "sliding_window": 7,
+            "num_experts_per_tok": 5,
+            "num_key_value_heads": 6,
+            **SWIGLU_LIMIT,
+        },
+        "no-bias-tied": GPT_OSS
+        | {"attention_bias": False, "tie_word_embeddings": True, "intermediate_size": 34},
+        "wide-heads-linear": GPT_OSS | {"head_dim": 26, "rope_parameters": ROPE["linear"]},
+        "dynamic": GPT_OSS | {"max_position_embeddings": 9, "rope_parameters": ROPE["dynamic"]},
+        "released-rope": GPT_OSS
+        | {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+        },
     },
     "kimi_k2": {
         "one-group": DEEPSEEK_V3

@@ -1,7 +1,8 @@
 """The checkpoint tables against the tensor names, shapes and dtypes of published checkpoints.
 
 `names/*.json` holds, for each, its config and its tensors: a name in which `{0-31}` stands for a
-run of numbers, then dtype and shape. `parameters` is the size on the checkpoint's page, by dtype.
+run of numbers, then dtype and shape. `parameters` is the size on the checkpoint's page, by dtype;
+where that counts packed numbers, there is the `total_size` of its index in bytes.
 """
 
 import itertools
@@ -18,7 +19,7 @@ import transformers
 
 from moezoo.errors import CheckpointError
 from moezoo.layers.linear import FusedLinear
-from moezoo.layers.quant import BlockFp8
+from moezoo.layers.quant import BlockFp8, Mxfp4
 from moezoo.loaders.encodings import encoding_of
 from moezoo.loaders.experts import quantized_experts
 from moezoo.loaders.kinds import Kind
@@ -29,7 +30,12 @@ from moezoo.registry import architecture, build
 NAMES = Path(__file__).parent / "names"
 STEMS = sorted(path.stem for path in NAMES.glob("*.json"))
 SMALL = ["deepseek-v2-lite", "mixtral-8x7b-v0.1", "olmoe-1b-7b-0924", "qwen1.5-moe-a2.7b"]
-DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+}
 RUN = re.compile(r"\{(\d+)-(\d+)\}")
 
 Tensors = dict[str, TensorInfo]
@@ -57,6 +63,9 @@ def tensors(stem: str) -> Tensors:
 @cache
 def unquantised(stem: str) -> Tensors:
     """The same checkpoint as somebody who dequantises it would write it."""
+    scheme = read(stem)["config"].get("quantization_config", {})
+    if scheme.get("quant_method") == "mxfp4":
+        return dict(encoding_of(scheme, tensors(stem), stem).tensors)
     return {
         name: TensorInfo(info.shape, torch.bfloat16) if info.dtype.itemsize == 1 else info
         for name, info in tensors(stem).items()
@@ -92,6 +101,11 @@ def plan_of(stem: str, checkpoint: Tensors) -> Plan:
 @pytest.mark.parametrize("stem", STEMS)
 def test_names_add_up_to_the_published_size(stem: str) -> None:
     record = read(stem)
+    if "total_size" in record:
+        stored = tensors(stem).values()
+        total = sum(math.prod(info.shape) * info.dtype.itemsize for info in stored)
+        assert total == record["total_size"]
+        return
     sizes = dict.fromkeys(record["parameters"], 0)
     for template, (dtype, *shape) in record["tensors"].items():
         sizes[dtype] += math.prod(shape) * len(expand(template))
@@ -146,6 +160,18 @@ def test_block_quantised_checkpoint_fits_with_its_config(stem: str) -> None:
     num_moe_layers = config["num_hidden_layers"] - config["first_k_dense_replace"]
     assert len(quantized) == 2 * num_moe_layers
     assert set(quantized.values()) == {Kind.of(BlockFp8)}
+
+
+def test_gpt_oss_runs_in_mxfp4() -> None:
+    config = read("gpt-oss-20b")["config"]
+    encoding = encoding_of(config["quantization_config"], tensors("gpt-oss-20b"), "gpt-oss-20b")
+    copies = plan_of("gpt-oss-20b", encoding.tensors).copies
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    with torch.device("meta"):
+        decoder = build(transformers.AutoConfig.for_model("gpt_oss", **fields))
+    quantized = quantized_experts(decoder, copies, encoding, None)
+    assert len(quantized) == 2 * config["num_hidden_layers"]
+    assert set(quantized.values()) == {Kind.of(Mxfp4)}
 
 
 @pytest.mark.parametrize("stem", SMALL)

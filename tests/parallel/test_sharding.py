@@ -1,11 +1,16 @@
 """Models divided over ranks, against the same model in one process."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hub_stand_in import Hub, serve
+from huggingface_hub import constants
 from ranks import results
+from safetensors.torch import load_file, save_file
 from small_models import MODELS, ids, load, moe_layers, plain, theirs
 from tolerances import relative_difference
 from torch import Tensor
@@ -194,8 +199,12 @@ def test_a_rank_reads_its_experts_only(
     of_one = in_experts // 16  # two layers of eight experts
     placement = [[7, 2, 0], [], [1, 3, 4, 5, 6]]
     case = {"expert_parallel_size": RANKS, "placement": placement}
+    shares = moezoo.inspect(folder, **case).ranks
     for rank, (read, held, rows) in enumerate(results(RANKS, read_work, folder, case)):
         count = len(placement[rank])
+        assert shares[rank].rank == rank and shares[rank].experts == 2 * count
+        assert shares[rank].read_bytes == read
+        assert shares[rank].weight_bytes == whole - in_experts + held
         assert rows == [count, count]
         assert held == 2 * count * of_one
         assert read == whole - in_experts + held
@@ -203,8 +212,6 @@ def test_a_rank_reads_its_experts_only(
 
 def stacked(source: Path, folder: Path) -> None:
     """The checkpoint with all experts of a layer in one tensor."""
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(source / "model.safetensors")
     layers = {name.split(".")[2] for name in tensors if ".experts." in name}
     for layer in layers:
@@ -251,3 +258,40 @@ def test_random_weights_are_those_of_one_process(quantization: str | None) -> No
     again = moezoo.from_config(config, device="cpu", **options).decoder.state_dict()
     assert not again["layers.0.attn.o.weight"].equal(whole["layers.0.attn.o.weight"])
     assert not whole["layers.1.mlp.gate"].equal(whole["layers.2.mlp.gate"])
+
+
+def hub_work(rank: int, endpoint: str, cache: Path) -> tuple[set[str], str]:
+    """The files that this rank has downloaded, and why it does not save."""
+    constants.ENDPOINT = endpoint
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    constants.HF_HUB_OFFLINE, constants.HF_TOKEN_PATH = False, str(cache / "no token")
+    cache = cache / str(rank)  # as on another host
+    model = load(Path("some/moe"), parallel=Parallel(2), cache_dir=cache)
+    with pytest.raises(ValueError, match="divided over 2 ranks") as refused:
+        model.save_pretrained(cache / "saved")
+    return {path.name for path in cache.rglob("*.safetensors")}, str(refused.value)
+
+
+def test_a_rank_downloads_the_files_of_its_experts_only(tmp_path: Path) -> None:
+    """Each expert in a file of its own, and the rest in another."""
+    folder = tmp_path / "model"
+    plain("mixtral").save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        expert = re.search(r"experts\.(\d+)", name)
+        file = f"expert-{expert[1]}.safetensors" if expert else "rest.safetensors"
+        files.setdefault(file, {})[name] = tensor
+    for file, some in files.items():
+        save_file(some, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, some in files.items() for name in some}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    shares = moezoo.inspect(folder, expert_parallel_size=2).ranks
+    with serve(Hub("some/moe", folder)) as hub:
+        for rank, (found, refused) in enumerate(results(2, hub_work, hub.endpoint, tmp_path)):
+            own = {f"expert-{expert}.safetensors" for expert in (2 * rank, 2 * rank + 1)}
+            assert found == {"rest.safetensors"} | own
+            sizes = (tensor.nbytes for file in found for tensor in files[file].values())
+            assert shares[rank].download_bytes == sum(sizes)
+            assert "load it there with device='cpu'" in refused

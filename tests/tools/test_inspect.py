@@ -68,6 +68,13 @@ DEEPSEEK_V3 = {
     "torch_dtype": "bfloat16",
     "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
 }
+GPT_OSS_20B = {
+    "model_type": "gpt_oss",
+    "num_hidden_layers": 24,
+    "num_local_experts": 32,
+    "torch_dtype": "bfloat16",
+}
+"""The published count of active parameters leaves out the embedding."""
 
 
 @pytest.fixture
@@ -112,8 +119,9 @@ def test_the_model_in_the_package():
         (MIXTRAL_8X7B, 46.7e9, 12.9e9, 32 * 2 * 8 * 128 * 2),
         (QWEN3_30B_A3B, 30.5e9, 3.35e9, 48 * 2 * 4 * 128 * 2),
         (DEEPSEEK_V3, 671.0e9, 37.6e9, 61 * (512 + 64) * 2),
+        (GPT_OSS_20B, 20.91e9, 3.61e9 + 201088 * 2880, 24 * 2 * 8 * 64 * 2),
     ],
-    ids=["mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3"],
+    ids=["mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3", "gpt-oss-20b"],
 )
 def test_published_sizes_follow_from_the_config(tmp_path, config, total, active, kv_bytes):
     report = inspect(config_only(tmp_path, **config))

@@ -2,12 +2,15 @@
 
     q, k    = norm(q) * q_weight, norm(k) * k_weight    each head alone, or all at once
     q, k, v = q, k, v bounded to [-clip, clip]
-    q, k    = q, k * cos + their halves exchanged * sin
+    q, k    = q, k * cos + their pairs exchanged * sin  in the first R numbers of each head
     keys[slots[n]], values[slots[n]] = k[n], v[n]       where slots[n] is not negative
 
-with norm(x) = x / sqrt(mean(x^2) + eps). Computed in fp32; q, k and v are rounded once, at the end.
+with norm(x) = x / sqrt(mean(x^2) + eps). The pairs are i and i + R/2, or 2i and 2i + 1
+(`interleaved`); the result has the pairs' first members before their second ones. Computed in fp32;
+q, k and v are rounded once, at the end.
 
-Legend: N rows, Hq query heads, Hk key heads, D head width, S slots of the cache.
+Legend: N rows, Hq query heads, Hk key heads, D head width, Dv value width, R rotated width, S slots
+of the cache.
 """
 
 import torch
@@ -25,7 +28,7 @@ BLOCK = 512
 
 def rotate_and_store_ref(
     qkv: Tensor,
-    rotation: tuple[Tensor, Tensor],
+    rotation: tuple[Tensor, Tensor] | None,
     slots: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -36,9 +39,9 @@ def rotate_and_store_ref(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
     clip: float | None = None,
+    interleaved: bool = False,
 ) -> Tensor:
-    head_dim = keys.shape[-1]
-    cos, sin = (part.reshape(len(qkv), 1, head_dim).float() for part in rotation)
+    head_dim, value_dim = keys.shape[-1], values.shape[-1]
 
     def normed(x: Tensor, weight: Tensor | None) -> Tensor:
         if weight is None:
@@ -47,18 +50,25 @@ def rotate_and_store_ref(
         return F.rms_norm(groups, weight.shape, weight.float(), eps).flatten(1)
 
     def rotated(x: Tensor) -> Tensor:
-        return x * cos + x.roll(head_dim // 2, -1) * sin
+        if rotation is None:
+            return x
+        cos, sin = (part.reshape(len(qkv), 1, part.shape[-1]).float() for part in rotation)
+        dim = cos.shape[-1]
+        pairs, rest = x[..., :dim], x[..., dim:]
+        if interleaved:
+            pairs = pairs.unflatten(-1, (-1, 2)).mT.flatten(-2)
+        return torch.cat((pairs * cos + pairs.roll(dim // 2, -1) * sin, rest), -1)
 
     q, k, v = qkv.float().split_with_sizes(
-        [heads * head_dim for heads in (num_heads, num_kv_heads, num_kv_heads)], -1
+        [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * value_dim], -1
     )
     q, k = normed(q, q_weight), normed(k, k_weight)
     if clip is not None:
         q, k, v = (x.clamp(-clip, clip) for x in (q, k, v))
-    q, k, v = (x.unflatten(-1, (-1, head_dim)) for x in (q, k, v))
+    q, k = (x.unflatten(-1, (-1, head_dim)) for x in (q, k))
     kept = slots >= 0
     keys[slots[kept].long()] = rotated(k)[kept].to(keys.dtype)
-    values[slots[kept].long()] = v[kept].to(values.dtype)
+    values[slots[kept].long()] = v.unflatten(-1, (-1, value_dim))[kept].to(values.dtype)
     return rotated(q).to(qkv.dtype)
 
 
@@ -78,6 +88,23 @@ def rotate_pairs(first, second, cos_1, sin_1, cos_2, sin_2):
 
 
 @triton.jit
+def _places(cols, HALF: tl.constexpr, ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Where in a head the two members of the pair `cols` < HALF are.
+
+    The first ROTATED pairs are what is rotated; the others are the rest, first half and second.
+    """
+    if ROTATED == HALF or ROTATED == 0:
+        first, second = cols, cols + HALF
+    else:
+        first = tl.where(cols < ROTATED, cols, cols + ROTATED)
+        second = tl.where(cols < ROTATED, cols + ROTATED, cols + HALF)
+    if INTERLEAVED:
+        first = tl.where(cols < ROTATED, 2 * cols, first)
+        second = tl.where(cols < ROTATED, 2 * cols + 1, second)
+    return first, second
+
+
+@triton.jit
 def _part(
     row,
     first_head,
@@ -94,7 +121,8 @@ def _part(
     HEAD_DIM: tl.constexpr,
     NORM: tl.constexpr,
     CLIP: tl.constexpr,
-    ROTATE: tl.constexpr,
+    ROTATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BY_SLOT: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -105,22 +133,24 @@ def _part(
     heads = first_head + tl.arange(0, BLOCK_HEADS)[:, None]
     cols = tl.arange(0, BLOCK_HALF)[None, :]
     m_x = (heads < NUM_HEADS) & (cols < HALF)
+    in_1, in_2 = _places(cols, HALF, ROTATED, INTERLEAVED)
     if NORM != "none":
-        o_weight = heads * (HEAD_DIM if NORM == "all_heads" else 0) + cols
-        weight_first = tl.load(weight_ptr + o_weight, mask=m_x, other=0.0).to(tl.float32)
-        weight_second = tl.load(weight_ptr + HALF + o_weight, mask=m_x, other=0.0).to(tl.float32)
+        p_weight = weight_ptr + heads * (HEAD_DIM if NORM == "all_heads" else 0)
+        weight_first = tl.load(p_weight + in_1, mask=m_x, other=0.0).to(tl.float32)
+        weight_second = tl.load(p_weight + in_2, mask=m_x, other=0.0).to(tl.float32)
     wait(OVERLAP)
     out_row = row
     if BY_SLOT:
         out_row = tl.load(slots_ptr + row).to(tl.int64)
-    o_x = heads * HEAD_DIM + cols
-    first = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
-    second = tl.load(p_x + HALF + o_x, mask=m_x, other=0.0).to(tl.float32)
-    if ROTATE:
+    p_heads = p_x + heads * HEAD_DIM
+    first = tl.load(p_heads + in_1, mask=m_x, other=0.0).to(tl.float32)
+    second = tl.load(p_heads + in_2, mask=m_x, other=0.0).to(tl.float32)
+    if ROTATED > 0:
         # Before the sum of squares, so that nothing waits for memory twice; and for each head, in
         # the threads that have its numbers: from one to all, a row would go through shared memory.
         o_rotation = tl.broadcast_to(cols, [BLOCK_HEADS, BLOCK_HALF])
-        cos_1, sin_1, cos_2, sin_2 = load_rotation(p_cos, p_sin, o_rotation, m_x, HALF)
+        m_rotated = m_x & (o_rotation < ROTATED)
+        cos_1, sin_1, cos_2, sin_2 = load_rotation(p_cos, p_sin, o_rotation, m_rotated, ROTATED)
     if NORM != "none":
         squares = tl.sum(first * first + second * second, 1)
         if NORM == "all_heads":
@@ -133,13 +163,18 @@ def _part(
         # Not minimum and maximum, which would swallow NaN.
         first = tl.where(first > CLIP, CLIP, tl.where(first < -CLIP, -CLIP, first))
         second = tl.where(second > CLIP, CLIP, tl.where(second < -CLIP, -CLIP, second))
-    if ROTATE:
+    if ROTATED == HALF:
         first, second = rotate_pairs(first, second, cos_1, sin_1, cos_2, sin_2)
+    elif ROTATED > 0:
+        turned_1, turned_2 = rotate_pairs(first, second, cos_1, sin_1, cos_2, sin_2)
+        first = tl.where(m_rotated, turned_1, first)
+        second = tl.where(m_rotated, turned_2, second)
     dtype = out_ptr.dtype.element_ty
-    p_out = out_ptr + out_row * stride_row + heads * stride_head + cols
+    out_1, out_2 = _places(cols, HALF, ROTATED, False)
+    p_out = out_ptr + out_row * stride_row + heads * stride_head
     m_out = m_x & (out_row >= 0)
-    tl.store(p_out, first.to(dtype), mask=m_out)
-    tl.store(p_out + HALF, second.to(dtype), mask=m_out)
+    tl.store(p_out + out_1, first.to(dtype), mask=m_out)
+    tl.store(p_out + out_2, second.to(dtype), mask=m_out)
 
 
 @triton.jit
@@ -164,8 +199,11 @@ def _rotate_and_store_kernel(
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     NORM: tl.constexpr,
     CLIP: tl.constexpr,
+    ROTATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -184,20 +222,20 @@ def _rotate_and_store_kernel(
     if block < Q_BLOCKS:
         _part(
             row, block * BLOCK_HEADS, p_q, q_weight_ptr, p_cos, p_sin, slots_ptr, q_ptr,
-            NUM_HEADS * HEAD_DIM, HEAD_DIM, eps, NUM_HEADS, HEAD_DIM, NORM, CLIP, True, False,
-            BLOCK_HEADS, BLOCK_HALF, OVERLAP,
+            NUM_HEADS * HEAD_DIM, HEAD_DIM, eps, NUM_HEADS, HEAD_DIM, NORM, CLIP, ROTATED,
+            INTERLEAVED, False, BLOCK_HEADS, BLOCK_HALF, OVERLAP,
         )
     elif block < Q_BLOCKS + KV_BLOCKS:
         _part(
             row, (block - Q_BLOCKS) * BLOCK_HEADS, p_k, k_weight_ptr, p_cos, p_sin, slots_ptr,
-            keys_ptr, stride_ks, stride_kh, eps, NUM_KV_HEADS, HEAD_DIM, NORM, CLIP, True, True,
-            BLOCK_HEADS, BLOCK_HALF, OVERLAP,
+            keys_ptr, stride_ks, stride_kh, eps, NUM_KV_HEADS, HEAD_DIM, NORM, CLIP, ROTATED,
+            INTERLEAVED, True, BLOCK_HEADS, BLOCK_HALF, OVERLAP,
         )
     else:
         _part(
             row, (block - Q_BLOCKS - KV_BLOCKS) * BLOCK_HEADS, p_v, None, p_cos, p_sin, slots_ptr,
-            values_ptr, stride_vs, stride_vh, eps, NUM_KV_HEADS, HEAD_DIM, "none", CLIP, False,
-            True, BLOCK_HEADS, BLOCK_HALF, OVERLAP,
+            values_ptr, stride_vs, stride_vh, eps, NUM_KV_HEADS, VALUE_DIM, "none", CLIP, 0,
+            False, True, BLOCK_HEADS, BLOCK_HALF, OVERLAP,
         )
     # fmt: on
 
@@ -245,7 +283,7 @@ def _norm(q_weight: Tensor | None, k_weight: Tensor | None, widths: tuple[int, i
 
 def rotate_and_store(
     qkv: Tensor,
-    rotation: tuple[Tensor, Tensor],
+    rotation: tuple[Tensor, Tensor] | None,
     slots: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -256,40 +294,48 @@ def rotate_and_store(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
     clip: float | None = None,
+    interleaved: bool = False,
 ) -> Tensor:
-    """qkv [N, (Hq + 2 Hk) D] -> q [N, Hq, D]; keys and values [S, Hk, D] get those of the rows.
+    """qkv [N, (Hq + Hk) D + Hk Dv] -> q [N, Hq, D]; the rows' keys and values go into keys
+    [S, Hk, D] and values [S, Hk, Dv].
 
-    `rotation` is cosine and signed sine, [N, D] or [1, N, 1, D], of any float dtype. slots [N]
-    int32 or int64, below S; a row whose slot is negative is stored nowhere. q_weight and k_weight
-    are [D] and [D], or [Hq D] and [Hk D], of any float dtype, or both None: no norm. qkv, keys and
-    values are of one dtype. Rows and heads may lie apart.
+    `rotation` is cosine and signed sine, [N, R] or [1, N, 1, R], of any float dtype, R even and up
+    to D; None leaves the heads unrotated. slots [N] int32 or int64, below S; a row whose slot is
+    negative is stored nowhere. q_weight and k_weight are [D] and [D], or [Hq D] and [Hk D], of any
+    float dtype, or both None: no norm. qkv, keys and values are of one dtype. Rows and heads may
+    lie apart.
 
     Raises ValueError for shapes, dtypes or strides that do not fit.
     """
-    num_rows, head_dim = len(qkv), keys.shape[-1]
+    num_rows, head_dim, value_dim = len(qkv), keys.shape[-1], values.shape[-1]
     q_width, k_width = num_heads * head_dim, num_kv_heads * head_dim
-    if qkv.shape != (num_rows, q_width + 2 * k_width) or qkv.stride(1) != 1:
+    width = q_width + k_width + num_kv_heads * value_dim
+    if qkv.shape != (num_rows, width) or qkv.stride(1) != 1:
         raise ValueError(
-            f"qkv must be [N, {q_width + 2 * k_width}] of dense rows, "
-            f"got {list(qkv.shape)}, {qkv.stride()}"
+            f"qkv must be [N, {width}] of dense rows, got {list(qkv.shape)}, {qkv.stride()}"
         )
-    if head_dim % 2:
-        raise ValueError(f"heads must be of even width, got {head_dim}")
+    if head_dim % 2 or value_dim % 2:
+        raise ValueError(f"heads must be of even width, got {head_dim} and {value_dim}")
     for name, cache in (("keys", keys), ("values", values)):
-        if cache.shape[1:] != (num_kv_heads, head_dim) or cache.dtype != qkv.dtype:
+        if cache.ndim != 3 or cache.shape[1] != num_kv_heads or cache.dtype != qkv.dtype:
             raise ValueError(
-                f"{name} must be [S, {num_kv_heads}, {head_dim}] {qkv.dtype} as qkv is, "
+                f"{name} must be [S, {num_kv_heads}, ..] {qkv.dtype} as qkv is, "
                 f"got {list(cache.shape)} {cache.dtype}"
             )
         if cache.stride(2) != 1:
             raise ValueError(f"{name} must have dense heads, got strides {cache.stride()}")
     check_slots(slots, num_rows)
-    cos, sin = rotation_rows(rotation, num_rows, head_dim)
+    rotated_dim = 0 if rotation is None else rotation[0].shape[-1]
+    if rotated_dim % 2 or rotated_dim > head_dim:
+        raise ValueError(f"rotation must be of an even width up to {head_dim}, got {rotated_dim}")
+    cos, sin = (qkv, qkv)  # not read
+    if rotation is not None:
+        cos, sin = rotation_rows(rotation, num_rows, rotated_dim)
     norm = _norm(q_weight, k_weight, (q_width, k_width, head_dim))
     q = torch.empty(num_rows, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     if q.numel() == 0:
         return q
-    block_half = next_power_of_2(head_dim // 2)
+    block_half = next_power_of_2(max(head_dim, value_dim) // 2)
     block_heads = next_power_of_2(max(num_heads, num_kv_heads))
     if norm != "all_heads":
         block_heads = min(block_heads, max(1, BLOCK // (2 * block_half)))
@@ -313,8 +359,11 @@ def rotate_and_store(
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim,
         NORM=norm,
         CLIP=clip,
+        ROTATED=rotated_dim // 2,
+        INTERLEAVED=interleaved,
         BLOCK_HEADS=block_heads,
         BLOCK_HALF=block_half,
         num_warps=min(16, max(1, 2 * block_heads * block_half // BLOCK)),

@@ -1,9 +1,10 @@
 """topk: the routers' scores, choice and weights in one launch.
 
+    logits  = logits + bias, where the gate has one
     scores  = softmax(logits) or sigmoid(logits)
     choice  = scores + correction_bias, outside the best groups: dropped
     ids     = the k largest of choice, ties to the lower id
-    weights = scores[ids], divided by their sum + epsilon if renormalised, times scaling
+    weights = scores[ids], over max(their sum + epsilon, min_sum) if renormalised, times scaling
 
 `moezoo.layers.moe.routing` has the reference and says which router is which.
 
@@ -43,6 +44,7 @@ def _argmax(key, position, LAST: tl.constexpr):
 @triton.jit(do_not_specialize=["num_tokens"])
 def _topk_kernel(
     logits_ptr,
+    logits_bias_ptr,
     bias_ptr,
     weights_ptr,
     ids_ptr,
@@ -51,9 +53,11 @@ def _topk_kernel(
     stride_t,
     stride_e,
     epsilon,
+    min_sum,
     scaling,
     SCORING: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    HAS_LOGITS_BIAS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     TOPK_GROUPS: tl.constexpr,
@@ -73,6 +77,9 @@ def _topk_kernel(
     p_logits = logits_ptr + tokens[:, None] * stride_t + experts[None, :] * stride_e
     lowest = float("-inf")
     logits = tl.load(p_logits, mask=m_tokens[:, None] & m_experts, other=lowest).to(tl.float32)
+    if HAS_LOGITS_BIAS:
+        b_bias = tl.load(logits_bias_ptr + experts, mask=experts < num_experts, other=0.0)
+        logits += b_bias.to(tl.float32)[None, :]
     if SCORING == "sigmoid":
         scores = tl.where(m_experts, tl.sigmoid(logits), 0.0)
     elif SCORING == "softmax":
@@ -125,7 +132,7 @@ def _topk_kernel(
         weights = tl.exp(weights - tl.max(weights, 1)[:, None])
         weights = weights / tl.sum(weights, 1)[:, None]
     elif RENORMALIZE:
-        weights = weights / (tl.sum(weights, 1)[:, None] + epsilon)
+        weights = weights / tl.maximum(tl.sum(weights, 1)[:, None] + epsilon, min_sum)
     weights = weights * scaling
     m_slots = m_tokens[:, None] & (slots < K)
     p_slots = tokens[:, None] * K + slots
@@ -139,16 +146,19 @@ def topk(
     *,
     scoring: str,
     renormalize: bool = False,
+    bias: Tensor | None = None,
     correction_bias: Tensor | None = None,
     num_groups: int = 1,
     topk_groups: int = 1,
     epsilon: float = 0.0,
+    min_sum: float = 0.0,
     scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """logits [T, E] of any float dtype and strides -> weights [T, K] fp32, ids [T, K] int32.
 
     `scoring` is "softmax", "sigmoid", or "softmax_of_chosen": a softmax over the k largest logits.
-    correction_bias [E] fp32. Arguments as in `moezoo.layers.moe.routing`, which checks them.
+    bias [E] of any float dtype, correction_bias [E] fp32. Arguments as in
+    `moezoo.layers.moe.routing`, which checks them.
     """
     num_tokens, num_experts = logits.shape
     weights = torch.empty(num_tokens, k, dtype=torch.float32, device=logits.device)
@@ -157,20 +167,24 @@ def topk(
         return weights, ids
     # A warp a token.
     block_t = min(4, next_power_of_2(num_tokens))
-    bias = None if correction_bias is None else correction_bias.float().contiguous()
+    if correction_bias is not None:
+        correction_bias = correction_bias.float().contiguous()
     _topk_kernel[(cdiv(num_tokens, block_t),)](
         logits,
-        bias,
+        None if bias is None else bias.contiguous(),
+        correction_bias,
         weights,
         ids,
         num_tokens,
         num_experts,
         *logits.stride(),
         epsilon,
+        min_sum,
         scaling,
         SCORING=scoring,
         RENORMALIZE=renormalize,
-        HAS_BIAS=bias is not None,
+        HAS_LOGITS_BIAS=bias is not None,
+        HAS_BIAS=correction_bias is not None,
         NUM_GROUPS=num_groups,
         TOPK_GROUPS=topk_groups,
         GROUP_SIZE=num_experts // num_groups,

@@ -76,11 +76,27 @@ class BiasedRoute(nn.Module):
         return self.fn(logits, correction_bias=self.correction_bias)
 
 
+class BiasedLogits(nn.Module):
+    """A route for a gate with a bias [E]: `fn(logits, bias=self.bias)`."""
+
+    def __init__(self, num_experts: int, fn: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.fn = fn
+        self.bias = nn.Parameter(torch.empty(num_experts))
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.bias)
+
+    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fn(logits, bias=self.bias)
+
+
 class FusedMoE(nn.Module):
     """K of E gated experts for each token, plus `shared`, if there is one, for every token.
 
-    Parameters: gate [E, H]; w13 [E, 2I, H], gate rows then up rows; w2 [E, H, I]. Quantised, w13
-    [E, 2, I, H] and w2 are modules with parameters of their own, see `quantize_`.
+    Parameters: gate [E, H]; w13 [E, 2I, H], gate rows then up rows; w2 [E, H, I]; with `bias` also
+    bias13 [E, 2I] and bias2 [E, H] of the experts. Quantised, w13 [E, 2, I, H] and w2 are modules
+    with parameters of their own, see `quantize_`.
 
     `route` maps fp32 logits [T, E] to (topk_weights [T, K] fp32, topk_ids [T, K] int32): a partial
     of a function in `moezoo.layers.moe.routing`, or a module where the router has parameters.
@@ -99,6 +115,7 @@ class FusedMoE(nn.Module):
         route: Route,
         *,
         activation: str | Gating = "silu",
+        bias: bool = False,
         shared: nn.Module | None = None,
         dispatcher: Dispatcher | None = None,
     ) -> None:
@@ -119,12 +136,20 @@ class FusedMoE(nn.Module):
         self.w2: nn.Parameter | QuantizedWeights = nn.Parameter(
             torch.empty(num_experts, hidden_size, intermediate_size)
         )
+        self.bias13: nn.Parameter | None = None
+        self.bias2: nn.Parameter | None = None
+        if bias:
+            self.bias13 = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size))
+            self.bias2 = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def reset_parameters(self) -> None:
         for parameter in (self.gate, self.w13, self.w2):
             if isinstance(parameter, QuantizedWeights):
                 raise ValueError("quantised experts are not reset; build the layer anew")
             nn.init.normal_(parameter, std=0.02)
+        for bias in (self.bias13, self.bias2):
+            if bias is not None:
+                nn.init.zeros_(bias)
 
     def quantize_(self, w13: Format, w2: Format) -> None:
         """Put w13 [E, 2, I, H] and w2 [E, H, I], both of one format, in the place of the experts'
@@ -164,10 +189,10 @@ class FusedMoE(nn.Module):
 
     def expert_tensors(self) -> list[Tensor]:
         """All that the experts of this process consist of: parameters [E', ..], a row for each."""
-        weights = (self.w13, self.w2)
         return [
             tensor
-            for w in weights
+            for w in (self.w13, self.w2, self.bias13, self.bias2)
+            if w is not None
             for tensor in (w.parameters() if isinstance(w, QuantizedWeights) else [w])
         ]
 
@@ -221,7 +246,15 @@ class FusedMoE(nn.Module):
         w13, w2 = (w() if isinstance(w, QuantizedWeights) else w for w in (self.w13, self.w2))
         if self.w2.shape[0] == 0:
             return torch.zeros_like(x)
-        return fused_experts(x, w13, w2, topk_weights, rows, activation=self.activation)
+        bias13 = self.bias13
+        if bias13 is not None and self.quantized is not None:
+            bias13 = bias13.unflatten(1, (2, -1))
+        return fused_experts(
+            *(x, w13, w2, topk_weights, rows),
+            activation=self.activation,
+            bias13=bias13,
+            bias2=self.bias2,
+        )
 
     def dispatched(
         self,

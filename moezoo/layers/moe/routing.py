@@ -22,19 +22,28 @@ from torch import Tensor
 
 from moezoo.device import runs_kernels
 
+Scoring = Literal["softmax", "sigmoid"]
 
-def softmax_topk(logits: Tensor, k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """The k largest of softmax(logits), divided by their sum if `renormalize`.
 
-    logits [T, E] of any float dtype -> topk_weights [T, K] fp32, topk_ids [T, K] int32.
-    The router of Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and, without groups, of DeepSeek-V2.
+def softmax_topk(
+    logits: Tensor, k: int, *, renormalize: bool, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k largest of softmax(logits + bias), divided by their sum if `renormalize`.
+
+    logits [T, E] and bias [E] of any float dtype
+    -> topk_weights [T, K] fp32, topk_ids [T, K] int32.
+    The router of Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and, without groups, of DeepSeek-V2; with a
+    bias that of gpt-oss.
     """
     _require_k(k, logits.shape[-1])
-    if logits.ndim == 2 and runs_kernels(logits):
+    if logits.ndim == 2 and runs_kernels(logits, bias):
         from moezoo.layers.kernels.topk import topk
 
         with torch.cuda.device_of(logits):
-            return topk(logits, k, scoring="softmax_of_chosen" if renormalize else "softmax")
+            scoring = "softmax_of_chosen" if renormalize else "softmax"
+            return topk(logits, k, scoring=scoring, bias=bias)
+    if bias is not None:
+        logits = logits.float() + bias.float()
     if renormalize:
         # The softmax over all, divided by its sum over the chosen, is the softmax over the chosen.
         chosen, ids = _largest(logits.float(), k)
@@ -49,7 +58,7 @@ def grouped_topk(
     *,
     num_groups: int,
     topk_groups: int,
-    scoring: Literal["softmax", "sigmoid"] = "softmax",
+    scoring: Scoring = "softmax",
     correction_bias: Tensor | None = None,
     renormalize: bool,
     scaling: float = 1.0,
@@ -91,11 +100,7 @@ def grouped_topk(
                 epsilon=1e-20,
                 scaling=scaling,
             )
-    if scoring == "softmax":
-        scores = torch.softmax(logits, -1, dtype=torch.float32)
-    else:
-        scores = logits.float().sigmoid()
-
+    scores = _scores(logits, scoring)
     if correction_bias is None:
         if topk_groups < num_groups:
             group_scores = scores.unflatten(-1, (num_groups, -1)).amax(-1)
@@ -115,6 +120,69 @@ def grouped_topk(
     if scaling != 1.0:
         weights = weights * scaling
     return weights, ids.int()
+
+
+def biased_topk(
+    logits: Tensor,
+    k: int,
+    *,
+    scoring: Scoring,
+    correction_bias: Tensor,
+    min_sum: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The k experts whose scores plus bias are largest; the weights are the scores without it,
+    divided by their sum, or by `min_sum` where that is more.
+
+    logits [T, E] of any float dtype, correction_bias [E]
+    -> topk_weights [T, K] fp32, topk_ids [T, K] int32.
+    The router of MiniMax-M2 (sigmoid) and ERNIE 4.5 (softmax).
+    """
+    _require_k(k, logits.shape[-1])
+    if logits.ndim == 2 and runs_kernels(logits):
+        from moezoo.layers.kernels.topk import topk
+
+        with torch.cuda.device_of(logits):
+            return topk(
+                logits,
+                k,
+                scoring=scoring,
+                renormalize=True,
+                correction_bias=correction_bias,
+                min_sum=min_sum,
+            )
+    scores = _scores(logits, scoring)
+    ids = _largest(scores + correction_bias, k)[1]
+    weights = scores.gather(-1, ids)
+    return weights / weights.sum(-1, keepdim=True).clamp(min=min_sum), ids.int()
+
+
+def sparsemixer(logits: Tensor, k: int, *, jitter: float) -> tuple[Tensor, Tensor]:
+    """The best expert, then the best of the others, k times (Phi-3.5-MoE; Liu et al., 2024).
+
+    logits [T, E] of any float dtype -> topk_weights [T, K] fp32, topk_ids [T, K] int32.
+
+    Each weighs what a softmax gives it over those that lie close, the better ones left out: those
+    less than 2 * `jitter` below, as a share of the best or of their own size. The weights are not
+    renormalised.
+    """
+    _require_k(k, logits.shape[-1])
+    scores = logits.float()
+    left = scores
+    weights, ids = [], []
+    for _ in range(k):
+        best, expert = _largest(left, 1)
+        far = (best - scores) / scores.abs().clamp(min=best) > 2 * jitter
+        weights.append(left.masked_fill(far, float("-inf")).softmax(-1).gather(-1, expert))
+        ids.append(expert)
+        left = left.scatter(-1, expert, float("-inf"))
+    return torch.cat(weights, -1), torch.cat(ids, -1).int()
+
+
+def _scores(logits: Tensor, scoring: Scoring) -> Tensor:
+    """Of all experts, in fp32."""
+    if scoring == "softmax":
+        return logits.softmax(-1, dtype=torch.float32)
+    return logits.float().sigmoid()
 
 
 def _require_k(k: int, num_experts: int) -> None:

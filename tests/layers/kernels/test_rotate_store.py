@@ -5,6 +5,9 @@ import pytest
 import torch
 from tolerances import assert_close
 from torch import Tensor
+from transformers.models.glm4_moe.modeling_glm4_moe import (
+    apply_rotary_pos_emb as apply_partial_rotary,
+)
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm
 from transformers.models.qwen3_moe.modeling_qwen3_moe import apply_rotary_pos_emb
 
@@ -81,6 +84,43 @@ def test_clip(norm: str, dtype: torch.dtype, device: torch.device) -> None:
     check(arguments | {"clip": 0.5})
     _, _, values = results(rotate_and_store, arguments | {"clip": 0.5})
     assert values[arguments["slots"][0]].abs().max() == 0.5
+
+
+@pytest.mark.parametrize("norm", ["none", "each_head", "all_heads"])
+@pytest.mark.parametrize("rotated", [0, 2, 6, 12, 18, 20])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+def test_other_pairs(
+    rotated: int, interleaved: bool, norm: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Part of each head is rotated, or nothing."""
+    arguments = inputs((5, 6, 2, 20), dtype, device, norm)
+    arguments["rotation"] = rotation(5, rotated, dtype, device) if rotated else None
+    check(arguments | {"interleaved": interleaved})
+
+
+@pytest.mark.parametrize("value_dim", [2, 12, 34])
+@pytest.mark.parametrize("norm", ["none", "each_head", "all_heads"])
+def test_values_of_another_width(
+    norm: str, value_dim: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    arguments = inputs((5, 6, 2, 20), dtype, device, norm)
+    arguments["qkv"] = arguments["qkv"].repeat(1, 2)[:, : 160 + 2 * value_dim].contiguous()
+    check(arguments | {"values": arguments["values"].repeat(1, 1, 2)[..., :value_dim].contiguous()})
+
+
+def test_partial_rotation_matches_transformers(device: torch.device) -> None:
+    arguments = inputs((5, 6, 2, 20), torch.float32, device)
+    cos, sin = arguments["rotation"] = rotation(5, 12, torch.float32, device)
+    unsigned = torch.cat((-sin[:, :6], sin[:, 6:]), -1)
+    q, k, _ = (
+        part.unflatten(-1, (-1, 20)).transpose(0, 1)[None]
+        for part in arguments["qkv"].split((120, 40, 40), -1)
+    )
+    expected_q, expected_k = apply_partial_rotary(q, k, cos[None], unsigned[None])
+    q, keys, _ = results(rotate_and_store, arguments)
+    assert_close(q, expected_q[0].transpose(0, 1))
+    for row in (0, 2, 3, 4):
+        assert_close(keys[arguments["slots"][row]], expected_k[0, :, row])
 
 
 @pytest.mark.parametrize("norm", ["each_head", "all_heads"])
@@ -173,13 +213,16 @@ def test_no_rows(device: torch.device) -> None:
     [
         ({"qkv": torch.zeros(5, 201)}, "qkv must be [N, 200] of dense rows, got [5, 201]"),
         ({"qkv": torch.zeros(200, 5).mT}, "qkv must be [N, 200] of dense rows"),
-        ({"keys": torch.zeros(8, 1, 20)}, "keys must be [S, 2, 20] torch.float32"),
-        ({"values": torch.zeros(8, 2, 10)}, "values must be [S, 2, 20] torch.float32"),
-        ({"keys": torch.zeros(8, 2, 20).half()}, "keys must be [S, 2, 20] torch.float32"),
+        ({"keys": torch.zeros(8, 1, 20)}, "keys must be [S, 2, ..] torch.float32"),
+        ({"values": torch.zeros(8, 2, 10)}, "qkv must be [N, 180] of dense rows"),
+        ({"values": torch.zeros(8, 1, 20)}, "values must be [S, 2, ..] torch.float32"),
+        ({"keys": torch.zeros(8, 2, 20).half()}, "keys must be [S, 2, ..] torch.float32"),
         ({"keys": torch.zeros(8, 20, 2).mT}, "keys must have dense heads"),
         ({"slots": torch.zeros(4).long()}, "slots must be [5] int32 or int64"),
         ({"slots": torch.zeros(5)}, "slots must be [5] int32 or int64"),
-        ({"rotation": (torch.zeros(5, 10),) * 2}, "a cosine and a sine [5, 20]"),
+        ({"rotation": (torch.zeros(5, 10), torch.zeros(5, 20))}, "a cosine and a sine [5, 10]"),
+        ({"rotation": (torch.zeros(5, 9),) * 2}, "even width up to 20, got 9"),
+        ({"rotation": (torch.zeros(5, 22),) * 2}, "even width up to 20, got 22"),
         ({"rotation": (torch.zeros(1, 20),) * 2}, "a cosine and a sine [5, 20]"),
         ({"q_weight": torch.zeros(20)}, "q_weight and k_weight must both be [20]"),
         ({"q_weight": torch.zeros(20), "k_weight": torch.zeros(40)}, "or [120] and [40], or None"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moezoo.layers.kernels.topk import topk
-from moezoo.layers.moe.routing import grouped_topk, softmax_topk
+from moezoo.layers.moe.routing import biased_topk, grouped_topk, softmax_topk
 
 
 def assert_same(
@@ -76,6 +76,37 @@ def test_groups(
         **settings,
     )
     assert_same(actual, grouped_topk(logits, k, correction_bias=bias, **settings))
+
+
+@pytest.mark.parametrize("min_sum", [0.0, 0.1])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_bias(scoring: str, min_sum: float, device: torch.device) -> None:
+    logits = 3 * logits_of(9, 60)
+    bias = torch.randn(60, generator=torch.Generator().manual_seed(1))
+    settings = {"scoring": scoring, "min_sum": min_sum}
+    actual = topk(
+        logits.to(device), 5, correction_bias=bias.to(device), renormalize=True, **settings
+    )
+    expected = biased_topk(logits, 5, correction_bias=bias, **settings)
+    assert_same(actual, expected)
+    if scoring == "softmax":
+        assert (expected[0].sum(-1) < 0.99).any() == (min_sum > 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize(("num_experts", "k"), [(32, 4), (5, 5), (37, 3)])
+def test_bias_of_the_gate(
+    num_experts: int, k: int, renormalize: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """One that changes what is chosen, and of its own dtype."""
+    logits = logits_of(9, num_experts)
+    bias = 2 * torch.randn(num_experts, generator=torch.Generator().manual_seed(1))
+    bias = bias.to(dtype)
+    scoring = "softmax_of_chosen" if renormalize else "softmax"
+    actual = topk(logits.to(device), k, scoring=scoring, bias=bias.to(device))
+    assert_same(actual, softmax_topk(logits + bias.float(), k, renormalize=renormalize))
+    assert_same(actual, softmax_topk(logits, k, renormalize=renormalize, bias=bias))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
+    GptOssConfig,
     MixtralConfig,
     OlmoeConfig,
     Qwen2MoeConfig,
@@ -19,12 +20,22 @@ from transformers import (
 )
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from moezoo.layers.moe import Arrival, BiasedRoute, FusedMoE, grouped_topk, softmax_topk
+from moezoo.layers.moe import (
+    Arrival,
+    BiasedLogits,
+    BiasedRoute,
+    FusedMoE,
+    Gating,
+    grouped_topk,
+    softmax_topk,
+)
+from moezoo.layers.quant import Format, Int4, Int8, Mxfp4
 
 H, I, E, K = 24, 20, 12, 3
 SIZES = {"hidden_size": H, "num_experts_per_tok": K, "num_attention_heads": 2}
@@ -161,6 +172,70 @@ def test_logits_on_cuda_are_those_of_fp32(dtype: torch.dtype, num_tokens: int) -
     assert relative_difference(logits, expected) <= 5e-5
 
 
+def gpt_oss(hidden: int = H, intermediate: int = I) -> tuple[FusedMoE, GptOssMLP]:
+    """Both with the same random weights and biases, large enough for the limit to matter."""
+    config = GptOssConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_local_experts=E,
+        num_experts_per_tok=K,
+    )
+    torch.manual_seed(0)
+    theirs = GptOssMLP(config)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter)
+    moe = FusedMoE(
+        *(hidden, intermediate, E),
+        BiasedLogits(E, partial(SOFTMAX, renormalize=True)),
+        activation=Gating("quick_gelu", limit=7.0, up_offset=1.0),
+        bias=True,
+    )
+
+    def halves(interleaved: Tensor) -> Tensor:
+        return torch.cat((interleaved[..., ::2], interleaved[..., 1::2]), -1)
+
+    experts = theirs.experts
+    state = {
+        "gate": theirs.router.weight,
+        "route.bias": theirs.router.bias,
+        "w13": halves(experts.gate_up_proj).mT,
+        "bias13": halves(experts.gate_up_proj_bias),
+        "w2": experts.down_proj.mT,
+        "bias2": experts.down_proj_bias,
+    }
+    moe.load_state_dict({name: tensor.detach() for name, tensor in state.items()})
+    return moe, theirs
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [1, 2, 9, 80])
+@torch.no_grad()
+def test_biases_as_gpt_oss_has_them(tokens: int, device: str) -> None:
+    moe, theirs = gpt_oss()
+    x = torch.randn(1, tokens, H)
+    expected, _ = theirs(x)
+    assert_close(moe.to(device)(x.to(device)).cpu(), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("format_", [Int8, Int4, Mxfp4])
+@pytest.mark.parametrize("tokens", [1, 9])
+@torch.no_grad()
+def test_biases_beside_quantised_experts(format_: type[Format], tokens: int, device: str) -> None:
+    moe, theirs = gpt_oss(64, 32)
+    w13, w2 = format_.quantize(moe.w13.unflatten(1, (2, -1))), format_.quantize(moe.w2)
+    moe.quantize_(w13, w2)
+    experts = theirs.experts
+    experts.gate_up_proj.copy_(w13.dequantize().transpose(1, 2).flatten(1, 2).mT)
+    experts.down_proj.copy_(w2.dequantize().mT)
+    x = torch.randn(1, tokens, 64)
+    expected, _ = theirs(x)
+    assert_close(moe.to(device)(x.to(device)).cpu(), expected)
+
+
 def test_correction_bias_keeps_its_dtype() -> None:
     assert BiasedRoute.keep_dtype == ("correction_bias",)
     route = BiasedRoute(4, partial(grouped_topk, k=1, num_groups=1, topk_groups=1))
@@ -178,6 +253,14 @@ def test_reset_parameters() -> None:
     for parameter in (moe.gate, moe.w13, moe.w2):
         assert parameter.std().item() == pytest.approx(0.02, rel=0.1)
     assert not route.correction_bias.any()
+
+
+def test_reset_of_biases() -> None:
+    moe = FusedMoE(H, I, E, BiasedLogits(E, partial(SOFTMAX, renormalize=True)), bias=True)
+    moe.reset_parameters()
+    moe.route.reset_parameters()
+    for bias in (moe.bias13, moe.bias2, moe.route.bias):
+        assert not bias.any()
 
 
 class HalfOfTheExperts:
@@ -246,6 +329,27 @@ def test_no_experts_of_its_own() -> None:
     x = torch.randn(3, H)
     y = moe.experts(x, torch.rand(3, K), torch.full((3, K), -1, dtype=torch.int32))
     assert torch.equal(y, torch.zeros(3, H))
+
+
+@torch.no_grad()
+def test_dispatcher_with_biases() -> None:
+    """A rank adds the biases of its own experts."""
+    whole, _ = gpt_oss()
+    x = torch.randn(10, H)
+    parts = []
+    for rank in (0, 1):
+        part = FusedMoE(
+            *(H, I, E // 2),
+            whole.route,
+            activation=whole.activation,
+            bias=True,
+            dispatcher=HalfOfTheExperts(rank),
+        )
+        part.gate = whole.gate
+        for name in ("w13", "w2", "bias13", "bias2"):
+            setattr(part, name, nn.Parameter(getattr(whole, name)[rank::2]))
+        parts.append(part(x))
+    assert_close(parts[0] + parts[1], whole(x))
 
 
 def test_trains() -> None:

@@ -123,7 +123,7 @@ def test_equals_the_dequantized_layer(
 @pytest.mark.gpu
 @kinds
 @pytest.mark.parametrize("num_tokens", [1, 2, 16, 64, 300])
-@pytest.mark.parametrize("shape", [(8, 2048, 768), (4, 1024, 1792)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 2048, 768), (4, 1024, 1792), (4, 2880, 2880)], ids=str)
 def test_sizes_of_models(kind: str, num_tokens: int, shape: tuple[int, int, int]) -> None:
     check(make(kind, num_tokens, torch.device("cuda"), shape=shape))
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
+    Ernie4_5_MoeConfig,
+    MiniMaxM2Config,
     MixtralConfig,
     OlmoeConfig,
     PreTrainedConfig,
@@ -20,12 +22,15 @@ from transformers import (
 )
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeSparseMoeBlock
+from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2SparseMoeBlock
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+from transformers.models.phimoe.modeling_phimoe import sparsemixer as phimoe_sparsemixer
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from moezoo.layers.moe import grouped_topk, softmax_topk
+from moezoo.layers.moe import biased_topk, grouped_topk, softmax_topk, sparsemixer
 
 V2 = partial(grouped_topk, num_groups=4, topk_groups=2, renormalize=False, scaling=16.0)
 V3 = partial(grouped_topk, num_groups=4, topk_groups=2, scoring="sigmoid", scaling=2.5)
@@ -34,6 +39,10 @@ ROUTES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "renormalized": partial(softmax_topk, renormalize=True),
     "groups": V2,
     "biased": partial(V3, correction_bias=torch.linspace(-0.1, 0.1, 12), renormalize=True),
+    "biased-softmax": partial(
+        biased_topk, correction_bias=torch.linspace(-0.1, 0.1, 12), scoring="softmax", min_sum=0.2
+    ),
+    "sparsemixer": partial(sparsemixer, jitter=0.2),
 }
 
 
@@ -102,6 +111,18 @@ def v2(**settings: object) -> PreTrainedConfig:
             partial(V3, num_groups=1, topk_groups=1, renormalize=False),
             id="deepseek_v3-no-groups",
         ),
+        pytest.param(
+            MiniMaxM2SparseMoeBlock,
+            config(MiniMaxM2Config, num_local_experts=12),
+            partial(biased_topk, scoring="sigmoid"),
+            id="minimax_m2",
+        ),
+        pytest.param(
+            Ernie4_5_MoeSparseMoeBlock,
+            config(Ernie4_5_MoeConfig, moe_num_experts=12, moe_norm_min=0.4, moe_k=3),
+            partial(biased_topk, scoring="softmax", min_sum=0.4),
+            id="ernie4_5_moe",
+        ),
     ],
 )
 def test_equals_transformers(
@@ -112,10 +133,10 @@ def test_equals_transformers(
     torch.manual_seed(0)
     moe = block(config)
     torch.nn.init.normal_(moe.gate.weight)
-    bias = getattr(moe.gate, "e_score_correction_bias", None)
-    if bias is not None:
-        torch.nn.init.normal_(bias, std=0.3)
-        route = partial(route, correction_bias=bias)
+    for name, bias in moe.state_dict().items():
+        if "e_score_correction_bias" in name:
+            torch.nn.init.normal_(bias, std=0.3)
+            route = partial(route, correction_bias=bias.flatten())
     x = torch.randn(200, config.hidden_size)
     with torch.no_grad():
         captured: list[Tensor] = []
@@ -128,6 +149,19 @@ def test_equals_transformers(
     torch.testing.assert_close(
         weights.gather(-1, order), expected_weights.gather(-1, expected_order)
     )
+
+
+@pytest.mark.parametrize("jitter", [0.01, 0.3, 2.0])
+def test_sparsemixer_equals_transformers(jitter: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(300, 9, generator=generator)
+    logits[:100] -= 5  # rows whose best logit is negative
+    expected_weights, expected_ids = phimoe_sparsemixer(logits, jitter, training=False)
+    weights, ids = sparsemixer(logits, 2, jitter=jitter)
+    assert weights.dtype == torch.float32 and ids.dtype == torch.int32
+    assert torch.equal(ids, expected_ids.int())
+    torch.testing.assert_close(weights, expected_weights)
+    assert len(weights.unique()) > 30
 
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES.keys())

@@ -1,0 +1,103 @@
+"""ERNIE 4.5 (Baidu, 2025): a router in fp32, softmax scores with a bias that steers the choice."""
+
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import Ernie4_5_MoeConfig
+
+from moezoo.errors import UnsupportedArchitectureError
+from moezoo.layers.attention import GroupedQueryAttention
+from moezoo.layers.decoder import Decoder, pre_norm_decoder
+from moezoo.layers.moe import BiasedRoute, FusedMoE
+from moezoo.layers.moe.routing import biased_topk
+from moezoo.layers.norm import NormOfSum, normed
+from moezoo.layers.rope import rotate_interleaved
+from moezoo.loaders.mapping import Rule, Skip
+from moezoo.models.attentions import grouped_queries
+from moezoo.models.fields import ASSUMED_EVERYWHERE, check_head_bias, experts_per_token
+from moezoo.models.mixtures import dense_or_mixture
+from moezoo.models.names import (
+    ATTENTION,
+    CORRECTION_BIAS,
+    DECODER,
+    DENSE_MLP,
+    EXPERTS,
+    SHARED_EXPERTS,
+)
+
+ASSUMES = ASSUMED_EVERYWHERE | {
+    "moe_use_aux_free": (True, None),
+}
+
+
+class Fp32GateMoE(FusedMoE):
+    """A mixture whose gate stays fp32 whatever the model's dtype."""
+
+    keep_dtype: ClassVar[tuple[str, ...]] = ("gate",)
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.gate = nn.Parameter(torch.empty_like(self.gate, dtype=torch.float32))
+
+    def router_logits(self, x: torch.Tensor | NormOfSum) -> torch.Tensor:
+        x = normed(x)
+        return F.linear(x.reshape(-1, x.shape[-1]).float(), self.gate)
+
+
+class RowBias(BiasedRoute):
+    """The bias is [1, E], as checkpoints have it."""
+
+    def __init__(self, num_experts: int, fn: Any) -> None:
+        super().__init__(num_experts, fn)
+        self.correction_bias = nn.Parameter(self.correction_bias[None], requires_grad=False)
+
+
+def build(config: Ernie4_5_MoeConfig) -> Decoder:
+    if config.moe_layer_interval < 1:
+        raise UnsupportedArchitectureError.of_field(config, "moe_layer_interval", "1 or more")
+    sparse = range(config.moe_layer_start_index, config.moe_layer_end_index + 1)
+    dense = {
+        layer_idx
+        for layer_idx in range(config.num_hidden_layers)
+        if layer_idx not in sparse or (layer_idx + 1) % config.moe_layer_interval
+    }
+
+    def attention(layer_idx: int) -> GroupedQueryAttention:
+        return grouped_queries(
+            config, qkv_bias=config.use_bias, out_bias=config.use_bias, rotate=rotate_interleaved
+        )
+
+    route = partial(
+        biased_topk,
+        k=experts_per_token(config, config.num_experts),
+        scoring="softmax",
+        min_sum=config.moe_norm_min,
+    )
+    feed_forward = dense_or_mixture(
+        config,
+        partial(RowBias, config.num_experts, route),
+        dense=dense,
+        num_shared=config.moe_num_shared_experts or None,
+        bias=config.use_bias,
+        mixture=Fp32GateMoE,
+    )
+    head_bias = check_head_bias(config, config.use_bias)
+    decoder = partial(Decoder, head_bias=head_bias)
+    return pre_norm_decoder(config, attention, feed_forward, decoder=decoder)
+
+
+BIAS = "moe_statics.e_score_correction_bias"
+
+CHECKPOINT = (
+    *DECODER,
+    *ATTENTION,
+    *DENSE_MLP,
+    *EXPERTS,
+    Rule(CORRECTION_BIAS.target, f"model.layers.{{L}}.mlp.{BIAS}"),
+    Rule(CORRECTION_BIAS.target, f"model.layers.{{L}}.mlp.gate.{BIAS}"),
+    *SHARED_EXPERTS,
+    Skip("model.mtp_{*}", "multi-token prediction"),
+)

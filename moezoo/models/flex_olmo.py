@@ -1,0 +1,63 @@
+"""FlexOlmo (Allen AI, 2025): OLMoE whose norms follow attention and experts."""
+
+from functools import partial
+
+import torch
+from transformers import FlexOlmoConfig
+
+from moezoo.layers.attention import Context, GroupedQueryAttention
+from moezoo.layers.decoder import Decoder, DecoderLayer, pre_norm_decoder
+from moezoo.layers.moe import FusedMoE
+from moezoo.layers.moe.routing import softmax_topk
+from moezoo.loaders.mapping import Rule
+from moezoo.models.attentions import grouped_queries, norm_of_all_heads
+from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
+from moezoo.models.names import AROUND_LAYERS, ATTENTION, EXPERTS, QK_NORM
+
+ASSUMES = ASSUMED_EVERYWHERE
+
+
+class PostNormLayer(DecoderLayer):
+    """x + norm(attn(x)), then x + norm(mlp(x))."""
+
+    def forward(
+        self, x: torch.Tensor, update: torch.Tensor | None, context: Context, layer_idx: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x if update is None else x + update
+        x = x + self.attn_norm(self.attn(x, context, layer_idx))
+        return x, self.mlp_norm(self.mlp(x))
+
+
+def build(config: FlexOlmoConfig) -> Decoder:
+    def attention(layer_idx: int) -> GroupedQueryAttention:
+        return grouped_queries(
+            config,
+            qkv_bias=config.attention_bias,
+            out_bias=config.attention_bias,
+            **norm_of_all_heads(config),
+        )
+
+    def feed_forward(layer_idx: int) -> FusedMoE:
+        return FusedMoE(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_experts,
+            partial(
+                softmax_topk,
+                k=experts_per_token(config, config.num_experts),
+                renormalize=config.norm_topk_prob,
+            ),
+            activation=config.hidden_act,
+        )
+
+    return pre_norm_decoder(config, attention, feed_forward, layer=PostNormLayer)
+
+
+CHECKPOINT = (
+    *AROUND_LAYERS,
+    *ATTENTION,
+    *QK_NORM,
+    Rule("layers.{L}.attn_norm.weight", "model.layers.{L}.post_attention_layernorm.weight"),
+    Rule("layers.{L}.mlp_norm.weight", "model.layers.{L}.post_feedforward_layernorm.weight"),
+    *EXPERTS,
+)

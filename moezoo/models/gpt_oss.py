@@ -1,0 +1,89 @@
+"""gpt-oss (OpenAI, 2025): a sink for each head, a window in every other layer, experts with biases.
+
+The releases have their experts in MXFP4. A gate's row and the up row that goes with it are
+neighbours there, and in 16-bit checkpoints, where matrices are also transposed.
+"""
+
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import GptOssConfig
+
+from moezoo.errors import UnsupportedArchitectureError
+from moezoo.layers.attention import GroupedQueryAttention
+from moezoo.layers.decoder import Decoder, pre_norm_decoder
+from moezoo.layers.moe import BiasedLogits, FusedMoE, Gating
+from moezoo.layers.moe.routing import softmax_topk
+from moezoo.loaders.mapping import Rule
+from moezoo.models.attentions import grouped_queries, window_of
+from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
+from moezoo.models.names import ATTENTION, DECODER
+
+ASSUMES = ASSUMED_EVERYWHERE | {"hidden_act": ("silu",), "swiglu_alpha": (1.702,)}
+
+
+def build(config: GptOssConfig) -> Decoder:
+    # Fields of the hub's configs that not every transformers knows.
+    limit = getattr(config, "swiglu_limit", 7.0)
+    if limit <= 0:
+        raise UnsupportedArchitectureError.of_field(config, "swiglu_limit", "above 0")
+
+    def attention(layer_idx: int) -> GroupedQueryAttention:
+        return grouped_queries(
+            config,
+            qkv_bias=config.attention_bias,
+            out_bias=config.attention_bias,
+            window=window_of(config, layer_idx),
+            sinks=nn.Parameter(torch.empty(config.num_attention_heads)),
+        )
+
+    def feed_forward(layer_idx: int) -> FusedMoE:
+        k = experts_per_token(config, config.num_local_experts)
+        route = partial(softmax_topk, k=k, renormalize=True)
+        return FusedMoE(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_local_experts,
+            BiasedLogits(config.num_local_experts, route),
+            activation=Gating("quick_gelu", limit=limit, up_offset=1.0),
+            bias=True,
+        )
+
+    return pre_norm_decoder(config, attention, feed_forward)
+
+
+EXPERTS = "model.layers.{L}.mlp.experts"
+EACH = f"{EXPERTS}.{{E}}"
+
+CHECKPOINT = (
+    *DECODER,
+    *ATTENTION,
+    Rule("layers.{L}.attn.sinks", "model.layers.{L}.self_attn.sinks"),
+    Rule("layers.{L}.mlp.gate", "model.layers.{L}.mlp.router.weight"),
+    Rule("layers.{L}.mlp.route.bias", "model.layers.{L}.mlp.router.bias"),
+    Rule(
+        "layers.{L}.mlp.w13",
+        f"{EXPERTS}.gate_up_proj",
+        shard="expert",
+        view=("transpose", "deinterleave"),
+    ),
+    Rule(
+        "layers.{L}.mlp.bias13",
+        f"{EXPERTS}.gate_up_proj_bias",
+        shard="expert",
+        view="deinterleave_last",
+    ),
+    Rule("layers.{L}.mlp.w2", f"{EXPERTS}.down_proj", shard="expert", view="transpose"),
+    Rule("layers.{L}.mlp.bias2", f"{EXPERTS}.down_proj_bias", shard="expert"),
+    # As those have it who quantise linear layers, and make some of the experts first.
+    *(
+        Rule(target, *(f"{EACH}.{part}_proj.{kind}" for part in parts), shard="expert")
+        for target, kind, parts in (
+            ("layers.{L}.mlp.w13", "weight", ("gate", "up")),
+            ("layers.{L}.mlp.bias13", "bias", ("gate", "up")),
+            ("layers.{L}.mlp.w2", "weight", ("down",)),
+            ("layers.{L}.mlp.bias2", "bias", ("down",)),
+        )
+    ),
+)

@@ -1,0 +1,131 @@
+"""Granite 3 MoE (IBM, 2024), also with a shared expert: multipliers in four places."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import GraniteMoeConfig, GraniteMoeSharedConfig
+
+from moezoo.errors import UnsupportedArchitectureError
+from moezoo.layers.attention import Context, GroupedQueryAttention
+from moezoo.layers.decoder import Decoder, DecoderLayer, pre_norm_decoder
+from moezoo.layers.mlp import GatedMLP
+from moezoo.layers.moe import FusedMoE
+from moezoo.layers.moe.routing import softmax_topk
+from moezoo.layers.norm import handed_to
+from moezoo.loaders.mapping import Rule
+from moezoo.models.attentions import grouped_queries
+from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
+from moezoo.models.names import ATTENTION, DECODER
+
+ASSUMES = ASSUMED_EVERYWHERE
+
+MULTIPLIERS = (
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+)
+
+
+class ScaledLayer(DecoderLayer):
+    """x + factor * attn(norm(x)), then x + factor * mlp(norm(x))."""
+
+    def __init__(self, *args: Any, factor: float, **modules: Any) -> None:
+        super().__init__(*args, **modules)
+        self.factor = factor
+
+    def forward(
+        self, x: torch.Tensor, update: torch.Tensor | None, context: Context, layer_idx: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        normed = self.attn_norm.of_sum(x, update)
+        update = self.factor * self.attn(handed_to(self.attn, normed), context, layer_idx)
+        normed = self.mlp_norm.of_sum(normed.sum, update)
+        return normed.sum, self.factor * self.mlp(handed_to(self.mlp, normed))
+
+
+class ScaledDecoder(Decoder):
+    """Embeddings are multiplied by `embedding_multiplier`, logits divided by `logits_scaling`."""
+
+    def __init__(
+        self, *args: Any, embedding_multiplier: float, logits_scaling: float, **modules: Any
+    ) -> None:
+        super().__init__(*args, **modules)
+        self.embedding_multiplier = embedding_multiplier
+        self.logits_scaling = logits_scaling
+
+    def forward(
+        self, x: torch.Tensor, context: Context, *, states: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        return super().forward(x * self.embedding_multiplier, context, states=states)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return super().logits(x) / self.logits_scaling
+
+
+def build(config: GraniteMoeConfig | GraniteMoeSharedConfig) -> Decoder:
+    for field in MULTIPLIERS:
+        if not isinstance(getattr(config, field), int | float):
+            raise UnsupportedArchitectureError.of_field(config, field, "a number")
+    shared_size = getattr(config, "shared_intermediate_size", 0)
+
+    def attention(layer_idx: int) -> GroupedQueryAttention:
+        return grouped_queries(
+            config,
+            qkv_bias=config.attention_bias,
+            out_bias=config.attention_bias,
+            scale=config.attention_multiplier,
+        )
+
+    def feed_forward(layer_idx: int) -> FusedMoE:
+        shared = None
+        if shared_size:
+            shared = GatedMLP(config.hidden_size, shared_size, activation=config.hidden_act)
+        return FusedMoE(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_local_experts,
+            partial(
+                softmax_topk,
+                k=experts_per_token(config, config.num_local_experts),
+                renormalize=True,
+            ),
+            activation=config.hidden_act,
+            shared=shared,
+        )
+
+    return pre_norm_decoder(
+        config,
+        attention,
+        feed_forward,
+        layer=partial(ScaledLayer, factor=config.residual_multiplier),
+        decoder=partial(
+            ScaledDecoder,
+            embedding_multiplier=config.embedding_multiplier,
+            logits_scaling=config.logits_scaling,
+        ),
+    )
+
+
+MOE = "model.layers.{L}.block_sparse_moe"
+
+CHECKPOINT = (
+    *DECODER,
+    *ATTENTION,
+    Rule("layers.{L}.mlp.gate", f"{MOE}.router.layer.weight"),
+    Rule("layers.{L}.mlp.gate", f"{MOE}.router.weight"),
+    Rule("layers.{L}.mlp.w13", f"{MOE}.input_linear.weight", shard="expert"),
+    Rule("layers.{L}.mlp.w13", f"{MOE}.experts.gate_up_proj", shard="expert"),
+    Rule("layers.{L}.mlp.w2", f"{MOE}.output_linear.weight", shard="expert"),
+    Rule("layers.{L}.mlp.w2", f"{MOE}.experts.down_proj", shard="expert"),
+    # For formats that have matrices only.
+    Rule(
+        "layers.{L}.mlp.w13",
+        f"{MOE}.experts.{{E}}.gate_proj.weight",
+        f"{MOE}.experts.{{E}}.up_proj.weight",
+        shard="expert",
+    ),
+    Rule("layers.{L}.mlp.w2", f"{MOE}.experts.{{E}}.down_proj.weight", shard="expert"),
+    Rule("layers.{L}.mlp.shared.gate_up.weight", "model.layers.{L}.shared_mlp.input_linear.weight"),
+    Rule("layers.{L}.mlp.shared.down.weight", "model.layers.{L}.shared_mlp.output_linear.weight"),
+)

@@ -1,0 +1,77 @@
+"""Hy3 (Tencent, 2026): Qwen3's attention, sigmoid scores with a bias, always renormalised."""
+
+from functools import partial
+
+from transformers import HYV3Config
+
+from moezoo.layers.attention import GroupedQueryAttention
+from moezoo.layers.decoder import Decoder, pre_norm_decoder
+from moezoo.layers.moe import BiasedRoute
+from moezoo.layers.moe.routing import grouped_topk
+from moezoo.loaders.mapping import Rule
+from moezoo.models.attentions import grouped_queries, norm_of_each_head
+from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
+from moezoo.models.mixtures import counted_layers, dense_or_mixture
+from moezoo.models.names import (
+    ATTENTION,
+    CORRECTION_BIAS,
+    DECODER,
+    DENSE_MLP,
+    EXPERTS,
+    QK_NORM,
+    SHARED_EXPERTS,
+    TOKEN_PREDICTION_LAYERS,
+    gated_mlp,
+)
+
+ASSUMES = ASSUMED_EVERYWHERE | {
+    # The release asks for them, which changes no logits.
+    "output_router_logits": (False, True),
+    "moe_router_use_sigmoid": (True,),
+    "moe_router_enable_expert_bias": (True,),
+    "qk_norm": (True,),
+    "route_norm": (True,),
+}
+
+
+def build(config: HYV3Config) -> Decoder:
+    def attention(layer_idx: int) -> GroupedQueryAttention:
+        return grouped_queries(
+            config,
+            qkv_bias=config.attention_bias,
+            out_bias=config.attention_bias,
+            **norm_of_each_head(config),
+        )
+
+    route = partial(
+        grouped_topk,
+        k=experts_per_token(config, config.num_experts),
+        num_groups=1,
+        topk_groups=1,
+        scoring="sigmoid",
+        renormalize=True,
+        scaling=config.router_scaling_factor,
+    )
+    feed_forward = dense_or_mixture(
+        config,
+        partial(BiasedRoute, config.num_experts, route),
+        dense=counted_layers(config),
+        num_shared=config.num_shared_experts,
+        bias=config.mlp_bias,
+    )
+    return pre_norm_decoder(config, attention, feed_forward)
+
+
+CHECKPOINT = (
+    *DECODER,
+    *ATTENTION,
+    *QK_NORM,
+    *DENSE_MLP,
+    Rule("layers.{L}.mlp.gate", "model.layers.{L}.mlp.router.gate.weight"),
+    *EXPERTS,
+    Rule(CORRECTION_BIAS.target, "model.layers.{L}.mlp.expert_bias"),
+    Rule(CORRECTION_BIAS.target, "model.layers.{L}.mlp.e_score_correction_bias"),
+    *gated_mlp("layers.{L}.mlp.shared", "model.layers.{L}.mlp.shared_mlp"),
+    *SHARED_EXPERTS,
+    TOKEN_PREDICTION_LAYERS,
+)
