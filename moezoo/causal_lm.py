@@ -145,7 +145,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
 
     def _take_part(self) -> None:
         """`_sample` of a rank that has no rows."""
-        rows, longest = largest(self.decoder, 0, 0)
+        rows, longest = self._largest(0, 0)
         (grows,) = largest(self.decoder, not self._has_pages(rows, longest))
         if grows:
             take_part(self.decoder)
@@ -153,6 +153,17 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         with self._engines.engine(self.decoder, rows, longest) as engine:
             (asks_more,) = largest(self.decoder, False)
             engine.finish(None if asks_more else engine.greedy)
+
+    def _largest(self, rows: int, longest: int, *, on_own_loop: bool = True) -> list[int]:
+        """Of all ranks. Raises ValueError on every one where one runs on a loop of transformers."""
+        *sizes, refused = largest(self.decoder, rows, longest, not on_own_loop)
+        if refused:
+            raise ValueError(
+                "beams, assisted decoding and whatever else runs on transformers' own loops need "
+                "one process, or dispatch='all_gather': with 'all_to_all' each rank has tokens of "
+                "its own"
+            )
+        return sizes
 
     def _has_pages(self, rows: int, longest: int) -> bool:
         """Whether the engine has room for so many rows and tokens of each."""
@@ -231,11 +242,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             kwargs.pop(option, None)
         peers = self.decoder.peers if self._generates else None
         if peers is not None and not peers.alike:
-            raise ValueError(
-                "beams, assisted decoding and whatever else runs on transformers' own loops need "
-                "one process, or dispatch='all_gather': with 'all_to_all' each rank has tokens of "
-                "its own"
-            )
+            self._largest(0, 0, on_own_loop=False)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if input_ids is not None:
@@ -325,7 +332,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         # A window's pages do not hold all that transformers' cache would.
         in_pages = own_cache and not (returns_cache and any(windows(self.decoder)))
         longest = stopping_criteria.max_length or generation_config.max_length
-        rows, longest = largest(self.decoder, len(input_ids), longest)
+        rows, longest = self._largest(len(input_ids), longest)
         # Pages are taken for the longest that is allowed; a cache that grows may never need it.
         if in_pages and self._has_pages(rows, longest):
             prompts = unpadded(input_ids, attention_mask, position_ids)
