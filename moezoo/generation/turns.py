@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor
 
 from moezoo.layers.decoder import Decoder, Turn
@@ -17,6 +18,7 @@ def in_turn(decoder: Decoder, new_ids: Tensor) -> AbstractContextManager[None]:
     return peers.fixed(turn.capacity)
 
 
+@torch.inference_mode()
 def take_part(decoder: Decoder) -> None:
     """Go through the passes that other ranks still have."""
     if decoder.peers is not None:

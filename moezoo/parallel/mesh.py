@@ -161,6 +161,11 @@ class Mesh:
         RankError on the others."""
         return self.watch.together(doing)
 
+    def leave(self) -> None:
+        """The end of the job, on every rank; there is no more use of torch.distributed."""
+        self.watch.leave()
+        dist.destroy_process_group()
+
     def named_faults(self, doing: str) -> AbstractContextManager[None]:
         """An error of torch.distributed in the block becomes a RankError that names ranks of this
         group which are gone or behind."""
