@@ -62,7 +62,7 @@ class Watch:
             daemon=True,
         )
         thread.start()
-        weakref.finalize(self, _leave, store, rank, self._sign)
+        weakref.finalize(self, _leave, store, rank, self._sign, thread)
 
     def begins(self, doing: str) -> None:
         """This rank begins a collective."""
@@ -219,9 +219,12 @@ def _beat(store: Store, rank: int, world_size: int, sign: _Sign, timeout: float)
                 heard = time.monotonic() + threading.TIMEOUT_MAX  # once is enough
 
 
-def _leave(store: Store, rank: int, sign: _Sign) -> None:
+def _leave(store: Store, rank: int, sign: _Sign, thread: threading.Thread) -> None:
     """This rank ends, or needs the others no more."""
     sign.over.set()
+    # A thread that is inside the store when Python ends would end the process with an abort.
+    if thread is not threading.current_thread():
+        thread.join(timeout=5)
     with _unheard():
         store.set(f"sign/{rank}", "")
 

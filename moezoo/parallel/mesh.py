@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from datetime import timedelta
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
+import moezoo
 from moezoo.device import device_of
 from moezoo.errors import ExpertMapError
 from moezoo.parallel.faults import Watch
@@ -24,6 +24,9 @@ from moezoo.parallel.placement import STRATEGIES
 
 # Its name in torch 2.13, which warns of the one before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+_START = 300.0
+"""Seconds in which all ranks must have begun: imports take long where many read one disk."""
 
 DISPATCHES = ("all_to_all", "all_gather")
 
@@ -122,7 +125,7 @@ class Mesh:
         own = PrefixStore(f"moezoo/{number}", store.clone())  # type: ignore[attr-defined]
         self.watch = Watch(own, self.rank, self.world_size, timeout=parallel.timeout)
         self.agree(
-            {"moezoo": version("moezoo"), "torch": torch.__version__, "device": device.type}
+            {"moezoo": moezoo.__version__, "torch": torch.__version__, "device": device.type}
             | {f"Parallel.{f.name}": getattr(parallel, f.name) for f in fields(parallel)}
         )
         with self.watch.named("making the process groups"):
@@ -261,7 +264,7 @@ def join(parallel: Parallel, device: torch.device | str | None = None) -> Mesh:
 def _initialise(parallel: Parallel, device: torch.device) -> None:
     options: dict[str, Any] = {
         "backend": "nccl" if device.type == "cuda" else "gloo",
-        "timeout": timedelta(seconds=parallel.timeout),
+        "timeout": timedelta(seconds=max(parallel.timeout, _START)),
     }
     if device.type == "cuda":
         options["device_id"] = device

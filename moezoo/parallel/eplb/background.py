@@ -34,5 +34,5 @@ class Background:
                 self._stream.wait_event(before)
             result = work()
             if self._stream is not None:
-                self._stream.synchronize()
+                self._stream.record_event().synchronize()
         return result

@@ -94,7 +94,7 @@ class Balancer:
         self._maps = slots.physical_to_logical_map.cpu().clone()
         """The state's, for the host."""
         self._real: Tensor | None = None
-        self._counts = True
+        self._dummy = False
         self._steps = 0
         self._watch = None if options.enabled else ImbalanceWatch()
         self._transfer: Transfer | None = None
@@ -114,18 +114,16 @@ class Balancer:
 
     def physical_ids(self, layer: int, topk_ids: Tensor) -> Tensor:
         """The slots int32 [T, K] where the tokens of topk_ids int [T, K] go, which are counted."""
-        if not self._counts:
-            return self.state.physical_ids(layer, topk_ids)
         return self.state.choose_(layer, topk_ids, self._real)
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Steps within do nobody's work, and their tokens are not counted."""
-        self._counts = False
+        """Steps within do nobody's work, and their tokens are forgotten at their end."""
+        self._dummy = True
         try:
             yield
         finally:
-            self._counts = True
+            self._dummy = False
 
     @torch.inference_mode()
     def end_step(self, *, dummy: bool = False) -> None:
@@ -134,7 +132,7 @@ class Balancer:
         Raises what stopped a rebalance, `RankError` where it was another rank; weights and maps
         then still belong together.
         """
-        self.state.end_step_(dummy=dummy or not self._counts)
+        self.state.end_step_(dummy=dummy or self._dummy)
         self._steps += 1
         if self._task is None and self.state.is_due:
             self.state.rebalance_begins_()
@@ -148,11 +146,12 @@ class Balancer:
                 if agreed:
                     self._task = self._finish(self._task.result())
                     continue
-            if self._task.done():
+            ready = self._task.done()
+            if ready:
                 self._task.result()  # raises what went wrong
             group = None if self._channels is None else self._channels.votes
             with self._named("agreeing on a switch of experts"):
-                self._vote = Vote(self._task.done(), group)
+                self._vote = Vote(ready, group)
             if self._background is not None:
                 return
 

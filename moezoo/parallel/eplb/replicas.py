@@ -75,7 +75,7 @@ def choose_and_count_(
             counts,
             first_token,
             load,
-            load if real is None else real.view(torch.uint8),
+            load if real is None else real.contiguous().view(torch.uint8),
             slots,
             num_choices,
             replicas.stride(0),

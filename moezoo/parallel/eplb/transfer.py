@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moezoo.errors import MoEOutOfMemoryError
 from moezoo.parallel.eplb.movement import LayerMoves, plan_moves
 
 ALIGNMENT = 16
@@ -60,6 +61,8 @@ class Transfer:
 
     `layers` are the experts' tensors of each MoE layer. `group` has R ranks, and only this object
     may use it, from one thread; None is a process alone.
+
+    Raises `MoEOutOfMemoryError` without memory for one layer's experts of this rank.
     """
 
     def __init__(self, layers: Sequence[Layer], group: dist.ProcessGroup | None) -> None:
@@ -69,13 +72,15 @@ class Transfer:
         row = max((sum(_aligned(t[0].nbytes) for t in layer) for layer in layers), default=0)
         most = max((len(layer[0]) for layer in layers), default=0)
         device = layers[0][0].device if layers else torch.device("cpu")
-        # There from the beginning: later all memory may be a cache's.
-        self._staging = torch.empty(most, row, dtype=torch.uint8, device=device)
-
-    @property
-    def nbytes(self) -> int:
-        """Of the memory where weights arrive."""
-        return self._staging.nbytes
+        try:
+            # There from the beginning: later all memory may be a cache's.
+            self._staging = torch.empty(most, row, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError as error:
+            raise MoEOutOfMemoryError(
+                f"EPLB takes {most * row / 2**30:.2f} GiB of {device} where experts arrive, as "
+                f"much as this rank's experts of a layer: {error}; more ranks have fewer each, "
+                'and eplb={"enabled": False} moves none'
+            ) from error
 
     def fetch(self, wave: Sequence[Switch]) -> None:
         """Get what the layers of a wave need on this rank, and send what others need.

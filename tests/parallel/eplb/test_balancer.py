@@ -1,6 +1,7 @@
 """Ranks whose experts move while tokens go to them."""
 
 import logging
+import threading
 import time
 import warnings
 from functools import cache
@@ -17,6 +18,8 @@ from moezoo.parallel.eplb.options import EPLB
 from moezoo.parallel.mesh import Parallel, join
 
 E, LAYERS, STEPS = 6, (1, 2, 4), 40
+HELD = 9
+"""The first step in which one rank may fetch."""
 
 
 @cache
@@ -50,7 +53,10 @@ def balancer(mesh, options):
     """And the weights that it looks after: those that the first map puts on this rank."""
     slots = options.slots(E, LAYERS, mesh.ep_size, "linear")
     layers = [
-        [stacked(tensors) for tensors in zip(*(expert(layer, e) for e in held), strict=True)]
+        [
+            stacked(tensors).to(mesh.device)
+            for tensors in zip(*(expert(layer, e) for e in held), strict=True)
+        ]
         for layer, held in slots.of_rank(mesh.ep_rank).items()
     ]
     return Balancer(slots, layers, options=options, mesh=mesh), layers
@@ -64,7 +70,7 @@ def wrong_slots(mesh, balanced, layers):
         for i, tensors in enumerate(layers)
         for slot, e in enumerate(maps[i].tolist())
         for n, (held, right) in enumerate(zip(tensors, expert(LAYERS[i], e), strict=True))
-        if not same(held[slot], right)
+        if not same(held[slot].cpu(), right)
     ]
 
 
@@ -93,14 +99,19 @@ def moving(rank, all_options, parallel):
         balanced, layers = balancer(mesh, options)
         memory = [tensor.data_ptr() for tensors in layers for tensor in tensors]
         fetch = balanced._transfer.fetch
+        go = threading.Event()
 
-        def slowly(wave, fetch=fetch):  # ranks are ready at other times
-            time.sleep(0.003 * mesh.rank)
+        def slowly(wave, fetch=fetch, go=go, waits=options.use_async and rank == 2):
+            if waits:
+                go.wait()
+            time.sleep(0.003 * mesh.rank)  # ranks are ready at other times
             fetch(wave)
 
         balanced._transfer.fetch = slowly
         history, wrong, chosen = [], [], []
         for number in range(STEPS):
+            if number == HELD:
+                go.set()
             chosen.append(step(mesh, balanced, number))
             history.append(balanced.state.physical_to_logical_map.tolist())
             wrong += wrong_slots(mesh, balanced, layers)
@@ -124,7 +135,9 @@ def test_weights_follow_the_maps_which_every_rank_switches_at_the_same_step(disp
         assert histories[1] == histories[0] and histories[2] == histories[0]
         switched = {i for i in range(1, STEPS) if histories[0][i] != histories[0][i - 1]}
         assert len(switched) > 3
-        if not options.use_async:
+        if options.use_async:  # all went on with what they had while one was not ready
+            assert min(switched) >= HELD
+        else:
             assert switched <= set(range(0, STEPS, options.step_interval))
         if dispatch == "all_gather":  # else a token's expert would be on no rank, or on two
             for one, other in zip(chosen[0], chosen[2], strict=True):
@@ -203,3 +216,26 @@ def test_uneven_ranks_are_logged_and_warned_of_where_nothing_moves():
     assert category is LoadImbalanceWarning
     assert "is 0.57 of the highest, and was below 0.6 for 3 intervals" in message
     assert others == [[], []]
+
+
+def beside_a_gpu(rank):
+    mesh = join(Parallel(1), "cuda")
+    balanced, layers = balancer(mesh, EPLB(num_redundant_experts=3, step_interval=8))
+    first = balanced.state.physical_to_logical_map.tolist()
+    ids = [torch.randint(3, (64, 2), device="cuda") for _ in range(STEPS)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    for choices in ids:
+        balanced.begin(None)
+        for i in range(len(LAYERS)):
+            balanced.physical_ids(i, choices)
+        balanced.end_step()
+        time.sleep(0.01)  # as a step takes its time
+    torch.cuda.set_sync_debug_mode("default")
+    moved = balanced.state.physical_to_logical_map.tolist() != first
+    return moved, wrong_slots(mesh, balanced, layers)
+
+
+@pytest.mark.gpu
+def test_the_host_never_waits_for_the_gpu():
+    assert results(1, beside_a_gpu) == [(True, [])]
