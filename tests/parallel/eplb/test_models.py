@@ -167,6 +167,7 @@ def alone(rank):
 
 def on_a_gpu(rank, quantization):
     """Copies move within the process, under the captured steps of an engine."""
+    torch.use_deterministic_algorithms(False)  # here for NaN in fresh buffers on the CPU
     options = {"device": "cuda", "quantization": quantization}
     whole = made(**options)
     eplb = {"num_redundant_experts": 4, "step_interval": 8}
