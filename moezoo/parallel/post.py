@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from moezoo.errors import RankError
 from moezoo.parallel.mesh import Mesh
 
 _BYTES = 1 << 20
@@ -19,7 +20,9 @@ class Post:
         self._received = [0] * mesh.world_size
 
     def send(self, text: str) -> None:
-        """To rank 0."""
+        """To rank 0. Raises RankError if that has stopped taking them."""
+        if self._store.check(["stopped"]):
+            raise RankError(self._store.get("stopped").decode())
         self._store.set(f"post/{self._rank}/{self._sent}", text)
         self._sent += 1
 
@@ -35,6 +38,10 @@ class Post:
                 self._store.delete_key(key)
                 self._received[rank] += 1
                 yield text
+
+    def stop(self, reason: str) -> None:
+        """As rank 0, take no more."""
+        self._store.set("stopped", reason)
 
     @property
     def num_received(self) -> int:

@@ -91,6 +91,16 @@ class Job:
         """Have rank 0's completions taken, and those that others send, as they come; they are of
         some of these prompts. One is taken at a time, in whatever thread."""
         texts = {prompt.id: prompt.prompt for prompt in prompts}
+        over = False
+
+        def take_one(completion: Completion) -> None:
+            nonlocal over
+            with self._lock:
+                if over:
+                    return  # a line may be half written, and nothing may follow it
+                over = True
+                take(completion)
+                over = False
 
         def take_sent() -> None:
             for text in self._post.received():
@@ -99,14 +109,19 @@ class Job:
                     "prompt": texts[record["id"]],
                     "token_ids": tuple(record["token_ids"]),
                 }
-                with self._lock:
-                    take(Completion(**record))
+                take_one(Completion(**record))
 
-        with _repeated(take_sent) as check:
+        def look() -> None:
+            try:
+                take_sent()
+            except Exception as error:
+                self._post.stop(f"rank 0 failed while taking completions: {error}")
+                raise
+
+        with _repeated(look) as check:
             for completion in completions:
                 check()
-                with self._lock:
-                    take(completion)
+                take_one(completion)
             total = self._num_sent()
         while self._post.num_received < total:
             take_sent()
