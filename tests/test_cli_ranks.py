@@ -19,6 +19,7 @@ from moezoo import cli
 from moezoo.generation.engine import Engine
 from moezoo.generation.offline import Completion
 from moezoo.generation.prompt_files import OutputFile
+from moezoo.loaders import load
 from moezoo.tools.job import shares
 
 OPTIONS = ["--greedy", "--max-new-tokens", "6", "--dtype", "float32", "--device", "cpu", "--quiet"]
@@ -72,7 +73,9 @@ def main_(rank: int, command: list[str], fault: tuple[int, str, int] | None = No
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(self, completion)
 
-    if fault is not None and fault[1] == "full":
+    if fault == (rank, "dies loading", 1):
+        load.load_weights = lambda *_, **__: die()  # type: ignore[assignment]
+    elif fault is not None and fault[1] == "full":
         write, OutputFile.write = OutputFile.write, full  # type: ignore[method-assign]
     else:
         Engine.step = faulty  # type: ignore[method-assign]
@@ -185,10 +188,11 @@ def test_options_of_ranks_are_checked_first(
     [
         ((2, "dies", 3), "rank 2 gave no sign of life"),
         ((1, "stops", 3), "rank 1 gave no sign of life"),
+        ((2, "dies loading", 1), "rank 2 gave no sign of life"),
     ],
-    ids=["dies", "stops"],
+    ids=["dies", "stops", "dies loading"],
 )
-def test_a_rank_is_gone_while_generating(
+def test_a_rank_is_gone(
     fault: tuple[int, str, int], says: str, prompts: Path, tmp_path: Path, expected: list[str]
 ) -> None:
     output = tmp_path / "out.jsonl"

@@ -26,7 +26,6 @@ class Job:
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
         self._post = Post(mesh)
-        self._lock = threading.Lock()
         alike = mesh.ep_size if mesh.parallel.dispatch == "all_gather" else 1
         self._parts = [rank // alike for rank in range(mesh.world_size)]
         self._speaks = mesh.rank % alike == 0
@@ -91,11 +90,11 @@ class Job:
         """Have rank 0's completions taken, and those that others send, as they come; they are of
         some of these prompts. One is taken at a time, in whatever thread."""
         texts = {prompt.id: prompt.prompt for prompt in prompts}
-        over = False
+        over, lock = False, threading.Lock()
 
         def take_one(completion: Completion) -> None:
             nonlocal over
-            with self._lock:
+            with lock:
                 if over:
                     return  # a line may be half written, and nothing may follow it
                 over = True
