@@ -559,7 +559,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     if parallel.expert_parallel_size > 1 and "WORLD_SIZE" not in os.environ:
         from moezoo.parallel.launch import launch
 
-        return launch(parallel.expert_parallel_size, "moezoo", arguments.argv)
+        try:
+            return launch(parallel.expert_parallel_size, "moezoo", arguments.argv)
+        except KeyboardInterrupt:
+            return INTERRUPTED  # rank 0 has said so
     from moezoo.parallel.mesh import join
     from moezoo.tools.job import Job
 

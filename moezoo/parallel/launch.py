@@ -19,8 +19,9 @@ def launch(num_processes: int, module: str, arguments: Sequence[str]) -> int:
 
     Raises RankError where a signal ended it, KeyboardInterrupt where SIGINT ended this process.
     """
-    # It would show a traceback of its own besides what the ranks say.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("agent.server.api", "multiprocessing.api"):
+        # They tell of each signal, besides what the ranks say.
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     # Processes that all take every core wait for each other.
     threads = max(1, (os.cpu_count() or 1) // num_processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
