@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from moezoo import experts_implementation
+from moezoo.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from moezoo.generation.offline import Completion, Prompt, generate
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from moezoo.registry import list_architectures
     from moezoo.tools.inspect import Report, inspect
     from moezoo.tools.routing import RoutingTrace, record_routing
-
-__version__ = "0.1.0"
 
 __all__ = [
     "EPLB",

@@ -189,7 +189,7 @@ class Decoder(nn.Module):
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states [.., H] -> logits [.., V] in the model's dtype."""
         head = self.embed if self.lm_head is None else self.lm_head
-        bias = None if self.lm_head is None else self.lm_head.bias
+        bias = getattr(head, "bias", None)  # an embedding has none
         with device_made_current(x):
             if isinstance(head.weight, QuantizedWeights):
                 return quantized_linear(x, head.weight(), bias)

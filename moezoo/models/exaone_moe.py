@@ -10,15 +10,7 @@ from moezoo.loaders.mapping import Rule, Skip
 from moezoo.models.attentions import grouped_queries, norm_of_each_head, window_of
 from moezoo.models.fields import ASSUMED_EVERYWHERE
 from moezoo.models.mixtures import dense_or_mixture, listed_layers, sigmoid_route
-from moezoo.models.names import (
-    ATTENTION,
-    CORRECTION_BIAS,
-    DECODER,
-    DENSE_MLP,
-    EXPERTS,
-    QK_NORM,
-    SHARED_EXPERTS,
-)
+from moezoo.models.names import ATTENTION, BIASED_MIXTURES, CORRECTION_BIAS, DECODER, QK_NORM
 
 ASSUMES = ASSUMED_EVERYWHERE | {"scoring_func": ("sigmoid",), "attention_bias": (False, None)}
 
@@ -50,10 +42,7 @@ CHECKPOINT = (
     *DECODER,
     *ATTENTION,
     *QK_NORM,
-    *DENSE_MLP,
-    *EXPERTS,
     Rule(CORRECTION_BIAS.target, "model.layers.{L}.mlp.e_score_correction_bias"),
-    CORRECTION_BIAS,
-    *SHARED_EXPERTS,
+    *BIASED_MIXTURES,
     Skip("mtp.{*}", "multi-token prediction"),
 )

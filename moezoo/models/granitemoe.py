@@ -41,7 +41,8 @@ class ScaledLayer(DecoderLayer):
         normed = self.attn_norm.of_sum(x, update)
         update = self.factor * self.attn(handed_to(self.attn, normed), context, layer_idx)
         normed = self.mlp_norm.of_sum(normed.sum, update)
-        return normed.sum, self.factor * self.mlp(handed_to(self.mlp, normed))
+        update = self.factor * self.mlp(handed_to(self.mlp, normed))
+        return normed.sum, update
 
 
 class ScaledDecoder(Decoder):

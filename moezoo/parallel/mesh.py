@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-import moezoo
 from moezoo.device import device_of
 from moezoo.errors import ExpertMapError
 from moezoo.parallel.faults import Watch
 from moezoo.parallel.placement import STRATEGIES
+from moezoo.version import __version__
 
 # Its name in torch 2.13, which warns of the one before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -125,7 +125,7 @@ class Mesh:
         own = PrefixStore(f"moezoo/{number}", store.clone())  # type: ignore[attr-defined]
         self.watch = Watch(own, self.rank, self.world_size, timeout=parallel.timeout)
         self.agree(
-            {"moezoo": moezoo.__version__, "torch": torch.__version__, "device": device.type}
+            {"moezoo": __version__, "torch": torch.__version__, "device": device.type}
             | {f"Parallel.{f.name}": getattr(parallel, f.name) for f in fields(parallel)}
         )
         with self.watch.named("making the process groups"):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from configurations import CONFIGURATIONS, reference
+from safetensors.torch import load_file, save_file
 from test_oracle import assert_close, load, padded, token_ids, write
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -118,3 +119,27 @@ def test_transformers_reads_what_is_written_in_16_bit(folder: Path, tmp_path: Pa
     ids = token_ids(2, 13)
     with torch.inference_mode():
         assert_close(load(tmp_path, dtype=torch.float32)(ids).logits, theirs(ids).logits)
+
+
+EXTRA_LAYER = ("eh_proj.weight", "enorm.weight", "self_attn.q_proj.weight")
+PREDICTION = {
+    "ernie4_5_moe": ["model.mtp_block.0.mlp.up_proj.weight", "model.mtp_emb_norm.0.weight"],
+    "exaone_moe": ["mtp.fc.weight", "mtp.layers.0.mlp.up_proj.weight"],
+    "glm4_moe": [f"model.layers.3.{name}" for name in EXTRA_LAYER],
+    "glm4_moe_lite": [f"model.layers.3.{name}" for name in EXTRA_LAYER],
+    "hy_v3": [f"model.layers.3.{name}" for name in EXTRA_LAYER],
+    "mimo_v2_flash": ["model.mtp.layers.0.eh_proj.weight"],
+}
+
+
+@pytest.mark.parametrize("model_type", PREDICTION)
+def test_what_predicts_several_tokens_is_left_out(model_type: str, tmp_path: Path) -> None:
+    write(
+        model_type, reference(model_type, next(iter(CONFIGURATIONS[model_type].values()))), tmp_path
+    )
+    ids = token_ids(2, 13)
+    logits = load(tmp_path)(ids).logits
+    path = tmp_path / "model.safetensors"
+    more = dict.fromkeys(PREDICTION[model_type], torch.ones(3))
+    save_file(load_file(path) | {name: x.clone() for name, x in more.items()}, path)
+    assert load(tmp_path)(ids).logits.equal(logits)
