@@ -181,6 +181,39 @@ def test_ranks_make_the_same_passes() -> None:
     assert (len(none), len(four)) == (0, 4)
 
 
+def on_gpus(rank: int, size: int) -> list[Any]:
+    torch.use_deterministic_algorithms(False)
+    found: list[Any] = []
+    for dispatch in ("all_gather", "all_to_all") if size > 1 else (None,):
+        parallel = None if dispatch is None else Parallel(size, dispatch=dispatch)
+        model = moezoo.from_pretrained(tiny_model(), dtype="float32", parallel=parallel)
+        own = dispatch == "all_to_all"
+        for prompts in (share(rank, 2), PROMPTS[rank::2]) if own else (PROMPTS,) * 2:
+            found += [complete(model, prompts, **settings) for settings in SETTINGS]
+        ids = IDS.cuda()[: 4 * (1 - rank)] if own else IDS.cuda()
+        for _ in range(2):  # the second has the engine of the first
+            options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8}
+            found.append(model.generate(ids, **options, do_sample=False).cpu())
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_two_gpus() -> None:
+    (expected,) = results(1, on_gpus, 1)
+    (first, second) = results(2, on_gpus, 2)
+    number = len(expected)
+    for i, one in enumerate(expected):
+        own = first[number + i], second[number + i]
+        if isinstance(one, Tensor):
+            for sequences in (first[i], second[i], own[0]):
+                assert torch.equal(sequences, one)
+            assert torch.equal(own[1], IDS[:0])
+        else:
+            assert first[i] == second[i] == one
+            assert own[0] | own[1] == one
+
+
 class Graph:
     """A CUDA graph's stand-in: a replay runs again what was recorded."""
 
