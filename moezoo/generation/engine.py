@@ -44,7 +44,7 @@ from moezoo.generation.prompts import (
     torch_context,
 )
 from moezoo.generation.sampling import Sampler
-from moezoo.generation.turns import limited, pass_without_tokens, smallest
+from moezoo.generation.turns import largest, limited, pass_without_tokens, smallest
 from moezoo.layers.attention import CausalMask, DenseContext
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.norm import is_hooked
@@ -108,7 +108,7 @@ class Engine:
                 ring = ring_pages(window, context=context, chunk=chunk)
                 first = torch.arange(num_rows, device=self.device)[:, None] * ring
                 table.copy_(first + torch.arange(table.shape[1], device=self.device) % ring)
-        self.captures = self.device.type == "cuda" and capturable(decoder)
+        self.captures = _captures(decoder)
         agreed = None if self.peers is None else self.peers.chosen
         self.greedy = Sampler.greedy(num_rows, self.device, agreed=agreed)
         self._graphs: dict[tuple[int, Sampler | None], tuple[Any, Tensor]] = {}
@@ -417,13 +417,17 @@ class EngineKeeper:
                 engine = None
             elif engine.num_rows != size or engine.context < context or engine.pages < pages:
                 engine = None  # its memory may be needed
+        # A rank that records steps would wait for those that have them.
+        (anew,) = largest(decoder, engine is None)
+        if anew:
+            engine = None
         if engine is None:
             room = 2 ** max(9, (context - 1).bit_length())
             if size * room * _all_token_bytes(decoder) <= KEPT_BYTES:
                 engine = Engine(decoder, num_rows=size, context=room)
             else:  # it will not be kept, and all memory may be needed
                 engine = Engine(decoder, num_rows=size, context=context, pages=pages)
-        engine.captures = engine.device.type == "cuda" and capturable(decoder)
+        engine.captures = _captures(decoder)
         yield engine
         if engine.cache.nbytes <= KEPT_BYTES and not has_modules_of_others(decoder):
             with self._lock:
@@ -446,6 +450,12 @@ def capturable(decoder: nn.Module) -> bool:
     return not any(
         is_hooked(module) or getattr(module, "runs_on_host", False) for module in decoder.modules()
     )
+
+
+def _captures(decoder: Decoder) -> bool:
+    """Whether steps are CUDA graphs, which they are on all ranks or on none."""
+    (captures,) = smallest(decoder, decoder.embed.weight.is_cuda and capturable(decoder))
+    return bool(captures)
 
 
 def has_modules_of_others(decoder: nn.Module) -> bool:
