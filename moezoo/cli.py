@@ -253,7 +253,7 @@ def _add_generate(commands: Any) -> None:
     running.add_argument("--quiet", action="store_true", help="no progress, only errors")
     ranks = parser.add_argument_group(
         "several GPUs",
-        "each of N processes has a part of the experts. They are started here, or were by torchrun "
+        "each of N processes has a part of the experts. They are started here, or were by torchrun\n"
         "or accelerate launch (-m moezoo generate ..), on several hosts too",
     )
     ranks.add_argument(
