@@ -253,8 +253,8 @@ def _add_generate(commands: Any) -> None:
     running.add_argument("--quiet", action="store_true", help="no progress, only errors")
     ranks = parser.add_argument_group(
         "several GPUs",
-        "each of N processes has a part of the experts. They are started here, or were by torchrun\n"
-        "or accelerate launch (-m moezoo generate ..), on several hosts too",
+        "each of N processes has a part of the experts. They are started here, or were by\n"
+        "torchrun or accelerate launch (-m moezoo generate ..), on several hosts too",
     )
     ranks.add_argument(
         "--expert-parallel", type=at_least_1, metavar="N", help="processes that share the experts"
