@@ -168,6 +168,11 @@ class Mesh:
         RankError on the others."""
         return self.watch.together(doing)
 
+    def leave(self) -> None:
+        """The end of the job, on every rank; there is no more use of torch.distributed."""
+        self.watch.leave()
+        dist.destroy_process_group()
+
     def named_faults(self, doing: str) -> AbstractContextManager[None]:
         """An error of torch.distributed in the block becomes a RankError that names ranks of this
         group which are gone or behind."""
@@ -199,6 +204,10 @@ class Mesh:
         """The sum over the group, in place of `tensor`; the same bits on every rank."""
         return self._begin(doing, dist.all_reduce, tensor, tensor)
 
+    def broadcast(self, tensor: Tensor, doing: str) -> "Pending[Tensor]":
+        """The group's first rank's, in place of `tensor`, which is contiguous."""
+        return self._begin(doing, dist.broadcast, tensor, _octets(tensor), src=self.group_ranks[0])
+
     def numbers(self, own: Sequence[int], doing: str) -> list[list[int]]:
         """Those of each rank of the group, as many on every one; through the hosts alone."""
         mine = torch.tensor(own, dtype=torch.int64)
@@ -223,10 +232,12 @@ class Mesh:
             works = dist.batch_isend_irecv(operations) if operations else []
         return Pending(self, works, doing, [tensor for tensor, _ in received], sent)
 
-    def _begin(self, doing: str, collective: Any, result: Tensor, *args: Any) -> "Pending[Tensor]":
+    def _begin(
+        self, doing: str, collective: Any, result: Tensor, *args: Any, **options: Any
+    ) -> "Pending[Tensor]":
         self.watch.begins(doing)
         with self.named_faults(doing):
-            work = collective(*args, group=self.group, async_op=True)
+            work = collective(*args, group=self.group, async_op=True, **options)
         return Pending(self, [work], doing, result, args)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moezoo.layers.moe import fused_experts
 from moezoo.layers.quant import BlockFp8
-from moezoo.parallel.dispatch import FEW_TOKENS, AllGather, AllToAll, _Fixed
+from moezoo.parallel.dispatch import FEW_ROWS, AllGather, AllToAll, _Fixed
 from moezoo.parallel.mesh import Parallel, join
 from moezoo.parallel.pack import destinations, pack_order, sum_answers
 
@@ -223,13 +223,13 @@ def agreeing(rank: int, cases: list[tuple[int, ...]]) -> list[int | None]:
 
 def test_ranks_agree_on_buffers_where_padding_is_cheap() -> None:
     """With 3 ranks and 2 experts a token goes to 5/9 of the ranks."""
-    n = 9 * FEW_TOKENS
+    n = 9 * FEW_ROWS
     cases = [
         ((n, n, n), n),
         ((n, n, n * 7 // 9), n),  # 3 n rows, and 25/9 * 5/9 n = 1.54 n counted ones
         ((n, n, n * 6 // 9), None),  # 1.48 n
         ((n, 0, 0), None),
-        ((FEW_TOKENS, 0, 0), FEW_TOKENS),
+        ((FEW_ROWS // 3, 0, 0), FEW_ROWS // 3),
         ((0, 0, 0), 0),
     ]
     for found in results(3, agreeing, [counts for counts, _ in cases]):
