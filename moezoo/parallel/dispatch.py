@@ -31,8 +31,8 @@ _BEGINNING = "beginning a forward pass"
 _SENDING, _ANSWERING = "sending tokens to experts", "sending the experts' outputs back"
 
 FEW_ROWS = 1024
-"""To send so many to a rank that need not have come takes less time (15 MB of DeepSeek-V3: 0.04 ms
-by NVLink, 0.3 by a network of 50 GB/s) than the host takes to find out which (on two H200, 1 ms)."""
+"""To send a rank so many that need not have come takes less time (15 MB of DeepSeek-V3: 0.04 ms by
+NVLink, 0.3 by a network of 50 GB/s) than the host takes to find out which (on two H200, 1 ms)."""
 
 
 class _Ranks:
@@ -146,8 +146,8 @@ class AllToAll(_Ranks):
         Under even routing a token goes to a rank with probability p = 1 - (1 - 1/R)^K. So of T_r
         tokens on rank r, counting sends p T_r to each rank, and buffers of the largest of them, C,
         send C: R C rows where there would be p sum(T_r). Buffers are fixed where that is twice as
-        much at most, or R C is small: with equal numbers, up to 12 ranks for 8 experts per token, and
-        3 for 2.
+        much at most, or R C is small: with equal numbers, up to 12 ranks for 8 experts per token,
+        and 3 for 2.
         """
         if self.capacity is not None or self._tokens is None:
             return self.capacity

@@ -138,7 +138,7 @@ class Mesh:
     def _own_group(self, backend: str) -> dist.ProcessGroup:
         """Of all expert groups, which every rank has to make, the one of this rank."""
         # NCCL ends the process without naming a rank: the watch is to be first.
-        patience = 1.25 if backend == "nccl" else 1.0
+        patience = 1.5 if backend == "nccl" else 1.0
         groups = [
             dist.new_group(
                 list(range(first, first + self.ep_size)),
