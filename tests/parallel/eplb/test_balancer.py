@@ -251,3 +251,51 @@ def beside_a_gpu(rank):
 @pytest.mark.gpu
 def test_the_host_never_waits_for_the_gpu():
     assert results(1, beside_a_gpu) == [(True, [])]
+
+
+def beside_collectives(rank, dispatch):
+    """Experts travel between steps whose collectives are launched, or replayed in a graph."""
+    torch.use_deterministic_algorithms(False)
+    mesh = join(Parallel(2, dispatch=dispatch, timeout=20), "cuda")
+    balanced, layers = balancer(mesh, EPLB(num_redundant_experts=2, step_interval=8))
+    balanced._transfer = Transfer(layers, mesh, piece_bytes=2000)
+    rows = torch.full((4, 1024), rank, device="cuda")
+
+    def collectives():
+        return [
+            (mesh.all_to_all(rows, "x").wait(), mesh.all_gather(rows, "y").wait()) for _ in "12"
+        ]
+
+    collectives()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = collectives()
+    generator = torch.Generator("cuda").manual_seed(rank if dispatch == "all_to_all" else 0)
+    history = []
+    for number in range(STEPS):
+        ids = torch.randint(1 + number // 12 % 3, (64, 2), device="cuda", generator=generator)
+        balanced.begin(None)
+        for i in range(len(LAYERS)):
+            balanced.physical_ids(i, ids)
+        if number == 1:
+            torch.cuda.set_sync_debug_mode("error")  # from the second step on: the first compiles
+        if number % 3 == 0:
+            collectives()
+        else:
+            graph.replay()
+        balanced.end_step()
+        history.append(balanced._maps.tolist())
+    torch.cuda.set_sync_debug_mode("default")
+    assert all(row[:, 0].tolist() == [0, 0, 1, 1] for row, _ in recorded)
+    assert balanced.state.physical_to_logical_map.tolist() == history[-1]
+    return history, wrong_slots(mesh, balanced, layers)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("dispatch", ["all_to_all", "all_gather"])
+def test_experts_travel_between_two_gpus(dispatch):
+    (history, wrong), other = results(2, beside_collectives, dispatch)
+    assert other == (history, []) and wrong == []
+    assert history[0] != history[-1]
