@@ -165,7 +165,7 @@ class Decoder(nn.Module):
             self.recorder.begin(context.real_tokens())
         if self.balancer is not None:
             self.balancer.begin(context.real_tokens())
-        with self.passing(x.shape[:-1].numel()), device_made_current(x):
+        with self.passing(x.shape[0] * x.shape[1]), device_made_current(x):
             for layer_idx, layer in enumerate(self.layers):
                 if states is not None:
                     states.append(x if update is None else x + update)

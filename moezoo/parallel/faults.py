@@ -130,6 +130,7 @@ class Watch:
     def leave(self) -> None:
         """The last that a rank says. Rank 0, which may hold the store, waits for that of all."""
         with _unheard():
+            self.store.set(f"sign/{self.rank}", str(self._sign))
             self.store.set(f"left/{self.rank}", "")
             if self.rank == 0:
                 keys = [f"left/{rank}" for rank in range(self.world_size)]
@@ -233,18 +234,29 @@ def _beat(store: Store, rank: int, sign: _Sign, timeout: float) -> None:
                 awaits.rotate(-1)
                 said = store.get(f"sign/{other}").decode()
                 if other not in heard or said != heard[other][1]:
-                    # One that has left stays at what it did last.
-                    heard[other] = now, said or heard.get(other, (now, ""))[1]
+                    heard[other] = now, said
             if sign.awaits and now - began[0][0] >= _PATIENCE * timeout:
-                _end_if_late(began[0][1], heard, sign, now, timeout)
+                _end_if_late(store, began[0][1], heard, sign, now=now, timeout=timeout)
 
 
 def _end_if_late(
-    begun: int, heard: Mapping[int, tuple[float, str]], sign: _Sign, now: float, timeout: float
+    store: Store,
+    begun: int,
+    heard: Mapping[int, tuple[float, str]],
+    sign: _Sign,
+    *,
+    now: float,
+    timeout: float,
 ) -> None:
     """This rank had begun so many collectives a time-out ago."""
-    signs = {other: said for other, (_, said) in heard.items()}
-    late = [other for other, said in signs.items() if said and json.loads(said)[1] < begun]
+
+    def behind(signs: Mapping[int, str]) -> list[int]:
+        return [other for other, said in signs.items() if json.loads(said)[1] < begun]
+
+    late = behind({other: said for other, (_, said) in heard.items()})
+    # Some may not have been looked at for a while.
+    signs = {other: store.get(f"sign/{other}").decode() for other in late}
+    late = behind(signs)
     if not late:
         return
     silent = [other for other in late if now - heard[other][0] > timeout / 2]
@@ -264,8 +276,9 @@ def _leave(store: Store, rank: int, sign: _Sign, thread: threading.Thread) -> No
     # A thread that is inside the store when Python ends would end the process with an abort.
     if thread is not threading.current_thread():
         thread.join(timeout=5)
+    sign.doing = "leaving"
     with _unheard():
-        store.set(f"sign/{rank}", "")
+        store.set(f"sign/{rank}", str(sign))  # how far it came: others may still look
 
 
 def _interval(timeout: float) -> float:
