@@ -37,14 +37,15 @@ from transformers import AutoTokenizer, DeepseekV3Config, MixtralConfig, PreTrai
 import moezoo
 from moezoo import Parallel
 from moezoo.causal_lm import MoECausalLM
+from moezoo.layers.kernels.row_format import RowFormat
 from moezoo.layers.moe import FusedMoE
 from moezoo.parallel.dispatch import AllToAll
 from moezoo.parallel.pack import (
     destinations,
-    fp8_rows,
-    from_fp8_rows,
     pack_order,
+    pack_rows,
     sum_answers,
+    unpack_rows,
 )
 from moezoo.parallel.placement import Placement
 from moezoo.parallel.sharding import moe_layers
@@ -304,6 +305,14 @@ def agreement(moe: FusedMoE, calls: int = 50) -> float:
     return (time.perf_counter() - begin) / calls
 
 
+def passed(moe: FusedMoE, x: Tensor) -> Tensor:
+    """As in a forward pass of a model, whose ranks say first how many tokens each has."""
+    if moe.dispatcher is None:
+        return moe(x)
+    with moe.dispatcher.passing(len(x)):
+        return moe(x)
+
+
 def captured(moe: FusedMoE, x: Tensor) -> float:
     if isinstance(moe.dispatcher, AllToAll):
         with moe.dispatcher.fixed(len(x)):
@@ -343,18 +352,22 @@ def pack(
         order, places = pack_order(there, num_rows, k)
         x = torch.randn(tokens, hidden_size, device=device).bfloat16()
         rows = x.index_select(0, order)
-        packed = fp8_rows(rows)
         other = torch.empty_like(rows)
+        topk_weights = torch.rand(tokens, k, device=device)
         runs: dict[str, tuple[Callable[[], object], int]] = {
             "copy": (partial(other.copy_, rows), 2 * rows.nbytes),
-            "pack": (partial(x.index_select, 0, order), x.nbytes + rows.nbytes),
+            "gather": (partial(x.index_select, 0, order), x.nbytes + rows.nbytes),
             "sum_answers": (partial(sum_answers, rows, places), x.nbytes + rows.nbytes),
-            "fp8_rows": (partial(fp8_rows, rows), rows.nbytes + packed.nbytes),
-            "from_fp8_rows": (
-                partial(from_fp8_rows, packed, hidden_size, x.dtype),
-                rows.nbytes + packed.nbytes,
-            ),
         }
+        for name, fp8 in (("", False), (" fp8", True)):
+            form = RowFormat(hidden_size, k, x.dtype, fp8)
+            packed = pack_rows(form, x, topk_weights, slots, tokens)
+            moved = x.nbytes + packed.nbytes
+            runs["pack" + name] = (
+                partial(pack_rows, form, x, topk_weights, slots, tokens),
+                moved,
+            )
+            runs["unpack" + name] = (partial(unpack_rows, form, packed, 0, 32), moved)
         rates = {name: nbytes / replayed(run) for name, (run, nbytes) in runs.items()}
         of_copy = {name: rate / rates["copy"] for name, rate in rates.items()}
         yield {"tokens": tokens, "hidden_size": hidden_size, "rows": num_rows, **of_copy} | {
