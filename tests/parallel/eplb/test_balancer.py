@@ -235,7 +235,8 @@ def beside_a_gpu(rank):
     mesh = join(Parallel(1), "cuda")
     balanced, layers = balancer(mesh, EPLB(num_redundant_experts=3, step_interval=8))
     first = balanced.state.physical_to_logical_map.tolist()
-    ids = [torch.randint(3, (64, 2), device="cuda") for _ in range(STEPS)]
+    # Not those that have copies to begin with.
+    ids = [torch.randint(3, E, (64, 2), device="cuda") for _ in range(STEPS)]
     for choices in ids:
         balanced.begin(None)
         for i in range(len(LAYERS)):
