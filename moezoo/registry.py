@@ -10,6 +10,8 @@ from moezoo.layers.decoder import Decoder
 from moezoo.models.fields import check_sizes
 
 ARCHITECTURES = {
+    "afmoe": "afmoe",
+    "cohere2_moe": "cohere2_moe",
     "deepseek_v2": "deepseek_v2",
     "deepseek_v3": "deepseek_v3",
     "dots1": "dots1",
@@ -24,6 +26,7 @@ ARCHITECTURES = {
     "hy_v3": "hy_v3",
     "gpt_oss": "gpt_oss",
     "kimi_k2": "deepseek_v3",
+    "mellum": "mellum",
     "mimo_v2_flash": "mimo_v2_flash",
     "minimax_m2": "minimax_m2",
     "mixtral": "mixtral",

@@ -5,7 +5,7 @@ Legend: B batch, T new tokens, H hidden, V vocabulary.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -140,6 +140,25 @@ class Decoder(nn.Module):
             if isinstance(head.weight, QuantizedWeights):
                 return quantized_linear(x, head.weight(), bias)
             return linear(x, head.weight, bias)
+
+
+class ScaledDecoder(Decoder):
+    """Embeddings are multiplied by `embedding_scale`, and logits by `logit_scale`."""
+
+    def __init__(
+        self, *args: Any, embedding_scale: float = 1.0, logit_scale: float = 1.0, **modules: Any
+    ) -> None:
+        super().__init__(*args, **modules)
+        self.embedding_scale = embedding_scale
+        self.logit_scale = logit_scale
+
+    def forward(
+        self, x: torch.Tensor, context: Context, *, states: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        return super().forward(x * self.embedding_scale, context, states=states)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return super().logits(x) * self.logit_scale
 
 
 def pre_norm_decoder(

@@ -104,13 +104,14 @@ class NormOfSum:
 class LayerNorm(RMSNorm):
     """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias (Ba et al., 2016)."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, eps: float, *, bias: bool = True) -> None:
         super().__init__(dim, eps)
-        self.bias = nn.Parameter(torch.zeros(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, (self.dim,), self.weight, self.bias, self.eps)

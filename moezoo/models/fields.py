@@ -18,7 +18,6 @@ POSITIVE = (
     "moe_intermediate_size",
     "num_local_experts",
     "n_routed_experts",
-    "num_shared_experts",
     "kv_lora_rank",
     "qk_nope_head_dim",
     "qk_rope_head_dim",
@@ -30,6 +29,8 @@ POSITIVE_OR_NONE = ("head_dim", "q_lora_rank")
 NOT_NEGATIVE = (
     "intermediate_size",
     "num_experts",
+    "num_shared_experts",
+    "num_dense_layers",
     "shared_expert_intermediate_size",
     "first_k_dense_replace",
 )

@@ -8,7 +8,7 @@ from transformers import GraniteMoeConfig, GraniteMoeSharedConfig
 
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import Context, GroupedQueryAttention
-from moezoo.layers.decoder import Decoder, DecoderLayer, pre_norm_decoder
+from moezoo.layers.decoder import Decoder, DecoderLayer, ScaledDecoder, pre_norm_decoder
 from moezoo.layers.mlp import GatedMLP
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import softmax_topk
@@ -43,25 +43,6 @@ class ScaledLayer(DecoderLayer):
         normed = self.mlp_norm.of_sum(normed.sum, update)
         update = self.factor * self.mlp(handed_to(self.mlp, normed))
         return normed.sum, update
-
-
-class ScaledDecoder(Decoder):
-    """Embeddings are multiplied by `embedding_multiplier`, logits divided by `logits_scaling`."""
-
-    def __init__(
-        self, *args: Any, embedding_multiplier: float, logits_scaling: float, **modules: Any
-    ) -> None:
-        super().__init__(*args, **modules)
-        self.embedding_multiplier = embedding_multiplier
-        self.logits_scaling = logits_scaling
-
-    def forward(
-        self, x: torch.Tensor, context: Context, *, states: list[torch.Tensor] | None = None
-    ) -> torch.Tensor:
-        return super().forward(x * self.embedding_multiplier, context, states=states)
-
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        return super().logits(x) / self.logits_scaling
 
 
 def build(config: GraniteMoeConfig | GraniteMoeSharedConfig) -> Decoder:
@@ -102,8 +83,8 @@ def build(config: GraniteMoeConfig | GraniteMoeSharedConfig) -> Decoder:
         layer=partial(ScaledLayer, factor=config.residual_multiplier),
         decoder=partial(
             ScaledDecoder,
-            embedding_multiplier=config.embedding_multiplier,
-            logits_scaling=config.logits_scaling,
+            embedding_scale=config.embedding_multiplier,
+            logit_scale=1 / config.logits_scaling,
         ),
     )
 

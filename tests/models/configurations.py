@@ -207,6 +207,32 @@ def partial_rotary(factor: float, rope: Config | None = None) -> Config:
     return {"rope_parameters": rope | {"partial_rotary_factor": factor}}
 
 
+AFMOE = GROUPED | {
+    "num_experts": 9,
+    "num_hidden_layers": 5,
+    "sliding_window": 5,
+    "route_scale": 2.8,
+    "mup_enabled": True,
+}
+MELLUM = QWEN3 | {
+    "num_hidden_layers": 4,
+    "sliding_window": 5,
+    "layer_types": ["full_attention", *["sliding_attention"] * 3],
+}
+COHERE2 = COMMON | {
+    "hidden_size": 20,
+    "intermediate_size": 14,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+    "sliding_window": 5,
+    "logit_scale": 0.3,
+    "bos_token_id": None,
+}
+
 CONFIGURATIONS: dict[str, dict[str, Config]] = {
     "mixtral": {
         "gqa": MIXTRAL,
@@ -578,6 +604,74 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
                 "truncate": False,
                 "original_max_position_embeddings": 4096,
             },
+        },
+    },
+    "afmoe": {
+        "gated": AFMOE,
+        "bias-tied-no-mup": AFMOE
+        | {
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "mup_enabled": False,
+            "num_dense_layers": 2,
+            "global_attn_every_n_layers": 2,
+            "num_shared_experts": 1,
+            "rms_norm_eps": 1e-2,
+        },
+        "k1-listed-yarn": AFMOE
+        | {
+            "num_experts_per_tok": 1,
+            "num_dense_layers": 0,
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "rope_parameters": ROPE["yarn"],
+        },
+    },
+    "mellum": {
+        "two-thetas": MELLUM,
+        "yarn-bias-dense": MELLUM
+        | {
+            "attention_bias": True,
+            "norm_topk_prob": False,
+            "mlp_layer_types": ["dense", "sparse", "sparse", "dense"],
+            "sliding_window": 3,
+        }
+        | ropes(1.0, 1.0, ROPE["yarn"]),
+        "all-full-tied": MELLUM
+        | {
+            "layer_types": ["full_attention"] * 4,
+            "tie_word_embeddings": True,
+            "num_experts_per_tok": 1,
+        },
+    },
+    "cohere2_moe": {
+        "sliding-softmax": COHERE2,
+        "dense-first-sigmoid": COHERE2
+        | {
+            "first_k_dense_replace": 1,
+            "prefix_dense_intermediate_size": 18,
+            "expert_selection_fn": "sigmoid",
+            "num_shared_experts": 2,
+            "tie_word_embeddings": False,
+        },
+        "rms-sum-raw-weights": COHERE2
+        | {
+            "rms_norm_eps": 1e-2,
+            "expert_selection_fn": "sigmoid",
+            "norm_topk_prob": False,
+            "num_shared_experts": 1,
+            "shared_expert_combination_strategy": "sum",
+            "sliding_window_pattern": 2,
+            "attention_bias": True,
+        },
+        "dense-slides-yarn": COHERE2
+        | {
+            "first_k_dense_replace": 3,
+            "prefix_dense_sliding_window_pattern": 2,
+            "prefix_dense_intermediate_size": 10,
+            "num_experts_per_tok": 1,
+            "layer_norm_eps": 1e-2,
+            "rope_parameters": ROPE["yarn"],
         },
     },
     "kimi_k2": {

@@ -254,6 +254,8 @@ def test_old_spelling_of_the_config(pair: Pair, tmp_path: Path) -> None:
     partial = {k: rope.pop(k) for k in ("partial_rotary_factor",) if k in rope}
     if pair.model_type == "gpt_oss" and kind == "default":
         pytest.skip("where its config names no scaling, it has that of the releases")
+    if pair.model_type == "cohere2_moe" and kind != "default":
+        pytest.skip("transformers' own config drops the scaling")
     scaling = None if kind == "default" else rope | {"type": kind}
     old = {"rope_theta": theta, "rope_scaling": scaling, "torch_dtype": "float32"} | partial
     change_config(tmp_path, remove=("rope_parameters", "dtype", "transformers_version"), **old)

@@ -92,7 +92,7 @@ FIELDS = [
     ("granitemoe", "logits_scaling", {"logits_scaling": None}),
     ("granitemoeshared", "num_experts_per_tok", {"num_experts_per_tok": 0}),
     ("exaone_moe", "layer_types", {"layer_types": ["chunked_attention"] * 5}),
-    ("exaone_moe", "num_shared_experts", {"num_shared_experts": 0}),
+    ("exaone_moe", "num_shared_experts", {"num_shared_experts": -1}),
     ("glm4_moe", "n_group", {"n_group": 12, "topk_group": 12}),
     ("glm4_moe", "num_experts_per_tok", {"num_experts_per_tok": 13}),
     ("glm4_moe", "sliding_window", {"sliding_window": 4}),
@@ -127,6 +127,24 @@ FIELDS = [
     ("minimax_m2", "qk_norm_type", {"qk_norm_type": "per_head"}),
     ("minimax_m2", "shared_intermediate_size", {"shared_intermediate_size": 4}),
     ("solar_open", "first_k_dense_replace", {"first_k_dense_replace": 1}),
+    ("afmoe", "num_experts_per_tok", {"num_experts_per_tok": 10}),
+    ("afmoe", "score_func", {"score_func": "softmax"}),
+    ("afmoe", "layer_types", {"layer_types": ["chunked_attention"] * 5}),
+    ("mellum", "mlp_layer_types", {"mlp_layer_types": ["mixed"] * 4}),
+    ("mellum", "num_experts_per_tok", {"num_experts_per_tok": 8}),
+    (
+        "mellum",
+        "rope_parameters",
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5.0}}},
+    ),
+    ("cohere2_moe", "expert_selection_fn", {"expert_selection_fn": "tanh"}),
+    ("cohere2_moe", "num_shared_experts", {"num_shared_experts": -1}),
+    (
+        "cohere2_moe",
+        "shared_expert_combination_strategy",
+        {"shared_expert_combination_strategy": "max"},
+    ),
+    ("cohere2_moe", "prefix_dense_intermediate_size", {"first_k_dense_replace": 1}),
     ("solar_open", "use_qk_norm", {"use_qk_norm": True}),
     ("deepseek_v3", "topk_method", {"topk_method": "greedy"}),
     ("deepseek_v3", "scoring_func", {"scoring_func": "softmax"}),
@@ -175,7 +193,7 @@ def test_every_architecture_is_here() -> None:
 @pytest.mark.parametrize("field", EVERYWHERE)
 @pytest.mark.parametrize("model_type", BASE)
 def test_everywhere(model_type: str, field: str) -> None:
-    if (model_type, field) == ("mimo_v2_flash", "num_hidden_layers"):
+    if field == "num_hidden_layers" and model_type in ("mellum", "mimo_v2_flash"):
         pytest.skip("transformers refuses it")
     if (model_type, field) == ("hy_v3", "output_router_logits"):
         pytest.skip("its release has it")

@@ -156,6 +156,26 @@ def biased_topk(
     return weights / weights.sum(-1, keepdim=True).clamp(min=min_sum), ids.int()
 
 
+def topk_sigmoid(logits: Tensor, k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """The sigmoids of the k largest logits, divided by their sum if `renormalize`.
+
+    logits [T, E] of any float dtype -> topk_weights [T, K] fp32, topk_ids [T, K] int32.
+    The router of Llama 4 and, where its config asks for it, of Command A+. Unlike sigmoids the
+    logits differ still where they are large.
+    """
+    _require_k(k, logits.shape[-1])
+    if logits.ndim == 2 and runs_kernels(logits):
+        from moezoo.layers.kernels.topk import topk
+
+        with torch.cuda.device_of(logits):
+            return topk(logits, k, scoring="sigmoid_of_chosen", renormalize=renormalize)
+    chosen, ids = _largest(logits.float(), k)
+    weights = chosen.sigmoid()
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights, ids.int()
+
+
 def sparsemixer(logits: Tensor, k: int, *, jitter: float) -> tuple[Tensor, Tensor]:
     """The best expert, then the best of the others, k times (Phi-3.5-MoE; Liu et al., 2024).
 
