@@ -12,6 +12,7 @@ from moezoo.models.fields import check_sizes
 ARCHITECTURES = {
     "afmoe": "afmoe",
     "cohere2_moe": "cohere2_moe",
+    "dbrx": "dbrx",
     "deepseek_v2": "deepseek_v2",
     "deepseek_v3": "deepseek_v3",
     "dots1": "dots1",
@@ -26,6 +27,7 @@ ARCHITECTURES = {
     "hy_v3": "hy_v3",
     "gpt_oss": "gpt_oss",
     "kimi_k2": "deepseek_v3",
+    "llama4_text": "llama4_text",
     "mellum": "mellum",
     "mimo_v2_flash": "mimo_v2_flash",
     "minimax_m2": "minimax_m2",

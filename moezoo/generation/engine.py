@@ -157,6 +157,7 @@ class Engine:
             self.cache,
             slots,
             num_queries=longest,
+            positions=inputs.positions[None],
             tiles=inputs.tiles,
             tables=self.tables,
             packed_slots=slots[None].clamp(min=0) if key_slots is None else key_slots,
@@ -182,8 +183,9 @@ class Engine:
         positions = torch.cat([torch.arange(chunk.start, chunk.end) for chunk in chunks])
         tokens = torch.tensor(list(itertools.chain.from_iterable(c.tokens for c in chunks)))
         last = torch.tensor(list(itertools.accumulate(len(chunk.tokens) for chunk in chunks))) - 1
-        rotation = self.decoder.rotation(positions[None].to(self.device))
-        context = torch_context(chunks, rotation, self.cache, self.tables)
+        positions = positions[None].to(self.device)
+        rotation = self.decoder.rotation(positions)
+        context = torch_context(chunks, positions, rotation, self.cache, self.tables)
         hidden = self.decoder(self.decoder.embed(tokens[None].to(self.device)), context)[0]
         return self.decoder.logits(hidden[last.to(self.device)])
 

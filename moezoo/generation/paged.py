@@ -20,6 +20,7 @@ from moezoo.device import runs_kernels
 from moezoo.generation.pages import PAGE_SIZE, num_pages
 from moezoo.layers.attention import CausalMask, GroupedQueryAttention, Keys, attend
 from moezoo.layers.decoder import Decoder
+from moezoo.layers.kernels.windows import first_key
 from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.rope import Rotation, rotate_interleaved, unrotated
 
@@ -171,6 +172,10 @@ class DecodeContext(PagedContext):
     lengths: Tensor
     num_queries: int = 1
 
+    @property
+    def positions(self) -> Tensor:
+        return self.lengths[None] - 1
+
     def latents(self, keys: Keys) -> Tensor:
         raise AssertionError("one query a sequence attends to the latents themselves")
 
@@ -217,6 +222,8 @@ class DecodeContext(PagedContext):
             width = longest if window is None else min(window, longest)
             at = self.lengths[:, None] - width + torch.arange(width, device=table.device)
             visible = at >= 0
+            if window is not None:
+                visible &= at >= first_key(self.lengths[:, None] - 1, window)
             slots = slots_of(table, at.clamp(min=0))
             mask = CausalMask(width - 1, 1, table.device, None if visible.all() else visible)
             found[window] = slots, mask

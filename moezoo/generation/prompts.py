@@ -13,6 +13,7 @@ from torch import Tensor
 from moezoo.generation.paged import PagedCache, PagedContext, Window, slots_of
 from moezoo.generation.pages import PAGE_SIZE
 from moezoo.layers.attention import CausalMask, Keys, attend
+from moezoo.layers.kernels.windows import first_key
 from moezoo.layers.rope import Rotation
 
 PROMPT_SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048)
@@ -142,7 +143,7 @@ def slots_of_rows(table: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PromptContext(PagedContext):
-    """Chunks of prompts on a GPU.
+    """Chunks of prompts on a GPU, their tokens at `positions` int [1, T].
 
     `packed_slots` has the slots of all keys, int64 [S], sequence by sequence, for attention that
     unfolds them first.
@@ -152,6 +153,7 @@ class PromptContext(PagedContext):
     cache: PagedCache
     slots: dict[Window, Tensor]
     num_queries: int
+    positions: Tensor
     tiles: Tensor
     tables: dict[Window, Tensor]
     packed_slots: Tensor
@@ -195,13 +197,15 @@ class PromptContext(PagedContext):
 class TorchPromptContext(PagedContext):
     """Chunks of prompts, in torch.
 
-    `num_new` counts the new tokens of each sequence; seen[window] has the slots of all its keys,
-    int64 [S_b], as far as a layer with that window sees them.
+    `num_new` counts the new tokens of each sequence, which are at `positions` int [1, T];
+    seen[window] has the slots of all its keys, int64 [S_b], as far as a layer with that window sees
+    them.
     """
 
     rotation: Rotation
     cache: PagedCache
     slots: dict[Window, Tensor]
+    positions: Tensor
     num_new: list[int]
     seen: dict[Window, list[Tensor]]
 
@@ -254,7 +258,11 @@ class TorchPromptContext(PagedContext):
 
 
 def torch_context(
-    chunks: Sequence[Chunk], rotation: Rotation, cache: PagedCache, tables: dict[Window, Tensor]
+    chunks: Sequence[Chunk],
+    positions: Tensor,
+    rotation: Rotation,
+    cache: PagedCache,
+    tables: dict[Window, Tensor],
 ) -> TorchPromptContext:
     slots, seen = {}, {}
     for window, table in tables.items():
@@ -265,6 +273,8 @@ def torch_context(
 
         slots[window] = torch.cat([of(chunk, chunk.start) for chunk in chunks])
         seen[window] = [
-            of(chunk, 0 if window is None else max(0, chunk.start - window + 1)) for chunk in chunks
+            of(chunk, 0 if window is None else max(0, first_key(chunk.start, window)))
+            for chunk in chunks
         ]
-    return TorchPromptContext(rotation, cache, slots, [len(chunk.tokens) for chunk in chunks], seen)
+    num_new = [len(chunk.tokens) for chunk in chunks]
+    return TorchPromptContext(rotation, cache, slots, positions, num_new, seen)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from moezoo.layers.kernels.windows import Chunked, first_key
 from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.rope import Rotate, Rotation, rotate_half
@@ -59,14 +60,18 @@ class CausalMask:
         first = max(total - num_keys, 0)
         if self.visible is not None and self.visible.dim() == 4:
             return self.visible[..., first : first + num_keys]
-        sees_all = self.length == 1 and num_keys <= total and (window is None or num_keys <= window)
-        if self.visible is None and sees_all:
+        sees_all = window is None or first_key(total - 1, window) <= total - num_keys
+        if self.visible is None and self.length == 1 and num_keys <= total and sees_all:
             return None
         queries = torch.arange(self.past, total, device=self.device)[:, None]
         keys = torch.arange(first, first + num_keys, device=self.device)
         mask = keys <= queries
-        if window is not None:
-            mask &= keys > queries - window
+        if isinstance(window, Chunked) and self.visible is not None:
+            # Chunks are counted from the first token, which padding may precede.
+            padding = (self.visible.cumsum(-1) == 0).sum(-1)[:, None, None, None]
+            mask = mask & (keys >= first_key(queries - padding, window) + padding)
+        elif window is not None:
+            mask &= keys >= first_key(queries, window)
         if self.visible is None:
             return mask[None, None]
         visible = self.visible[:, first : first + num_keys]
@@ -172,6 +177,11 @@ class Context(Protocol):
     num_queries: int
     """New tokens of a sequence, at most."""
 
+    @property
+    def positions(self) -> torch.Tensor:
+        """int [1, T], which token of its sequence each new one is, padding before it counted."""
+        ...
+
     def append_heads(
         self, attention: "GroupedQueryAttention", qkv: torch.Tensor, layer_idx: int
     ) -> tuple[torch.Tensor, Keys]:
@@ -232,6 +242,11 @@ class DenseContext:
     @property
     def num_queries(self) -> int:
         return self.mask.length
+
+    @property
+    def positions(self) -> torch.Tensor:
+        past = self.mask.past
+        return torch.arange(past, past + self.mask.length, device=self.mask.device)[None]
 
     def append_heads(
         self, attention: "GroupedQueryAttention", qkv: torch.Tensor, layer_idx: int
@@ -294,10 +309,11 @@ class GroupedQueryAttention(nn.Module):
 
     `q_norm` and `k_norm` normalise each head (width `head_dim`) or all heads at once (width
     heads * `head_dim`) before the rotation. `window` limits a query to that many newest keys, its
-    own included. `clip` bounds queries, keys and values to [-clip, clip] before the rotation.
-    `rotate` is a function of `moezoo.layers.rope`, and `part` what it takes of the rotation, where
-    that is of several kinds. `scale` multiplies the scores, by default 1 / sqrt(`head_dim`).
-    `sinks` [Hq], a parameter, are one more score a head, of a key without a value.
+    own included, or to those of its chunk if it is `Chunked`. `clip` bounds queries, keys and
+    values to [-clip, clip] before the rotation. `rotate` is a function of `moezoo.layers.rope`, and
+    `part` what it takes of the rotation, where that is of several kinds. `scale` multiplies the
+    scores, by default 1 / sqrt(`head_dim`). `sinks` [Hq], a parameter, are one more score a head,
+    of a key without a value.
     """
 
     def __init__(

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from moezoo.device import device_made_current
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import Context
+from moezoo.layers.kernels.windows import Chunked
 from moezoo.layers.linear import Linear, linear
 from moezoo.layers.moe import RoutingRecorder
 from moezoo.layers.norm import RMSNorm, handed_to
@@ -161,20 +162,27 @@ class ScaledDecoder(Decoder):
         return super().logits(x) * self.logit_scale
 
 
+def _kind(window: int | None) -> str:
+    if window is None:
+        return "full_attention"
+    return "chunked_attention" if isinstance(window, Chunked) else "sliding_attention"
+
+
 def pre_norm_decoder(
     config: PreTrainedConfig,
     attention: Callable[[int], nn.Module],
     feed_forward: Callable[[int], nn.Module],
     *,
     rope: RotaryEmbedding | RotaryEmbeddings | None = None,
-    norm: Callable[[int, float], RMSNorm] = RMSNorm,
+    norm: Callable[[int, Any], RMSNorm] = RMSNorm,
     layer: Callable[..., DecoderLayer] = DecoderLayer,
     decoder: Callable[..., Decoder] = Decoder,
 ) -> Decoder:
     """The usual decoder: an RMSNorm before `attention(layer_idx)` and `feed_forward(layer_idx)`.
 
     Without a `rope` all of each head is rotated, and a config that says otherwise is refused.
-    Architectures that are unusual bring another `norm`, or classes derived from the `layer` and the
+    Architectures that are unusual bring another `norm`, of the width and what is in
+    `config.rms_norm_eps`, or classes derived from the `layer` and the
     `decoder` here.
 
     Raises `UnsupportedArchitectureError` where `config.layer_types` or `config.sliding_window` says
@@ -182,7 +190,7 @@ def pre_norm_decoder(
     """
 
     def new_norm() -> RMSNorm:
-        return norm(config.hidden_size, config.rms_norm_eps)
+        return norm(config.hidden_size, getattr(config, "rms_norm_eps", None))
 
     layers = [
         layer(new_norm(), attention(layer_idx), mlp_norm=new_norm(), mlp=feed_forward(layer_idx))
@@ -191,7 +199,7 @@ def pre_norm_decoder(
     windows = [getattr(layer.attn, "window", None) for layer in layers]
     if any(window is not None and window < 1 for window in windows):
         raise UnsupportedArchitectureError.of_field(config, "sliding_window", "1 or more")
-    slides = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    slides = [_kind(window) for window in windows]
     if getattr(config, "layer_types", None) is not None:
         if config.layer_types != slides:
             raise UnsupportedArchitectureError.of_field(config, "layer_types", str(slides))

@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -278,12 +277,6 @@ def _of_decoder(report: Report, decoder: Decoder, dtype: torch.dtype) -> Report:
     )
 
 
-def _route(moe: FusedMoE) -> "partial[tuple[torch.Tensor, torch.Tensor]]":
-    route = moe.route.fn if isinstance(moe.route, nn.Module) else moe.route
-    assert isinstance(route, partial), "model files give routes as partial(function, k=..., ...)"
-    return route
-
-
 def _in_experts(moe: FusedMoE) -> int:
     return prod(moe.w13.shape) + prod(moe.w2.shape) + _biases(moe)
 
@@ -291,13 +284,13 @@ def _in_experts(moe: FusedMoE) -> int:
 def _idle(moe: FusedMoE) -> int:
     """Numbers of the experts that a token is not sent to."""
     num_experts = moe.w2.shape[0]
-    per_token: int = _route(moe).keywords["k"]
+    per_token: int = moe.router.keywords["k"]
     return _in_experts(moe) // num_experts * (num_experts - per_token)
 
 
 def _experts(moe: FusedMoE, dtype: torch.dtype) -> Experts:
     num_experts, _, intermediate_size = moe.w2.shape
-    route = _route(moe)
+    route = moe.router
     settings = dict(route.keywords)
     per_token = settings.pop("k")
     if isinstance(moe.route, nn.Module):

@@ -232,6 +232,30 @@ COHERE2 = COMMON | {
     "logit_scale": 0.3,
     "bos_token_id": None,
 }
+DBRX: Config = {
+    "vocab_size": 61,
+    "max_seq_len": 64,
+    "d_model": 24,
+    "n_heads": 4,
+    "n_layers": 3,
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 0.9, "rope_theta": 100.0},
+    "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 7, "moe_top_k": 3},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
+LLAMA4 = COMMON | {
+    "hidden_size": 20,
+    "intermediate_size": 14,
+    "intermediate_size_mlp": 18,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_local_experts": 5,
+    "attention_chunk_size": 5,
+    "bos_token_id": None,
+}
 
 CONFIGURATIONS: dict[str, dict[str, Config]] = {
     "mixtral": {
@@ -673,6 +697,57 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
             "layer_norm_eps": 1e-2,
             "rope_parameters": ROPE["yarn"],
         },
+    },
+    "dbrx": {
+        "clipped": DBRX,
+        "raw-weights-gelu": DBRX
+        | {
+            "attn_config": {"kv_n_heads": 1, "clip_qkv": 2.5, "rope_theta": 10000.0},
+            "ffn_config": {
+                "ffn_hidden_size": 10,
+                "moe_num_experts": 5,
+                "moe_top_k": 2,
+                "moe_normalize_expert_weights": None,
+                "ffn_act_fn": {"name": "gelu"},
+            },
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        "k1-yarn": DBRX
+        | {
+            "ffn_config": {"ffn_hidden_size": 14, "moe_num_experts": 4, "moe_top_k": 1},
+            "rope_parameters": ROPE["yarn"],
+        },
+    },
+    "llama4_text": {
+        "chunks": LLAMA4,
+        "tempered-dense-k2": LLAMA4
+        | {
+            "floor_scale": 3,
+            "attn_scale": 0.7,
+            "interleave_moe_layer_step": 2,
+            "num_experts_per_tok": 2,
+            "no_rope_layer_interval": 2,
+            "attention_chunk_size": 4,
+        },
+        "listed-bias-tied": LLAMA4
+        | {
+            "use_qk_norm": False,
+            "attn_temperature_tuning": False,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "moe_layers": [0, 1, 3],
+            "num_hidden_layers": 4,
+            "no_rope_layers": [1, 0, 1, 0],
+            "layer_types": [
+                "full_attention",
+                *["chunked_attention"] * 2,
+                "full_attention",
+            ],
+            "attention_chunk_size": 3,
+            "rms_norm_eps": 1e-2,
+        },
+        "all-experts-llama3": LLAMA4
+        | {"num_experts_per_tok": 5, "attention_chunk_size": 64, "rope_parameters": ROPE["llama3"]},
     },
     "kimi_k2": {
         "one-group": DEEPSEEK_V3

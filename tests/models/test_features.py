@@ -62,7 +62,7 @@ def test_routing_is_recorded(folder: Path) -> None:
 def wide_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of sizes that every format takes."""
     config = next(iter(CONFIGURATIONS[request.param].values()))
-    sizes = ("hidden_size", "intermediate_size", "moe_intermediate_size")
+    sizes = ("hidden_size", "d_model", "intermediate_size", "moe_intermediate_size")
     path = tmp_path_factory.mktemp(request.param)
     wide = config | {name: 64 for name in sizes if name in config}
     write(request.param, reference(request.param, wide), path)

@@ -131,6 +131,11 @@ FIELDS = [
     ("afmoe", "score_func", {"score_func": "softmax"}),
     ("afmoe", "layer_types", {"layer_types": ["chunked_attention"] * 5}),
     ("mellum", "mlp_layer_types", {"mlp_layer_types": ["mixed"] * 4}),
+    ("dbrx", "num_attention_heads", {"num_attention_heads": 10}),
+    ("llama4_text", "attention_chunk_size", {"attention_chunk_size": None}),
+    ("llama4_text", "floor_scale", {"floor_scale": 0}),
+    ("llama4_text", "num_experts_per_tok", {"num_experts_per_tok": 6}),
+    ("llama4_text", "layer_types", {"layer_types": ["sliding_attention"] * 4}),
     ("mellum", "num_experts_per_tok", {"num_experts_per_tok": 8}),
     (
         "mellum",
@@ -175,6 +180,20 @@ FIELDS = [
         },
     ),
 ]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("ffn_act_fn", {"name": "mish"}),
+        ("moe_normalize_expert_weights", 2.0),
+        ("moe_top_k", 8),
+        ("ffn_hidden_size", 0),
+    ],
+)
+def test_field_of_dbrx_experts(field: str, value: Any) -> None:
+    message = refusal("dbrx", ffn_config=BASE["dbrx"]["ffn_config"] | {field: value})
+    assert field in message and str(value) in message
 
 
 def refusal(model_type: str, **changes: Any) -> str:

@@ -4,6 +4,7 @@ Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per toke
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -186,6 +187,13 @@ class FusedMoE(nn.Module):
     def num_experts(self) -> int:
         """Those of all ranks that a token can choose from."""
         return self.gate.shape[0]
+
+    @property
+    def router(self) -> partial[tuple[Tensor, Tensor]]:
+        """The function that `route` is made of, with its settings; k is one of them."""
+        function = self.route.fn if isinstance(self.route, nn.Module) else self.route
+        assert isinstance(function, partial), "routes are partial(function, k=..., ...)"
+        return function
 
     def expert_tensors(self) -> list[Tensor]:
         """All that the experts of this process consist of: parameters [E', ..], a row for each."""
