@@ -31,6 +31,7 @@ ARCHITECTURES = {
     "phimoe": "phimoe",
     "qwen2_moe": "qwen2_moe",
     "qwen3_moe": "qwen3_moe",
+    "qwen3_next": "qwen3_next",
     "solar_open": "solar_open",
 }
 """`model_type` of a config -> name of the module in `moezoo.models`."""

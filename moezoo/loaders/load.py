@@ -217,7 +217,7 @@ def from_config(
     for name, kind in quantized.items():
         _initialise_quantized(fields_of(tensors, name), kind, config)
     for name in (name for name in plain if name in wanted):
-        _initialise(name, tensors[name], config.initializer_range)
+        _initialise(decoder, name, tensors[name], config.initializer_range)
     quantize_on_meta(decoder, quantized)
     place(decoder, tensors)
     describe_(config, decoder, registry.architecture(config.model_type).CHECKPOINT)
@@ -269,9 +269,12 @@ def _initialise_quantized(
 
 
 @torch.no_grad()
-def _initialise(name: str, tensor: torch.Tensor, deviation: float) -> None:
-    attribute = name.rpartition(".")[2]
-    if "bias" in attribute:
+def _initialise(decoder: nn.Module, name: str, tensor: torch.Tensor, deviation: float) -> None:
+    owner, _, attribute = name.rpartition(".")
+    own = getattr(decoder.get_submodule(owner), "initial_values", {})
+    if attribute in own:
+        tensor.fill_(own[attribute])
+    elif "bias" in attribute:
         tensor.zero_()
     elif tensor.dim() == 1 and attribute != "sinks":
         tensor.fill_(1)  # a norm's weight

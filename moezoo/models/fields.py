@@ -23,6 +23,11 @@ POSITIVE = (
     "qk_nope_head_dim",
     "qk_rope_head_dim",
     "v_head_dim",
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
     "max_position_embeddings",
 )
 NOT_NEGATIVE_OR_NONE = ("n_shared_experts",)

@@ -207,6 +207,27 @@ def partial_rotary(factor: float, rope: Config | None = None) -> Config:
     return {"rope_parameters": rope | {"partial_rotary_factor": factor}}
 
 
+# A delta net's output is normalised. With random weights a query may be all but orthogonal to the
+# keys, and a small epsilon then makes rounding errors large, whoever computes it.
+QWEN3_NEXT = COMMON | {
+    "rms_norm_eps": 1e-2,
+    "hidden_size": 20,
+    "intermediate_size": 18,
+    "moe_intermediate_size": 10,
+    "shared_expert_intermediate_size": 14,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 5,
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+}
+FULL, LINEAR = "full_attention", "linear_attention"
+
 CONFIGURATIONS: dict[str, dict[str, Config]] = {
     "mixtral": {
         "gqa": MIXTRAL,
@@ -255,6 +276,51 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
             "sliding_window": 6,
         },
         "longrope": QWEN3 | {"rope_parameters": longrope(4, factor=3.0)},
+    },
+    "qwen3_next": {
+        "one-in-four": QWEN3_NEXT,
+        "as-many-keys-tied": QWEN3_NEXT
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": [FULL, LINEAR, LINEAR],
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 3,
+            "linear_conv_kernel_dim": 3,
+            "tie_word_embeddings": True,
+        },
+        "bias-wide-conv": QWEN3_NEXT
+        | {
+            "num_hidden_layers": 2,
+            "layer_types": [LINEAR, FULL],
+            "attention_bias": True,
+            "linear_conv_kernel_dim": 7,
+            "linear_num_key_heads": 1,
+            "rms_norm_eps": 1e-5,
+        },
+        "dense-between-raw-weights": QWEN3_NEXT
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": [LINEAR, FULL, LINEAR],
+            "mlp_only_layers": [1],
+            "norm_topk_prob": False,
+            "hidden_act": "gelu",
+        },
+        "step-half-rotated-conv1": QWEN3_NEXT
+        | {
+            "num_hidden_layers": 2,
+            "layer_types": [LINEAR, FULL],
+            "decoder_sparse_step": 2,
+            "linear_conv_kernel_dim": 1,
+            "num_experts_per_tok": 1,
+            "rope_parameters": ROPE["yarn"] | {"partial_rotary_factor": 0.5},
+        },
+        "dynamic": QWEN3_NEXT
+        | {
+            "num_hidden_layers": 2,
+            "layer_types": [LINEAR, FULL],
+            "max_position_embeddings": 9,
+            "rope_parameters": ROPE["dynamic"] | {"partial_rotary_factor": 0.25},
+        },
     },
     "olmoe": {
         "full-width-norm": OLMOE,
