@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from moezoo.generation.cache import growing_cache
 from moezoo.generation.decode import decode, decode_paged, unpadded
 from moezoo.generation.engine import EngineKeeper, supports
-from moezoo.generation.paged import state_bytes, windows
+from moezoo.generation.paged import row_state_bytes, windows
 from moezoo.layers.attention import CausalMask, DenseContext, visible_tokens
 from moezoo.layers.decoder import Decoder
 from moezoo.loaders.save import save_pretrained
@@ -82,7 +82,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         self.loss_type = "ForCausalLM"
         self._engines = EngineKeeper()
         # What transformers asks before it takes tokens back, as assisted decoding does.
-        self._is_stateful = state_bytes(decoder) > 0
+        self._is_stateful = row_state_bytes(decoder) > 0
         self.all_tied_weights_keys: dict[str, str] = {}
 
     @classmethod

@@ -30,8 +30,11 @@ ARCHITECTURES = {
     "olmoe": "olmoe",
     "phimoe": "phimoe",
     "qwen2_moe": "qwen2_moe",
+    "qwen3_5_moe": "qwen3_5_moe",
+    "qwen3_5_moe_text": "qwen3_5_moe",
     "qwen3_moe": "qwen3_moe",
     "qwen3_next": "qwen3_next",
+    "qwen3_vl_moe": "qwen3_vl_moe",
     "solar_open": "solar_open",
 }
 """`model_type` of a config -> name of the module in `moezoo.models`."""
@@ -44,6 +47,9 @@ def list_architectures() -> list[str]:
 
 def architecture(model_type: str) -> ModuleType:
     """The module of a model type: `build(config)`, `CHECKPOINT` and `ASSUMES`.
+
+    Where the checkpoints are of a multimodal model, `text_config(raw)` is the config.json that its
+    text model alone would have.
 
     Raises `UnsupportedArchitectureError` for a model type that is not in the table.
     """

@@ -26,8 +26,8 @@ from moezoo.generation.paged import (
     Window,
     attentions,
     ring_pages,
+    row_state_bytes,
     slots_of,
-    state_bytes,
     token_bytes,
     windows,
 )
@@ -459,7 +459,7 @@ def supports(decoder: Decoder) -> bool:
 def _row_bytes(decoder: Decoder, context: int) -> int:
     """Of a row with pages for `context` tokens."""
     tokens = sum(token_bytes(decoder, window) for window in set(windows(decoder)))
-    return num_pages(context) * PAGE_SIZE * tokens + state_bytes(decoder)
+    return num_pages(context) * PAGE_SIZE * tokens + row_state_bytes(decoder)
 
 
 def rows_and_pages_that_fit(
@@ -475,7 +475,7 @@ def rows_and_pages_that_fit(
     """
     weight = decoder.embed.weight
     page_bytes = token_bytes(decoder) * PAGE_SIZE
-    row_bytes = state_bytes(decoder) + PAGE_SIZE * sum(
+    row_bytes = row_state_bytes(decoder) + PAGE_SIZE * sum(
         token_bytes(decoder, window) * ring_pages(window, context=context, chunk=chunk)
         for window in set(windows(decoder))
         if window is not None

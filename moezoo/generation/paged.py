@@ -11,7 +11,6 @@ heads, D head width, C latent width, R rotated width (in C + R).
 
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from moezoo.layers.attention import CausalMask, GroupedQueryAttention, Keys, att
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.rope import Rotation, rotate_interleaved, unrotated
-from moezoo.layers.states import StateLayer, States, StateShape
+from moezoo.layers.states import StateLayer, States, state_bytes
 
 Window = int | None
 
@@ -48,20 +47,9 @@ def token_bytes(decoder: Decoder, window: Window = None) -> int:
     return numbers * decoder.embed.weight.dtype.itemsize
 
 
-def state_shapes(attention: Any) -> tuple[StateShape, ...]:
-    """What a layer keeps of each row; nothing if it is attention."""
-    shapes: tuple[StateShape, ...] = getattr(attention, "state_shapes", ())
-    return shapes
-
-
-def state_bytes(decoder: Decoder) -> int:
+def row_state_bytes(decoder: Decoder) -> int:
     """Bytes that a row takes in the layers with a state."""
-    dtype = decoder.embed.weight.dtype
-    return sum(
-        prod(shape) * (own or dtype).itemsize
-        for attention in attentions(decoder)
-        for shape, own in state_shapes(attention)
-    )
+    return state_bytes(attentions(decoder), decoder.embed.weight.dtype)
 
 
 def ring_pages(window: int, *, context: int, chunk: int) -> int:
@@ -86,7 +74,7 @@ class PagedCache:
         for attention, window in zip(attentions(decoder), windows(decoder), strict=True):
             states = (
                 weight.new_empty(num_rows, *shape, dtype=dtype or weight.dtype)
-                for shape, dtype in state_shapes(attention)
+                for shape, dtype in getattr(attention, "state_shapes", ())
             )
             self.states.append(tuple(states))
             total = pages

@@ -14,6 +14,8 @@ causal convolution, a second one what a recurrence has made of all tokens.
 Legend: B sequences, T new tokens of each.
 """
 
+from collections.abc import Iterable
+from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -44,6 +46,15 @@ class StateLayer(Protocol):
         None where tokens fill all. The states may be those that were given, changed in place.
         """
         ...
+
+
+def state_bytes(layers: Iterable[Any], dtype: torch.dtype) -> int:
+    """Bytes of a sequence in those of the layers that have states, in a model of this dtype."""
+    return sum(
+        prod(shape) * (own or dtype).itemsize
+        for layer in layers
+        for shape, own in getattr(layer, "state_shapes", ())
+    )
 
 
 def no_states(layer: StateLayer, batch: int, like: Tensor) -> States:

@@ -60,6 +60,12 @@ MIXTRAL = COMMON | {
     "num_experts_per_tok": 2,
     "bos_token_id": None,
 }
+MROPE = {
+    "rope_type": "default",
+    "rope_theta": 200.0,
+    "mrope_section": [2, 1, 1],
+    "mrope_interleaved": True,
+}
 QWEN3 = COMMON | {
     "hidden_size": 20,
     "intermediate_size": 18,
@@ -320,6 +326,26 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
             "layer_types": [LINEAR, FULL],
             "max_position_embeddings": 9,
             "rope_parameters": ROPE["dynamic"] | {"partial_rotary_factor": 0.25},
+        },
+    },
+    "qwen3_5_moe_text": {
+        "one-in-four": QWEN3_NEXT,
+        "full-first-tied": QWEN3_NEXT
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": [FULL, LINEAR, LINEAR],
+            "linear_num_key_heads": 3,
+            "linear_value_head_dim": 9,
+            "tie_word_embeddings": True,
+        },
+        "bias-all-experts-yarn": QWEN3_NEXT
+        | {
+            "num_hidden_layers": 2,
+            "layer_types": [LINEAR, FULL],
+            "attention_bias": True,
+            "num_experts_per_tok": 7,
+            "linear_conv_kernel_dim": 2,
+            "rope_parameters": ROPE["yarn"] | {"partial_rotary_factor": 1.0},
         },
     },
     "olmoe": {
@@ -658,6 +684,22 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
     },
 }
 """`model_type` -> name -> what its transformers config is made from."""
+
+VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 20,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+MULTIMODAL: dict[str, Config] = {
+    "qwen3_5_moe": QWEN3_NEXT | {"rope_parameters": MROPE | {"partial_rotary_factor": 0.5}},
+    "qwen3_vl_moe": QWEN3
+    | {"moe_intermediate_size": 12, "rope_parameters": MROPE, "rms_norm_eps": 1e-3},
+}
+"""`model_type` of checkpoints whose text model runs -> its config."""
 
 TRANSFORMERS_TYPE = {"kimi_k2": "deepseek_v3"}
 """Model types that transformers does not know -> the type whose class it uses for them."""

@@ -7,6 +7,7 @@ import torch
 import transformers
 from configurations import (
     CONFIGURATIONS,
+    MULTIMODAL,
     QWEN2,
     TRANSFORMERS_TYPE,
     longrope,
@@ -19,7 +20,7 @@ from moezoo.registry import architecture, build, list_architectures
 BASE = {model_type: next(iter(cases.values())) for model_type, cases in CONFIGURATIONS.items()}
 """The first of each architecture's configurations."""
 BASE["kimi_k2"] = BASE["deepseek_v3"]
-PARTIAL_ROTARY = {"glm4_moe", "minimax_m2"}
+PARTIAL_ROTARY = {"glm4_moe", "minimax_m2", "qwen3_next", "qwen3_5_moe_text"}
 
 EVERYWHERE: dict[str, dict[str, Any]] = {
     "hidden_act": {"hidden_act": "mish"},
@@ -55,6 +56,13 @@ FIELDS = [
             "sliding_window": 4,
         },
     ),
+    ("qwen3_next", "layer_types", {"layer_types": ["linear_attention"] * 4}),
+    ("qwen3_next", "layer_types", {"layer_types": ["full_attention", "sliding_attention"] * 2}),
+    ("qwen3_next", "linear_num_value_heads", {"linear_num_value_heads": 5}),
+    ("qwen3_next", "linear_conv_kernel_dim", {"linear_conv_kernel_dim": 0}),
+    ("qwen3_5_moe_text", "layer_types", {"layer_types": ["conv"] * 4}),
+    ("qwen3_5_moe_text", "linear_key_head_dim", {"linear_key_head_dim": 0}),
+    ("qwen3_5_moe_text", "num_experts_per_tok", {"num_experts_per_tok": 8}),
     ("olmoe", "sliding_window", {"sliding_window": 4}),
     ("olmoe", "head_dim", {"head_dim": 8}),
     ("deepseek_v2", "sliding_window", {"sliding_window": 4}),
@@ -165,7 +173,7 @@ def refusal(model_type: str, **changes: Any) -> str:
 
 
 def test_every_architecture_is_here() -> None:
-    assert set(BASE) == set(list_architectures())
+    assert {*BASE, *MULTIMODAL} == set(list_architectures())
 
 
 @pytest.mark.parametrize("field", EVERYWHERE)
