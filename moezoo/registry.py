@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "hy_v3": "hy_v3",
     "gpt_oss": "gpt_oss",
     "kimi_k2": "deepseek_v3",
+    "lfm2_moe": "lfm2_moe",
     "mimo_v2_flash": "mimo_v2_flash",
     "minimax_m2": "minimax_m2",
     "mixtral": "mixtral",

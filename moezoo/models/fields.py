@@ -26,6 +26,7 @@ POSITIVE = (
     "qk_nope_head_dim",
     "qk_rope_head_dim",
     "v_head_dim",
+    "conv_L_cache",
     "linear_conv_kernel_dim",
     "linear_key_head_dim",
     "linear_value_head_dim",
@@ -40,6 +41,7 @@ NOT_NEGATIVE = (
     "num_experts",
     "shared_expert_intermediate_size",
     "first_k_dense_replace",
+    "num_dense_layers",
 )
 
 

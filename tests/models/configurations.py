@@ -232,7 +232,21 @@ QWEN3_NEXT = COMMON | {
     "num_experts": 7,
     "num_experts_per_tok": 3,
 }
-FULL, LINEAR = "full_attention", "linear_attention"
+FULL, LINEAR, CONV = "full_attention", "linear_attention", "conv"
+LFM2 = COMMON | {
+    "hidden_size": 20,
+    "intermediate_size": 18,
+    "moe_intermediate_size": 10,
+    "num_hidden_layers": 4,
+    "layer_types": [CONV, CONV, FULL, CONV],
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_dense_layers": 1,
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+}
 
 CONFIGURATIONS: dict[str, dict[str, Config]] = {
     "mixtral": {
@@ -282,6 +296,29 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
             "sliding_window": 6,
         },
         "longrope": QWEN3 | {"rope_parameters": longrope(4, factor=3.0)},
+    },
+    "lfm2_moe": {
+        "biased": LFM2,
+        "no-bias-raw-weights-tied": LFM2
+        | {
+            "use_expert_bias": False,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": True,
+            "conv_L_cache": 4,
+            "norm_eps": 1e-2,
+        },
+        "scaled-one-weight": LFM2
+        | {
+            "layer_types": [FULL, CONV, CONV],
+            "num_hidden_layers": 3,
+            "num_dense_layers": 0,
+            "num_experts_per_tok": 1,
+            "routed_scaling_factor": 1.7,
+            "conv_L_cache": 1,
+            "num_key_value_heads": 2,
+        },
+        "yarn": LFM2 | {"rope_parameters": ROPE["yarn"], "num_experts_per_tok": 6},
+        "dynamic": LFM2 | {"max_position_embeddings": 9, "rope_parameters": ROPE["dynamic"]},
     },
     "qwen3_next": {
         "one-in-four": QWEN3_NEXT,
@@ -722,12 +759,13 @@ def reference(model_type: str, config: Config, seed: int = 0) -> transformers.Pr
 def randomize(model: torch.nn.Module, seed: int) -> None:
     """Weights with which no norm is the identity, no bias small and no expert like another."""
     generator = torch.Generator().manual_seed(seed)
-    buffers = ((name, x) for name, x in model.named_buffers() if "correction_bias" in name)
+    biases = ("correction_bias", "expert_bias")
+    buffers = ((name, x) for name, x in model.named_buffers() if name.endswith(biases))
     for name, x in (*model.named_parameters(), *buffers):
         noise = torch.randn(x.shape, generator=generator)
         if name.endswith("norm.weight"):
             x.copy_(1 + 0.3 * noise)
-        elif name.endswith("correction_bias"):
+        elif name.endswith(biases):
             x.copy_(0.2 * noise)
         elif x.dim() == 1:
             x.copy_(0.5 * noise)

@@ -56,6 +56,13 @@ FIELDS = [
             "sliding_window": 4,
         },
     ),
+    ("lfm2_moe", "layer_types", {"layer_types": ["conv"] * 4}),
+    ("lfm2_moe", "layer_types", {"layer_types": None}),
+    ("lfm2_moe", "layer_types", {"layer_types": ["conv", "linear_attention"] * 2}),
+    ("lfm2_moe", "conv_bias", {"conv_bias": True}),
+    ("lfm2_moe", "conv_L_cache", {"conv_L_cache": 0}),
+    ("lfm2_moe", "num_experts_per_tok", {"num_experts_per_tok": 8}),
+    ("lfm2_moe", "num_dense_layers", {"num_dense_layers": -1}),
     ("qwen3_next", "layer_types", {"layer_types": ["linear_attention"] * 4}),
     ("qwen3_next", "layer_types", {"layer_types": ["full_attention", "sliding_attention"] * 2}),
     ("qwen3_next", "linear_num_value_heads", {"linear_num_value_heads": 5}),
@@ -179,7 +186,7 @@ def test_every_architecture_is_here() -> None:
 @pytest.mark.parametrize("field", EVERYWHERE)
 @pytest.mark.parametrize("model_type", BASE)
 def test_everywhere(model_type: str, field: str) -> None:
-    if (model_type, field) == ("mimo_v2_flash", "num_hidden_layers"):
+    if field == "num_hidden_layers" and model_type in ("mimo_v2_flash", "lfm2_moe"):
         pytest.skip("transformers refuses it")
     message = refusal(model_type, **EVERYWHERE[field])
     assert field in message
