@@ -6,18 +6,21 @@ Legend: B sequences, T new tokens, C channels, W width: the inputs that an outpu
 import torch
 from torch import Tensor, nn
 
+from moezoo.device import runs_kernels
+from moezoo.layers.kernels.activations import ACTIVATIONS
 from moezoo.layers.states import StateShape
 
 
 class CausalConvolution(nn.Module):
-    """y[t] = sum_w weight[w] * x[t - W + 1 + w], channel by channel; weight [C, 1, W].
+    """y[t] = activation(sum_w weight[w] * x[t - W + 1 + w]), channel by channel; weight [C, 1, W].
 
-    The sum is fp32 and rounded once, by the caller.
+    Without an activation y is the sum. It is fp32, and y rounded once.
     """
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, activation: str | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
+        self.activation = activation
 
     @property
     def state_shape(self) -> StateShape:
@@ -26,10 +29,25 @@ class CausalConvolution(nn.Module):
         return StateShape((channels, width))
 
     def forward(self, x: Tensor, state: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [B, T, C] after the inputs in state [B, C, W] -> y [B, T, C] fp32, the state after.
+        """x [B, T, C] after the inputs in state [B, C, W] -> y [B, T, C], the state after.
 
-        Where `real` [B, T] is False x counts as 0, and the state ends with the last real token.
+        Where `real` [B, T] is False x counts as 0, and the state ends with the last real token. A
+        single token on CUDA changes the state in place.
         """
+        if x.shape[1] == 1 and runs_kernels(x, self.weight):
+            from moezoo.layers.kernels.convolution_step import convolution_step
+
+            used = None if real is None else real[:, 0]
+            weight, activation = self.weight[:, 0], self.activation
+            y = convolution_step(x[:, 0], state, weight, activation=activation, used=used)
+            return y[:, None], state
+        y, state = self._in_torch(x, state, real)
+        return (y if self.activation is None else ACTIVATIONS[self.activation](y)).to(
+            x.dtype
+        ), state
+
+    def _in_torch(self, x: Tensor, state: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The sums, in fp32."""
         width = state.shape[2]
         if real is not None:
             x = x.masked_fill(~real[..., None], 0)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moezoo.device import runs_kernels
 from moezoo.layers.attention import Context
 from moezoo.layers.convolution import CausalConvolution
 from moezoo.layers.delta_rule import gated_delta_rule
 from moezoo.layers.linear import FusedLinear, Linear
-from moezoo.layers.moe import ACTIVATIONS
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.states import States, StateShape
 
@@ -72,11 +72,10 @@ class GatedDeltaNet(nn.Module):
         self.v_dim = v_dim
         self.value_dim = num_v_heads * v_dim
         self.conv_dim = 2 * num_k_heads * k_dim + self.value_dim
-        self.activation = activation
         self.parts = parts
         self.qkvz = FusedLinear(hidden_size, (self.conv_dim, self.value_dim))
         self.ba = FusedLinear(hidden_size, (num_v_heads, num_v_heads))
-        self.conv = CausalConvolution(self.conv_dim, conv_width)
+        self.conv = CausalConvolution(self.conv_dim, conv_width, activation)
         self.A_log = nn.Parameter(torch.empty(num_v_heads))
         self.dt_bias = nn.Parameter(torch.empty(num_v_heads))
         self.norm = norm
@@ -100,7 +99,23 @@ class GatedDeltaNet(nn.Module):
         mixed, z, b, a = self.parts(self, *inputs)
         window, matrices = states
         convolved, window = self.conv(mixed, window, real)
-        convolved = ACTIVATIONS[self.activation](convolved.to(mixed.dtype))
+        if mixed.shape[1] == 1 and runs_kernels(mixed, self.A_log, self.dt_bias, self.norm.weight):
+            from moezoo.layers.kernels.delta_step import delta_step
+
+            matrices = matrices.contiguous()
+            y = delta_step(
+                convolved[:, 0],
+                z[:, 0],
+                b[:, 0],
+                a[:, 0],
+                matrices,
+                A_log=self.A_log,
+                dt_bias=self.dt_bias,
+                norm_weight=self.norm.scale,
+                eps=self.norm.eps,
+                used=None if real is None else real[:, 0],
+            )
+            return y[:, None], (window, matrices)
         key_dim = self.num_k_heads * self.k_dim
         q, k, v = convolved.split_with_sizes((key_dim, key_dim, self.value_dim), -1)
         g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())

@@ -40,4 +40,4 @@ class ShortConvolution(nn.Module):
         """The product [B, T, 3 H] -> [B, T, H]; see `StateLayer`."""
         b, c, x = inputs[0].chunk(3, -1)
         y, window = self.conv(b * x, states[0], real)
-        return c * y.to(c.dtype), (window,)
+        return c * y, (window,)
