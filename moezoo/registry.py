@@ -19,6 +19,7 @@ ARCHITECTURES = {
     "glm4_moe": "glm4_moe",
     "glm4_moe_lite": "glm4_moe_lite",
     "granitemoe": "granitemoe",
+    "granitemoehybrid": "granitemoehybrid",
     "granitemoeshared": "granitemoe",
     "hunyuan_v1_moe": "hunyuan_v1_moe",
     "hy_v3": "hy_v3",

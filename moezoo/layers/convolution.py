@@ -12,14 +12,18 @@ from moezoo.layers.states import StateShape
 
 
 class CausalConvolution(nn.Module):
-    """y[t] = activation(sum_w weight[w] * x[t - W + 1 + w]), channel by channel; weight [C, 1, W].
+    """y[t] = activation(sum_w weight[w] * x[t - W + 1 + w] + bias), channel by channel.
 
-    Without an activation y is the sum. It is fp32, and y rounded once.
+    weight is [C, 1, W], bias [C] or None. Without an activation y is the sum. It is fp32, and y
+    rounded once.
     """
 
-    def __init__(self, channels: int, width: int, activation: str | None = None) -> None:
+    def __init__(
+        self, channels: int, width: int, activation: str | None = None, *, bias: bool = False
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.activation = activation
 
     @property
@@ -34,12 +38,17 @@ class CausalConvolution(nn.Module):
         Where `real` [B, T] is False x counts as 0, and the state ends with the last real token. A
         single token on CUDA changes the state in place.
         """
-        if x.shape[1] == 1 and runs_kernels(x, self.weight):
+        if x.shape[1] == 1 and runs_kernels(x, self.weight, self.bias):
             from moezoo.layers.kernels.convolution_step import convolution_step
 
-            used = None if real is None else real[:, 0]
-            weight, activation = self.weight[:, 0], self.activation
-            y = convolution_step(x[:, 0], state, weight, activation=activation, used=used)
+            y = convolution_step(
+                x[:, 0],
+                state,
+                self.weight[:, 0],
+                bias=self.bias,
+                activation=self.activation,
+                used=None if real is None else real[:, 0],
+            )
             return y[:, None], state
         y, state = self._in_torch(x, state, real)
         return (y if self.activation is None else ACTIVATIONS[self.activation](y)).to(
@@ -56,6 +65,8 @@ class CausalConvolution(nn.Module):
         y = inputs[:, 1 : 1 + x.shape[1]] * weight[:, 0]
         for w in range(1, width):
             y = torch.addcmul(y, inputs[:, 1 + w : 1 + w + x.shape[1]], weight[:, w])
+        if self.bias is not None:
+            y = y + self.bias.float()
         if real is None:
             return y, inputs[:, -width:].transpose(1, 2)
         places = torch.arange(1, real.shape[1] + 1, device=real.device)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -294,6 +294,7 @@ def transformers_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         raise UnsupportedArchitectureError(f"{checkpoint.name}: {error}") from error
     hub_scheme(raw.get("quantization_config"), checkpoint.name)
     try:
+        raw = _with_special_floats(raw)
         if hasattr(module, "text_config"):
             raw = module.text_config(raw)
             model_type = raw["model_type"]
@@ -311,6 +312,15 @@ def transformers_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         raise CheckpointError(f"{checkpoint.name}: {CONFIG} is not valid: {error}") from error
     config.name_or_path = checkpoint.name
     return config
+
+
+def _with_special_floats(value: Any) -> Any:
+    """As transformers writes numbers that JSON has not: {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_special_floats(inner) for key, inner in value.items()}
+    return [_with_special_floats(inner) for inner in value] if isinstance(value, list) else value
 
 
 def own_generation_config(checkpoint: Checkpoint) -> GenerationConfig | None:

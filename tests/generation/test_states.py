@@ -15,7 +15,11 @@ from moezoo.generation.prompts import Chunk, rectangles
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CONTEXT = 256
 NEW = 6
-STATEFUL = {"qwen3_next": "one-in-four", "lfm2_moe": "biased"}
+STATEFUL = {
+    "qwen3_next": "one-in-four",
+    "lfm2_moe": "biased",
+    "granitemoehybrid": "unrotated",
+}
 
 
 def token_ids(length, seed):

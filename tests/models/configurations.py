@@ -232,6 +232,16 @@ QWEN3_NEXT = COMMON | {
     "num_experts": 7,
     "num_experts_per_tok": 3,
 }
+HYBRID = GRANITE | {
+    "num_hidden_layers": 4,
+    "layer_types": ["mamba", "mamba", "attention", "mamba"],
+    "shared_intermediate_size": 18,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 10,
+    "mamba_d_state": 7,
+    "mamba_n_groups": 2,
+    "rms_norm_eps": 1e-2,
+}
 FULL, LINEAR, CONV = "full_attention", "linear_attention", "conv"
 LFM2 = COMMON | {
     "hidden_size": 20,
@@ -605,6 +615,30 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
     "granitemoeshared": {
         "shared": GRANITE | {"shared_intermediate_size": 18},
         "none-shared": GRANITE | {"shared_intermediate_size": 0, "rms_norm_eps": 1e-2},
+    },
+    "granitemoehybrid": {
+        "unrotated": HYBRID,
+        "rotated-one-group-tied": HYBRID
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": ["attention", "mamba", "mamba"],
+            "position_embedding_type": "rope",
+            "mamba_n_groups": 1,
+            "mamba_conv_bias": False,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-5,
+        },
+        "bias-short-conv-chunks-of-3": HYBRID
+        | {
+            "num_hidden_layers": 2,
+            "layer_types": ["mamba", "attention"],
+            "attention_bias": True,
+            "mamba_d_conv": 2,
+            "mamba_chunk_size": 3,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 5,
+            "hidden_act": "gelu",
+        },
     },
     "ernie4_5_moe": {
         "shared": ERNIE,

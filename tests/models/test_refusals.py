@@ -22,6 +22,13 @@ BASE = {model_type: next(iter(cases.values())) for model_type, cases in CONFIGUR
 BASE["kimi_k2"] = BASE["deepseek_v3"]
 PARTIAL_ROTARY = {"glm4_moe", "minimax_m2", "qwen3_next", "qwen3_5_moe_text"}
 
+REFUSED_BY_TRANSFORMERS = {
+    ("mimo_v2_flash", "num_hidden_layers"),
+    ("lfm2_moe", "num_hidden_layers"),
+    ("granitemoehybrid", "num_hidden_layers"),
+    ("granitemoehybrid", "hidden_size"),
+}
+
 EVERYWHERE: dict[str, dict[str, Any]] = {
     "hidden_act": {"hidden_act": "mish"},
     "output_router_logits": {"output_router_logits": True},
@@ -59,6 +66,12 @@ FIELDS = [
     ("lfm2_moe", "layer_types", {"layer_types": ["conv"] * 4}),
     ("lfm2_moe", "layer_types", {"layer_types": None}),
     ("lfm2_moe", "layer_types", {"layer_types": ["conv", "linear_attention"] * 2}),
+    ("granitemoehybrid", "layer_types", {"layer_types": ["linear_attention"] * 4}),
+    ("granitemoehybrid", "mamba_proj_bias", {"mamba_proj_bias": True}),
+    ("granitemoehybrid", "mamba_n_groups", {"mamba_n_groups": 3}),
+    ("granitemoehybrid", "mamba_d_state", {"mamba_d_state": 0}),
+    ("granitemoehybrid", "time_step_limit", {"time_step_limit": (0.1, 2.0)}),
+    ("granitemoehybrid", "num_local_experts", {"num_local_experts": 0}),
     ("lfm2_moe", "conv_bias", {"conv_bias": True}),
     ("lfm2_moe", "conv_L_cache", {"conv_L_cache": 0}),
     ("lfm2_moe", "num_experts_per_tok", {"num_experts_per_tok": 8}),
@@ -186,7 +199,7 @@ def test_every_architecture_is_here() -> None:
 @pytest.mark.parametrize("field", EVERYWHERE)
 @pytest.mark.parametrize("model_type", BASE)
 def test_everywhere(model_type: str, field: str) -> None:
-    if field == "num_hidden_layers" and model_type in ("mimo_v2_flash", "lfm2_moe"):
+    if (model_type, field) in REFUSED_BY_TRANSFORMERS:
         pytest.skip("transformers refuses it")
     message = refusal(model_type, **EVERYWHERE[field])
     assert field in message

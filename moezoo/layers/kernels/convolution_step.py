@@ -1,7 +1,7 @@
 """convolution_step: one more input of a causal convolution, each channel for itself.
 
     window = window without its oldest input, and x     where the row is used
-    y      = activation(sum_w weight[w] * window[w])
+    y      = activation(sum_w weight[w] * window[w] + bias)
 
 The sum is fp32, and y rounded once.
 
@@ -26,11 +26,14 @@ def convolution_step_ref(
     window: Tensor,
     weight: Tensor,
     *,
+    bias: Tensor | None = None,
     activation: str | None = None,
     used: Tensor | None = None,
 ) -> Tensor:
     new = torch.cat((window[..., 1:], x[..., None]), -1)
     y = (new.float() * weight.float()).sum(-1)
+    if bias is not None:
+        y = y + bias.float()
     window.copy_(new if used is None else torch.where(used[:, None, None], new, window))
     return (y if activation is None else ACTIVATIONS[activation](y)).to(x.dtype)
 
@@ -40,6 +43,7 @@ def _convolution_step_kernel(
     x_ptr,
     window_ptr,
     weight_ptr,
+    bias_ptr,
     used_ptr,
     y_ptr,
     num_channels,
@@ -48,6 +52,7 @@ def _convolution_step_kernel(
     stride_wc,
     stride_ww,
     WIDTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_USED: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -60,13 +65,16 @@ def _convolution_step_kernel(
     m_taps = m_channels[:, None] & (taps < WIDTH)
     o_weight = channels[:, None] * WIDTH + taps
     weight = tl.load(weight_ptr + o_weight, mask=m_taps, other=0.0).to(tl.float32)
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + channels, mask=m_channels, other=0.0).to(tl.float32)
     wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     p_window = window_ptr + row * stride_wn + channels[:, None] * stride_wc + taps * stride_ww
     x = tl.load(x_ptr + row * stride_x + channels, mask=m_channels, other=0.0)
     older = tl.load(p_window + stride_ww, mask=m_taps & (taps < WIDTH - 1), other=0.0)
     window = tl.where(taps == WIDTH - 1, x[:, None], older)
-    y = tl.sum(window.to(tl.float32) * weight, 1)
+    y = tl.sum(window.to(tl.float32) * weight, 1) + bias
     if ACTIVATION is not None:
         y = activate(y, ACTIVATION)
     tl.store(y_ptr + row * num_channels + channels, y.to(y_ptr.dtype.element_ty), mask=m_channels)
@@ -82,13 +90,15 @@ def convolution_step(
     window: Tensor,
     weight: Tensor,
     *,
+    bias: Tensor | None = None,
     activation: str | None = None,
     used: Tensor | None = None,
 ) -> Tensor:
-    """x [N, C] and window [N, C, W] of one dtype, weight [C, W] -> y [N, C]; window is changed.
+    """x [N, C] and window [N, C, W] of one dtype, weight [C, W], bias [C] -> y [N, C]; window is
+    changed.
 
     `used` bool [N] says which rows' windows change. Rows of x, and all of window, may lie apart;
-    weight and `used` are contiguous.
+    weight, bias and `used` are contiguous.
 
     Raises ValueError for shapes, dtypes or strides that do not fit, and an unknown activation.
     """
@@ -104,6 +114,8 @@ def convolution_step(
             f"weight must be [{num_channels}, W] and contiguous, "
             f"got {list(weight.shape)}, {weight.stride()}"
         )
+    if bias is not None and (bias.shape != (num_channels,) or not bias.is_contiguous()):
+        raise ValueError(f"bias must be [{num_channels}] and contiguous, got {list(bias.shape)}")
     if x.stride(1) != 1:
         raise ValueError(f"x must have dense rows, got strides {x.stride()}")
     if activation is not None and activation not in ACTIVATIONS:
@@ -116,12 +128,14 @@ def convolution_step(
         x,
         window,
         weight,
+        bias,
         used,
         y,
         num_channels,
         x.stride(0),
         *window.stride(),
         WIDTH=width,
+        HAS_BIAS=bias is not None,
         ACTIVATION=None if activation is None else ACTIVATIONS[activation].__name__,
         HAS_USED=used is not None,
         BLOCK_W=next_power_of_2(width),

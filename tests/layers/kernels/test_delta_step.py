@@ -138,6 +138,8 @@ def test_convolution_matches_reference(
     x = convolution_inputs(3, channels, width, dtype, device)
     x |= {"activation": activation, "used": rows_of(device, True, False, True)}
     both(convolution_step, convolution_step_ref, x, "window")
+    x["bias"] = x["weight"][:, 0].contiguous()
+    both(convolution_step, convolution_step_ref, x, "window")
 
 
 def test_convolution_is_that_of_torch(device: torch.device) -> None:
@@ -153,6 +155,7 @@ def test_convolution_is_that_of_torch(device: torch.device) -> None:
     [
         ({"window": torch.zeros(3, 40, 5)}, "window must be [3, 40, 4] torch.float32"),
         ({"weight": torch.zeros(4, 40).mT}, "weight must be [40, W] and contiguous"),
+        ({"bias": torch.zeros(4)}, "bias must be [40]"),
         ({"x": torch.zeros(40, 3).mT}, "x must have dense rows"),
         ({"activation": "tanh"}, "activation must be one of"),
         ({"used": torch.ones(2, dtype=torch.bool)}, "used must be [3] bool"),
