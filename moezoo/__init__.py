@@ -10,20 +10,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from moezoo import experts_implementation
+from moezoo.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from moezoo.generation.offline import Completion, Prompt, generate
     from moezoo.generation.score import Score, score
     from moezoo.loaders.load import from_config, from_pretrained
     from moezoo.loaders.quantization import Quantization
+    from moezoo.parallel.eplb.options import EPLB
+    from moezoo.parallel.mesh import Parallel
     from moezoo.registry import list_architectures
     from moezoo.tools.inspect import Report, inspect
     from moezoo.tools.routing import RoutingTrace, record_routing
 
-__version__ = "0.1.0"
-
 __all__ = [
+    "EPLB",
     "Completion",
+    "Parallel",
     "Prompt",
     "Quantization",
     "Report",
@@ -39,7 +42,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "EPLB": "moezoo.parallel.eplb.options",
     "Completion": "moezoo.generation.offline",
+    "Parallel": "moezoo.parallel.mesh",
     "Prompt": "moezoo.generation.offline",
     "Quantization": "moezoo.loaders.quantization",
     "Report": "moezoo.tools.inspect",

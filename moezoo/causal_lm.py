@@ -27,6 +27,7 @@ from moezoo.generation.paged import row_state_bytes, windows
 from moezoo.layers.attention import CausalMask, DenseContext, visible_tokens
 from moezoo.layers.decoder import Decoder
 from moezoo.loaders.save import save_pretrained
+from moezoo.parallel.mesh import Mesh
 
 ENGINE_KWARGS = {
     "attention_mask",
@@ -83,6 +84,8 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         self._engines = EngineKeeper()
         # What transformers asks before it takes tokens back, as assisted decoding does.
         self._is_stateful = row_state_bytes(decoder) > 0
+        self.mesh: Mesh | None = None
+        """The other ranks, where experts are divided over them."""
         self.all_tied_weights_keys: dict[str, str] = {}
 
     @classmethod
@@ -125,8 +128,15 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         """Write config, generation config and weights in the hub's layout; see `loaders.save`.
 
         Takes the arguments of transformers, for those who call it as they would there, and raises
-        `ValueError` for those that ask for something else than that.
+        `ValueError` for those that ask for something else than that, and where the experts are
+        divided over ranks.
         """
+        if self.mesh is not None and self.mesh.ep_size > 1:
+            raise ValueError(
+                f"the experts are divided over {self.mesh.ep_size} ranks, and a model is saved by "
+                "one process that has all of them: load it there with device='cpu' and parallel="
+                "None, or use moezoo convert, which needs memory for one layer"
+            )
         asked = {"state_dict": state_dict, "push_to_hub": push_to_hub} | kwargs
         for name, value in asked.items():
             if name not in SAVE_DEFAULTS:

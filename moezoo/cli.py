@@ -247,6 +247,18 @@ def _add_inspect(commands: Any) -> None:
         ),
     )
     parser.add_argument("model", help="hub id or folder")
+    parser.add_argument(
+        "--expert-parallel",
+        type=_number(int, 1),
+        metavar="N",
+        help="also what each of N ranks that share the experts reads and holds",
+    )
+    parser.add_argument(
+        "--placement",
+        default="linear",
+        metavar="P",
+        help="with --expert-parallel: linear (default), round_robin, or a placement file",
+    )
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
 
 
@@ -750,6 +762,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     _quieten_hub(arguments)
     report = inspect(
         arguments.model,
+        expert_parallel_size=arguments.expert_parallel,
+        placement=arguments.placement,
         revision=arguments.revision,
         local_files_only=arguments.local_files_only,
     )

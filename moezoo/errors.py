@@ -47,6 +47,13 @@ class ExpertMapError(MoEZooError):
         super().__init__(f"Expert map mismatch: {message}")
 
 
+class RankError(MoEZooError):
+    """Another rank of the job died, hangs or failed; names it where that can be known."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"Expert parallelism stopped: {message}")
+
+
 class QuantizationError(MoEZooError):
     """A quantisation scheme or a quantised tensor is wrong or not supported."""
 

@@ -9,7 +9,7 @@ Legend: R rows, B rows of a step, T tokens, V vocabulary, P pages of a row.
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import cache, cached_property
 from threading import Lock
 from typing import Any
@@ -197,6 +197,7 @@ class Engine:
         memory, graph, logits = recorded
         memory.copy_(packed_chunks.pin_memory(), non_blocking=True)
         graph.replay()
+        self.decoder.end_step()
         return logits
 
     def _prefill_in_torch(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -283,6 +284,7 @@ class Engine:
             self._graphs[key] = self._capture(batch, sampler)
         graph, logits = self._graphs[key]
         graph.replay()
+        self.decoder.end_step()
         return logits
 
     def _step(self, batch: int, sampler: Sampler | None) -> Tensor:
@@ -445,9 +447,14 @@ def fingerprint(decoder: nn.Module) -> tuple[int, ...]:
     return (*modules, *(tensor.data_ptr() for tensor in tensors))
 
 
-def _unrecorded(decoder: Decoder) -> AbstractContextManager[None]:
+@contextmanager
+def _unrecorded(decoder: Decoder) -> Iterator[None]:
     """For passes that do nobody's work."""
-    return nullcontext() if decoder.recorder is None else decoder.recorder.undone()
+    with ExitStack() as stack:
+        for counter in (decoder.recorder, decoder.balancer):
+            if counter is not None:
+                stack.enter_context(counter.undone())
+        yield
 
 
 def supports(decoder: Decoder) -> bool:

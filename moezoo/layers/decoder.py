@@ -4,6 +4,8 @@ Legend: B batch, T new tokens, H hidden, V vocabulary.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -46,6 +48,22 @@ class DecoderLayer(nn.Module):
         return normed.sum, update
 
 
+class Balancer(Protocol):
+    """What keeps the ranks evenly loaded that a decoder's experts are divided over."""
+
+    def begin(self, real: torch.Tensor | None) -> None:
+        """A step begins; real is bool [T], False at padding, or None without any."""
+        ...
+
+    def end_step(self, *, dummy: bool = False) -> None:
+        """All that a step does is queued; `dummy` if this rank had no tokens in it."""
+        ...
+
+    def undone(self) -> AbstractContextManager[None]:
+        """Steps within do nobody's work, and are not counted."""
+        ...
+
+
 class Decoder(nn.Module):
     """Token ids or embeddings to hidden states, and hidden states to logits.
 
@@ -73,6 +91,8 @@ class Decoder(nn.Module):
             self.lm_head = Linear(hidden_size, vocab_size, bias=head_bias)
         self.recorder: RoutingRecorder | None = None
         """What counts the choices of the MoE layers, while somebody wants to know them."""
+        self.balancer: Balancer | None = None
+        """None where there is nothing to balance."""
 
     def forward(
         self,
@@ -88,6 +108,8 @@ class Decoder(nn.Module):
         update: torch.Tensor | None = None
         if self.recorder is not None:
             self.recorder.begin(context.real_tokens())
+        if self.balancer is not None:
+            self.balancer.begin(context.real_tokens())
         with device_made_current(x):
             for layer_idx, layer in enumerate(self.layers):
                 if states is not None:
@@ -96,7 +118,14 @@ class Decoder(nn.Module):
             x, _ = self.norm.add(x, update)
         if states is not None:
             states.append(x)
+        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.end_step()
         return x
+
+    def end_step(self, *, dummy: bool = False) -> None:
+        """A forward pass is queued, or a replay of one that was captured: experts may move."""
+        if self.balancer is not None:
+            self.balancer.end_step(dummy=dummy)
 
     def rotation(self, positions: torch.Tensor) -> Rotation:
         """Of tokens at positions int [B or 1, T], in the model's dtype."""
@@ -106,7 +135,7 @@ class Decoder(nn.Module):
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states [.., H] -> logits [.., V] in the model's dtype."""
         head = self.embed if self.lm_head is None else self.lm_head
-        bias = None if self.lm_head is None else self.lm_head.bias
+        bias = getattr(head, "bias", None)  # an embedding has none
         with device_made_current(x):
             if isinstance(head.weight, QuantizedWeights):
                 return quantized_linear(x, head.weight(), bias)

@@ -124,6 +124,8 @@ def _on_the_fly(
     kinds = {}
     smaller: dict[int, list[str]] = {}
     for name, layer in owners.items():
+        if not by_target[name]:
+            continue  # of a rank without experts
         columns = parts_shape(layer, name)[-1]
         dtype = source_dtype(by_target[name], encoding)
         kinds[name] = kind = asked.recipe(name, columns, dtype).kind

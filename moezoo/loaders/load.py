@@ -6,7 +6,11 @@ Memory beyond the final weights does not grow with the model.
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +27,7 @@ from moezoo.errors import (
     UnsupportedArchitectureError,
 )
 from moezoo.layers.decoder import Decoder
+from moezoo.layers.quant import Format
 from moezoo.loaders.checkpoint import (
     CONFIG,
     GENERATION_CONFIG,
@@ -32,6 +37,7 @@ from moezoo.loaders.checkpoint import (
 from moezoo.loaders.encodings import Encoding, Scheme, hub_scheme
 from moezoo.loaders.experts import experts_of, parts_shape, refuse_others
 from moezoo.loaders.held import quantize_on_meta, quantized_infos
+from moezoo.loaders.initial import initialise
 from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import (
     ParameterInfo,
@@ -45,7 +51,7 @@ from moezoo.loaders.memory import allocate, check_memory
 from moezoo.loaders.plan import dtype_name
 from moezoo.loaders.quantization import Quantization
 from moezoo.loaders.weights import (
-    fields_of,
+    Planned,
     load_weights,
     own_encoding,
     place,
@@ -53,6 +59,10 @@ from moezoo.loaders.weights import (
     require_device,
 )
 from moezoo.loaders.written import describe_
+from moezoo.parallel.eplb.options import EPLB
+from moezoo.parallel.mesh import Mesh, Parallel, join
+from moezoo.parallel.sharding import balance_, check_wire, moe_layers, shard_, slots_of
+from moezoo.parallel.slots import Slots
 
 _log = logging.getLogger(__name__)
 
@@ -67,8 +77,8 @@ def from_pretrained(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
     quantization: str | Mapping[str, object] | Quantization | None = None,
-    parallel: object = None,
-    eplb: object = None,
+    parallel: Parallel | None = None,
+    eplb: Mapping[str, object] | EPLB | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
@@ -82,28 +92,39 @@ def from_pretrained(
     or "cpu", by default a GPU if there is one. `quantization` quantises the experts of a checkpoint
     that is not quantised while it loads: "fp8_w8a8", "int8_w8a16", "int4_w4a16", "mxfp4", or a dict
     or `Quantization` with its choices; None keeps experts and linear layers as they are stored, and
-    {"dense": "dequantize"} loads linear layers that are stored quantised in `dtype`. `parallel` and
-    `eplb` are None in this release. `revision`, `cache_dir`, `token` and `local_files_only` mean
-    what they do in huggingface_hub. `progress` shows a bar where stderr is a terminal.
+    {"dense": "dequantize"} loads linear layers that are stored quantised in `dtype`. `parallel`
+    divides experts over the processes of torchrun: each reads its own only, on the GPU of its place
+    on the host. `eplb`, a dict or `EPLB`, keeps the processes evenly loaded. `revision`,
+    `cache_dir`, `token` and `local_files_only` mean what they do in huggingface_hub. `progress`
+    shows a bar where stderr is a terminal.
 
     Raises `CheckpointError` for a checkpoint that cannot be found, read or fitted,
     `UnsupportedArchitectureError`, `QuantizationError`, `MoEOutOfMemoryError` before anything is
-    allocated, and `ValueError` for other arguments.
+    allocated, `ExpertMapError` for ranks and placements that do not fit, `RankError` where another
+    rank fails, and `ValueError` for other arguments.
     """
-    _refuse_later_options(parallel, eplb)
+    balance = _balance(eplb, parallel)
     asked = Quantization.of(quantization)
     _dtype(dtype)  # before anything is asked of the hub
-    target_device = device_of(device)
-    checkpoint = open_checkpoint(
-        model_id,
-        revision=revision,
-        cache_dir=cache_dir,
-        token=token,
-        local_files_only=local_files_only,
-    )
-    return from_checkpoint(
-        checkpoint, dtype=dtype, device=target_device, quantization=asked, progress=progress
-    )
+    mesh = _joined(parallel, device)
+    target_device = device_of(device) if mesh is None else mesh.device
+    with nullcontext() if mesh is None else mesh.together("loading the model"):
+        checkpoint = open_checkpoint(
+            model_id,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        return from_checkpoint(
+            checkpoint,
+            dtype=dtype,
+            device=target_device,
+            quantization=asked,
+            mesh=mesh,
+            eplb=balance,
+            progress=progress,
+        )
 
 
 @torch.inference_mode(False)
@@ -113,6 +134,8 @@ def from_checkpoint(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
     quantization: str | Mapping[str, object] | Quantization | None = None,
+    mesh: Mesh | None = None,
+    eplb: EPLB | None = None,
     progress: bool = True,
 ) -> MoECausalLM:
     """The model of an open checkpoint; arguments and errors as in `from_pretrained`."""
@@ -121,22 +144,85 @@ def from_checkpoint(
     built = build(
         checkpoint, dtype=dtype, quantization=asked, device=target_device, progress=progress
     )
+    slots = None
+    if mesh is not None:
+        tensors = sha256(repr(sorted(checkpoint.tensors.items())).encode()).hexdigest()
+        mesh.agree({"the checkpoint": checkpoint.revision, "its tensors (a hash)": tensors})
+        slots = _sharded(built.decoder, mesh, built.config, asked, eplb)
     load_weights(
         built.decoder,
         checkpoint,
         built.rules,
         device=target_device,
         dtype=built.config.dtype,
+        experts=None if mesh is None or slots is None else slots.of_rank(mesh.ep_rank),
         quantization=asked,
+        check=None if mesh is None else partial(_check_wire, mesh, built.decoder),
         progress=progress,
     )
     describe_(
         built.config, built.decoder, registry.architecture(built.config.model_type).CHECKPOINT
     )
+    if mesh is not None and slots is not None:
+        balance_(built.decoder, mesh, slots, eplb, num_groups=_groups(built.config))
     model = MoECausalLM(built.config, built.decoder).eval()
+    model.mesh = mesh
     if built.generation_config is not None:
         model.generation_config = built.generation_config
     return model
+
+
+def _joined(parallel: Parallel | None, device: torch.device | str | None) -> Mesh | None:
+    if parallel is None:
+        return None
+    if not isinstance(parallel, Parallel):
+        raise ValueError(f"parallel is {parallel!r}, expected a moezoo.Parallel or None")
+    return join(parallel, device)
+
+
+def _balance(eplb: Mapping[str, object] | EPLB | None, parallel: Parallel | None) -> EPLB | None:
+    balance = EPLB.of(eplb)
+    if balance is not None and parallel is None:
+        raise ValueError(
+            f"eplb={eplb!r} is for experts that are divided over ranks: give parallel too, such as "
+            "moezoo.Parallel(expert_parallel_size=8)"
+        )
+    return balance
+
+
+def _groups(config: PreTrainedConfig) -> int:
+    """Of neighbouring experts that a token chooses first, where the router does so."""
+    return getattr(config, "n_group", None) or 1
+
+
+def _sharded(
+    decoder: Decoder,
+    mesh: Mesh,
+    config: PreTrainedConfig,
+    asked: Quantization | None,
+    balance: EPLB | None,
+) -> Slots:
+    """Leave this rank's experts in a decoder on meta: those of its slots."""
+    mesh.agree(
+        {
+            "config": config.to_json_string(use_diff=False),
+            "quantization": asked,
+            "eplb": balance and repr(replace(balance, placement=None)),
+        }
+    )
+    slots = slots_of(decoder, mesh, balance)
+    shard_(decoder, mesh, slots)
+    return slots
+
+
+def _check_wire(mesh: Mesh, decoder: Decoder, planned: Planned) -> None:
+    check_wire(mesh, _formats(decoder, planned.quantized))
+
+
+def _formats(decoder: Decoder, quantized: Mapping[str, Kind]) -> set[type[Format] | None]:
+    """Those of the experts of this rank, None for not quantised."""
+    held = (name for name, layer in experts_of(decoder).items() if layer.w2.shape[0])
+    return {quantized[name].format if name in quantized else None for name in held}
 
 
 class Built(NamedTuple):
@@ -188,40 +274,59 @@ def from_config(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
     quantization: str | Mapping[str, object] | Quantization | None = None,
-    parallel: object = None,
-    eplb: object = None,
+    parallel: Parallel | None = None,
+    eplb: Mapping[str, object] | EPLB | None = None,
 ) -> MoECausalLM:
     """The model that `config` describes with random weights, made on `device`.
 
     Matrices are normal with deviation `config.initializer_range`, norms one, biases zero;
-    `torch.manual_seed` decides them. "auto" is the config's dtype, or float32. With `quantization`,
+    `torch.manual_seed` decides them, that of rank 0 with `parallel`: each tensor and each expert
+    has a seed of its own, so that a rank makes its experts only, and the same as one process.
+    "auto" is the config's dtype, or float32. With `quantization`,
     or a config that says so, experts are made one by one and quantised. Arguments and errors
     otherwise as in `from_pretrained`.
     """
-    _refuse_later_options(parallel, eplb)
+    balance = _balance(eplb, parallel)
     asked = Quantization.of(quantization)
     if not isinstance(config, PreTrainedConfig):
         raise ValueError(f"config is a {type(config).__name__}, expected a transformers config")
-    target_device = device_of(device)
+    mesh = _joined(parallel, device)
+    target_device = device_of(device) if mesh is None else mesh.device
     config = deepcopy(config)
     scheme = hub_scheme(getattr(config, "quantization_config", None), "the config")
     config.dtype = _dtype(dtype) or _config_dtype(config, torch.float32)
-    with torch.device("meta"):
-        decoder = registry.build(config)
-    plain = parameter_infos(decoder, config.dtype)
-    quantized = _kinds_of_config(decoder, config, plain, scheme, asked)
-    require_device(decoder, quantized, target_device)
-    wanted = quantized_infos(decoder, plain, quantized)
-    check_memory(wanted, target_device, f"this {config.model_type}", decoder)
-    tensors = allocate(wanted, target_device)
-    for name, kind in quantized.items():
-        _initialise_quantized(fields_of(tensors, name), kind, config)
-    for name in (name for name in plain if name in wanted):
-        _initialise(decoder, name, tensors[name], config.initializer_range)
-    quantize_on_meta(decoder, quantized)
-    place(decoder, tensors)
-    describe_(config, decoder, registry.architecture(config.model_type).CHECKPOINT)
-    return MoECausalLM(config, decoder).eval()
+    seed = int(torch.randint(2**62, ()))
+    with nullcontext() if mesh is None else mesh.together("making the model"):
+        with torch.device("meta"):
+            decoder = registry.build(config)
+        slots = None
+        experts: Mapping[int, Sequence[int]] = {}
+        if mesh is not None:
+            seed = int(mesh.watch.exchange("agreeing on a seed", str(seed))[0])
+            slots = _sharded(decoder, mesh, config, asked, balance)
+            experts = slots.of_rank(mesh.ep_rank)
+        plain = parameter_infos(decoder, config.dtype)
+        quantized = _kinds_of_config(decoder, config, plain, scheme, asked)
+        require_device(decoder, quantized, target_device)
+        if mesh is not None:
+            check_wire(mesh, _formats(decoder, quantized))
+        wanted = quantized_infos(decoder, plain, quantized)
+        check_memory(wanted, target_device, f"this {config.model_type}", decoder)
+        tensors = allocate(wanted, target_device)
+        initialise(
+            *(decoder, plain, tensors, quantized),
+            held={moe: experts[i] for i, moe in moe_layers(decoder).items() if i in experts},
+            deviation=config.initializer_range,
+            seed=seed,
+        )
+        quantize_on_meta(decoder, quantized)
+        place(decoder, tensors)
+        describe_(config, decoder, registry.architecture(config.model_type).CHECKPOINT)
+        if mesh is not None and slots is not None:
+            balance_(decoder, mesh, slots, balance, num_groups=_groups(config))
+    model = MoECausalLM(config, decoder).eval()
+    model.mesh = mesh
+    return model
 
 
 def _kinds_of_config(
@@ -243,7 +348,11 @@ def _kinds_of_config(
         if copy.target in owners:
             kind = scheme.kind(copy.source, columns[copy.target], config.dtype)
             found[copy.target].add(kind)
-    kinds = {name: kind for name, (kind, *rest) in found.items() if kind is not None and not rest}
+    kinds = {
+        name: kind
+        for name, alike in found.items()
+        if len(alike) == 1 and (kind := next(iter(alike))) is not None
+    }
     whole = {
         name: kind
         for name, kind in kinds.items()
@@ -251,35 +360,6 @@ def _kinds_of_config(
     }
     refuse_others(asked, whole, columns)
     return whole
-
-
-@torch.no_grad()
-def _initialise_quantized(
-    fields: Mapping[str, torch.Tensor], kind: Kind, config: PreTrainedConfig
-) -> None:
-    """An expert at a time."""
-    data = fields["data"]
-    for expert, part in enumerate(data):
-        shape = (*part.shape[:-1], part.shape[-1] * kind.columns_a_number)
-        drawn = torch.empty(shape, dtype=config.dtype, device=data.device)
-        drawn.normal_(std=config.initializer_range)
-        for name, tensor in kind.quantize(drawn).tensors().items():
-            if tensor is not None:
-                fields[name][expert].copy_(tensor)
-
-
-@torch.no_grad()
-def _initialise(decoder: nn.Module, name: str, tensor: torch.Tensor, deviation: float) -> None:
-    owner, _, attribute = name.rpartition(".")
-    own = getattr(decoder.get_submodule(owner), "initial_values", {})
-    if attribute in own:
-        tensor.fill_(own[attribute])
-    elif "bias" in attribute:
-        tensor.zero_()
-    elif tensor.dim() == 1 and attribute != "sinks":
-        tensor.fill_(1)  # a norm's weight
-    else:
-        tensor.normal_(std=deviation)
 
 
 def transformers_config(checkpoint: Checkpoint) -> PreTrainedConfig:
@@ -412,12 +492,6 @@ def _same_bytes(checkpoint: Checkpoint, first: str, second: str, *, progress: bo
         right.seek(locations[second].offset)
         sizes = (min(_CHUNK, nbytes - start) for start in range(0, nbytes, _CHUNK))
         return all(left.read(size) == right.read(size) for size in sizes)
-
-
-def _refuse_later_options(parallel: object, eplb: object) -> None:
-    for name, value in (("parallel", parallel), ("eplb", eplb)):
-        if value is not None:
-            raise ValueError(f"{name}={value!r} is not in this release; leave it None")
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | None:

@@ -45,6 +45,10 @@ _QUANTISED_NAMES = (
 )
 
 
+OwnedExperts = Sequence[int] | Mapping[int, Sequence[int]]
+"""Ids of experts, in the order of rows: for all layers, or by layer."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """The copies that fill every parameter once, and the tensors that each `Skip` leaves out."""
@@ -58,15 +62,15 @@ def plan(
     checkpoint: Mapping[str, TensorInfo],
     parameters: Mapping[str, ParameterInfo],
     *,
-    experts: Sequence[int] | None = None,
+    experts: OwnedExperts | None = None,
     name: str = "the checkpoint",
 ) -> Plan:
     """The copies that make `parameters` from `checkpoint`, which errors call `name`, by `rules`.
 
-    `experts` are the ids that this rank owns, in the order of the rows of its parameters; None
-    means all. Raises `CheckpointError` that names every unknown or missing tensor, every one
-    claimed twice, every wrong shape and every dtype that is not a plain float, and the files that
-    hold them.
+    `experts` are the ids that this rank owns, in the order of the rows of its parameters, the same
+    in all layers or those of each; one may fill several rows. None means all. Raises
+    `CheckpointError` that names every unknown or missing tensor, every one claimed twice, every
+    wrong shape and every dtype that is not a plain float, and the files that hold them.
     """
     return _Planner(rules, checkpoint, parameters, experts=experts, name=name).run()
 
@@ -91,7 +95,7 @@ class _Planner:
         checkpoint: Mapping[str, TensorInfo],
         parameters: Mapping[str, ParameterInfo],
         *,
-        experts: Sequence[int] | None,
+        experts: OwnedExperts | None,
         name: str,
     ) -> None:
         self.name = name
@@ -227,16 +231,22 @@ class _Planner:
     def _fill_from_experts(self, place: _Place, source: str) -> None:
         """One tensor per expert, stacked on dim 0; those of other ranks are only claimed."""
         found = self._experts_of(source, place.layer)
-        sharded = self.experts is not None and place.rule.shard is not None
-        owned = self.experts if self.experts is not None and sharded else range(place.shape[0])
+        owned = self._owned(place)
+        sharded = owned is not None
+        if owned is None:
+            owned = range(place.shape[0])
+        rows: dict[int, list[int]] = {}
         for row, expert in enumerate(owned):
+            rows.setdefault(expert, []).append(row)
+        for expert, same in rows.items():
             name = found.get(expert)
             if name is None:
                 absent = fill(source, place.layer, expert)
                 self.missing.append(f"{_which(expert, place)}: {absent} (for {place.target})")
             elif self._claim(name, place) and self._fits(name, place, place.shape[1:]):
-                self.copies.append(
+                self.copies.extend(
                     Copy(place.target, (row, *place.part), name, None, place.rule.view)
+                    for row in same
                 )
         if sharded:
             self.claims.update(
@@ -250,11 +260,21 @@ class _Planner:
         if name not in self.checkpoint:
             self.missing.append(f"{name} (for {place.target})")
         elif self._claim(name, place):
-            if self.experts is not None and place.rule.shard is not None:
-                self._fill_owned(place, name, self.experts)
+            owned = self._owned(place)
+            if owned is not None:
+                self._fill_owned(place, name, owned)
             elif self._fits(name, place, place.shape):
                 index = (slice(None), *place.part) if place.rule.shard else place.part
                 self.copies.append(Copy(place.target, index, name, None, place.rule.view))
+
+    def _owned(self, place: _Place) -> Sequence[int] | None:
+        """The experts of this rank, where a parameter is divided."""
+        if self.experts is None or place.rule.shard is None:
+            return None
+        if isinstance(self.experts, Mapping):
+            assert place.layer is not None, place.target
+            return self.experts[place.layer]
+        return self.experts
 
     def _fill_owned(self, place: _Place, name: str, owned: Sequence[int]) -> None:
         expected = stored_shape((1, *place.shape[1:]), place.rule.view)

@@ -2,7 +2,7 @@
 
 import logging
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from moezoo.loaders.mapping import (
     skeleton_of,
 )
 from moezoo.loaders.memory import allocate, check_memory
-from moezoo.loaders.plan import Plan, plan
+from moezoo.loaders.plan import OwnedExperts, Plan, plan
 from moezoo.loaders.quantization import Quantization
 from moezoo.loaders.stream import Piece, read
 
@@ -39,19 +39,21 @@ def load_weights(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    experts: Sequence[int] | None = None,
+    experts: OwnedExperts | None = None,
     quantization: Quantization | None = None,
+    check: Callable[["Planned"], None] | None = None,
     progress: bool = False,
 ) -> None:
     """Give `module`, built on the meta device, the weights of `checkpoint` by `rules`.
 
     Parameters and persistent buffers come to `device`, floating ones as `dtype` but for those that
-    their module names in `keep_dtype`. `experts` are the ids that this rank owns, in the order of
-    its rows. Weights that the module shares are loaded once and stay shared.
+    their module names in `keep_dtype`. `experts` are the ids that this rank owns, as `plan` takes
+    them. Weights that the module shares are loaded once and stay shared.
 
     With `quantization` the experts of a checkpoint that is not quantised become `QuantizedWeights`;
     so do those that are stored quantised, and linear layers that are, unless it says otherwise.
     Other quantised weights are dequantised. A module with quantised weights needs no gradient.
+    `check` may refuse what is planned before anything is read.
 
     Raises `CheckpointError` for what does not fit or cannot be read, `QuantizationError` for what
     is wrong with quantised weights, and `MoEOutOfMemoryError` before any allocation; the module is
@@ -65,6 +67,8 @@ def load_weights(
         experts=experts,
         quantization=quantization,
     )
+    if check is not None:
+        check(planned)
     require_device(module, planned.quantized, device)
     check_memory(planned.wanted, device, checkpoint.name, module)
     locations = checkpoint.fetch(sources_of(planned), progress=progress)
@@ -115,7 +119,7 @@ def plan_weights(
     rules: Sequence[Rule | Skip],
     *,
     dtype: torch.dtype,
-    experts: Sequence[int] | None = None,
+    experts: OwnedExperts | None = None,
     quantization: Quantization | None = None,
 ) -> Planned:
     """All that can be refused without a weight, whatever the device."""

@@ -8,15 +8,7 @@ from moezoo.layers.rope import rotate_half, rotate_interleaved
 from moezoo.models.deepseek_v2 import latent_attention
 from moezoo.models.fields import ASSUMED_EVERYWHERE
 from moezoo.models.mixtures import dense_or_mixture, first_layers, sigmoid_route
-from moezoo.models.names import (
-    CORRECTION_BIAS,
-    DECODER,
-    DENSE_MLP,
-    EXPERTS,
-    MLA,
-    SHARED_EXPERTS,
-    TOKEN_PREDICTION_LAYERS,
-)
+from moezoo.models.names import BIASED_MIXTURES, DECODER, MLA, TOKEN_PREDICTION_LAYERS
 
 ASSUMES = ASSUMED_EVERYWHERE | {
     "topk_method": ("noaux_tc",),
@@ -39,12 +31,4 @@ def build(config: DeepseekV3Config) -> Decoder:
     return pre_norm_decoder(config, attention, feed_forward)
 
 
-CHECKPOINT = (
-    *DECODER,
-    *MLA,
-    *DENSE_MLP,
-    *EXPERTS,
-    CORRECTION_BIAS,
-    *SHARED_EXPERTS,
-    TOKEN_PREDICTION_LAYERS,
-)
+CHECKPOINT = (*DECODER, *MLA, *BIASED_MIXTURES, TOKEN_PREDICTION_LAYERS)

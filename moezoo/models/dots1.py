@@ -7,15 +7,7 @@ from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.models.attentions import grouped_queries, norm_of_each_head, window_of
 from moezoo.models.fields import ASSUMED_EVERYWHERE
 from moezoo.models.mixtures import dense_or_mixture, first_layers, sigmoid_route
-from moezoo.models.names import (
-    ATTENTION,
-    CORRECTION_BIAS,
-    DECODER,
-    DENSE_MLP,
-    EXPERTS,
-    QK_NORM,
-    SHARED_EXPERTS,
-)
+from moezoo.models.names import ATTENTION, BIASED_MIXTURES, DECODER, QK_NORM
 
 ASSUMES = ASSUMED_EVERYWHERE | {
     "scoring_func": ("sigmoid", "noaux_tc"),
@@ -42,12 +34,4 @@ def build(config: Dots1Config) -> Decoder:
     return pre_norm_decoder(config, attention, feed_forward)
 
 
-CHECKPOINT = (
-    *DECODER,
-    *ATTENTION,
-    *QK_NORM,
-    *DENSE_MLP,
-    *EXPERTS,
-    CORRECTION_BIAS,
-    *SHARED_EXPERTS,
-)
+CHECKPOINT = (*DECODER, *ATTENTION, *QK_NORM, *BIASED_MIXTURES)

@@ -2,6 +2,7 @@
 
 from transformers import ExaoneMoeConfig
 
+from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.rope import rotate_half, unrotated
@@ -9,15 +10,7 @@ from moezoo.loaders.mapping import Rule, Skip
 from moezoo.models.attentions import grouped_queries, norm_of_each_head, window_of
 from moezoo.models.fields import ASSUMED_EVERYWHERE
 from moezoo.models.mixtures import dense_or_mixture, listed_layers, sigmoid_route
-from moezoo.models.names import (
-    ATTENTION,
-    CORRECTION_BIAS,
-    DECODER,
-    DENSE_MLP,
-    EXPERTS,
-    QK_NORM,
-    SHARED_EXPERTS,
-)
+from moezoo.models.names import ATTENTION, BIASED_MIXTURES, CORRECTION_BIAS, DECODER, QK_NORM
 
 ASSUMES = ASSUMED_EVERYWHERE | {"scoring_func": ("sigmoid",), "attention_bias": (False, None)}
 
@@ -32,10 +25,14 @@ def build(config: ExaoneMoeConfig) -> Decoder:
             **norm_of_each_head(config),
         )
 
+    dense = listed_layers(config)
+    sparse = [layer_idx not in dense for layer_idx in range(config.num_hidden_layers)]
+    if getattr(config, "is_moe_layer", sparse) != sparse:
+        raise UnsupportedArchitectureError.of_field(config, "is_moe_layer", str(sparse))
     feed_forward = dense_or_mixture(
         config,
         sigmoid_route(config),
-        dense=listed_layers(config),
+        dense=dense,
         num_shared=config.num_shared_experts,
     )
     return pre_norm_decoder(config, attention, feed_forward)
@@ -45,10 +42,7 @@ CHECKPOINT = (
     *DECODER,
     *ATTENTION,
     *QK_NORM,
-    *DENSE_MLP,
-    *EXPERTS,
     Rule(CORRECTION_BIAS.target, "model.layers.{L}.mlp.e_score_correction_bias"),
-    CORRECTION_BIAS,
-    *SHARED_EXPERTS,
+    *BIASED_MIXTURES,
     Skip("mtp.{*}", "multi-token prediction"),
 )

@@ -7,12 +7,11 @@ from transformers import FlexOlmoConfig
 
 from moezoo.layers.attention import Context, GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, DecoderLayer, pre_norm_decoder
-from moezoo.layers.moe import FusedMoE
-from moezoo.layers.moe.routing import softmax_topk
 from moezoo.loaders.mapping import Rule
 from moezoo.models.attentions import grouped_queries, norm_of_all_heads
-from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
+from moezoo.models.fields import ASSUMED_EVERYWHERE
 from moezoo.models.names import AROUND_LAYERS, ATTENTION, EXPERTS, QK_NORM
+from moezoo.models.olmoe import feed_forward
 
 ASSUMES = ASSUMED_EVERYWHERE
 
@@ -37,20 +36,7 @@ def build(config: FlexOlmoConfig) -> Decoder:
             **norm_of_all_heads(config),
         )
 
-    def feed_forward(layer_idx: int) -> FusedMoE:
-        return FusedMoE(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_experts,
-            partial(
-                softmax_topk,
-                k=experts_per_token(config, config.num_experts),
-                renormalize=config.norm_topk_prob,
-            ),
-            activation=config.hidden_act,
-        )
-
-    return pre_norm_decoder(config, attention, feed_forward, layer=PostNormLayer)
+    return pre_norm_decoder(config, attention, partial(feed_forward, config), layer=PostNormLayer)
 
 
 CHECKPOINT = (

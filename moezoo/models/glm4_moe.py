@@ -10,12 +10,9 @@ from moezoo.models.fields import ASSUMED_EVERYWHERE
 from moezoo.models.mixtures import dense_or_mixture, first_layers, sigmoid_route
 from moezoo.models.names import (
     ATTENTION,
-    CORRECTION_BIAS,
+    BIASED_MIXTURES,
     DECODER,
-    DENSE_MLP,
-    EXPERTS,
     QK_NORM,
-    SHARED_EXPERTS,
     TOKEN_PREDICTION_LAYERS,
 )
 
@@ -36,13 +33,4 @@ def build(config: Glm4MoeConfig) -> Decoder:
     return pre_norm_decoder(config, attention, feed_forward, rope=RotaryEmbedding(config))
 
 
-CHECKPOINT = (
-    *DECODER,
-    *ATTENTION,
-    *QK_NORM,
-    *DENSE_MLP,
-    *EXPERTS,
-    CORRECTION_BIAS,
-    *SHARED_EXPERTS,
-    TOKEN_PREDICTION_LAYERS,
-)
+CHECKPOINT = (*DECODER, *ATTENTION, *QK_NORM, *BIASED_MIXTURES, TOKEN_PREDICTION_LAYERS)

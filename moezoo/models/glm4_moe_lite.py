@@ -7,7 +7,7 @@ from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.rope import rotate_half, rotate_interleaved
 from moezoo.models import deepseek_v3
 from moezoo.models.deepseek_v2 import latent_attention
-from moezoo.models.mixtures import dense_or_mixture, listed_layers, sigmoid_route
+from moezoo.models.mixtures import counted_layers, dense_or_mixture, sigmoid_route
 
 ASSUMES = deepseek_v3.ASSUMES
 
@@ -20,7 +20,7 @@ def build(config: Glm4MoeLiteConfig) -> Decoder:
     feed_forward = dense_or_mixture(
         config,
         sigmoid_route(config),
-        dense=listed_layers(config),
+        dense=counted_layers(config),
         num_shared=config.n_shared_experts,
     )
     return pre_norm_decoder(config, attention, feed_forward)

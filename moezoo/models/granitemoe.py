@@ -43,7 +43,8 @@ class ScaledLayer(DecoderLayer):
         normed = self.attn_norm.of_sum(x, update)
         update = self.factor * self.attn(handed_to(self.attn, normed), context, layer_idx)
         normed = self.mlp_norm.of_sum(normed.sum, update)
-        return normed.sum, self.factor * self.mlp(handed_to(self.mlp, normed))
+        update = self.factor * self.mlp(handed_to(self.mlp, normed))
+        return normed.sum, update
 
 
 class ScaledDecoder(Decoder):
@@ -131,6 +132,14 @@ CHECKPOINT = (
     Rule("layers.{L}.mlp.w13", f"{MOE}.experts.gate_up_proj", shard="expert"),
     Rule("layers.{L}.mlp.w2", f"{MOE}.output_linear.weight", shard="expert"),
     Rule("layers.{L}.mlp.w2", f"{MOE}.experts.down_proj", shard="expert"),
+    # For formats that have matrices only.
+    Rule(
+        "layers.{L}.mlp.w13",
+        f"{MOE}.experts.{{E}}.gate_proj.weight",
+        f"{MOE}.experts.{{E}}.up_proj.weight",
+        shard="expert",
+    ),
+    Rule("layers.{L}.mlp.w2", f"{MOE}.experts.{{E}}.down_proj.weight", shard="expert"),
     Rule("layers.{L}.mlp.shared.gate_up.weight", "model.layers.{L}.shared_mlp.input_linear.weight"),
     Rule("layers.{L}.mlp.shared.down.weight", "model.layers.{L}.shared_mlp.output_linear.weight"),
 )

@@ -11,7 +11,7 @@ from moezoo.layers.moe.routing import grouped_topk
 from moezoo.loaders.mapping import Rule
 from moezoo.models.attentions import grouped_queries, norm_of_each_head
 from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
-from moezoo.models.mixtures import dense_or_mixture, listed_layers
+from moezoo.models.mixtures import counted_layers, dense_or_mixture
 from moezoo.models.names import (
     ATTENTION,
     CORRECTION_BIAS,
@@ -24,7 +24,14 @@ from moezoo.models.names import (
     gated_mlp,
 )
 
-ASSUMES = ASSUMED_EVERYWHERE
+ASSUMES = ASSUMED_EVERYWHERE | {
+    # The release asks for them, which changes no logits.
+    "output_router_logits": (False, True),
+    "moe_router_use_sigmoid": (True,),
+    "moe_router_enable_expert_bias": (True,),
+    "qk_norm": (True,),
+    "route_norm": (True,),
+}
 
 
 def build(config: HYV3Config) -> Decoder:
@@ -48,7 +55,7 @@ def build(config: HYV3Config) -> Decoder:
     feed_forward = dense_or_mixture(
         config,
         partial(BiasedRoute, config.num_experts, route),
-        dense=listed_layers(config),
+        dense=counted_layers(config),
         num_shared=config.num_shared_experts,
         bias=config.mlp_bias,
     )

@@ -16,7 +16,7 @@ from moezoo.loaders.mapping import Rule, Skip
 from moezoo.models.attentions import window_of
 from moezoo.models.fields import ASSUMED_EVERYWHERE
 from moezoo.models.mixtures import dense_or_mixture, listed_layers, sigmoid_route
-from moezoo.models.names import ATTENTION, CORRECTION_BIAS, DECODER, DENSE_MLP, EXPERTS
+from moezoo.models.names import ATTENTION, BIASED_MIXTURES, DECODER
 
 ASSUMES = ASSUMED_EVERYWHERE | {
     "scoring_func": ("sigmoid",),
@@ -116,8 +116,6 @@ CHECKPOINT = (
     *ATTENTION,
     Rule("layers.{L}.attn.sinks", "model.layers.{L}.self_attn.attention_sink_bias"),
     Rule("layers.{L}.attn.sinks", "model.layers.{L}.self_attn.sinks"),
-    *DENSE_MLP,
-    *EXPERTS,
-    CORRECTION_BIAS,
+    *BIASED_MIXTURES,
     Skip("model.mtp.{*}", "multi-token prediction"),
 )

@@ -55,7 +55,7 @@ def first_layers(config: PreTrainedConfig) -> Container[int]:
     return range(config.first_k_dense_replace)
 
 
-def listed_layers(config: PreTrainedConfig) -> Container[int]:
+def listed_layers(config: PreTrainedConfig) -> set[int]:
     """The dense layers where `config.mlp_layer_types` lists all.
 
     Raises `UnsupportedArchitectureError` for other kinds.
@@ -66,6 +66,20 @@ def listed_layers(config: PreTrainedConfig) -> Container[int]:
             config, "mlp_layer_types", "'dense' or 'sparse' for each layer"
         )
     return {layer_idx for layer_idx, kind in enumerate(kinds) if kind == "dense"}
+
+
+def counted_layers(config: PreTrainedConfig) -> set[int]:
+    """`listed_layers` where the hub's configs count them, and transformers does not read that.
+
+    Raises `UnsupportedArchitectureError` where the two differ.
+    """
+    dense = listed_layers(config)
+    count = getattr(config, "first_k_dense_replace", None)
+    if count is not None and dense != set(range(count)):
+        raise UnsupportedArchitectureError.of_field(
+            config, "first_k_dense_replace", f"the layers {sorted(dense)}, as mlp_layer_types says"
+        )
+    return dense
 
 
 def dense_or_mixture(

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from transformers import OlmoeConfig
+from transformers import FlexOlmoConfig, OlmoeConfig
 
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import GroupedQueryAttention
@@ -14,6 +14,20 @@ from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
 from moezoo.models.names import ATTENTION, DECODER, EXPERTS, QK_NORM
 
 ASSUMES = ASSUMED_EVERYWHERE
+
+
+def feed_forward(config: OlmoeConfig | FlexOlmoConfig, layer_idx: int) -> FusedMoE:
+    return FusedMoE(
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_experts,
+        partial(
+            softmax_topk,
+            k=experts_per_token(config, config.num_experts),
+            renormalize=config.norm_topk_prob,
+        ),
+        activation=config.hidden_act,
+    )
 
 
 def build(config: OlmoeConfig) -> Decoder:
@@ -30,20 +44,7 @@ def build(config: OlmoeConfig) -> Decoder:
             **norm_of_all_heads(config),
         )
 
-    def feed_forward(layer_idx: int) -> FusedMoE:
-        return FusedMoE(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_experts,
-            partial(
-                softmax_topk,
-                k=experts_per_token(config, config.num_experts),
-                renormalize=config.norm_topk_prob,
-            ),
-            activation=config.hidden_act,
-        )
-
-    return pre_norm_decoder(config, attention, feed_forward)
+    return pre_norm_decoder(config, attention, partial(feed_forward, config))
 
 
 CHECKPOINT = (*DECODER, *ATTENTION, *QK_NORM, *EXPERTS)

@@ -65,11 +65,14 @@ def build(config: PhimoeConfig) -> Decoder:
             config.hidden_size,
             config.intermediate_size,
             config.num_local_experts,
-            partial(sparsemixer, jitter=config.router_jitter_noise),
+            partial(
+                sparsemixer,
+                k=experts_per_token(config, config.num_local_experts),
+                jitter=config.router_jitter_noise,
+            ),
             activation=config.hidden_act,
         )
 
-    experts_per_token(config, config.num_local_experts)
     head_bias = check_head_bias(config, config.lm_head_bias)
     return pre_norm_decoder(
         config,

@@ -7,7 +7,7 @@ from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.models.attentions import grouped_queries
 from moezoo.models.fields import ASSUMED_EVERYWHERE
 from moezoo.models.mixtures import dense_or_mixture, sigmoid_route
-from moezoo.models.names import ATTENTION, CORRECTION_BIAS, DECODER, EXPERTS, SHARED_EXPERTS
+from moezoo.models.names import ATTENTION, BIASED_MIXTURES, DECODER
 
 ASSUMES = ASSUMED_EVERYWHERE | {"first_k_dense_replace": (0,), "use_qk_norm": (False,)}
 
@@ -22,4 +22,4 @@ def build(config: SolarOpenConfig) -> Decoder:
     return pre_norm_decoder(config, attention, feed_forward)
 
 
-CHECKPOINT = (*DECODER, *ATTENTION, *EXPERTS, CORRECTION_BIAS, *SHARED_EXPERTS)
+CHECKPOINT = (*DECODER, *ATTENTION, *BIASED_MIXTURES)

@@ -6,7 +6,7 @@ Legend: H hidden, I expert intermediate, E experts, K experts per token.
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import ceil, prod
@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import nn
 
 from moezoo import registry
-from moezoo.errors import CheckpointError, MoEZooError, QuantizationError
+from moezoo.errors import CheckpointError, ExpertMapError, MoEZooError, QuantizationError
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.moe import FusedMoE, workspace_bytes
@@ -30,6 +30,7 @@ from moezoo.loaders.checkpoint import Checkpoint, open_config
 from moezoo.loaders.dense import kept, quantized_linears
 from moezoo.loaders.encodings import Encoding
 from moezoo.loaders.experts import experts_of, quantized_experts
+from moezoo.loaders.held import quantized_infos
 from moezoo.loaders.kinds import Kind
 from moezoo.loaders.load import (
     own_dtype,
@@ -40,13 +41,17 @@ from moezoo.loaders.load import (
 from moezoo.loaders.mapping import parameter_infos
 from moezoo.loaders.plan import dtype_name, plan
 from moezoo.loaders.weights import own_encoding, unpadded
+from moezoo.parallel.placement import Strategy
+from moezoo.parallel.sharding import moe_layers
+from moezoo.parallel.slots import Slots
+from moezoo.tools.shares import RankShare, rank_shares
 
 EXPERT_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Sizes that memory is reported for, as far as there are experts for every rank."""
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
-_OF_EXPERT = re.compile(r"(^|\.)experts\.")
+_OF_EXPERT = re.compile(r"(^|\.)(experts|block_sparse_moe\.(in|out)put_linear)\.")
 _FP8_BLOCK = 128
 _MXFP4_GROUP = 32
 _INT4_GROUPS = (128, 64, 32)
@@ -101,18 +106,23 @@ class Report:
     """Window -> number of layers whose cache stops growing there."""
     weight_bytes: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     """Quantisation -> expert-parallel size -> bytes of the weights on the fullest rank."""
+    ranks: Sequence[RankShare] = ()
+    """Of the expert-parallel size that was asked for, each rank's."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report in types that JSON knows (whose object keys are strings)."""
         return asdict(self)
 
     def __rich__(self) -> RenderableType:
-        return Group(_facts(self), *([_memory(self)] if self.weight_bytes else []))
+        tables = [_memory(self)] if self.weight_bytes else []
+        return Group(_facts(self), *tables, *([_ranks(self)] if self.ranks else []))
 
 
 def inspect(
     model_id: str | os.PathLike[str],
     *,
+    expert_parallel_size: int | None = None,
+    placement: Strategy | os.PathLike[str] = "linear",
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
@@ -124,9 +134,12 @@ def inspect(
     its weights are pickled or their headers cannot be read, the config alone is reported.
     `weight_bytes` counts experts in the format with its scales, and everything else in the model's
     dtype and on every rank. A format that does not fit the experts' shapes is left out.
+    With an expert-parallel size, `ranks` says what each rank would read and hold of the checkpoint
+    as it is stored, under a placement as `Parallel` takes it.
 
     Raises:
         CheckpointError: there is no checkpoint, or its config cannot be read.
+        ExpertMapError: the placement does not fit the model.
     """
     where: dict[str, Any] = {
         "revision": revision,
@@ -160,6 +173,8 @@ def inspect(
         chosen = plan(rules, encoding.tensors, infos, name=checkpoint.name)
         encoding = unpadded(encoding, chosen, infos)
         quantized = quantized_experts(decoder, chosen.copies, encoding, None)
+        others = [copy for copy in chosen.copies if copy.target not in experts_of(decoder)]
+        dense = quantized_linears(decoder, others, encoding)
         if report.experts is not None and quantized:
             owners = experts_of(decoder)
             kinds = (quantized.get(name) for name in owners)
@@ -168,8 +183,6 @@ def inspect(
             needed = _workspace_bytes(moe, per_token, dtype, formats)
             report = replace(report, experts=replace(report.experts, workspace_bytes=needed))
         if encoding.scheme is not None:
-            others = [copy for copy in chosen.copies if copy.target not in experts_of(decoder)]
-            dense = quantized_linears(decoder, others, encoding)
             stay = quantized.keys() | kept(dense).keys()
             whole = all(
                 copy.target in stay for copy in chosen.copies if copy.source in encoding.weights
@@ -180,7 +193,16 @@ def inspect(
             report = replace(report, stored_as=stored_as)
     except MoEZooError as error:
         return replace(report, reason=str(error))
-    return replace(report, supported=True)
+    report = replace(report, supported=True)
+    if expert_parallel_size is None:
+        return report
+    layers = moe_layers(decoder)
+    if report.experts is None:
+        raise ExpertMapError(f"{checkpoint.name} has no MoE layers to divide")
+    wanted = quantized_infos(decoder, infos, quantized | kept(dense))
+    slots = Slots.of(placement, report.experts.num_experts, list(layers), expert_parallel_size)
+    shares = rank_shares(decoder, checkpoint, chosen, encoding, wanted=wanted, slots=slots)
+    return replace(report, ranks=shares)
 
 
 def _encoding_if_known(checkpoint: Checkpoint) -> Encoding:
@@ -229,12 +251,11 @@ def _of_decoder(report: Report, decoder: Decoder, dtype: torch.dtype) -> Report:
     parameters = sum(prod(info.shape) for info in infos)
     all_bytes = sum(prod(info.shape) * info.dtype.itemsize for info in infos)
     moe_layers = [layer.mlp for layer in decoder.layers if isinstance(layer.mlp, FusedMoE)]
-    in_experts = sum(prod(moe.w13.shape) + prod(moe.w2.shape) + _biases(moe) for moe in moe_layers)
+    in_experts = sum(map(_in_experts, moe_layers))
     experts = _experts(moe_layers[0], dtype) if moe_layers else None
     active, weight_bytes = parameters, {}
     if experts is not None:
-        idle = in_experts // experts.num_experts * (experts.num_experts - experts.per_token)
-        active = parameters - idle
+        active = parameters - sum(map(_idle, moe_layers))
         rest = all_bytes - in_experts * dtype.itemsize
         weight_bytes = _weight_bytes(moe_layers, rest, dtype)
     attentions = [layer.attn for layer in decoder.layers]
@@ -260,10 +281,26 @@ def _of_decoder(report: Report, decoder: Decoder, dtype: torch.dtype) -> Report:
     )
 
 
-def _experts(moe: FusedMoE, dtype: torch.dtype) -> Experts:
-    num_experts, _, intermediate_size = moe.w2.shape
+def _route(moe: FusedMoE) -> "partial[tuple[torch.Tensor, torch.Tensor]]":
     route = moe.route.fn if isinstance(moe.route, nn.Module) else moe.route
     assert isinstance(route, partial), "model files give routes as partial(function, k=..., ...)"
+    return route
+
+
+def _in_experts(moe: FusedMoE) -> int:
+    return prod(moe.w13.shape) + prod(moe.w2.shape) + _biases(moe)
+
+
+def _idle(moe: FusedMoE) -> int:
+    """Numbers of the experts that a token is not sent to."""
+    num_experts = moe.w2.shape[0]
+    per_token: int = _route(moe).keywords["k"]
+    return _in_experts(moe) // num_experts * (num_experts - per_token)
+
+
+def _experts(moe: FusedMoE, dtype: torch.dtype) -> Experts:
+    num_experts, _, intermediate_size = moe.w2.shape
+    route = _route(moe)
     settings = dict(route.keywords)
     per_token = settings.pop("k")
     if isinstance(moe.route, nn.Module):
@@ -419,6 +456,17 @@ def _memory(report: Report) -> Table:
         table.add_column(str(size), justify="right", no_wrap=True)
     for name, per_rank in report.weight_bytes.items():
         table.add_row(name, *(_number(per_rank[size] / 1000**power) for size in sizes))
+    return table
+
+
+def _ranks(report: Report) -> Table:
+    table = Table(title=f"each of {len(report.ranks)} ranks, as the checkpoint is stored")
+    table.add_column("rank", justify="right")
+    for name in ("experts", "in memory", "read", "in files to download"):
+        table.add_column(name, justify="right")
+    for share in report.ranks:
+        sizes = share.weight_bytes, share.read_bytes, share.download_bytes
+        table.add_row(str(share.rank), str(share.experts), *map(_size, sizes))
     return table
 
 

@@ -5,7 +5,7 @@ Legend: T tokens, K experts per token, L MoE layers, E experts, S forward passes
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -212,13 +212,12 @@ def record_routing(
         keeps_choices=choices,
         device=decoder.embed.weight.device,
     )
-    first = next(iter(layers.values()))
     trace = RoutingTrace(
         tuple(layers),
         {},
         model=model.config.name_or_path,
         experts_per_token=model.config.num_experts_per_tok,
-        expert_bytes=_nbytes(first) // len(first.gate),
+        expert_bytes=_nbytes(layers.values()),
     )
     trace._recorder = recorder
     decoder.recorder = recorder
@@ -233,7 +232,7 @@ def record_routing(
         trace._tensors, trace._recorder = _tensors(recorder), None
 
 
-def _nbytes(layer: FusedMoE) -> int:
-    """Of all its experts, as they are stored."""
-    own = [p for name, p in layer.named_parameters() if name.split(".")[0] in ("w13", "w2")]
-    return sum(parameter.nbytes for parameter in own)
+def _nbytes(layers: Iterable[FusedMoE]) -> int:
+    """Of an expert of the first layer that has some in this process, as it is stored."""
+    held = (layer.expert_tensors() for layer in layers if layer.w2.shape[0])
+    return sum(tensor[0].nbytes for tensor in next(held, []))

@@ -2,16 +2,25 @@
 
 from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.moe.experts import fused_experts, workspace_bytes
-from moezoo.layers.moe.layer import BiasedLogits, BiasedRoute, Dispatcher, FusedMoE
+from moezoo.layers.moe.layer import (
+    Arrival,
+    BiasedLogits,
+    BiasedRoute,
+    Dispatcher,
+    Flight,
+    FusedMoE,
+)
 from moezoo.layers.moe.permute import combine, permute
 from moezoo.layers.moe.recording import RoutingRecorder
 from moezoo.layers.moe.routing import biased_topk, grouped_topk, softmax_topk, sparsemixer
 
 __all__ = [
     "ACTIVATIONS",
+    "Arrival",
     "BiasedLogits",
     "BiasedRoute",
     "Dispatcher",
+    "Flight",
     "FusedMoE",
     "Gating",
     "RoutingRecorder",

@@ -31,10 +31,20 @@ def weight_only_cuda(
     """w13 [E, 2 or 1, I, H]; topk_ids [T, K] are rows of w13, or negative, and spread over
     num_experts, those of other ranks included."""
     from moezoo.layers.kernels.combine import combine
+    from moezoo.layers.kernels.few_tokens_weight_only import few_tokens_weight_only, is_faster
     from moezoo.layers.kernels.interleave import permute_and_interleave
     from moezoo.layers.kernels.weight_only import down_weight_only, gated_up_weight_only, ways
     from moezoo.layers.kernels.weight_only_tiles import plan_weight_only
 
+    if x.dtype.itemsize == 2 and is_faster(w13, w2, *topk_ids.shape):
+        return few_tokens_weight_only(
+            *(x, w13, w2),
+            topk_weights=topk_weights,
+            topk_ids=topk_ids,
+            activation=gating,
+            bias13=bias13,
+            bias2=bias2,
+        )
     if w13.order is not None or w2.order is not None:
         parts = (tensor.split(ORDERED_TOKENS) for tensor in (x, topk_weights, topk_ids))
         settings: Any = {"gating": gating, "bias13": bias13, "bias2": bias2}

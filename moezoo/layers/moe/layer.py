@@ -3,9 +3,8 @@
 Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per token.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Iterator
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,19 +23,35 @@ Route = Callable[[Tensor], tuple[Tensor, Tensor]]
 Record = Callable[[Tensor, Tensor], None]
 
 
+class Arrival(NamedTuple):
+    """Tokens that this rank works on: x [T', H], topk_weights fp32 and rows int32 [T', K], the row
+    of each chosen expert in this rank's w13 and w2, or -1 where another rank has it."""
+
+    x: Tensor
+    topk_weights: Tensor
+    rows: Tensor
+
+
+class Flight(Protocol):
+    """The tokens of one layer on their way to the experts and back."""
+
+    def arrivals(self) -> Iterator[Arrival]:
+        """The tokens that come to this rank, in parts. Each is answered before the next is taken,
+        while that travels."""
+
+    def answer(self, y: Tensor) -> None:
+        """y [T', H]: what this rank's experts make of the last arrival, weighted and summed."""
+
+    def combine(self) -> Tensor:
+        """[T, H] of this rank's tokens: all answers to each, summed in fp32 and rounded once."""
+
+
 class Dispatcher(Protocol):
     """Carries tokens to the ranks that hold their experts, and their outputs back."""
 
-    expert_map: Tensor | None
-    """int32 [E] -> row of this rank's w13 and w2, or -1; None if this rank holds all."""
-
-    def dispatch(
-        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows x [T', H], topk_ids and topk_weights [T', K] that this rank works on."""
-
-    def combine(self, y: Tensor) -> Tensor:
-        """y [T', H], this rank's share of the dispatched rows -> [T, H], summed over ranks."""
+    def dispatch(self, x: Tensor, topk_weights: Tensor, slots: Tensor) -> Flight:
+        """x [T, H], topk_weights fp32 [T, K], slots int32 [T, K]: physical experts, counted over
+        all ranks. Every rank has to call it for every layer, with no tokens if need be."""
 
 
 class BiasedRoute(nn.Module):
@@ -86,8 +101,10 @@ class FusedMoE(nn.Module):
     `route` maps fp32 logits [T, E] to (topk_weights [T, K] fp32, topk_ids [T, K] int32): a partial
     of a function in `moezoo.layers.moe.routing`, or a module where the router has parameters.
     `shared` is a module [T, H] -> [T, H] whose output is added; one with a true attribute `adds`
-    takes what it is added to as its second argument. `dispatcher` is None where this process holds
-    all the experts.
+    takes what it is added to as its second argument.
+
+    Where experts are divided over ranks, w13 and w2 hold those of this rank, in its slots, and
+    `dispatcher` carries the tokens; it is None where this process holds all the experts.
     """
 
     def __init__(
@@ -109,6 +126,9 @@ class FusedMoE(nn.Module):
         self.dispatcher = dispatcher
         self.record: Record | None = None
         """Called with topk_weights and topk_ids [T, K] of each forward pass."""
+        self.physical_ids: Callable[[Tensor], Tensor] | None = None
+        """topk_ids [T, K] -> the slots int32 [T, K] of these experts; None where expert e is in
+        slot e."""
         self.gate = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.w13: nn.Parameter | QuantizedWeights = nn.Parameter(
             torch.empty(num_experts, 2 * intermediate_size, hidden_size)
@@ -163,6 +183,20 @@ class FusedMoE(nn.Module):
         self.w13, self.w2 = QuantizedWeights(w13), QuantizedWeights(w2)
 
     @property
+    def num_experts(self) -> int:
+        """Those of all ranks that a token can choose from."""
+        return self.gate.shape[0]
+
+    def expert_tensors(self) -> list[Tensor]:
+        """All that the experts of this process consist of: parameters [E', ..], a row for each."""
+        return [
+            tensor
+            for w in (self.w13, self.w2, self.bias13, self.bias2)
+            if w is not None
+            for tensor in (w.parameters() if isinstance(w, QuantizedWeights) else [w])
+        ]
+
+    @property
     def quantized(self) -> type[Format] | None:
         """The format of the experts' weights; None where they are parameters of 16 or 32 bits."""
         return self.w13.format if isinstance(self.w13, QuantizedWeights) else None
@@ -175,6 +209,11 @@ class FusedMoE(nn.Module):
         topk_weights, topk_ids = self.route(logits)
         if self.record is not None:
             self.record(topk_weights, topk_ids)
+        if self.physical_ids is not None:
+            topk_ids = self.physical_ids(topk_ids)
+        if self.dispatcher is not None:
+            y = self.dispatched(tokens, topk_weights, topk_ids, beside=self.shared)
+            return y.view(x.shape)
         y = self.experts(tokens, topk_weights, topk_ids)
         if self.shared is not None:
             adds = getattr(self.shared, "adds", False) and not is_hooked(self.shared)
@@ -201,21 +240,39 @@ class FusedMoE(nn.Module):
             return torch.mm(x, self.gate.T, out_dtype=torch.float32)
         return F.linear(x.float(), self.gate.float())
 
-    def experts(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        """The weighted sum of the chosen experts: x [T, H] -> [T, H]."""
+    def experts(self, x: Tensor, topk_weights: Tensor, rows: Tensor) -> Tensor:
+        """The weighted sum of experts of this process, by their rows in w13 and w2:
+        x [T, H] -> [T, H]."""
         w13, w2 = (w() if isinstance(w, QuantizedWeights) else w for w in (self.w13, self.w2))
+        if self.w2.shape[0] == 0:
+            return torch.zeros_like(x)
         bias13 = self.bias13
         if bias13 is not None and self.quantized is not None:
             bias13 = bias13.unflatten(1, (2, -1))
-        compute = partial(
-            fused_experts, activation=self.activation, bias13=bias13, bias2=self.bias2
+        return fused_experts(
+            *(x, w13, w2, topk_weights, rows),
+            activation=self.activation,
+            bias13=bias13,
+            bias2=self.bias2,
         )
-        if self.dispatcher is None:
-            return compute(x, w13, w2, topk_weights, topk_ids)
-        x, topk_ids, topk_weights = self.dispatcher.dispatch(x, topk_ids, topk_weights)
-        expert_map = self.dispatcher.expert_map
-        y = compute(x, w13, w2, topk_weights, topk_ids, expert_map=expert_map)
-        return self.dispatcher.combine(y)
+
+    def dispatched(
+        self,
+        x: Tensor,
+        topk_weights: Tensor,
+        slots: Tensor,
+        *,
+        beside: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """The same over the experts of all ranks, by their slots, plus beside(x), which is computed
+        while their last outputs travel."""
+        assert self.dispatcher is not None
+        flight = self.dispatcher.dispatch(x, topk_weights, slots)
+        for arrival in flight.arrivals():
+            flight.answer(self.experts(*arrival))
+        addend = None if beside is None else beside(x)
+        y = flight.combine()
+        return y if addend is None else y + addend
 
     def extra_repr(self) -> str:
         num_experts, hidden_size, intermediate_size = self.w2.shape

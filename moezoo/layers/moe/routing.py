@@ -157,19 +157,20 @@ def biased_topk(
     return weights / weights.sum(-1, keepdim=True).clamp(min=min_sum), ids.int()
 
 
-def sparsemixer(logits: Tensor, *, jitter: float) -> tuple[Tensor, Tensor]:
-    """The best expert and then the best of the others (Phi-3.5-MoE; Liu et al., 2024).
+def sparsemixer(logits: Tensor, k: int, *, jitter: float) -> tuple[Tensor, Tensor]:
+    """The best expert, then the best of the others, k times (Phi-3.5-MoE; Liu et al., 2024).
 
-    logits [T, E] of any float dtype -> topk_weights [T, 2] fp32, topk_ids [T, 2] int32.
+    logits [T, E] of any float dtype -> topk_weights [T, K] fp32, topk_ids [T, K] int32.
 
-    Each weighs what a softmax gives it over those that lie close, the better one left out the
-    second time: those less than 2 * `jitter` below, as a share of the best or of their own size.
-    The weights are not renormalised.
+    Each weighs what a softmax gives it over those that lie close, the better ones left out: those
+    less than 2 * `jitter` below, as a share of the best or of their own size. The weights are not
+    renormalised.
     """
+    _require_k(k, logits.shape[-1])
     scores = logits.float()
     left = scores
     weights, ids = [], []
-    for _ in range(2):
+    for _ in range(k):
         best, expert = _largest(left, 1)
         far = (best - scores) / scores.abs().clamp(min=best) > 2 * jitter
         weights.append(left.masked_fill(far, float("-inf")).softmax(-1).gather(-1, expert))

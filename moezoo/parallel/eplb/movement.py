@@ -4,8 +4,9 @@ Legend: L MoE layers, E experts (logical), P physical experts in slots, R ranks;
 r * P / R and those that follow it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -57,6 +58,10 @@ class LayerMoves:
 
     def rank_of(self, slot: int) -> int:
         return slot // self.slots_per_rank
+
+    def all(self) -> Iterator[Move]:
+        """First those within ranks."""
+        return chain(self.local, *self.rounds)
 
 
 def plan_moves(old: Tensor, new: Tensor, num_ranks: int) -> LayerMoves:

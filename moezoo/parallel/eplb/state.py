@@ -9,10 +9,12 @@ slots, R ranks (P / R slots each), X the most replicas of an expert, W steps of 
 """
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from moezoo.device import to_device
 from moezoo.errors import ExpertMapError, LoadImbalanceWarning
 from moezoo.parallel.eplb.movement import keep_slots
 from moezoo.parallel.eplb.policy import least_movement, rebalance_experts
@@ -84,6 +86,23 @@ def replica_maps(physical_to_logical_map: Tensor, num_experts: int) -> tuple[Ten
     return replicas.view(num_layers, num_experts, most), counts
 
 
+def choose_replicas(
+    topk_ids: Tensor, replicas: Tensor, counts: Tensor, first_token: Tensor
+) -> Tensor:
+    """A replica of each chosen expert: topk_ids int [T, K] -> slots int32 [T, K]; -1 stays -1.
+
+    replicas int64 [E, X] and counts [E] are a layer's of `replica_maps`. A token's place in the
+    batch and first_token int64 [1] decide, by a multiplicative hash that spreads any run of tokens,
+    and any every n-th token of one, evenly.
+    """
+    tokens = torch.arange(len(topk_ids), device=topk_ids.device) + first_token
+    spread = tokens * GOLDEN % 2**32
+    experts = topk_ids.clamp(min=0).long()
+    # The upper bits: those below repeat with a power of two.
+    replica = spread[:, None] * counts[experts] >> 32
+    return torch.where(topk_ids < 0, -1, replicas[experts, replica]).int()
+
+
 class EPLBState:
     """The maps and loads of a model's MoE layers.
 
@@ -92,6 +111,7 @@ class EPLBState:
     Args:
         physical_to_logical_map: int64 [L, P] to begin with.
         num_experts: E.
+        bounds: [R + 1], slots bounds[r] to bounds[r + 1] are rank r's; P / R each by default.
         window_size: W, steps that a rebalance looks back.
         step_interval: steps between rebalances; the first is due after a quarter of it.
         seed: another one for each rank, so that ranks do not choose the same replica at a time.
@@ -103,6 +123,7 @@ class EPLBState:
         num_experts: int,
         *,
         num_ranks: int,
+        bounds: Sequence[int] | None = None,
         window_size: int = 1000,
         step_interval: int = 3000,
         seed: int = 0,
@@ -115,8 +136,10 @@ class EPLBState:
             )
         check_map(physical_to_logical_map, num_experts, "the map")
         num_layers, num_physical = physical_to_logical_map.shape
-        if num_physical % num_ranks:
-            raise ExpertMapError(f"{num_physical} slots do not divide over {num_ranks} ranks")
+        if bounds is None:
+            if num_physical % num_ranks:
+                raise ExpertMapError(f"{num_physical} slots do not divide over {num_ranks} ranks")
+            bounds = range(0, num_physical + 1, num_physical // num_ranks)
         self.num_experts = num_experts
         self.num_ranks = num_ranks
         self.step_interval = step_interval
@@ -132,24 +155,22 @@ class EPLBState:
             window_size, num_layers, num_physical, dtype=torch.int32, device=device
         )
         """int32 [W, L, P], the steps before in a ring."""
+        sizes = torch.tensor(bounds).diff()
+        self._rank_of_slot = torch.arange(num_ranks).repeat_interleave(sizes).to(device)
         self._next_in_window = 0
         self._steps = 0
         self._last_rebalance = -(step_interval - max(1, step_interval // 4))
         self._first_token = torch.full((1,), seed * GOLDEN % 2**31, device=device)
 
     def physical_ids(self, layer: int, topk_ids: Tensor) -> Tensor:
-        """Choose a replica of each chosen expert: topk_ids int [T, K] -> int32 [T, K].
-
-        A token's place in the batch and the step decide, by a multiplicative hash that spreads any
-        run of tokens, and any every n-th token of one, evenly. -1 stays -1.
-        """
-        tokens = torch.arange(len(topk_ids), device=topk_ids.device) + self._first_token
-        spread = tokens * GOLDEN % 2**32
-        experts = topk_ids.clamp(min=0).long()
-        # The upper bits: those below repeat with a power of two.
-        replica = spread[:, None] * self.logical_replica_count[layer][experts] >> 32
-        slots = self.logical_to_physical_map[layer][experts, replica]
-        return torch.where(topk_ids < 0, -1, slots).int()
+        """Choose a replica of each chosen expert: topk_ids int [T, K] -> int32 [T, K], as
+        `choose_replicas` does, others in each step."""
+        return choose_replicas(
+            topk_ids,
+            self.logical_to_physical_map[layer],
+            self.logical_replica_count[layer],
+            self._first_token,
+        )
 
     def record_(self, layer: int, physical_ids: Tensor, real: Tensor | None = None) -> None:
         """Count the tokens of physical_ids int [T, K]; not ids of -1, nor tokens that are padding.
@@ -162,6 +183,24 @@ class EPLBState:
             ids = torch.where(real[:, None], ids, num_physical)
         ids = ids.flatten().long()
         self._pass[layer].scatter_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+
+    def choose_(self, layer: int, topk_ids: Tensor, real: Tensor | None = None) -> Tensor:
+        """`physical_ids`, recorded; on a GPU in one launch."""
+        if not topk_ids.is_cuda:
+            slots = self.physical_ids(layer, topk_ids)
+            self.record_(layer, slots, real)
+            return slots
+        from moezoo.parallel.eplb.replicas import choose_and_count_
+
+        return choose_and_count_(
+            topk_ids,
+            self.logical_to_physical_map[layer],
+            self.logical_replica_count[layer],
+            first_token=self._first_token,
+            load=self._pass[layer],
+            real=real,
+            golden=GOLDEN,
+        )
 
     def end_step_(self, *, dummy: bool = False) -> None:
         """Move the step's loads into the window; a dummy step counts, and leaves no loads."""
@@ -189,7 +228,9 @@ class EPLBState:
 
     def rank_load(self) -> Tensor:
         """int64 [L, R]: tokens of each rank in the window."""
-        return self.expert_load_window.sum(0).unflatten(1, (self.num_ranks, -1)).sum(-1)
+        load = self.expert_load_window.sum(0)
+        of_ranks = load.new_zeros(len(load), self.num_ranks)
+        return of_ranks.scatter_add_(1, self._rank_of_slot.expand_as(load), load)
 
     def switch_layer_(self, layer: int, slots: Tensor) -> None:
         """From now on the layer's experts are where slots int64 [P], on the CPU, says.
@@ -207,7 +248,7 @@ class EPLBState:
                 f"{list(slots.shape)}"
             )
         check_map(slots[None], self.num_experts, "the new map")
-        slots = slots.to(self.physical_to_logical_map.device)
+        slots = to_device(slots, self.physical_to_logical_map.device)
         replicas, counts = replica_maps(slots[None], self.num_experts)
         window = self.expert_load_window[:, layer]
         old = self.physical_to_logical_map[layer].expand_as(window)
@@ -226,7 +267,7 @@ class EPLBState:
 class ImbalanceWatch:
     """Warns with `LoadImbalanceWarning`, once, when balancedness stays low."""
 
-    def __init__(self, *, threshold: float = 0.5, patience: int = 3) -> None:
+    def __init__(self, *, threshold: float = 0.6, patience: int = 3) -> None:
         self.threshold = threshold
         self.patience = patience
         self._low = 0

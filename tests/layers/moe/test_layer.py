@@ -1,6 +1,6 @@
 """FusedMoE against transformers' blocks with the same weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBl
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from moezoo.layers.moe import (
+    Arrival,
     BiasedLogits,
     BiasedRoute,
     FusedMoE,
@@ -263,24 +264,36 @@ def test_reset_of_biases() -> None:
 
 
 class HalfOfTheExperts:
-    """A dispatcher for two ranks in one process: rows go nowhere, this rank has every other one."""
+    """A dispatcher for two ranks in one process: tokens go nowhere, this rank has every other
+    expert. They arrive in two parts."""
 
     def __init__(self, rank: int) -> None:
-        self.expert_map = torch.full((E,), -1, dtype=torch.int32)
-        self.expert_map[rank::2] = torch.arange(E // 2, dtype=torch.int32)
-        self.combined = 0
+        self.rank = rank
+        self.events: list[str] = []
 
-    def dispatch(
-        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return x, topk_ids, topk_weights
+    def dispatch(self, x: Tensor, topk_weights: Tensor, slots: Tensor) -> "HalfOfTheExperts":
+        rows = torch.where(slots % 2 == self.rank, slots // 2, -1)
+        parts = (tensor.split(7) for tensor in (x, topk_weights, rows))
+        self.parts = [Arrival(*part) for part in zip(*parts, strict=True)]
+        self.answers: list[Tensor] = []
+        return self
 
-    def combine(self, y: Tensor) -> Tensor:
-        self.combined += 1
-        return y
+    def arrivals(self) -> Iterator[Arrival]:
+        for part in self.parts:
+            self.events.append("arrival")
+            yield part
+
+    def answer(self, y: Tensor) -> None:
+        self.events.append("answer")
+        self.answers.append(y)
+
+    def combine(self) -> Tensor:
+        self.events.append("combine")
+        return torch.cat(self.answers)
 
 
 def test_dispatcher() -> None:
+    """Parts are answered one by one, and what runs beside comes before the outputs are awaited."""
     route = partial(softmax_topk, k=K, renormalize=True)
     whole = FusedMoE(H, I, E, route)
     whole.reset_parameters()
@@ -289,12 +302,33 @@ def test_dispatcher() -> None:
     for rank in (0, 1):
         dispatcher = HalfOfTheExperts(rank)
         part = FusedMoE(H, I, E, route, dispatcher=dispatcher)
+        part.shared = Beside(dispatcher.events)
         part.gate = whole.gate
         part.w13 = nn.Parameter(whole.w13[rank::2])
         part.w2 = nn.Parameter(whole.w2[rank::2])
+        # The names of experts are turned around on the way in, and their slots back.
+        part.physical_ids = lambda ids: E - 1 - ids
+        part.route = lambda logits: (lambda w, ids: (w, E - 1 - ids))(*route(logits))
         parts.append(part(x))
-        assert dispatcher.combined == 1
-    assert_close(parts[0] + parts[1], whole(x))
+        assert dispatcher.events == ["arrival", "answer"] * 2 + ["beside", "combine"]
+    assert_close(parts[0] + parts[1], whole(x) + 2 * x)
+
+
+class Beside(nn.Module):
+    def __init__(self, events: list[str]) -> None:
+        super().__init__()
+        self.events = events
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.events.append("beside")
+        return x
+
+
+def test_no_experts_of_its_own() -> None:
+    moe = FusedMoE(H, I, 0, partial(softmax_topk, k=K, renormalize=True))
+    x = torch.randn(3, H)
+    y = moe.experts(x, torch.rand(3, K), torch.full((3, K), -1, dtype=torch.int32))
+    assert torch.equal(y, torch.zeros(3, H))
 
 
 @torch.no_grad()

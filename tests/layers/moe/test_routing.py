@@ -42,6 +42,7 @@ ROUTES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "biased-softmax": partial(
         biased_topk, correction_bias=torch.linspace(-0.1, 0.1, 12), scoring="softmax", min_sum=0.2
     ),
+    "sparsemixer": partial(sparsemixer, jitter=0.2),
 }
 
 
@@ -156,7 +157,7 @@ def test_sparsemixer_equals_transformers(jitter: float) -> None:
     logits = torch.randn(300, 9, generator=generator)
     logits[:100] -= 5  # rows whose best logit is negative
     expected_weights, expected_ids = phimoe_sparsemixer(logits, jitter, training=False)
-    weights, ids = sparsemixer(logits, jitter=jitter)
+    weights, ids = sparsemixer(logits, 2, jitter=jitter)
     assert weights.dtype == torch.float32 and ids.dtype == torch.int32
     assert torch.equal(ids, expected_ids.int())
     torch.testing.assert_close(weights, expected_weights)

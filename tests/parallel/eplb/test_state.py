@@ -174,8 +174,11 @@ def test_recording_does_not_wait_for_the_device():
     torch.cuda.set_sync_debug_mode("error")
     try:
         eplb.record_(0, eplb.physical_ids(0, ids), real)
+        assert eplb.choose_(0, ids, real).shape == ids.shape
         eplb.end_step_()
         eplb.logical_load()
+        eplb.rank_load()
+        eplb.switch_layer_(0, torch.tensor([0, 1, 1, 2]))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert eplb.logical_load().sum() == 2 * real.sum()
+    assert eplb.logical_load().sum() == 4 * real.sum()

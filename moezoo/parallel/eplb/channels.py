@@ -1,0 +1,65 @@
+"""The process groups by which the ranks of a balancer talk, apart from those of the model."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moezoo.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Each is used by one thread alone, so that all ranks use it in the same order."""
+
+    votes: dist.ProcessGroup
+    """On the CPU, for the thread that runs the model."""
+    plans: dist.ProcessGroup
+    """On the CPU, for the thread in the background."""
+    weights: dist.ProcessGroup
+    """On the device of the weights, for the thread in the background too."""
+
+    @classmethod
+    def open(cls, mesh: Mesh) -> "Channels":
+        """Among the ranks of an expert group; all ranks of the job call this.
+
+        Raises `RankError` where one does not.
+        """
+        with mesh.together("loading experts"):
+            pass  # some take longer, and process groups do not wait for long
+
+        def group(backend: str) -> dist.ProcessGroup:
+            return dist.new_group(
+                list(mesh.group_ranks),
+                timeout=timedelta(seconds=mesh.parallel.timeout),
+                backend=backend,
+                use_local_synchronization=True,
+            )
+
+        with mesh.named_faults("opening the channels of EPLB"):
+            votes, plans = group("gloo"), group("gloo")
+            if mesh.device.type == "cpu":
+                return cls(votes, plans, plans)
+            weights = group("nccl")
+            # The first use connects all ranks, and a round of a transfer may have some only.
+            dist.all_reduce(torch.zeros(1, device=mesh.device), group=weights)
+        return cls(votes, plans, weights)
+
+
+class Vote:
+    """Whether all ranks say yes; asked at the same step by each, which need not wait for it."""
+
+    def __init__(self, yes: bool, group: dist.ProcessGroup | None) -> None:
+        self._answer: Tensor = torch.tensor([int(yes)])
+        self._work = None
+        if group is not None:
+            self._work = dist.all_reduce(
+                self._answer, dist.ReduceOp.MIN, group=group, async_op=True
+            )
+
+    def wait(self) -> bool:
+        if self._work is not None:
+            self._work.wait()
+        return bool(self._answer)

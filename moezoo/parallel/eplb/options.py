@@ -1,0 +1,130 @@
+"""What a user may choose about the balance of experts over ranks."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TypeGuard, Union
+
+from moezoo.errors import ExpertMapError
+from moezoo.parallel.eplb.state import POLICIES
+from moezoo.parallel.placement import STRATEGIES, Placement, Strategy, initial_map
+from moezoo.parallel.slots import Slots
+
+
+@dataclass(frozen=True)
+class EPLB:
+    """Expert-parallel load balancing: copies of busy experts, and experts that change their rank.
+
+    * `enabled`: False keeps every expert where the start puts it, copies included.
+    * `num_redundant_experts`: slots of each MoE layer beyond one for each expert; those of all
+      ranks together. Experts and these must divide over the ranks. A placement file has its own.
+    * `window_size`: the steps whose loads decide. `step_interval`: steps between rebalances; the
+      first comes after a quarter of it.
+    * `use_async`: weights travel while the model runs, which it otherwise waits for.
+    * `expert_placement_strategy`: the layout to start with, "linear", "round_robin", or for each
+      rank a list of its experts, copies included; it stands over `Parallel.placement`, which it
+      is by default.
+    * `placement`: a file of `moezoo eplb plan`, or a `Placement`, to start with instead.
+    * `policy`: "default" is the published algorithm, "least_movement" moves far fewer experts.
+
+    Raises `ValueError` for what there is not, or not together.
+    """
+
+    enabled: bool = True
+    num_redundant_experts: int = 0
+    window_size: int = 1000
+    step_interval: int = 3000
+    use_async: bool = True
+    expert_placement_strategy: Strategy | None = None
+    placement: str | os.PathLike[str] | Placement | None = None
+    policy: str = "default"
+
+    def __post_init__(self) -> None:
+        for name in ("enabled", "use_async"):
+            value = getattr(self, name)
+            if type(value) is not bool:
+                raise ValueError(f"eplb: {name} is {value!r}, expected True or False")
+        for name, least in (("num_redundant_experts", 0), ("window_size", 1), ("step_interval", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(
+                    f"eplb: {name} is {value!r}, expected a whole number, {least} or more"
+                )
+        if self.policy not in POLICIES:
+            raise ValueError(
+                f"eplb: policy is {self.policy!r}, expected {' or '.join(map(repr, POLICIES))}"
+            )
+        strategy, placement = self.expert_placement_strategy, self.placement
+        if not (strategy is None or is_strategy(strategy)):
+            raise ValueError(
+                f"eplb: expert_placement_strategy is {strategy!r}, expected "
+                f"{' or '.join(map(repr, STRATEGIES))}, or a list of experts for each rank"
+            )
+        if not (placement is None or isinstance(placement, str | os.PathLike | Placement)):
+            raise ValueError(
+                f"eplb: placement is {placement!r}, expected a file that moezoo eplb plan wrote"
+            )
+        if strategy is not None and placement is not None:
+            raise ValueError(
+                f"eplb: expert_placement_strategy={strategy!r} and placement={placement!r} both "
+                "say where experts are to begin with: give one"
+            )
+
+    @classmethod
+    def of(cls, eplb: Union[Mapping[str, object], "EPLB", None]) -> Union["EPLB", None]:
+        """What a user gave as `eplb`: a dict of the fields, or such an object, or None.
+
+        Raises `ValueError` for anything else, and for a key that there is not.
+        """
+        if eplb is None or isinstance(eplb, EPLB):
+            return eplb
+        if not isinstance(eplb, Mapping):
+            raise ValueError(
+                f"eplb is {eplb!r}, expected a dict such as {{'num_redundant_experts': 16}}, or a "
+                "moezoo.EPLB"
+            )
+        known = [field.name for field in fields(cls)]
+        for key in eplb:
+            if key not in known:
+                raise ValueError(f"eplb has no {key!r}, expected some of {', '.join(known)}")
+        return cls(**eplb)  # type: ignore[arg-type]
+
+    def slots(
+        self,
+        num_experts: int,
+        layers: Sequence[int],
+        num_ranks: int,
+        otherwise: Strategy | os.PathLike[str],
+    ) -> Slots:
+        """Where experts are to begin with. `layers` are the decoder's layers that have experts;
+        `otherwise` is `Parallel.placement`.
+
+        Raises `ExpertMapError` for numbers that do not divide, and a placement that is not for
+        such a model; `OSError` where its file cannot be read.
+        """
+        given = self.expert_placement_strategy if self.placement is None else self.placement
+        chosen = otherwise if given is None else given
+        if isinstance(chosen, Placement):
+            slots = Slots.placed(chosen, num_experts, layers, num_ranks)
+        elif is_strategy(chosen) and (self.enabled or self.num_redundant_experts):
+            first = initial_map(num_experts, self.num_redundant_experts, num_ranks, chosen)
+            bounds = range(0, len(first) + 1, len(first) // num_ranks)
+            slots = Slots(num_experts, tuple(layers), tuple(bounds), first.repeat(len(layers), 1))
+        else:
+            slots = Slots.of(chosen, num_experts, layers, num_ranks)
+        if self.num_redundant_experts not in (0, slots.num_redundant):
+            raise ExpertMapError(
+                f"num_redundant_experts={self.num_redundant_experts} is asked for, and the "
+                f"placement has {slots.num_redundant}; leave it out to take them"
+            )
+        return slots
+
+
+def is_strategy(value: object) -> TypeGuard[Strategy]:
+    """Whether it is a strategy's name, or has a list of numbers for each rank."""
+    if isinstance(value, str):
+        return value in STRATEGIES
+    return isinstance(value, Sequence) and all(
+        isinstance(experts, Sequence) and all(type(expert) is int for expert in experts)
+        for experts in value
+    )

@@ -1,0 +1,275 @@
+"""The ranks of a job: who they are, in which groups they work, and how they talk.
+
+Legend: R ranks of an expert group.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+from moezoo.device import device_of
+from moezoo.errors import ExpertMapError
+from moezoo.parallel.faults import Watch
+from moezoo.parallel.placement import STRATEGIES
+from moezoo.version import __version__
+
+# Its name in torch 2.13, which warns of the one before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+_START = 300.0
+"""Seconds in which all ranks must have begun: imports take long where many read one disk."""
+
+DISPATCHES = ("all_to_all", "all_gather")
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How experts are divided over the processes that torchrun started.
+
+    Args:
+        expert_parallel_size: ranks that share one set of experts. With more processes than that,
+            there are several such groups, replicas of each other: ranks 0 to n - 1, then the next.
+        placement: "linear" gives a rank neighbours, "round_robin" every n-th expert; or the experts
+            of each rank, or the path of a placement file.
+        dispatch: "all_to_all": each rank has tokens of its own, and sends each of them to the ranks
+            that have experts of it. "all_gather": all ranks of a group have the same tokens, and
+            each works on its experts' share of them.
+        timeout: seconds after which ranks that wait for one that died or hangs raise `RankError`.
+        capacity: for "all_to_all", the most tokens of a rank in a forward pass: buffers are then of
+            this size always, the host waits for no counts, and a step can be captured.
+        chunks: parts in which the tokens of a layer travel, each while experts work on another.
+        wire: "model" sends tokens in the model's dtype, "fp8" to experts in block fp8 with a scale
+            for 128 numbers ("all_to_all").
+
+    Raises ValueError for what is none of these.
+    """
+
+    expert_parallel_size: int
+    placement: str | os.PathLike[str] | Sequence[Sequence[int]] = "linear"
+    dispatch: str = "all_to_all"
+    timeout: float = 60.0
+    capacity: int | None = None
+    chunks: int = 1
+    wire: str = "model"
+    all2all_backend: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("expert_parallel_size", "capacity", "chunks"):
+            value = getattr(self, name)
+            if not (value is None and name == "capacity") and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} is {value!r}, expected a whole number above 0")
+        for name, known in (("dispatch", DISPATCHES), ("wire", ("model", "fp8"))):
+            if getattr(self, name) not in known:
+                expected = " or ".join(map(repr, known))
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout is {self.timeout!r}, expected seconds above 0")
+        if self.dispatch == "all_gather":
+            for name, unset in (("capacity", None), ("wire", "model")):
+                if getattr(self, name) != unset:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} is for dispatch='all_to_all': with "
+                        "'all_gather' no tokens travel, and no host waits"
+                    )
+        if self.capacity is not None and self.chunks > 1:
+            raise ValueError(
+                "capacity and chunks exclude each other: few tokens travel in one part"
+            )
+        if self.all2all_backend is not None:
+            raise ValueError(
+                f"all2all_backend={self.all2all_backend!r} is not in this release: tokens travel "
+                "through torch.distributed; leave it None"
+            )
+        if not isinstance(self.placement, str | os.PathLike):
+            ranks = tuple(tuple(experts) for experts in self.placement)
+            object.__setattr__(self, "placement", ranks)
+
+    @property
+    def placement_file(self) -> str | None:
+        """The path, if the placement is in a file."""
+        if isinstance(self.placement, str | os.PathLike) and self.placement not in STRATEGIES:
+            return os.fspath(self.placement)
+        return None
+
+
+class Mesh:
+    """This process among the others. Made by `join`.
+
+    Ranks are those of the job, `num_nodes` the hosts that divide an expert group evenly;
+    `group_ranks` are the ones of this rank's expert group, `group` is
+    their process group, and `ep_rank` the place among them.
+    """
+
+    def __init__(self, parallel: Parallel, device: torch.device) -> None:
+        self.parallel = parallel
+        self.device = device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.ep_size = parallel.expert_parallel_size
+        self.ep_rank = self.rank % self.ep_size
+        first = self.rank - self.ep_rank
+        self.group_ranks = range(first, first + self.ep_size)
+        on_host = _int("LOCAL_WORLD_SIZE", self.world_size)
+        self.num_nodes = self.ep_size // on_host if self.ep_size % on_host == 0 else 1
+        store = _get_default_store()
+        # Ranks make their meshes in the same order.
+        number = store.add(f"moezoo/meshes/{self.rank}", 1)
+        own = PrefixStore(f"moezoo/{number}", store.clone())  # type: ignore[attr-defined]
+        self.watch = Watch(own, self.rank, self.world_size, timeout=parallel.timeout)
+        self.agree(
+            {"moezoo": __version__, "torch": torch.__version__, "device": device.type}
+            | {f"Parallel.{f.name}": getattr(parallel, f.name) for f in fields(parallel)}
+        )
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        with self.watch.named("making the process groups"):
+            self.group = _own_group(self.rank, self.world_size, self.ep_size, backend, parallel)
+
+    def agree(self, facts: Mapping[str, object]) -> None:
+        """Raise ExpertMapError, on every rank, unless all of them have the same facts."""
+        texts = self.watch.exchange(
+            "comparing versions and options", json.dumps(facts, default=str, sort_keys=True)
+        )
+        first, *others = map(json.loads, texts)
+        for rank, theirs in enumerate(others, 1):
+            for name in first.keys() | theirs.keys():
+                if first.get(name) != theirs.get(name):
+                    raise ExpertMapError(
+                        f"{name} is {first.get(name)} on rank 0 and {theirs.get(name)} on rank "
+                        f"{rank}; start all ranks with the same program, packages and files"
+                    )
+
+    def together(self, doing: str) -> AbstractContextManager[None]:
+        """The block ends when all ranks are through theirs; one that fails ends it on all, with
+        RankError on the others."""
+        return self.watch.together(doing)
+
+    def named_faults(self, doing: str) -> AbstractContextManager[None]:
+        """An error of torch.distributed in the block becomes a RankError that names ranks of this
+        group which are gone or behind."""
+        return self.watch.named(doing, self.group_ranks)
+
+    def all_to_all(
+        self,
+        rows: Tensor,
+        doing: str,
+        *,
+        sent: Sequence[int] | None = None,
+        received: Sequence[int] | None = None,
+    ) -> "Pending":
+        """rows [S, W] -> [S', W]: `sent` of them to each rank of the group, in their order, and
+        `received` from each; the same number for all where None."""
+        size = len(rows) if received is None else sum(received)
+        result = rows.new_empty(size, *rows.shape[1:])
+        sizes = None if received is None else list(received), None if sent is None else list(sent)
+        return self._begin(
+            doing, dist.all_to_all_single, result, _octets(result), _octets(rows), *sizes
+        )
+
+    def all_gather(self, rows: Tensor, doing: str) -> "Pending":
+        """rows [C, W], as many on every rank -> [R * C, W]."""
+        result = rows.new_empty(self.ep_size * len(rows), *rows.shape[1:])
+        return self._begin(doing, _all_gather, result, _octets(result), _octets(rows))
+
+    def all_reduce(self, tensor: Tensor, doing: str) -> "Pending":
+        """The sum over the group, in place of `tensor`; the same bits on every rank."""
+        return self._begin(doing, dist.all_reduce, tensor, tensor)
+
+    def _begin(self, doing: str, collective: Any, result: Tensor, *args: Any) -> "Pending":
+        self.watch.begins(doing)
+        with self.named_faults(doing):
+            work = collective(*args, group=self.group, async_op=True)
+        return Pending(self, work, doing, result, args)
+
+
+class Pending:
+    """A collective under way."""
+
+    def __init__(self, mesh: Mesh, work: Any, doing: str, result: Tensor, held: object) -> None:
+        self._mesh, self._work, self._doing, self._result = mesh, work, doing, result
+        self._held = held  # what is read and written until then
+
+    def wait(self) -> Tensor:
+        """Its result: on a GPU what is launched from now on sees it, and the host does not wait."""
+        with self._mesh.named_faults(self._doing):
+            self._work.wait()
+        self._held = None
+        return self._result
+
+
+def join(parallel: Parallel, device: torch.device | str | None = None) -> Mesh:
+    """This process as one of the job's ranks; torch.distributed is initialised if it is not.
+
+    The device is by default the GPU of this process's place on its host (LOCAL_RANK), so it is for
+    "cuda".
+
+    Raises ExpertMapError where the number of processes is no multiple of the expert-parallel size,
+    or versions or options differ between ranks, and RankError where a rank does not come.
+    """
+    device = _device_of_rank(device)
+    world_size = dist.get_world_size() if dist.is_initialized() else _int("WORLD_SIZE", 1)
+    if world_size % parallel.expert_parallel_size:
+        raise ExpertMapError(
+            f"expert_parallel_size is {parallel.expert_parallel_size}, and there "
+            f"{'is 1 process' if world_size == 1 else f'are {world_size} processes'}: start them "
+            f"with torchrun --nproc-per-node {parallel.expert_parallel_size}, or a multiple of it"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        _initialise(parallel, device)
+    return Mesh(parallel, device)
+
+
+def _initialise(parallel: Parallel, device: torch.device) -> None:
+    options: dict[str, Any] = {
+        "backend": "nccl" if device.type == "cuda" else "gloo",
+        "timeout": timedelta(seconds=max(parallel.timeout, _START)),
+    }
+    if device.type == "cuda":
+        options["device_id"] = device
+    if "RANK" in os.environ:
+        dist.init_process_group(**options)
+    else:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(store=store, rank=0, world_size=1, **options)
+
+
+def _own_group(
+    rank: int, world_size: int, size: int, backend: str, parallel: Parallel
+) -> dist.ProcessGroup:
+    """Of all expert groups, which every rank has to make, the one of this rank."""
+    groups = [
+        dist.new_group(
+            list(range(first, first + size)),
+            timeout=timedelta(seconds=parallel.timeout),
+            backend=backend,
+        )
+        for first in range(0, world_size, size)
+    ]
+    return groups[rank // size]
+
+
+def _device_of_rank(device: torch.device | str | None) -> torch.device:
+    asked = None if device is None else torch.device(device)
+    if asked is None:
+        asked = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if asked.type == "cuda" and asked.index is None and "LOCAL_RANK" in os.environ:
+        asked = torch.device("cuda", _int("LOCAL_RANK", 0))
+    return device_of(asked)
+
+
+def _int(variable: str, default: int) -> int:
+    return int(os.environ.get(variable, default))
+
+
+def _octets(tensor: Tensor) -> Tensor:
+    """The bytes, as not every backend carries every dtype."""
+    return tensor.view(torch.uint8)

@@ -1,0 +1,85 @@
+"""Where the experts of a model are: slots, those of rank 0 first.
+
+Legend: L MoE layers, E experts, P slots (E and redundant ones), R ranks.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from moezoo.errors import ExpertMapError
+from moezoo.parallel.placement import STRATEGIES, Placement, experts_of_rank
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The expert of each slot in each MoE layer, and the slots of each rank."""
+
+    num_experts: int
+    layers: tuple[int, ...]
+    """The decoder's layers that have experts, [L]."""
+    bounds: tuple[int, ...]
+    """[R + 1]: slots bounds[r] to bounds[r + 1] are rank r's."""
+    physical_to_logical_map: Tensor
+    """int64 [L, P]."""
+
+    @classmethod
+    def of(
+        cls,
+        placement: str | os.PathLike[str] | Sequence[Sequence[int]],
+        num_experts: int,
+        layers: Sequence[int],
+        num_ranks: int,
+    ) -> "Slots":
+        """By a strategy of `experts_of_rank`, or by a placement file.
+
+        Raises ExpertMapError for what does not fit the model or the ranks, OSError without a file.
+        """
+        if isinstance(placement, os.PathLike) or (
+            isinstance(placement, str) and placement not in STRATEGIES
+        ):
+            if not os.path.exists(placement):
+                raise ExpertMapError(
+                    f"placement is {os.fspath(placement)!r}, expected "
+                    f"{' or '.join(map(repr, STRATEGIES))}, a list of experts for each rank, or "
+                    "the path of a placement file"
+                )
+            return cls.placed(Placement.load(placement), num_experts, layers, num_ranks)
+        ranks = [experts_of_rank(num_experts, num_ranks, r, placement) for r in range(num_ranks)]
+        bounds = [0]
+        for experts in ranks:
+            bounds.append(bounds[-1] + len(experts))
+        slots = torch.tensor([expert for experts in ranks for expert in experts])
+        return cls(num_experts, tuple(layers), tuple(bounds), slots.repeat(len(layers), 1))
+
+    @classmethod
+    def placed(
+        cls, placement: Placement, num_experts: int, layers: Sequence[int], num_ranks: int
+    ) -> "Slots":
+        """Raises ExpertMapError unless it was made for such a model on so many ranks."""
+        placement.check_model(num_experts, layers, num_ranks)
+        slots = placement.physical_to_logical_map
+        size = slots.shape[1] // num_ranks
+        bounds = tuple(range(0, size * num_ranks + 1, size))
+        return cls(num_experts, tuple(layers), bounds, slots)
+
+    def of_rank(self, rank: int) -> dict[int, list[int]]:
+        """Layer of the decoder -> the experts of this rank, in the order of its rows."""
+        held = self.physical_to_logical_map[:, self.bounds[rank] : self.bounds[rank + 1]]
+        return dict(zip(self.layers, held.tolist(), strict=True))
+
+    @property
+    def num_redundant(self) -> int:
+        return self.physical_to_logical_map.shape[1] - self.num_experts
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells other maps from this one, for messages too."""
+        described = repr((self.layers, self.bounds, self.physical_to_logical_map.tolist()))
+        sizes = "+".join(str(b - a) for a, b in pairwise(self.bounds))
+        return f"slots {sizes} of hash {sha256(described.encode()).hexdigest()[:12]}"
