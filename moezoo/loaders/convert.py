@@ -10,7 +10,6 @@ import re
 import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +39,7 @@ from moezoo.loaders.weights import (
     with_one_order,
 )
 from moezoo.loaders.written import Writing, Written, describe_, warn_of_schemes
+from moezoo.version import __version__
 
 CARD = "README.md"
 _KEPT = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*")
@@ -285,7 +285,7 @@ def _card(checkpoint: Checkpoint, before: str, done: Conversion) -> str:
     section = f"""\
 ## Quantisation
 
-Written by moezoo {version("moezoo")} from {source}.
+Written by moezoo {__version__} from {source}.
 
 | | |
 |---|---|

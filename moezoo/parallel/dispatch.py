@@ -52,9 +52,28 @@ class _Ranks:
 class AllGather(_Ranks):
     """All ranks have the same tokens; each answers for its experts, and the answers are summed."""
 
+    _compared = False
+
     def dispatch(self, x: Tensor, topk_weights: Tensor, slots: Tensor) -> Flight:
+        """Raises ValueError, on every rank, where the first tokens of all are not the same."""
         _refuse_gradient(x)
+        if not self._compared and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._compare(x)
+            self._compared = True
         return _Shared(self, x, topk_weights, slots)
+
+    def _compare(self, x: Tensor) -> None:
+        """Other tokens on each rank would give sums that mean nothing, without any error."""
+        count = torch.tensor(len(x), dtype=torch.float64, device=x.device)
+        own = torch.stack((count, x.double().sum()))[None]
+        sums = self.mesh.all_gather(own, "comparing tokens").wait()
+        differs = (sums.view(torch.int64) != own.view(torch.int64)).any(1).tolist()
+        if any(differs):
+            raise ValueError(
+                f"rank {self.mesh.group_ranks[differs.index(True)]} has other tokens than rank "
+                f"{self.mesh.rank}, and dispatch='all_gather' is for the same ones on all ranks; "
+                "give all the same inputs, or use dispatch='all_to_all'"
+            )
 
 
 class _Shared:

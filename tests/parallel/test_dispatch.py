@@ -209,3 +209,19 @@ def alone(rank: int) -> None:
 
 def test_one_rank_capacity_and_gradients() -> None:
     results(1, alone)
+
+
+def other_tokens(rank: int) -> str:
+    mesh = join(Parallel(3), "cpu")
+    x, weights, slots = tokens(3, 6, 2, torch.float32)
+    x[2, 5] += float(rank == 1)
+    with pytest.raises(ValueError, match="all_gather") as caught:
+        AllGather(mesh, (0, 2, 4, 6)).dispatch(x, weights, slots)
+    return str(caught.value)
+
+
+def test_ranks_that_should_have_the_same_tokens() -> None:
+    first, second, third = results(3, other_tokens)
+    assert "rank 1 has other tokens than rank 0" in first
+    assert "rank 0 has other tokens than rank 1" in second
+    assert "rank 1 has other tokens than rank 2" in third

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from configurations import GPT_OSS, reference
 from hub_stand_in import Hub, serve
 from huggingface_hub import constants
 from ranks import results
@@ -152,6 +153,16 @@ def test_quantised(folders: dict[str, Path], tmp_path: Path) -> None:
         saved = tmp_path / kind
         load(folders["deepseek_v3"], quantization=kind).save_pretrained(saved)
         check(saved, [size], RANKS)
+
+
+def test_stacked_experts_with_biases(tmp_path: Path) -> None:
+    """gpt-oss: all experts of a layer in one tensor, as they are and in mxfp4."""
+    config = GPT_OSS | {"hidden_size": 64, "intermediate_size": 64}
+    reference("gpt_oss", config).save_pretrained(tmp_path / "plain")
+    load(tmp_path / "plain", quantization="mxfp4").save_pretrained(tmp_path / "mxfp4")
+    size = {"expert_parallel_size": RANKS}
+    for folder in ("plain", "mxfp4"):
+        check(tmp_path / folder, [size, size | {"placement": [[4, 1], [0], [3, 2]]}], RANKS)
 
 
 def read_work(rank: int, folder: Path, case: dict[str, Any]) -> tuple[int, int, list[int]]:

@@ -1,0 +1,3 @@
+"""The package's version, where it stands once."""
+
+__version__ = "0.1.0"
