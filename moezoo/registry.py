@@ -22,11 +22,13 @@ ARCHITECTURES = {
     "glm4_moe": "glm4_moe",
     "glm4_moe_lite": "glm4_moe_lite",
     "granitemoe": "granitemoe",
+    "granitemoehybrid": "granitemoehybrid",
     "granitemoeshared": "granitemoe",
     "hunyuan_v1_moe": "hunyuan_v1_moe",
     "hy_v3": "hy_v3",
     "gpt_oss": "gpt_oss",
     "kimi_k2": "deepseek_v3",
+    "lfm2_moe": "lfm2_moe",
     "llama4_text": "llama4_text",
     "mellum": "mellum",
     "mimo_v2_flash": "mimo_v2_flash",
@@ -35,7 +37,11 @@ ARCHITECTURES = {
     "olmoe": "olmoe",
     "phimoe": "phimoe",
     "qwen2_moe": "qwen2_moe",
+    "qwen3_5_moe": "qwen3_5_moe",
+    "qwen3_5_moe_text": "qwen3_5_moe",
     "qwen3_moe": "qwen3_moe",
+    "qwen3_next": "qwen3_next",
+    "qwen3_vl_moe": "qwen3_vl_moe",
     "solar_open": "solar_open",
 }
 """`model_type` of a config -> name of the module in `moezoo.models`."""
@@ -48,6 +54,9 @@ def list_architectures() -> list[str]:
 
 def architecture(model_type: str) -> ModuleType:
     """The module of a model type: `build(config)`, `CHECKPOINT` and `ASSUMES`.
+
+    Where the checkpoints are of a multimodal model, `text_config(raw)` is the config.json that its
+    text model alone would have.
 
     Raises `UnsupportedArchitectureError` for a model type that is not in the table.
     """

@@ -4,6 +4,7 @@ Legend: B batch, T new tokens, S keys (cached and new), Hq query heads, Hk key h
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from moezoo.layers.kernels.windows import Chunked, first_key
 from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.rope import Rotate, Rotation, rotate_half
+from moezoo.layers.states import StateLayer, cache_states, cached_states, no_states
 
 
 class LayerCache(Protocol):
@@ -226,6 +228,15 @@ class Context(Protocol):
         """The same with keys [B, Hq, S, D] and values [B, Hq, S, Dv] of all tokens."""
         ...
 
+    def recur(
+        self, layer: StateLayer, inputs: tuple[torch.Tensor, ...], layer_idx: int
+    ) -> torch.Tensor:
+        """What `layer.mix` makes of inputs [B, T, ..] -> [B, T, ..], going on from the states.
+
+        Afterwards the states are those of the sequences with their new tokens.
+        """
+        ...
+
     def real_tokens(self) -> torch.Tensor | None:
         """bool [B * T], False for a place that no token fills; None where tokens fill all."""
         ...
@@ -296,6 +307,23 @@ class DenseContext:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
     ) -> torch.Tensor:
         return attend(q.transpose(1, 2), k, v, self.mask, scale=scale).transpose(1, 2)
+
+    def recur(
+        self, layer: StateLayer, inputs: tuple[torch.Tensor, ...], layer_idx: int
+    ) -> torch.Tensor:
+        states = None if self.cache is None else cached_states(self.cache, layer_idx)
+        if states is None:
+            states = no_states(layer, len(inputs[0]), inputs[0])
+        out, states = layer.mix(inputs, states, self._real)
+        if self.cache is not None:
+            cache_states(self.cache, layer_idx, states)
+        return out
+
+    @cached_property
+    def _real(self) -> torch.Tensor | None:
+        """`real_tokens` as [B, T]."""
+        real = self.real_tokens()
+        return None if real is None or real.all() else real.view(-1, self.mask.length)
 
     def real_tokens(self) -> torch.Tensor | None:
         visible = self.mask.visible

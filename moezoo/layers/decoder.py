@@ -199,10 +199,18 @@ def pre_norm_decoder(
     windows = [getattr(layer.attn, "window", None) for layer in layers]
     if any(window is not None and window < 1 for window in windows):
         raise UnsupportedArchitectureError.of_field(config, "sliding_window", "1 or more")
-    slides = [_kind(window) for window in windows]
+    kinds = [
+        getattr(layer.attn, "kind", _kind(window))
+        for layer, window in zip(layers, windows, strict=True)
+    ]
     if getattr(config, "layer_types", None) is not None:
-        if config.layer_types != slides:
-            raise UnsupportedArchitectureError.of_field(config, "layer_types", str(slides))
+        if config.layer_types != kinds:
+            raise UnsupportedArchitectureError.of_field(config, "layer_types", str(kinds))
+        if not any("attention" in kind and kind != "linear_attention" for kind in kinds):
+            # Nothing would know how long a sequence is.
+            raise UnsupportedArchitectureError.of_field(
+                config, "layer_types", "a layer of attention or more"
+            )
     elif getattr(config, "sliding_window", None) is not None and None in windows:
         raise UnsupportedArchitectureError.of_field(config, "sliding_window", "None")
 

@@ -1,10 +1,12 @@
 """Granite 3 MoE (IBM, 2024), also with a shared expert: multipliers in four places."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import GraniteMoeConfig, GraniteMoeSharedConfig
+from torch import nn
+from transformers import GraniteMoeConfig, GraniteMoeSharedConfig, PreTrainedConfig
 
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import Context, GroupedQueryAttention
@@ -45,19 +47,13 @@ class ScaledLayer(DecoderLayer):
         return normed.sum, update
 
 
-def build(config: GraniteMoeConfig | GraniteMoeSharedConfig) -> Decoder:
+def granite_decoder(
+    config: PreTrainedConfig, attention: Callable[[int], nn.Module], shared_size: int
+) -> Decoder:
+    """Of `attention(layer_idx)` and mixtures, with a shared expert unless `shared_size` is 0."""
     for field in MULTIPLIERS:
         if not isinstance(getattr(config, field), int | float):
             raise UnsupportedArchitectureError.of_field(config, field, "a number")
-    shared_size = getattr(config, "shared_intermediate_size", 0)
-
-    def attention(layer_idx: int) -> GroupedQueryAttention:
-        return grouped_queries(
-            config,
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
-            scale=config.attention_multiplier,
-        )
 
     def feed_forward(layer_idx: int) -> FusedMoE:
         shared = None
@@ -87,6 +83,23 @@ def build(config: GraniteMoeConfig | GraniteMoeSharedConfig) -> Decoder:
             logit_scale=1 / config.logits_scaling,
         ),
     )
+
+
+def granite_attention(config: PreTrainedConfig, **options: Any) -> GroupedQueryAttention:
+    return grouped_queries(
+        config,
+        qkv_bias=config.attention_bias,
+        out_bias=config.attention_bias,
+        scale=config.attention_multiplier,
+        **options,
+    )
+
+
+def build(config: GraniteMoeConfig | GraniteMoeSharedConfig) -> Decoder:
+    def attention(layer_idx: int) -> GroupedQueryAttention:
+        return granite_attention(config)
+
+    return granite_decoder(config, attention, getattr(config, "shared_intermediate_size", 0))
 
 
 MOE = "model.layers.{L}.block_sparse_moe"

@@ -21,10 +21,10 @@ from moezoo import registry
 from moezoo.errors import CheckpointError, ExpertMapError, MoEZooError, QuantizationError
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder
-from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.moe import FusedMoE, workspace_bytes
 from moezoo.layers.moe.chunks import CHUNK_TOKENS
 from moezoo.layers.quant import Format
+from moezoo.layers.states import state_bytes
 from moezoo.loaders.checkpoint import Checkpoint, open_config
 from moezoo.loaders.dense import kept, quantized_linears
 from moezoo.loaders.encodings import Encoding
@@ -99,6 +99,8 @@ class Report:
     active_parameters: int | None = None
     """What a token passes through: all but the experts that it is not sent to."""
     kv_cache_bytes_per_token: int | None = None
+    state_bytes_per_sequence: int | None = None
+    """Of layers that keep a state instead of keys and values; 0 where there are none."""
     sliding_windows: Mapping[int, int] = field(default_factory=dict)
     """Window -> number of layers whose cache stops growing there."""
     weight_bytes: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
@@ -272,6 +274,7 @@ def _of_decoder(report: Report, decoder: Decoder, dtype: torch.dtype) -> Report:
         parameters=parameters,
         active_parameters=active,
         kv_cache_bytes_per_token=sum(map(_kv_width, attentions)) * dtype.itemsize,
+        state_bytes_per_sequence=state_bytes(attentions, dtype),
         sliding_windows=dict(windows),
         weight_bytes=weight_bytes,
     )
@@ -324,13 +327,9 @@ def _workspace_bytes(
     )
 
 
-def _kv_width(attention: object) -> int:
+def _kv_width(attention: Any) -> int:
     """Numbers cached a token."""
-    if isinstance(attention, GroupedQueryAttention):
-        _, keys, values = attention.qkv.part_sizes
-        return keys + values
-    assert isinstance(attention, MultiHeadLatentAttention)
-    return sum(attention.kv_a.part_sizes)
+    return sum(heads * width for heads, width in attention.cache_shapes)
 
 
 def _biases(moe: FusedMoE) -> int:
@@ -430,6 +429,8 @@ def _facts(report: Report) -> Table:
         row("layer workspace", f"{_size(experts.workspace_bytes)} per {CHUNK_TOKENS} tokens")
     if report.kv_cache_bytes_per_token is not None:
         row("KV cache", f"{report.kv_cache_bytes_per_token:,} bytes per token")
+    if report.state_bytes_per_sequence:
+        row("states", f"{report.state_bytes_per_sequence:,} bytes per sequence")
     for window, layers in report.sliding_windows.items():
         row("sliding window", f"{window} tokens in {layers} layers")
     return table

@@ -60,6 +60,12 @@ MIXTRAL = COMMON | {
     "num_experts_per_tok": 2,
     "bos_token_id": None,
 }
+MROPE = {
+    "rope_type": "default",
+    "rope_theta": 200.0,
+    "mrope_section": [2, 1, 1],
+    "mrope_interleaved": True,
+}
 QWEN3 = COMMON | {
     "hidden_size": 20,
     "intermediate_size": 18,
@@ -256,6 +262,50 @@ LLAMA4 = COMMON | {
     "attention_chunk_size": 5,
     "bos_token_id": None,
 }
+# A delta net's output is normalised. With random weights a query may be all but orthogonal to the
+# keys, and a small epsilon then makes rounding errors large, whoever computes it.
+QWEN3_NEXT = COMMON | {
+    "rms_norm_eps": 1e-2,
+    "hidden_size": 20,
+    "intermediate_size": 18,
+    "moe_intermediate_size": 10,
+    "shared_expert_intermediate_size": 14,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 5,
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+}
+HYBRID = GRANITE | {
+    "num_hidden_layers": 4,
+    "layer_types": ["mamba", "mamba", "attention", "mamba"],
+    "shared_intermediate_size": 18,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 10,
+    "mamba_d_state": 7,
+    "mamba_n_groups": 2,
+    "rms_norm_eps": 1e-2,
+}
+FULL, LINEAR, CONV = "full_attention", "linear_attention", "conv"
+LFM2 = COMMON | {
+    "hidden_size": 20,
+    "intermediate_size": 18,
+    "moe_intermediate_size": 10,
+    "num_hidden_layers": 4,
+    "layer_types": [CONV, CONV, FULL, CONV],
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_dense_layers": 1,
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+}
 
 CONFIGURATIONS: dict[str, dict[str, Config]] = {
     "mixtral": {
@@ -305,6 +355,94 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
             "sliding_window": 6,
         },
         "longrope": QWEN3 | {"rope_parameters": longrope(4, factor=3.0)},
+    },
+    "lfm2_moe": {
+        "biased": LFM2,
+        "no-bias-raw-weights-tied": LFM2
+        | {
+            "use_expert_bias": False,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": True,
+            "conv_L_cache": 4,
+            "norm_eps": 1e-2,
+        },
+        "scaled-one-weight": LFM2
+        | {
+            "layer_types": [FULL, CONV, CONV],
+            "num_hidden_layers": 3,
+            "num_dense_layers": 0,
+            "num_experts_per_tok": 1,
+            "routed_scaling_factor": 1.7,
+            "conv_L_cache": 1,
+            "num_key_value_heads": 2,
+        },
+        "yarn": LFM2 | {"rope_parameters": ROPE["yarn"], "num_experts_per_tok": 6},
+        "dynamic": LFM2 | {"max_position_embeddings": 9, "rope_parameters": ROPE["dynamic"]},
+    },
+    "qwen3_next": {
+        "one-in-four": QWEN3_NEXT,
+        "as-many-keys-tied": QWEN3_NEXT
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": [FULL, LINEAR, LINEAR],
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 3,
+            "linear_conv_kernel_dim": 3,
+            "tie_word_embeddings": True,
+        },
+        "bias-wide-conv": QWEN3_NEXT
+        | {
+            "num_hidden_layers": 2,
+            "layer_types": [LINEAR, FULL],
+            "attention_bias": True,
+            "linear_conv_kernel_dim": 7,
+            "linear_num_key_heads": 1,
+            "rms_norm_eps": 1e-5,
+        },
+        "dense-between-raw-weights": QWEN3_NEXT
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": [LINEAR, FULL, LINEAR],
+            "mlp_only_layers": [1],
+            "norm_topk_prob": False,
+            "hidden_act": "gelu",
+        },
+        "step-half-rotated-conv1": QWEN3_NEXT
+        | {
+            "num_hidden_layers": 2,
+            "layer_types": [LINEAR, FULL],
+            "decoder_sparse_step": 2,
+            "linear_conv_kernel_dim": 1,
+            "num_experts_per_tok": 1,
+            "rope_parameters": ROPE["yarn"] | {"partial_rotary_factor": 0.5},
+        },
+        "dynamic": QWEN3_NEXT
+        | {
+            "num_hidden_layers": 2,
+            "layer_types": [LINEAR, FULL],
+            "max_position_embeddings": 9,
+            "rope_parameters": ROPE["dynamic"] | {"partial_rotary_factor": 0.25},
+        },
+    },
+    "qwen3_5_moe_text": {
+        "one-in-four": QWEN3_NEXT,
+        "full-first-tied": QWEN3_NEXT
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": [FULL, LINEAR, LINEAR],
+            "linear_num_key_heads": 3,
+            "linear_value_head_dim": 9,
+            "tie_word_embeddings": True,
+        },
+        "bias-all-experts-yarn": QWEN3_NEXT
+        | {
+            "num_hidden_layers": 2,
+            "layer_types": [LINEAR, FULL],
+            "attention_bias": True,
+            "num_experts_per_tok": 7,
+            "linear_conv_kernel_dim": 2,
+            "rope_parameters": ROPE["yarn"] | {"partial_rotary_factor": 1.0},
+        },
     },
     "olmoe": {
         "full-width-norm": OLMOE,
@@ -526,6 +664,30 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
     "granitemoeshared": {
         "shared": GRANITE | {"shared_intermediate_size": 18},
         "none-shared": GRANITE | {"shared_intermediate_size": 0, "rms_norm_eps": 1e-2},
+    },
+    "granitemoehybrid": {
+        "unrotated": HYBRID,
+        "rotated-one-group-tied": HYBRID
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": ["attention", "mamba", "mamba"],
+            "position_embedding_type": "rope",
+            "mamba_n_groups": 1,
+            "mamba_conv_bias": False,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-5,
+        },
+        "bias-short-conv-chunks-of-3": HYBRID
+        | {
+            "num_hidden_layers": 2,
+            "layer_types": ["mamba", "attention"],
+            "attention_bias": True,
+            "mamba_d_conv": 2,
+            "mamba_chunk_size": 3,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 5,
+            "hidden_act": "gelu",
+        },
     },
     "ernie4_5_moe": {
         "shared": ERNIE,
@@ -762,6 +924,22 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
 }
 """`model_type` -> name -> what its transformers config is made from."""
 
+VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 20,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+MULTIMODAL: dict[str, Config] = {
+    "qwen3_5_moe": QWEN3_NEXT | {"rope_parameters": MROPE | {"partial_rotary_factor": 0.5}},
+    "qwen3_vl_moe": QWEN3
+    | {"moe_intermediate_size": 12, "rope_parameters": MROPE, "rms_norm_eps": 1e-3},
+}
+"""`model_type` of checkpoints whose text model runs -> its config."""
+
 TRANSFORMERS_TYPE = {"kimi_k2": "deepseek_v3"}
 """Model types that transformers does not know -> the type whose class it uses for them."""
 
@@ -783,12 +961,13 @@ def reference(model_type: str, config: Config, seed: int = 0) -> transformers.Pr
 def randomize(model: torch.nn.Module, seed: int) -> None:
     """Weights with which no norm is the identity, no bias small and no expert like another."""
     generator = torch.Generator().manual_seed(seed)
-    buffers = ((name, x) for name, x in model.named_buffers() if "correction_bias" in name)
+    biases = ("correction_bias", "expert_bias")
+    buffers = ((name, x) for name, x in model.named_buffers() if name.endswith(biases))
     for name, x in (*model.named_parameters(), *buffers):
         noise = torch.randn(x.shape, generator=generator)
         if name.endswith("norm.weight"):
             x.copy_(1 + 0.3 * noise)
-        elif name.endswith("correction_bias"):
+        elif name.endswith(biases):
             x.copy_(0.2 * noise)
         elif x.dim() == 1:
             x.copy_(0.5 * noise)

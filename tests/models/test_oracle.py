@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from configurations import CONFIGURATIONS, MIXTRAL, ROPE, reference
+from configurations import CONFIGURATIONS, MIXTRAL, MULTIMODAL, ROPE, reference
 from transformers import DynamicCache, PreTrainedModel
 
 import moezoo
@@ -103,7 +103,7 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 def test_every_registered_architecture_has_configurations() -> None:
-    assert set(list_architectures()) == set(CONFIGURATIONS)
+    assert set(list_architectures()) == {*CONFIGURATIONS, *MULTIMODAL}
 
 
 def test_logits(pair: Pair) -> None:

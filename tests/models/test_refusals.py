@@ -7,6 +7,7 @@ import torch
 import transformers
 from configurations import (
     CONFIGURATIONS,
+    MULTIMODAL,
     QWEN2,
     TRANSFORMERS_TYPE,
     longrope,
@@ -19,7 +20,15 @@ from moezoo.registry import architecture, build, list_architectures
 BASE = {model_type: next(iter(cases.values())) for model_type, cases in CONFIGURATIONS.items()}
 """The first of each architecture's configurations."""
 BASE["kimi_k2"] = BASE["deepseek_v3"]
-PARTIAL_ROTARY = {"glm4_moe", "minimax_m2"}
+PARTIAL_ROTARY = {"glm4_moe", "minimax_m2", "qwen3_next", "qwen3_5_moe_text"}
+
+REFUSED_BY_TRANSFORMERS = {
+    ("mellum", "num_hidden_layers"),
+    ("mimo_v2_flash", "num_hidden_layers"),
+    ("lfm2_moe", "num_hidden_layers"),
+    ("granitemoehybrid", "num_hidden_layers"),
+    ("granitemoehybrid", "hidden_size"),
+}
 
 EVERYWHERE: dict[str, dict[str, Any]] = {
     "hidden_act": {"hidden_act": "mish"},
@@ -55,6 +64,26 @@ FIELDS = [
             "sliding_window": 4,
         },
     ),
+    ("lfm2_moe", "layer_types", {"layer_types": ["conv"] * 4}),
+    ("lfm2_moe", "layer_types", {"layer_types": None}),
+    ("lfm2_moe", "layer_types", {"layer_types": ["conv", "linear_attention"] * 2}),
+    ("granitemoehybrid", "layer_types", {"layer_types": ["linear_attention"] * 4}),
+    ("granitemoehybrid", "mamba_proj_bias", {"mamba_proj_bias": True}),
+    ("granitemoehybrid", "mamba_n_groups", {"mamba_n_groups": 3}),
+    ("granitemoehybrid", "mamba_d_state", {"mamba_d_state": 0}),
+    ("granitemoehybrid", "time_step_limit", {"time_step_limit": (0.1, 2.0)}),
+    ("granitemoehybrid", "num_local_experts", {"num_local_experts": 0}),
+    ("lfm2_moe", "conv_bias", {"conv_bias": True}),
+    ("lfm2_moe", "conv_L_cache", {"conv_L_cache": 0}),
+    ("lfm2_moe", "num_experts_per_tok", {"num_experts_per_tok": 8}),
+    ("lfm2_moe", "num_dense_layers", {"num_dense_layers": -1}),
+    ("qwen3_next", "layer_types", {"layer_types": ["linear_attention"] * 4}),
+    ("qwen3_next", "layer_types", {"layer_types": ["full_attention", "sliding_attention"] * 2}),
+    ("qwen3_next", "linear_num_value_heads", {"linear_num_value_heads": 5}),
+    ("qwen3_next", "linear_conv_kernel_dim", {"linear_conv_kernel_dim": 0}),
+    ("qwen3_5_moe_text", "layer_types", {"layer_types": ["conv"] * 4}),
+    ("qwen3_5_moe_text", "linear_key_head_dim", {"linear_key_head_dim": 0}),
+    ("qwen3_5_moe_text", "num_experts_per_tok", {"num_experts_per_tok": 8}),
     ("olmoe", "sliding_window", {"sliding_window": 4}),
     ("olmoe", "head_dim", {"head_dim": 8}),
     ("deepseek_v2", "sliding_window", {"sliding_window": 4}),
@@ -206,13 +235,13 @@ def refusal(model_type: str, **changes: Any) -> str:
 
 
 def test_every_architecture_is_here() -> None:
-    assert set(BASE) == set(list_architectures())
+    assert {*BASE, *MULTIMODAL} == set(list_architectures())
 
 
 @pytest.mark.parametrize("field", EVERYWHERE)
 @pytest.mark.parametrize("model_type", BASE)
 def test_everywhere(model_type: str, field: str) -> None:
-    if field == "num_hidden_layers" and model_type in ("mellum", "mimo_v2_flash"):
+    if (model_type, field) in REFUSED_BY_TRANSFORMERS:
         pytest.skip("transformers refuses it")
     if (model_type, field) == ("hy_v3", "output_router_logits"):
         pytest.skip("its release has it")

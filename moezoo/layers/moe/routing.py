@@ -61,6 +61,7 @@ def grouped_topk(
     scoring: Scoring = "softmax",
     correction_bias: Tensor | None = None,
     renormalize: bool,
+    epsilon: float = 1e-20,
     scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The k best experts of the `topk_groups` best out of `num_groups` groups of neighbours.
@@ -72,7 +73,7 @@ def grouped_topk(
     the chosen groups score 0. With one (DeepSeek-V3) the bias is added to the scores for the choice
     alone: a group is worth the sum of its two best biased scores, the experts outside the chosen
     groups score -inf, and the weights are the unbiased scores. `renormalize` divides the weights by
-    their sum + 1e-20; `scaling` multiplies them last.
+    their sum + `epsilon`; `scaling` multiplies them last.
 
     Raises ValueError if the groups do not divide the experts, or k or topk_groups is out of range.
     """
@@ -97,7 +98,7 @@ def grouped_topk(
                 correction_bias=correction_bias,
                 num_groups=num_groups,
                 topk_groups=topk_groups,
-                epsilon=1e-20,
+                epsilon=epsilon,
                 scaling=scaling,
             )
     scores = _scores(logits, scoring)
@@ -116,7 +117,7 @@ def grouped_topk(
         weights = scores.gather(-1, ids)
 
     if renormalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        weights = weights / (weights.sum(-1, keepdim=True) + epsilon)
     if scaling != 1.0:
         weights = weights * scaling
     return weights, ids.int()
