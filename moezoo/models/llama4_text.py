@@ -17,7 +17,7 @@ from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import topk_sigmoid
 from moezoo.layers.norm import NormOfSum, handed_to
 from moezoo.layers.rope import Rotation, rotate_interleaved, unrotated
-from moezoo.loaders.mapping import Rule
+from moezoo.loaders.mapping import Rule, Skip
 from moezoo.models.attentions import head_width
 from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
 from moezoo.models.names import ATTENTION, DECODER, gated_mlp
@@ -120,7 +120,7 @@ def build(config: Llama4TextConfig) -> Decoder:
 MLP = "model.layers.{L}.feed_forward"
 EXPERTS = f"{MLP}.experts"
 
-CHECKPOINT = (
+CHECKPOINT: tuple[Rule | Skip, ...] = (
     *DECODER,
     *ATTENTION,
     *gated_mlp("layers.{L}.mlp", MLP),

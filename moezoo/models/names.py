@@ -138,3 +138,22 @@ def of_text_model(rules: Sequence[Rule | Skip]) -> tuple[Rule | Skip, ...]:
         if isinstance(rule, Rule) and rule.sources[0].startswith("model.")
     )
     return (*inner, Skip("model.visual.{*}", "the model of images"))
+
+
+def inside(prefix: str, rules: Sequence[Rule | Skip]) -> tuple[Rule | Skip, ...]:
+    """The rules where every name of the checkpoint begins with `prefix` and a dot."""
+    return tuple(
+        Rule(
+            rule.target,
+            *(f"{prefix}.{source}" for source in rule.sources),
+            shard=rule.shard,
+            view=rule.view,
+        )
+        if isinstance(rule, Rule)
+        else Skip(
+            f"{prefix}.{rule.pattern}",
+            rule.reason,
+            marks=tuple(f"{prefix}.{mark}" for mark in rule.marks),
+        )
+        for rule in rules
+    )

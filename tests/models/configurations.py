@@ -924,7 +924,7 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
 }
 """`model_type` -> name -> what its transformers config is made from."""
 
-VISION = {
+QWEN_VISION = {
     "depth": 1,
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -933,7 +933,28 @@ VISION = {
     "num_position_embeddings": 16,
     "deepstack_visual_indexes": [0],
 }
+VISION: dict[str, Config] = {
+    "kimi_k25": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    },
+    "llama4": {
+        "hidden_size": 16,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vision_output_dim": 16,
+        "projector_input_dim": 16,
+        "projector_output_dim": 16,
+    },
+    "qwen3_5_moe": QWEN_VISION,
+    "qwen3_vl_moe": QWEN_VISION,
+}
 MULTIMODAL: dict[str, Config] = {
+    "kimi_k25": DEEPSEEK_V3 | {"rope_parameters": ROPE["yarn-mscale-all"]},
+    "llama4": LLAMA4,
     "qwen3_5_moe": QWEN3_NEXT | {"rope_parameters": MROPE | {"partial_rotary_factor": 0.5}},
     "qwen3_vl_moe": QWEN3
     | {"moe_intermediate_size": 12, "rope_parameters": MROPE, "rms_norm_eps": 1e-3},
