@@ -32,6 +32,7 @@ ARCHITECTURES = {
     "lfm2_moe": "lfm2_moe",
     "llama4": "llama4",
     "llama4_text": "llama4_text",
+    "longcat_flash": "longcat_flash",
     "mellum": "mellum",
     "mimo_v2_flash": "mimo_v2_flash",
     "minimax_m2": "minimax_m2",

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moezoo.device import runs_kernels
 from moezoo.generation.pages import PAGE_SIZE, num_pages
@@ -29,7 +29,9 @@ Window = int | None
 
 
 def attentions(decoder: Decoder) -> list[Any]:
-    return [layer.attn for layer in decoder.layers]
+    """In the order of their caches; a layer may have several."""
+    layers = (layer.attn for layer in decoder.layers)
+    return [one for own in layers for one in (own if isinstance(own, nn.ModuleList) else [own])]
 
 
 def windows(decoder: Decoder) -> list[Window]:
@@ -160,7 +162,7 @@ class PagedContext:
                 self.rotation,
                 self.slots[None],
                 pages.keys,
-                norm_weight=attention.kv_norm.weight,
+                norm_weight=attention.kv_norm.scale,
                 eps=attention.kv_norm.eps,
                 interleaved=attention.rotate is rotate_interleaved,
                 out=q[0],

@@ -3,7 +3,7 @@
 Legend: B batch, T new tokens, H hidden, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -75,7 +75,7 @@ class Decoder(nn.Module):
         self,
         vocab_size: int,
         hidden_size: int,
-        layers: list[DecoderLayer],
+        layers: Sequence[nn.Module],
         *,
         norm: RMSNorm,
         rope: RotaryEmbedding | RotaryEmbeddings,

@@ -19,6 +19,7 @@ from torch import nn
 
 from moezoo import registry
 from moezoo.errors import CheckpointError, ExpertMapError, MoEZooError, QuantizationError
+from moezoo.generation.paged import attentions
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.moe import FusedMoE, workspace_bytes
@@ -257,10 +258,9 @@ def _of_decoder(report: Report, decoder: Decoder, dtype: torch.dtype) -> Report:
         active = parameters - sum(map(_idle, moe_layers))
         rest = all_bytes - in_experts * dtype.itemsize
         weight_bytes = _weight_bytes(moe_layers, rest, dtype)
-    attentions = [layer.attn for layer in decoder.layers]
     windows = Counter(
         attention.window
-        for attention in attentions
+        for attention in attentions(decoder)
         if isinstance(attention, GroupedQueryAttention) and attention.window is not None
     )
     return replace(
@@ -273,8 +273,8 @@ def _of_decoder(report: Report, decoder: Decoder, dtype: torch.dtype) -> Report:
         experts=experts,
         parameters=parameters,
         active_parameters=active,
-        kv_cache_bytes_per_token=sum(map(_kv_width, attentions)) * dtype.itemsize,
-        state_bytes_per_sequence=state_bytes(attentions, dtype),
+        kv_cache_bytes_per_token=sum(map(_kv_width, attentions(decoder))) * dtype.itemsize,
+        state_bytes_per_sequence=state_bytes(attentions(decoder), dtype),
         sliding_windows=dict(windows),
         weight_bytes=weight_bytes,
     )

@@ -306,6 +306,27 @@ LFM2 = COMMON | {
     "tie_word_embeddings": False,
     "bos_token_id": None,
 }
+LONGCAT: Config = {
+    "vocab_size": 61,
+    "max_position_embeddings": 64,
+    "hidden_size": 20,
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 18,
+    "q_lora_rank": 11,
+    "kv_lora_rank": 7,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 8,
+    "head_dim": 8,
+    "v_head_dim": 5,
+    "n_routed_experts": 7,
+    "zero_expert_num": 4,
+    "moe_topk": 3,
+    "expert_ffn_hidden_size": 64,
+    "routed_scaling_factor": 3.5,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
 
 CONFIGURATIONS: dict[str, dict[str, Config]] = {
     "mixtral": {
@@ -811,6 +832,26 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
             "num_hidden_layers": 3,
             "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
             "rope_parameters": ROPE["yarn"],
+        },
+    },
+    "longcat_flash": {
+        "zero-experts": LONGCAT,
+        "none-do-nothing": LONGCAT
+        | {
+            "zero_expert_num": 0,
+            "num_layers": 1,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-2,
+            "rope_parameters": ROPE["yarn-mscale-all"],
+        },
+        "most-do-nothing-k9": LONGCAT
+        | {
+            "zero_expert_num": 9,
+            "n_routed_experts": 2,
+            "moe_topk": 9,
+            "kv_lora_rank": 24,
+            "expert_ffn_hidden_size": 10,
         },
     },
     "mellum": {

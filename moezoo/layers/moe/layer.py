@@ -217,16 +217,22 @@ class FusedMoE(nn.Module):
         topk_weights, topk_ids = self.route(logits)
         if self.record is not None:
             self.record(topk_weights, topk_ids)
+        return self.routed(tokens, topk_weights, topk_ids).view(x.shape)
+
+    def routed(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """The weighted sum of the chosen experts, and of the shared ones: x [T, H] -> [T, H].
+
+        An id of -1 is no expert.
+        """
         if self.physical_ids is not None:
             topk_ids = self.physical_ids(topk_ids)
         if self.dispatcher is not None:
-            y = self.dispatched(tokens, topk_weights, topk_ids, beside=self.shared)
-            return y.view(x.shape)
-        y = self.experts(tokens, topk_weights, topk_ids)
+            return self.dispatched(x, topk_weights, topk_ids, beside=self.shared)
+        y = self.experts(x, topk_weights, topk_ids)
         if self.shared is not None:
             adds = getattr(self.shared, "adds", False) and not is_hooked(self.shared)
-            y = self.shared(tokens, y) if adds else y + self.shared(tokens)
-        return y.view(x.shape)
+            y = self.shared(x, y) if adds else y + self.shared(x)
+        return y
 
     def router_logits(self, x: Tensor | NormOfSum) -> Tensor:
         """x [.., H] -> [T, E] fp32, computed in fp32: 16-bit logits would swap close experts."""
