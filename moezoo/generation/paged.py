@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moezoo.device import runs_kernels
 from moezoo.generation.pages import PAGE_SIZE, num_pages
 from moezoo.layers.attention import CausalMask, GroupedQueryAttention, Keys, attend
+from moezoo.layers.chosen_keys import Chooser, attend_to_chosen
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.kernels.windows import first_key
 from moezoo.layers.mla import MultiHeadLatentAttention
@@ -153,7 +154,7 @@ class PagedContext:
         self, attention: MultiHeadLatentAttention, q: Tensor, latents: Tensor, layer_idx: int
     ) -> tuple[Tensor, Keys]:
         pages = self.cache.layers[layer_idx]
-        if runs_kernels(latents):
+        if runs_kernels(latents) and attention.has_usual_latents:
             from moezoo.layers.kernels.latent_store import latent_store
 
             latent_store(
@@ -169,7 +170,10 @@ class PagedContext:
             )
             return q, pages
         stored = attention.stored(latents, self.rotation)
-        pages.keys.index_copy_(0, self.slots[None], stored[0, :, None])
+        slots, rows = self.slots[None], stored[0, :, None]
+        if slots.is_cuda:
+            slots, rows = slots[slots >= 0], rows[slots >= 0]
+        pages.keys.index_copy_(0, slots, rows)
         return attention.rotated(q, self.rotation), pages
 
 
@@ -228,6 +232,17 @@ class DecodeContext(PagedContext):
         v = k if keys.values is None else keys.values[index].transpose(1, 2)
         out = attend(q.squeeze(0).unsqueeze(2), k, v, mask, scale=scale, sinks=sinks)
         return out[..., :value_dim].squeeze(2).unsqueeze(0)
+
+    def attend_to_chosen(
+        self, q: Tensor, keys: Keys, chooser: Chooser, *, scale: float, value_dim: int
+    ) -> Tensor:
+        index, mask = self._padded[None]
+        stored = keys.keys[index].squeeze(2)
+        chooser = chooser.transposed()
+        allowed = mask(stored.shape[1], None)
+        q = q.transpose(0, 1)
+        out = attend_to_chosen(q, stored, allowed, chooser, scale=scale, dim=value_dim)
+        return out.transpose(0, 1)
 
     def recur(self, layer: StateLayer, inputs: tuple[Tensor, ...], layer_idx: int) -> Tensor:
         states = tuple(state[: len(self.lengths)] for state in self.cache.states[layer_idx])

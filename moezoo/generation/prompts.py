@@ -16,6 +16,7 @@ from moezoo.device import to_device
 from moezoo.generation.paged import PagedCache, PagedContext, Window, slots_of
 from moezoo.generation.pages import PAGE_SIZE
 from moezoo.layers.attention import CausalMask, Keys, attend
+from moezoo.layers.chosen_keys import Chooser, attend_to_chosen
 from moezoo.layers.kernels.windows import first_key
 from moezoo.layers.rope import Rotation
 from moezoo.layers.states import StateLayer, States
@@ -202,10 +203,27 @@ def _rectangle(found: Sequence[tuple[int, Chunk]], device: torch.device) -> Rect
     )
 
 
-class PromptStates(PagedContext):
-    """How chunks of prompts go through layers with a state: as rectangles."""
+class ChunkContext(PagedContext):
+    """How chunks of prompts go through layers that take them one by one, or with a state: as
+    rectangles."""
 
     chunks: Sequence[Chunk]
+
+    def _attend_to_chosen(
+        self, q: Tensor, stored: Sequence[Tensor], chooser: Chooser, scale: float, dim: int
+    ) -> Tensor:
+        """q [1, T, N, D], stored [S_b, ..] of each sequence."""
+        attended, start = [], 0
+        for chunk, keys in zip(self.chunks, stored, strict=True):
+            tokens = slice(start, start + len(chunk.tokens))
+            mask = CausalMask(chunk.start, len(chunk.tokens), q.device)
+            allowed = mask(len(keys), None)
+            own = chooser.of(tokens)
+            attended.append(
+                attend_to_chosen(q[:, tokens], keys[None], allowed, own, scale=scale, dim=dim)
+            )
+            start = tokens.stop
+        return torch.cat(attended, 1)
 
     def recur(self, layer: StateLayer, inputs: tuple[Tensor, ...], layer_idx: int) -> Tensor:
         kept = self.cache.states[layer_idx]
@@ -229,7 +247,7 @@ class PromptStates(PagedContext):
 
 
 @dataclass(frozen=True)
-class PromptContext(PromptStates):
+class PromptContext(ChunkContext):
     """Chunks of prompts on a GPU, their tokens at `positions` int [1, T].
 
     `packed_slots` has the slots of all keys, int64 [S], sequence by sequence, for attention that
@@ -274,6 +292,13 @@ class PromptContext(PromptStates):
             sinks=sinks,
         )[None]
 
+    def attend_to_chosen(
+        self, q: Tensor, keys: Keys, chooser: Chooser, *, scale: float, value_dim: int
+    ) -> Tensor:
+        slots = self.packed_slots.split([chunk.end for chunk in self.chunks])
+        stored = [keys.keys[own].squeeze(1) for own in slots]
+        return self._attend_to_chosen(q, stored, chooser, scale, value_dim)
+
     def attend_to(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         from moezoo.layers.kernels.prompt_attention import prompt_attention
 
@@ -282,7 +307,7 @@ class PromptContext(PromptStates):
 
 
 @dataclass(frozen=True)
-class TorchPromptContext(PromptStates):
+class TorchPromptContext(ChunkContext):
     """Chunks of prompts, in torch.
 
     `chunks` have their tokens at `positions` int [1, T]; seen[window] has the slots of all keys of
@@ -323,6 +348,12 @@ class TorchPromptContext(PromptStates):
         else:
             v = [keys.values[slots] for slots in self.seen[window]]
         return self._attend(q, k, v, window, scale, sinks)
+
+    def attend_to_chosen(
+        self, q: Tensor, keys: Keys, chooser: Chooser, *, scale: float, value_dim: int
+    ) -> Tensor:
+        stored = [keys.keys[slots].squeeze(1) for slots in self.seen[None]]
+        return self._attend_to_chosen(q, stored, chooser, scale, value_dim)
 
     def attend_to(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         lengths = [len(slots) for slots in self.seen[None]]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from moezoo.layers.chosen_keys import Chooser, attend_to_chosen
 from moezoo.layers.kernels.windows import Chunked, first_key
 from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
@@ -228,6 +229,13 @@ class Context(Protocol):
         """The same with keys [B, Hq, S, D] and values [B, Hq, S, Dv] of all tokens."""
         ...
 
+    def attend_to_chosen(
+        self, q: torch.Tensor, keys: Keys, chooser: Chooser, *, scale: float, value_dim: int
+    ) -> torch.Tensor:
+        """`attend` to those keys alone that the `chooser` chooses, by what is behind the numbers
+        of keys that q is multiplied with."""
+        ...
+
     def recur(
         self, layer: StateLayer, inputs: tuple[torch.Tensor, ...], layer_idx: int
     ) -> torch.Tensor:
@@ -307,6 +315,13 @@ class DenseContext:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
     ) -> torch.Tensor:
         return attend(q.transpose(1, 2), k, v, self.mask, scale=scale).transpose(1, 2)
+
+    def attend_to_chosen(
+        self, q: torch.Tensor, keys: Keys, chooser: Chooser, *, scale: float, value_dim: int
+    ) -> torch.Tensor:
+        stored = keys.keys.squeeze(1)
+        allowed = self.mask(stored.shape[1], None)
+        return attend_to_chosen(q, stored, allowed, chooser, scale=scale, dim=value_dim)
 
     def recur(
         self, layer: StateLayer, inputs: tuple[torch.Tensor, ...], layer_idx: int

@@ -327,6 +327,15 @@ LONGCAT: Config = {
     "eos_token_id": None,
     "bos_token_id": None,
 }
+DSA = LATENT | {
+    "n_shared_experts": 1,
+    "n_group": 3,
+    "topk_group": 2,
+    "index_topk": 5,
+    "index_head_dim": 12,
+    "index_n_heads": 9,
+    "head_dim": 8,
+}
 
 CONFIGURATIONS: dict[str, dict[str, Config]] = {
     "mixtral": {
@@ -852,6 +861,38 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
             "moe_topk": 9,
             "kv_lora_rank": 24,
             "expert_ffn_hidden_size": 10,
+        },
+    },
+    "deepseek_v32": {
+        "five-keys": DSA,
+        "yarn-bias-listed": DSA
+        | {
+            "attention_bias": True,
+            "rope_parameters": ROPE["yarn-mscale-all"],
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "index_topk": 3,
+            "index_head_dim": 8,
+        },
+        "most-keys-tied": DSA
+        | {
+            "index_topk": 11,
+            "tie_word_embeddings": True,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "rms_norm_eps": 1e-2,
+        },
+    },
+    "glm_moe_dsa": {
+        "five-keys": DSA | {"n_group": 1, "topk_group": 1},
+        "wide-bias": DSA
+        | {
+            "kv_lora_rank": 24,
+            "attention_bias": True,
+            "index_topk": 2,
+            "index_head_dim": 20,
+            "first_k_dense_replace": 0,
+            "routed_scaling_factor": 1.7,
         },
     },
     "mellum": {
