@@ -1,6 +1,6 @@
 """Root-mean-square normalisation (Zhang and Sennrich, 2019), and layer normalisation."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -24,12 +24,17 @@ class RMSNorm(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
+    @property
+    def scale(self) -> torch.Tensor:
+        """What the normalised numbers are multiplied with, [dim]."""
+        return self.weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_cpu:
-            return F.rms_norm(x, (self.dim,), self.weight, self.eps)
+            return F.rms_norm(x, (self.dim,), self.scale, self.eps)
         # On a CPU torch's rms_norm is ten operations, its layer_norm is one. The numbers of (x, -x)
         # have mean 0 and variance mean(x^2). In a small model that is 27 us a token instead of 50.
-        one = self.weight
+        one = self.scale
         weight = torch.cat((one, one))
         both = torch.layer_norm(torch.cat((x, -x), -1), weight.shape, weight, None, self.eps)
         return both.narrow(-1, 0, self.dim)
@@ -42,7 +47,7 @@ class RMSNorm(nn.Module):
             from moezoo.layers.kernels.add_norm import add_rms_norm
 
             rows = None if update is None else update.reshape(-1, self.dim)
-            normed, total = add_rms_norm(x.reshape(-1, self.dim), rows, self.weight, self.eps)
+            normed, total = add_rms_norm(x.reshape(-1, self.dim), rows, self.scale, self.eps)
             return normed.view(x.shape), total.view(x.shape)
         if update is not None:
             x = x + update
@@ -90,7 +95,7 @@ class NormOfSum:
         return {
             "x": self._x.reshape(-1, self._norm.dim),
             "update": None if self._update is None else self._update.reshape(-1, self._norm.dim),
-            "norm_weight": self._norm.weight,
+            "norm_weight": self._norm.scale,
             "eps": self._norm.eps,
         }
 
@@ -101,16 +106,36 @@ class NormOfSum:
         self._normed = None if normed is None else normed.view(shape)
 
 
+class ZeroCenteredRMSNorm(RMSNorm):
+    """y = x / sqrt(mean(x^2) + eps) * (1 + weight), as Gemma and Qwen3-Next have it.
+
+    The sum is fp32: in 16 bits it would lose the last digits of the weight.
+    """
+
+    initial_values: ClassVar[dict[str, float]] = {"weight": 0.0}
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    @property
+    def scale(self) -> torch.Tensor:
+        return 1 + self.weight.float()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
 class LayerNorm(RMSNorm):
     """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias (Ba et al., 2016)."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, eps: float, *, bias: bool = True) -> None:
         super().__init__(dim, eps)
-        self.bias = nn.Parameter(torch.zeros(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, (self.dim,), self.weight, self.bias, self.eps)

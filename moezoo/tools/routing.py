@@ -216,7 +216,7 @@ def record_routing(
         tuple(layers),
         {},
         model=model.config.name_or_path,
-        experts_per_token=model.config.num_experts_per_tok,
+        experts_per_token=max(layer.router.keywords["k"] for layer in layers.values()),
         expert_bytes=_nbytes(layers.values()),
     )
     trace._recorder = recorder

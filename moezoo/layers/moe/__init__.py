@@ -12,7 +12,13 @@ from moezoo.layers.moe.layer import (
 )
 from moezoo.layers.moe.permute import combine, permute
 from moezoo.layers.moe.recording import RoutingRecorder
-from moezoo.layers.moe.routing import biased_topk, grouped_topk, softmax_topk, sparsemixer
+from moezoo.layers.moe.routing import (
+    biased_topk,
+    grouped_topk,
+    softmax_topk,
+    sparsemixer,
+    topk_sigmoid,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -31,5 +37,6 @@ __all__ = [
     "permute",
     "softmax_topk",
     "sparsemixer",
+    "topk_sigmoid",
     "workspace_bytes",
 ]

@@ -5,6 +5,7 @@ Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per toke
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -192,6 +193,13 @@ class FusedMoE(nn.Module):
         """Those of all ranks that a token can choose from."""
         return self.gate.shape[0]
 
+    @property
+    def router(self) -> partial[tuple[Tensor, Tensor]]:
+        """The function that `route` is made of, with its settings; k is one of them."""
+        function = self.route.fn if isinstance(self.route, nn.Module) else self.route
+        assert isinstance(function, partial), "routes are partial(function, k=..., ...)"
+        return function
+
     def expert_tensors(self) -> list[Tensor]:
         """All that the experts of this process consist of: parameters [E', ..], a row for each."""
         return [
@@ -214,16 +222,22 @@ class FusedMoE(nn.Module):
         topk_weights, topk_ids = self.route(logits)
         if self.record is not None:
             self.record(topk_weights, topk_ids)
+        return self.routed(tokens, topk_weights, topk_ids).view(x.shape)
+
+    def routed(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """The weighted sum of the chosen experts, and of the shared ones: x [T, H] -> [T, H].
+
+        An id of -1 is no expert.
+        """
         if self.physical_ids is not None:
             topk_ids = self.physical_ids(topk_ids)
         if self.dispatcher is not None:
-            y = self.dispatched(tokens, topk_weights, topk_ids, beside=self.shared)
-            return y.view(x.shape)
-        y = self.experts(tokens, topk_weights, topk_ids)
+            return self.dispatched(x, topk_weights, topk_ids, beside=self.shared)
+        y = self.experts(x, topk_weights, topk_ids)
         if self.shared is not None:
             adds = getattr(self.shared, "adds", False) and not is_hooked(self.shared)
-            y = self.shared(tokens, y) if adds else y + self.shared(tokens)
-        return y.view(x.shape)
+            y = self.shared(x, y) if adds else y + self.shared(x)
+        return y
 
     def router_logits(self, x: Tensor | NormOfSum) -> Tensor:
         """x [.., H] -> [T, E] fp32, computed in fp32: 16-bit logits would swap close experts."""
