@@ -335,6 +335,8 @@ class Engine:
     def _capture(self, batch: int, sampler: Sampler | None) -> tuple[Any, Tensor]:
         state = [self.ids, self.lengths, *([] if sampler is None else sampler.state())]
         before = [x.clone() for x in state]
+        # A state would go on by a token that is not one: without lengths no row is used.
+        self.lengths.zero_()
         recorded = self._record(lambda: self._step(batch, sampler))
         for x, old in zip(state, before, strict=True):
             x.copy_(old)
