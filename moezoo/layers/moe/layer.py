@@ -4,6 +4,7 @@ Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per toke
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -48,6 +49,10 @@ class Flight(Protocol):
 
 class Dispatcher(Protocol):
     """Carries tokens to the ranks that hold their experts, and their outputs back."""
+
+    def passing(self, num_tokens: int) -> AbstractContextManager[None]:
+        """The block is a forward pass over so many tokens of this rank, or none. Every rank begins
+        it at the same time; what they agree on then they need not in each layer."""
 
     def dispatch(self, x: Tensor, topk_weights: Tensor, slots: Tensor) -> Flight:
         """x [T, H], topk_weights fp32 [T, K], slots int32 [T, K]: physical experts, counted over
