@@ -162,9 +162,10 @@ class Engine:
     def _records(self, sizes: Sizes, *, fresh: bool) -> bool:
         """Whether a pass may be a graph: its shapes follow from its sizes alone, on all ranks."""
         unfolds = self._unfolds and not fresh
+        alike = self.peers is None or self.peers.alike
         return (
             self.captures
-            and (self.peers is None or self.peers.alike)
+            and alike
             and sizes.tokens <= GRAPH_TOKENS
             and not (unfolds or any(self.cache.states))
         )
@@ -375,6 +376,8 @@ class Engine:
     def _capture(self, batch: int, sampler: Sampler | None) -> tuple[Any, Tensor]:
         state = [self.ids, self.lengths, *([] if sampler is None else sampler.state())]
         before = [x.clone() for x in state]
+        # A state would go on by a token that is not one: without lengths no row is used.
+        self.lengths.zero_()
         recorded = self._record(lambda: self._step(batch, sampler))
         for x, old in zip(state, before, strict=True):
             x.copy_(old)

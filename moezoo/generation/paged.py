@@ -138,9 +138,10 @@ class PagedContext:
                 pages.values,
                 num_heads=attention.num_heads,
                 num_kv_heads=attention.num_kv_heads,
-                q_weight=None if norms[0] is None else norms[0].scale,
-                k_weight=None if norms[1] is None else norms[1].scale,
+                q_weight=None if norms[0] is None else norms[0].weight,
+                k_weight=None if norms[1] is None else norms[1].weight,
                 eps=0.0 if norms[0] is None else norms[0].eps,
+                offset=0.0 if norms[0] is None else norms[0].offset,
                 clip=attention.clip,
                 interleaved=attention.rotate is rotate_interleaved,
             )
