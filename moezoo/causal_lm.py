@@ -1,5 +1,6 @@
 """The shell around a decoder that transformers, and all that is written for it, can use."""
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +27,7 @@ from moezoo.generation.engine import EngineKeeper, supports
 from moezoo.generation.paged import windows
 from moezoo.layers.attention import CausalMask, DenseContext, visible_tokens
 from moezoo.layers.decoder import Decoder
+from moezoo.layers.moe import FusedMoE, OverriddenRouting, RoutingOverride
 from moezoo.loaders.save import save_pretrained
 from moezoo.parallel.mesh import Mesh
 
@@ -106,6 +108,54 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         raise ValueError(
             "transformers' paged cache does not fit moezoo's layers; use moezoo.generate(...)"
         )
+
+    def set_routing(
+        self,
+        *,
+        force: Collection[int] = (),
+        ban: Collection[int] = (),
+        bias: Mapping[int, float] | None = None,
+        k: int | None = None,
+        layers: Collection[int] | None = None,
+    ) -> OverriddenRouting:
+        """Change which experts tokens go to, until `undo()` or the end of a `with` block.
+
+            with model.set_routing(ban=[3], k=2):
+                model.generate(...)
+
+        Generation has to begin and end on the same side of the change. Where experts are divided
+        over ranks, every rank has to make the same one.
+
+        Args:
+            force: every token goes to these experts, which weigh as much as the one that it would
+                have liked best; the rest of its k experts are its own choice.
+            ban: no token goes to these.
+            bias: is added to the router's logits of these experts.
+            k: experts a token.
+            layers: the decoder's layers that are changed; by default all that have experts.
+
+        Raises:
+            ValueError: there is no such expert or layer, too few are left, or a change is in force.
+        """
+        with_experts = {
+            i: layer.mlp
+            for i, layer in enumerate(self.decoder.layers)
+            if isinstance(layer.mlp, FusedMoE)
+        }
+        chosen = with_experts.keys() if layers is None else layers
+        if missing := sorted(set(chosen) - with_experts.keys()):
+            raise ValueError(
+                f"layers: layer {missing[0]} has no experts; those with experts are "
+                f"{', '.join(map(str, with_experts))}"
+            )
+        if any(layer.reroute is not None for layer in with_experts.values()):
+            raise ValueError("the routing is changed already; undo() that first")
+        overrides = {
+            with_experts[i]: RoutingOverride(with_experts[i], force=force, ban=ban, bias=bias, k=k)
+            for i in chosen
+        }
+        # Steps that were captured as graphs route as they did then.
+        return OverriddenRouting(overrides, changed=self._engines.release)
 
     @staticmethod
     def create_masks_for_generate(

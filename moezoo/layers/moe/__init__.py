@@ -10,6 +10,7 @@ from moezoo.layers.moe.layer import (
     Flight,
     FusedMoE,
 )
+from moezoo.layers.moe.override import OverriddenRouting, RoutingOverride
 from moezoo.layers.moe.permute import combine, permute
 from moezoo.layers.moe.recording import RoutingRecorder
 from moezoo.layers.moe.routing import biased_topk, grouped_topk, softmax_topk, sparsemixer
@@ -23,6 +24,8 @@ __all__ = [
     "Flight",
     "FusedMoE",
     "Gating",
+    "OverriddenRouting",
+    "RoutingOverride",
     "RoutingRecorder",
     "biased_topk",
     "combine",

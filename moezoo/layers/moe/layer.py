@@ -124,6 +124,8 @@ class FusedMoE(nn.Module):
         self.route = route
         self.shared = shared
         self.dispatcher = dispatcher
+        self.reroute: Route | None = None
+        """Called in the place of `route`, while somebody experiments with it."""
         self.record: Record | None = None
         """Called with topk_weights and topk_ids [T, K] of each forward pass."""
         self.physical_ids: Callable[[Tensor], Tensor] | None = None
@@ -206,7 +208,7 @@ class FusedMoE(nn.Module):
         logits = self.router_logits(x)
         x = normed(x)
         tokens = x.reshape(-1, x.shape[-1])
-        topk_weights, topk_ids = self.route(logits)
+        topk_weights, topk_ids = (self.reroute or self.route)(logits)
         if self.record is not None:
             self.record(topk_weights, topk_ids)
         if self.physical_ids is not None:
