@@ -308,8 +308,12 @@ def _add_routing(commands: Any) -> None:
         "--input", required=True, metavar="FILE", help="JSON lines as generate takes; - is stdin"
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help="the trace, as safetensors"
+        "--output", type=Path, metavar="FILE", help="keep the trace there, as safetensors"
     )
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="a page about it, which needs no other file"
+    )
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     at_least_1 = _number(int, 1)
     parser.add_argument(
         "--max-new-tokens",
@@ -814,7 +818,7 @@ def _routing(arguments: argparse.Namespace) -> int:
     from moezoo.loaders.checkpoint import open_checkpoint
     from moezoo.tools.routing import record_routing
 
-    _require_folder(arguments, "output", "plot")
+    _require_folder(arguments, "output", "plot", "html")
     prompts, problems = _prompts(arguments)
     for problem in problems:
         _say(f"skipped {problem}")
@@ -847,13 +851,22 @@ def _routing(arguments: argparse.Namespace) -> int:
             if completion.error is not None:
                 num_failed += 1
                 _say(f"prompt {completion.id!r} failed: {completion.error}")
-    with naming(arguments.output):
-        trace.save(arguments.output)
+    if arguments.output is not None:
+        with naming(arguments.output):
+            trace.save(arguments.output)
+    if arguments.html is not None:
+        with naming(arguments.html):
+            arguments.html.write_text(trace.html(), encoding="utf-8")
     _save_plot(arguments.plot, trace)
-    if not arguments.quiet:
-        with naming("stdout"):
+    with naming("stdout"):
+        if arguments.json:
+            print(json.dumps(trace.to_dict(), indent=2))
+        elif not arguments.quiet:
             Console().print(trace)
-        _say(f"{arguments.output}: {len(prompts) - num_failed} prompts, {num_failed} failed")
+    if not arguments.quiet:
+        files = [str(path) for path in (arguments.output, arguments.html, arguments.plot) if path]
+        written = f"; written: {', '.join(files)}" if files else ""
+        _say(f"{len(prompts) - num_failed} prompts, {num_failed} failed{written}")
     return PARTLY if num_failed or problems else DONE
 
 

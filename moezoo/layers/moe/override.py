@@ -43,7 +43,9 @@ class RoutingOverride:
         k: int | None = None,
     ) -> None:
         bias = bias or {}
-        fn = layer.route.fn if isinstance(layer.route, BiasedRoute | BiasedLogits) else layer.route
+        fn: Callable[..., tuple[Tensor, Tensor]] = layer.route
+        if isinstance(layer.route, BiasedRoute | BiasedLogits):
+            fn = layer.route.fn
         keywords = fn.keywords if isinstance(fn, partial) else {}
         if "k" not in keywords:
             raise ValueError(
@@ -129,7 +131,9 @@ def _check(
     for name, experts in (("force", force), ("ban", ban), ("bias", bias)):
         for expert in experts:
             if not 0 <= expert < num_experts:
-                raise ValueError(f"{name}: there is no expert {expert}, only 0 to {num_experts - 1}")
+                raise ValueError(
+                    f"{name}: there is no expert {expert}, only 0 to {num_experts - 1}"
+                )
     if both := set(force) & (set(ban) | set(bias)):
         raise ValueError(f"expert {min(both)} is forced, so it can be neither banned nor biased")
     if both := set(ban) & set(bias):
