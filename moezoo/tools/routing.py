@@ -70,6 +70,12 @@ class RoutingTrace:
         self._recorder: RoutingRecorder | None = None
 
     @property
+    def model_name(self) -> str:
+        """A hub id as it is, of a folder its own name."""
+        name = str(self.about.get("model") or "a model")
+        return os.path.basename(name.rstrip(os.sep)) if os.path.isabs(name) else name
+
+    @property
     def expert_load(self) -> Tensor:
         """int64 [L, E]: tokens that went to each expert."""
         return self._read()["expert_load"]
@@ -204,7 +210,7 @@ class RoutingTrace:
         return figure
 
     def __rich__(self) -> Table:
-        table = Table(title=f"Routing of {self.about.get('model', 'a model')}")
+        table = Table(title=f"Routing of {self.model_name}")
         names = ("layer", "tokens", "busiest expert", "over mean", "entropy", "without a token")
         for name in names:
             table.add_column(name, justify="right")

@@ -59,7 +59,7 @@ COLD, EVEN, HOT = (33, 102, 172), (240, 240, 240), (202, 79, 27)
 
 def page(trace: "RoutingTrace") -> str:
     """The page, complete from <!doctype html> on."""
-    name = escape(str(trace.about.get("model") or "a model"))
+    name = escape(trace.model_name)
     parts = [
         f"<h1>Routing of {name}</h1>",
         *_figures(trace),
