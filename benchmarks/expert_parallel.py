@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 benchmarks/expert_parallel.py [--model FOLDER ..]
 
+`pack`: what a rank does with tokens before and after they travel, over the bandwidth of a copy.
 `correctness`: logits of trained checkpoints and of a few layers of Qwen3-30B-A3B beside one GPU's,
 for every placement, dispatch and quantisation. `layer`: an MoE layer's time by tokens of a rank,
 alone, as a job of one rank and over all ranks, with the bytes that a rank sends over what the wire
@@ -37,10 +38,17 @@ from moezoo import Parallel
 from moezoo.causal_lm import MoECausalLM
 from moezoo.layers.moe import FusedMoE
 from moezoo.parallel.dispatch import AllToAll
+from moezoo.parallel.pack import (
+    destinations,
+    fp8_rows,
+    from_fp8_rows,
+    pack_order,
+    sum_answers,
+)
 from moezoo.parallel.placement import Placement
 from moezoo.parallel.sharding import moe_layers
 
-SECTIONS = ("correctness", "layer", "eplb")
+SECTIONS = ("correctness", "pack", "layer", "eplb")
 TOKENS = (16, 64, 256, 1024, 4096, 16384)
 GRAPH_TOKENS = 256
 """Tokens of a rank up to which the layer is captured, with buffers of that size."""
@@ -294,6 +302,44 @@ def sent_bytes(moe: FusedMoE, x: Tensor) -> int:
     total = torch.tensor(rows * (2 * 2 * x.shape[1] + choices), device=x.device)
     dist.all_reduce(total)
     return int(total) // dist.get_world_size()
+
+
+PACK_SIZES = ((4096, 2048, 8), (16384, 2048, 8), (4096, 7168, 8), (16384, 7168, 8))
+"""Tokens, width of the model, experts a token."""
+PACK_RANKS = 8
+
+
+def pack(
+    args: argparse.Namespace, device: torch.device, left: Callable[[], float]
+) -> Iterator[dict[str, Any]]:
+    """Bytes a second that are read and written, for tokens that go to some of PACK_RANKS ranks."""
+    for tokens, hidden_size, k in PACK_SIZES:
+        if not everyone(left() > 5):
+            return
+        slots = torch.rand(tokens, 256, device=device).topk(k).indices.int()
+        owners = torch.arange(256, device=device) // (256 // PACK_RANKS)
+        there = destinations(slots, owners, PACK_RANKS)
+        num_rows = int(there.sum())
+        order, places = pack_order(there, num_rows, k)
+        x = torch.randn(tokens, hidden_size, device=device).bfloat16()
+        rows = x.index_select(0, order)
+        packed = fp8_rows(rows)
+        other = torch.empty_like(rows)
+        runs: dict[str, tuple[Callable[[], object], int]] = {
+            "copy": (partial(other.copy_, rows), 2 * rows.nbytes),
+            "pack": (partial(x.index_select, 0, order), x.nbytes + rows.nbytes),
+            "sum_answers": (partial(sum_answers, rows, places), x.nbytes + rows.nbytes),
+            "fp8_rows": (partial(fp8_rows, rows), rows.nbytes + packed.nbytes),
+            "from_fp8_rows": (
+                partial(from_fp8_rows, packed, hidden_size, x.dtype),
+                rows.nbytes + packed.nbytes,
+            ),
+        }
+        rates = {name: nbytes / replayed(run) for name, (run, nbytes) in runs.items()}
+        of_copy = {name: rate / rates["copy"] for name, rate in rates.items()}
+        yield {"tokens": tokens, "hidden_size": hidden_size, "rows": num_rows, **of_copy} | {
+            "copy": rates["copy"]
+        }
 
 
 EPLB_LAYERS = 8

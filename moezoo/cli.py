@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import moezoo
-from moezoo.errors import MoEZooError, naming
+from moezoo.errors import ExpertMapError, MoEZooError, RankError, naming
 
 if TYPE_CHECKING:
     from moezoo.generation.offline import Completion, Prompt
     from moezoo.loaders.checkpoint import Checkpoint
+    from moezoo.parallel.mesh import Parallel
+    from moezoo.tools.job import Job
 
 DONE, FAILED, USAGE, PARTLY, INTERRUPTED = 0, 1, 2, 3, 130
 QUANTIZATIONS = ("fp8_w8a8", "int8_w8a16", "int4_w4a16", "mxfp4")
@@ -34,6 +36,7 @@ MEASURED = ("fp8_w8a8", "fp8_w8a8_channel", "int8_w8a16", "int4_w4a16", "mxfp4")
 EPLB_POLICIES = ("default", "least_movement")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+DISPATCHES = ("all_to_all", "all_gather")
 
 _COMMON_CODES = """\
 exit codes:
@@ -64,13 +67,15 @@ OTHER_CODES = f"""\
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = _parser().parse_args(argv)
+    arguments.argv = sys.argv[1:] if argv is None else list(argv)
     try:
         code: int = arguments.run(arguments)
         with naming("stdout"):
             sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        _say("interrupted" + _how_to_go_on(arguments))
+        if _rank() == 0:
+            _say("interrupted" + _how_to_go_on(arguments))
         return INTERRUPTED
     except BrokenPipeError:
         # whoever read our output has gone; keep the interpreter from flushing into it at exit
@@ -79,8 +84,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MoEZooError, ValueError, OSError) as error:
         if arguments.debug:
             traceback.print_exc()
-        _say(f"error: {error}")
-        return USAGE if isinstance(error, ValueError) else FAILED
+        # Every rank has these.
+        if _rank() == 0 or not isinstance(error, ValueError | ExpertMapError):
+            _say(f"error: {error}")
+        if isinstance(error, RankError) and "RANK" in os.environ:
+            os._exit(FAILED)  # the GPU may wait for the lost rank, and a usual end for the GPU
+        return _code(error)
+
+
+def _code(error: Exception) -> int:
+    return USAGE if isinstance(error, ValueError) else FAILED
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
 
 
 def _how_to_go_on(arguments: argparse.Namespace) -> str:
@@ -92,7 +109,10 @@ def _how_to_go_on(arguments: argparse.Namespace) -> str:
 
 
 def _say(message: str) -> None:
-    print(f"moezoo: {message}", file=sys.stderr, flush=True)
+    place = f"rank {_rank()}: " if _rank() else ""
+    # At once, so that lines of several ranks do not mix.
+    sys.stderr.write(f"moezoo: {place}{message}\n")
+    sys.stderr.flush()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -231,6 +251,31 @@ def _add_generate(commands: Any) -> None:
     _add_quantization(running, "quantise the experts while they load (default: as stored)")
     running.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is one")
     running.add_argument("--quiet", action="store_true", help="no progress, only errors")
+    ranks = parser.add_argument_group(
+        "several GPUs",
+        "each of N processes has a part of the experts. They are started here, or were by\n"
+        "torchrun or accelerate launch (-m moezoo generate ..), on several hosts too",
+    )
+    ranks.add_argument(
+        "--expert-parallel", type=at_least_1, metavar="N", help="processes that share the experts"
+    )
+    ranks.add_argument(
+        "--dispatch",
+        choices=DISPATCHES,
+        help="all_to_all (default): each process completes prompts of its own; all_gather: all the "
+        "same prompts",
+    )
+    ranks.add_argument(
+        "--placement",
+        metavar="HOW",
+        help="of experts: linear (default), round_robin, or a file of moezoo eplb plan",
+    )
+    ranks.add_argument(
+        "--rank-timeout",
+        type=_number(float, 0.1),
+        metavar="S",
+        help="end with an error when a process is gone for so many seconds (default 60)",
+    )
 
 
 def _add_inspect(commands: Any) -> None:
@@ -504,8 +549,6 @@ def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], A
 
 def _generate(arguments: argparse.Namespace) -> int:
     from moezoo.generation.offline import check_options
-    from moezoo.generation.prompt_files import OutputFile
-    from moezoo.loaders.checkpoint import open_checkpoint
 
     options = _sampling_options(arguments)
     check_options(**options)
@@ -514,45 +557,142 @@ def _generate(arguments: argparse.Namespace) -> int:
     files = [os.path.realpath(file) for file in (arguments.input, arguments.output) if file]
     if len(files) > len(set(files)):
         raise ValueError(f"--input and --output are the same file, {arguments.output}")
-    prompts, problems = _prompts(arguments)
-    for problem in problems:
-        _say(problem if arguments.strict else f"skipped {problem}")
-    if problems and arguments.strict:
-        raise ValueError(f"{len(problems)} bad input lines and --strict: nothing was generated")
-    if not prompts:
-        raise ValueError("there is no prompt to complete")
-    _quieten_hub(arguments)
-    # Opened once, so that the fingerprint, the model and the tokenizer are of one commit.
-    checkpoint = open_checkpoint(
-        _model_id(arguments),
-        revision=arguments.revision,
-        local_files_only=arguments.local_files_only,
-    )
-    run = _fingerprint(checkpoint, arguments, options)
+    parallel = _parallel(arguments)
+    if parallel is None:
+        return _generate_alone(arguments, options, None)
+    if parallel.expert_parallel_size > 1 and "WORLD_SIZE" not in os.environ:
+        from moezoo.parallel.launch import launch
 
-    file = None
-    if arguments.output is not None:
-        file = OutputFile(arguments.output, prompts, run, overwrite=arguments.overwrite)
+        try:
+            return launch(parallel.expert_parallel_size, "moezoo", arguments.argv)
+        except KeyboardInterrupt:
+            return INTERRUPTED  # rank 0 has said so
+    from moezoo.parallel.mesh import join
+    from moezoo.tools.job import Job
+
+    job = Job(join(parallel, arguments.device))
+    with job.failing_together():
+        run = _generate_alone if job.leads else _generate_for_rank_0
+        code = run(arguments, options, job)
+    job.mesh.leave()
+    return code
+
+
+def _parallel(arguments: argparse.Namespace) -> Parallel | None:
+    given = {
+        name: getattr(arguments, option)
+        for name, option in (
+            ("dispatch", "dispatch"),
+            ("placement", "placement"),
+            ("timeout", "rank_timeout"),
+        )
+        if getattr(arguments, option) is not None
+    }
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if arguments.expert_parallel is None:
+        if world_size > 1:
+            raise ValueError(
+                f"there are {world_size} processes: say with --expert-parallel how many of them "
+                "share the experts, or start one process"
+            )
+        if given:
+            raise ValueError("--dispatch, --placement and --rank-timeout need --expert-parallel")
+        return None
+    from moezoo.parallel.mesh import Parallel
+
+    num_ranks = arguments.expert_parallel
+    if ":" in (arguments.device or "") and max(num_ranks, world_size) > 1:
+        raise ValueError(
+            f"--device {arguments.device} is one GPU, and each process takes its own: leave it out"
+        )
+    return Parallel(num_ranks, **given)
+
+
+def _generate_alone(arguments: argparse.Namespace, options: dict[str, Any], job: Job | None) -> int:
+    """In one process, or as the rank that reads and writes all."""
+    from moezoo.generation.prompt_files import OutputFile
+
+    with _told(job):
+        prompts, problems = _prompts(arguments)
+        for problem in problems:
+            _say(problem if arguments.strict else f"skipped {problem}")
+        if problems and arguments.strict:
+            raise ValueError(f"{len(problems)} bad input lines and --strict: nothing was generated")
+        if not prompts:
+            raise ValueError("there is no prompt to complete")
+        # Opened once, so that the fingerprint, the model and the tokenizer are of one commit.
+        checkpoint = _open(arguments)
+        run = _fingerprint(checkpoint, arguments, options)
+        file = None
+        if arguments.output is not None:
+            file = OutputFile(arguments.output, prompts, run, overwrite=arguments.overwrite)
     finished = {} if file is None else file.finished
     num_finished_before = len(finished)
+    pending = [prompt for prompt in prompts if prompt.id not in finished]
     with naming("stdout" if file is None else file.path), file or nullcontext():
-        if pending := [prompt for prompt in prompts if prompt.id not in finished]:
-            completions, streamed = _completions(checkpoint, arguments, pending, options)
+        if pending:
+            own = pending if job is None else job.deal(pending)
+            completions, streamed = _completions(checkpoint, arguments, own, options, job)
             write = _print(arguments, run, streamed) if file is None else file.write
             with _progress(arguments, len(prompts), num_finished_before) as advance:
-                for completion in completions:
+
+                def take(completion: Completion) -> None:
                     finished[completion.id] = completion.error is not None
                     write(completion)
                     advance(len(completion.token_ids))
                     if completion.error is not None:
                         _say(f"prompt {completion.id!r} failed: {completion.error}")
+
+                if job is not None:
+                    job.collect(completions, pending, take)
+                else:
+                    for completion in completions:
+                        take(completion)
     num_failed = sum(finished.values())
     if file is not None and not arguments.quiet:
         _say(
             f"{file.path}: {len(finished)} completions, {num_failed} of them failed, "
             f"{num_finished_before} were there before"
         )
-    return PARTLY if num_failed or problems else DONE
+    code = PARTLY if num_failed or problems else DONE
+    if job is not None:
+        (job.end if pending else job.begin)(code)
+    return code
+
+
+@contextmanager
+def _told(job: Job | None) -> Iterator[None]:
+    """Where the block fails, before there is anything to do, all ranks end with its exit code."""
+    try:
+        yield
+    except (MoEZooError, ValueError, OSError) as error:
+        if job is not None:
+            job.begin(_code(error))
+            job.mesh.leave()
+        raise
+
+
+def _generate_for_rank_0(arguments: argparse.Namespace, options: dict[str, Any], job: Job) -> int:
+    arguments.quiet = True
+    code = job.begin(None)
+    if code is None:
+        prompts = job.dealt()
+        completions, _ = _completions(_open(arguments), arguments, prompts, options, job)
+        job.hand_on(completions)
+        code = job.end(None)
+    assert code is not None
+    return code
+
+
+def _open(arguments: argparse.Namespace) -> Checkpoint:
+    from moezoo.loaders.checkpoint import open_checkpoint
+
+    _quieten_hub(arguments)
+    return open_checkpoint(
+        _model_id(arguments),
+        revision=arguments.revision,
+        local_files_only=arguments.local_files_only,
+    )
 
 
 def _quieten_hub(arguments: argparse.Namespace) -> None:
@@ -630,6 +770,7 @@ def _completions(
     arguments: argparse.Namespace,
     prompts: list[Prompt],
     options: dict[str, Any],
+    job: Job | None,
 ) -> tuple[Iterator[Completion], bool]:
     """Load the model; its completions as they finish, which they do as they are asked for.
 
@@ -639,11 +780,11 @@ def _completions(
 
     from moezoo.generation.offline import generate
 
-    model, tokenizer = _model(checkpoint, arguments)
+    model, tokenizer = _model(checkpoint, arguments, job)
     streamer = None
     # A streamer prints each token as it comes, so with stop strings also what is to be cut off.
     stops = arguments.stop or model.generation_config.stop_strings
-    if _prints_text(arguments) and sys.stdout.isatty() and not stops:
+    if job is None and _prints_text(arguments) and sys.stdout.isatty() and not stops:
         streamer = TextStreamer(tokenizer, skip_prompt=arguments.chat, skip_special_tokens=True)
     completions = generate(
         model,
@@ -660,8 +801,10 @@ def _completions(
     return completions, streamer is not None
 
 
-def _model(checkpoint: Checkpoint, arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Load the model, and its tokenizer."""
+def _model(
+    checkpoint: Checkpoint, arguments: argparse.Namespace, job: Job | None = None
+) -> tuple[Any, Any]:
+    """Load the model, or this rank's part of it, and its tokenizer."""
     from transformers.utils import logging
 
     from moezoo.layers.moe import FusedMoE
@@ -669,17 +812,20 @@ def _model(checkpoint: Checkpoint, arguments: argparse.Namespace) -> tuple[Any, 
 
     if not arguments.debug:
         logging.set_verbosity_error()
-    tokenizer = _tokenizer(checkpoint, local_files_only=arguments.local_files_only)
-    if arguments.chat and tokenizer.chat_template is None:
-        raise ValueError(f"{checkpoint.name} has no chat template: leave --chat out")
-    started = time.perf_counter()
-    model = from_checkpoint(
-        checkpoint,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        quantization=arguments.quantization,
-        progress=not arguments.quiet and sys.stderr.isatty(),
-    )
+    mesh = None if job is None else job.mesh
+    with nullcontext() if mesh is None else mesh.together("loading the model"):
+        tokenizer = _tokenizer(checkpoint, local_files_only=arguments.local_files_only)
+        if arguments.chat and tokenizer.chat_template is None:
+            raise ValueError(f"{checkpoint.name} has no chat template: leave --chat out")
+        started = time.perf_counter()
+        model = from_checkpoint(
+            checkpoint,
+            dtype=arguments.dtype,
+            device=arguments.device if mesh is None else mesh.device,
+            quantization=arguments.quantization,
+            mesh=mesh,
+            progress=not arguments.quiet and sys.stderr.isatty(),
+        )
     if not arguments.quiet:
         dtype = str(model.dtype).removeprefix("torch.")
         formats = {
@@ -690,7 +836,10 @@ def _model(checkpoint: Checkpoint, arguments: argparse.Namespace) -> tuple[Any, 
         if formats:
             dtype += f", experts in {' and '.join(sorted(formats))},"
         seconds = time.perf_counter() - started
-        _say(f"loaded {checkpoint.name} as {dtype} on {model.device} in {seconds:.1f} s")
+        place = str(model.device)
+        if mesh is not None and mesh.world_size > 1:
+            place = f"{mesh.world_size} ranks ({mesh.device.type})"
+        _say(f"loaded {checkpoint.name} as {dtype} on {place} in {seconds:.1f} s")
     return model, tokenizer
 
 
@@ -815,7 +964,6 @@ def _routing(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from moezoo.generation.offline import generate
-    from moezoo.loaders.checkpoint import open_checkpoint
     from moezoo.tools.routing import record_routing
 
     _require_folder(arguments, "output", "plot", "html")
@@ -824,13 +972,7 @@ def _routing(arguments: argparse.Namespace) -> int:
         _say(f"skipped {problem}")
     if not prompts:
         raise ValueError("there is no prompt to run")
-    _quieten_hub(arguments)
-    checkpoint = open_checkpoint(
-        _model_id(arguments),
-        revision=arguments.revision,
-        local_files_only=arguments.local_files_only,
-    )
-    model, tokenizer = _model(checkpoint, arguments)
+    model, tokenizer = _model(_open(arguments), arguments)
     options = {
         name: getattr(arguments, name)
         for name in ("batch_size", "batch_tokens")

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 from torch.distributed.distributed_c10d import Store
 
@@ -77,12 +78,13 @@ class Watch:
         except RuntimeError as error:
             raise RankError(self._blame(doing, ranks, error)) from error
 
-    def exchange(self, what: str, text: str) -> list[str]:
+    def exchange(self, what: str, text: str, *, patient: bool = False) -> list[str]:
         """The text of every rank, in their order; each gives its own, in the same order of calls.
 
-        Raises RankError for a rank that is gone, or does not come within the time-out.
+        Raises RankError for a rank that is gone, or does not come within the time-out; `patient`
+        ranks wait as long as all live.
         """
-        return self._meet(what, text, limit=self.timeout)
+        return self._meet(what, text, limit=None if patient else self.timeout)
 
     @contextmanager
     def together(self, doing: str) -> Iterator[None]:
@@ -91,6 +93,14 @@ class Watch:
         Raises RankError where one is gone, or fails in its block: with what it said.
         """
         self._sign.doing = doing
+        with self.telling():
+            yield
+        self._meet(doing, "", limit=None)
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """An error in the block reaches the ranks that wait for this one in `together` or
+        `exchange`."""
         try:
             yield
         except BaseException as error:
@@ -98,7 +108,17 @@ class Watch:
             with _unheard():
                 self._put(self._meetings, f"!{type(error).__name__}: {error}")
             raise
-        self._meet(doing, "", limit=None)
+
+    def leave(self) -> None:
+        """The last that a rank says. Rank 0, which may hold the store, waits for that of all."""
+        with _unheard():
+            self.store.set(f"left/{self.rank}", "")
+            if self.rank == 0:
+                keys = [f"left/{rank}" for rank in range(self.world_size)]
+                self.store.wait(keys, timedelta(seconds=self.timeout))
+            else:
+                self.store.check([f"left/{self.rank}"])  # answers only when that is there
+        self._sign.over.set()
 
     def _put(self, meeting: int, text: str) -> None:
         self.store.set(f"meeting/{meeting}/{self.rank}", text)

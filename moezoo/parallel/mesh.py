@@ -105,8 +105,8 @@ class Mesh:
     """This process among the others. Made by `join`.
 
     Ranks are those of the job, `num_nodes` the hosts that divide an expert group evenly;
-    `group_ranks` are the ones of this rank's expert group, `group` is
-    their process group, and `ep_rank` the place among them.
+    `group_ranks` are the ones of this rank's expert group, `group` is their process group, `hosts`
+    another one that does not go through GPUs, and `ep_rank` the place among them.
     """
 
     def __init__(self, parallel: Parallel, device: torch.device) -> None:
@@ -128,9 +128,22 @@ class Mesh:
             {"moezoo": __version__, "torch": torch.__version__, "device": device.type}
             | {f"Parallel.{f.name}": getattr(parallel, f.name) for f in fields(parallel)}
         )
-        backend = "nccl" if device.type == "cuda" else "gloo"
         with self.watch.named("making the process groups"):
-            self.group = _own_group(self.rank, self.world_size, self.ep_size, backend, parallel)
+            self.group = self.hosts = self._own_group("gloo")
+            if device.type == "cuda":
+                self.group = self._own_group("nccl")
+
+    def _own_group(self, backend: str) -> dist.ProcessGroup:
+        """Of all expert groups, which every rank has to make, the one of this rank."""
+        groups = [
+            dist.new_group(
+                list(range(first, first + self.ep_size)),
+                timeout=timedelta(seconds=self.parallel.timeout),
+                backend=backend,
+            )
+            for first in range(0, self.world_size, self.ep_size)
+        ]
+        return groups[self.rank // self.ep_size]
 
     def agree(self, facts: Mapping[str, object]) -> None:
         """Raise ExpertMapError, on every rank, unless all of them have the same facts."""
@@ -150,6 +163,11 @@ class Mesh:
         """The block ends when all ranks are through theirs; one that fails ends it on all, with
         RankError on the others."""
         return self.watch.together(doing)
+
+    def leave(self) -> None:
+        """The end of the job, on every rank; there is no more use of torch.distributed."""
+        self.watch.leave()
+        dist.destroy_process_group()
 
     def named_faults(self, doing: str) -> AbstractContextManager[None]:
         """An error of torch.distributed in the block becomes a RankError that names ranks of this
@@ -182,10 +200,25 @@ class Mesh:
         """The sum over the group, in place of `tensor`; the same bits on every rank."""
         return self._begin(doing, dist.all_reduce, tensor, tensor)
 
-    def _begin(self, doing: str, collective: Any, result: Tensor, *args: Any) -> "Pending":
+    def broadcast(self, tensor: Tensor, doing: str) -> "Pending":
+        """The group's first rank's, in place of `tensor`, which is contiguous."""
+        return self._begin(doing, dist.broadcast, tensor, _octets(tensor), src=self.group_ranks[0])
+
+    def numbers(self, own: Sequence[int], doing: str) -> list[list[int]]:
+        """Those of each rank of the group, as many on every one; through the hosts alone."""
+        mine = torch.tensor(own, dtype=torch.int64)
+        result = mine.new_empty(self.ep_size * len(own))
         self.watch.begins(doing)
         with self.named_faults(doing):
-            work = collective(*args, group=self.group, async_op=True)
+            _all_gather(result, mine, group=self.hosts)
+        return result.view(self.ep_size, -1).tolist()
+
+    def _begin(
+        self, doing: str, collective: Any, result: Tensor, *args: Any, **options: Any
+    ) -> "Pending":
+        self.watch.begins(doing)
+        with self.named_faults(doing):
+            work = collective(*args, group=self.group, async_op=True, **options)
         return Pending(self, work, doing, result, args)
 
 
@@ -240,21 +273,6 @@ def _initialise(parallel: Parallel, device: torch.device) -> None:
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(store=store, rank=0, world_size=1, **options)
-
-
-def _own_group(
-    rank: int, world_size: int, size: int, backend: str, parallel: Parallel
-) -> dist.ProcessGroup:
-    """Of all expert groups, which every rank has to make, the one of this rank."""
-    groups = [
-        dist.new_group(
-            list(range(first, first + size)),
-            timeout=timedelta(seconds=parallel.timeout),
-            backend=backend,
-        )
-        for first in range(0, world_size, size)
-    ]
-    return groups[rank // size]
 
 
 def _device_of_rank(device: torch.device | str | None) -> torch.device:

@@ -10,7 +10,7 @@ from moezoo.layers.moe.layer import (
     Flight,
     FusedMoE,
 )
-from moezoo.layers.moe.override import OverriddenRouting, RoutingOverride
+from moezoo.layers.moe.override import OverriddenRouting, RoutingOverride, routing_overrides
 from moezoo.layers.moe.permute import combine, permute
 from moezoo.layers.moe.recording import RoutingRecorder
 from moezoo.layers.moe.routing import biased_topk, grouped_topk, softmax_topk, sparsemixer
@@ -32,6 +32,7 @@ __all__ = [
     "fused_experts",
     "grouped_topk",
     "permute",
+    "routing_overrides",
     "softmax_topk",
     "sparsemixer",
     "workspace_bytes",

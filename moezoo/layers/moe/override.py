@@ -5,6 +5,7 @@ Legend: T tokens, E experts, K experts per token.
 
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,6 +87,24 @@ class RoutingOverride:
         if isinstance(self._route, BiasedRoute):
             return self._fn(logits, correction_bias=self._route.correction_bias + self._steer)
         return self._fn(logits)
+
+
+def routing_overrides(
+    with_experts: Mapping[int, FusedMoE], layers: Collection[int] | None, **options: Any
+) -> dict[FusedMoE, RoutingOverride]:
+    """The overrides of `layers`, by default of all that have experts; `options` as above.
+
+    Raises ValueError where a layer has none, or where one is overridden already.
+    """
+    chosen = with_experts.keys() if layers is None else layers
+    if missing := sorted(set(chosen) - with_experts.keys()):
+        raise ValueError(
+            f"layers: layer {missing[0]} has no experts; those with experts are "
+            f"{', '.join(map(str, with_experts))}"
+        )
+    if any(layer.reroute is not None for layer in with_experts.values()):
+        raise ValueError("the routing is changed already; undo() that first")
+    return {with_experts[i]: RoutingOverride(with_experts[i], **options) for i in chosen}
 
 
 class OverriddenRouting:
