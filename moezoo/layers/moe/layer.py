@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moezoo.device import runs_kernels
 from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.moe.experts import fused_experts
+from moezoo.layers.moe.ranges import verb
 from moezoo.layers.norm import NormOfSum, is_hooked, normed
 from moezoo.layers.quant import Format, QuantizedWeights
 
@@ -205,10 +206,11 @@ class FusedMoE(nn.Module):
 
     def forward(self, x: Tensor | NormOfSum) -> Tensor:
         """x [..., H] -> [..., H] of the same dtype."""
-        logits = self.router_logits(x)
+        with verb("route"):
+            logits = self.router_logits(x)
+            topk_weights, topk_ids = (self.reroute or self.route)(logits)
         x = normed(x)
         tokens = x.reshape(-1, x.shape[-1])
-        topk_weights, topk_ids = (self.reroute or self.route)(logits)
         if self.record is not None:
             self.record(topk_weights, topk_ids)
         if self.physical_ids is not None:
@@ -251,12 +253,13 @@ class FusedMoE(nn.Module):
         bias13 = self.bias13
         if bias13 is not None and self.quantized is not None:
             bias13 = bias13.unflatten(1, (2, -1))
-        return fused_experts(
-            *(x, w13, w2, topk_weights, rows),
-            activation=self.activation,
-            bias13=bias13,
-            bias2=self.bias2,
-        )
+        with verb("experts"):
+            return fused_experts(
+                *(x, w13, w2, topk_weights, rows),
+                activation=self.activation,
+                bias13=bias13,
+                bias2=self.bias2,
+            )
 
     def dispatched(
         self,
