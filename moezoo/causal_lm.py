@@ -1,5 +1,6 @@
 """The shell around a decoder that transformers, and all that is written for it, can use."""
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +28,7 @@ from moezoo.generation.paged import row_state_bytes, windows
 from moezoo.generation.turns import largest, take_part
 from moezoo.layers.attention import CausalMask, DenseContext, visible_tokens
 from moezoo.layers.decoder import Decoder
+from moezoo.layers.moe import FusedMoE, OverriddenRouting, routing_overrides
 from moezoo.loaders.save import save_pretrained
 from moezoo.parallel.mesh import Mesh
 
@@ -110,6 +112,40 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         raise ValueError(
             "transformers' paged cache does not fit moezoo's layers; use moezoo.generate(...)"
         )
+
+    def set_routing(
+        self,
+        *,
+        force: Collection[int] = (),
+        ban: Collection[int] = (),
+        bias: Mapping[int, float] | None = None,
+        k: int | None = None,
+        layers: Collection[int] | None = None,
+    ) -> OverriddenRouting:
+        """Change which experts tokens go to, until `undo()` or the end of a `with` block.
+
+            with model.set_routing(ban=[3], k=2):
+                model.generate(...)
+
+        Generation has to begin and end on the same side of the change. Where experts are divided
+        over ranks, every rank has to make the same one.
+
+        Args:
+            force: every token goes to these experts, which weigh as much as the one that it would
+                have liked best; the rest of its k experts are its own choice.
+            ban: no token goes to these.
+            bias: is added to the router's logits of these experts.
+            k: experts a token.
+            layers: the decoder's layers that are changed; by default all that have experts.
+
+        Raises:
+            ValueError: there is no such expert or layer, too few are left, or a change is in force.
+        """
+        decoder_layers = enumerate(self.decoder.layers)
+        with_experts = {i: x.mlp for i, x in decoder_layers if isinstance(x.mlp, FusedMoE)}
+        overrides = routing_overrides(with_experts, layers, force=force, ban=ban, bias=bias, k=k)
+        # Steps that were captured as graphs route as they did then.
+        return OverriddenRouting(overrides, changed=self._engines.release)
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moezoo.device import runs_kernels
 from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.moe.experts import fused_experts
+from moezoo.layers.moe.ranges import verb
 from moezoo.layers.norm import NormOfSum, is_hooked, normed
 from moezoo.layers.quant import Format, QuantizedWeights
 
@@ -130,6 +131,8 @@ class FusedMoE(nn.Module):
         self.route = route
         self.shared = shared
         self.dispatcher = dispatcher
+        self.reroute: Route | None = None
+        """Called in the place of `route`, while somebody experiments with it."""
         self.record: Record | None = None
         """Called with topk_weights and topk_ids [T, K] of each forward pass."""
         self.physical_ids: Callable[[Tensor], Tensor] | None = None
@@ -216,10 +219,11 @@ class FusedMoE(nn.Module):
 
     def forward(self, x: Tensor | NormOfSum) -> Tensor:
         """x [..., H] -> [..., H] of the same dtype."""
-        logits = self.router_logits(x)
+        with verb("route"):
+            logits = self.router_logits(x)
+            topk_weights, topk_ids = (self.reroute or self.route)(logits)
         x = normed(x)
         tokens = x.reshape(-1, x.shape[-1])
-        topk_weights, topk_ids = self.route(logits)
         if self.record is not None:
             self.record(topk_weights, topk_ids)
         return self.routed(tokens, topk_weights, topk_ids).view(x.shape)
@@ -268,12 +272,13 @@ class FusedMoE(nn.Module):
         bias13 = self.bias13
         if bias13 is not None and self.quantized is not None:
             bias13 = bias13.unflatten(1, (2, -1))
-        return fused_experts(
-            *(x, w13, w2, topk_weights, rows),
-            activation=self.activation,
-            bias13=bias13,
-            bias2=self.bias2,
-        )
+        with verb("experts"):
+            return fused_experts(
+                *(x, w13, w2, topk_weights, rows),
+                activation=self.activation,
+                bias13=bias13,
+                bias2=self.bias2,
+            )
 
     def dispatched(
         self,
