@@ -164,7 +164,7 @@ class PagedContext:
                 self.rotation,
                 self.slots[None],
                 pages.keys,
-                norm_weight=attention.kv_norm.scale,
+                norm_weight=attention.kv_norm.weight,
                 eps=attention.kv_norm.eps,
                 interleaved=attention.rotate is rotate_interleaved,
                 out=q[0],
