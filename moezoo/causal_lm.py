@@ -1,5 +1,6 @@
 """The shell around a decoder that transformers, and all that is written for it, can use."""
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,8 +25,10 @@ from moezoo.generation.cache import growing_cache
 from moezoo.generation.decode import decode, decode_paged, unpadded
 from moezoo.generation.engine import EngineKeeper, supports
 from moezoo.generation.paged import row_state_bytes, windows
+from moezoo.generation.turns import largest, take_part
 from moezoo.layers.attention import CausalMask, DenseContext, visible_tokens
 from moezoo.layers.decoder import Decoder
+from moezoo.layers.moe import FusedMoE, OverriddenRouting, routing_overrides
 from moezoo.loaders.save import save_pretrained
 from moezoo.parallel.mesh import Mesh
 
@@ -86,6 +89,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         self._is_stateful = row_state_bytes(decoder) > 0
         self.mesh: Mesh | None = None
         """The other ranks, where experts are divided over them."""
+        self._generates = False
         self.all_tied_weights_keys: dict[str, str] = {}
 
     @classmethod
@@ -107,6 +111,104 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(
             "transformers' paged cache does not fit moezoo's layers; use moezoo.generate(...)"
+        )
+
+    def set_routing(
+        self,
+        *,
+        force: Collection[int] = (),
+        ban: Collection[int] = (),
+        bias: Mapping[int, float] | None = None,
+        k: int | None = None,
+        layers: Collection[int] | None = None,
+    ) -> OverriddenRouting:
+        """Change which experts tokens go to, until `undo()` or the end of a `with` block.
+
+            with model.set_routing(ban=[3], k=2):
+                model.generate(...)
+
+        Generation has to begin and end on the same side of the change. Where experts are divided
+        over ranks, every rank has to make the same one.
+
+        Args:
+            force: every token goes to these experts, which weigh as much as the one that it would
+                have liked best; the rest of its k experts are its own choice.
+            ban: no token goes to these.
+            bias: is added to the router's logits of these experts.
+            k: experts a token.
+            layers: the decoder's layers that are changed; by default all that have experts.
+
+        Raises:
+            ValueError: there is no such expert or layer, too few are left, or a change is in force.
+        """
+        decoder_layers = enumerate(self.decoder.layers)
+        with_experts = {i: x.mlp for i, x in decoder_layers if isinstance(x.mlp, FusedMoE)}
+        overrides = routing_overrides(with_experts, layers, force=force, ban=ban, bias=bias, k=k)
+        # Steps that were captured as graphs route as they did then.
+        return OverriddenRouting(overrides, changed=self._engines.release)
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`. Where experts are divided over ranks, all of them call it.
+
+        With dispatch="all_gather" they give the same arguments and get the same tokens. With
+        "all_to_all" each gives rows of its own, with equal settings; one that has none gives
+        input_ids [0, T], and gets them back when the others are done.
+        """
+        peers = self.decoder.peers
+        if peers is None:
+            return super().generate(inputs, *args, **kwargs)
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if not peers.alike and ids is not None and len(ids) == 0:
+            self._take_part()
+            return ids
+        if peers.alike:
+            self._draw_alike()
+        self._generates = True
+        try:
+            return super().generate(inputs, *args, **kwargs)
+        finally:
+            self._generates = False
+
+    def _draw_alike(self) -> None:
+        """Give torch's random generators the state that they have on the first rank."""
+        assert self.decoder.peers is not None
+        states = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self.device))
+        states = [self.decoder.peers.chosen(state.to(self.device)).cpu() for state in states]
+        torch.set_rng_state(states[0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(states[1], self.device)
+
+    def _take_part(self) -> None:
+        """`_sample` of a rank that has no rows."""
+        rows, longest = self._largest(0, 0)
+        (grows,) = largest(self.decoder, not self._has_pages(rows, longest))
+        if grows:
+            take_part(self.decoder)
+            return
+        with self._engines.engine(self.decoder, rows, longest) as engine:
+            (asks_more,) = largest(self.decoder, False)
+            engine.finish(None if asks_more else engine.greedy)
+
+    def _largest(self, rows: int, longest: int, *, on_own_loop: bool = True) -> list[int]:
+        """Of all ranks. Raises ValueError on every one where one runs on a loop of transformers."""
+        *sizes, refused = largest(self.decoder, rows, longest, not on_own_loop)
+        if refused:
+            raise ValueError(
+                "beams, assisted decoding and whatever else runs on transformers' own loops need "
+                "one process, or dispatch='all_gather': with 'all_to_all' each rank has tokens of "
+                "its own"
+            )
+        return sizes
+
+    def _has_pages(self, rows: int, longest: int) -> bool:
+        """Whether the engine has room for so many rows and tokens of each."""
+        return (
+            self.device.type == "cuda"
+            and supports(self.decoder)
+            and self._engines.has_room(self.decoder, rows, longest)
         )
 
     @staticmethod
@@ -176,6 +278,9 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"{option}=True: moezoo's layers do not return them")
         for option in IGNORED_KWARGS:
             kwargs.pop(option, None)
+        peers = self.decoder.peers if self._generates else None
+        if peers is not None and not peers.alike:
+            self._largest(0, 0, on_own_loop=False)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if input_ids is not None:
@@ -202,8 +307,12 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             CausalMask(past, x.shape[1], x.device, visible_tokens(attention_mask)),
             past_key_values,
         )
+        if peers is not None:
+            peers.begin(0, [] if input_ids is None else input_ids.tolist())
         hidden = self.decoder(x, context, states=states)
         logits = self.decoder.logits(_kept(hidden, logits_to_keep))
+        if peers is not None:
+            logits = peers.chosen(logits)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.vocab_size, **kwargs)
@@ -264,16 +373,13 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             returns_cache and (any(windows(self.decoder)) or self._is_stateful)
         )
         longest = stopping_criteria.max_length or generation_config.max_length
+        rows, longest = self._largest(len(input_ids), longest)
         # Pages are taken for the longest that is allowed; a cache that grows may never need it.
-        if (
-            in_pages
-            and self.device.type == "cuda"
-            and supports(self.decoder)
-            and self._engines.has_room(self.decoder, len(input_ids), longest)
-        ):
+        if in_pages and self._has_pages(rows, longest):
             prompts = unpadded(input_ids, attention_mask, position_ids)
-        if prompts is not None:
-            with self._engines.engine(self.decoder, len(prompts), longest) as engine:
+        (grows,) = largest(self.decoder, prompts is None)
+        if prompts is not None and not grows:
+            with self._engines.engine(self.decoder, rows, longest) as engine:
                 decoded = decode_paged(
                     engine,
                     prompts,

@@ -627,7 +627,7 @@ def test_a_device_that_is_not_there_is_a_message(capsys, monkeypatch, command, d
 
 def test_what_tune_takes_for_a_layer():
     def layer(text):
-        return cli._layer(cli._parser().parse_args(["tune", text]))
+        return cli.tune._layer(cli.parser().parse_args(["tune", text]))
 
     assert layer("128,8,2048,768") == Layer(128, 8, 2048, 768)
     assert layer(str(tiny_model())) == Layer(16, 4, 256, 64)

@@ -36,7 +36,7 @@ def test_from_prompts_to_a_placement(capsys, tmp_path, prompts):
     code, out, err = run(capsys, *command, "--plot", tmp_path / "trace.png")
     assert code == 0
     assert "over mean" in out
-    assert f"{file}: 3 prompts, 0 failed" in err
+    assert f"3 prompts, 0 failed; written: {file}, {tmp_path / 'trace.png'}" in err
     assert (tmp_path / "trace.png").stat().st_size > 1000
     trace = RoutingTrace.load(file)
     assert len(trace.topk_ids) == 6
@@ -51,15 +51,25 @@ def test_from_prompts_to_a_placement(capsys, tmp_path, prompts):
     Placement.load(placement).check_model(16, trace.layers, 4)
 
     command = ("eplb", "simulate", "--trace", file, "--gpus", 4, 5, "--redundant", 0, 8)
-    files = ("--plot", tmp_path / "eplb.svg", "--json", tmp_path / "eplb.json")
-    code, out, err = run(capsys, *command, "--interval", 2, "--window", 2, *files)
+    options = ("--interval", 2, "--window", 2)
+    code, out, err = run(capsys, *command, *options, "--plot", tmp_path / "eplb.svg")
     assert code == 0
     assert "Balancedness" in out
     assert err.count("left out: 16 experts and") == 2
-    record = json.loads((tmp_path / "eplb.json").read_text())
+    record = json.loads(run(capsys, *command, *options, "--json")[1])
     assert record["loads"]["experts_per_token"] == 4
     assert len(record["simulations"]) == 2 * 3
     assert (tmp_path / "eplb.svg").exists()
+
+
+def test_a_page_and_json(capsys, tmp_path, prompts):
+    page = tmp_path / "report.html"
+    options = ("--device", "cpu", "--dtype", "float32", "--html", page, "--json", "--quiet")
+    code, out, err = run(capsys, "routing", "--input", prompts, *options)
+    assert (code, err) == (0, "")
+    layers = json.loads(out)["layers"]
+    assert len(layers) == 6 and len({layer["tokens"] for layer in layers}) == 1
+    assert f"{layers[0]['tokens']:,}" in page.read_text()
 
 
 def test_made_up_loads(capsys):
@@ -70,7 +80,7 @@ def test_made_up_loads(capsys):
 
 
 def test_policies_are_those_that_there_are():
-    assert cli.EPLB_POLICIES == POLICIES
+    assert cli.eplb.POLICIES == POLICIES
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_a_layer_is_quantised_by_hand():
 )
 def test_moezoo_commands_parse(command):
     _, *arguments = shlex.split(command)
-    assert callable(cli._parser().parse_args(arguments).run)
+    assert callable(cli.parser().parse_args(arguments).run)
 
 
 def test_the_run_that_the_readme_shows_is_the_run_of_its_command(tmp_path, monkeypatch):

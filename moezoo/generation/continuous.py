@@ -101,7 +101,8 @@ class Batcher:
                 admitted = True
                 launched = self._step()
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                # Other ranks wait in the middle of a pass.
+                if not is_out_of_memory(error) or self.engine.peers is not None:
                     raise
                 yield from self._collect_all()
                 if not self._shrink(in_prefill=not admitted):

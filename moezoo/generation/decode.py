@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from moezoo.device import HostCopies
 from moezoo.generation.engine import Engine
 from moezoo.generation.pages import num_pages
+from moezoo.generation.turns import chosen, in_turn, largest, take_part
 from moezoo.layers.attention import CausalMask, DenseContext, visible_tokens
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.linear import without_onednn
@@ -66,25 +67,27 @@ def decode(
     while True:
         mask = CausalMask(past, new_ids.shape[1], device, visible)
         one_row = on_cpu_in_16_bit and new_ids.numel() == 1
-        with without_onednn() if one_row else nullcontext():
+        with in_turn(decoder, new_ids), without_onednn() if one_row else nullcontext():
             context = DenseContext(decoder.rotation(positions), mask, cache)
             hidden = decoder(decoder.embed(new_ids), context)
             logits = decoder.logits(hidden[:, -1]).float()
         past += new_ids.shape[1]
         next_ids, scores = _choose(logits, sequences, logits_processor, generation_config, result)
+        next_ids = chosen(decoder, next_ids)
         if stops_at_eos and len(sequences) > 1:  # one alone ends the loop when it ends
             next_ids = torch.where(unfinished, next_ids, generation_config._pad_token_tensor)
         if streamer is not None:
             streamer.put(next_ids.cpu())
         new_ids = next_ids[:, None]
         sequences = torch.cat((sequences, new_ids), 1)
-        unfinished = unfinished & ~stopping_criteria(sequences, scores)
+        unfinished = chosen(decoder, unfinished & ~stopping_criteria(sequences, scores))
         if not unfinished.any():
             break
         positions = positions[:, -1:] + 1
         if visible is not None:
             visible = torch.cat((visible, visible.new_ones(len(visible), 1)), 1)
 
+    take_part(decoder)
     if streamer is not None:
         streamer.end()
     result.sequences = sequences
@@ -136,14 +139,18 @@ def decode_paged(
     kept = num_pages(longest)
     for row in range(batch):
         engine.assign(row, range(row * kept, (row + 1) * kept))
+    keeps = generation_config.output_logits or generation_config.output_scores
+    # All ranks with others' steps take theirs in the same way; one without rows asks this first.
+    (asks_more,) = largest(
+        engine.decoder, bool(len(logits_processor) or generation_config.do_sample or keeps)
+    )
     logits = engine.prefill_all(prompts)
     sequences = torch.zeros(batch, longest, dtype=input_ids.dtype, device=engine.device)
     sequences[:, :length] = input_ids
     unfinished = torch.ones(batch, dtype=torch.bool, device=engine.device)
     stops_at_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     result = Decoded(sequences)
-    keeps = generation_config.output_logits or generation_config.output_scores
-    greedy = not (len(logits_processor) or generation_config.do_sample or keeps)
+    greedy = not asks_more
     sampler = engine.greedy if greedy else None
     started = False
     while True:
@@ -156,6 +163,7 @@ def decode_paged(
             next_ids, scores = _choose(
                 logits, sequences[:, :length], logits_processor, generation_config, result
             )
+            next_ids = chosen(engine.decoder, next_ids)
         if stops_at_eos and batch > 1:
             next_ids = torch.where(unfinished, next_ids, pad)
         if started:
@@ -165,7 +173,8 @@ def decode_paged(
             started = True
         sequences[:, length] = next_ids
         length += 1
-        unfinished = unfinished & ~stopping_criteria(sequences[:, :length], scores)
+        ended = stopping_criteria(sequences[:, :length], scores)
+        unfinished = chosen(engine.decoder, unfinished & ~ended)
         seen = HostCopies(unfinished.any(), *([] if streamer is None else [next_ids]))
         if length < longest:
             logits = engine.step(engine.num_rows, sampler)
@@ -176,6 +185,7 @@ def decode_paged(
             break
     if streamer is not None:
         streamer.end()
+    engine.finish(sampler)
     engine.stop(range(engine.num_rows))
     result.sequences = sequences[:, :length]
     return result

@@ -10,7 +10,7 @@ Legend: R rows, B rows of a step, T tokens, V vocabulary, P pages of a row.
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from threading import Lock
 from typing import Any
 
@@ -45,6 +45,7 @@ from moezoo.generation.prompts import (
     torch_context,
 )
 from moezoo.generation.sampling import Sampler
+from moezoo.generation.turns import largest, limited, pass_without_tokens, smallest
 from moezoo.layers.attention import CausalMask, DenseContext
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.norm import is_hooked
@@ -85,9 +86,10 @@ class Engine:
         chunk: int = CHUNK_TOKENS,
     ) -> None:
         self.decoder = decoder
+        self.peers = decoder.peers
         self.num_rows = num_rows
         self.context = context
-        self.chunk = chunk
+        self.chunk = chunk = limited(decoder, chunk)
         self.pages = num_rows * num_pages(context) if pages is None else pages
         self.device = decoder.embed.weight.device
         self.cache = PagedCache(
@@ -107,9 +109,12 @@ class Engine:
                 ring = ring_pages(window, context=context, chunk=chunk)
                 first = torch.arange(num_rows, device=self.device)[:, None] * ring
                 table.copy_(first + torch.arange(table.shape[1], device=self.device) % ring)
-        self.captures = self.device.type == "cuda" and capturable(decoder)
-        self.greedy = Sampler.greedy(num_rows, self.device)
+        self.captures = _captures(decoder)
+        agreed = None if self.peers is None else self.peers.chosen
+        self.greedy = Sampler.greedy(num_rows, self.device, agreed=agreed)
         self._graphs: dict[tuple[int, Sampler | None], tuple[Any, Tensor]] = {}
+        self._empty_graphs: dict[int, Any] = {}
+        """Of steps in which other ranks have so many rows, and this one none."""
         self._prompt_graphs: dict[Sizes, tuple[Tensor, Any, Tensor] | None] = {}
         """None for a size that was seen once."""
         self._pool: Any = None
@@ -131,8 +136,11 @@ class Engine:
         """Put the chunks' tokens into the cache; the logits [len(chunks), V] of each one's last.
 
         On a GPU a pass of few tokens is a CUDA graph from the second of its size on, since it takes
-        longer to launch its kernels than to run them.
+        longer to launch its kernels than to run them; but not where other ranks have other tokens,
+        whose numbers they exchange.
         """
+        if self.peers is not None:
+            self.peers.begin(0, [chunk.tokens for chunk in chunks])
         if not runs_kernels(self.decoder.embed.weight):
             return self._prefill_in_torch(chunks)
         exact = Sizes.of(chunks)
@@ -152,10 +160,12 @@ class Engine:
         return self._prefill(inputs, longest, keys, chunks)
 
     def _records(self, sizes: Sizes, *, fresh: bool) -> bool:
-        """Whether a pass may be a graph: its shapes follow from its sizes alone."""
+        """Whether a pass may be a graph: its shapes follow from its sizes alone, on all ranks."""
         unfolds = self._unfolds and not fresh
+        alike = self.peers is None or self.peers.alike
         return (
             self.captures
+            and alike
             and sizes.tokens <= GRAPH_TOKENS
             and not (unfolds or any(self.cache.states))
         )
@@ -277,17 +287,46 @@ class Engine:
         """Put the next token of the first `batch` rows into the cache, and find those after them.
 
         Returns logits [batch, V], valid until the next step. With a sampler `ids` has its tokens
-        afterwards; without one the caller puts them there.
+        afterwards; without one the caller puts them there. Where other ranks have more rows, it is
+        a step of as many.
         """
-        if not self.captures:
-            return self._step(batch, sampler)
-        key = batch, sampler
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(batch, sampler)
-        graph, logits = self._graphs[key]
+        if self.peers is None:
+            return self._replay(batch, sampler) if self.captures else self._step(batch, sampler)
+        capacity = self.peers.begin(batch).capacity
+        with self.peers.fixed(capacity):
+            if capacity is None or not self.captures:
+                return self._step(batch, sampler)
+            return self._replay(capacity, sampler)
+
+    @torch.inference_mode()
+    def finish(self, sampler: Sampler | None = None) -> None:
+        """Go through the passes that other ranks still have; their steps have such a sampler."""
+        if self.peers is None:
+            return
+        while (turn := self.peers.begin(0)).goes_on:
+            if turn.capacity is None or not self.captures:
+                pass_without_tokens(self.decoder, turn)
+                continue
+            with self.peers.fixed(turn.capacity):
+                self._require_graphs(turn.capacity, sampler)
+                self._empty_graphs[turn.capacity].replay()
+                self.decoder.end_step(dummy=True)
+
+    def _replay(self, batch: int, sampler: Sampler | None) -> Tensor:
+        self._require_graphs(batch, sampler)
+        graph, logits = self._graphs[batch, sampler]
         graph.replay()
         self.decoder.end_step()
         return logits
+
+    def _require_graphs(self, batch: int, sampler: Sampler | None) -> None:
+        """Ranks run what they capture, all at the same time: so each captures what any may need."""
+        if (batch, sampler) not in self._graphs:
+            self._graphs[batch, sampler] = self._capture(batch, sampler)
+        if self.peers is None or self.peers.alike or batch in self._empty_graphs:
+            return
+        step = partial(self.peers.step_without_tokens, self.decoder)
+        self._empty_graphs[batch], _ = self._record(step)
 
     def _step(self, batch: int, sampler: Sampler | None) -> Tensor:
         tables = {window: table[:batch] for window, table in self.tables.items()}
@@ -337,12 +376,14 @@ class Engine:
     def _capture(self, batch: int, sampler: Sampler | None) -> tuple[Any, Tensor]:
         state = [self.ids, self.lengths, *([] if sampler is None else sampler.state())]
         before = [x.clone() for x in state]
+        # A state would go on by a token that is not one: without lengths no row is used.
+        self.lengths.zero_()
         recorded = self._record(lambda: self._step(batch, sampler))
         for x, old in zip(state, before, strict=True):
             x.copy_(old)
         return recorded
 
-    def _record(self, run: Callable[[], Tensor]) -> tuple[Any, Tensor]:
+    def _record(self, run: Callable[[], Any]) -> tuple[Any, Any]:
         """A CUDA graph of `run`, and the memory where it leaves its result."""
         with _unrecorded(self.decoder):
             run()  # compiles kernels, which a capture must not
@@ -405,13 +446,17 @@ class EngineKeeper:
                 engine = None
             elif engine.num_rows != size or engine.context < context or engine.pages < pages:
                 engine = None  # its memory may be needed
+        # A rank that records steps would wait for those that have them.
+        (anew,) = largest(decoder, engine is None)
+        if anew:
+            engine = None
         if engine is None:
             room = 2 ** max(9, (context - 1).bit_length())
             if size * _row_bytes(decoder, room) <= KEPT_BYTES:
                 engine = Engine(decoder, num_rows=size, context=room)
             else:  # it will not be kept, and all memory may be needed
                 engine = Engine(decoder, num_rows=size, context=context, pages=pages)
-        engine.captures = engine.device.type == "cuda" and capturable(decoder)
+        engine.captures = _captures(decoder)
         yield engine
         if engine.cache.nbytes <= KEPT_BYTES and not has_modules_of_others(decoder):
             with self._lock:
@@ -434,6 +479,12 @@ def capturable(decoder: nn.Module) -> bool:
     return not any(
         is_hooked(module) or getattr(module, "runs_on_host", False) for module in decoder.modules()
     )
+
+
+def _captures(decoder: Decoder) -> bool:
+    """Whether steps are CUDA graphs, which they are on all ranks or on none."""
+    (captures,) = smallest(decoder, decoder.embed.weight.is_cuda and capturable(decoder))
+    return bool(captures)
 
 
 def has_modules_of_others(decoder: nn.Module) -> bool:
@@ -480,6 +531,7 @@ def rows_and_pages_that_fit(
     at most.
     On a GPU where all might not fit, a forward pass of `chunk` tokens is made to see what it takes
     beside the cache.
+    Ranks that share experts get the same, as the one with the least memory has it.
     Raises `ValueError` if `cache_bytes` has no room for a page and what a row has for itself.
     """
     weight = decoder.embed.weight
@@ -495,7 +547,7 @@ def rows_and_pages_that_fit(
     elif cache_bytes is None:
         # The widest temporaries of sampling: scores sorted, and summed up in float64.
         logits = num_rows * decoder.embed.num_embeddings * 40
-        free = free_bytes(weight.device)
+        (free,) = smallest(decoder, free_bytes(weight.device))
         cache_bytes = num_rows * (num_pages(context) * page_bytes + row_bytes)
         if cache_bytes + logits > free // 2:
             activations = _activation_bytes(decoder, min(chunk, context))
@@ -510,6 +562,7 @@ def rows_and_pages_that_fit(
     wanted = num_rows * num_pages(context)
     if page_bytes:
         wanted = min(wanted, (cache_bytes - num_rows * row_bytes) // page_bytes)
+    num_rows, wanted = smallest(decoder, num_rows, wanted)
     return num_rows, wanted
 
 

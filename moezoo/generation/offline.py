@@ -33,6 +33,7 @@ from moezoo.generation.engine import (
     supports,
 )
 from moezoo.generation.sampling import Sampler, SeededDraw, uniforms, warpers
+from moezoo.generation.turns import largest, limited
 from moezoo.layers.decoder import Decoder
 
 Messages = Sequence[Mapping[str, Any]]
@@ -43,6 +44,8 @@ DEFAULT_BATCH_SIZE = 8
 
 MAX_CONTEXT = 2**17
 """Tokens of a text where the config sets no limit."""
+
+_IN_ENGINE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop_strings")
 
 # Sampling settings as a greedy run has them; others make transformers warn that they go unused.
 _NEUTRAL = {
@@ -137,6 +140,11 @@ def generate(
     `top_p`, `min_p`, `repetition_penalty` and `stop_strings`. Other settings, other models and
     streamers go through `model.generate`, batch by batch in the order of the prompts.
 
+    Where experts are divided over ranks, every rank calls this and takes all completions. With
+    dispatch="all_gather" ranks have the same prompts and get the same completions, those that the
+    first one draws; with "all_to_all" each has prompts of its own, perhaps none, and its iterator
+    ends when those of all have.
+
     Args:
         model: any transformers causal language model.
         tokenizer: its tokenizer.
@@ -161,6 +169,8 @@ def generate(
     Raises:
         ValueError: an option is unknown, out of range or contradicts another, a prompt is
             malformed, or `chat` is asked of a tokenizer without a chat template.
+        ExpertMapError: ranks that have to have the same prompts and settings have not.
+        RankError: another rank died, hangs or failed.
         MoEOutOfMemoryError: one prompt alone does not fit the device; says what needs less.
     """
     for name, value in (
@@ -188,8 +198,17 @@ def generate(
         rows = batch_size or (256 if model.device.type == "cuda" else DEFAULT_BATCH_SIZE)
         if isinstance(prompts, Sized):
             rows = max(1, min(rows, len(prompts)))
+        rows = limited(model.decoder, rows)
+        batch_tokens = limited(model.decoder, batch_tokens)
         continuous = _ContinuousGenerator(texts, seed, rows, batch_tokens, cache_bytes)
         return continuous.run(given)
+    peers = getattr(getattr(model, "decoder", None), "peers", None)
+    if peers is not None and not peers.alike:
+        raise ValueError(
+            "a streamer, and settings that moezoo's engine does not do (it has greedy search and "
+            f"sampling with {', '.join(_IN_ENGINE)}), need one process, or dispatch='all_gather': "
+            "with 'all_to_all' each rank has prompts of its own"
+        )
     batches = _BatchGenerator(texts, seed, streamer)
     return batches.run(given, batch_size or DEFAULT_BATCH_SIZE)
 
@@ -320,15 +339,19 @@ class _ContinuousGenerator:
                 yield from failed
                 failed.clear()
                 yield self._completion(started.pop(request.index), request)
+            yield from failed
+            engine.finish(sampler)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise MoEOutOfMemoryError(
-                f"{error}\none prompt alone is too much for {model.device} beside a KV cache of "
-                f"its size: a smaller cache_bytes or max_new_tokens (now {config.max_new_tokens}), "
-                "or a shorter prompt, needs less"
-            ) from error
-        yield from failed
+            needs_less = (
+                f"one prompt alone is too much for {model.device} beside a KV cache of its size: a "
+                f"smaller cache_bytes or max_new_tokens (now {config.max_new_tokens}), or a "
+                "shorter prompt, needs less"
+                if model.decoder.peers is None
+                else "smaller batch_size, batch_tokens and cache_bytes need less"
+            )
+            raise MoEOutOfMemoryError(f"{error}\n{needs_less}") from error
 
     def _engine(self) -> tuple[Engine, Sampler]:
         model, config = self.texts.model, self.texts.config
@@ -337,9 +360,12 @@ class _ContinuousGenerator:
         if isinstance(keeper, EngineKeeper):
             keeper.release()
         context = context_length(model) or MAX_CONTEXT
+        if decoder.peers is not None:
+            decoder.peers.same(batch_tokens=self.batch_tokens, cache_bytes=self.cache_bytes or 0)
+        (rows,) = largest(decoder, self.batch_size)
         rows, pages = rows_and_pages_that_fit(
             decoder,
-            num_rows=self.batch_size,
+            num_rows=rows,
             context=context,
             chunk=self.batch_tokens,
             cache_bytes=self.cache_bytes,
@@ -353,6 +379,7 @@ class _ContinuousGenerator:
             vocab_size=decoder.embed.num_embeddings,
             device=model.device,
             steps=None if self.seed is None else min(config.max_new_tokens, context),
+            agreed=None if decoder.peers is None else decoder.peers.chosen,
         )
         return engine, sampler
 

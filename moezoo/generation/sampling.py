@@ -5,7 +5,7 @@ Legend: R rows, B rows of a step, V vocabulary.
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 
 import torch
@@ -114,6 +114,7 @@ class Sampler:
         num_rows: R.
         steps: the most tokens that a row gets, for the numbers of a seeded draw; None draws from
             torch's global random state.
+        agreed: what makes of the tokens int64 [B] that were drawn those to go on with.
     """
 
     PROCESSORS = (
@@ -133,7 +134,9 @@ class Sampler:
         vocab_size: int,
         device: torch.device,
         steps: int | None = None,
+        agreed: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        self.agreed = agreed
         self.warpers = warpers(config, device) if config.do_sample else None
         self.penalty = config.repetition_penalty or 1.0
         self.seen: Tensor | None = None
@@ -145,9 +148,15 @@ class Sampler:
         self.step = torch.zeros(num_rows, 1, dtype=torch.int64, device=device)
 
     @classmethod
-    def greedy(cls, num_rows: int, device: torch.device) -> "Sampler":
+    def greedy(
+        cls,
+        num_rows: int,
+        device: torch.device,
+        *,
+        agreed: Callable[[Tensor], Tensor] | None = None,
+    ) -> "Sampler":
         config = GenerationConfig(do_sample=False)
-        return cls(config, num_rows=num_rows, vocab_size=0, device=device)
+        return cls(config, num_rows=num_rows, vocab_size=0, device=device, agreed=agreed)
 
     def state(self) -> list[Tensor]:
         """All that belongs to rows, each [R, ..]."""
@@ -187,6 +196,8 @@ class Sampler:
                 chances = scores.softmax(-1)
                 # The smallest of exponential waiting times with these rates.
                 tokens = (chances / torch.empty_like(chances).exponential_()).argmax(-1)
+        if self.agreed is not None:
+            tokens = self.agreed(tokens)
         if self.uniforms is not None:
             self.step[rows] += 1
         if self.seen is not None:

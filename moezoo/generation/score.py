@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moezoo.generation.offline import Completion, Prompt, context_length, encode
+from moezoo.generation.turns import in_turn, take_part
 from moezoo.layers.attention import CausalMask, DenseContext
 
 CHUNK_LOGITS = 2**26
@@ -132,6 +133,7 @@ def _score(model: PreTrainedModel, texts: Iterator[_Tokens], batch_size: int) ->
                 (math.nan, *logprobs[: len(tokens.ids) - 1]),
                 tokens.num_prompt_tokens,
             )
+    take_part(model.decoder)
 
 
 @torch.inference_mode()
@@ -144,7 +146,8 @@ def _logprobs(model: PreTrainedModel, batch: list[_Tokens]) -> list[list[float]]
     ids = ids.to(model.device)
     positions = torch.arange(length, device=ids.device)[None]
     context = DenseContext(decoder.rotation(positions), CausalMask(0, length, ids.device))
-    hidden = decoder(decoder.embed(ids), context)
+    with in_turn(decoder, ids):
+        hidden = decoder(decoder.embed(ids), context)
     step = max(1, CHUNK_LOGITS // (len(batch) * model.config.vocab_size))
     chosen = []
     for start in range(0, length - 1, step):

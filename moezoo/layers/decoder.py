@@ -4,8 +4,8 @@ Legend: B batch, T new tokens, H hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import Context
 from moezoo.layers.kernels.windows import Chunked
 from moezoo.layers.linear import Linear, linear
-from moezoo.layers.moe import RoutingRecorder
+from moezoo.layers.moe import Dispatcher, RoutingRecorder
 from moezoo.layers.norm import RMSNorm, handed_to
 from moezoo.layers.quant import QuantizedWeights
 from moezoo.layers.quantized_linear import quantized_linear
@@ -65,6 +65,57 @@ class Balancer(Protocol):
         ...
 
 
+class Turn(NamedTuple):
+    """A forward pass that ranks make together."""
+
+    goes_on: bool
+    """False where none of them has anything to do: there is no such pass."""
+    capacity: int | None
+    """In a step of decoding the most tokens of a rank; None where one has a prompt."""
+
+
+class Peers(Protocol):
+    """The other ranks that a decoder's experts are divided over, as generation sees them.
+
+    Ranks make forward passes together. Each begins every one of them, and one that has no tokens
+    goes through it without, until none has any.
+    """
+
+    alike: bool
+    """Whether all have the same tokens, and not each its own."""
+    limit: int | None
+    """The most tokens of a rank in a forward pass, where there is such a limit."""
+
+    def begin(self, rows: int, prompts: Sequence[Sequence[int]] = ()) -> Turn:
+        """Agree on the next pass: this rank has a token for each of so many rows, or pieces of
+        prompts, or neither.
+
+        Raises `ExpertMapError` where ranks that are alike have not the same, `RankError` where one
+        does not come.
+        """
+        ...
+
+    def fixed(self, capacity: int | None) -> AbstractContextManager[None]:
+        """A pass in the block can be captured if there is a capacity, the same on all ranks."""
+        ...
+
+    def step_without_tokens(self, decoder: "Decoder") -> None:
+        """This rank's part in a pass for which it has nothing."""
+        ...
+
+    def chosen(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What was chosen for rows of this rank; that of the first one where all are alike."""
+        ...
+
+    def largest(self, *numbers: int) -> list[int]:
+        """Each of these numbers where it is largest."""
+        ...
+
+    def same(self, **numbers: int) -> None:
+        """Raise `ExpertMapError`, on every rank, unless all give the same numbers."""
+        ...
+
+
 class Decoder(nn.Module):
     """Token ids or embeddings to hidden states, and hidden states to logits.
 
@@ -92,8 +143,12 @@ class Decoder(nn.Module):
             self.lm_head = Linear(hidden_size, vocab_size, bias=head_bias)
         self.recorder: RoutingRecorder | None = None
         """What counts the choices of the MoE layers, while somebody wants to know them."""
+        self.dispatcher: Dispatcher | None = None
+        """That of the MoE layers; None where this process has all the experts."""
         self.balancer: Balancer | None = None
         """None where there is nothing to balance."""
+        self.peers: Peers | None = None
+        """None where this process has all the experts."""
 
     def forward(
         self,
@@ -111,7 +166,7 @@ class Decoder(nn.Module):
             self.recorder.begin(context.real_tokens())
         if self.balancer is not None:
             self.balancer.begin(context.real_tokens())
-        with device_made_current(x):
+        with self.passing(x.shape[0] * x.shape[1]), device_made_current(x):
             for layer_idx, layer in enumerate(self.layers):
                 if states is not None:
                     states.append(x if update is None else x + update)
@@ -119,13 +174,18 @@ class Decoder(nn.Module):
             x, _ = self.norm.add(x, update)
         if states is not None:
             states.append(x)
-        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self.end_step()
+        self.end_step()
         return x
+
+    def passing(self, num_tokens: int) -> AbstractContextManager[None]:
+        """A forward pass over so many tokens, which other ranks that have experts make too."""
+        return nullcontext() if self.dispatcher is None else self.dispatcher.passing(num_tokens)
 
     def end_step(self, *, dummy: bool = False) -> None:
         """A forward pass is queued, or a replay of one that was captured: experts may move."""
-        if self.balancer is not None:
+        if self.balancer is None:
+            return
+        if not (self.embed.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.balancer.end_step(dummy=dummy)
 
     def rotation(self, positions: torch.Tensor) -> Rotation:

@@ -111,7 +111,7 @@ class GatedDeltaNet(nn.Module):
                 matrices,
                 A_log=self.A_log,
                 dt_bias=self.dt_bias,
-                norm_weight=self.norm.scale,
+                norm_weight=self.norm.weight,
                 eps=self.norm.eps,
                 used=None if real is None else real[:, 0],
             )

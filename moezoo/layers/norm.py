@@ -10,10 +10,12 @@ from moezoo.device import runs_kernels
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension [.., dim].
+    """y = x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension [.., dim].
 
     Computed in fp32 and rounded once to the dtype of x.
     """
+
+    offset: ClassVar[float] = 0.0
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -24,19 +26,16 @@ class RMSNorm(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
-    @property
-    def scale(self) -> torch.Tensor:
-        """What the normalised numbers are multiplied with, [dim]."""
-        return self.weight
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._scaled(x, self.weight)
+
+    def _scaled(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if not x.is_cpu:
-            return F.rms_norm(x, (self.dim,), self.scale, self.eps)
+            return F.rms_norm(x, (self.dim,), weight, self.eps)
         # On a CPU torch's rms_norm is ten operations, its layer_norm is one. The numbers of (x, -x)
         # have mean 0 and variance mean(x^2). In a small model that is 27 us a token instead of 50.
-        one = self.scale
-        weight = torch.cat((one, one))
-        both = torch.layer_norm(torch.cat((x, -x), -1), weight.shape, weight, None, self.eps)
+        twice = torch.cat((weight, weight))
+        both = torch.layer_norm(torch.cat((x, -x), -1), twice.shape, twice, None, self.eps)
         return both.narrow(-1, 0, self.dim)
 
     def add(
@@ -47,7 +46,9 @@ class RMSNorm(nn.Module):
             from moezoo.layers.kernels.add_norm import add_rms_norm
 
             rows = None if update is None else update.reshape(-1, self.dim)
-            normed, total = add_rms_norm(x.reshape(-1, self.dim), rows, self.scale, self.eps)
+            normed, total = add_rms_norm(
+                x.reshape(-1, self.dim), rows, self.weight, self.eps, offset=self.offset
+            )
             return normed.view(x.shape), total.view(x.shape)
         if update is not None:
             x = x + update
@@ -95,8 +96,9 @@ class NormOfSum:
         return {
             "x": self._x.reshape(-1, self._norm.dim),
             "update": None if self._update is None else self._update.reshape(-1, self._norm.dim),
-            "norm_weight": self._norm.scale,
+            "norm_weight": self._norm.weight,
             "eps": self._norm.eps,
+            "offset": self._norm.offset,
         }
 
     def store(self, total: torch.Tensor, normed: torch.Tensor | None = None) -> None:
@@ -112,17 +114,14 @@ class ZeroCenteredRMSNorm(RMSNorm):
     The sum is fp32: in 16 bits it would lose the last digits of the weight.
     """
 
+    offset = 1.0
     initial_values: ClassVar[dict[str, float]] = {"weight": 0.0}
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
 
-    @property
-    def scale(self) -> torch.Tensor:
-        return 1 + self.weight.float()
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.float()).to(x.dtype)
+        return self._scaled(x.float(), self.offset + self.weight.float()).to(x.dtype)
 
 
 class LayerNorm(RMSNorm):

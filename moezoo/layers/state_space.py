@@ -5,8 +5,9 @@
 
 Many tokens are computed in chunks, of which only the states follow each other. All in fp32.
 
-Legend: B sequences, T new tokens, H hidden, D inner width, Hs heads of width P, G groups of heads
-that share b and c, N state width.
+All heads share b and c.
+
+Legend: B sequences, T new tokens, H hidden, D inner width, Hs heads of width P, N state width.
 """
 
 from typing import ClassVar
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from moezoo.layers.attention import Context
 from moezoo.layers.convolution import CausalConvolution
 from moezoo.layers.linear import FusedLinear, Linear
-from moezoo.layers.norm import NormOfSum, handed_to
+from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.states import States, StateShape
 
 CHUNK = 64
@@ -27,13 +28,12 @@ CHUNK = 64
 def state_space(
     x: Tensor, b: Tensor, c: Tensor, *, dt: Tensor, rate: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """x [B, T, Hs, P], b and c [B, T, G, N], dt fp32 [B, T, Hs], rate fp32 [Hs], state fp32
+    """x [B, T, Hs, P], b and c [B, T, N], dt fp32 [B, T, Hs], rate fp32 [Hs], state fp32
     [B, Hs, P, N] -> y fp32 [B, T, Hs, P] and the state after the last token.
 
     rate is negative. Where dt is 0 a token leaves the state as it is.
     """
-    groups = x.shape[2] // b.shape[2]
-    b, c = (z.float().repeat_interleave(groups, 2) for z in (b, c))
+    b, c = b.float()[:, :, None], c.float()[:, :, None]
     x = x.float() * dt[..., None]
     length = x.shape[1]
     size = min(CHUNK, length)
@@ -59,26 +59,8 @@ def state_space(
     return y.transpose(1, 2), state
 
 
-class GatedGroupNorm(nn.Module):
-    """y = norm(x * silu(z)) * weight, where each of `groups` equal parts is normalised alone.
-
-    In fp32, rounded once to the dtype of z.
-    """
-
-    def __init__(self, dim: int, groups: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.groups = groups
-        self.eps = eps
-
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        parts = (x.float() * F.silu(z.float())).unflatten(-1, (self.groups, -1))
-        normed = F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2)
-        return (normed * self.weight.float()).to(z.dtype)
-
-
 class StateSpace(nn.Module):
-    """out(norm(y + D x, z)), where y is the state space's of (x, b, c) after a convolution.
+    """out(norm((y + D x) * silu(z))), where y is what the state space makes of x, b and c.
 
     The rows of `zxbcdt` are z, then x, b and c, which the convolution takes, then dt. A token's
     time step is softplus(dt + dt_bias), the rate of decay -exp(A_log).
@@ -94,18 +76,16 @@ class StateSpace(nn.Module):
         num_heads: int,
         head_dim: int,
         *,
-        groups: int,
         state_dim: int,
         conv: CausalConvolution,
-        norm: GatedGroupNorm,
+        norm: RMSNorm,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.state_dim = state_dim
         dim = num_heads * head_dim
-        self.part_sizes = (dim, dim + 2 * groups * state_dim, num_heads)
-        self.group_sizes = (dim, groups * state_dim, groups * state_dim)
+        self.part_sizes = (dim, dim + 2 * state_dim, num_heads)
         self.zxbcdt = FusedLinear(hidden_size, self.part_sizes)
         self.conv = conv
         self.A_log = nn.Parameter(torch.empty(num_heads))
@@ -131,18 +111,21 @@ class StateSpace(nn.Module):
         """The product [B, T, ..] -> [B, T, D]; see `StateLayer`."""
         z, xbc, dt = inputs[0].split_with_sizes(self.part_sizes, -1)
         xbc, window = self.conv(xbc, states[0], real)
-        x, b, c = xbc.split_with_sizes(self.group_sizes, -1)
+        dim = self.num_heads * self.head_dim
+        x, b, c = xbc.split_with_sizes((dim, self.state_dim, self.state_dim), -1)
         steps = F.softplus(dt.float() + self.dt_bias.float())
         if real is not None:
             steps = steps.masked_fill(~real[..., None], 0)
         x = x.unflatten(-1, (self.num_heads, -1))
         y, matrices = state_space(
             x,
-            b.unflatten(-1, (-1, self.state_dim)),
-            c.unflatten(-1, (-1, self.state_dim)),
+            b,
+            c,
             dt=steps,
             rate=-self.A_log.float().exp(),
             state=states[1],
         )
-        y = y + x.float() * self.D.float()[:, None]
-        return self.norm(y.flatten(2), z), (window, matrices)
+        y = (y + x.float() * self.D.float()[:, None]).flatten(2) * F.silu(z.float())
+        # In fp32 to the end, whatever the dtype of the norm's weight.
+        y = F.rms_norm(y, (self.norm.dim,), self.norm.weight.float(), self.norm.eps)
+        return y.to(z.dtype), (window, matrices)

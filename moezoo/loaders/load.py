@@ -61,6 +61,7 @@ from moezoo.loaders.weights import (
 from moezoo.loaders.written import describe_
 from moezoo.parallel.eplb.options import EPLB
 from moezoo.parallel.mesh import Mesh, Parallel, join
+from moezoo.parallel.peers import peers_of
 from moezoo.parallel.sharding import balance_, check_wire, moe_layers, shard_, slots_of
 from moezoo.parallel.slots import Slots
 
@@ -212,6 +213,7 @@ def _sharded(
     )
     slots = slots_of(decoder, mesh, balance)
     shard_(decoder, mesh, slots)
+    decoder.peers = peers_of(decoder, mesh)
     return slots
 
 

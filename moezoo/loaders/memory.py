@@ -24,11 +24,11 @@ def check_memory(
 ) -> None:
     """Raise `MoEOutOfMemoryError` if `device` has too little free memory for these weights of
     `module`."""
-    free = _free_memory(device)
+    free = free_memory(device)
     if free is None or _nbytes(wanted) <= free:
         return
     need, slim = _nbytes(wanted), _nbytes(wanted, 2)
-    host = _free_memory(torch.device("cpu"))
+    host = free_memory(torch.device("cpu"))
     if slim <= free:
         advice = f"with dtype=torch.bfloat16 they take {_gib(slim)} and fit"
     elif (fitting := _that_fits(wanted, device, module, free)) is not None:
@@ -76,7 +76,7 @@ def _gib(nbytes: int) -> str:
     return f"{nbytes / (1 << 30):.2f} GiB"
 
 
-def _free_memory(device: torch.device) -> int | None:
+def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return free_bytes(device)
     with suppress(OSError), open("/proc/meminfo") as lines:

@@ -3,47 +3,42 @@
 from torch import nn
 from transformers import GraniteMoeHybridConfig
 
-from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.convolution import CausalConvolution
 from moezoo.layers.decoder import Decoder
+from moezoo.layers.norm import RMSNorm
 from moezoo.layers.rope import rotate_half, unrotated
-from moezoo.layers.state_space import GatedGroupNorm, StateSpace
+from moezoo.layers.state_space import StateSpace
 from moezoo.loaders.mapping import Rule
 from moezoo.models import granitemoe
 from moezoo.models.granitemoe import granite_attention, granite_decoder
 
 ASSUMES = granitemoe.ASSUMES | {
     "mamba_proj_bias": (False,),  # in transformers the convolution would see that of padding
+    "mamba_n_groups": (1,),  # for more of them releases of transformers compute different norms
     "time_step_limit": ((0.0, float("inf")),),  # which it forgets after the prompt
 }
 
 
 def build(config: GraniteMoeHybridConfig) -> Decoder:
-    groups, heads = config.mamba_n_groups, config.mamba_n_heads
-    if heads % groups:
-        raise UnsupportedArchitectureError.of_field(
-            config, "mamba_n_groups", f"a divisor of {heads}"
-        )
-    dim = heads * config.mamba_d_head
+    dim = config.mamba_n_heads * config.mamba_d_head
     rotate = rotate_half if config.position_embedding_type == "rope" else unrotated
 
     def attention(layer_idx: int) -> nn.Module:
         if config.layer_types[layer_idx] == "full_attention":
             return granite_attention(config, rotate=rotate)
         conv = CausalConvolution(
-            dim + 2 * groups * config.mamba_d_state,
+            dim + 2 * config.mamba_d_state,
             config.mamba_d_conv,
             config.hidden_act,
             bias=config.mamba_conv_bias,
         )
         return StateSpace(
             config.hidden_size,
-            heads,
+            config.mamba_n_heads,
             config.mamba_d_head,
-            groups=groups,
             state_dim=config.mamba_d_state,
             conv=conv,
-            norm=GatedGroupNorm(dim, groups, config.rms_norm_eps),
+            norm=RMSNorm(dim, config.rms_norm_eps),
         )
 
     return granite_decoder(config, attention, config.shared_intermediate_size)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from datetime import timedelta
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -105,8 +105,8 @@ class Mesh:
     """This process among the others. Made by `join`.
 
     Ranks are those of the job, `num_nodes` the hosts that divide an expert group evenly;
-    `group_ranks` are the ones of this rank's expert group, `group` is
-    their process group, and `ep_rank` the place among them.
+    `group_ranks` are the ones of this rank's expert group, `group` is their process group, `hosts`
+    another one that does not go through GPUs, and `ep_rank` the place among them.
     """
 
     def __init__(self, parallel: Parallel, device: torch.device) -> None:
@@ -128,9 +128,26 @@ class Mesh:
             {"moezoo": __version__, "torch": torch.__version__, "device": device.type}
             | {f"Parallel.{f.name}": getattr(parallel, f.name) for f in fields(parallel)}
         )
-        backend = "nccl" if device.type == "cuda" else "gloo"
         with self.watch.named("making the process groups"):
-            self.group = _own_group(self.rank, self.world_size, self.ep_size, backend, parallel)
+            self.group = self.hosts = self._own_group("gloo")
+            if device.type == "cuda":
+                self.group = self._own_group("nccl")
+        if device.type == "cuda" and self.ep_size > 1:
+            self.watch.end_if_kept_waiting(self.group_ranks)
+
+    def _own_group(self, backend: str) -> dist.ProcessGroup:
+        """Of all expert groups, which every rank has to make, the one of this rank."""
+        # NCCL ends the process without naming a rank: the watch is to be first.
+        patience = 1.5 if backend == "nccl" else 1.0
+        groups = [
+            dist.new_group(
+                list(range(first, first + self.ep_size)),
+                timeout=timedelta(seconds=patience * self.parallel.timeout),
+                backend=backend,
+            )
+            for first in range(0, self.world_size, self.ep_size)
+        ]
+        return groups[self.rank // self.ep_size]
 
     def agree(self, facts: Mapping[str, object]) -> None:
         """Raise ExpertMapError, on every rank, unless all of them have the same facts."""
@@ -151,6 +168,11 @@ class Mesh:
         RankError on the others."""
         return self.watch.together(doing)
 
+    def leave(self) -> None:
+        """The end of the job, on every rank; there is no more use of torch.distributed."""
+        self.watch.leave()
+        dist.destroy_process_group()
+
     def named_faults(self, doing: str) -> AbstractContextManager[None]:
         """An error of torch.distributed in the block becomes a RankError that names ranks of this
         group which are gone or behind."""
@@ -163,7 +185,7 @@ class Mesh:
         *,
         sent: Sequence[int] | None = None,
         received: Sequence[int] | None = None,
-    ) -> "Pending":
+    ) -> "Pending[Tensor]":
         """rows [S, W] -> [S', W]: `sent` of them to each rank of the group, in their order, and
         `received` from each; the same number for all where None."""
         size = len(rows) if received is None else sum(received)
@@ -173,33 +195,70 @@ class Mesh:
             doing, dist.all_to_all_single, result, _octets(result), _octets(rows), *sizes
         )
 
-    def all_gather(self, rows: Tensor, doing: str) -> "Pending":
+    def all_gather(self, rows: Tensor, doing: str) -> "Pending[Tensor]":
         """rows [C, W], as many on every rank -> [R * C, W]."""
         result = rows.new_empty(self.ep_size * len(rows), *rows.shape[1:])
         return self._begin(doing, _all_gather, result, _octets(result), _octets(rows))
 
-    def all_reduce(self, tensor: Tensor, doing: str) -> "Pending":
+    def all_reduce(self, tensor: Tensor, doing: str) -> "Pending[Tensor]":
         """The sum over the group, in place of `tensor`; the same bits on every rank."""
         return self._begin(doing, dist.all_reduce, tensor, tensor)
 
-    def _begin(self, doing: str, collective: Any, result: Tensor, *args: Any) -> "Pending":
+    def broadcast(self, tensor: Tensor, doing: str) -> "Pending[Tensor]":
+        """The group's first rank's, in place of `tensor`, which is contiguous."""
+        return self._begin(doing, dist.broadcast, tensor, _octets(tensor), src=self.group_ranks[0])
+
+    def numbers(self, own: Sequence[int], doing: str) -> list[list[int]]:
+        """Those of each rank of the group, as many on every one; through the hosts alone."""
+        mine = torch.tensor(own, dtype=torch.int64)
+        result = mine.new_empty(self.ep_size * len(own))
         self.watch.begins(doing)
         with self.named_faults(doing):
-            work = collective(*args, group=self.group, async_op=True)
-        return Pending(self, work, doing, result, args)
+            _all_gather(result, mine, group=self.hosts)
+        return result.view(self.ep_size, -1).tolist()
+
+    def exchange(
+        self, sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]], doing: str
+    ) -> "Pending[list[Tensor]]":
+        """Send tensors of bytes to some ranks of the group, by their places in it, and receive
+        others; between two ranks in their order. All ranks call it, also with neither."""
+        self.watch.begins(doing)
+        operations = [
+            dist.P2POp(kind, tensor, group=self.group, group_peer=peer)
+            for kind, tensors in ((dist.isend, sent), (dist.irecv, received))
+            for tensor, peer in tensors
+        ]
+        with self.named_faults(doing):
+            works = dist.batch_isend_irecv(operations) if operations else []
+        return Pending(self, works, doing, [tensor for tensor, _ in received], sent)
+
+    def _begin(
+        self, doing: str, collective: Any, result: Tensor, *args: Any, **options: Any
+    ) -> "Pending[Tensor]":
+        self.watch.begins(doing)
+        with self.named_faults(doing):
+            work = collective(*args, group=self.group, async_op=True, **options)
+        return Pending(self, [work], doing, result, args)
 
 
-class Pending:
+Result = TypeVar("Result")
+
+
+class Pending(Generic[Result]):
     """A collective under way."""
 
-    def __init__(self, mesh: Mesh, work: Any, doing: str, result: Tensor, held: object) -> None:
-        self._mesh, self._work, self._doing, self._result = mesh, work, doing, result
+    def __init__(
+        self, mesh: Mesh, works: Sequence[Any], doing: str, result: Result, held: object
+    ) -> None:
+        self._mesh, self._works, self._doing, self._result = mesh, works, doing, result
         self._held = held  # what is read and written until then
 
-    def wait(self) -> Tensor:
+    def wait(self) -> Result:
         """Its result: on a GPU what is launched from now on sees it, and the host does not wait."""
+        works, self._works = self._works, ()
         with self._mesh.named_faults(self._doing):
-            self._work.wait()
+            for work in works:
+                work.wait()
         self._held = None
         return self._result
 
@@ -240,21 +299,6 @@ def _initialise(parallel: Parallel, device: torch.device) -> None:
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(store=store, rank=0, world_size=1, **options)
-
-
-def _own_group(
-    rank: int, world_size: int, size: int, backend: str, parallel: Parallel
-) -> dist.ProcessGroup:
-    """Of all expert groups, which every rank has to make, the one of this rank."""
-    groups = [
-        dist.new_group(
-            list(range(first, first + size)),
-            timeout=timedelta(seconds=parallel.timeout),
-            backend=backend,
-        )
-        for first in range(0, world_size, size)
-    ]
-    return groups[rank // size]
 
 
 def _device_of_rank(device: torch.device | str | None) -> torch.device:

@@ -4,8 +4,8 @@ Legend: S steps, L MoE layers, E experts, R ranks.
 """
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,8 @@ class Comparison:
     """Why settings were left out."""
     expert_bytes: int | None = None
     """Of one expert of one layer, where it is known."""
+    loads: Mapping[str, Any] = field(default_factory=dict)
+    """Where the loads are from."""
 
     def to_dict(self) -> dict[str, Any]:
         """The figures of the table in types that JSON knows."""
@@ -104,7 +106,7 @@ class Comparison:
                 each = self.expert_bytes * simulation.num_slots
                 row["moved_bytes"] = [round(moved * each) for moved in simulation.moved]
             rows.append(row)
-        return {"simulations": rows, "skipped": list(self.skipped)}
+        return {"loads": dict(self.loads), "simulations": rows, "skipped": list(self.skipped)}
 
     def __rich__(self) -> Table:
         caption = "first, later: experts received by a rebalance, of all slots"

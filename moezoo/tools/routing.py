@@ -4,9 +4,11 @@ Legend: T tokens, K experts per token, L MoE layers, E experts, S forward passes
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,27 @@ HISTORY = 1024
 BINS = 50
 
 
+@dataclass(frozen=True)
+class LayerSummary:
+    """How a layer's tokens were spread over its experts."""
+
+    layer: int
+    tokens: int
+    busiest: int
+    """The expert with most tokens."""
+    imbalance: float
+    """Its tokens over the mean of all experts; NaN without tokens."""
+    entropy: float
+    """Of the distribution of tokens over experts, in bits; log2(E) where all get as many."""
+    dead: tuple[int, ...]
+    """Experts without a token."""
+
+    @property
+    def effective_experts(self) -> float:
+        """So many experts with as many tokens each would have this entropy."""
+        return 2.0**self.entropy
+
+
 class RoutingTrace:
     """What was recorded; within `record_routing`, so far.
 
@@ -41,9 +64,16 @@ class RoutingTrace:
         self.layers = layers
         """The decoder's layers that have experts, [L]."""
         self.about: dict[str, Any] = about
-        """`model`, its name, `experts_per_token`, and `expert_bytes`, what one of a layer takes."""
+        """`model`, its name, `experts_per_token`, a list where layers differ, and `expert_bytes`,
+        what one of a layer takes."""
         self._tensors = tensors
         self._recorder: RoutingRecorder | None = None
+
+    @property
+    def model_name(self) -> str:
+        """A hub id as it is, of a folder its own name."""
+        name = str(self.about.get("model") or "a model")
+        return os.path.basename(name.rstrip(os.sep)) if os.path.isabs(name) else name
 
     @property
     def expert_load(self) -> Tensor:
@@ -78,6 +108,50 @@ class RoutingTrace:
         """fp64 [L]: tokens of the busiest expert over the mean; NaN without tokens."""
         load = self.expert_load.double()
         return load.amax(1) / load.mean(1)
+
+    @property
+    def coactivation(self) -> Tensor | None:
+        """int64 [L, E, E]: tokens that went to both of two experts, on the diagonal to one; if
+        choices were asked for."""
+        if (chosen := self.topk_ids) is None:
+            return None
+        num_experts = self.expert_load.shape[1]
+        pairs = []
+        for ids in chosen:
+            went = torch.zeros(len(ids), num_experts + 1, dtype=torch.float64)
+            # An id of no expert, -1, falls into a column of its own.
+            went.scatter_(1, torch.where(ids < 0, num_experts, ids).long(), 1.0)
+            pairs.append((went.T @ went)[:-1, :-1].long())
+        return torch.stack(pairs)
+
+    def summary(self) -> list[LayerSummary]:
+        """For each MoE layer: tokens, the busiest expert, imbalance, entropy and dead experts."""
+        load, imbalance = self.expert_load, self.imbalance
+        share = load.double() / load.sum(1, keepdim=True)
+        entropy = -(share * share.clamp(min=1e-300).log2()).sum(1)
+        k = self.about.get("experts_per_token", 1)
+        per_token = k if isinstance(k, list) else [k] * len(self.layers)
+        return [
+            LayerSummary(
+                layer=layer,
+                tokens=int(load[i].sum()) // per_token[i],
+                busiest=int(load[i].argmax()),
+                imbalance=float(imbalance[i]),
+                entropy=float(entropy[i]),
+                dead=tuple((load[i] == 0).nonzero().flatten().tolist()),
+            )
+            for i, layer in enumerate(self.layers)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `moezoo routing --json` prints: about the model, and the summary of each layer."""
+        return {**self.about, "layers": [asdict(layer) for layer in self.summary()]}
+
+    def html(self) -> str:
+        """A page about it that needs no other file; see `moezoo.tools.routing_page`."""
+        from moezoo.tools.routing_page import page
+
+        return page(self)
 
     def _choices(self, name: str) -> tuple[Tensor, ...] | None:
         tensors = self._read()
@@ -136,19 +210,21 @@ class RoutingTrace:
         return figure
 
     def __rich__(self) -> Table:
-        table = Table(title=f"Routing of {self.about.get('model', 'a model')}")
-        for name in ("layer", "tokens", "busiest expert", "over mean", "without a token"):
+        table = Table(title=f"Routing of {self.model_name}")
+        names = ("layer", "tokens", "busiest expert", "over mean", "entropy", "without a token")
+        for name in names:
             table.add_column(name, justify="right")
-        load, imbalance = self.expert_load, self.imbalance
-        tokens = load.sum(1) // self.about.get("experts_per_token", 1)
-        for i, layer in enumerate(self.layers):
+        for layer in self.summary():
             table.add_row(
-                str(layer),
-                f"{tokens[i]:,}",
-                str(int(load[i].argmax())),
-                f"{imbalance[i]:.2f}",
-                str(int((load[i] == 0).sum())),
+                str(layer.layer),
+                f"{layer.tokens:,}",
+                str(layer.busiest),
+                f"{layer.imbalance:.2f}",
+                f"{layer.entropy:.2f}",
+                str(len(layer.dead)),
             )
+        entropy = math.log2(self.expert_load.shape[1])
+        table.caption = f"entropy in bits, {entropy:.2f} where every expert gets as many tokens"
         return table
 
 
@@ -216,7 +292,7 @@ def record_routing(
         tuple(layers),
         {},
         model=model.config.name_or_path,
-        experts_per_token=max(layer.router.keywords["k"] for layer in layers.values()),
+        experts_per_token=_experts_per_token(layers.values()),
         expert_bytes=_nbytes(layers.values()),
     )
     trace._recorder = recorder
@@ -230,6 +306,12 @@ def record_routing(
         for layer in layers.values():
             layer.record = None
         trace._tensors, trace._recorder = _tensors(recorder), None
+
+
+def _experts_per_token(layers: Iterable[FusedMoE]) -> int | list[int]:
+    """As the routers choose now; one number where all choose as many."""
+    numbers = [getattr(layer.reroute, "k", layer.router.keywords["k"]) for layer in layers]
+    return numbers[0] if all(number == numbers[0] for number in numbers) else numbers
 
 
 def _nbytes(layers: Iterable[FusedMoE]) -> int:

@@ -322,7 +322,7 @@ def test_too_little_memory_is_found_before_anything_is_allocated(
     tmp_path, monkeypatch, free, advice
 ):
     folder = toy_model.write(tmp_path, toy_model.tensors(toy_model.Toy()))
-    monkeypatch.setattr(memory, "_free_memory", lambda device: free)
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
     watch = Watch(monkeypatch)
     with pytest.raises(MoEOutOfMemoryError, match=advice) as caught:
         load_toy(folder, toy_model.on_meta())
@@ -343,7 +343,7 @@ def test_too_little_memory_names_the_quantisation_that_fits(monkeypatch, free, d
     decoder = build(
         checkpoint, dtype="bfloat16", quantization=None, device=None, progress=False
     ).decoder
-    monkeypatch.setattr(memory, "_free_memory", lambda device: free)
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
     monkeypatch.setattr(memory, "multiplies_fp8", lambda device: device.type == "cpu")
     wanted = parameter_infos(decoder, torch.bfloat16)
     with pytest.raises(MoEOutOfMemoryError) as caught:
@@ -386,7 +386,7 @@ def test_an_allocation_that_fails_is_an_out_of_memory_error(tmp_path, monkeypatc
 
 
 def test_free_memory_of_the_host_is_known():
-    free = memory._free_memory(CPU)
+    free = memory.free_memory(CPU)
     assert free is None or 1 << 20 < free < 1 << 50
 
 
@@ -615,7 +615,7 @@ def test_a_tied_checkpoint_that_does_not_fit_is_refused_before_a_byte_is_read(
     if free is None:
         change_weights(folder, lambda t: t.pop(lost))
     else:
-        monkeypatch.setattr(memory, "_free_memory", lambda device: free)
+        monkeypatch.setattr(memory, "free_memory", lambda device: free)
 
     def fetch(*args, **kwargs):
         raise AssertionError("weights are read")
@@ -697,7 +697,7 @@ def test_from_config_wants_a_config(config):
 
 
 def test_from_config_checks_the_memory_first(monkeypatch):
-    monkeypatch.setattr(memory, "_free_memory", lambda device: 1000)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     with pytest.raises(MoEOutOfMemoryError, match="the weights of this qwen3_moe take"):
         from_config(small_config(), device="cpu")
 

@@ -288,7 +288,6 @@ HYBRID = GRANITE | {
     "mamba_n_heads": 4,
     "mamba_d_head": 10,
     "mamba_d_state": 7,
-    "mamba_n_groups": 2,
     "rms_norm_eps": 1e-2,
 }
 FULL, LINEAR, CONV = "full_attention", "linear_attention", "conv"
@@ -697,12 +696,11 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
     },
     "granitemoehybrid": {
         "unrotated": HYBRID,
-        "rotated-one-group-tied": HYBRID
+        "rotated-tied": HYBRID
         | {
             "num_hidden_layers": 3,
             "layer_types": ["attention", "mamba", "mamba"],
             "position_embedding_type": "rope",
-            "mamba_n_groups": 1,
             "mamba_conv_bias": False,
             "tie_word_embeddings": True,
             "rms_norm_eps": 1e-5,

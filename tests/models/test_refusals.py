@@ -69,7 +69,7 @@ FIELDS = [
     ("lfm2_moe", "layer_types", {"layer_types": ["conv", "linear_attention"] * 2}),
     ("granitemoehybrid", "layer_types", {"layer_types": ["linear_attention"] * 4}),
     ("granitemoehybrid", "mamba_proj_bias", {"mamba_proj_bias": True}),
-    ("granitemoehybrid", "mamba_n_groups", {"mamba_n_groups": 3}),
+    ("granitemoehybrid", "mamba_n_groups", {"mamba_n_groups": 2}),
     ("granitemoehybrid", "mamba_d_state", {"mamba_d_state": 0}),
     ("granitemoehybrid", "time_step_limit", {"time_step_limit": (0.1, 2.0)}),
     ("granitemoehybrid", "num_local_experts", {"num_local_experts": 0}),

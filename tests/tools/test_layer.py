@@ -203,19 +203,15 @@ def test_a_layer_that_does_not_fit_is_skipped_by_name(small, monkeypatch):
     assert cli.main(["bench", "layer"]) == 1
 
 
-def test_command_line_misses_the_folder_before_it_measures(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(tool, "bench", lambda *args, **options: pytest.fail("measured"))
-    path = tmp_path / "nowhere" / "layer.json"
-    assert cli.main(["bench", "layer", "--json", str(path)]) == 2
-    assert f"no folder {path.parent}" in capsys.readouterr().err
-
-
-def test_command_line(small, capsys, tmp_path):
-    path = tmp_path / "layer.json"
+def test_command_line(small, capsys):
     options = ["--layer", "small", "--tokens", "1", "5", "--dtype", "float32", "--device", "cpu"]
-    assert cli.main(["bench", "layer", *options, "--skewed", "--json", str(path)]) == 0
-    assert "skewed" in capsys.readouterr().out
-    assert [cell["num_tokens"] for cell in json.loads(path.read_text())["cells"]] == [1, 5]
+    assert cli.main(["bench", "layer", *options, "--skewed"]) == 0
+    table = capsys.readouterr()
+    assert "skewed" in table.out and "small, 5 tokens: done" in table.err
+    assert cli.main(["bench", "layer", *options, "--json", "--quiet"]) == 0
+    told = capsys.readouterr()
+    assert told.err == ""
+    assert [cell["num_tokens"] for cell in json.loads(told.out)["cells"]] == [1, 5]
 
 
 def test_command_line_names_the_layers_it_knows(capsys):

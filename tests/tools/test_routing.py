@@ -1,6 +1,9 @@
+import json
+
 import pytest
 import torch
 from configurations import CONFIGURATIONS, reference
+from scipy.stats import entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moezoo
@@ -158,6 +161,36 @@ def test_files_that_are_no_trace(tmp_path):
         RoutingTrace.load(path)
     with pytest.raises(ValueError, match="is not a trace of moezoo routing"):
         RoutingTrace.load(tiny_model() / "model.safetensors")
+
+
+def test_the_summary(model):
+    with moezoo.record_routing(model) as trace, torch.inference_mode():
+        model(torch.arange(11)[None])
+    for i, layer in enumerate(trace.summary()):
+        load = trace.expert_load[i].tolist()
+        assert (layer.layer, layer.tokens) == (i, 11)
+        assert load[layer.busiest] == max(load)
+        assert layer.imbalance == pytest.approx(max(load) / (11 * 4 / 16))
+        assert layer.entropy == pytest.approx(entropy(load, base=2))
+        assert layer.effective_experts == pytest.approx(2 ** entropy(load, base=2))
+        assert layer.dead == tuple(e for e in range(16) if load[e] == 0)
+    assert any(layer.dead for layer in trace.summary())
+    assert json.loads(json.dumps(trace.to_dict()))["layers"][3]["tokens"] == 11
+
+
+def test_coactivation_counts_pairs(model):
+    with moezoo.record_routing(model, choices=True) as trace, torch.inference_mode():
+        model(torch.arange(11)[None])
+    expected = torch.zeros(6, 16, 16, dtype=torch.int64)
+    for layer, ids in enumerate(trace.topk_ids):
+        for token in ids.tolist():
+            for a in token:
+                for b in token:
+                    expected[layer, a, b] += 1
+    assert torch.equal(trace.coactivation, expected)
+    with moezoo.record_routing(model) as trace:
+        pass
+    assert trace.coactivation is None
 
 
 def test_the_plot_shows_layers_and_experts(model, tmp_path):

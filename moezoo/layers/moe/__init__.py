@@ -10,6 +10,7 @@ from moezoo.layers.moe.layer import (
     Flight,
     FusedMoE,
 )
+from moezoo.layers.moe.override import OverriddenRouting, RoutingOverride, routing_overrides
 from moezoo.layers.moe.permute import combine, permute
 from moezoo.layers.moe.recording import RoutingRecorder
 from moezoo.layers.moe.routing import (
@@ -29,12 +30,15 @@ __all__ = [
     "Flight",
     "FusedMoE",
     "Gating",
+    "OverriddenRouting",
+    "RoutingOverride",
     "RoutingRecorder",
     "biased_topk",
     "combine",
     "fused_experts",
     "grouped_topk",
     "permute",
+    "routing_overrides",
     "softmax_topk",
     "sparsemixer",
     "topk_sigmoid",

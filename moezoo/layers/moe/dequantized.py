@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.moe.permute import permute
+from moezoo.layers.moe.ranges import verb
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Format
 from moezoo.layers.quant.fp8 import quantize_rows
 
@@ -42,7 +43,8 @@ def dequantized_experts(
 
     tokens = rounded(x.float())
     out = torch.zeros_like(tokens)
-    order, offsets = permute(topk_ids, num_experts)
+    with verb("permute"):
+        order, offsets = permute(topk_ids, num_experts)
     token_ids = order // topk_ids.shape[1]
     weights = topk_weights.flatten().index_select(0, order).unsqueeze(1)
     bounds = offsets.tolist()

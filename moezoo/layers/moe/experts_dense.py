@@ -15,6 +15,7 @@ from moezoo.layers.kernels.activations import Gating, in_parts
 from moezoo.layers.linear import FP32_ROWS, ONEDNN_DTYPES, linear, without_onednn
 from moezoo.layers.moe.chunks import in_chunks, local_ids, operator
 from moezoo.layers.moe.permute import permute
+from moezoo.layers.moe.ranges import verb
 
 FEW_TOKENS = 4
 """Up to so many tokens, on a GPU, an expert is multiplied once for each of them, unless too many
@@ -73,7 +74,8 @@ def dense_torch(
             (chosen,) = topk_ids.tolist()
             if min(chosen) >= 0 and max(chosen) < w13.shape[0]:
                 return one_token(x, topk_weights, chosen)
-        order, offsets = permute(topk_ids, w13.shape[0])
+        with verb("permute"):
+            order, offsets = permute(topk_ids, w13.shape[0])
         tokens, weights = order // k, topk_weights.flatten().index_select(0, order).unsqueeze(1)
         out = x.new_zeros(x.shape, dtype=torch.float32)
         bounds = offsets.tolist()
@@ -188,7 +190,8 @@ def dense_cuda(
                 bias2=bias2,
             )
         tiles = plan(x, w13, w2, num_rows=topk_ids.numel(), num_experts=num_experts)
-        rows = permute(topk_ids, w13.shape[0], tiles.gated_up.m)
+        with verb("permute"):
+            rows = permute(topk_ids, w13.shape[0], tiles.gated_up.m)
         h = gated_up(
             *(x, w13, rows),
             k=k,
@@ -197,7 +200,8 @@ def dense_cuda(
             bias13=bias13,
         )
         y = down(h, w2, rows, tile=tiles.down, bias2=bias2)
-        return combine(y, topk_weights, rows.positions)
+        with verb("combine"):
+            return combine(y, topk_weights, rows.positions)
 
     with torch.cuda.device_of(x):
         return in_chunks(chunk, x, topk_weights, local_ids(topk_ids, expert_map))

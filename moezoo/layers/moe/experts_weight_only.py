@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moezoo.layers.kernels.activations import Gating
+from moezoo.layers.moe.ranges import verb
 from moezoo.layers.quant import Mxfp4, WeightOnly
 
 ORDERED_TOKENS = 2048
@@ -55,9 +56,10 @@ def weight_only_cuda(
             ]
         )
     tiles = plan_weight_only(x, w13, w2, num_rows=topk_ids.numel(), num_experts=num_experts)
-    rows, x = permute_and_interleave(
-        *(x, topk_ids, w13.shape[0], tiles.gated_up.m), ways=ways(type(w13), x.shape[1])
-    )
+    with verb("permute"):
+        rows, x = permute_and_interleave(
+            *(x, topk_ids, w13.shape[0], tiles.gated_up.m), ways=ways(type(w13), x.shape[1])
+        )
     h = gated_up_weight_only(
         *(x, w13, rows),
         k=topk_ids.shape[1],
@@ -66,7 +68,8 @@ def weight_only_cuda(
         bias13=bias13,
     )
     y = down_weight_only(h, w2, rows, tile=tiles.down, bias2=bias2)
-    return combine(y, topk_weights, rows.positions)
+    with verb("combine"):
+        return combine(y, topk_weights, rows.positions)
 
 
 def _in_order(
@@ -91,7 +94,8 @@ def _in_order(
     from moezoo.layers.kernels.weight_only_tiles import plan_weight_only
 
     tile = plan_weight_only(x, w13, w2, num_rows=topk_ids.numel(), num_experts=num_experts).down
-    rows = permute(topk_ids, w13.shape[0], tile.m)
+    with verb("permute"):
+        rows = permute(topk_ids, w13.shape[0], tile.m)
     last_row, last_expert = topk_ids.numel() - 1, w13.shape[0] - 1
     # Nobody wrote the order of rows without an expert, nor reads what becomes of them.
     tokens = rows.order.clamp(0, last_row) // topk_ids.shape[1]
@@ -114,7 +118,8 @@ def _in_order(
         )
     )
     y = product(h.to(x.dtype), w2, bias2)
-    return combine(y, topk_weights, rows.positions)
+    with verb("combine"):
+        return combine(y, topk_weights, rows.positions)
 
 
 def _part(w13: WeightOnly, part: int) -> WeightOnly:

@@ -4,6 +4,7 @@ Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per toke
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from moezoo.device import runs_kernels
 from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.moe.experts import fused_experts
+from moezoo.layers.moe.ranges import verb
 from moezoo.layers.norm import NormOfSum, is_hooked, normed
 from moezoo.layers.quant import Format, QuantizedWeights
 
@@ -49,6 +51,10 @@ class Flight(Protocol):
 
 class Dispatcher(Protocol):
     """Carries tokens to the ranks that hold their experts, and their outputs back."""
+
+    def passing(self, num_tokens: int) -> AbstractContextManager[None]:
+        """The block is a forward pass over so many tokens of this rank, or none. Every rank begins
+        it at the same time; what they agree on then they need not in each layer."""
 
     def dispatch(self, x: Tensor, topk_weights: Tensor, slots: Tensor) -> Flight:
         """x [T, H], topk_weights fp32 [T, K], slots int32 [T, K]: physical experts, counted over
@@ -125,6 +131,8 @@ class FusedMoE(nn.Module):
         self.route = route
         self.shared = shared
         self.dispatcher = dispatcher
+        self.reroute: Route | None = None
+        """Called in the place of `route`, while somebody experiments with it."""
         self.record: Record | None = None
         """Called with topk_weights and topk_ids [T, K] of each forward pass."""
         self.physical_ids: Callable[[Tensor], Tensor] | None = None
@@ -211,10 +219,11 @@ class FusedMoE(nn.Module):
 
     def forward(self, x: Tensor | NormOfSum) -> Tensor:
         """x [..., H] -> [..., H] of the same dtype."""
-        logits = self.router_logits(x)
+        with verb("route"):
+            logits = self.router_logits(x)
+            topk_weights, topk_ids = (self.reroute or self.route)(logits)
         x = normed(x)
         tokens = x.reshape(-1, x.shape[-1])
-        topk_weights, topk_ids = self.route(logits)
         if self.record is not None:
             self.record(topk_weights, topk_ids)
         return self.routed(tokens, topk_weights, topk_ids).view(x.shape)
@@ -263,12 +272,13 @@ class FusedMoE(nn.Module):
         bias13 = self.bias13
         if bias13 is not None and self.quantized is not None:
             bias13 = bias13.unflatten(1, (2, -1))
-        return fused_experts(
-            *(x, w13, w2, topk_weights, rows),
-            activation=self.activation,
-            bias13=bias13,
-            bias2=self.bias2,
-        )
+        with verb("experts"):
+            return fused_experts(
+                *(x, w13, w2, topk_weights, rows),
+                activation=self.activation,
+                bias13=bias13,
+                bias2=self.bias2,
+            )
 
     def dispatched(
         self,

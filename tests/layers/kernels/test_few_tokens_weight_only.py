@@ -44,14 +44,12 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(
-    "shape", [(1, 4, 2, 192, 64), (2, 5, 3, 64, 128), (1, 3, 3, 2304, 1408)], ids=str
+    "shape", [(2, 3, 2, 64, 64), (2, 5, 3, 192, 128), (1, 3, 3, 2304, 1408)], ids=str
 )
 def test_matches_reference(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    if device.type == "cpu" and (
-        shape[3] > 1000 or (dtype == torch.bfloat16) == (name != "int8-64")
-    ):
+    if device.type == "cpu" and (shape[3] > 64 or (dtype == torch.bfloat16) != (name == "mxfp4")):
         pytest.skip("minutes in the interpreter, or nothing new")
     arguments = inputs(name, shape, device, dtype)
     assert in_words(arguments["w13"]) and in_words(arguments["w2"])
@@ -64,12 +62,12 @@ def test_rows_of_few_words(name: str, device: torch.device) -> None:
     assert_close(few_tokens_weight_only(**arguments), few_tokens_weight_only_ref(**arguments))
 
 
-@pytest.mark.parametrize("name", ["int4-64-zeros", "int8-64", "mxfp4"])
+@pytest.mark.parametrize("name", ["int4-64-zeros", "mxfp4"])
 def test_absent_experts_and_nan(name: str, device: torch.device) -> None:
-    arguments = inputs(name, (2, 6, 4, 64, 64), device)
+    arguments = inputs(name, (2, 6, 3, 64, 64), device)
     arguments["topk_ids"][0, 2] = -1
     arguments["topk_weights"][0, 2] = torch.nan
-    arguments["topk_ids"][1, 3] = 6
+    arguments["topk_ids"][1, 1] = 6
     assert_close(few_tokens_weight_only(**arguments), few_tokens_weight_only_ref(**arguments))
     arguments["topk_ids"].fill_(-1)
     assert not few_tokens_weight_only(**arguments).any()
@@ -77,7 +75,7 @@ def test_absent_experts_and_nan(name: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_biases_gates_and_strides(name: str, device: torch.device) -> None:
-    arguments = inputs(name, (2, 4, 2, 64, 64), device)
+    arguments = inputs(name, (1, 4, 2, 64, 64), device)
     generator = torch.Generator().manual_seed(3)
     arguments["bias13"] = torch.randn(4, 2, 64, generator=generator).to(device)
     arguments["bias2"] = torch.randn(4, 64, generator=generator).to(device)
@@ -89,17 +87,17 @@ def test_biases_gates_and_strides(name: str, device: torch.device) -> None:
     assert_close(few_tokens_weight_only(**arguments), expected)
 
 
-@pytest.mark.parametrize("name", ["int4-32", "int8-64", "mxfp4"])
+@pytest.mark.parametrize("name", ["int4-32", "int8-64"])
 def test_without_a_gate(name: str, device: torch.device) -> None:
-    arguments = inputs(name, (1, 4, 2, 64, 128), device, num_parts=1)
+    arguments = inputs(name, (1, 3, 2, 64, 64), device, num_parts=1)
     arguments["activation"] = "relu2"
     assert_close(few_tokens_weight_only(**arguments), few_tokens_weight_only_ref(**arguments))
 
 
 def test_each_token_alone(device: torch.device) -> None:
-    arguments = inputs("int4-32", (3, 8, 4, 64, 96), device)
+    arguments = inputs("int4-32", (2, 4, 2, 32, 32), device)
     together = few_tokens_weight_only(**arguments)
-    for t in range(3):
+    for t in range(2):
         some = {name: arguments[name][t : t + 1] for name in ("x", "topk_weights", "topk_ids")}
         assert torch.equal(few_tokens_weight_only(**(arguments | some))[0], together[t])
 

@@ -1,0 +1,67 @@
+"""`moezoo convert`: a checkpoint written anew, its experts quantised."""
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from moezoo.cli.models import quieten
+from moezoo.cli.options import DTYPES, add_command, add_hub, add_quantization, folder
+from moezoo.cli.output import DONE, say
+
+
+def add(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "convert",
+        _convert,
+        help="write a checkpoint anew, its experts quantised",
+        examples="""
+convert Qwen/Qwen3-30B-A3B folder --quantization int4_w4a16
+convert folder other --quantization '{"type": "int4_w4a16", "group_size": 64}' --dtype float16
+""",
+        description=(
+            "Write a checkpoint anew with its experts quantised, a layer at a time: as compressed-"
+            "tensors, fp8 or\nmxfp4, whichever has the format, which other libraries read too. "
+            "Tokenizer and model card come along."
+        ),
+    )
+    add_hub(parser)
+    parser.add_argument("model", help="hub id or folder")
+    parser.add_argument("output", type=folder, help="folder, new or empty")
+    add_quantization(parser, "of the experts (default: as stored)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as stored")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default 5GB")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda if there is one")
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from moezoo.loaders.checkpoint import open_checkpoint
+    from moezoo.loaders.convert import convert
+
+    quieten(arguments)
+    checkpoint = open_checkpoint(
+        arguments.model,
+        revision=arguments.revision,
+        local_files_only=arguments.local_files_only,
+    )
+    started = time.perf_counter()
+    done = convert(
+        checkpoint,
+        arguments.output,
+        quantization=arguments.quantization,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        max_shard_size=arguments.max_shard_size,
+        progress=not arguments.quiet and sys.stderr.isatty(),
+    )
+    if not arguments.quiet:
+        seconds = time.perf_counter() - started
+        kinds = f"in {' and '.join(done.kinds)}" if done.kinds else "not quantised"
+        if done.weight_error is not None:
+            kinds += f" (relative error {done.weight_error:.2%})"
+        say(
+            f"{arguments.output}: experts {kinds}; {done.bytes_before:,} bytes of weights became "
+            f"{done.bytes_after:,} in {seconds:.1f} s"
+        )
+    return DONE

@@ -1,0 +1,69 @@
+"""What all commands share on the way out: messages, files, and exit codes.
+
+0 all done; 1 a failure while running; 2 wrong options or bad input; 3 finished, but some prompts or
+input lines failed, or (inspect) moezoo cannot run the model; 130 interrupted.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from moezoo.errors import naming
+
+DONE, FAILED, USAGE, PARTLY, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def say(message: str) -> None:
+    place = f"rank {rank()}: " if rank() else ""
+    # At once, so that lines of several ranks do not mix.
+    sys.stderr.write(f"moezoo: {place}{message}\n")
+    sys.stderr.flush()
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def code_of(error: Exception) -> int:
+    return USAGE if isinstance(error, ValueError) else FAILED
+
+
+def show(subject: Any, *, as_json: bool) -> None:
+    """On stdout: the table that a subject is, or what its `to_dict` gives."""
+    from rich.console import Console
+
+    with naming("stdout"):
+        if as_json:
+            print(json.dumps(subject.to_dict(), indent=2))
+        else:
+            Console().print(subject)
+
+
+def listen(arguments: argparse.Namespace) -> None:
+    """With --verbose, what moezoo and the libraries below it log goes to stderr."""
+    if arguments.verbose:
+        logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
+        logging.getLogger("moezoo").setLevel(logging.INFO)
+
+
+def require_folder(arguments: argparse.Namespace, *options: str) -> None:
+    """What is wrong should be said before minutes are spent."""
+    for option in options:
+        path = getattr(arguments, option)
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"--{option} {path}: there is no folder {path.parent}")
+    if getattr(arguments, "plot", None) is not None:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise ValueError("--plot needs matplotlib: pip install 'moezoo[plots]'") from None
+
+
+def save_plot(path: Path | None, subject: Any) -> None:
+    if path is not None:
+        with naming(path):
+            subject.plot().savefig(path)

@@ -1,0 +1,97 @@
+"""`moezoo tune`: the best tiles for a model's experts on this GPU."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from moezoo.cli.models import quieten
+from moezoo.cli.options import add_command, add_hub, number
+from moezoo.cli.output import DONE, say
+
+TUNED = ("fp8_w8a8",)
+
+
+def add(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "tune",
+        _tune,
+        help="find the best tiles for a model's experts on this GPU",
+        examples="""
+tune Qwen/Qwen3-30B-A3B
+tune 128,8,2048,768 --quantization fp8_w8a8 --tokens 16 --tokens 64
+""",
+        description=(
+            "Time the MoE kernels with the tiles that can be best on this GPU, and keep the best "
+            "ones; models\nwith experts of these sizes use them from then on. It takes about a "
+            "minute a layer."
+        ),
+    )
+    add_hub(parser)
+    parser.add_argument(
+        "layer",
+        metavar="MODEL_OR_SHAPE",
+        help="hub id or folder, or experts,chosen,hidden,intermediate, such as 128,8,2048,768",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=number(int, 2),
+        action="append",
+        metavar="N",
+        help="numbers of tokens to tune for, repeatable (default: 2 to 16384)",
+    )
+    parser.add_argument("--quantization", choices=TUNED, help="of the weights (default: 16 bit)")
+    parser.add_argument("--output", type=Path, help="JSON file instead of the user's table")
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("tune needs a CUDA device, and torch finds none")
+    from moezoo.layers.kernels.tiles import user_table
+    from moezoo.tools.tune import TOKENS, check, read_entries, save, tune
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    layer = _layer(arguments)
+    path = arguments.output or user_table(device)
+    # What is wrong should be said before minutes are spent.
+    check(layer, device, arguments.quantization)
+    read_entries(path)
+    entry = tune(
+        layer,
+        tokens=arguments.tokens or TOKENS,
+        quantization=arguments.quantization,
+        report=(lambda message: None) if arguments.quiet else say,
+    )
+    written = save([entry], path)
+    if not arguments.quiet:
+        say(f"written to {written}")
+    return DONE
+
+
+def _layer(arguments: argparse.Namespace) -> Any:
+    from moezoo.tools.layer import Layer
+
+    sizes = arguments.layer.split(",")
+    if all(size.strip().isdecimal() for size in sizes):
+        numbers = [int(size) for size in sizes]
+        if len(numbers) != 4 or min(numbers) < 1 or numbers[1] > numbers[0]:
+            raise ValueError(
+                "a shape is experts,chosen,hidden,intermediate, none of them 0 and no more chosen "
+                f"than experts, such as 128,8,2048,768, got {arguments.layer!r}"
+            )
+        return Layer(*numbers)
+    from moezoo.tools.inspect import inspect
+
+    quieten(arguments)
+    report = inspect(
+        arguments.layer,
+        revision=arguments.revision,
+        local_files_only=arguments.local_files_only,
+    )
+    if report.experts is None or report.hidden_size is None:
+        raise ValueError(f"{arguments.layer}: {report.reason or 'no experts found'}")
+    experts = report.experts
+    sizes_ = (experts.num_experts, experts.per_token, report.hidden_size)
+    return Layer(*sizes_, experts.intermediate_size)

@@ -1,0 +1,175 @@
+"""Routing by order, for experiments: experts that are forced, banned or favoured, and another k.
+
+Legend: T tokens, E experts, K experts per token.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moezoo.layers.moe.layer import BiasedLogits, BiasedRoute, FusedMoE
+
+OUT_OF_REACH = 1e30
+"""Added to or taken from a score, it decides the choice; finite, as inf - inf is NaN."""
+
+MARGIN = 1e-3
+"""A forced expert's logit lies so much above the best one's, so that no tie keeps it out."""
+
+
+class RoutingOverride:
+    """What a layer's route chooses, changed: assign it to `FusedMoE.reroute`.
+
+    Args:
+        force: these experts are chosen by every token. Their logit is the token's best and
+            `MARGIN`, so they weigh as much as the expert that it would have liked best.
+        ban: these are never chosen.
+        bias: is added to the logits of these experts, so to choice and weight.
+        k: so many experts a token.
+
+    Raises:
+        ValueError: there is no such expert, too few are left to choose from, or the route's
+            number of experts or groups cannot follow.
+    """
+
+    def __init__(
+        self,
+        layer: FusedMoE,
+        *,
+        force: Collection[int] = (),
+        ban: Collection[int] = (),
+        bias: Mapping[int, float] | None = None,
+        k: int | None = None,
+    ) -> None:
+        bias = bias or {}
+        fn: Callable[..., tuple[Tensor, Tensor]] = layer.route
+        if isinstance(layer.route, BiasedRoute | BiasedLogits):
+            fn = layer.route.fn
+        keywords = fn.keywords if isinstance(fn, partial) else {}
+        if "k" not in keywords:
+            raise ValueError(
+                f"the route is {fn}, and how many experts it chooses cannot be told; expected a "
+                "functools.partial with k=.., or a BiasedRoute or BiasedLogits of one"
+            )
+        self.k = keywords["k"] if k is None else k
+        self._fn = partial(fn, k=self.k)
+        num_groups, topk_groups = keywords.get("num_groups", 1), keywords.get("topk_groups", 1)
+        _check(layer.num_experts, force, ban, bias, self.k, num_groups, topk_groups)
+        device = layer.gate.device
+
+        def marked(experts: Collection[int]) -> Tensor:
+            mask = torch.zeros(layer.num_experts, dtype=torch.bool)
+            mask[list(experts)] = True
+            return mask
+
+        addend = torch.zeros(layer.num_experts)
+        for expert, value in bias.items():
+            addend[expert] = value
+        addend[marked(ban)] = -OUT_OF_REACH
+        self._addend = addend.to(device)
+        self._forced = marked(force).to(device) if force else None
+        # A correction bias takes part in the choice alone, and would have the last word.
+        steer = torch.zeros(layer.num_experts)
+        steer[marked(force)], steer[marked(ban)] = OUT_OF_REACH, -OUT_OF_REACH
+        self._steer = steer.to(device)
+        self._route = layer.route
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """logits [T, E] -> topk_weights [T, K] fp32, topk_ids [T, K] int32."""
+        logits = logits.float() + self._addend
+        if isinstance(self._route, BiasedLogits):
+            logits = logits + self._route.bias.float()
+        if self._forced is not None:
+            best = logits.amax(-1, keepdim=True)
+            logits = torch.where(self._forced, best + MARGIN * best.abs().clamp(min=1.0), logits)
+        if isinstance(self._route, BiasedRoute):
+            return self._fn(logits, correction_bias=self._route.correction_bias + self._steer)
+        return self._fn(logits)
+
+
+def routing_overrides(
+    with_experts: Mapping[int, FusedMoE], layers: Collection[int] | None, **options: Any
+) -> dict[FusedMoE, RoutingOverride]:
+    """The overrides of `layers`, by default of all that have experts; `options` as above.
+
+    Raises ValueError where a layer has none, or where one is overridden already.
+    """
+    chosen = with_experts.keys() if layers is None else layers
+    if missing := sorted(set(chosen) - with_experts.keys()):
+        raise ValueError(
+            f"layers: layer {missing[0]} has no experts; those with experts are "
+            f"{', '.join(map(str, with_experts))}"
+        )
+    if any(layer.reroute is not None for layer in with_experts.values()):
+        raise ValueError("the routing is changed already; undo() that first")
+    return {with_experts[i]: RoutingOverride(with_experts[i], **options) for i in chosen}
+
+
+class OverriddenRouting:
+    """Layers on which overrides are in force, until `undo` or the end of a `with` block.
+
+    Args:
+        overrides: for each layer, what takes the place of its route.
+        changed: called when they come into force, and when they are undone.
+    """
+
+    def __init__(
+        self, overrides: Mapping[FusedMoE, RoutingOverride], changed: Callable[[], None]
+    ) -> None:
+        self._overrides, self._changed = overrides, changed
+        for layer, override in overrides.items():
+            layer.reroute = override
+        changed()
+
+    def undo(self) -> None:
+        """The layers route as they did before. A second time it does nothing."""
+        for layer, override in self._overrides.items():
+            if layer.reroute is override:
+                layer.reroute = None
+        self._overrides = {}
+        self._changed()
+
+    def __enter__(self) -> "OverriddenRouting":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+
+def _check(
+    num_experts: int,
+    force: Collection[int],
+    ban: Collection[int],
+    bias: Mapping[int, float],
+    k: int,
+    num_groups: int,
+    topk_groups: int,
+) -> None:
+    for name, experts in (("force", force), ("ban", ban), ("bias", bias)):
+        for expert in experts:
+            if not 0 <= expert < num_experts:
+                raise ValueError(
+                    f"{name}: there is no expert {expert}, only 0 to {num_experts - 1}"
+                )
+    if both := set(force) & (set(ban) | set(bias)):
+        raise ValueError(f"expert {min(both)} is forced, so it can be neither banned nor biased")
+    if both := set(ban) & set(bias):
+        raise ValueError(f"expert {min(both)} is banned, so it can have no bias")
+    size = num_experts // num_groups
+    left = sorted(
+        (sum(e not in ban for e in range(g * size, (g + 1) * size)) for g in range(num_groups)),
+        reverse=True,
+    )
+    most = sum(left[:topk_groups])
+    if not 1 <= k <= most:
+        where = f" in its {topk_groups} groups" if num_groups > 1 else ""
+        raise ValueError(f"k is {k}, and a token has {most} experts to choose from{where}")
+    if len(set(force)) > k:
+        raise ValueError(f"{len(set(force))} experts are forced, and a token has k = {k}")
+    if len({expert // size for expert in force}) > topk_groups:
+        raise ValueError(
+            f"the forced experts are of {len({expert // size for expert in force})} groups, and a "
+            f"token takes those of {topk_groups}"
+        )

@@ -1,0 +1,49 @@
+"""Starts a program in several processes of this host, as torchrun does."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from moezoo.errors import RankError
+
+
+def launch(num_processes: int, module: str, arguments: Sequence[str]) -> int:
+    """Run `python -m module arguments` as so many ranks, and return the exit code of the first that
+    ended with another one than 0. The others are ended with it.
+
+    Raises RankError where a signal ended it, KeyboardInterrupt where SIGINT ended this process.
+    """
+    for name in ("agent.server.api", "multiprocessing.api"):
+        # They tell of each signal, besides what the ranks say.
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
+    # Processes that all take every core wait for each other.
+    threads = max(1, (os.cpu_count() or 1) // num_processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        run_id=module,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", module, *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            return failure.exitcode
+        name = signal.Signals(-failure.exitcode).name
+        raise RankError(f"rank {rank} was ended by {name}") from error
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from error
+        return 128 + error.sigval
+    return 0

@@ -1,0 +1,102 @@
+"""Generation in step with the other ranks of an expert group."""
+
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from zlib import crc32
+
+from torch import Tensor
+
+from moezoo.errors import ExpertMapError
+from moezoo.layers.decoder import Decoder, Peers, Turn
+from moezoo.parallel.dispatch import AllToAll
+from moezoo.parallel.mesh import Mesh
+from moezoo.parallel.sharding import moe_layers, step_without_tokens
+
+_BEGINNING, _AGREEING = "beginning a forward pass", "comparing the settings of generation"
+_CHOOSING = "agreeing on tokens"
+
+
+def peers_of(decoder: Decoder, mesh: Mesh) -> Peers | None:
+    """The other ranks, for what generates with a decoder that `shard_` divided."""
+    dispatcher = next(iter(moe_layers(decoder).values())).dispatcher
+    if dispatcher is None:
+        return None
+    return _OwnTokens(mesh, dispatcher) if isinstance(dispatcher, AllToAll) else _SameTokens(mesh)
+
+
+class _Ranks:
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+
+    def step_without_tokens(self, decoder: Decoder) -> None:
+        step_without_tokens(decoder)
+
+    def largest(self, *numbers: int) -> list[int]:
+        return _largest(self._mesh.numbers(numbers, _AGREEING))
+
+    def same(self, **numbers: int) -> None:
+        first, *others = self._mesh.numbers(list(numbers.values()), _AGREEING)
+        ranks = self._mesh.group_ranks
+        for rank, theirs in zip(ranks[1:], others, strict=True):
+            for name, one, other in zip(numbers, first, theirs, strict=True):
+                if one != other:
+                    raise ExpertMapError(
+                        f"{name} is {one} on rank {ranks[0]} and {other} on rank {rank}; give all "
+                        "ranks the same"
+                    )
+
+
+class _SameTokens(_Ranks):
+    """All ranks make the same passes, over the same tokens: those that the first one chooses."""
+
+    alike = True
+    limit: int | None = None
+
+    def begin(self, rows: int, prompts: Sequence[Sequence[int]] = ()) -> Turn:
+        digest = crc32(array("q", [rows, *map(len, prompts)]))
+        for tokens in prompts:
+            digest = crc32(array("q", tokens), digest)
+        first, *others = (digest for (digest,) in self._mesh.numbers([digest], _BEGINNING))
+        for rank, other in zip(self._mesh.group_ranks[1:], others, strict=True):
+            if other != first:
+                raise ExpertMapError(
+                    f"ranks {self._mesh.group_ranks[0]} and {rank} generate from other prompts or "
+                    "with other settings than each other; with dispatch='all_gather' give all the "
+                    "same, or use dispatch='all_to_all'"
+                )
+        return Turn(rows > 0 or len(prompts) > 0, rows or None)
+
+    def fixed(self, capacity: int | None) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def chosen(self, tensor: Tensor) -> Tensor:
+        return self._mesh.broadcast(tensor, _CHOOSING).wait()
+
+
+class _OwnTokens(_Ranks):
+    """Each rank has prompts of its own. Where one of them has a prompt in a pass, counts are
+    exchanged in it; in others all have buffers for as many tokens as one has."""
+
+    alike = False
+
+    def __init__(self, mesh: Mesh, dispatcher: AllToAll) -> None:
+        super().__init__(mesh)
+        self._dispatcher = dispatcher
+        self.limit = dispatcher.capacity
+
+    def begin(self, rows: int, prompts: Sequence[Sequence[int]] = ()) -> Turn:
+        has_prompts, capacity = _largest(self._mesh.numbers([len(prompts) > 0, rows], _BEGINNING))
+        return Turn(bool(has_prompts or capacity), None if has_prompts else capacity)
+
+    @contextmanager
+    def fixed(self, capacity: int | None) -> Iterator[None]:
+        with nullcontext() if capacity is None else self._dispatcher.fixed(capacity):
+            yield
+
+    def chosen(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+def _largest(numbers: Sequence[Sequence[int]]) -> list[int]:
+    return [max(column) for column in zip(*numbers, strict=True)]

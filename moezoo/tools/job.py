@@ -1,0 +1,168 @@
+"""One run of `moezoo generate` by many processes: prompts are dealt to ranks, and rank 0 gets all
+completions."""
+
+import dataclasses
+import heapq
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+from moezoo.generation.offline import Completion, Prompt
+from moezoo.parallel.mesh import Mesh
+from moezoo.parallel.post import Post
+
+_SECONDS = 0.2
+"""Between two looks for what other ranks have sent."""
+
+
+class Job:
+    """This process's part in it.
+
+    Ranks with the same tokens (dispatch="all_gather") get the same prompts; only the first of them
+    hands its completions on.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self._post = Post(mesh)
+        alike = mesh.ep_size if mesh.parallel.dispatch == "all_gather" else 1
+        self._parts = [rank // alike for rank in range(mesh.world_size)]
+        self._speaks = mesh.rank % alike == 0
+
+    @property
+    def leads(self) -> bool:
+        return self.mesh.rank == 0
+
+    def failing_together(self) -> AbstractContextManager[None]:
+        """Ranks that wait for this one are told of an error in the block."""
+        return self.mesh.watch.telling()
+
+    def deal(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Give every rank its share, as rank 0, and have its own."""
+        sizes = [len(json.dumps(prompt.prompt)) for prompt in prompts]
+        dealt = shares(sizes, len(set(self._parts)))
+        texts = [
+            json.dumps([dataclasses.astuple(prompts[i]) for i in dealt[part]])
+            for part in self._parts
+        ]
+        self._post.deal(texts)
+        self.begin(None)
+        return self.dealt()
+
+    def dealt(self) -> list[Prompt]:
+        return [Prompt(*record) for record in json.loads(self._post.dealt())]
+
+    def begin(self, code: int | None) -> int | None:
+        """All ranks are there; a code with which they should end instead, from rank 0."""
+        return self._of_rank_0("reading prompts", code)
+
+    def end(self, code: int | None) -> int | None:
+        """All is written; the exit code, from rank 0."""
+        return self._of_rank_0("writing completions", code)
+
+    def _of_rank_0(self, doing: str, code: int | None) -> int | None:
+        first: int | None = json.loads(
+            self.mesh.watch.exchange(doing, json.dumps(code), patient=True)[0]
+        )
+        return first
+
+    def hand_on(self, completions: Iterable[Completion]) -> None:
+        """Send this rank's completions to rank 0 as they come."""
+        for completion in completions:
+            if self._speaks:
+                record = dataclasses.asdict(completion) | {"prompt": None}
+                self._post.send(json.dumps(record))
+        self._num_sent()
+
+    def _num_sent(self) -> int:
+        """Of all ranks, when all have sent everything."""
+        own = str(self._post.num_sent)
+        told = self.mesh.watch.exchange("completing prompts", own, patient=True)
+        return sum(map(int, told))
+
+    def collect(
+        self,
+        completions: Iterable[Completion],
+        prompts: Sequence[Prompt],
+        take: Callable[[Completion], None],
+    ) -> None:
+        """Have rank 0's completions taken, and those that others send, as they come; they are of
+        some of these prompts. One is taken at a time, in whatever thread."""
+        texts = {prompt.id: prompt.prompt for prompt in prompts}
+        over, lock = False, threading.Lock()
+
+        def take_one(completion: Completion) -> None:
+            nonlocal over
+            with lock:
+                if over:
+                    return  # a line may be half written, and nothing may follow it
+                over = True
+                take(completion)
+                over = False
+
+        def take_sent() -> None:
+            for text in self._post.received():
+                record = json.loads(text)
+                record |= {
+                    "prompt": texts[record["id"]],
+                    "token_ids": tuple(record["token_ids"]),
+                }
+                take_one(Completion(**record))
+
+        def look() -> None:
+            try:
+                take_sent()
+            except Exception as error:
+                self._post.stop(f"rank 0 failed while taking completions: {error}")
+                raise
+
+        with _repeated(look) as check:
+            for completion in completions:
+                check()
+                take_one(completion)
+            total = self._num_sent()
+        while self._post.num_received < total:
+            take_sent()
+
+
+@contextmanager
+def _repeated(look: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """`look` again and again in a thread, and once more at the end, whatever ends the block. The
+    function that is given raises what went wrong there."""
+    over = threading.Event()
+    errors: list[Exception] = []
+
+    def check() -> None:
+        if errors:
+            raise errors[0]
+
+    def repeat() -> None:
+        try:
+            while not over.wait(_SECONDS):
+                look()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=repeat, name="moezoo completions of other ranks", daemon=True)
+    thread.start()
+    try:
+        yield check
+    finally:
+        over.set()
+        thread.join()
+        check()
+        look()
+
+
+def shares(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """For each rank the numbers of its prompts, so that sizes are even: the longest first, each to
+    the rank that has least."""
+    dealt: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [(0, rank) for rank in range(num_ranks)]
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        load, rank = loads[0]
+        dealt[rank].append(i)
+        # A short prompt is work too: its completion.
+        heapq.heapreplace(loads, (load + sizes[i] + 64, rank))
+    return [sorted(numbers) for numbers in dealt]

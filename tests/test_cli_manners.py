@@ -1,0 +1,126 @@
+"""What holds of every command: help with examples, quiet, JSON, completion; and the doctor."""
+
+import json
+import logging
+import shlex
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from moezoo import cli
+from moezoo.assets import tiny_model
+from moezoo.cli import completion
+from moezoo.tools import doctor
+
+COMMANDS = {
+    name: its for name, its in completion._commands("moezoo", cli.parser()) if its._defaults
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_examples_that_parse(name):
+    help = COMMANDS[name].format_help()
+    examples = help.split("examples:\n")[1].split("\n\n")[0].splitlines()
+    assert examples
+    for line in examples:
+        command = line.strip().split(" >>")[0].split(" <")[0]
+        assert command.startswith(f"{name} ") or command == name
+        assert callable(cli.parser().parse_args(shlex.split(command)[1:]).run)
+    assert "exit codes:" in help
+    assert max(map(len, help.splitlines())) <= 110
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_can_be_quiet_verbose_and_debugged(name):
+    options = COMMANDS[name]._option_string_actions
+    assert {"--quiet", "-q", "--verbose", "-v", "--debug"} <= options.keys()
+    if "--json" in options:
+        assert options["--json"].nargs == 0
+
+
+def test_commands_with_a_table_have_json():
+    with_json = {name for name, its in COMMANDS.items() if "--json" in its._option_string_actions}
+    tables = ("inspect", "routing", "eplb simulate", "bench layer", "doctor")
+    assert with_json == {f"moezoo {name}" for name in tables}
+
+
+@pytest.fixture
+def found(monkeypatch):
+    monkeypatch.setattr(doctor, "_model", lambda: iter(()))  # slow, and tested below
+
+
+def test_the_doctor_tells_what_is_there(capsys, found, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["doctor", "--json"]) == 0
+    findings = {x["subject"]: x for x in json.loads(capsys.readouterr().out)["findings"]}
+    assert findings["torch"]["state"] == "works"
+    assert findings["torch"]["detail"] == torch.__version__
+    assert findings["GPU"]["state"] == "missing"
+    assert "GB free" in findings["memory"]["detail"]
+    assert cli.main(["doctor"]) == 0
+    table = capsys.readouterr().out
+    assert "hub cache" in table
+    assert "\x1b" not in table  # colours are for terminals
+
+
+def test_the_doctor_goes_on_where_something_is_broken(capsys, found, monkeypatch):
+    def _gpus():
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(doctor, "_gpus", _gpus)
+    monkeypatch.setattr(
+        doctor.metadata, "version", lambda name: {"torch": "2.4.1"}.get(name, "5.20.0")
+    )
+    assert cli.main(["doctor", "--json"]) == 1
+    findings = {x["subject"]: x for x in json.loads(capsys.readouterr().out)["findings"]}
+    assert findings["gpus"] == {
+        "subject": "gpus",
+        "state": "broken",
+        "detail": "RuntimeError: no driver",
+        "advice": "",
+    }
+    assert findings["torch"]["state"] == "broken"
+    assert findings["torch"]["advice"] == "pip install 'torch>=2.11'"
+    assert findings["transformers"]["state"] == "works"
+    assert "memory" in findings
+
+
+def test_the_doctor_runs_the_small_model():
+    (finding,) = doctor._model()
+    assert finding.state == "works"
+    assert "Once upon a time" in finding.detail
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("moezoo ge", {"generate"}),
+        ("moezoo eplb ", {"plan", "simulate", "-h", "--help"}),
+        ("moezoo eplb simulate --ha", {"--half-life"}),
+        ("moezoo generate --prompt inspect --temp", {"--temperature"}),
+        ("moezoo generate --dtype b", {"bfloat16"}),
+        ("moezoo completion z", {"zsh"}),
+    ],
+)
+def test_bash_completes(line, offered, capsys):
+    assert cli.main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    words = line.split(" ")
+    quoted = " ".join(map(shlex.quote, words))
+    ask = f"{script}\nCOMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _moezoo\n"
+    ask += 'printf "%s\\n" "${COMPREPLY[@]}"\n'
+    done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == offered
+
+
+def test_verbose_shows_what_is_logged(capsys):
+    assert cli.main(["inspect", str(tiny_model()), "-v"]) == 0
+    assert logging.getLogger("moezoo").level == logging.INFO
+    logging.getLogger("moezoo").setLevel(logging.NOTSET)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["generate", "--prompt", "The dog", "-v", "-q"])
+    assert stop.value.code == 2
+    assert "not allowed with" in capsys.readouterr().err
