@@ -70,7 +70,7 @@ class ScaledInputMoE(FusedMoE):
         y = super().experts(scaled, ones, rows.reshape(-1, 1))
         if k == 1:
             return y
-        return y.view(num_tokens, k, -1).sum(1, dtype=torch.float32).to(x.dtype)
+        return y.unflatten(0, (num_tokens, k)).sum(1, dtype=torch.float32).to(x.dtype)
 
 
 def build(config: Llama4TextConfig) -> Decoder:
