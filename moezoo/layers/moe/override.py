@@ -56,22 +56,22 @@ class RoutingOverride:
         self.k = keywords["k"] if k is None else k
         self._fn = partial(fn, k=self.k)
         num_groups, topk_groups = keywords.get("num_groups", 1), keywords.get("topk_groups", 1)
-        _check(layer.num_experts, force, ban, bias, self.k, num_groups, topk_groups)
+        _check(len(layer.gate), force, ban, bias, self.k, num_groups, topk_groups)
         device = layer.gate.device
 
         def marked(experts: Collection[int]) -> Tensor:
-            mask = torch.zeros(layer.num_experts, dtype=torch.bool)
+            mask = torch.zeros(len(layer.gate), dtype=torch.bool)
             mask[list(experts)] = True
             return mask
 
-        addend = torch.zeros(layer.num_experts)
+        addend = torch.zeros(len(layer.gate))
         for expert, value in bias.items():
             addend[expert] = value
         addend[marked(ban)] = -OUT_OF_REACH
         self._addend = addend.to(device)
         self._forced = marked(force).to(device) if force else None
         # A correction bias takes part in the choice alone, and would have the last word.
-        steer = torch.zeros(layer.num_experts)
+        steer = torch.zeros(len(layer.gate))
         steer[marked(force)], steer[marked(ban)] = OUT_OF_REACH, -OUT_OF_REACH
         self._steer = steer.to(device)
         self._route = layer.route
