@@ -1,7 +1,7 @@
 """Llama 4 (Meta, 2025), its text model: attention in chunks, experts of a scaled input."""
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,8 @@ class TemperedAttention(GroupedQueryAttention):
 
     As in transformers, padding before a sequence counts where there is some.
     """
+
+    counts_padding: ClassVar[bool] = True
 
     def __init__(self, *sizes: int, floor: int, strength: float, **options: Any) -> None:
         super().__init__(*sizes, **options)
