@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,15 @@ from transformers import AutoTokenizer, DeepseekV3Config, MixtralConfig, PreTrai
 import moezoo
 from moezoo import Parallel
 from moezoo.causal_lm import MoECausalLM
+from moezoo.layers.kernels.row_format import RowFormat
 from moezoo.layers.moe import FusedMoE
 from moezoo.parallel.dispatch import AllToAll
 from moezoo.parallel.pack import (
     destinations,
-    fp8_rows,
-    from_fp8_rows,
     pack_order,
+    pack_rows,
     sum_answers,
+    unpack_rows,
 )
 from moezoo.parallel.placement import Placement
 from moezoo.parallel.sharding import moe_layers
@@ -247,6 +249,7 @@ def layer(
         "one GPU": (0, {}),
         "world size 1": (1, {}),
         "all_to_all": (ranks, {"dispatch": "all_to_all"}),
+        "all_to_all, counted": (ranks, {"dispatch": "all_to_all"}),
         "all_to_all, 4 chunks": (ranks, {"dispatch": "all_to_all", "chunks": 4}),
         "all_gather": (ranks, {"dispatch": "all_gather"}),
         "all_to_all, fp8 wire": (ranks, {"dispatch": "all_to_all", "wire": "fp8"}),
@@ -272,16 +275,42 @@ def layer(
                 row = rows.setdefault(
                     tokens, {"case": case, "tokens_of_a_rank": tokens, "seconds": {}}
                 )
+                counted = way.endswith("counted")
                 with torch.inference_mode():
-                    row["seconds"][way] = median(partial(moe, x))
-                    if tokens <= GRAPH_TOKENS and options.get("chunks", 1) == 1:
+                    with nullcontext() if counted else passing(moe, tokens):
+                        row["seconds"][way] = median(partial(moe, x))
+                    if tokens <= GRAPH_TOKENS and options.get("chunks", 1) == 1 and not counted:
                         row["seconds"][f"{way}, graph"] = captured(moe, x)
                     if way == "all_to_all":
                         row["sent_bytes"] = sent = sent_bytes(moe, x)
                         row["wire_seconds"] = sent / wire
+                        row["agreement_seconds"] = agreement(moe)
             del moe
             torch.cuda.empty_cache()
         yield from rows.values()
+
+
+def passing(moe: FusedMoE, num_tokens: int) -> AbstractContextManager[None]:
+    """As in a model, where ranks agree once for all layers."""
+    return nullcontext() if moe.dispatcher is None else moe.dispatcher.passing(num_tokens)
+
+
+def agreement(moe: FusedMoE, calls: int = 50) -> float:
+    """Seconds in which the hosts agree on a forward pass, once for all its layers."""
+    with passing(moe, 1):
+        begin = time.perf_counter()
+    for _ in range(calls):
+        with passing(moe, 1):
+            pass
+    return (time.perf_counter() - begin) / calls
+
+
+def passed(moe: FusedMoE, x: Tensor) -> Tensor:
+    """As in a forward pass of a model, whose ranks say first how many tokens each has."""
+    if moe.dispatcher is None:
+        return moe(x)
+    with moe.dispatcher.passing(len(x)):
+        return moe(x)
 
 
 def captured(moe: FusedMoE, x: Tensor) -> float:
@@ -323,18 +352,22 @@ def pack(
         order, places = pack_order(there, num_rows, k)
         x = torch.randn(tokens, hidden_size, device=device).bfloat16()
         rows = x.index_select(0, order)
-        packed = fp8_rows(rows)
         other = torch.empty_like(rows)
+        topk_weights = torch.rand(tokens, k, device=device)
         runs: dict[str, tuple[Callable[[], object], int]] = {
             "copy": (partial(other.copy_, rows), 2 * rows.nbytes),
-            "pack": (partial(x.index_select, 0, order), x.nbytes + rows.nbytes),
+            "gather": (partial(x.index_select, 0, order), x.nbytes + rows.nbytes),
             "sum_answers": (partial(sum_answers, rows, places), x.nbytes + rows.nbytes),
-            "fp8_rows": (partial(fp8_rows, rows), rows.nbytes + packed.nbytes),
-            "from_fp8_rows": (
-                partial(from_fp8_rows, packed, hidden_size, x.dtype),
-                rows.nbytes + packed.nbytes,
-            ),
         }
+        for name, fp8 in (("", False), (" fp8", True)):
+            form = RowFormat(hidden_size, k, x.dtype, fp8)
+            packed = pack_rows(form, x, topk_weights, slots, tokens)
+            moved = x.nbytes + packed.nbytes
+            runs["pack" + name] = (
+                partial(pack_rows, form, x, topk_weights, slots, tokens),
+                moved,
+            )
+            runs["unpack" + name] = (partial(unpack_rows, form, packed, 0, 32), moved)
         rates = {name: nbytes / replayed(run) for name, (run, nbytes) in runs.items()}
         of_copy = {name: rate / rates["copy"] for name, rate in rates.items()}
         yield {"tokens": tokens, "hidden_size": hidden_size, "rows": num_rows, **of_copy} | {
@@ -344,7 +377,8 @@ def pack(
 
 EPLB_LAYERS = 8
 EPLB_TOKENS = 512
-EPLB_INTERVAL = 30
+EPLB_INTERVAL = 150
+"""Long enough for all experts of all layers to travel."""
 
 
 def eplb(
@@ -393,8 +427,8 @@ def eplb(
         counts = [count(moe, device) for moe in layers]
         generator = torch.Generator(device).manual_seed(dist.get_rank())
         ids = torch.randint(config.vocab_size, (1, EPLB_TOKENS), device=device, generator=generator)
-        times, balances = [], []
-        for _ in range(4 * EPLB_INTERVAL):
+        times, balances, moving = [], [], []
+        for _ in range(3 * EPLB_INTERVAL):
             dist.barrier()
             torch.cuda.synchronize()
             begin = time.perf_counter()
@@ -402,18 +436,21 @@ def eplb(
             torch.cuda.synchronize()
             times.append(time.perf_counter() - begin)
             balances.append(balancedness(counts))
+            moving.append(bool(model.decoder.balancer._waves))
         slow = torch.tensor(times, device=device)
         dist.all_reduce(slow, dist.ReduceOp.MAX)
-        late = slow[2 * EPLB_INTERVAL :]
+        late, moves = slow[EPLB_INTERVAL:], torch.tensor(moving[EPLB_INTERVAL:])
         yield {
             "eplb": way,
             "layers": EPLB_LAYERS,
             "tokens_of_a_rank": EPLB_TOKENS,
-            "step_seconds": late.median().item(),
+            "step_seconds": late[~moves].median().item(),
+            "step_seconds_while_experts_travel": late[moves].median().item(),
+            "steps_while_experts_travel": int(moves.sum()),
             "mean_step_seconds": late.mean().item(),
             "slowest_step_seconds": late.max().item(),
-            "first_steps_seconds": slow[2 : EPLB_INTERVAL // 4].median().item(),
-            "balancedness": statistics.mean(balances[2 * EPLB_INTERVAL :]),
+            "first_steps_seconds": slow[2 : EPLB_INTERVAL // 5].median().item(),
+            "balancedness": statistics.mean(balances[EPLB_INTERVAL:]),
         }
         del model, layers, counts
         torch.cuda.empty_cache()

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from moezoo.generation.cache import growing_cache
 from moezoo.generation.decode import decode, decode_paged, unpadded
 from moezoo.generation.engine import EngineKeeper, supports
-from moezoo.generation.paged import windows
+from moezoo.generation.paged import row_state_bytes, windows
 from moezoo.generation.turns import largest, take_part
 from moezoo.layers.attention import CausalMask, DenseContext, visible_tokens
 from moezoo.layers.decoder import Decoder
@@ -85,6 +85,8 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.loss_type = "ForCausalLM"
         self._engines = EngineKeeper()
+        # What transformers asks before it takes tokens back, as assisted decoding does.
+        self._is_stateful = row_state_bytes(decoder) > 0
         self.mesh: Mesh | None = None
         """The other ranks, where experts are divided over them."""
         self._generates = False
@@ -365,8 +367,11 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         position_ids = model_kwargs.get("position_ids")
         prompts = None
         returns_cache = generation_config.return_dict_in_generate
-        # A window's pages do not hold all that transformers' cache would.
-        in_pages = own_cache and not (returns_cache and any(windows(self.decoder)))
+        # A window's pages do not hold all that transformers' cache would, and states may be those
+        # after a token that is not kept.
+        in_pages = own_cache and not (
+            returns_cache and (any(windows(self.decoder)) or self._is_stateful)
+        )
         longest = stopping_criteria.max_length or generation_config.max_length
         rows, longest = self._largest(len(input_ids), longest)
         # Pages are taken for the longest that is allowed; a cache that grows may never need it.

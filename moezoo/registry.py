@@ -10,27 +10,43 @@ from moezoo.layers.decoder import Decoder
 from moezoo.models.fields import check_sizes
 
 ARCHITECTURES = {
+    "afmoe": "afmoe",
+    "cohere2_moe": "cohere2_moe",
+    "dbrx": "dbrx",
     "deepseek_v2": "deepseek_v2",
     "deepseek_v3": "deepseek_v3",
+    "deepseek_v32": "deepseek_v32",
     "dots1": "dots1",
     "ernie4_5_moe": "ernie4_5_moe",
     "exaone_moe": "exaone_moe",
     "flex_olmo": "flex_olmo",
     "glm4_moe": "glm4_moe",
     "glm4_moe_lite": "glm4_moe_lite",
+    "glm_moe_dsa": "glm_moe_dsa",
     "granitemoe": "granitemoe",
+    "granitemoehybrid": "granitemoehybrid",
     "granitemoeshared": "granitemoe",
     "hunyuan_v1_moe": "hunyuan_v1_moe",
     "hy_v3": "hy_v3",
     "gpt_oss": "gpt_oss",
     "kimi_k2": "deepseek_v3",
+    "kimi_k25": "kimi_k25",
+    "lfm2_moe": "lfm2_moe",
+    "llama4": "llama4",
+    "llama4_text": "llama4_text",
+    "longcat_flash": "longcat_flash",
+    "mellum": "mellum",
     "mimo_v2_flash": "mimo_v2_flash",
     "minimax_m2": "minimax_m2",
     "mixtral": "mixtral",
     "olmoe": "olmoe",
     "phimoe": "phimoe",
     "qwen2_moe": "qwen2_moe",
+    "qwen3_5_moe": "qwen3_5_moe",
+    "qwen3_5_moe_text": "qwen3_5_moe",
     "qwen3_moe": "qwen3_moe",
+    "qwen3_next": "qwen3_next",
+    "qwen3_vl_moe": "qwen3_vl_moe",
     "solar_open": "solar_open",
 }
 """`model_type` of a config -> name of the module in `moezoo.models`."""
@@ -43,6 +59,9 @@ def list_architectures() -> list[str]:
 
 def architecture(model_type: str) -> ModuleType:
     """The module of a model type: `build(config)`, `CHECKPOINT` and `ASSUMES`.
+
+    Where the checkpoints are of a multimodal model, `text_config(raw)` is the config.json that its
+    text model alone would have.
 
     Raises `UnsupportedArchitectureError` for a model type that is not in the table.
     """

@@ -7,7 +7,7 @@ cache works wherever a `transformers.Cache` does.
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 MIN_CAPACITY = 64
 
@@ -58,6 +58,29 @@ class GrowingLayer(DynamicLayer):
         return shared and length <= keys.shape[2]
 
 
+class ReplacedStates(LinearAttentionLayer):
+    """States of one layer, replaced where transformers' own are copied over: those that inference
+    mode made could not be written outside it."""
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs: object
+    ) -> torch.Tensor:
+        """Keep the newest inputs [B, C, W] of a convolution."""
+        self.dtype, self.device = conv_states.dtype, conv_states.device
+        self.conv_kernel_size[state_idx] = conv_states.shape[-1]
+        self.conv_states[state_idx] = conv_states
+        self.is_conv_states_initialized[state_idx] = True
+        self.has_previous_state[state_idx] = True
+        return conv_states
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: object
+    ) -> torch.Tensor:
+        self.recurrent_states[state_idx] = recurrent_states
+        self.is_recurrent_states_initialized[state_idx] = True
+        return recurrent_states
+
+
 def _moved(old: torch.Tensor, like: torch.Tensor, capacity: int) -> torch.Tensor:
     """A buffer [B, heads, capacity, D] that begins with `old`."""
     batch, heads, _, width = like.shape
@@ -71,6 +94,7 @@ def growing_cache(config: PreTrainedConfig) -> DynamicCache:
 
     Sliding layers are transformers' own: they keep their window only, which is short.
     """
+    ours = {DynamicLayer: GrowingLayer, LinearAttentionLayer: ReplacedStates}
     cache = DynamicCache(config=config)
-    cache.layers = [GrowingLayer() if type(old) is DynamicLayer else old for old in cache.layers]
+    cache.layers = [ours[type(old)]() if type(old) in ours else old for old in cache.layers]
     return cache

@@ -79,8 +79,7 @@ class Batcher:
         self.ends = ends
         self.is_stopped = is_stopped
         self.chunk = engine.chunk
-        shares = set(engine.tables) == {None}  # a ring of pages is one sequence's alone
-        self._pages = PageAllocator(engine.pages, share=shares)
+        self._pages = PageAllocator(engine.pages, share=engine.shares)
         self._waiting: deque[Request] = deque()
         self._rows: dict[int, Request] = {}
         self._num_rows = engine.num_rows

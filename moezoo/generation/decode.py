@@ -139,17 +139,17 @@ def decode_paged(
     kept = num_pages(longest)
     for row in range(batch):
         engine.assign(row, range(row * kept, (row + 1) * kept))
+    keeps = generation_config.output_logits or generation_config.output_scores
+    # All ranks with others' steps take theirs in the same way; one without rows asks this first.
+    (asks_more,) = largest(
+        engine.decoder, bool(len(logits_processor) or generation_config.do_sample or keeps)
+    )
     logits = engine.prefill_all(prompts)
     sequences = torch.zeros(batch, longest, dtype=input_ids.dtype, device=engine.device)
     sequences[:, :length] = input_ids
     unfinished = torch.ones(batch, dtype=torch.bool, device=engine.device)
     stops_at_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     result = Decoded(sequences)
-    keeps = generation_config.output_logits or generation_config.output_scores
-    # All ranks with others' steps take theirs in the same way.
-    (asks_more,) = largest(
-        engine.decoder, bool(len(logits_processor) or generation_config.do_sample or keeps)
-    )
     greedy = not asks_more
     sampler = engine.greedy if greedy else None
     started = False

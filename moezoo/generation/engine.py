@@ -26,6 +26,7 @@ from moezoo.generation.paged import (
     Window,
     attentions,
     ring_pages,
+    row_state_bytes,
     slots_of,
     token_bytes,
     windows,
@@ -120,6 +121,9 @@ class Engine:
         self._recorders: set[nn.Module | None] = set()
         """Those that graphs write to, and so must not lose their memory."""
         self._unfolds = any(len(layer.cache_shapes) == 1 for layer in attentions(decoder))
+        self.shares = set(self.tables) == {None} and not any(self.cache.states)
+        """Whether a prompt may begin with another's pages. A ring is one sequence's alone, and so
+        is a state: where keys of a page are known, the state after its tokens is not."""
 
     @torch.inference_mode()
     def assign(self, row: int, pages: Sequence[int]) -> None:
@@ -141,11 +145,10 @@ class Engine:
             return self._prefill_in_torch(chunks)
         exact = Sizes.of(chunks)
         fresh = all(chunk.start == 0 for chunk in chunks)
-        captures = self.captures and (self.peers is None or self.peers.alike)
-        if captures and exact.tokens <= GRAPH_TOKENS and (fresh or not self._unfolds):
+        if self._records(exact, fresh=fresh):
             sizes = exact.rounded()
             if sizes in self._prompt_graphs:
-                logits = self._replay_prefill(packed(chunks, sizes), sizes)
+                logits = self._replay_prefill(chunks, sizes)
                 return logits[: len(chunks)].clone()
             self._prompt_graphs[sizes] = None
         inputs = PromptInputs.views(to_device(packed(chunks, exact), self.device), exact)
@@ -153,9 +156,27 @@ class Engine:
         if self._unfolds and not fresh:
             rows, positions = to_device(key_places(chunks), self.device)
             keys = slots_of_rows(self.tables[None], rows, positions)
-        return self._prefill(inputs, max(len(chunk.tokens) for chunk in chunks), keys)
+        longest = max(len(chunk.tokens) for chunk in chunks)
+        return self._prefill(inputs, longest, keys, chunks)
 
-    def _prefill(self, inputs: PromptInputs, longest: int, key_slots: Tensor | None) -> Tensor:
+    def _records(self, sizes: Sizes, *, fresh: bool) -> bool:
+        """Whether a pass may be a graph: its shapes follow from its sizes alone, on all ranks."""
+        unfolds = self._unfolds and not fresh
+        alike = self.peers is None or self.peers.alike
+        return (
+            self.captures
+            and alike
+            and sizes.tokens <= GRAPH_TOKENS
+            and not (unfolds or any(self.cache.states))
+        )
+
+    def _prefill(
+        self,
+        inputs: PromptInputs,
+        longest: int,
+        key_slots: Tensor | None,
+        chunks: Sequence[Chunk],
+    ) -> Tensor:
         """`longest` bounds a chunk's tokens; no `key_slots`: the chunks see their own keys only."""
         slots = {
             window: slots_of_rows(table, inputs.rows, inputs.positions)
@@ -165,7 +186,9 @@ class Engine:
             self.decoder.rotation(inputs.positions[None]),
             self.cache,
             slots,
+            chunks,
             num_queries=longest,
+            positions=inputs.positions[None],
             tiles=inputs.tiles,
             tables=self.tables,
             packed_slots=slots[None].clamp(min=0) if key_slots is None else key_slots,
@@ -173,13 +196,14 @@ class Engine:
         hidden = self.decoder(self.decoder.embed(inputs.tokens[None]), context)[0]
         return self.decoder.logits(hidden[inputs.last])
 
-    def _replay_prefill(self, packed_chunks: Tensor, sizes: Sizes) -> Tensor:
+    def _replay_prefill(self, chunks: Sequence[Chunk], sizes: Sizes) -> Tensor:
+        packed_chunks = packed(chunks, sizes)
         recorded = self._prompt_graphs[sizes]
         if recorded is None:
             # Filled before it is recorded: what runs then goes to the cache as well.
             memory = to_device(packed_chunks, self.device)
             inputs = PromptInputs.views(memory, sizes)
-            graph, logits = self._record(lambda: self._prefill(inputs, sizes.tokens, None))
+            graph, logits = self._record(lambda: self._prefill(inputs, sizes.tokens, None, ()))
             recorded = self._prompt_graphs[sizes] = memory, graph, logits
         memory, graph, logits = recorded
         memory.copy_(packed_chunks.pin_memory(), non_blocking=True)
@@ -191,8 +215,9 @@ class Engine:
         positions = torch.cat([torch.arange(chunk.start, chunk.end) for chunk in chunks])
         tokens = torch.tensor(list(itertools.chain.from_iterable(c.tokens for c in chunks)))
         last = torch.tensor(list(itertools.accumulate(len(chunk.tokens) for chunk in chunks))) - 1
-        rotation = self.decoder.rotation(positions[None].to(self.device))
-        context = torch_context(chunks, rotation, self.cache, self.tables)
+        positions = positions[None].to(self.device)
+        rotation = self.decoder.rotation(positions)
+        context = torch_context(chunks, positions, rotation, self.cache, self.tables)
         hidden = self.decoder(self.decoder.embed(tokens[None].to(self.device)), context)[0]
         return self.decoder.logits(hidden[last.to(self.device)])
 
@@ -226,7 +251,7 @@ class Engine:
     def dense_cache(self, config: PreTrainedConfig, lengths: Sequence[int]) -> DynamicCache:
         """transformers' cache with the first `lengths` tokens of the rows 0, 1, ..
 
-        It is padded on the left, with zeros. For decoders without a sliding window.
+        It is padded on the left, with zeros. For decoders without a sliding window or a state.
         """
         cache = growing_cache(config)
         width = max(lengths)
@@ -250,7 +275,8 @@ class Engine:
         `more` is further state of rows, [R, ..].
         """
         source, target = (to_device(torch.tensor(x), self.device) for x in (sources, targets))
-        for state in (self.ids, self.lengths, *self.tables.values(), *more):
+        states = itertools.chain.from_iterable(self.cache.states)
+        for state in (self.ids, self.lengths, *self.tables.values(), *states, *more):
             held = state[target]
             state[target] = state[source]
             state[source] = held
@@ -350,6 +376,8 @@ class Engine:
     def _capture(self, batch: int, sampler: Sampler | None) -> tuple[Any, Tensor]:
         state = [self.ids, self.lengths, *([] if sampler is None else sampler.state())]
         before = [x.clone() for x in state]
+        # A state would go on by a token that is not one: without lengths no row is used.
+        self.lengths.zero_()
         recorded = self._record(lambda: self._step(batch, sampler))
         for x, old in zip(state, before, strict=True):
             x.copy_(old)
@@ -403,8 +431,9 @@ class EngineKeeper:
         """Whether the GPU has memory for `rows` rows of `context` tokens, and some to spare."""
         with self._lock:
             kept = 0 if self._engine is None else self._engine.cache.nbytes
-        needed = rows * num_pages(context) * PAGE_SIZE * _all_token_bytes(decoder)
-        return needed <= 0.9 * (free_bytes(decoder.embed.weight.device) + kept)
+        return rows * _row_bytes(decoder, context) <= 0.9 * (
+            free_bytes(decoder.embed.weight.device) + kept
+        )
 
     @contextmanager
     def engine(self, decoder: Decoder, rows: int, context: int) -> Iterator[Engine]:
@@ -423,7 +452,7 @@ class EngineKeeper:
             engine = None
         if engine is None:
             room = 2 ** max(9, (context - 1).bit_length())
-            if size * room * _all_token_bytes(decoder) <= KEPT_BYTES:
+            if size * _row_bytes(decoder, room) <= KEPT_BYTES:
                 engine = Engine(decoder, num_rows=size, context=room)
             else:  # it will not be kept, and all memory may be needed
                 engine = Engine(decoder, num_rows=size, context=context, pages=pages)
@@ -487,8 +516,10 @@ def supports(decoder: Decoder) -> bool:
     return len(devices) == 1 and not decoder.rope.depends_on_length
 
 
-def _all_token_bytes(decoder: Decoder) -> int:
-    return sum(token_bytes(decoder, window) for window in set(windows(decoder)))
+def _row_bytes(decoder: Decoder, context: int) -> int:
+    """Of a row with pages for `context` tokens."""
+    tokens = sum(token_bytes(decoder, window) for window in set(windows(decoder)))
+    return num_pages(context) * PAGE_SIZE * tokens + row_state_bytes(decoder)
 
 
 def rows_and_pages_that_fit(
@@ -496,15 +527,16 @@ def rows_and_pages_that_fit(
 ) -> tuple[int, int]:
     """For an `Engine` of at most `num_rows` rows: of `cache_bytes`, or of the memory that is free.
 
-    Where only some layers have a sliding window, their rings take half of it at most.
+    Where only some layers have pages that grow, the rings and states of the others take half of it
+    at most.
     On a GPU where all might not fit, a forward pass of `chunk` tokens is made to see what it takes
     beside the cache.
     Ranks that share experts get the same, as the one with the least memory has it.
-    Raises `ValueError` if `cache_bytes` has no room for a page and a ring.
+    Raises `ValueError` if `cache_bytes` has no room for a page and what a row has for itself.
     """
     weight = decoder.embed.weight
     page_bytes = token_bytes(decoder) * PAGE_SIZE
-    row_bytes = PAGE_SIZE * sum(
+    row_bytes = row_state_bytes(decoder) + PAGE_SIZE * sum(
         token_bytes(decoder, window) * ring_pages(window, context=context, chunk=chunk)
         for window in set(windows(decoder))
         if window is not None

@@ -3,7 +3,7 @@
 Sequences lie one behind another, without padding: B is 1 in every [B, T, ..] of the layers. The
 slot page * PAGE_SIZE + offset of a layer's tensors holds one token. Layers with a sliding window
 have pages of their own, a ring for each row of the batch, with room for the window and the longest
-chunk of a prompt.
+chunk of a prompt. Layers with a state have no pages, and a state for each row.
 
 Legend: T new tokens, S keys (cached and new), R rows, P pages of a row, Hq query heads, Hk key
 heads, D head width, C latent width, R rotated width (in C + R).
@@ -14,20 +14,25 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moezoo.device import runs_kernels
 from moezoo.generation.pages import PAGE_SIZE, num_pages
 from moezoo.layers.attention import CausalMask, GroupedQueryAttention, Keys, attend
+from moezoo.layers.chosen_keys import Chooser, attend_to_chosen
 from moezoo.layers.decoder import Decoder
+from moezoo.layers.kernels.windows import first_key
 from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.rope import Rotation, rotate_interleaved, unrotated
+from moezoo.layers.states import StateLayer, States, state_bytes
 
 Window = int | None
 
 
 def attentions(decoder: Decoder) -> list[Any]:
-    return [layer.attn for layer in decoder.layers]
+    """In the order of their caches; a layer may have several."""
+    layers = (layer.attn for layer in decoder.layers)
+    return [one for own in layers for one in (own if isinstance(own, nn.ModuleList) else [own])]
 
 
 def windows(decoder: Decoder) -> list[Window]:
@@ -46,16 +51,22 @@ def token_bytes(decoder: Decoder, window: Window = None) -> int:
     return numbers * decoder.embed.weight.dtype.itemsize
 
 
+def row_state_bytes(decoder: Decoder) -> int:
+    """Bytes that a row takes in the layers with a state."""
+    return state_bytes(attentions(decoder), decoder.embed.weight.dtype)
+
+
 def ring_pages(window: int, *, context: int, chunk: int) -> int:
     """Pages that a row needs for the window before a chunk, and the chunk."""
     return min(num_pages(window + chunk) + 1, num_pages(context))
 
 
 class PagedCache:
-    """Keys and values of all layers, each [slots, Hk, D] in the model's dtype.
+    """Keys and values of all layers, each [slots, Hk, D] in the model's dtype, and states.
 
     `pages` is the number of pages of the layers without a window; with a window of w each of the
-    `num_rows` rows has `ring_pages(w, ..)` pages for itself.
+    `num_rows` rows has `ring_pages(w, ..)` pages for itself. states[layer] are [R, ..]; what is in
+    them before a row's first tokens, or in keys of tokens that are not stored, means nothing.
     """
 
     def __init__(
@@ -63,19 +74,26 @@ class PagedCache:
     ) -> None:
         weight = decoder.embed.weight
         self.layers: list[Keys] = []
+        self.states: list[States] = []
         for attention, window in zip(attentions(decoder), windows(decoder), strict=True):
+            states = (
+                weight.new_empty(num_rows, *shape, dtype=dtype or weight.dtype)
+                for shape, dtype in getattr(attention, "state_shapes", ())
+            )
+            self.states.append(tuple(states))
             total = pages
             if window is not None:
                 total = num_rows * ring_pages(window, context=context, chunk=chunk)
             stored = [
                 weight.new_empty(total * PAGE_SIZE, heads, width)
-                for heads, width in attention.cache_shapes
+                for heads, width in attention.cache_shapes or ((0, 0),)
             ]
             self.layers.append(Keys(stored[0], stored[1] if len(stored) == 2 else None))
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for layer in self.layers for x in layer if x is not None)
+        tensors = (x for layer in (*self.layers, *self.states) for x in layer if x is not None)
+        return sum(x.nbytes for x in tensors)
 
 
 class PagedContext:
@@ -123,6 +141,7 @@ class PagedContext:
                 q_weight=None if norms[0] is None else norms[0].weight,
                 k_weight=None if norms[1] is None else norms[1].weight,
                 eps=0.0 if norms[0] is None else norms[0].eps,
+                offset=0.0 if norms[0] is None else norms[0].offset,
                 clip=attention.clip,
                 interleaved=attention.rotate is rotate_interleaved,
             )
@@ -136,7 +155,7 @@ class PagedContext:
         self, attention: MultiHeadLatentAttention, q: Tensor, latents: Tensor, layer_idx: int
     ) -> tuple[Tensor, Keys]:
         pages = self.cache.layers[layer_idx]
-        if runs_kernels(latents):
+        if runs_kernels(latents) and attention.has_usual_latents:
             from moezoo.layers.kernels.latent_store import latent_store
 
             latent_store(
@@ -152,7 +171,10 @@ class PagedContext:
             )
             return q, pages
         stored = attention.stored(latents, self.rotation)
-        pages.keys.index_copy_(0, self.slots[None], stored[0, :, None])
+        slots, rows = self.slots[None], stored[0, :, None]
+        if slots.is_cuda:
+            slots, rows = slots[slots >= 0], rows[slots >= 0]
+        pages.keys.index_copy_(0, slots, rows)
         return attention.rotated(q, self.rotation), pages
 
 
@@ -170,6 +192,10 @@ class DecodeContext(PagedContext):
     tables: dict[Window, Tensor]
     lengths: Tensor
     num_queries: int = 1
+
+    @property
+    def positions(self) -> Tensor:
+        return self.lengths[None] - 1
 
     def latents(self, keys: Keys) -> Tensor:
         raise AssertionError("one query a sequence attends to the latents themselves")
@@ -208,6 +234,30 @@ class DecodeContext(PagedContext):
         out = attend(q.squeeze(0).unsqueeze(2), k, v, mask, scale=scale, sinks=sinks)
         return out[..., :value_dim].squeeze(2).unsqueeze(0)
 
+    def attend_to_chosen(
+        self, q: Tensor, keys: Keys, chooser: Chooser, *, scale: float, value_dim: int
+    ) -> Tensor:
+        index, mask = self._padded[None]
+        stored = keys.keys[index].squeeze(2)
+        chooser = chooser.transposed()
+        allowed = mask(stored.shape[1], None)
+        q = q.transpose(0, 1)
+        out = attend_to_chosen(q, stored, allowed, chooser, scale=scale, dim=value_dim)
+        return out.transpose(0, 1)
+
+    def recur(self, layer: StateLayer, inputs: tuple[Tensor, ...], layer_idx: int) -> Tensor:
+        states = tuple(state[: len(self.lengths)] for state in self.cache.states[layer_idx])
+        out, after = layer.mix(tuple(x.transpose(0, 1) for x in inputs), states, self._used)
+        for state, new in zip(states, after, strict=True):
+            if new is not state:
+                state.copy_(new)
+        return out.transpose(0, 1)
+
+    @cached_property
+    def _used(self) -> Tensor:
+        """bool [T, 1]: whether the row is one."""
+        return (self.lengths > 0)[:, None]
+
     @cached_property
     def _padded(self) -> dict[Window, tuple[Tensor, CausalMask]]:
         """The slots of all keys that the rows see, int64 [T, S] flush right, and which count."""
@@ -217,6 +267,8 @@ class DecodeContext(PagedContext):
             width = longest if window is None else min(window, longest)
             at = self.lengths[:, None] - width + torch.arange(width, device=table.device)
             visible = at >= 0
+            if window is not None:
+                visible &= at >= first_key(self.lengths[:, None] - 1, window)
             slots = slots_of(table, at.clamp(min=0))
             mask = CausalMask(width - 1, 1, table.device, None if visible.all() else visible)
             found[window] = slots, mask

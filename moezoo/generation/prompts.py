@@ -6,14 +6,20 @@ heads, Hk key heads, D key width, Dv value width.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from moezoo.device import to_device
 from moezoo.generation.paged import PagedCache, PagedContext, Window, slots_of
 from moezoo.generation.pages import PAGE_SIZE
 from moezoo.layers.attention import CausalMask, Keys, attend
+from moezoo.layers.chosen_keys import Chooser, attend_to_chosen
+from moezoo.layers.kernels.windows import first_key
 from moezoo.layers.rope import Rotation
+from moezoo.layers.states import StateLayer, States
 
 PROMPT_SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048)
 """Passes that are CUDA graphs have room for so many tokens."""
@@ -140,18 +146,120 @@ def slots_of_rows(table: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     return torch.where(rows >= 0, pages * PAGE_SIZE + positions % PAGE_SIZE, -1)
 
 
+SHORT = 64
+"""Chunks of up to so many tokens make one rectangle."""
+
+
 @dataclass(frozen=True)
-class PromptContext(PagedContext):
-    """Chunks of prompts on a GPU.
+class Rectangle:
+    """Chunks of about the same length, [C] of them, flush left in [C, T].
+
+    rows int64 [C]; `begins` bool [C], whether a chunk is its row's first; places int64 [C, T],
+    where its tokens are among those of all chunks; `real` bool [C, T], or None where tokens fill
+    all; `filled` int64, the places that they fill, in order.
+    """
+
+    rows: Tensor
+    begins: Tensor
+    places: Tensor
+    real: Tensor | None
+    filled: Tensor
+
+    def states(self, kept: States) -> States:
+        """Those of its rows, of all rows' [R, ..]: zeros for rows that begin."""
+        return tuple(
+            state[self.rows].masked_fill(self.begins.view(-1, *(1,) * (state.dim() - 1)), 0)
+            for state in kept
+        )
+
+
+def rectangles(chunks: Sequence[Chunk], device: torch.device) -> list[Rectangle]:
+    """Few, of which at most half is empty but for chunks shorter than SHORT.
+
+    Raises `ValueError` for two chunks of one row, which would have to be computed in turn.
+    """
+    if len({chunk.row for chunk in chunks}) < len(chunks):
+        raise ValueError("two chunks of one row in a pass, and its layers have states")
+    firsts = accumulate((len(chunk.tokens) for chunk in chunks), initial=0)
+    by_size: dict[int, list[tuple[int, Chunk]]] = {}
+    for first, chunk in zip(firsts, chunks, strict=False):
+        size = max(SHORT, 1 << (len(chunk.tokens) - 1).bit_length())
+        by_size.setdefault(size, []).append((first, chunk))
+    return [_rectangle(found, device) for found in by_size.values()]
+
+
+def _rectangle(found: Sequence[tuple[int, Chunk]], device: torch.device) -> Rectangle:
+    lengths = torch.tensor([len(chunk.tokens) for _, chunk in found])[:, None]
+    steps = torch.arange(int(lengths.max()))
+    real = steps < lengths
+    firsts = torch.tensor([first for first, _ in found])[:, None]
+    places = firsts + torch.minimum(steps, lengths - 1)
+    return Rectangle(
+        to_device(torch.tensor([chunk.row for _, chunk in found]), device),
+        to_device(torch.tensor([chunk.start == 0 for _, chunk in found]), device),
+        to_device(places, device),
+        None if real.all() else to_device(real, device),
+        to_device(real.flatten().nonzero().flatten(), device),
+    )
+
+
+class ChunkContext(PagedContext):
+    """How chunks of prompts go through layers that take them one by one, or with a state: as
+    rectangles."""
+
+    chunks: Sequence[Chunk]
+
+    def _attend_to_chosen(
+        self, q: Tensor, stored: Sequence[Tensor], chooser: Chooser, scale: float, dim: int
+    ) -> Tensor:
+        """q [1, T, N, D], stored [S_b, ..] of each sequence."""
+        attended, start = [], 0
+        for chunk, keys in zip(self.chunks, stored, strict=True):
+            tokens = slice(start, start + len(chunk.tokens))
+            mask = CausalMask(chunk.start, len(chunk.tokens), q.device)
+            allowed = mask(len(keys), None)
+            own = chooser.of(tokens)
+            attended.append(
+                attend_to_chosen(q[:, tokens], keys[None], allowed, own, scale=scale, dim=dim)
+            )
+            start = tokens.stop
+        return torch.cat(attended, 1)
+
+    def recur(self, layer: StateLayer, inputs: tuple[Tensor, ...], layer_idx: int) -> Tensor:
+        kept = self.cache.states[layer_idx]
+        out = inputs[0].new_empty(0)
+        for rectangle in self._rectangles:
+            given = tuple(x[0][rectangle.places] for x in inputs)
+            mixed, after = layer.mix(given, rectangle.states(kept), rectangle.real)
+            for state, new in zip(kept, after, strict=True):
+                state.index_copy_(0, rectangle.rows, new.to(state.dtype))
+            if len(self._rectangles) == 1 and len(rectangle.rows) == 1:
+                return mixed
+            if not out.numel():
+                out = mixed.new_empty(inputs[0].shape[1], mixed.shape[-1])
+            places = rectangle.places.flatten()[rectangle.filled]
+            out.index_copy_(0, places, mixed.flatten(0, 1)[rectangle.filled])
+        return out[None]
+
+    @cached_property
+    def _rectangles(self) -> list[Rectangle]:
+        return rectangles(self.chunks, self.rotation[0].device)
+
+
+@dataclass(frozen=True)
+class PromptContext(ChunkContext):
+    """Chunks of prompts on a GPU, their tokens at `positions` int [1, T].
 
     `packed_slots` has the slots of all keys, int64 [S], sequence by sequence, for attention that
-    unfolds them first.
+    unfolds them first. `chunks` are what the host knows of them, for layers with a state.
     """
 
     rotation: Rotation
     cache: PagedCache
     slots: dict[Window, Tensor]
+    chunks: Sequence[Chunk]
     num_queries: int
+    positions: Tensor
     tiles: Tensor
     tables: dict[Window, Tensor]
     packed_slots: Tensor
@@ -184,6 +292,13 @@ class PromptContext(PagedContext):
             sinks=sinks,
         )[None]
 
+    def attend_to_chosen(
+        self, q: Tensor, keys: Keys, chooser: Chooser, *, scale: float, value_dim: int
+    ) -> Tensor:
+        slots = self.packed_slots.split([chunk.end for chunk in self.chunks])
+        stored = [keys.keys[own].squeeze(1) for own in slots]
+        return self._attend_to_chosen(q, stored, chooser, scale, value_dim)
+
     def attend_to(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         from moezoo.layers.kernels.prompt_attention import prompt_attention
 
@@ -192,22 +307,27 @@ class PromptContext(PagedContext):
 
 
 @dataclass(frozen=True)
-class TorchPromptContext(PagedContext):
+class TorchPromptContext(ChunkContext):
     """Chunks of prompts, in torch.
 
-    `num_new` counts the new tokens of each sequence; seen[window] has the slots of all its keys,
-    int64 [S_b], as far as a layer with that window sees them.
+    `chunks` have their tokens at `positions` int [1, T]; seen[window] has the slots of all keys of
+    each, int64 [S_b], as far as a layer with that window sees them.
     """
 
     rotation: Rotation
     cache: PagedCache
     slots: dict[Window, Tensor]
-    num_new: list[int]
+    chunks: Sequence[Chunk]
+    positions: Tensor
     seen: dict[Window, list[Tensor]]
 
     @property
     def num_queries(self) -> int:
-        return max(self.num_new)
+        return max(self._num_new)
+
+    @property
+    def _num_new(self) -> list[int]:
+        return [len(chunk.tokens) for chunk in self.chunks]
 
     def latents(self, keys: Keys) -> Tensor:
         return keys.keys[torch.cat(self.seen[None])].transpose(0, 1)
@@ -229,6 +349,12 @@ class TorchPromptContext(PagedContext):
             v = [keys.values[slots] for slots in self.seen[window]]
         return self._attend(q, k, v, window, scale, sinks)
 
+    def attend_to_chosen(
+        self, q: Tensor, keys: Keys, chooser: Chooser, *, scale: float, value_dim: int
+    ) -> Tensor:
+        stored = [keys.keys[slots].squeeze(1) for slots in self.seen[None]]
+        return self._attend_to_chosen(q, stored, chooser, scale, value_dim)
+
     def attend_to(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         lengths = [len(slots) for slots in self.seen[None]]
         keys, values = (x[0].transpose(0, 1).split(lengths) for x in (k, v))
@@ -245,7 +371,7 @@ class TorchPromptContext(PagedContext):
     ) -> Tensor:
         """q [1, T, Hq, D], k [S_b, Hk, D] and v [S_b, Hk, Dv] of each sequence."""
         attended = []
-        for queries, keys, values in zip(q[0].split(self.num_new), k, v, strict=True):
+        for queries, keys, values in zip(q[0].split(self._num_new), k, v, strict=True):
             mask = CausalMask(len(keys) - len(queries), len(queries), q.device)
             one_q, one_k, one_v = (x.transpose(0, 1)[None] for x in (queries, keys, values))
             out = attend(one_q, one_k, one_v, mask, window=window, scale=scale, sinks=sinks)
@@ -254,7 +380,11 @@ class TorchPromptContext(PagedContext):
 
 
 def torch_context(
-    chunks: Sequence[Chunk], rotation: Rotation, cache: PagedCache, tables: dict[Window, Tensor]
+    chunks: Sequence[Chunk],
+    positions: Tensor,
+    rotation: Rotation,
+    cache: PagedCache,
+    tables: dict[Window, Tensor],
 ) -> TorchPromptContext:
     slots, seen = {}, {}
     for window, table in tables.items():
@@ -265,6 +395,7 @@ def torch_context(
 
         slots[window] = torch.cat([of(chunk, chunk.start) for chunk in chunks])
         seen[window] = [
-            of(chunk, 0 if window is None else max(0, chunk.start - window + 1)) for chunk in chunks
+            of(chunk, 0 if window is None else max(0, first_key(chunk.start, window)))
+            for chunk in chunks
         ]
-    return TorchPromptContext(rotation, cache, slots, [len(chunk.tokens) for chunk in chunks], seen)
+    return TorchPromptContext(rotation, cache, slots, chunks, positions, seen)

@@ -4,15 +4,19 @@ Legend: B batch, T new tokens, S keys (cached and new), Hq query heads, Hk key h
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from moezoo.layers.chosen_keys import Chooser, attend_to_chosen
+from moezoo.layers.kernels.windows import Chunked, first_key
 from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.rope import Rotate, Rotation, rotate_half
+from moezoo.layers.states import StateLayer, cache_states, cached_states, no_states
 
 
 class LayerCache(Protocol):
@@ -59,14 +63,18 @@ class CausalMask:
         first = max(total - num_keys, 0)
         if self.visible is not None and self.visible.dim() == 4:
             return self.visible[..., first : first + num_keys]
-        sees_all = self.length == 1 and num_keys <= total and (window is None or num_keys <= window)
-        if self.visible is None and sees_all:
+        sees_all = window is None or first_key(total - 1, window) <= total - num_keys
+        if self.visible is None and self.length == 1 and num_keys <= total and sees_all:
             return None
         queries = torch.arange(self.past, total, device=self.device)[:, None]
         keys = torch.arange(first, first + num_keys, device=self.device)
         mask = keys <= queries
-        if window is not None:
-            mask &= keys > queries - window
+        if isinstance(window, Chunked) and self.visible is not None:
+            # Chunks are counted from the first token, which padding may precede.
+            padding = (self.visible.cumsum(-1) == 0).sum(-1)[:, None, None, None]
+            mask = mask & (keys >= first_key(queries - padding, window) + padding)
+        elif window is not None:
+            mask &= keys >= first_key(queries, window)
         if self.visible is None:
             return mask[None, None]
         visible = self.visible[:, first : first + num_keys]
@@ -172,6 +180,11 @@ class Context(Protocol):
     num_queries: int
     """New tokens of a sequence, at most."""
 
+    @property
+    def positions(self) -> torch.Tensor:
+        """int [1, T], which token of its sequence each new one is, padding before it counted."""
+        ...
+
     def append_heads(
         self, attention: "GroupedQueryAttention", qkv: torch.Tensor, layer_idx: int
     ) -> tuple[torch.Tensor, Keys]:
@@ -216,6 +229,22 @@ class Context(Protocol):
         """The same with keys [B, Hq, S, D] and values [B, Hq, S, Dv] of all tokens."""
         ...
 
+    def attend_to_chosen(
+        self, q: torch.Tensor, keys: Keys, chooser: Chooser, *, scale: float, value_dim: int
+    ) -> torch.Tensor:
+        """`attend` to those keys alone that the `chooser` chooses, by what is behind the numbers
+        of keys that q is multiplied with."""
+        ...
+
+    def recur(
+        self, layer: StateLayer, inputs: tuple[torch.Tensor, ...], layer_idx: int
+    ) -> torch.Tensor:
+        """What `layer.mix` makes of inputs [B, T, ..] -> [B, T, ..], going on from the states.
+
+        Afterwards the states are those of the sequences with their new tokens.
+        """
+        ...
+
     def real_tokens(self) -> torch.Tensor | None:
         """bool [B * T], False for a place that no token fills; None where tokens fill all."""
         ...
@@ -232,6 +261,11 @@ class DenseContext:
     @property
     def num_queries(self) -> int:
         return self.mask.length
+
+    @property
+    def positions(self) -> torch.Tensor:
+        past = self.mask.past
+        return torch.arange(past, past + self.mask.length, device=self.mask.device)[None]
 
     def append_heads(
         self, attention: "GroupedQueryAttention", qkv: torch.Tensor, layer_idx: int
@@ -282,6 +316,30 @@ class DenseContext:
     ) -> torch.Tensor:
         return attend(q.transpose(1, 2), k, v, self.mask, scale=scale).transpose(1, 2)
 
+    def attend_to_chosen(
+        self, q: torch.Tensor, keys: Keys, chooser: Chooser, *, scale: float, value_dim: int
+    ) -> torch.Tensor:
+        stored = keys.keys.squeeze(1)
+        allowed = self.mask(stored.shape[1], None)
+        return attend_to_chosen(q, stored, allowed, chooser, scale=scale, dim=value_dim)
+
+    def recur(
+        self, layer: StateLayer, inputs: tuple[torch.Tensor, ...], layer_idx: int
+    ) -> torch.Tensor:
+        states = None if self.cache is None else cached_states(self.cache, layer_idx)
+        if states is None:
+            states = no_states(layer, len(inputs[0]), inputs[0])
+        out, states = layer.mix(inputs, states, self._real)
+        if self.cache is not None:
+            cache_states(self.cache, layer_idx, states)
+        return out
+
+    @cached_property
+    def _real(self) -> torch.Tensor | None:
+        """`real_tokens` as [B, T]."""
+        real = self.real_tokens()
+        return None if real is None or real.all() else real.view(-1, self.mask.length)
+
     def real_tokens(self) -> torch.Tensor | None:
         visible = self.mask.visible
         if visible is None or visible.dim() == 4:
@@ -294,10 +352,11 @@ class GroupedQueryAttention(nn.Module):
 
     `q_norm` and `k_norm` normalise each head (width `head_dim`) or all heads at once (width
     heads * `head_dim`) before the rotation. `window` limits a query to that many newest keys, its
-    own included. `clip` bounds queries, keys and values to [-clip, clip] before the rotation.
-    `rotate` is a function of `moezoo.layers.rope`, and `part` what it takes of the rotation, where
-    that is of several kinds. `scale` multiplies the scores, by default 1 / sqrt(`head_dim`).
-    `sinks` [Hq], a parameter, are one more score a head, of a key without a value.
+    own included, or to those of its chunk if it is `Chunked`. `clip` bounds queries, keys and
+    values to [-clip, clip] before the rotation. `rotate` is a function of `moezoo.layers.rope`, and
+    `part` what it takes of the rotation, where that is of several kinds. `scale` multiplies the
+    scores, by default 1 / sqrt(`head_dim`). `sinks` [Hq], a parameter, are one more score a head,
+    of a key without a value.
     """
 
     def __init__(

@@ -4,8 +4,8 @@ Legend: B batch, T new tokens, H hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig
 from moezoo.device import device_made_current
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import Context
+from moezoo.layers.kernels.windows import Chunked
 from moezoo.layers.linear import Linear, linear
-from moezoo.layers.moe import RoutingRecorder
+from moezoo.layers.moe import Dispatcher, RoutingRecorder
 from moezoo.layers.norm import RMSNorm, handed_to
 from moezoo.layers.quant import QuantizedWeights
 from moezoo.layers.quantized_linear import quantized_linear
@@ -125,7 +126,7 @@ class Decoder(nn.Module):
         self,
         vocab_size: int,
         hidden_size: int,
-        layers: list[DecoderLayer],
+        layers: Sequence[nn.Module],
         *,
         norm: RMSNorm,
         rope: RotaryEmbedding | RotaryEmbeddings,
@@ -142,6 +143,8 @@ class Decoder(nn.Module):
             self.lm_head = Linear(hidden_size, vocab_size, bias=head_bias)
         self.recorder: RoutingRecorder | None = None
         """What counts the choices of the MoE layers, while somebody wants to know them."""
+        self.dispatcher: Dispatcher | None = None
+        """That of the MoE layers; None where this process has all the experts."""
         self.balancer: Balancer | None = None
         """None where there is nothing to balance."""
         self.peers: Peers | None = None
@@ -163,7 +166,7 @@ class Decoder(nn.Module):
             self.recorder.begin(context.real_tokens())
         if self.balancer is not None:
             self.balancer.begin(context.real_tokens())
-        with device_made_current(x):
+        with self.passing(x.shape[0] * x.shape[1]), device_made_current(x):
             for layer_idx, layer in enumerate(self.layers):
                 if states is not None:
                     states.append(x if update is None else x + update)
@@ -173,6 +176,10 @@ class Decoder(nn.Module):
             states.append(x)
         self.end_step()
         return x
+
+    def passing(self, num_tokens: int) -> AbstractContextManager[None]:
+        """A forward pass over so many tokens, which other ranks that have experts make too."""
+        return nullcontext() if self.dispatcher is None else self.dispatcher.passing(num_tokens)
 
     def end_step(self, *, dummy: bool = False) -> None:
         """A forward pass is queued, or a replay of one that was captured: experts may move."""
@@ -196,20 +203,46 @@ class Decoder(nn.Module):
             return linear(x, head.weight, bias)
 
 
+class ScaledDecoder(Decoder):
+    """Embeddings are multiplied by `embedding_scale`, and logits by `logit_scale`."""
+
+    def __init__(
+        self, *args: Any, embedding_scale: float = 1.0, logit_scale: float = 1.0, **modules: Any
+    ) -> None:
+        super().__init__(*args, **modules)
+        self.embedding_scale = embedding_scale
+        self.logit_scale = logit_scale
+
+    def forward(
+        self, x: torch.Tensor, context: Context, *, states: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        return super().forward(x * self.embedding_scale, context, states=states)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return super().logits(x) * self.logit_scale
+
+
+def _kind(window: int | None) -> str:
+    if window is None:
+        return "full_attention"
+    return "chunked_attention" if isinstance(window, Chunked) else "sliding_attention"
+
+
 def pre_norm_decoder(
     config: PreTrainedConfig,
     attention: Callable[[int], nn.Module],
     feed_forward: Callable[[int], nn.Module],
     *,
     rope: RotaryEmbedding | RotaryEmbeddings | None = None,
-    norm: Callable[[int, float], RMSNorm] = RMSNorm,
+    norm: Callable[[int, Any], RMSNorm] = RMSNorm,
     layer: Callable[..., DecoderLayer] = DecoderLayer,
     decoder: Callable[..., Decoder] = Decoder,
 ) -> Decoder:
     """The usual decoder: an RMSNorm before `attention(layer_idx)` and `feed_forward(layer_idx)`.
 
     Without a `rope` all of each head is rotated, and a config that says otherwise is refused.
-    Architectures that are unusual bring another `norm`, or classes derived from the `layer` and the
+    Architectures that are unusual bring another `norm`, of the width and what is in
+    `config.rms_norm_eps`, or classes derived from the `layer` and the
     `decoder` here.
 
     Raises `UnsupportedArchitectureError` where `config.layer_types` or `config.sliding_window` says
@@ -217,7 +250,7 @@ def pre_norm_decoder(
     """
 
     def new_norm() -> RMSNorm:
-        return norm(config.hidden_size, config.rms_norm_eps)
+        return norm(config.hidden_size, getattr(config, "rms_norm_eps", None))
 
     layers = [
         layer(new_norm(), attention(layer_idx), mlp_norm=new_norm(), mlp=feed_forward(layer_idx))
@@ -226,10 +259,18 @@ def pre_norm_decoder(
     windows = [getattr(layer.attn, "window", None) for layer in layers]
     if any(window is not None and window < 1 for window in windows):
         raise UnsupportedArchitectureError.of_field(config, "sliding_window", "1 or more")
-    slides = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    kinds = [
+        getattr(layer.attn, "kind", _kind(window))
+        for layer, window in zip(layers, windows, strict=True)
+    ]
     if getattr(config, "layer_types", None) is not None:
-        if config.layer_types != slides:
-            raise UnsupportedArchitectureError.of_field(config, "layer_types", str(slides))
+        if config.layer_types != kinds:
+            raise UnsupportedArchitectureError.of_field(config, "layer_types", str(kinds))
+        if not any("attention" in kind and kind != "linear_attention" for kind in kinds):
+            # Nothing would know how long a sequence is.
+            raise UnsupportedArchitectureError.of_field(
+                config, "layer_types", "a layer of attention or more"
+            )
     elif getattr(config, "sliding_window", None) is not None and None in windows:
         raise UnsupportedArchitectureError.of_field(config, "sliding_window", "None")
 

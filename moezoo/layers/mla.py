@@ -22,7 +22,7 @@ def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return out.transpose(0, 1).unflatten(0, x.shape[:2])
 
 
-def _absorbed(q: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+def absorbed(q: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """q [B, T, N, nope_dim + R], key [N, nope_dim, C] -> [B, T, N, C + R], R as it was."""
     if runs_kernels(q, key):
         from moezoo.layers.kernels.per_head import FEW_ROWS, absorb_query
@@ -33,7 +33,7 @@ def _absorbed(q: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return torch.cat((_per_head(q[..., :nope_dim], key), q[..., nope_dim:]), -1)
 
 
-def _expanded(x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def expanded(x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """x [B, T, N, C], value [N, v_dim, C] -> [B, T, N, v_dim]."""
     if runs_kernels(x, value):
         from moezoo.layers.kernels.per_head import FEW_ROWS, expand_values
@@ -129,6 +129,11 @@ class MultiHeadLatentAttention(nn.Module):
         """What a cache keeps of a token: one latent with its rotated key, [1, C + R]."""
         return ((1, self.kv_norm.dim + self.rope_dim),)
 
+    @property
+    def has_usual_latents(self) -> bool:
+        """Whether the kernel that norms, rotates and stores does what `stored` does."""
+        return type(self).stored is MultiHeadLatentAttention.stored
+
     def stored(self, latents: torch.Tensor, rotation: Rotation) -> torch.Tensor:
         """What the cache keeps of latents [B, T, C + R]: the first C normed, the last R rotated."""
         latent, k_rope = latents.split_with_sizes((self.kv_norm.dim, self.rope_dim), -1)
@@ -152,9 +157,9 @@ class MultiHeadLatentAttention(nn.Module):
     def _attend_to_latents(self, q: torch.Tensor, keys: Keys, context: Context) -> torch.Tensor:
         """q [B, T, N, ..] -> [B, T, N, v_dim]."""
         key, value = self._projections()
-        q = _absorbed(q, key)
+        q = absorbed(q, key)
         out = context.attend(q, keys, scale=self.scale, value_dim=self.kv_norm.dim)
-        return _expanded(out, value)
+        return expanded(out, value)
 
     def _attend_to_heads(self, q: torch.Tensor, keys: Keys, context: Context) -> torch.Tensor:
         """q [B, T, N, ..] -> [B, T, N, v_dim]."""

@@ -1,6 +1,6 @@
 """Root-mean-square normalisation (Zhang and Sennrich, 2019), and layer normalisation."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -10,10 +10,12 @@ from moezoo.device import runs_kernels
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension [.., dim].
+    """y = x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension [.., dim].
 
     Computed in fp32 and rounded once to the dtype of x.
     """
+
+    offset: ClassVar[float] = 0.0
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -25,13 +27,15 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._scaled(x, self.weight)
+
+    def _scaled(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if not x.is_cpu:
-            return F.rms_norm(x, (self.dim,), self.weight, self.eps)
+            return F.rms_norm(x, (self.dim,), weight, self.eps)
         # On a CPU torch's rms_norm is ten operations, its layer_norm is one. The numbers of (x, -x)
         # have mean 0 and variance mean(x^2). In a small model that is 27 us a token instead of 50.
-        one = self.weight
-        weight = torch.cat((one, one))
-        both = torch.layer_norm(torch.cat((x, -x), -1), weight.shape, weight, None, self.eps)
+        twice = torch.cat((weight, weight))
+        both = torch.layer_norm(torch.cat((x, -x), -1), twice.shape, twice, None, self.eps)
         return both.narrow(-1, 0, self.dim)
 
     def add(
@@ -42,7 +46,9 @@ class RMSNorm(nn.Module):
             from moezoo.layers.kernels.add_norm import add_rms_norm
 
             rows = None if update is None else update.reshape(-1, self.dim)
-            normed, total = add_rms_norm(x.reshape(-1, self.dim), rows, self.weight, self.eps)
+            normed, total = add_rms_norm(
+                x.reshape(-1, self.dim), rows, self.weight, self.eps, offset=self.offset
+            )
             return normed.view(x.shape), total.view(x.shape)
         if update is not None:
             x = x + update
@@ -92,6 +98,7 @@ class NormOfSum:
             "update": None if self._update is None else self._update.reshape(-1, self._norm.dim),
             "norm_weight": self._norm.weight,
             "eps": self._norm.eps,
+            "offset": self._norm.offset,
         }
 
     def store(self, total: torch.Tensor, normed: torch.Tensor | None = None) -> None:
@@ -101,16 +108,33 @@ class NormOfSum:
         self._normed = None if normed is None else normed.view(shape)
 
 
+class ZeroCenteredRMSNorm(RMSNorm):
+    """y = x / sqrt(mean(x^2) + eps) * (1 + weight), as Gemma and Qwen3-Next have it.
+
+    The sum is fp32: in 16 bits it would lose the last digits of the weight.
+    """
+
+    offset = 1.0
+    initial_values: ClassVar[dict[str, float]] = {"weight": 0.0}
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._scaled(x.float(), self.offset + self.weight.float()).to(x.dtype)
+
+
 class LayerNorm(RMSNorm):
     """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias (Ba et al., 2016)."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, eps: float, *, bias: bool = True) -> None:
         super().__init__(dim, eps)
-        self.bias = nn.Parameter(torch.zeros(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, (self.dim,), self.weight, self.bias, self.eps)

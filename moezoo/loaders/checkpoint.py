@@ -252,7 +252,15 @@ def open_config(
     config_path = files.local(CONFIG)
     if config_path is None:
         raise CheckpointError(f"{name} has no {CONFIG}, so it is not known which model this is")
-    return Checkpoint(name, _read_json(config_path), {}, files)
+    return Checkpoint(name, _with_scheme(_read_json(config_path)), {}, files)
+
+
+def _with_scheme(config: dict[str, Any]) -> dict[str, Any]:
+    """A multimodal config.json may say in its text model's part how weights are stored."""
+    text = config.get("text_config")
+    if isinstance(text, dict) and "quantization_config" in text:
+        return {"quantization_config": text["quantization_config"]} | config
+    return config
 
 
 def read_header(path: Path) -> tuple[int, dict[str, StoredTensor]]:

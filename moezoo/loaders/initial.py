@@ -26,7 +26,7 @@ def initialise(
     seed: int,
 ) -> None:
     """Fill `tensors`, those of `module` with some weights quantised: matrices normal with this
-    deviation, norms one, biases zero.
+    deviation, norms one, biases zero, and others what their module names in `initial_values`.
 
     `infos` are the parameters as if none was quantised; `held` are the experts in the rows of a
     layer, all of them where it is not there.
@@ -36,7 +36,7 @@ def initialise(
     for name, info in infos.items():
         if name not in owners:
             (own,) = _draw(seeds, 1)
-            _fill(name, tensors[name], deviation, own)
+            _fill(module, name, tensors[name], deviation=deviation, seed=own)
             continue
         layer, kind = owners[name], quantized.get(name)
         of_experts = _draw(seeds, layer.num_experts)
@@ -60,9 +60,12 @@ def _draw(seeds: torch.Generator, count: int) -> list[int]:
     return drawn
 
 
-def _fill(name: str, tensor: Tensor, deviation: float, seed: int) -> None:
-    attribute = name.rpartition(".")[2]
-    if "bias" in attribute:
+def _fill(module: nn.Module, name: str, tensor: Tensor, *, deviation: float, seed: int) -> None:
+    owner, _, attribute = name.rpartition(".")
+    own = getattr(module.get_submodule(owner), "initial_values", {})
+    if attribute in own:
+        tensor.fill_(own[attribute])
+    elif "bias" in attribute:
         tensor.zero_()
     elif tensor.dim() == 1 and attribute != "sinks":
         tensor.fill_(1)  # a norm's weight

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -263,7 +263,7 @@ def build(
             check_memory(planned.wanted, device, checkpoint.name, decoder)
         if not _same_bytes(checkpoint, *twins, progress=progress):
             _untie(config, checkpoint.name, twins)
-            rules = registry.architecture(config.model_type).CHECKPOINT
+            rules = rules_of(checkpoint)
             with torch.device("meta"):
                 decoder = registry.build(config)
     return Built(config, generation_config, decoder, rules)
@@ -371,13 +371,17 @@ def transformers_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     if not isinstance(model_type, str):
         raise CheckpointError(f"{checkpoint.name}: {CONFIG} names no model_type")
     try:
-        registry.architecture(model_type)
+        module = registry.architecture(model_type)
     except UnsupportedArchitectureError as error:
         raise UnsupportedArchitectureError(f"{checkpoint.name}: {error}") from error
     hub_scheme(raw.get("quantization_config"), checkpoint.name)
-    if model_type not in CONFIG_MAPPING:
-        raw["model_type"] = model_type = registry.ARCHITECTURES[model_type]
     try:
+        raw = _with_special_floats(raw)
+        if hasattr(module, "text_config"):
+            raw = module.text_config(raw)
+            model_type = raw["model_type"]
+        if model_type not in CONFIG_MAPPING:
+            raw["model_type"] = model_type = registry.ARCHITECTURES[model_type]
         config = CONFIG_MAPPING[model_type].from_dict(raw)
     except (
         TypeError,
@@ -390,6 +394,15 @@ def transformers_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         raise CheckpointError(f"{checkpoint.name}: {CONFIG} is not valid: {error}") from error
     config.name_or_path = checkpoint.name
     return config
+
+
+def _with_special_floats(value: Any) -> Any:
+    """As transformers writes numbers that JSON has not: {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_special_floats(inner) for key, inner in value.items()}
+    return [_with_special_floats(inner) for inner in value] if isinstance(value, list) else value
 
 
 def own_generation_config(checkpoint: Checkpoint) -> GenerationConfig | None:
@@ -437,10 +450,9 @@ def tied_rules(
     Where only their bytes can say which it is, the names of the two are returned too, and the rules
     leave out the head.
     """
-    rules: tuple[Rule | Skip, ...] = registry.architecture(config.model_type).CHECKPOINT
-    sources = {rule.target: rule.sources[0] for rule in rules if isinstance(rule, Rule)}
-    head, embedding = sources["lm_head.weight"], sources["embed.weight"]
+    rules = rules_of(checkpoint)
     tensors = encoding.tensors
+    head, embedding = (_stored(rules, name, tensors) for name in ("lm_head.weight", "embed.weight"))
     if not config.tie_word_embeddings or head not in tensors:
         return rules, None
     if embedding not in tensors:
@@ -450,6 +462,21 @@ def tied_rules(
         _untie(config, checkpoint.name, (head, embedding))
         return rules, None
     return (*rules, Skip(head, "tied to the embedding")), (head, embedding)
+
+
+def rules_of(checkpoint: Checkpoint) -> tuple[Rule | Skip, ...]:
+    """How its tensors are named, which need not be how the model of its config writes them."""
+    module = registry.architecture(str(checkpoint.config["model_type"]))
+    rules: tuple[Rule | Skip, ...] = module.CHECKPOINT
+    return rules
+
+
+def _stored(rules: Sequence[Rule | Skip], target: str, tensors: Mapping[str, TensorInfo]) -> str:
+    """The tensor that makes a parameter of one source: that which is there, or the first."""
+    sources = [
+        rule.sources[0] for rule in rules if isinstance(rule, Rule) and rule.target == target
+    ]
+    return next((name for name in sources if name in tensors), sources[0])
 
 
 def _untie(config: PreTrainedConfig, name: str, twins: tuple[str, str]) -> None:

@@ -170,7 +170,10 @@ class _Planner:
             )
             self.missing.append(f"{' or '.join(layouts)} (for {name})")
             return None
-        best = max(there, key=lambda rule: len(present[rule]))
+        layers = dict(candidates)
+        best = max(
+            there, key=lambda rule: (len(present[rule]), self._matches(rule, name, layers[rule]))
+        )
         everything = set().union(*present.values())
         if everything != present[best]:
             self.double.append(
@@ -179,6 +182,16 @@ class _Planner:
             self.claims.update(dict.fromkeys(everything, name))
             return None
         return best
+
+    def _matches(self, rule: Rule, target: str, layer: int | None) -> bool:
+        """Whether a layout of one tensor has the shape of what is there: two may differ in that
+        alone."""
+        info = self.checkpoint.get(fill(rule.sources[0], layer))
+        if rule.stacks or len(rule.sources) > 1 or info is None:
+            return False
+        expected = stored_shape(self.parameters[target].shape, rule.view)
+        # Of a rank's experts, all but their number is known.
+        return info.shape[1:] == expected[1:]
 
     def _present(self, rule: Rule, layer: int | None) -> set[str]:
         if rule.stacks:

@@ -1,11 +1,15 @@
 """Grouped-query attention of the sizes that a config names."""
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.norm import RMSNorm
+from moezoo.layers.rope import RotaryEmbedding, RotaryEmbeddings
 
 
 def head_width(config: PreTrainedConfig) -> int:
@@ -41,3 +45,17 @@ def window_of(config: PreTrainedConfig, layer_idx: int) -> int | None:
     """The layer's sliding window, None where `config.layer_types` says that it has none."""
     slides = config.layer_types[layer_idx] == "sliding_attention"
     return config.sliding_window if slides else None
+
+
+def rotary_embeddings(
+    config: PreTrainedConfig, embedding: Callable[[PreTrainedConfig], RotaryEmbedding]
+) -> RotaryEmbeddings:
+    """The `embedding` of each kind of layer, where `config.rope_parameters` has one for each."""
+    found = {}
+    for kind in sorted(set(config.layer_types)):
+        if not isinstance(config.rope_parameters.get(kind), dict):
+            raise UnsupportedArchitectureError.of_field(config, "rope_parameters", f"one of {kind}")
+        own = copy.copy(config)
+        own.rope_parameters = dict(config.rope_parameters[kind])
+        found[kind] = embedding(own)
+    return RotaryEmbeddings(found)

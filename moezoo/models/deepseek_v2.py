@@ -1,5 +1,6 @@
 """DeepSeek-V2 (DeepSeek-AI, 2024): latent attention, shared experts, groups chosen by maximum."""
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import nn
@@ -26,7 +27,10 @@ LATENT_NORM_EPS = 1e-6
 
 
 def latent_attention(
-    config: DeepseekV2Config | DeepseekV3Config | Glm4MoeLiteConfig, rotate: Rotate
+    config: DeepseekV2Config | DeepseekV3Config | Glm4MoeLiteConfig,
+    rotate: Rotate,
+    *,
+    layer: Callable[..., MultiHeadLatentAttention] = MultiHeadLatentAttention,
 ) -> MultiHeadLatentAttention:
     if config.num_key_value_heads != config.num_attention_heads:
         raise UnsupportedArchitectureError.of_field(
@@ -55,7 +59,7 @@ def latent_attention(
             norm=RMSNorm(config.q_lora_rank, LATENT_NORM_EPS),
             bias=config.attention_bias,
         )
-    return MultiHeadLatentAttention(
+    return layer(
         config.hidden_size,
         config.num_attention_heads,
         q,

@@ -5,6 +5,7 @@ from transformers import DeepseekV3Config
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.rope import rotate_half, rotate_interleaved
+from moezoo.loaders.mapping import Rule, Skip
 from moezoo.models.deepseek_v2 import latent_attention
 from moezoo.models.fields import ASSUMED_EVERYWHERE
 from moezoo.models.mixtures import dense_or_mixture, first_layers, sigmoid_route
@@ -31,4 +32,4 @@ def build(config: DeepseekV3Config) -> Decoder:
     return pre_norm_decoder(config, attention, feed_forward)
 
 
-CHECKPOINT = (*DECODER, *MLA, *BIASED_MIXTURES, TOKEN_PREDICTION_LAYERS)
+CHECKPOINT: tuple[Rule | Skip, ...] = (*DECODER, *MLA, *BIASED_MIXTURES, TOKEN_PREDICTION_LAYERS)

@@ -1,5 +1,8 @@
 """Config fields that several architectures read, checked."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import PreTrainedConfig
 
 from moezoo.errors import UnsupportedArchitectureError
@@ -18,11 +21,24 @@ POSITIVE = (
     "moe_intermediate_size",
     "num_local_experts",
     "n_routed_experts",
-    "num_shared_experts",
     "kv_lora_rank",
+    "index_head_dim",
+    "index_n_heads",
+    "index_topk",
     "qk_nope_head_dim",
     "qk_rope_head_dim",
     "v_head_dim",
+    "conv_L_cache",
+    "mamba_d_conv",
+    "mamba_d_head",
+    "mamba_d_state",
+    "mamba_n_groups",
+    "mamba_n_heads",
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
     "max_position_embeddings",
 )
 NOT_NEGATIVE_OR_NONE = ("n_shared_experts",)
@@ -30,9 +46,29 @@ POSITIVE_OR_NONE = ("head_dim", "q_lora_rank")
 NOT_NEGATIVE = (
     "intermediate_size",
     "num_experts",
+    "num_shared_experts",
+    "num_dense_layers",
     "shared_expert_intermediate_size",
     "first_k_dense_replace",
 )
+
+
+def text_part(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The text model's own part of a multimodal config.json; any other config as it is.
+
+    What the whole says of the head and of how weights are stored is said of the text model. Raises
+    `TypeError` where the part is not an object.
+    """
+    if "text_config" not in raw:
+        return dict(raw)
+    text = raw["text_config"]
+    if not isinstance(text, dict):
+        raise TypeError(f"text_config is {text!r}, expected an object")
+    dtypes = {field: raw[field] for field in ("dtype", "torch_dtype") if field in raw}
+    text = dtypes | text | {"tie_word_embeddings": raw.get("tie_word_embeddings", False)}
+    if "quantization_config" in raw:
+        text["quantization_config"] = raw["quantization_config"]
+    return text
 
 
 def check_sizes(config: PreTrainedConfig) -> None:

@@ -1,14 +1,16 @@
 """Granite 3 MoE (IBM, 2024), also with a shared expert: multipliers in four places."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import GraniteMoeConfig, GraniteMoeSharedConfig
+from torch import nn
+from transformers import GraniteMoeConfig, GraniteMoeSharedConfig, PreTrainedConfig
 
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import Context, GroupedQueryAttention
-from moezoo.layers.decoder import Decoder, DecoderLayer, pre_norm_decoder
+from moezoo.layers.decoder import Decoder, DecoderLayer, ScaledDecoder, pre_norm_decoder
 from moezoo.layers.mlp import GatedMLP
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import softmax_topk
@@ -45,38 +47,13 @@ class ScaledLayer(DecoderLayer):
         return normed.sum, update
 
 
-class ScaledDecoder(Decoder):
-    """Embeddings are multiplied by `embedding_multiplier`, logits divided by `logits_scaling`."""
-
-    def __init__(
-        self, *args: Any, embedding_multiplier: float, logits_scaling: float, **modules: Any
-    ) -> None:
-        super().__init__(*args, **modules)
-        self.embedding_multiplier = embedding_multiplier
-        self.logits_scaling = logits_scaling
-
-    def forward(
-        self, x: torch.Tensor, context: Context, *, states: list[torch.Tensor] | None = None
-    ) -> torch.Tensor:
-        return super().forward(x * self.embedding_multiplier, context, states=states)
-
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        return super().logits(x) / self.logits_scaling
-
-
-def build(config: GraniteMoeConfig | GraniteMoeSharedConfig) -> Decoder:
+def granite_decoder(
+    config: PreTrainedConfig, attention: Callable[[int], nn.Module], shared_size: int
+) -> Decoder:
+    """Of `attention(layer_idx)` and mixtures, with a shared expert unless `shared_size` is 0."""
     for field in MULTIPLIERS:
         if not isinstance(getattr(config, field), int | float):
             raise UnsupportedArchitectureError.of_field(config, field, "a number")
-    shared_size = getattr(config, "shared_intermediate_size", 0)
-
-    def attention(layer_idx: int) -> GroupedQueryAttention:
-        return grouped_queries(
-            config,
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
-            scale=config.attention_multiplier,
-        )
 
     def feed_forward(layer_idx: int) -> FusedMoE:
         shared = None
@@ -102,10 +79,27 @@ def build(config: GraniteMoeConfig | GraniteMoeSharedConfig) -> Decoder:
         layer=partial(ScaledLayer, factor=config.residual_multiplier),
         decoder=partial(
             ScaledDecoder,
-            embedding_multiplier=config.embedding_multiplier,
-            logits_scaling=config.logits_scaling,
+            embedding_scale=config.embedding_multiplier,
+            logit_scale=1 / config.logits_scaling,
         ),
     )
+
+
+def granite_attention(config: PreTrainedConfig, **options: Any) -> GroupedQueryAttention:
+    return grouped_queries(
+        config,
+        qkv_bias=config.attention_bias,
+        out_bias=config.attention_bias,
+        scale=config.attention_multiplier,
+        **options,
+    )
+
+
+def build(config: GraniteMoeConfig | GraniteMoeSharedConfig) -> Decoder:
+    def attention(layer_idx: int) -> GroupedQueryAttention:
+        return granite_attention(config)
+
+    return granite_decoder(config, attention, getattr(config, "shared_intermediate_size", 0))
 
 
 MOE = "model.layers.{L}.block_sparse_moe"

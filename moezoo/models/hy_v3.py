@@ -1,17 +1,13 @@
 """Hy3 (Tencent, 2026): Qwen3's attention, sigmoid scores with a bias, always renormalised."""
 
-from functools import partial
-
 from transformers import HYV3Config
 
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
-from moezoo.layers.moe import BiasedRoute
-from moezoo.layers.moe.routing import grouped_topk
 from moezoo.loaders.mapping import Rule
 from moezoo.models.attentions import grouped_queries, norm_of_each_head
-from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
-from moezoo.models.mixtures import counted_layers, dense_or_mixture
+from moezoo.models.fields import ASSUMED_EVERYWHERE
+from moezoo.models.mixtures import counted_layers, dense_or_mixture, ungrouped_sigmoid_route
 from moezoo.models.names import (
     ATTENTION,
     CORRECTION_BIAS,
@@ -43,18 +39,9 @@ def build(config: HYV3Config) -> Decoder:
             **norm_of_each_head(config),
         )
 
-    route = partial(
-        grouped_topk,
-        k=experts_per_token(config, config.num_experts),
-        num_groups=1,
-        topk_groups=1,
-        scoring="sigmoid",
-        renormalize=True,
-        scaling=config.router_scaling_factor,
-    )
     feed_forward = dense_or_mixture(
         config,
-        partial(BiasedRoute, config.num_experts, route),
+        ungrouped_sigmoid_route(config, config.router_scaling_factor),
         dense=counted_layers(config),
         num_shared=config.num_shared_experts,
         bias=config.mlp_bias,

@@ -1,6 +1,5 @@
 """MiMo-V2-Flash (Xiaomi, 2025): sliding layers have sinks, and a rotation of their own."""
 
-import copy
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import Context, GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.norm import NormOfSum
-from moezoo.layers.rope import RotaryEmbedding, RotaryEmbeddings
+from moezoo.layers.rope import RotaryEmbedding
 from moezoo.loaders.mapping import Rule, Skip
-from moezoo.models.attentions import window_of
+from moezoo.models.attentions import rotary_embeddings, window_of
 from moezoo.models.fields import ASSUMED_EVERYWHERE
 from moezoo.models.mixtures import dense_or_mixture, listed_layers, sigmoid_route
 from moezoo.models.names import ATTENTION, BIASED_MIXTURES, DECODER
@@ -64,17 +63,10 @@ def check_released_fields(config: MiMoV2FlashConfig) -> None:
         raise UnsupportedArchitectureError.of_field(config, "moe_layer_freq", str(sparse))
 
 
-def rotary_embeddings(config: MiMoV2FlashConfig) -> RotaryEmbeddings:
-    found = {}
-    for kind in sorted(set(config.layer_types)):
-        if not isinstance(config.rope_parameters.get(kind), dict):
-            raise UnsupportedArchitectureError.of_field(config, "rope_parameters", f"one of {kind}")
-        own = copy.copy(config)
-        own.rope_parameters = dict(config.rope_parameters[kind])
-        if own.rope_parameters.get("rope_type") == "default":
-            own.rope_parameters.setdefault("partial_rotary_factor", ROTARY["partial_rotary_factor"])
-        found[kind] = RotaryEmbedding(own)
-    return RotaryEmbeddings(found)
+def rotary_embedding(config: MiMoV2FlashConfig) -> RotaryEmbedding:
+    if config.rope_parameters.get("rope_type") == "default":
+        config.rope_parameters.setdefault("partial_rotary_factor", ROTARY["partial_rotary_factor"])
+    return RotaryEmbedding(config)
 
 
 def build(config: MiMoV2FlashConfig) -> Decoder:
@@ -86,7 +78,7 @@ def build(config: MiMoV2FlashConfig) -> Decoder:
         raise UnsupportedArchitectureError.of_field(
             config, "num_key_value_heads", f"a divisor of half of {config.num_attention_heads}"
         )
-    rope = rotary_embeddings(config)
+    rope = rotary_embeddings(config, rotary_embedding)
 
     def attention(layer_idx: int) -> GroupedQueryAttention:
         window = window_of(config, layer_idx)

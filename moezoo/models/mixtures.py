@@ -50,6 +50,20 @@ def sigmoid_route(config: PreTrainedConfig) -> Callable[[], BiasedRoute]:
     return partial(BiasedRoute, num_experts(config), route)
 
 
+def ungrouped_sigmoid_route(config: PreTrainedConfig, scaling: float) -> Callable[[], BiasedRoute]:
+    """The same without groups, always renormalised."""
+    route = partial(
+        grouped_topk,
+        k=experts_per_token(config, num_experts(config)),
+        num_groups=1,
+        topk_groups=1,
+        scoring="sigmoid",
+        renormalize=True,
+        scaling=scaling,
+    )
+    return partial(BiasedRoute, num_experts(config), route)
+
+
 def first_layers(config: PreTrainedConfig) -> Container[int]:
     """The dense layers where `config.first_k_dense_replace` counts them."""
     return range(config.first_k_dense_replace)

@@ -1,5 +1,7 @@
 """Checkpoint names that many architectures share; a model file's own table is made of them."""
 
+from collections.abc import Sequence
+
 from moezoo.loaders.mapping import Rule, Skip
 
 AROUND_LAYERS = (
@@ -120,3 +122,38 @@ TOKEN_PREDICTION_LAYERS = Skip(
     marks=tuple(f"model.layers.{{L}}.{name}.weight" for name in ("eh_proj", "enorm", "hnorm")),
 )
 """What follows the last layer of models that were trained to predict several tokens at once."""
+
+
+def of_text_model(rules: Sequence[Rule | Skip]) -> tuple[Rule | Skip, ...]:
+    """The rules where the text model is a part of a multimodal one, whose other parts are left
+    out."""
+    inner = tuple(
+        Rule(
+            rule.target,
+            *(source.replace("model.", "model.language_model.", 1) for source in rule.sources),
+            shard=rule.shard,
+            view=rule.view,
+        )
+        for rule in rules
+        if isinstance(rule, Rule) and rule.sources[0].startswith("model.")
+    )
+    return (*inner, Skip("model.visual.{*}", "the model of images"))
+
+
+def inside(prefix: str, rules: Sequence[Rule | Skip]) -> tuple[Rule | Skip, ...]:
+    """The rules where every name of the checkpoint begins with `prefix` and a dot."""
+    return tuple(
+        Rule(
+            rule.target,
+            *(f"{prefix}.{source}" for source in rule.sources),
+            shard=rule.shard,
+            view=rule.view,
+        )
+        if isinstance(rule, Rule)
+        else Skip(
+            f"{prefix}.{rule.pattern}",
+            rule.reason,
+            marks=tuple(f"{prefix}.{mark}" for mark in rule.marks),
+        )
+        for rule in rules
+    )

@@ -45,23 +45,29 @@ def feed_forward(
     )
 
 
+def shared_expert(config: Qwen2MoeConfig) -> SigmoidGatedMLP:
+    width = config.shared_expert_intermediate_size
+    return SigmoidGatedMLP(config.hidden_size, width, activation=config.hidden_act)
+
+
 def build(config: Qwen2MoeConfig) -> Decoder:
     def attention(layer_idx: int) -> GroupedQueryAttention:
         window = window_of(config, layer_idx)
         return grouped_queries(config, qkv_bias=config.qkv_bias, window=window)
 
-    def shared_expert() -> SigmoidGatedMLP:
-        width = config.shared_expert_intermediate_size
-        return SigmoidGatedMLP(config.hidden_size, width, activation=config.hidden_act)
+    mixture = partial(feed_forward, config, partial(shared_expert, config))
+    return pre_norm_decoder(config, attention, mixture)
 
-    return pre_norm_decoder(config, attention, partial(feed_forward, config, shared_expert))
 
+SHARED_EXPERT = (
+    *gated_mlp("layers.{L}.mlp.shared", "model.layers.{L}.mlp.shared_expert"),
+    Rule("layers.{L}.mlp.shared.gate.weight", "model.layers.{L}.mlp.shared_expert_gate.weight"),
+)
 
 CHECKPOINT = (
     *DECODER,
     *ATTENTION,
     *DENSE_MLP,
     *EXPERTS,
-    *gated_mlp("layers.{L}.mlp.shared", "model.layers.{L}.mlp.shared_expert"),
-    Rule("layers.{L}.mlp.shared.gate.weight", "model.layers.{L}.mlp.shared_expert_gate.weight"),
+    *SHARED_EXPERT,
 )

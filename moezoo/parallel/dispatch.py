@@ -9,26 +9,30 @@ capacity, S rows sent: a token once for each rank that it goes to.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from moezoo.layers.kernels.row_format import RowFormat
 from moezoo.layers.moe import Arrival, Flight
 from moezoo.parallel.mesh import Mesh, Pending
 from moezoo.parallel.pack import (
     destinations,
-    fp8_rows,
-    from_fp8_rows,
-    pack_choices,
+    local_rows,
     pack_order,
+    pack_rows,
     sum_answers,
-    unpack_choices,
+    unpack_rows,
 )
 
+_BEGINNING = "beginning a forward pass"
 _SENDING, _ANSWERING = "sending tokens to experts", "sending the experts' outputs back"
+
+FEW_ROWS = 1024
+"""To send a rank so many that need not have come takes less time (15 MB of DeepSeek-V3: 0.04 ms by
+NVLink, 0.3 by a network of 50 GB/s) than the host takes to find out which (on two H200, 1 ms)."""
 
 
 class _Ranks:
@@ -43,16 +47,14 @@ class _Ranks:
         self.rank_of_slot = owners.to(mesh.device)
         """int64 [P]."""
 
-    def rows(self, slots: Tensor) -> Tensor:
-        """Slots -> rows of this rank's w13 and w2, or -1."""
-        here = (slots >= self.first) & (slots < self.stop)
-        return torch.where(here, slots - self.first, -1).int()
-
 
 class AllGather(_Ranks):
     """All ranks have the same tokens; each answers for its experts, and the answers are summed."""
 
     _compared = False
+
+    def passing(self, num_tokens: int) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def dispatch(self, x: Tensor, topk_weights: Tensor, slots: Tensor) -> Flight:
         """Raises ValueError, on every rank, where the first tokens of all are not the same."""
@@ -79,10 +81,10 @@ class AllGather(_Ranks):
 class _Shared:
     def __init__(self, ranks: AllGather, x: Tensor, topk_weights: Tensor, slots: Tensor) -> None:
         self._mesh, self._dtype = ranks.mesh, x.dtype
-        tokens = x, topk_weights, ranks.rows(slots)
+        tokens = x, topk_weights, local_rows(slots, ranks.first, ranks.stop)
         parts = (tensor.tensor_split(ranks.chunks) for tensor in tokens)
         self._parts = [Arrival(*part) for part in zip(*parts, strict=True)]
-        self._sums: list[Pending] = []
+        self._sums: list[Pending[Tensor]] = []
 
     def arrivals(self) -> Iterator[Arrival]:
         yield from self._parts
@@ -91,14 +93,16 @@ class _Shared:
         self._sums.append(self._mesh.all_reduce(y.float(), "summing the experts' outputs"))
 
     def combine(self) -> Tensor:
-        return torch.cat([part.wait() for part in self._sums]).to(self._dtype)
+        return _joined([part.wait() for part in self._sums]).to(self._dtype)
 
 
 class AllToAll(_Ranks):
-    """Each rank has tokens of its own, and sends each once to every rank that has experts of it.
+    """Each rank has tokens of its own, and sends each to every rank that has experts of it.
 
-    With a capacity all buffers have its size: every rank sends all its tokens to all ranks, and
-    the host need not know how many go where. That is for few tokens, as decoding has them.
+    Either ranks exchange in each layer how many go where, for which the host waits, or buffers have
+    a fixed size, the capacity: every rank then sends all its tokens to all ranks. Without a
+    capacity, ranks tell each other once in a forward pass how many tokens each has, and the largest
+    of these numbers is the capacity where that is worth it, see `capacity_for`.
     """
 
     def __init__(
@@ -113,6 +117,8 @@ class AllToAll(_Ranks):
         super().__init__(mesh, bounds, chunks=chunks)
         self.capacity = capacity
         self.fp8 = fp8
+        self._tokens: list[int] | None = None
+        """Of each rank, in this forward pass."""
 
     @contextmanager
     def fixed(self, capacity: int) -> Iterator[None]:
@@ -124,24 +130,50 @@ class AllToAll(_Ranks):
         finally:
             self.capacity = before
 
+    @contextmanager
+    def passing(self, num_tokens: int) -> Iterator[None]:
+        # A captured pass would go on with the numbers of its time.
+        if self.capacity is None and not _is_captured(self.mesh.device):
+            self._tokens = [number for (number,) in self.mesh.numbers([num_tokens], _BEGINNING)]
+        try:
+            yield
+        finally:
+            self._tokens = None
+
+    def capacity_for(self, k: int) -> int | None:
+        """The size of buffers in this pass for tokens of k experts each, None to count.
+
+        Under even routing a token goes to a rank with probability p = 1 - (1 - 1/R)^K. So of T_r
+        tokens on rank r, counting sends p T_r to each rank, and buffers of the largest of them, C,
+        send C: R C rows where there would be p sum(T_r). Buffers are fixed where that is twice as
+        much at most, or R C is small: with equal numbers, up to 12 ranks for 8 experts per token,
+        and 3 for 2.
+        """
+        if self.capacity is not None or self._tokens is None:
+            return self.capacity
+        ranks, most = self.mesh.ep_size, max(self._tokens)
+        counted = (1 - (1 - 1 / ranks) ** k) * sum(self._tokens)
+        return most if ranks * most <= max(FEW_ROWS, 2 * counted) else None
+
     def dispatch(self, x: Tensor, topk_weights: Tensor, slots: Tensor) -> Flight:
         """Raises ValueError for more tokens than the capacity."""
         _refuse_gradient(x)
-        if self.capacity is None:
+        capacity = self.capacity_for(slots.shape[1])
+        if capacity is None:
             return _Counted(self, x, topk_weights, slots)
-        if len(x) > self.capacity:
+        if len(x) > capacity:
             raise ValueError(
                 f"rank {self.mesh.rank} has {len(x)} tokens in a forward pass, and the capacity is "
-                f"{self.capacity}; give Parallel a larger capacity, or None for any number"
+                f"{capacity}; give Parallel a larger capacity, or None for any number"
             )
-        return _Fixed(self, x, topk_weights, slots, self.capacity)
+        return _Fixed(self, x, topk_weights, slots, capacity)
 
-    def packed(self, x: Tensor) -> Tensor:
+    def format(self, x: Tensor, slots: Tensor) -> RowFormat:
         """As tokens travel."""
-        return fp8_rows(x) if self.fp8 else x
+        return RowFormat(x.shape[1], slots.shape[1], x.dtype, self.fp8)
 
-    def unpacked(self, rows: Tensor, like: Tensor) -> Tensor:
-        return from_fp8_rows(rows, like.shape[1], like.dtype) if self.fp8 else rows
+    def arrival(self, form: RowFormat, rows: Tensor) -> Arrival:
+        return Arrival(*unpack_rows(form, rows, self.first, self.stop))
 
 
 class _Counted:
@@ -177,7 +209,7 @@ class _Counted:
         self._answering.answer(y)
 
     def combine(self) -> Tensor:
-        return torch.cat([part.combine() for part in self._parts])
+        return _joined([part.combine() for part in self._parts])
 
 
 class _Part:
@@ -190,22 +222,18 @@ class _Part:
         self, dispatcher: AllToAll, x: Tensor, topk_weights: Tensor, slots: Tensor, *, ranks: int
     ) -> None:
         self._dispatcher, self._mesh = dispatcher, dispatcher.mesh
-        self._x = x
-        self._choices = pack_choices(topk_weights, slots)
+        self._form, self._tokens = dispatcher.format(x, slots), (x, topk_weights, slots)
         self.there = destinations(slots, dispatcher.rank_of_slot, ranks)
-        self._k = slots.shape[1]
 
     def send(self) -> None:
-        order, self._places = pack_order(self.there, sum(self.sent), self._k)
-        sizes = {"sent": self.sent, "received": self.received}
-        rows = self._dispatcher.packed(self._x.index_select(0, order))
-        self._rows = self._mesh.all_to_all(rows, _SENDING, **sizes)
-        self._arriving = self._mesh.all_to_all(self._choices[order], _SENDING, **sizes)
+        order, self._places = pack_order(self.there, sum(self.sent), self._form.k)
+        rows = pack_rows(self._form, *self._tokens, len(self._tokens[0]))
+        self._rows = self._mesh.all_to_all(
+            rows.index_select(0, order), _SENDING, sent=self.sent, received=self.received
+        )
 
     def arrive(self) -> Arrival:
-        x = self._dispatcher.unpacked(self._rows.wait(), self._x)
-        topk_weights, slots = unpack_choices(self._arriving.wait())
-        return Arrival(x, topk_weights, self._dispatcher.rows(slots))
+        return self._dispatcher.arrival(self._form, self._rows.wait())
 
     def answer(self, y: Tensor) -> None:
         self._answers = self._mesh.all_to_all(y, _ANSWERING, sent=self.received, received=self.sent)
@@ -215,28 +243,52 @@ class _Part:
 
 
 class _Fixed:
-    """All tokens of all ranks, C of each, come to every rank, and all answers go back."""
+    """All tokens of all ranks, C of each, come to every rank, and all answers go back; in parts as
+    above."""
 
     def __init__(
         self, ranks: AllToAll, x: Tensor, topk_weights: Tensor, slots: Tensor, capacity: int
     ) -> None:
-        self._ranks, self._mesh, self._x = ranks, ranks.mesh, x
-        empty = (0, 0, 0, capacity - len(x))
-        choices = pack_choices(F.pad(topk_weights, empty), F.pad(slots, empty, value=-1))
-        self._rows = self._mesh.all_gather(ranks.packed(F.pad(x, empty)), _SENDING)
-        self._choices = self._mesh.all_gather(choices, _SENDING)
+        self._ranks, self._mesh = ranks, ranks.mesh
+        self._form, self._tokens = ranks.format(x, slots), (x, topk_weights, slots)
+        # Not empty, which not every backend carries; of the same sizes on all ranks.
+        size = max(1, -(-capacity // ranks.chunks))
+        starts = range(0, max(1, capacity), size)
+        self._parts = [slice(start, min(start + size, max(1, capacity))) for start in starts]
+        self._answers: list[Pending[Tensor]] = []
+
+    def _send(self, part: slice) -> Pending[Tensor]:
+        x, topk_weights, slots = (tensor[part] for tensor in self._tokens)
+        rows = pack_rows(self._form, x, topk_weights, slots, part.stop - part.start)
+        return self._mesh.all_gather(rows, _SENDING)
 
     def arrivals(self) -> Iterator[Arrival]:
-        x = self._ranks.unpacked(self._rows.wait(), self._x)
-        topk_weights, slots = unpack_choices(self._choices.wait())
-        yield Arrival(x, topk_weights, self._ranks.rows(slots))
+        coming = self._send(self._parts[0])
+        for following in [*self._parts[1:], None]:
+            arrival = self._ranks.arrival(self._form, coming.wait())
+            if following is not None:
+                coming = self._send(following)
+            yield arrival
 
     def answer(self, y: Tensor) -> None:
-        self._answers = self._mesh.all_to_all(y, _ANSWERING)
+        self._answers.append(self._mesh.all_to_all(y, _ANSWERING))
 
     def combine(self) -> Tensor:
-        answers = self._answers.wait().unflatten(0, (self._mesh.ep_size, -1))
-        return answers[:, : len(self._x)].float().sum(0).to(self._x.dtype)
+        num_tokens = len(self._tokens[0])
+        sums = []
+        for part, pending in zip(self._parts, self._answers, strict=True):
+            answers = pending.wait().unflatten(0, (self._mesh.ep_size, -1))
+            # Added in fp32 by torch, and rounded once.
+            sums.append(answers[:, : max(0, num_tokens - part.start)].sum(0))
+        return _joined(sums)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _refuse_gradient(x: Tensor) -> None:

@@ -6,10 +6,12 @@ waits in a collective, reads a file or compiles, and stop when its process dies 
 """
 
 import json
-import logging
+import os
+import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,10 +20,14 @@ from torch.distributed.distributed_c10d import Store
 
 from moezoo.errors import RankError
 
-_log = logging.getLogger(__name__)
-
 _LOOKS = 5
 """A rank that says nothing for so many intervals is gone."""
+
+_PATIENCE = 1.1
+"""Time-outs after which a rank that waits for a GPU ends: where a call fails, that is sooner."""
+
+_LOOKED_AT = 32
+"""Ranks in an interval: all of them would be many questions to one store."""
 
 
 class _Sign:
@@ -32,6 +38,8 @@ class _Sign:
         self.collectives = 0
         """That it has begun."""
         self.doing = "starting"
+        self.awaits: deque[int] = deque()
+        """Ranks without which this one ends."""
         self.over = threading.Event()
 
     def __str__(self) -> str:
@@ -57,12 +65,21 @@ class Watch:
         store.set(f"sign/{rank}", str(self._sign))
         thread = threading.Thread(
             target=_beat,
-            args=(store.clone(), rank, world_size, self._sign, timeout),  # type: ignore[attr-defined]
+            args=(store.clone(), rank, self._sign, timeout),  # type: ignore[attr-defined]
             name="moezoo signs of life",
             daemon=True,
         )
         thread.start()
         weakref.finalize(self, _leave, store, rank, self._sign, thread)
+
+    def end_if_kept_waiting(self, ranks: Sequence[int]) -> None:
+        """From now on, end this process with a message if one of these ranks does not come to a
+        collective, within the time-out and a tenth of it, after this rank began it.
+
+        That is for GPUs, where no call fails: what is launched just waits, and NCCL ends the
+        process in the end without a word of whom it waited for.
+        """
+        self._sign.awaits = deque(rank for rank in ranks if rank != self.rank)
 
     def begins(self, doing: str) -> None:
         """This rank begins a collective."""
@@ -76,6 +93,7 @@ class Watch:
         try:
             yield
         except RuntimeError as error:
+            self._sign.awaits = deque()  # whoever catches this has been told
             raise RankError(self._blame(doing, ranks, error)) from error
 
     def exchange(self, what: str, text: str, *, patient: bool = False) -> list[str]:
@@ -112,6 +130,7 @@ class Watch:
     def leave(self) -> None:
         """The last that a rank says. Rank 0, which may hold the store, waits for that of all."""
         with _unheard():
+            self.store.set(f"sign/{self.rank}", str(self._sign))
             self.store.set(f"left/{self.rank}", "")
             if self.rank == 0:
                 keys = [f"left/{rank}" for rank in range(self.world_size)]
@@ -197,26 +216,58 @@ class Watch:
         return f"while {doing}, with all ranks alive: {said}"
 
 
-def _beat(store: Store, rank: int, world_size: int, sign: _Sign, timeout: float) -> None:
-    """Write that this rank lives, and say so if the next one does not: NCCL ends a process that
-    waits too long without a word of whom it waited for."""
-    neighbour = (rank + 1) % world_size
-    heard, last = time.monotonic(), ""
+def _beat(store: Store, rank: int, sign: _Sign, timeout: float) -> None:
+    """Write that this rank lives, and look whether it waits for others in vain."""
+    began: deque[tuple[float, int]] = deque()
+    heard: dict[int, tuple[float, str]] = {}
     with _unheard():  # without a store there is nobody to tell
         while not sign.over.wait(_interval(timeout)):
             sign.beats += 1
             store.set(f"sign/{rank}", str(sign))
-            key = f"sign/{neighbour}"
-            said = store.get(key).decode() if store.check([key]) else ""
-            if said != last or not said:
-                heard, last = time.monotonic(), said
-            elif time.monotonic() - heard > timeout / 2:
-                _log.error(
-                    "rank %d has given no sign of life for %g s; ranks that wait for it stop "
-                    "%g s after they began to",
-                    *(neighbour, timeout / 2, timeout),
-                )
-                heard = time.monotonic() + threading.TIMEOUT_MAX  # once is enough
+            awaits = sign.awaits
+            now = time.monotonic()
+            began.append((now, sign.collectives))
+            while len(began) > 1 and now - began[1][0] >= _PATIENCE * timeout:
+                began.popleft()
+            for _ in range(min(_LOOKED_AT, len(awaits))):
+                other = awaits[0]
+                awaits.rotate(-1)
+                said = store.get(f"sign/{other}").decode()
+                if other not in heard or said != heard[other][1]:
+                    heard[other] = now, said
+            if sign.awaits and now - began[0][0] >= _PATIENCE * timeout:
+                _end_if_late(store, began[0][1], heard, sign, now=now, timeout=timeout)
+
+
+def _end_if_late(
+    store: Store,
+    begun: int,
+    heard: Mapping[int, tuple[float, str]],
+    sign: _Sign,
+    *,
+    now: float,
+    timeout: float,
+) -> None:
+    """This rank had begun so many collectives a time-out ago."""
+
+    def behind(signs: Mapping[int, str]) -> list[int]:
+        return [other for other, said in signs.items() if json.loads(said)[1] < begun]
+
+    late = behind({other: said for other, (_, said) in heard.items()})
+    # Some may not have been looked at for a while.
+    signs = {other: store.get(f"sign/{other}").decode() for other in late}
+    late = behind(signs)
+    if not late:
+        return
+    silent = [other for other in late if now - heard[other][0] > timeout / 2]
+    if silent:
+        what = f"{_named(silent)} gave no sign of life for {timeout / 2:g} s"
+    else:
+        what = f"{_named(late)} did not come within {timeout:g} s: {_places(late, signs)}"
+    sys.stderr.write(f"RankError: {what}; this rank was {sign.doing}, and ends\n")
+    sys.stderr.flush()
+    time.sleep(2 * _interval(timeout))  # others may look into a store that this process holds
+    os._exit(1)  # a usual end would wait for the GPU
 
 
 def _leave(store: Store, rank: int, sign: _Sign, thread: threading.Thread) -> None:
@@ -225,8 +276,9 @@ def _leave(store: Store, rank: int, sign: _Sign, thread: threading.Thread) -> No
     # A thread that is inside the store when Python ends would end the process with an abort.
     if thread is not threading.current_thread():
         thread.join(timeout=5)
+    sign.doing = "leaving"
     with _unheard():
-        store.set(f"sign/{rank}", "")
+        store.set(f"sign/{rank}", str(sign))  # how far it came: others may still look
 
 
 def _interval(timeout: float) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from datetime import timedelta
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -132,13 +132,17 @@ class Mesh:
             self.group = self.hosts = self._own_group("gloo")
             if device.type == "cuda":
                 self.group = self._own_group("nccl")
+        if device.type == "cuda" and self.ep_size > 1:
+            self.watch.end_if_kept_waiting(self.group_ranks)
 
     def _own_group(self, backend: str) -> dist.ProcessGroup:
         """Of all expert groups, which every rank has to make, the one of this rank."""
+        # NCCL ends the process without naming a rank: the watch is to be first.
+        patience = 1.5 if backend == "nccl" else 1.0
         groups = [
             dist.new_group(
                 list(range(first, first + self.ep_size)),
-                timeout=timedelta(seconds=self.parallel.timeout),
+                timeout=timedelta(seconds=patience * self.parallel.timeout),
                 backend=backend,
             )
             for first in range(0, self.world_size, self.ep_size)
@@ -181,7 +185,7 @@ class Mesh:
         *,
         sent: Sequence[int] | None = None,
         received: Sequence[int] | None = None,
-    ) -> "Pending":
+    ) -> "Pending[Tensor]":
         """rows [S, W] -> [S', W]: `sent` of them to each rank of the group, in their order, and
         `received` from each; the same number for all where None."""
         size = len(rows) if received is None else sum(received)
@@ -191,16 +195,16 @@ class Mesh:
             doing, dist.all_to_all_single, result, _octets(result), _octets(rows), *sizes
         )
 
-    def all_gather(self, rows: Tensor, doing: str) -> "Pending":
+    def all_gather(self, rows: Tensor, doing: str) -> "Pending[Tensor]":
         """rows [C, W], as many on every rank -> [R * C, W]."""
         result = rows.new_empty(self.ep_size * len(rows), *rows.shape[1:])
         return self._begin(doing, _all_gather, result, _octets(result), _octets(rows))
 
-    def all_reduce(self, tensor: Tensor, doing: str) -> "Pending":
+    def all_reduce(self, tensor: Tensor, doing: str) -> "Pending[Tensor]":
         """The sum over the group, in place of `tensor`; the same bits on every rank."""
         return self._begin(doing, dist.all_reduce, tensor, tensor)
 
-    def broadcast(self, tensor: Tensor, doing: str) -> "Pending":
+    def broadcast(self, tensor: Tensor, doing: str) -> "Pending[Tensor]":
         """The group's first rank's, in place of `tensor`, which is contiguous."""
         return self._begin(doing, dist.broadcast, tensor, _octets(tensor), src=self.group_ranks[0])
 
@@ -213,26 +217,48 @@ class Mesh:
             _all_gather(result, mine, group=self.hosts)
         return result.view(self.ep_size, -1).tolist()
 
+    def exchange(
+        self, sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]], doing: str
+    ) -> "Pending[list[Tensor]]":
+        """Send tensors of bytes to some ranks of the group, by their places in it, and receive
+        others; between two ranks in their order. All ranks call it, also with neither."""
+        self.watch.begins(doing)
+        operations = [
+            dist.P2POp(kind, tensor, group=self.group, group_peer=peer)
+            for kind, tensors in ((dist.isend, sent), (dist.irecv, received))
+            for tensor, peer in tensors
+        ]
+        with self.named_faults(doing):
+            works = dist.batch_isend_irecv(operations) if operations else []
+        return Pending(self, works, doing, [tensor for tensor, _ in received], sent)
+
     def _begin(
         self, doing: str, collective: Any, result: Tensor, *args: Any, **options: Any
-    ) -> "Pending":
+    ) -> "Pending[Tensor]":
         self.watch.begins(doing)
         with self.named_faults(doing):
             work = collective(*args, group=self.group, async_op=True, **options)
-        return Pending(self, work, doing, result, args)
+        return Pending(self, [work], doing, result, args)
 
 
-class Pending:
+Result = TypeVar("Result")
+
+
+class Pending(Generic[Result]):
     """A collective under way."""
 
-    def __init__(self, mesh: Mesh, work: Any, doing: str, result: Tensor, held: object) -> None:
-        self._mesh, self._work, self._doing, self._result = mesh, work, doing, result
+    def __init__(
+        self, mesh: Mesh, works: Sequence[Any], doing: str, result: Result, held: object
+    ) -> None:
+        self._mesh, self._works, self._doing, self._result = mesh, works, doing, result
         self._held = held  # what is read and written until then
 
-    def wait(self) -> Tensor:
+    def wait(self) -> Result:
         """Its result: on a GPU what is launched from now on sees it, and the host does not wait."""
+        works, self._works = self._works, ()
         with self._mesh.named_faults(self._doing):
-            self._work.wait()
+            for work in works:
+                work.wait()
         self._held = None
         return self._result
 

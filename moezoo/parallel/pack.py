@@ -7,7 +7,12 @@ that it goes to, those for rank 0 first, in the order of tokens.
 import torch
 from torch import Tensor
 
-from moezoo.layers.quant.fp8 import BLOCK, Fp8Rows, quantize_rows
+from moezoo.layers.kernels.row_format import (
+    RowFormat,
+    local_rows_ref,
+    pack_rows_ref,
+    unpack_rows_ref,
+)
 
 
 def destinations(slots: Tensor, rank_of_slot: Tensor, num_ranks: int) -> Tensor:
@@ -33,31 +38,40 @@ def pack_order(there: Tensor, num_rows: int, k: int) -> tuple[Tensor, Tensor]:
     return order[:-1], places.where(places < num_rows, -1)
 
 
-def pack_choices(topk_weights: Tensor, slots: Tensor) -> Tensor:
-    """fp32 and int32 [T, K] -> int32 [T, 2K]: they travel together."""
-    return torch.cat((topk_weights.view(torch.int32), slots.int()), 1)
+def pack_rows(
+    form: RowFormat, x: Tensor, topk_weights: Tensor, slots: Tensor, num_rows: int
+) -> Tensor:
+    """x [T, H], topk_weights fp32 and slots int [T, K] -> uint8 [num_rows, W]: tokens with their
+    choices, then rows with slots of -1."""
+    if not x.is_cuda:
+        return pack_rows_ref(form, x, topk_weights, slots, num_rows)
+    from moezoo.layers.kernels import wire_rows
+
+    with torch.cuda.device_of(x):
+        return wire_rows.pack_rows(form, x, topk_weights, slots, num_rows)
 
 
-def unpack_choices(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of `pack_choices`."""
-    weights, slots = packed.chunk(2, 1)
-    return weights.contiguous().view(torch.float32), slots.contiguous()
+def unpack_rows(
+    form: RowFormat, rows: Tensor, first: int, stop: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse: x [N, H], topk_weights fp32 [N, K], and int32 [N, K]: slots first to stop
+    counted from `first`, and -1 for all others."""
+    if not rows.is_cuda:
+        return unpack_rows_ref(form, rows, first, stop)
+    from moezoo.layers.kernels import wire_rows
+
+    with torch.cuda.device_of(rows):
+        return wire_rows.unpack_rows(form, rows, first, stop)
 
 
-def fp8_rows(x: Tensor) -> Tensor:
-    """x [S, H] -> uint8 [S, W]: as `quantize_rows` does it, numbers and then scales."""
-    data, scales = quantize_rows(x)
-    return torch.cat((data.view(torch.uint8), scales.contiguous().view(torch.uint8)), 1)
+def local_rows(slots: Tensor, first: int, stop: int) -> Tensor:
+    """slots int [T, K] -> int32 [T, K], counted as `unpack_rows` does."""
+    if not slots.is_cuda:
+        return local_rows_ref(slots, first, stop)
+    from moezoo.layers.kernels import wire_rows
 
-
-def from_fp8_rows(rows: Tensor, hidden_size: int, dtype: torch.dtype) -> Tensor:
-    """The inverse of `fp8_rows` -> [S, H]."""
-    width = -(-hidden_size // BLOCK) * BLOCK
-    data, scales = rows.split((width, rows.shape[1] - width), 1)
-    octets = Fp8Rows(
-        data.contiguous().view(torch.float8_e4m3fn), scales.contiguous().view(torch.float32)
-    )
-    return octets.dequantize()[:, :hidden_size].to(dtype)
+    with torch.cuda.device_of(slots):
+        return wire_rows.local_rows(slots, first, stop)
 
 
 def sum_answers(y: Tensor, places: Tensor) -> Tensor:

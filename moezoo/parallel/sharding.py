@@ -60,6 +60,7 @@ def shard_(decoder: Decoder, mesh: Mesh, slots: Slots) -> None:
                 continue
             setattr(moe, name, nn.Parameter(whole.new_empty(len(held[layer]), *whole.shape[1:])))
         moe.dispatcher = dispatcher
+    decoder.dispatcher = dispatcher
     decoder.requires_grad_(False)
 
 
@@ -119,12 +120,13 @@ def step_without_tokens(decoder: Decoder) -> None:
     """Take part in a forward pass of the other ranks, for a rank that has no tokens."""
     if decoder.balancer is not None:
         decoder.balancer.begin(None)
-    for moe in moe_layers(decoder).values():
-        if moe.dispatcher is None:
-            continue
-        nothing = moe.gate.new_empty(0, moe.gate.shape[1])
-        # A row that is cut off says how many experts a token has.
-        topk_weights, topk_ids = moe.route(moe.gate.new_zeros(1, moe.num_experts).float())
-        slots = topk_ids if moe.physical_ids is None else moe.physical_ids(topk_ids[:0])
-        moe.dispatched(nothing, topk_weights[:0], slots[:0])
+    with decoder.passing(0):
+        for moe in moe_layers(decoder).values():
+            if moe.dispatcher is None:
+                continue
+            nothing = moe.gate.new_empty(0, moe.gate.shape[1])
+            # A row that is cut off says how many experts a token has.
+            topk_weights, topk_ids = moe.route(moe.gate.new_zeros(1, len(moe.gate)).float())
+            slots = topk_ids if moe.physical_ids is None else moe.physical_ids(topk_ids[:0])
+            moe.dispatched(nothing, topk_weights[:0], slots[:0])
     decoder.end_step(dummy=True)

@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,13 @@ from torch import nn
 
 from moezoo import registry
 from moezoo.errors import CheckpointError, ExpertMapError, MoEZooError, QuantizationError
+from moezoo.generation.paged import attentions
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder
-from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.moe import FusedMoE, workspace_bytes
 from moezoo.layers.moe.chunks import CHUNK_TOKENS
 from moezoo.layers.quant import Format
+from moezoo.layers.states import state_bytes
 from moezoo.loaders.checkpoint import Checkpoint, open_config
 from moezoo.loaders.dense import kept, quantized_linears
 from moezoo.loaders.encodings import Encoding
@@ -100,6 +100,8 @@ class Report:
     active_parameters: int | None = None
     """What a token passes through: all but the experts that it is not sent to."""
     kv_cache_bytes_per_token: int | None = None
+    state_bytes_per_sequence: int | None = None
+    """Of layers that keep a state instead of keys and values; 0 where there are none."""
     sliding_windows: Mapping[int, int] = field(default_factory=dict)
     """Window -> number of layers whose cache stops growing there."""
     weight_bytes: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
@@ -256,10 +258,9 @@ def _of_decoder(report: Report, decoder: Decoder, dtype: torch.dtype) -> Report:
         active = parameters - sum(map(_idle, moe_layers))
         rest = all_bytes - in_experts * dtype.itemsize
         weight_bytes = _weight_bytes(moe_layers, rest, dtype)
-    attentions = [layer.attn for layer in decoder.layers]
     windows = Counter(
         attention.window
-        for attention in attentions
+        for attention in attentions(decoder)
         if isinstance(attention, GroupedQueryAttention) and attention.window is not None
     )
     return replace(
@@ -272,16 +273,11 @@ def _of_decoder(report: Report, decoder: Decoder, dtype: torch.dtype) -> Report:
         experts=experts,
         parameters=parameters,
         active_parameters=active,
-        kv_cache_bytes_per_token=sum(map(_kv_width, attentions)) * dtype.itemsize,
+        kv_cache_bytes_per_token=sum(map(_kv_width, attentions(decoder))) * dtype.itemsize,
+        state_bytes_per_sequence=state_bytes(attentions(decoder), dtype),
         sliding_windows=dict(windows),
         weight_bytes=weight_bytes,
     )
-
-
-def _route(moe: FusedMoE) -> "partial[tuple[torch.Tensor, torch.Tensor]]":
-    route = moe.route.fn if isinstance(moe.route, nn.Module) else moe.route
-    assert isinstance(route, partial), "model files give routes as partial(function, k=..., ...)"
-    return route
 
 
 def _in_experts(moe: FusedMoE) -> int:
@@ -291,13 +287,13 @@ def _in_experts(moe: FusedMoE) -> int:
 def _idle(moe: FusedMoE) -> int:
     """Numbers of the experts that a token is not sent to."""
     num_experts = moe.w2.shape[0]
-    per_token: int = _route(moe).keywords["k"]
+    per_token: int = moe.router.keywords["k"]
     return _in_experts(moe) // num_experts * (num_experts - per_token)
 
 
 def _experts(moe: FusedMoE, dtype: torch.dtype) -> Experts:
     num_experts, _, intermediate_size = moe.w2.shape
-    route = _route(moe)
+    route = moe.router
     settings = dict(route.keywords)
     per_token = settings.pop("k")
     if isinstance(moe.route, nn.Module):
@@ -331,13 +327,9 @@ def _workspace_bytes(
     )
 
 
-def _kv_width(attention: object) -> int:
+def _kv_width(attention: Any) -> int:
     """Numbers cached a token."""
-    if isinstance(attention, GroupedQueryAttention):
-        _, keys, values = attention.qkv.part_sizes
-        return keys + values
-    assert isinstance(attention, MultiHeadLatentAttention)
-    return sum(attention.kv_a.part_sizes)
+    return sum(heads * width for heads, width in attention.cache_shapes)
 
 
 def _biases(moe: FusedMoE) -> int:
@@ -437,6 +429,8 @@ def _facts(report: Report) -> Table:
         row("layer workspace", f"{_size(experts.workspace_bytes)} per {CHUNK_TOKENS} tokens")
     if report.kv_cache_bytes_per_token is not None:
         row("KV cache", f"{report.kv_cache_bytes_per_token:,} bytes per token")
+    if report.state_bytes_per_sequence:
+        row("states", f"{report.state_bytes_per_sequence:,} bytes per sequence")
     for window, layers in report.sliding_windows.items():
         row("sliding window", f"{window} tokens in {layers} layers")
     return table

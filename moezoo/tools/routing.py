@@ -292,7 +292,7 @@ def record_routing(
         tuple(layers),
         {},
         model=model.config.name_or_path,
-        experts_per_token=_experts_per_token(model, layers.values()),
+        experts_per_token=_experts_per_token(layers.values()),
         expert_bytes=_nbytes(layers.values()),
     )
     trace._recorder = recorder
@@ -308,10 +308,9 @@ def record_routing(
         trace._tensors, trace._recorder = _tensors(recorder), None
 
 
-def _experts_per_token(model: PreTrainedModel, layers: Iterable[FusedMoE]) -> int | list[int]:
+def _experts_per_token(layers: Iterable[FusedMoE]) -> int | list[int]:
     """As the routers choose now; one number where all choose as many."""
-    config = model.config.num_experts_per_tok
-    numbers = [getattr(layer.reroute, "k", config) for layer in layers]
+    numbers = [getattr(layer.reroute, "k", layer.router.keywords["k"]) for layer in layers]
     return numbers[0] if all(number == numbers[0] for number in numbers) else numbers
 
 

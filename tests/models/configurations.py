@@ -60,6 +60,12 @@ MIXTRAL = COMMON | {
     "num_experts_per_tok": 2,
     "bos_token_id": None,
 }
+MROPE = {
+    "rope_type": "default",
+    "rope_theta": 200.0,
+    "mrope_section": [2, 1, 1],
+    "mrope_interleaved": True,
+}
 QWEN3 = COMMON | {
     "hidden_size": 20,
     "intermediate_size": 18,
@@ -207,6 +213,129 @@ def partial_rotary(factor: float, rope: Config | None = None) -> Config:
     return {"rope_parameters": rope | {"partial_rotary_factor": factor}}
 
 
+AFMOE = GROUPED | {
+    "num_experts": 9,
+    "num_hidden_layers": 5,
+    "sliding_window": 5,
+    "route_scale": 2.8,
+    "mup_enabled": True,
+}
+MELLUM = QWEN3 | {
+    "num_hidden_layers": 4,
+    "sliding_window": 5,
+    "layer_types": ["full_attention", *["sliding_attention"] * 3],
+}
+COHERE2 = COMMON | {
+    "hidden_size": 20,
+    "intermediate_size": 14,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+    "sliding_window": 5,
+    "logit_scale": 0.3,
+    "bos_token_id": None,
+}
+DBRX: Config = {
+    "vocab_size": 61,
+    "max_seq_len": 64,
+    "d_model": 24,
+    "n_heads": 4,
+    "n_layers": 3,
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 0.9, "rope_theta": 100.0},
+    "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 7, "moe_top_k": 3},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
+LLAMA4 = COMMON | {
+    "hidden_size": 20,
+    "intermediate_size": 14,
+    "intermediate_size_mlp": 18,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_local_experts": 5,
+    "attention_chunk_size": 5,
+    "bos_token_id": None,
+}
+# A delta net's output is normalised. With random weights a query may be all but orthogonal to the
+# keys, and a small epsilon then makes rounding errors large, whoever computes it.
+QWEN3_NEXT = COMMON | {
+    "rms_norm_eps": 1e-2,
+    "hidden_size": 20,
+    "intermediate_size": 18,
+    "moe_intermediate_size": 10,
+    "shared_expert_intermediate_size": 14,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 5,
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+}
+HYBRID = GRANITE | {
+    "num_hidden_layers": 4,
+    "layer_types": ["mamba", "mamba", "attention", "mamba"],
+    "shared_intermediate_size": 18,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 10,
+    "mamba_d_state": 7,
+    "rms_norm_eps": 1e-2,
+}
+FULL, LINEAR, CONV = "full_attention", "linear_attention", "conv"
+LFM2 = COMMON | {
+    "hidden_size": 20,
+    "intermediate_size": 18,
+    "moe_intermediate_size": 10,
+    "num_hidden_layers": 4,
+    "layer_types": [CONV, CONV, FULL, CONV],
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_dense_layers": 1,
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+}
+LONGCAT: Config = {
+    "vocab_size": 61,
+    "max_position_embeddings": 64,
+    "hidden_size": 20,
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 18,
+    "q_lora_rank": 11,
+    "kv_lora_rank": 7,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 8,
+    "head_dim": 8,
+    "v_head_dim": 5,
+    "n_routed_experts": 7,
+    "zero_expert_num": 4,
+    "moe_topk": 3,
+    "expert_ffn_hidden_size": 64,
+    "routed_scaling_factor": 3.5,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
+DSA = LATENT | {
+    "n_shared_experts": 1,
+    "n_group": 3,
+    "topk_group": 2,
+    "index_topk": 5,
+    "index_head_dim": 12,
+    "index_n_heads": 9,
+    "head_dim": 8,
+}
+
 CONFIGURATIONS: dict[str, dict[str, Config]] = {
     "mixtral": {
         "gqa": MIXTRAL,
@@ -255,6 +384,94 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
             "sliding_window": 6,
         },
         "longrope": QWEN3 | {"rope_parameters": longrope(4, factor=3.0)},
+    },
+    "lfm2_moe": {
+        "biased": LFM2,
+        "no-bias-raw-weights-tied": LFM2
+        | {
+            "use_expert_bias": False,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": True,
+            "conv_L_cache": 4,
+            "norm_eps": 1e-2,
+        },
+        "scaled-one-weight": LFM2
+        | {
+            "layer_types": [FULL, CONV, CONV],
+            "num_hidden_layers": 3,
+            "num_dense_layers": 0,
+            "num_experts_per_tok": 1,
+            "routed_scaling_factor": 1.7,
+            "conv_L_cache": 1,
+            "num_key_value_heads": 2,
+        },
+        "yarn": LFM2 | {"rope_parameters": ROPE["yarn"], "num_experts_per_tok": 6},
+        "dynamic": LFM2 | {"max_position_embeddings": 9, "rope_parameters": ROPE["dynamic"]},
+    },
+    "qwen3_next": {
+        "one-in-four": QWEN3_NEXT,
+        "as-many-keys-tied": QWEN3_NEXT
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": [FULL, LINEAR, LINEAR],
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 3,
+            "linear_conv_kernel_dim": 3,
+            "tie_word_embeddings": True,
+        },
+        "bias-wide-conv": QWEN3_NEXT
+        | {
+            "num_hidden_layers": 2,
+            "layer_types": [LINEAR, FULL],
+            "attention_bias": True,
+            "linear_conv_kernel_dim": 7,
+            "linear_num_key_heads": 1,
+            "rms_norm_eps": 1e-5,
+        },
+        "dense-between-raw-weights": QWEN3_NEXT
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": [LINEAR, FULL, LINEAR],
+            "mlp_only_layers": [1],
+            "norm_topk_prob": False,
+            "hidden_act": "gelu",
+        },
+        "step-half-rotated-conv1": QWEN3_NEXT
+        | {
+            "num_hidden_layers": 2,
+            "layer_types": [LINEAR, FULL],
+            "decoder_sparse_step": 2,
+            "linear_conv_kernel_dim": 1,
+            "num_experts_per_tok": 1,
+            "rope_parameters": ROPE["yarn"] | {"partial_rotary_factor": 0.5},
+        },
+        "dynamic": QWEN3_NEXT
+        | {
+            "num_hidden_layers": 2,
+            "layer_types": [LINEAR, FULL],
+            "max_position_embeddings": 9,
+            "rope_parameters": ROPE["dynamic"] | {"partial_rotary_factor": 0.25},
+        },
+    },
+    "qwen3_5_moe_text": {
+        "one-in-four": QWEN3_NEXT,
+        "full-first-tied": QWEN3_NEXT
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": [FULL, LINEAR, LINEAR],
+            "linear_num_key_heads": 3,
+            "linear_value_head_dim": 9,
+            "tie_word_embeddings": True,
+        },
+        "bias-all-experts-yarn": QWEN3_NEXT
+        | {
+            "num_hidden_layers": 2,
+            "layer_types": [LINEAR, FULL],
+            "attention_bias": True,
+            "num_experts_per_tok": 7,
+            "linear_conv_kernel_dim": 2,
+            "rope_parameters": ROPE["yarn"] | {"partial_rotary_factor": 1.0},
+        },
     },
     "olmoe": {
         "full-width-norm": OLMOE,
@@ -477,6 +694,29 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
         "shared": GRANITE | {"shared_intermediate_size": 18},
         "none-shared": GRANITE | {"shared_intermediate_size": 0, "rms_norm_eps": 1e-2},
     },
+    "granitemoehybrid": {
+        "unrotated": HYBRID,
+        "rotated-tied": HYBRID
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": ["attention", "mamba", "mamba"],
+            "position_embedding_type": "rope",
+            "mamba_conv_bias": False,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-5,
+        },
+        "bias-short-conv-chunks-of-3": HYBRID
+        | {
+            "num_hidden_layers": 2,
+            "layer_types": ["mamba", "attention"],
+            "attention_bias": True,
+            "mamba_d_conv": 2,
+            "mamba_chunk_size": 3,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 5,
+            "hidden_act": "gelu",
+        },
+    },
     "ernie4_5_moe": {
         "shared": ERNIE,
         "biases-interval": ERNIE
@@ -580,6 +820,177 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
             },
         },
     },
+    "afmoe": {
+        "gated": AFMOE,
+        "bias-tied-no-mup": AFMOE
+        | {
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "mup_enabled": False,
+            "num_dense_layers": 2,
+            "global_attn_every_n_layers": 2,
+            "num_shared_experts": 1,
+            "rms_norm_eps": 1e-2,
+        },
+        "k1-listed-yarn": AFMOE
+        | {
+            "num_experts_per_tok": 1,
+            "num_dense_layers": 0,
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "rope_parameters": ROPE["yarn"],
+        },
+    },
+    "longcat_flash": {
+        "zero-experts": LONGCAT,
+        "none-do-nothing": LONGCAT
+        | {
+            "zero_expert_num": 0,
+            "num_layers": 1,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-2,
+            "rope_parameters": ROPE["yarn-mscale-all"],
+        },
+        "most-do-nothing-k9": LONGCAT
+        | {
+            "zero_expert_num": 9,
+            "n_routed_experts": 2,
+            "moe_topk": 9,
+            "kv_lora_rank": 24,
+            "expert_ffn_hidden_size": 10,
+        },
+    },
+    "deepseek_v32": {
+        "five-keys": DSA,
+        "yarn-bias-listed": DSA
+        | {
+            "attention_bias": True,
+            "rope_parameters": ROPE["yarn-mscale-all"],
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "index_topk": 3,
+            "index_head_dim": 8,
+        },
+        "most-keys-tied": DSA
+        | {
+            "index_topk": 11,
+            "tie_word_embeddings": True,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "rms_norm_eps": 1e-2,
+        },
+    },
+    "glm_moe_dsa": {
+        "five-keys": DSA | {"n_group": 1, "topk_group": 1},
+        "wide-bias": DSA
+        | {
+            "kv_lora_rank": 24,
+            "attention_bias": True,
+            "index_topk": 2,
+            "index_head_dim": 20,
+            "first_k_dense_replace": 0,
+            "routed_scaling_factor": 1.7,
+        },
+    },
+    "mellum": {
+        "two-thetas": MELLUM,
+        "yarn-bias-dense": MELLUM
+        | {
+            "attention_bias": True,
+            "norm_topk_prob": False,
+            "mlp_layer_types": ["dense", "sparse", "sparse", "dense"],
+            "sliding_window": 3,
+        }
+        | ropes(1.0, 1.0, ROPE["yarn"]),
+        "all-full-tied": MELLUM
+        | {
+            "layer_types": ["full_attention"] * 4,
+            "tie_word_embeddings": True,
+            "num_experts_per_tok": 1,
+        },
+    },
+    "cohere2_moe": {
+        "sliding-softmax": COHERE2,
+        "dense-first-sigmoid": COHERE2
+        | {
+            "first_k_dense_replace": 1,
+            "prefix_dense_intermediate_size": 18,
+            "expert_selection_fn": "sigmoid",
+            "num_shared_experts": 2,
+            "tie_word_embeddings": False,
+        },
+        "rms-sum-raw-weights": COHERE2
+        | {
+            "rms_norm_eps": 1e-2,
+            "expert_selection_fn": "sigmoid",
+            "norm_topk_prob": False,
+            "num_shared_experts": 1,
+            "shared_expert_combination_strategy": "sum",
+            "sliding_window_pattern": 2,
+            "attention_bias": True,
+        },
+        "dense-slides-yarn": COHERE2
+        | {
+            "first_k_dense_replace": 3,
+            "prefix_dense_sliding_window_pattern": 2,
+            "prefix_dense_intermediate_size": 10,
+            "num_experts_per_tok": 1,
+            "layer_norm_eps": 1e-2,
+            "rope_parameters": ROPE["yarn"],
+        },
+    },
+    "dbrx": {
+        "clipped": DBRX,
+        "raw-weights-gelu": DBRX
+        | {
+            "attn_config": {"kv_n_heads": 1, "clip_qkv": 2.5, "rope_theta": 10000.0},
+            "ffn_config": {
+                "ffn_hidden_size": 10,
+                "moe_num_experts": 5,
+                "moe_top_k": 2,
+                "moe_normalize_expert_weights": None,
+                "ffn_act_fn": {"name": "gelu"},
+            },
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        "k1-yarn": DBRX
+        | {
+            "ffn_config": {"ffn_hidden_size": 14, "moe_num_experts": 4, "moe_top_k": 1},
+            "rope_parameters": ROPE["yarn"],
+        },
+    },
+    "llama4_text": {
+        "chunks": LLAMA4,
+        "tempered-dense-k2": LLAMA4
+        | {
+            "floor_scale": 3,
+            "attn_scale": 0.7,
+            "interleave_moe_layer_step": 2,
+            "num_experts_per_tok": 2,
+            "no_rope_layer_interval": 2,
+            "attention_chunk_size": 4,
+        },
+        "listed-bias-tied": LLAMA4
+        | {
+            "use_qk_norm": False,
+            "attn_temperature_tuning": False,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "moe_layers": [0, 1, 3],
+            "num_hidden_layers": 4,
+            "no_rope_layers": [1, 0, 1, 0],
+            "layer_types": [
+                "full_attention",
+                *["chunked_attention"] * 2,
+                "full_attention",
+            ],
+            "attention_chunk_size": 3,
+            "rms_norm_eps": 1e-2,
+        },
+        "all-experts-llama3": LLAMA4
+        | {"num_experts_per_tok": 5, "attention_chunk_size": 64, "rope_parameters": ROPE["llama3"]},
+    },
     "kimi_k2": {
         "one-group": DEEPSEEK_V3
         | {
@@ -592,6 +1003,43 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
     },
 }
 """`model_type` -> name -> what its transformers config is made from."""
+
+QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 20,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+VISION: dict[str, Config] = {
+    "kimi_k25": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    },
+    "llama4": {
+        "hidden_size": 16,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vision_output_dim": 16,
+        "projector_input_dim": 16,
+        "projector_output_dim": 16,
+    },
+    "qwen3_5_moe": QWEN_VISION,
+    "qwen3_vl_moe": QWEN_VISION,
+}
+MULTIMODAL: dict[str, Config] = {
+    "kimi_k25": DEEPSEEK_V3 | {"rope_parameters": ROPE["yarn-mscale-all"]},
+    "llama4": LLAMA4,
+    "qwen3_5_moe": QWEN3_NEXT | {"rope_parameters": MROPE | {"partial_rotary_factor": 0.5}},
+    "qwen3_vl_moe": QWEN3
+    | {"moe_intermediate_size": 12, "rope_parameters": MROPE, "rms_norm_eps": 1e-3},
+}
+"""`model_type` of checkpoints whose text model runs -> its config."""
 
 TRANSFORMERS_TYPE = {"kimi_k2": "deepseek_v3"}
 """Model types that transformers does not know -> the type whose class it uses for them."""
@@ -614,12 +1062,13 @@ def reference(model_type: str, config: Config, seed: int = 0) -> transformers.Pr
 def randomize(model: torch.nn.Module, seed: int) -> None:
     """Weights with which no norm is the identity, no bias small and no expert like another."""
     generator = torch.Generator().manual_seed(seed)
-    buffers = ((name, x) for name, x in model.named_buffers() if "correction_bias" in name)
+    biases = ("correction_bias", "expert_bias")
+    buffers = ((name, x) for name, x in model.named_buffers() if name.endswith(biases))
     for name, x in (*model.named_parameters(), *buffers):
         noise = torch.randn(x.shape, generator=generator)
         if name.endswith("norm.weight"):
             x.copy_(1 + 0.3 * noise)
-        elif name.endswith("correction_bias"):
+        elif name.endswith(biases):
             x.copy_(0.2 * noise)
         elif x.dim() == 1:
             x.copy_(0.5 * noise)

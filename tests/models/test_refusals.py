@@ -7,6 +7,7 @@ import torch
 import transformers
 from configurations import (
     CONFIGURATIONS,
+    MULTIMODAL,
     QWEN2,
     TRANSFORMERS_TYPE,
     longrope,
@@ -19,7 +20,15 @@ from moezoo.registry import architecture, build, list_architectures
 BASE = {model_type: next(iter(cases.values())) for model_type, cases in CONFIGURATIONS.items()}
 """The first of each architecture's configurations."""
 BASE["kimi_k2"] = BASE["deepseek_v3"]
-PARTIAL_ROTARY = {"glm4_moe", "minimax_m2"}
+PARTIAL_ROTARY = {"glm4_moe", "minimax_m2", "qwen3_next", "qwen3_5_moe_text"}
+
+REFUSED_BY_TRANSFORMERS = {
+    ("mellum", "num_hidden_layers"),
+    ("mimo_v2_flash", "num_hidden_layers"),
+    ("lfm2_moe", "num_hidden_layers"),
+    ("granitemoehybrid", "num_hidden_layers"),
+    ("granitemoehybrid", "hidden_size"),
+}
 
 EVERYWHERE: dict[str, dict[str, Any]] = {
     "hidden_act": {"hidden_act": "mish"},
@@ -55,6 +64,26 @@ FIELDS = [
             "sliding_window": 4,
         },
     ),
+    ("lfm2_moe", "layer_types", {"layer_types": ["conv"] * 4}),
+    ("lfm2_moe", "layer_types", {"layer_types": None}),
+    ("lfm2_moe", "layer_types", {"layer_types": ["conv", "linear_attention"] * 2}),
+    ("granitemoehybrid", "layer_types", {"layer_types": ["linear_attention"] * 4}),
+    ("granitemoehybrid", "mamba_proj_bias", {"mamba_proj_bias": True}),
+    ("granitemoehybrid", "mamba_n_groups", {"mamba_n_groups": 2}),
+    ("granitemoehybrid", "mamba_d_state", {"mamba_d_state": 0}),
+    ("granitemoehybrid", "time_step_limit", {"time_step_limit": (0.1, 2.0)}),
+    ("granitemoehybrid", "num_local_experts", {"num_local_experts": 0}),
+    ("lfm2_moe", "conv_bias", {"conv_bias": True}),
+    ("lfm2_moe", "conv_L_cache", {"conv_L_cache": 0}),
+    ("lfm2_moe", "num_experts_per_tok", {"num_experts_per_tok": 8}),
+    ("lfm2_moe", "num_dense_layers", {"num_dense_layers": -1}),
+    ("qwen3_next", "layer_types", {"layer_types": ["linear_attention"] * 4}),
+    ("qwen3_next", "layer_types", {"layer_types": ["full_attention", "sliding_attention"] * 2}),
+    ("qwen3_next", "linear_num_value_heads", {"linear_num_value_heads": 5}),
+    ("qwen3_next", "linear_conv_kernel_dim", {"linear_conv_kernel_dim": 0}),
+    ("qwen3_5_moe_text", "layer_types", {"layer_types": ["conv"] * 4}),
+    ("qwen3_5_moe_text", "linear_key_head_dim", {"linear_key_head_dim": 0}),
+    ("qwen3_5_moe_text", "num_experts_per_tok", {"num_experts_per_tok": 8}),
     ("olmoe", "sliding_window", {"sliding_window": 4}),
     ("olmoe", "head_dim", {"head_dim": 8}),
     ("deepseek_v2", "sliding_window", {"sliding_window": 4}),
@@ -92,7 +121,7 @@ FIELDS = [
     ("granitemoe", "logits_scaling", {"logits_scaling": None}),
     ("granitemoeshared", "num_experts_per_tok", {"num_experts_per_tok": 0}),
     ("exaone_moe", "layer_types", {"layer_types": ["chunked_attention"] * 5}),
-    ("exaone_moe", "num_shared_experts", {"num_shared_experts": 0}),
+    ("exaone_moe", "num_shared_experts", {"num_shared_experts": -1}),
     ("glm4_moe", "n_group", {"n_group": 12, "topk_group": 12}),
     ("glm4_moe", "num_experts_per_tok", {"num_experts_per_tok": 13}),
     ("glm4_moe", "sliding_window", {"sliding_window": 4}),
@@ -127,6 +156,41 @@ FIELDS = [
     ("minimax_m2", "qk_norm_type", {"qk_norm_type": "per_head"}),
     ("minimax_m2", "shared_intermediate_size", {"shared_intermediate_size": 4}),
     ("solar_open", "first_k_dense_replace", {"first_k_dense_replace": 1}),
+    ("afmoe", "num_experts_per_tok", {"num_experts_per_tok": 10}),
+    ("afmoe", "score_func", {"score_func": "softmax"}),
+    ("afmoe", "layer_types", {"layer_types": ["chunked_attention"] * 5}),
+    ("mellum", "mlp_layer_types", {"mlp_layer_types": ["mixed"] * 4}),
+    ("dbrx", "num_attention_heads", {"num_attention_heads": 10}),
+    ("deepseek_v32", "index_head_dim", {"index_head_dim": 6}),
+    ("deepseek_v32", "index_topk", {"index_topk": 0}),
+    ("deepseek_v32", "layer_types", {"layer_types": ["full_attention"] * 3}),
+    ("deepseek_v32", "mlp_bias", {"mlp_bias": True}),
+    ("glm_moe_dsa", "indexer_types", {"indexer_types": ["full", "shared", "full"]}),
+    ("glm_moe_dsa", "n_group", {"n_group": 5}),
+    ("longcat_flash", "zero_expert_num", {"zero_expert_num": -1}),
+    ("longcat_flash", "zero_expert_type", {"zero_expert_type": "copy"}),
+    ("longcat_flash", "mla_scale_q_lora", {"mla_scale_q_lora": False}),
+    ("longcat_flash", "num_experts_per_tok", {"num_experts_per_tok": 12}),
+    ("longcat_flash", "router_bias", {"router_bias": True}),
+    ("longcat_flash", "qk_head_dim", {"qk_head_dim": 20}),
+    ("llama4_text", "attention_chunk_size", {"attention_chunk_size": None}),
+    ("llama4_text", "floor_scale", {"floor_scale": 0}),
+    ("llama4_text", "num_experts_per_tok", {"num_experts_per_tok": 6}),
+    ("llama4_text", "layer_types", {"layer_types": ["sliding_attention"] * 4}),
+    ("mellum", "num_experts_per_tok", {"num_experts_per_tok": 8}),
+    (
+        "mellum",
+        "rope_parameters",
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5.0}}},
+    ),
+    ("cohere2_moe", "expert_selection_fn", {"expert_selection_fn": "tanh"}),
+    ("cohere2_moe", "num_shared_experts", {"num_shared_experts": -1}),
+    (
+        "cohere2_moe",
+        "shared_expert_combination_strategy",
+        {"shared_expert_combination_strategy": "max"},
+    ),
+    ("cohere2_moe", "prefix_dense_intermediate_size", {"first_k_dense_replace": 1}),
     ("solar_open", "use_qk_norm", {"use_qk_norm": True}),
     ("deepseek_v3", "topk_method", {"topk_method": "greedy"}),
     ("deepseek_v3", "scoring_func", {"scoring_func": "softmax"}),
@@ -159,6 +223,20 @@ FIELDS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("ffn_act_fn", {"name": "mish"}),
+        ("moe_normalize_expert_weights", 2.0),
+        ("moe_top_k", 8),
+        ("ffn_hidden_size", 0),
+    ],
+)
+def test_field_of_dbrx_experts(field: str, value: Any) -> None:
+    message = refusal("dbrx", ffn_config=BASE["dbrx"]["ffn_config"] | {field: value})
+    assert field in message and str(value) in message
+
+
 def refusal(model_type: str, **changes: Any) -> str:
     config = transformers.AutoConfig.for_model(
         TRANSFORMERS_TYPE.get(model_type, model_type), **BASE[model_type] | changes
@@ -169,13 +247,13 @@ def refusal(model_type: str, **changes: Any) -> str:
 
 
 def test_every_architecture_is_here() -> None:
-    assert set(BASE) == set(list_architectures())
+    assert {*BASE, *MULTIMODAL} == set(list_architectures())
 
 
 @pytest.mark.parametrize("field", EVERYWHERE)
 @pytest.mark.parametrize("model_type", BASE)
 def test_everywhere(model_type: str, field: str) -> None:
-    if (model_type, field) == ("mimo_v2_flash", "num_hidden_layers"):
+    if (model_type, field) in REFUSED_BY_TRANSFORMERS:
         pytest.skip("transformers refuses it")
     if (model_type, field) == ("hy_v3", "output_router_logits"):
         pytest.skip("its release has it")

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -215,3 +216,42 @@ def test_faults_name_their_rank(kind: str, message: str, tmp_path: Path) -> None
     assert len(rest) == (3 if kind == "is slow to load" else 2)
     for text in rest:
         assert message in text
+
+
+def kept_waiting(rank: int, kind: str, file: Path) -> str:
+    """As on a GPU, where a rank's calls return though another does not come."""
+    mesh = join(Parallel(3, timeout=TIMEOUT), "cpu")
+    if rank != 2:
+        mesh.watch.end_if_kept_waiting(mesh.group_ranks)
+    sys.stderr.close()
+    sys.stderr = file.with_name(f"{rank}").open("w")
+    mesh.numbers([0], "beginning")
+    mesh.watch.begins("sending tokens")
+    if rank == 2 and kind == "stops":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.75 * TIMEOUT)  # a step; then the collective that rank 2 does not come to
+    if rank != 2 or kind == "comes late":
+        mesh.watch.begins("sending answers")
+    time.sleep(3 * TIMEOUT)
+    return "lives"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("stops", "rank 2 gave no sign of life for 2 s; this rank was sending answers, and ends"),
+        ("does not come", "rank 2 did not come within 4 s: rank 2 was last sending tokens"),
+        ("comes late", None),
+    ],
+)
+def test_a_rank_that_waits_in_vain_on_a_gpu_says_for_whom(
+    kind: str, message: str | None, tmp_path: Path
+) -> None:
+    never = () if message is None else (2,)
+    found = run(3, kept_waiting, kind, tmp_path / "x", timeout=12 * TIMEOUT, never=never)
+    if message is None:
+        assert found == ["lives"] * 3
+        return
+    assert found == [None] * 3
+    for rank in (0, 1):
+        assert (tmp_path / f"{rank}").read_text().startswith(f"RankError: {message}")

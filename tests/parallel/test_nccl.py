@@ -60,6 +60,14 @@ def work(rank: int) -> None:
             expected = fused_experts(given[0], *fp8, given[1], given[2])
             assert relative_difference(y, expected) <= RELATIVE[torch.bfloat16], (count, capacity)
 
+        for chunks in (1, 3):
+            dispatcher = AllToAll(mesh, bounds, chunks=chunks)
+            with dispatcher.passing(count):
+                assert dispatcher.capacity_for(K) == count
+                y = there_and_back(dispatcher, *dense, given)
+            expected = fused_experts(given[0], *dense, given[1], given[2])
+            assert relative_difference(y, expected) <= RELATIVE[torch.bfloat16], (count, chunks)
+
     # A captured step answers for the tokens of its time.
     for weights, options in ((dense, {}), (fp8, {"fp8": True})):
         step = partial(there_and_back, AllToAll(mesh, bounds, capacity=8, **options), *weights)

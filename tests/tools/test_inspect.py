@@ -134,6 +134,17 @@ def test_published_sizes_follow_from_the_config(tmp_path, config, total, active,
     assert "has neither model.safetensors nor model.safetensors.index.json" in report.reason
 
 
+def test_states_are_counted(tmp_path):
+    """Of Qwen3-Next-80B-A3B: 12 layers of 48 have keys and values, the others a state."""
+    report = inspect(config_only(tmp_path, model_type="qwen3_next", torch_dtype="bfloat16"))
+    assert report.parameters == pytest.approx(80e9, rel=5e-3)
+    assert report.kv_cache_bytes_per_token == 12 * 2 * 2 * 256 * 2
+    assert report.state_bytes_per_sequence == 36 * (32 * 128 * 128 * 4 + 8192 * 4 * 2)
+    shown = StringIO()
+    Console(file=shown, width=100).print(report)
+    assert "77,856,768 bytes per sequence" in shown.getvalue()
+
+
 def test_a_rank_holds_its_share_of_the_experts_and_all_the_rest(tmp_path):
     report = inspect(config_only(tmp_path, **QWEN3_30B_A3B))
     per_rank = report.weight_bytes["bf16"]

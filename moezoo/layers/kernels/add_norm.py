@@ -1,7 +1,7 @@
 """add_rms_norm: a residual added, and RMSNorm of the sum.
 
     sum    = x + residual
-    normed = sum / sqrt(mean(sum^2) + eps) * weight
+    normed = sum / sqrt(mean(sum^2) + eps) * (offset + weight)
 
 The sum is fp32 and rounded once; the norm is computed in fp32 of the rounded sum, and rounded once.
 
@@ -22,10 +22,10 @@ LARGEST_BLOCK = 8192
 
 
 def add_rms_norm_ref(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     total = x if residual is None else x + residual
-    normed = F.rms_norm(total.float(), weight.shape, weight.float(), eps)
+    normed = F.rms_norm(total.float(), weight.shape, offset + weight.float(), eps)
     return normed.to(x.dtype), total
 
 
@@ -52,6 +52,7 @@ def _add_rms_norm_kernel(
     eps,
     stride_x,
     stride_residual,
+    OFFSET: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -60,7 +61,7 @@ def _add_rms_norm_kernel(
     inner = tl.arange(0, BLOCK_H)
     if ONE_BLOCK:
         m_inner = inner < hidden_size
-        weight = tl.load(weight_ptr + inner, mask=m_inner, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + inner, mask=m_inner, other=0.0).to(tl.float32) + OFFSET
     wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     p_x = x_ptr + row * stride_x
@@ -86,12 +87,12 @@ def _add_rms_norm_kernel(
             cols = start + inner
             m_cols = cols < hidden_size
             x = _add(p_x, p_residual, p_sum, cols, m_cols, HAS_RESIDUAL, False)
-            weight = tl.load(weight_ptr + cols, mask=m_cols, other=0.0).to(tl.float32)
+            weight = tl.load(weight_ptr + cols, mask=m_cols, other=0.0).to(tl.float32) + OFFSET
             tl.store(p_normed + cols, (x * scale * weight).to(dtype), mask=m_cols)
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """x and residual [N, H] of one dtype, weight [H] of any -> normed [N, H], sum [N, H].
 
@@ -129,6 +130,7 @@ def add_rms_norm(
         eps,
         x.stride(0),
         0 if residual is None else residual.stride(0),
+        OFFSET=offset,
         HAS_RESIDUAL=residual is not None,
         ONE_BLOCK=block >= hidden_size,
         BLOCK_H=block,

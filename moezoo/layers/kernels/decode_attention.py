@@ -4,7 +4,8 @@
     out[b, h]       = sum over s of softmax(scores)[b, h, s] * values[slot(b, s), h // (Hq / Hk)]
     slot(b, s)      = page_table[b, s // page_size] * page_size + s % page_size
 
-Of every sequence the newest `window` of its `lengths[b]` keys are seen. A program takes the heads
+Of every sequence the newest `window` of its `lengths[b]` keys are seen, or the last chunk of them
+if that is `Chunked`. A program takes the heads
 that share a key head, or some of them, over a share of the keys; where there are several shares,
 their sums go through memory and a second kernel adds them up. The launch does not depend on
 `lengths`, so it can be captured in a CUDA graph.
@@ -30,6 +31,7 @@ from moezoo.layers.kernels.attention_operands import require_operands
 from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 from moezoo.layers.kernels.tiles import multiprocessors, shared_memory
+from moezoo.layers.kernels.windows import Chunked, first_key
 
 LOG2E = math.log2(math.e)
 MAX_SPLITS = 128
@@ -57,7 +59,8 @@ def decode_attention_ref(
     for b, length in enumerate(lengths.tolist()):
         if length == 0:
             continue
-        seen = torch.arange(max(length - (window or length), 0), length, device=q.device)
+        first = 0 if window is None else max(first_key(length - 1, window), 0)
+        seen = torch.arange(first, length, device=q.device)
         slots = page_table[b, seen // page_size].long() * page_size + seen % page_size
         rows = q[b].float().unflatten(0, (num_key_heads, -1))  # [Hk, Hq / Hk, D]
         scores = scale * rows @ keys[slots].float().permute(1, 2, 0)  # [Hk, Hq / Hk, seen]
@@ -126,11 +129,12 @@ def plan(
 
 
 @triton.jit
-def _shares(length, window, num_splits, BLOCK_N: tl.constexpr):
+def _shares(length, window, num_splits, CHUNKED: tl.constexpr, BLOCK_N: tl.constexpr):
     """The first key seen, the block of BLOCK_N keys it is in, and how many blocks a share has."""
-    first_key = tl.maximum(length - window, 0)
-    first_block = first_key // BLOCK_N
-    return first_key, first_block, tl.cdiv(tl.cdiv(length, BLOCK_N) - first_block, num_splits)
+    last = tl.maximum(length - 1, 0)
+    first_seen = last // window * window if CHUNKED else tl.maximum(length - window, 0)
+    first_block = first_seen // BLOCK_N
+    return first_seen, first_block, tl.cdiv(tl.cdiv(length, BLOCK_N) - first_block, num_splits)
 
 
 @triton.jit(do_not_specialize=["window", "num_splits"])
@@ -159,6 +163,7 @@ def _decode_attention_kernel(
     VALUE_DIM: tl.constexpr,
     SHARED: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    CHUNKED: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -175,7 +180,7 @@ def _decode_attention_kernel(
     split = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     length = tl.load(lengths_ptr + row)
-    first_key, first_block, num_blocks = _shares(length, window, num_splits, BLOCK_N)
+    first_seen, first_block, num_blocks = _shares(length, window, num_splits, CHUNKED, BLOCK_N)
     begin = first_block + split * num_blocks
     end = tl.minimum(begin + num_blocks, tl.cdiv(length, BLOCK_N))
     if (begin < end) | (not SPLIT):
@@ -215,7 +220,7 @@ def _decode_attention_kernel(
         for block in range(begin, end):
             start = block * BLOCK_N
             positions = start + tokens
-            m_tokens = (positions >= first_key) & (positions < length)
+            m_tokens = (positions >= first_seen) & (positions < length)
             slot = page.to(tl.int64) * PAGE_SIZE + start % PAGE_SIZE
             page = tl.load(p_pages + (start + BLOCK_N) // PAGE_SIZE, mask=block + 1 < end, other=0)
             p_keys = keys_ptr + (slot * stride_ks + key_head * stride_kh)
@@ -272,6 +277,7 @@ def _merge_kernel(
     window,
     num_splits,
     VALUE_DIM: tl.constexpr,
+    CHUNKED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -280,7 +286,7 @@ def _merge_kernel(
     wait(OVERLAP)
     row = tl.program_id(2).to(tl.int64)
     length = tl.load(lengths_ptr + row)
-    _, first_block, num_blocks = _shares(length, window, num_splits, BLOCK_N)
+    _, first_block, num_blocks = _shares(length, window, num_splits, CHUNKED, BLOCK_N)
     splits = tl.arange(0, BLOCK_SPLITS)
     # Nobody wrote the shares without blocks.
     m_splits = splits * num_blocks < tl.cdiv(length, BLOCK_N) - first_block
@@ -361,8 +367,8 @@ def decode_attention(
         return out
     lengths = lengths.contiguous()
     max_keys = page_table.shape[1] * page_size
-    if window is None:
-        window = max_keys
+    chunked = isinstance(window, Chunked)
+    window = max_keys if window is None else int(window)
     first = value_width if values is None else dim
     block_d, block_v = _block_width(first), _block_width(value_width)
     block_rest = _block_width(dim - first) if dim > first else 0
@@ -407,6 +413,7 @@ def decode_attention(
         VALUE_DIM=value_width,
         SHARED=values is None,
         PAGE_SIZE=page_size,
+        CHUNKED=chunked,
         HAS_SINKS=sinks is not None,
         HAS_SOFTCAP=softcap is not None,
         SPLIT=split,
@@ -430,6 +437,7 @@ def decode_attention(
             window,
             p.num_splits,
             VALUE_DIM=value_width,
+            CHUNKED=chunked,
             BLOCK_N=p.block_keys,
             BLOCK_SPLITS=block_splits,
             BLOCK_V=block_v,

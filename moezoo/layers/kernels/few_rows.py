@@ -55,8 +55,9 @@ def add_norm_linear_ref(
     *,
     norm_weight: Tensor,
     eps: float,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    normed, total = add_rms_norm_ref(x, update, norm_weight, eps)
+    normed, total = add_rms_norm_ref(x, update, norm_weight, eps, offset=offset)
     return few_rows_linear_ref(normed, weight, bias), total
 
 
@@ -102,6 +103,7 @@ def _few_rows_kernel(
     T: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
     HAS_UPDATE: tl.constexpr,
     HAS_ADDEND: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -151,7 +153,7 @@ def _few_rows_kernel(
         for t in tl.static_range(T):
             wide = xs[t].to(tl.float32)
             scale = tl.rsqrt(tl.sum(wide * wide, 1) / k + eps)
-            normed += ((wide * scale[:, None] * norm.to(tl.float32)).to(xs[t].dtype),)
+            normed += ((wide * scale[:, None] * (norm.to(tl.float32) + OFFSET)).to(xs[t].dtype),)
         xs = normed
     if ONE_TILE:
         _store_products(
@@ -325,11 +327,12 @@ def add_norm_linear(
     *,
     norm_weight: Tensor,
     eps: float,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """x and update [T, K], weight [N, K], bias [N], norm_weight [K] -> y [T, N], sum [T, K].
 
     As `few_rows_linear`, in one launch where registers hold x. Without an update the sum is x
-    itself, not a copy. The norm's weight may have a dtype of its own.
+    itself, not a copy. The norm's weight, to which `offset` is added, may have a dtype of its own.
     """
     _check(x, weight, bias)
     if update is not None and (update.shape != x.shape or update.dtype != x.dtype):
@@ -342,9 +345,10 @@ def add_norm_linear(
     _check_strides(update=update, norm_weight=norm_weight)
     chosen = launch(x, weight)
     if chosen.block_k:
-        normed, total = add_rms_norm(x, update, norm_weight, eps)
+        normed, total = add_rms_norm(x, update, norm_weight, eps, offset=offset)
         return few_rows_linear(normed, weight, bias), total
-    return _in_registers(x, weight, bias, chosen, update=update, norm_weight=norm_weight, eps=eps)
+    norm = {"norm_weight": norm_weight, "eps": eps, "offset": offset}
+    return _in_registers(x, weight, bias, chosen, update=update, **norm)
 
 
 def takes_gated(gate_up: Tensor, weight: Tensor) -> bool:
@@ -416,6 +420,7 @@ def _in_registers(
     update: Tensor | None = None,
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
+    offset: float = 0.0,
     gating: Gating | None = None,
     addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -455,6 +460,7 @@ def _in_registers(
         T=rows_of_x,
         HAS_BIAS=bias is not None,
         HAS_NORM=norm_weight is not None,
+        OFFSET=offset,
         HAS_UPDATE=update is not None,
         HAS_ADDEND=addend is not None,
         ACTIVATION=None if gating is None else ACTIVATIONS[gating.activation].__name__,

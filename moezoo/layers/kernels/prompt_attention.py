@@ -4,7 +4,8 @@
     out[t, h]       = sum over s of softmax(scores)[t, h, s] * values[slot(b, s), h // (Hq / Hk)]
     slot(b, s)      = page_table[b, s // page_size] * page_size + s % page_size
 
-where query t of sequence b sees the newest `window` of the positions s up to its own. Without a
+where query t of sequence b sees the newest `window` of the positions s up to its own, or those of
+its chunk if that is `Chunked`. Without a
 page table keys and values lie packed, one sequence behind another.
 
 A program takes one head of the queries of a tile over all keys that they see (flash attention:
@@ -30,6 +31,7 @@ from moezoo.layers.kernels.attention_operands import require_operands
 from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.sizes import next_power_of_2
 from moezoo.layers.kernels.tiles import can_describe, descriptor, shared_memory
+from moezoo.layers.kernels.windows import Chunked, first_key
 
 LOG2E = math.log2(math.e)
 TILE = 128
@@ -75,8 +77,8 @@ def prompt_attention_ref(
     for b, first_row, end, position, key_start in tiles.T.tolist():
         rows = slice(first_row, min(first_row + TILE, end))
         positions = position + torch.arange(rows.stop - rows.start, device=q.device)
-        first_key = 0 if window is None else max(position - window + 1, 0)
-        seen = torch.arange(first_key, int(positions[-1]) + 1, device=q.device)
+        first = 0 if window is None else max(first_key(position, window), 0)
+        seen = torch.arange(first, int(positions[-1]) + 1, device=q.device)
         if page_table is None:
             slots = key_start + seen
         else:
@@ -85,8 +87,9 @@ def prompt_attention_ref(
         scores = scale * torch.einsum("tkgd,skd->kgts", grouped, keys[slots].float())
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        ages = positions[:, None] - seen
-        hidden = ages < 0 if window is None else (ages < 0) | (ages >= window)
+        hidden = seen > positions[:, None]
+        if window is not None:
+            hidden |= seen < first_key(positions, window)[:, None]
         scores = scores.masked_fill(hidden, -torch.inf)
         if sinks is not None:
             sink = sinks.float().view(num_key_heads, -1, 1, 1).expand(*scores.shape[:3], 1)
@@ -152,10 +155,16 @@ def _capped(scores, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _hide(scores, positions, keys_at, window, HAS_WINDOW: tl.constexpr):
+def _first_key(position, window, CHUNKED: tl.constexpr):
+    """Of those that a query at `position` sees; below 0 where it sees all."""
+    return position // window * window if CHUNKED else position - window + 1
+
+
+@triton.jit
+def _hide(scores, positions, keys_at, window, HAS_WINDOW: tl.constexpr, CHUNKED: tl.constexpr):
     seen = keys_at[None, :] <= positions[:, None]
     if HAS_WINDOW:
-        seen &= keys_at[None, :] > positions[:, None] - window
+        seen &= keys_at[None, :] >= _first_key(positions, window, CHUNKED)[:, None]
     return tl.where(seen, scores, float("-inf"))
 
 
@@ -197,6 +206,7 @@ def _prompt_attention_kernel(
     VALUE_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    CHUNKED: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     BOXES: tl.constexpr,
@@ -226,13 +236,14 @@ def _prompt_attention_kernel(
         return
     # The program's keys are those of its sequence up to its last query's own.
     num_keys = first_position + tl.minimum(end - first_row, BLOCK_M)
-    first_key = 0
+    first_seen = 0
     first_full = 0
     if HAS_WINDOW:
-        first_key = tl.maximum(first_position - window + 1, 0)
-        first_full = tl.cdiv(tl.maximum(num_keys - window, 0), BLOCK_N)
+        first_seen = tl.maximum(_first_key(first_position, window, CHUNKED), 0)
+        by_last = _first_key(num_keys - 1, window, CHUNKED)
+        first_full = tl.cdiv(tl.maximum(by_last, 0), BLOCK_N)
     end_full = (first_position + 1) // BLOCK_N
-    first_block = first_key // BLOCK_N
+    first_block = first_seen // BLOCK_N
     end_block = tl.cdiv(num_keys, BLOCK_N)
     if BOXES:
         # A box with slots that nobody has written, or others: their values may be NaN.
@@ -294,7 +305,7 @@ def _prompt_attention_kernel(
             next_slot = slot + BLOCK_N
         keys_at = block * BLOCK_N + tokens
         if not BOXES:
-            m_keys = (keys_at >= first_key) & (keys_at < num_keys)
+            m_keys = (keys_at >= first_seen) & (keys_at < num_keys)
             p_k = p_keys + slot.to(tl.int64) * stride_ks + tokens[:, None] * stride_ks
         if BOXES:
             b_k = tl.reshape(keys_box.load([key_head, slot, 0]), [BLOCK_N, BLOCK_D])
@@ -318,7 +329,7 @@ def _prompt_attention_kernel(
             b_v = tl.load(p_v + value_cols[None, :], mask=m_v, other=0.0)
         scores = _capped(scores, scale, softcap, HAS_SOFTCAP)
         if (block < first_full) | (block >= end_full):
-            scores = _hide(scores, positions, keys_at, window, HAS_WINDOW)
+            scores = _hide(scores, positions, keys_at, window, HAS_WINDOW, CHUNKED)
         weights, shrink, top, total = _weights(scores, factor, top, total)
         acc *= shrink[:, None]
         acc = tl.dot(weights.to(b_v.dtype), b_v, acc, input_precision="ieee")
@@ -342,7 +353,7 @@ def _prompt_attention_kernel(
             if BLOCK_REST:
                 scores = tl.dot(b_q_rest, b_k_rest.T, scores, input_precision="ieee")
             scores = _capped(scores, scale, softcap, HAS_SOFTCAP)
-            scores = _hide(scores, positions, keys_at, window, HAS_WINDOW)
+            scores = _hide(scores, positions, keys_at, window, HAS_WINDOW, CHUNKED)
             weights, shrink, top, total = _weights(scores, factor, top, total)
             acc *= shrink[:, None]
             acc = tl.dot(weights.to(b_v.dtype), b_v, acc, input_precision="ieee")
@@ -441,7 +452,7 @@ def prompt_attention(
         sinks.contiguous() if sinks is not None else None,
         out,
         num_tiles,
-        window or 0,
+        int(window or 0),
         scale * LOG2E if softcap is None else 2.0 * LOG2E * scale / softcap,
         softcap and softcap * LOG2E,
         q.stride(0),
@@ -457,6 +468,7 @@ def prompt_attention(
         VALUE_DIM=value_width,
         PAGE_SIZE=page_size,
         HAS_WINDOW=window is not None,
+        CHUNKED=isinstance(window, Chunked),
         HAS_SINKS=sinks is not None,
         HAS_SOFTCAP=softcap is not None,
         BOXES=p.descriptors,

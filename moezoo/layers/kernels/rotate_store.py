@@ -38,6 +38,7 @@ def rotate_and_store_ref(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
+    offset: float = 0.0,
     clip: float | None = None,
     interleaved: bool = False,
 ) -> Tensor:
@@ -47,7 +48,7 @@ def rotate_and_store_ref(
         if weight is None:
             return x
         groups = x.unflatten(-1, (-1, weight.numel()))
-        return F.rms_norm(groups, weight.shape, weight.float(), eps).flatten(1)
+        return F.rms_norm(groups, weight.shape, offset + weight.float(), eps).flatten(1)
 
     def rotated(x: Tensor) -> Tensor:
         if rotation is None:
@@ -120,6 +121,7 @@ def _part(
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
     CLIP: tl.constexpr,
     ROTATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -136,8 +138,8 @@ def _part(
     in_1, in_2 = _places(cols, HALF, ROTATED, INTERLEAVED)
     if NORM != "none":
         p_weight = weight_ptr + heads * (HEAD_DIM if NORM == "all_heads" else 0)
-        weight_first = tl.load(p_weight + in_1, mask=m_x, other=0.0).to(tl.float32)
-        weight_second = tl.load(p_weight + in_2, mask=m_x, other=0.0).to(tl.float32)
+        weight_first = tl.load(p_weight + in_1, mask=m_x, other=0.0).to(tl.float32) + OFFSET
+        weight_second = tl.load(p_weight + in_2, mask=m_x, other=0.0).to(tl.float32) + OFFSET
     wait(OVERLAP)
     out_row = row
     if BY_SLOT:
@@ -201,6 +203,7 @@ def _rotate_and_store_kernel(
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
     CLIP: tl.constexpr,
     ROTATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -222,19 +225,19 @@ def _rotate_and_store_kernel(
     if block < Q_BLOCKS:
         _part(
             row, block * BLOCK_HEADS, p_q, q_weight_ptr, p_cos, p_sin, slots_ptr, q_ptr,
-            NUM_HEADS * HEAD_DIM, HEAD_DIM, eps, NUM_HEADS, HEAD_DIM, NORM, CLIP, ROTATED,
+            NUM_HEADS * HEAD_DIM, HEAD_DIM, eps, NUM_HEADS, HEAD_DIM, NORM, OFFSET, CLIP, ROTATED,
             INTERLEAVED, False, BLOCK_HEADS, BLOCK_HALF, OVERLAP,
         )
     elif block < Q_BLOCKS + KV_BLOCKS:
         _part(
             row, (block - Q_BLOCKS) * BLOCK_HEADS, p_k, k_weight_ptr, p_cos, p_sin, slots_ptr,
-            keys_ptr, stride_ks, stride_kh, eps, NUM_KV_HEADS, HEAD_DIM, NORM, CLIP, ROTATED,
-            INTERLEAVED, True, BLOCK_HEADS, BLOCK_HALF, OVERLAP,
+            keys_ptr, stride_ks, stride_kh, eps, NUM_KV_HEADS, HEAD_DIM, NORM, OFFSET, CLIP,
+            ROTATED, INTERLEAVED, True, BLOCK_HEADS, BLOCK_HALF, OVERLAP,
         )
     else:
         _part(
             row, (block - Q_BLOCKS - KV_BLOCKS) * BLOCK_HEADS, p_v, None, p_cos, p_sin, slots_ptr,
-            values_ptr, stride_vs, stride_vh, eps, NUM_KV_HEADS, VALUE_DIM, "none", CLIP, 0,
+            values_ptr, stride_vs, stride_vh, eps, NUM_KV_HEADS, VALUE_DIM, "none", 0.0, CLIP, 0,
             False, True, BLOCK_HEADS, BLOCK_HALF, OVERLAP,
         )
     # fmt: on
@@ -293,6 +296,7 @@ def rotate_and_store(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
+    offset: float = 0.0,
     clip: float | None = None,
     interleaved: bool = False,
 ) -> Tensor:
@@ -361,6 +365,7 @@ def rotate_and_store(
         HEAD_DIM=head_dim,
         VALUE_DIM=value_dim,
         NORM=norm,
+        OFFSET=offset,
         CLIP=clip,
         ROTATED=rotated_dim // 2,
         INTERLEAVED=interleaved,

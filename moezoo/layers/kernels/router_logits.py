@@ -30,9 +30,15 @@ def router_logits_ref(x: Tensor, gate: Tensor) -> Tensor:
 
 
 def add_norm_router_logits_ref(
-    x: Tensor, update: Tensor | None, gate: Tensor, *, norm_weight: Tensor, eps: float
+    x: Tensor,
+    update: Tensor | None,
+    gate: Tensor,
+    *,
+    norm_weight: Tensor,
+    eps: float,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    normed, total = add_rms_norm_ref(x, update, norm_weight, eps)
+    normed, total = add_rms_norm_ref(x, update, norm_weight, eps, offset=offset)
     return router_logits_ref(normed, gate), normed, total
 
 
@@ -52,6 +58,7 @@ def _router_logits_kernel(
     stride_ut,
     stride_ge,
     HAS_NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
     HAS_UPDATE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -65,7 +72,7 @@ def _router_logits_kernel(
     p_gate = gate_ptr + experts[:, None] * stride_ge + inner
     gate = tl.load(p_gate, mask=m_experts[:, None] & m_inner, other=0.0)
     if HAS_NORM:
-        norm = tl.load(norm_ptr + inner, mask=m_inner, other=0.0).to(tl.float32)
+        norm = tl.load(norm_ptr + inner, mask=m_inner, other=0.0).to(tl.float32) + OFFSET
     wait_for_previous(OVERLAP)
     token = tl.program_id(1)
     # One program of each token stores sum and normed x.
@@ -95,18 +102,31 @@ def router_logits(x: Tensor, gate: Tensor) -> Tensor:
 
 
 def add_norm_router_logits(
-    x: Tensor, update: Tensor | None, gate: Tensor, *, norm_weight: Tensor, eps: float
+    x: Tensor,
+    update: Tensor | None,
+    gate: Tensor,
+    *,
+    norm_weight: Tensor,
+    eps: float,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x and update [T, H], gate [E, H] of one dtype, norm_weight [H] of any
     -> logits [T, E] fp32, normed [T, H], sum [T, H].
 
-    As `router_logits`. Without an update the sum is x itself, not a copy.
+    As `router_logits`. Without an update the sum is x itself, not a copy. `offset` is added to
+    norm_weight.
     """
-    return _launch(x, update, gate, norm_weight=norm_weight, eps=eps)
+    return _launch(x, update, gate, norm_weight=norm_weight, eps=eps, offset=offset)
 
 
 def _launch(
-    x: Tensor, update: Tensor | None, gate: Tensor, *, norm_weight: Tensor | None, eps: float
+    x: Tensor,
+    update: Tensor | None,
+    gate: Tensor,
+    *,
+    norm_weight: Tensor | None,
+    eps: float,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if x.ndim != 2 or gate.ndim != 2 or x.shape[1] != gate.shape[1] or len(x) > FEW_TOKENS:
         raise ValueError(
@@ -154,6 +174,7 @@ def _launch(
         0 if update is None else update.stride(0),
         gate.stride(0),
         HAS_NORM=norm_weight is not None,
+        OFFSET=offset,
         HAS_UPDATE=update is not None,
         BLOCK_E=block_e,
         BLOCK_H=block_h,

@@ -6,6 +6,8 @@
     ids     = the k largest of choice, ties to the lower id
     weights = scores[ids], over max(their sum + epsilon, min_sum) if renormalised, times scaling
 
+or the k largest logits are chosen, and scores are computed of these alone.
+
 `moezoo.layers.moe.routing` has the reference and says which router is which.
 
 Legend: T tokens, E experts, K experts per token, G groups.
@@ -86,7 +88,7 @@ def _topk_kernel(
         exponentials = tl.exp(logits - tl.max(logits, 1)[:, None])
         scores = exponentials / tl.sum(exponentials, 1)[:, None]
     else:
-        tl.static_assert(SCORING == "softmax_of_chosen")
+        tl.static_assert(SCORING == "softmax_of_chosen" or SCORING == "sigmoid_of_chosen")
         scores = logits
     choice = scores
     if HAS_BIAS:
@@ -119,7 +121,7 @@ def _topk_kernel(
 
     slots = tl.broadcast_to(tl.arange(0, BLOCK_K)[None, :], [BLOCK_T, BLOCK_K])
     ids = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
-    absent = lowest if SCORING == "softmax_of_chosen" else 0.0
+    absent = 0.0 if SCORING == "softmax" or SCORING == "sigmoid" else lowest
     weights = tl.full([BLOCK_T, BLOCK_K], absent, tl.float32)
     for k in tl.static_range(K):
         best, expert = _argmax(key, positions, BLOCK_E)
@@ -128,6 +130,8 @@ def _topk_kernel(
         ids = tl.where(slots == k, expert[:, None], ids)
         weights = tl.where(slots == k, weight[:, None], weights)
         key = tl.where(chosen, no_key, key)
+    if SCORING == "sigmoid_of_chosen":
+        weights = tl.sigmoid(weights)
     if SCORING == "softmax_of_chosen":
         weights = tl.exp(weights - tl.max(weights, 1)[:, None])
         weights = weights / tl.sum(weights, 1)[:, None]
@@ -156,7 +160,7 @@ def topk(
 ) -> tuple[Tensor, Tensor]:
     """logits [T, E] of any float dtype and strides -> weights [T, K] fp32, ids [T, K] int32.
 
-    `scoring` is "softmax", "sigmoid", or "softmax_of_chosen": a softmax over the k largest logits.
+    `scoring` is "softmax", "sigmoid", or with "_of_chosen" behind it that of the k largest logits.
     bias [E] of any float dtype, correction_bias [E] fp32. Arguments as in
     `moezoo.layers.moe.routing`, which checks them.
     """

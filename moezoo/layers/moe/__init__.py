@@ -13,7 +13,13 @@ from moezoo.layers.moe.layer import (
 from moezoo.layers.moe.override import OverriddenRouting, RoutingOverride, routing_overrides
 from moezoo.layers.moe.permute import combine, permute
 from moezoo.layers.moe.recording import RoutingRecorder
-from moezoo.layers.moe.routing import biased_topk, grouped_topk, softmax_topk, sparsemixer
+from moezoo.layers.moe.routing import (
+    biased_topk,
+    grouped_topk,
+    softmax_topk,
+    sparsemixer,
+    topk_sigmoid,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -35,5 +41,6 @@ __all__ = [
     "routing_overrides",
     "softmax_topk",
     "sparsemixer",
+    "topk_sigmoid",
     "workspace_bytes",
 ]

@@ -4,6 +4,8 @@ Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per toke
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -49,6 +51,10 @@ class Flight(Protocol):
 
 class Dispatcher(Protocol):
     """Carries tokens to the ranks that hold their experts, and their outputs back."""
+
+    def passing(self, num_tokens: int) -> AbstractContextManager[None]:
+        """The block is a forward pass over so many tokens of this rank, or none. Every rank begins
+        it at the same time; what they agree on then they need not in each layer."""
 
     def dispatch(self, x: Tensor, topk_weights: Tensor, slots: Tensor) -> Flight:
         """x [T, H], topk_weights fp32 [T, K], slots int32 [T, K]: physical experts, counted over
@@ -190,6 +196,13 @@ class FusedMoE(nn.Module):
         """Those of all ranks that a token can choose from."""
         return self.gate.shape[0]
 
+    @property
+    def router(self) -> partial[tuple[Tensor, Tensor]]:
+        """The function that `route` is made of, with its settings; k is one of them."""
+        function = self.route.fn if isinstance(self.route, nn.Module) else self.route
+        assert isinstance(function, partial), "routes are partial(function, k=..., ...)"
+        return function
+
     def expert_tensors(self) -> list[Tensor]:
         """All that the experts of this process consist of: parameters [E', ..], a row for each."""
         return [
@@ -213,16 +226,22 @@ class FusedMoE(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         if self.record is not None:
             self.record(topk_weights, topk_ids)
+        return self.routed(tokens, topk_weights, topk_ids).view(x.shape)
+
+    def routed(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """The weighted sum of the chosen experts, and of the shared ones: x [T, H] -> [T, H].
+
+        An id of -1 is no expert.
+        """
         if self.physical_ids is not None:
             topk_ids = self.physical_ids(topk_ids)
         if self.dispatcher is not None:
-            y = self.dispatched(tokens, topk_weights, topk_ids, beside=self.shared)
-            return y.view(x.shape)
-        y = self.experts(tokens, topk_weights, topk_ids)
+            return self.dispatched(x, topk_weights, topk_ids, beside=self.shared)
+        y = self.experts(x, topk_weights, topk_ids)
         if self.shared is not None:
             adds = getattr(self.shared, "adds", False) and not is_hooked(self.shared)
-            y = self.shared(tokens, y) if adds else y + self.shared(tokens)
-        return y.view(x.shape)
+            y = self.shared(x, y) if adds else y + self.shared(x)
+        return y
 
     def router_logits(self, x: Tensor | NormOfSum) -> Tensor:
         """x [.., H] -> [T, E] fp32, computed in fp32: 16-bit logits would swap close experts."""

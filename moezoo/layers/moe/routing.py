@@ -61,6 +61,7 @@ def grouped_topk(
     scoring: Scoring = "softmax",
     correction_bias: Tensor | None = None,
     renormalize: bool,
+    epsilon: float = 1e-20,
     scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The k best experts of the `topk_groups` best out of `num_groups` groups of neighbours.
@@ -72,7 +73,7 @@ def grouped_topk(
     the chosen groups score 0. With one (DeepSeek-V3) the bias is added to the scores for the choice
     alone: a group is worth the sum of its two best biased scores, the experts outside the chosen
     groups score -inf, and the weights are the unbiased scores. `renormalize` divides the weights by
-    their sum + 1e-20; `scaling` multiplies them last.
+    their sum + `epsilon`; `scaling` multiplies them last.
 
     Raises ValueError if the groups do not divide the experts, or k or topk_groups is out of range.
     """
@@ -97,7 +98,7 @@ def grouped_topk(
                 correction_bias=correction_bias,
                 num_groups=num_groups,
                 topk_groups=topk_groups,
-                epsilon=1e-20,
+                epsilon=epsilon,
                 scaling=scaling,
             )
     scores = _scores(logits, scoring)
@@ -116,7 +117,7 @@ def grouped_topk(
         weights = scores.gather(-1, ids)
 
     if renormalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        weights = weights / (weights.sum(-1, keepdim=True) + epsilon)
     if scaling != 1.0:
         weights = weights * scaling
     return weights, ids.int()
@@ -154,6 +155,26 @@ def biased_topk(
     ids = _largest(scores + correction_bias, k)[1]
     weights = scores.gather(-1, ids)
     return weights / weights.sum(-1, keepdim=True).clamp(min=min_sum), ids.int()
+
+
+def topk_sigmoid(logits: Tensor, k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """The sigmoids of the k largest logits, divided by their sum if `renormalize`.
+
+    logits [T, E] of any float dtype -> topk_weights [T, K] fp32, topk_ids [T, K] int32.
+    The router of Llama 4 and, where its config asks for it, of Command A+. Unlike sigmoids the
+    logits differ still where they are large.
+    """
+    _require_k(k, logits.shape[-1])
+    if logits.ndim == 2 and runs_kernels(logits):
+        from moezoo.layers.kernels.topk import topk
+
+        with torch.cuda.device_of(logits):
+            return topk(logits, k, scoring="sigmoid_of_chosen", renormalize=renormalize)
+    chosen, ids = _largest(logits.float(), k)
+    weights = chosen.sigmoid()
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights, ids.int()
 
 
 def sparsemixer(logits: Tensor, k: int, *, jitter: float) -> tuple[Tensor, Tensor]:

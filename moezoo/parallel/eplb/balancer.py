@@ -7,7 +7,7 @@ slots, S slots of a rank, R ranks.
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,13 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moezoo.device import HostCopies
-from moezoo.parallel.eplb.background import Background
 from moezoo.parallel.eplb.channels import Channels, Vote
 from moezoo.parallel.eplb.movement import experts_received
 from moezoo.parallel.eplb.options import EPLB
 from moezoo.parallel.eplb.state import EPLBState, ImbalanceWatch, balancedness, rebalanced
-from moezoo.parallel.eplb.transfer import Layer, Switch, Transfer, plan_waves
-from moezoo.parallel.mesh import Mesh
+from moezoo.parallel.eplb.transfer import Layer, Part, Switch, Transfer, plan_waves
+from moezoo.parallel.mesh import Mesh, Pending
 from moezoo.parallel.slots import Slots
 
 _log = logging.getLogger(__name__)
@@ -33,23 +32,33 @@ WATCHED_STEPS = 100
 
 
 @dataclass(frozen=True)
-class Report:
-    """What an interval's loads were like."""
+class Wave:
+    """Layers that are switched together, and what travels before."""
+
+    switches: list[Switch]
+    pieces: deque[list[Part]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an interval's loads were like, and what moves therefore."""
 
     step: int
     balancedness: float
     moved: int
     """Experts that ranks get from others."""
+    waves: list[Wave]
 
 
 class Balancer:
     """Chooses a replica of each expert that a token chose, counts, and moves experts by the counts.
 
     The model calls `begin`, `physical_ids` for each MoE layer and `end_step`: every rank as often.
-    Every `step_interval` steps loads are summed over ranks and the policy finds new maps. Weights
-    travel to staging memory, some layers at a time. At a step's end ranks tell each other whether
-    theirs are there; if so, each puts them into place with their maps at the end of the next step.
-    All but that is done in the background; without `use_async` the step that is due does all.
+    Every `step_interval` steps loads are summed over ranks and the policy finds new maps, in the
+    background. At a step's end ranks tell each other whether they have them; if so, weights travel
+    to staging memory, some layers at a time and a piece in each step, and each rank puts them into
+    place with their maps at the end of the same step. Without `use_async` the step that is due does
+    all.
 
     Args:
         slots: where experts are to begin with.
@@ -97,16 +106,17 @@ class Balancer:
         self._dummy = False
         self._steps = 0
         self._watch = None if options.enabled else ImbalanceWatch()
-        self._transfer: Transfer | None = None
-        if options.enabled:
-            self._transfer = Transfer(
-                layers, None if self._channels is None else self._channels.weights
-            )
-        self._background = Background(device) if options.use_async else None
-        self._task: Future[Report | None] | None = None
+        self._transfer = Transfer(layers, self._mesh) if options.enabled else None
+        self._thread = (
+            ThreadPoolExecutor(1, thread_name_prefix="moezoo-eplb") if options.use_async else None
+        )
+        self._plan: Future[Plan] | None = None
+        """Of a rebalance, until all ranks have it."""
         self._vote: Vote | None = None
-        self._waves: deque[list[Switch]] = deque()
-        """Those of a rebalance that are to come; the first is on its way."""
+        self._waves: deque[Wave] = deque()
+        """Those that are to come; the first is on its way."""
+        self._piece: Pending[list[Tensor]] | None = None
+        """Posted at the end of the step before."""
 
     def begin(self, real: Tensor | None) -> None:
         """A step begins; real is bool [T], False at padding, or None without any."""
@@ -134,39 +144,31 @@ class Balancer:
         """
         self.state.end_step_(dummy=dummy or self._dummy)
         self._steps += 1
-        if self._task is None and self.state.is_due:
+        if self._plan is None and not self._waves and self.state.is_due:
             self.state.rebalance_begins_()
             loads = HostCopies(self.state.logical_load(), self.state.rank_load())
-            self._task = self._start(partial(self._plan, loads, self._steps))
-        while self._task is not None:
-            if self._vote is not None:
-                with self._named("agreeing on a switch of experts"):
-                    agreed = self._vote.wait()
-                self._vote = None
-                if agreed:
-                    self._task = self._finish(self._task.result())
-                    continue
-            ready = self._task.done()
-            if ready:
-                self._task.result()  # raises what went wrong
-            group = None if self._channels is None else self._channels.votes
-            with self._named("agreeing on a switch of experts"):
-                self._vote = Vote(ready, group)
-            if self._background is not None:
+            self._plan = self._start(partial(self._find, loads, self._steps))
+        while self._plan is not None or self._waves:
+            if self._plan is not None:
+                self._agree(self._plan)
+            else:
+                self._move()
+            if self._thread is not None:
                 return
 
     def _named(self, doing: str) -> AbstractContextManager[None]:
         return nullcontext() if self._mesh is None else self._mesh.named_faults(doing)
 
-    def _start(self, work: Callable[[], Report | None]) -> Future[Report | None]:
-        if self._background is not None:
-            return self._background.start(work)
-        done: Future[Report | None] = Future()
+    def _start(self, work: Callable[[], Plan]) -> Future[Plan]:
+        if self._thread is not None:
+            return self._thread.submit(work)
+        done: Future[Plan] = Future()
         done.set_result(work())
         return done
 
-    def _plan(self, loads: HostCopies, step: int) -> Report | None:
-        """Find the next maps, and fetch what their first wave needs."""
+    @torch.inference_mode()
+    def _find(self, loads: HostCopies, step: int) -> Plan:
+        """What should move, by the host alone."""
         load, rank_load = loads.wait()
         if self._channels is not None:
             with self._named("summing the load of experts"):
@@ -174,13 +176,60 @@ class Balancer:
                     dist.all_reduce(tensor, group=self._channels.plans)
         found = float(balancedness(rank_load))
         if self._transfer is None:
-            return Report(step, found, 0)
+            return Plan(step, found, 0, [])
         new = self._next_maps(load)
-        self._waves = deque(plan_waves(self._maps, new, self._num_ranks))
+        waves = [
+            Wave(switches, deque(self._transfer.pieces(switches)))
+            for switches in plan_waves(self._maps, new, self._num_ranks)
+        ]
         moved = int(experts_received(self._maps, new, self._num_ranks).sum())
-        if self._waves:
-            self._fetch()
-        return Report(step, found, moved)
+        return Plan(step, found, moved, waves)
+
+    def _agree(self, plan: Future[Plan]) -> None:
+        """Take the plan up at the step in which the ranks learn that all have it."""
+        if self._voted():
+            self._plan = None
+            self._say(plan.result())
+            self._waves.extend(plan.result().waves)
+            if self._waves:
+                self._move()
+            return
+        ready = plan.done()
+        if ready:
+            plan.result()  # raises what went wrong
+        self._ask(ready)
+
+    def _move(self) -> None:
+        """One piece further: the same one on every rank."""
+        assert self._transfer is not None
+        wave = self._waves[0]
+        if self._piece is not None:
+            self._piece.wait()
+            self._piece = None
+        if self._voted():
+            self._transfer.commit_(wave.switches)
+            for switch in wave.switches:
+                self.state.switch_layer_(switch.layer, switch.slots)
+                self._maps[switch.layer] = switch.slots
+            self._waves.popleft()
+        elif wave.pieces:
+            self._piece = self._transfer.post(wave.switches, wave.pieces.popleft())
+        else:
+            # None begins the next step's end before all are here: no rank switches if one is gone.
+            self._ask(True)
+
+    def _ask(self, yes: bool) -> None:
+        group = None if self._channels is None else self._channels.votes
+        with self._named("agreeing on a switch of experts"):
+            self._vote = Vote(yes, group)
+
+    def _voted(self) -> bool:
+        """Whether all said yes when they were asked, if they were."""
+        vote, self._vote = self._vote, None
+        if vote is None:
+            return False
+        with self._named("agreeing on a switch of experts"):
+            return vote.wait()
 
     def _next_maps(self, load: Tensor) -> Tensor:
         """int64 [L, P] for loads [L, E]: those that the first rank finds, on every one."""
@@ -200,32 +249,13 @@ class Balancer:
                 dist.broadcast(new, group=self._channels.plans, group_src=0)
         return new
 
-    def _fetch(self) -> None:
-        assert self._transfer is not None
-        with self._named("moving experts"):
-            self._transfer.fetch(self._waves[0])
-
-    def _finish(self, report: Report | None) -> Future[Report | None] | None:
-        """Every rank has what it waited for: put it into place, and go on to what comes next."""
-        if report is not None:
-            self._say(report)
-        if not self._waves:
-            return None
-        assert self._transfer is not None
-        wave = self._waves.popleft()
-        self._transfer.commit_(wave)
-        for switch in wave:
-            self.state.switch_layer_(switch.layer, switch.slots)
-            self._maps[switch.layer] = switch.slots
-        return self._start(self._fetch) if self._waves else None
-
-    def _say(self, report: Report) -> None:
+    def _say(self, plan: Plan) -> None:
         if self._rank:
             return
         _log.info(
             "step %d: balancedness %.3f over the last %d steps, %d experts move",
-            *(report.step, report.balancedness),
-            *(min(report.step, self._options.window_size), report.moved),
+            *(plan.step, plan.balancedness),
+            *(min(plan.step, self._options.window_size), plan.moved),
         )
         if self._watch is not None:
-            self._watch(report.balancedness)
+            self._watch(plan.balancedness)

@@ -1,4 +1,4 @@
-"""The process groups by which the ranks of a balancer talk, apart from those of the model."""
+"""The process groups by which the hosts of a balancer talk, apart from those of the model."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,14 +12,12 @@ from moezoo.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class Channels:
-    """Each is used by one thread alone, so that all ranks use it in the same order."""
+    """On the CPU. Each is used by one thread alone, so that all ranks use it in the same order."""
 
     votes: dist.ProcessGroup
-    """On the CPU, for the thread that runs the model."""
+    """For the thread that runs the model."""
     plans: dist.ProcessGroup
-    """On the CPU, for the thread in the background."""
-    weights: dist.ProcessGroup
-    """On the device of the weights, for the thread in the background too."""
+    """For the thread in the background."""
 
     @classmethod
     def open(cls, mesh: Mesh) -> "Channels":
@@ -30,22 +28,16 @@ class Channels:
         with mesh.together("loading experts"):
             pass  # some take longer, and process groups do not wait for long
 
-        def group(backend: str) -> dist.ProcessGroup:
+        def group() -> dist.ProcessGroup:
             return dist.new_group(
                 list(mesh.group_ranks),
                 timeout=timedelta(seconds=mesh.parallel.timeout),
-                backend=backend,
+                backend="gloo",
                 use_local_synchronization=True,
             )
 
         with mesh.named_faults("opening the channels of EPLB"):
-            votes, plans = group("gloo"), group("gloo")
-            if mesh.device.type == "cpu":
-                return cls(votes, plans, plans)
-            weights = group("nccl")
-            # The first use connects all ranks, and a round of a transfer may have some only.
-            dist.all_reduce(torch.zeros(1, device=mesh.device), group=weights)
-        return cls(votes, plans, weights)
+            return cls(group(), group())
 
 
 class Vote:

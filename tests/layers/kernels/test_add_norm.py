@@ -5,9 +5,14 @@ import torch
 from tolerances import assert_close
 from torch import Tensor
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 
 from moezoo.layers.kernels import add_norm
 from moezoo.layers.kernels.add_norm import add_rms_norm, add_rms_norm_ref
+from moezoo.layers.kernels.few_rows import add_norm_linear
+from moezoo.layers.kernels.rotate_store import rotate_and_store
+from moezoo.layers.kernels.router_logits import add_norm_router_logits
+from moezoo.layers.norm import ZeroCenteredRMSNorm
 
 EPS = 1e-5
 
@@ -98,3 +103,42 @@ def test_refuses(change: dict[str, Tensor], message: str) -> None:
     arguments = {"x": x, "residual": residual, "weight": weight, "eps": EPS}
     with pytest.raises(ValueError, match=re.escape(message)):
         add_rms_norm(**(arguments | change))
+
+
+def test_a_weight_around_zero(dtype: torch.dtype, device: torch.device) -> None:
+    """Gemma's norm, in every kernel that computes one."""
+    x, residual, weight = inputs(2, 40, dtype, device)
+    theirs = Qwen3NextRMSNorm(40, EPS).to(dtype).to(device)
+    theirs.weight.data = weight
+    total = x + residual
+    expected = theirs(total)
+    normed, _ = add_rms_norm(x, residual, weight, EPS, offset=1.0)
+    assert_close(normed, expected)
+    norm = {"norm_weight": weight, "eps": EPS, "offset": 1.0}
+    eye = torch.eye(40, dtype=dtype, device=device)
+    assert_close(add_norm_linear(x, residual, eye, **norm)[0], expected)
+    logits, rows, _ = add_norm_router_logits(x, residual, eye, **norm)
+    assert_close(rows, expected)
+    assert_close(logits, expected.float())
+    keys, values = (torch.zeros(2, 1, 40, dtype=dtype, device=device) for _ in range(2))
+    q = rotate_and_store(
+        torch.cat((total, total, total), 1),
+        None,
+        torch.arange(2, device=device),
+        keys,
+        values,
+        num_heads=1,
+        num_kv_heads=1,
+        q_weight=weight,
+        k_weight=weight,
+        eps=EPS,
+        offset=1.0,
+    )
+    assert_close(q[:, 0], expected)
+    assert_close(keys[:, 0], expected)
+    assert values[:, 0].equal(total)
+    ours = ZeroCenteredRMSNorm(40, EPS).to(dtype).to(device)
+    ours.weight.data = weight
+    with torch.no_grad():
+        assert_close(ours(total), expected)
+        assert_close(ours.add(x, residual)[0], expected)

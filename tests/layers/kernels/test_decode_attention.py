@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from moezoo.layers.kernels import decode_attention as module
 from moezoo.layers.kernels.decode_attention import Plan, decode_attention, decode_attention_ref
+from moezoo.layers.kernels.windows import Chunked
 
 PAGE_SIZE = 16
 LENGTHS = (37, 1, 0, 16, 81)
@@ -129,6 +130,18 @@ def test_window(shape: str, window: int, device: torch.device, splits: None) -> 
     for b, length in enumerate(LENGTHS):
         arguments["page_table"][b, : max(length - window, 0) // PAGE_SIZE] = 2**30
     assert_close(decode_attention(**arguments, window=window), expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 23, 500])
+@pytest.mark.parametrize("shape", ["gqa", "mla"])
+def test_chunks(shape: str, chunk: int, device: torch.device, splits: None) -> None:
+    arguments = inputs(shape, torch.float32, device)
+    out = decode_attention(**arguments, window=Chunked(chunk))
+    for b, length in enumerate(LENGTHS):
+        if length:
+            expected = sdpa(arguments, (length - 1) % chunk + 1)
+            assert_close(out[b], expected[b])
+    assert_close(decode_attention_ref(**arguments, window=Chunked(chunk)), out)
 
 
 @pytest.mark.parametrize("window", [None, 20])

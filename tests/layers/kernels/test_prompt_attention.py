@@ -15,6 +15,7 @@ from moezoo.layers.kernels.prompt_attention import (
     prompt_attention_ref,
     query_tiles,
 )
+from moezoo.layers.kernels.windows import Chunked
 
 PAGE_SIZE = 16
 NUM_NEW = (37, 1, 16)
@@ -189,6 +190,26 @@ def test_window(window: int, device: torch.device, way: None) -> None:
         arguments["page_table"][b, : max(keys - new - window + 1, 0) // PAGE_SIZE] = 2**30
     assert_close(prompt_attention(**arguments, window=window), expected)
     assert_close(prompt_attention_ref(**arguments, window=window), expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 23, 500])
+def test_chunks(chunk: int, device: torch.device, way: None) -> None:
+    arguments = inputs("gqa", torch.float16, device)
+    rows = []
+    for b, (new, keys) in enumerate(zip(NUM_NEW, NUM_KEYS, strict=True)):
+        q, k, v = gathered(arguments, b)
+        at = torch.arange(keys, device=device)
+        queries = at[keys - new :, None]
+        mask = (at <= queries) & (at // chunk == queries // chunk)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=arguments["scale"], enable_gqa=True
+        )
+        rows.append(out[0].transpose(0, 1))
+        # Pages of chunks that are complete are another sequence's by now.
+        arguments["page_table"][b, : (keys - new) // chunk * chunk // PAGE_SIZE] = 2**30
+    expected = torch.cat(rows).to(arguments["q"].dtype)
+    assert_close(prompt_attention(**arguments, window=Chunked(chunk)), expected)
+    assert_close(prompt_attention_ref(**arguments, window=Chunked(chunk)), expected)
 
 
 @pytest.mark.parametrize("window", [None, 20])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moezoo.layers.kernels.topk import topk
-from moezoo.layers.moe.routing import biased_topk, grouped_topk, softmax_topk
+from moezoo.layers.moe.routing import biased_topk, grouped_topk, softmax_topk, topk_sigmoid
 
 
 def assert_same(
@@ -91,6 +91,17 @@ def test_bias(scoring: str, min_sum: float, device: torch.device) -> None:
     assert_same(actual, expected)
     if scoring == "softmax":
         assert (expected[0].sum(-1) < 0.99).any() == (min_sum > 0)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize(("num_experts", "k"), [(16, 1), (128, 8), (5, 5), (37, 3)])
+def test_sigmoid_of_chosen(
+    num_experts: int, k: int, renormalize: bool, device: torch.device
+) -> None:
+    """Logits whose sigmoids are all 1 differ still."""
+    logits = 30 + 9 * logits_of(7, num_experts)
+    actual = topk(logits.to(device), k, scoring="sigmoid_of_chosen", renormalize=renormalize)
+    assert_same(actual, topk_sigmoid(logits, k, renormalize=renormalize))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
+    Cohere2MoeConfig,
     DeepseekV2Config,
     DeepseekV3Config,
     Ernie4_5_MoeConfig,
@@ -20,6 +21,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
+from transformers.models.cohere2_moe.modeling_cohere2_moe import Cohere2MoeSparseMoeBlock
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeSparseMoeBlock
@@ -30,7 +32,13 @@ from transformers.models.phimoe.modeling_phimoe import sparsemixer as phimoe_spa
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from moezoo.layers.moe import biased_topk, grouped_topk, softmax_topk, sparsemixer
+from moezoo.layers.moe import (
+    biased_topk,
+    grouped_topk,
+    softmax_topk,
+    sparsemixer,
+    topk_sigmoid,
+)
 
 V2 = partial(grouped_topk, num_groups=4, topk_groups=2, renormalize=False, scaling=16.0)
 V3 = partial(grouped_topk, num_groups=4, topk_groups=2, scoring="sigmoid", scaling=2.5)
@@ -43,6 +51,7 @@ ROUTES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
         biased_topk, correction_bias=torch.linspace(-0.1, 0.1, 12), scoring="softmax", min_sum=0.2
     ),
     "sparsemixer": partial(sparsemixer, jitter=0.2),
+    "sigmoid-of-chosen": partial(topk_sigmoid, renormalize=True),
 }
 
 
@@ -122,6 +131,20 @@ def v2(**settings: object) -> PreTrainedConfig:
             config(Ernie4_5_MoeConfig, moe_num_experts=12, moe_norm_min=0.4, moe_k=3),
             partial(biased_topk, scoring="softmax", min_sum=0.4),
             id="ernie4_5_moe",
+        ),
+        *(
+            pytest.param(
+                Cohere2MoeSparseMoeBlock,
+                config(
+                    Cohere2MoeConfig,
+                    num_experts=12,
+                    norm_topk_prob=renormalize,
+                    expert_selection_fn="sigmoid",
+                ),
+                partial(topk_sigmoid, renormalize=renormalize),
+                id=f"cohere2_moe-{renormalize}",
+            )
+            for renormalize in (False, True)
         ),
     ],
 )

@@ -40,11 +40,12 @@ def outputs(model, number, *, layers_alone):
         return [model(prompt(number)).logits]
     model.decoder.balancer and model.decoder.balancer.begin(None)
     found = []
-    for i, moe in enumerate(moe_layers(model.decoder).values()):
-        generator = torch.Generator().manual_seed(number % 7 + i)
-        few = torch.randn(3, moe.gate.shape[1], generator=generator)
-        x = few.repeat(4, 1) + 0.1 * torch.randn(12, moe.gate.shape[1], generator=generator)
-        found.append(moe(x.to(moe.gate.dtype)))
+    with model.decoder.passing(12):
+        for i, moe in enumerate(moe_layers(model.decoder).values()):
+            generator = torch.Generator().manual_seed(number % 7 + i)
+            few = torch.randn(3, moe.gate.shape[1], generator=generator)
+            x = few.repeat(4, 1) + 0.1 * torch.randn(12, moe.gate.shape[1], generator=generator)
+            found.append(moe(x.to(moe.gate.dtype)))
     model.decoder.end_step()
     return found
 

@@ -1,0 +1,38 @@
+"""Grouped-query attention whose output has a gate (Qiu et al., 2025).
+
+Legend: B batch, T new tokens, H hidden, Hq query heads, Hk key heads, D head width.
+"""
+
+from typing import Any
+
+import torch
+
+from moezoo.layers.attention import Context, GroupedQueryAttention
+from moezoo.layers.linear import FusedLinear
+from moezoo.layers.norm import NormOfSum, handed_to
+
+
+class GatedAttention(GroupedQueryAttention):
+    """o(attention * sigmoid(gate)), where each query head has D gates of its own.
+
+    The rows of `qkv` are, for each query head, D of the query and D of the gate, then keys and
+    values.
+    """
+
+    def __init__(
+        self, hidden_size: int, *num_heads: int, qkv_bias: bool = False, **options: Any
+    ) -> None:
+        super().__init__(hidden_size, *num_heads, **options)
+        q_size, *kv_sizes = self.sizes
+        self.qkv = FusedLinear(hidden_size, (2 * q_size, *kv_sizes), qkv_bias)
+
+    def forward(
+        self, x: torch.Tensor | NormOfSum, context: Context, layer_idx: int
+    ) -> torch.Tensor:
+        q_size, *kv_sizes = self.sizes
+        qkv = self.qkv(handed_to(self.qkv, x))
+        heads, kv = qkv.split_with_sizes((2 * q_size, sum(kv_sizes)), -1)
+        q, gate = heads.unflatten(-1, (self.num_heads, 2, -1)).unbind(-2)
+        q, keys = context.append_heads(self, torch.cat((q.flatten(2), kv), -1), layer_idx)
+        out = context.attend(q, keys, window=self.window, scale=self.scale, sinks=self.sinks)
+        return self.o((out * gate.sigmoid()).flatten(2))

@@ -1,0 +1,43 @@
+"""The gated short convolution of LFM2 (Liquid AI, 2025), which stands where attention does.
+
+Legend: B sequences, T new tokens, H hidden.
+"""
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from moezoo.layers.attention import Context
+from moezoo.layers.convolution import CausalConvolution
+from moezoo.layers.linear import FusedLinear, Linear
+from moezoo.layers.norm import NormOfSum, handed_to
+from moezoo.layers.states import States, StateShape
+
+
+class ShortConvolution(nn.Module):
+    """out(c * convolution(b * x)), where b, c and x are projections of the input."""
+
+    kind = "conv"
+    cache_shapes: ClassVar[tuple[tuple[int, int], ...]] = ()
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.bcx = FusedLinear(hidden_size, (hidden_size,) * 3)
+        self.conv = CausalConvolution(hidden_size, width)
+        self.out = Linear(hidden_size, hidden_size, bias=False)
+
+    @property
+    def state_shapes(self) -> tuple[StateShape, ...]:
+        return (self.conv.state_shape,)
+
+    def forward(self, x: Tensor | NormOfSum, context: Context, layer_idx: int) -> Tensor:
+        """x [B, T, H] -> [B, T, H]; the state is that of `layer_idx`."""
+        return self.out(context.recur(self, (self.bcx(handed_to(self.bcx, x)),), layer_idx))
+
+    def mix(
+        self, inputs: tuple[Tensor, ...], states: States, real: Tensor | None
+    ) -> tuple[Tensor, States]:
+        """The product [B, T, 3 H] -> [B, T, H]; see `StateLayer`."""
+        b, c, x = inputs[0].chunk(3, -1)
+        y, window = self.conv(b * x, states[0], real)
+        return c * y, (window,)

@@ -1,0 +1,139 @@
+"""Llama 4 (Meta, 2025), its text model: attention in chunks, experts of a scaled input."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Llama4TextConfig
+
+from moezoo.errors import UnsupportedArchitectureError
+from moezoo.layers.attention import Context, GroupedQueryAttention
+from moezoo.layers.decoder import Decoder, pre_norm_decoder
+from moezoo.layers.kernels.windows import Chunked
+from moezoo.layers.mlp import GatedMLP
+from moezoo.layers.moe import FusedMoE
+from moezoo.layers.moe.routing import topk_sigmoid
+from moezoo.layers.norm import NormOfSum, handed_to
+from moezoo.layers.rope import Rotation, rotate_interleaved, unrotated
+from moezoo.loaders.mapping import Rule, Skip
+from moezoo.models.attentions import head_width
+from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
+from moezoo.models.names import ATTENTION, DECODER, gated_mlp
+
+ASSUMES = ASSUMED_EVERYWHERE
+
+
+class NormAfterRotation(GroupedQueryAttention):
+    """Each head of queries and keys is normalised, without weights."""
+
+    def __init__(self, *sizes: int, eps: float, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.eps = eps
+
+    def heads(self, qkv: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().heads(qkv, rotation)
+        width = (self.head_dim,)
+        return F.rms_norm(q, width, eps=self.eps), F.rms_norm(k, width, eps=self.eps), v
+
+
+class TemperedAttention(GroupedQueryAttention):
+    """Queries grow with the logarithm of their position, in steps of `floor` tokens.
+
+    As in transformers, padding before a sequence counts where there is some.
+    """
+
+    def __init__(self, *sizes: int, floor: int, strength: float, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.floor = floor
+        self.strength = strength
+
+    def forward(self, x: Tensor | NormOfSum, context: Context, layer_idx: int) -> Tensor:
+        qkv = self.qkv(handed_to(self.qkv, x))
+        q, kv = qkv.split_with_sizes((self.sizes[0], sum(self.sizes[1:])), -1)
+        steps = ((context.positions.float() + 1) / self.floor).floor()
+        temper = steps.log1p() * self.strength + 1
+        qkv = torch.cat(((q * temper[..., None]).to(q.dtype), kv), -1)
+        q, keys = context.append_heads(self, qkv, layer_idx)
+        out = context.attend(q, keys, window=self.window, scale=self.scale)
+        return self.o(out.flatten(2))
+
+
+class ScaledInputMoE(FusedMoE):
+    """An expert's weight multiplies what goes into it, not what comes out."""
+
+    def experts(self, x: Tensor, topk_weights: Tensor, rows: Tensor) -> Tensor:
+        num_tokens, k = rows.shape
+        scaled = (x[:, None] * topk_weights[..., None]).to(x.dtype).flatten(0, 1)
+        ones = torch.ones_like(topk_weights).view(-1, 1)
+        y = super().experts(scaled, ones, rows.reshape(-1, 1))
+        if k == 1:
+            return y
+        return y.view(num_tokens, k, -1).sum(1, dtype=torch.float32).to(x.dtype)
+
+
+def build(config: Llama4TextConfig) -> Decoder:
+    chunk = config.attention_chunk_size
+    if "chunked_attention" in config.layer_types and (chunk or 0) < 1:
+        raise UnsupportedArchitectureError.of_field(config, "attention_chunk_size", "1 or more")
+    if config.attn_temperature_tuning and config.floor_scale < 1:
+        raise UnsupportedArchitectureError.of_field(config, "floor_scale", "1 or more")
+
+    def attention(layer_idx: int) -> GroupedQueryAttention:
+        rotates = bool(config.no_rope_layers[layer_idx])
+        kind: Any = GroupedQueryAttention
+        if rotates and config.use_qk_norm:
+            kind = partial(NormAfterRotation, eps=config.rms_norm_eps)
+        elif not rotates and config.attn_temperature_tuning:
+            kind = partial(TemperedAttention, floor=config.floor_scale, strength=config.attn_scale)
+        layer: GroupedQueryAttention = kind(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            head_dim=head_width(config),
+            qkv_bias=config.attention_bias,
+            out_bias=config.attention_bias,
+            window=Chunked(chunk) if config.layer_types[layer_idx] == "chunked_attention" else None,
+            rotate=rotate_interleaved if rotates else unrotated,
+        )
+        return layer
+
+    mlp = partial(GatedMLP, config.hidden_size, activation=config.hidden_act)
+    k = experts_per_token(config, config.num_local_experts)
+
+    def feed_forward(layer_idx: int) -> nn.Module:
+        if layer_idx not in config.moe_layers:
+            return mlp(config.intermediate_size_mlp)
+        return ScaledInputMoE(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_local_experts,
+            partial(topk_sigmoid, k=k, renormalize=False),
+            activation=config.hidden_act,
+            shared=mlp(config.intermediate_size),
+        )
+
+    return pre_norm_decoder(config, attention, feed_forward)
+
+
+MLP = "model.layers.{L}.feed_forward"
+EXPERTS = f"{MLP}.experts"
+
+CHECKPOINT: tuple[Rule | Skip, ...] = (
+    *DECODER,
+    *ATTENTION,
+    *gated_mlp("layers.{L}.mlp", MLP),
+    Rule("layers.{L}.mlp.gate", f"{MLP}.router.weight"),
+    Rule("layers.{L}.mlp.w13", f"{EXPERTS}.gate_up_proj", shard="expert", view="transpose"),
+    Rule("layers.{L}.mlp.w2", f"{EXPERTS}.down_proj", shard="expert", view="transpose"),
+    # As those have it who quantise linear layers, and make some of the experts first.
+    Rule(
+        "layers.{L}.mlp.w13",
+        f"{EXPERTS}.{{E}}.gate_proj.weight",
+        f"{EXPERTS}.{{E}}.up_proj.weight",
+        shard="expert",
+    ),
+    Rule("layers.{L}.mlp.w2", f"{EXPERTS}.{{E}}.down_proj.weight", shard="expert"),
+    *gated_mlp("layers.{L}.mlp.shared", f"{MLP}.shared_expert"),
+)

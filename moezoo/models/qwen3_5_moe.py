@@ -1,0 +1,59 @@
+"""The text model of Qwen3.5-MoE (Alibaba, 2026): Qwen3-Next with its projections apart."""
+
+from functools import partial
+
+from transformers import Qwen3_5MoeTextConfig
+
+from moezoo.layers.decoder import Decoder, pre_norm_decoder
+from moezoo.layers.gated_delta_net import by_kind
+from moezoo.layers.moe import FusedMoE
+from moezoo.layers.moe.routing import softmax_topk
+from moezoo.layers.norm import ZeroCenteredRMSNorm
+from moezoo.layers.rope import RotaryEmbedding
+from moezoo.loaders.mapping import Rule, Skip
+from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token, text_part
+from moezoo.models.names import ATTENTION, DECODER, EXPERTS, QK_NORM, of_text_model
+from moezoo.models.qwen2_moe import SHARED_EXPERT, shared_expert
+from moezoo.models.qwen3_next import DELTA_NET, NET, hybrid_attention
+
+ASSUMES = ASSUMED_EVERYWHERE
+
+text_config = text_part
+
+
+def build(config: Qwen3_5MoeTextConfig) -> Decoder:
+    def feed_forward(layer_idx: int) -> FusedMoE:
+        k = experts_per_token(config, config.num_experts)
+        return FusedMoE(
+            config.hidden_size,
+            config.moe_intermediate_size,
+            config.num_experts,
+            partial(softmax_topk, k=k, renormalize=True),
+            activation=config.hidden_act,
+            shared=shared_expert(config),
+        )
+
+    # Text has the same position in all three axes of the rotation, so that it is the usual one.
+    return pre_norm_decoder(
+        config,
+        partial(hybrid_attention, config, by_kind),
+        feed_forward,
+        rope=RotaryEmbedding(config),
+        norm=ZeroCenteredRMSNorm,
+    )
+
+
+TEXT: tuple[Rule | Skip, ...] = (
+    *DECODER,
+    *ATTENTION,
+    *QK_NORM,
+    Rule("layers.{L}.attn.qkvz.weight", f"{NET}.in_proj_qkv.weight", f"{NET}.in_proj_z.weight"),
+    Rule("layers.{L}.attn.ba.weight", f"{NET}.in_proj_b.weight", f"{NET}.in_proj_a.weight"),
+    *DELTA_NET,
+    *EXPERTS,
+    *SHARED_EXPERT,
+    Skip("mtp.{*}", "multi-token prediction"),
+)
+
+CHECKPOINT = (*TEXT, *of_text_model(TEXT))
+"""A text model alone, as transformers and moezoo write it, or in its place in the whole."""

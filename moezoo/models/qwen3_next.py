@@ -1,0 +1,94 @@
+"""Qwen3-Next (Alibaba, 2025): gated delta nets, and in every fourth layer gated attention."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, Qwen3NextConfig
+
+from moezoo.errors import UnsupportedArchitectureError
+from moezoo.layers.decoder import Decoder, pre_norm_decoder
+from moezoo.layers.gated_attention import GatedAttention
+from moezoo.layers.gated_delta_net import GatedDeltaNet, by_key_head
+from moezoo.layers.norm import RMSNorm, ZeroCenteredRMSNorm
+from moezoo.layers.rope import RotaryEmbedding
+from moezoo.loaders.mapping import Rule, Skip
+from moezoo.models.fields import ASSUMED_EVERYWHERE
+from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, EXPERTS, QK_NORM
+from moezoo.models.qwen2_moe import SHARED_EXPERT, feed_forward, shared_expert
+
+ASSUMES = ASSUMED_EVERYWHERE
+
+
+def hybrid_attention(
+    config: PreTrainedConfig, parts: Callable[..., Any], layer_idx: int
+) -> nn.Module:
+    """The layer that `config.layer_types` asks for, a delta net with its rows in the order `parts`
+    or attention."""
+    if config.layer_types[layer_idx] == "full_attention":
+        return GatedAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            head_dim=config.head_dim,
+            qkv_bias=config.attention_bias,
+            out_bias=config.attention_bias,
+            q_norm=ZeroCenteredRMSNorm(config.head_dim, config.rms_norm_eps),
+            k_norm=ZeroCenteredRMSNorm(config.head_dim, config.rms_norm_eps),
+        )
+    if config.linear_num_value_heads % config.linear_num_key_heads:
+        raise UnsupportedArchitectureError.of_field(
+            config,
+            "linear_num_value_heads",
+            f"a multiple of linear_num_key_heads, {config.linear_num_key_heads}",
+        )
+    return GatedDeltaNet(
+        config.hidden_size,
+        config.linear_num_key_heads,
+        config.linear_num_value_heads,
+        k_dim=config.linear_key_head_dim,
+        v_dim=config.linear_value_head_dim,
+        conv_width=config.linear_conv_kernel_dim,
+        activation=config.hidden_act,
+        norm=RMSNorm(config.linear_value_head_dim, config.rms_norm_eps),
+        parts=parts,
+    )
+
+
+def build(config: Qwen3NextConfig) -> Decoder:
+    return pre_norm_decoder(
+        config,
+        partial(hybrid_attention, config, by_key_head),
+        partial(feed_forward, config, partial(shared_expert, config)),
+        rope=RotaryEmbedding(config),
+        norm=ZeroCenteredRMSNorm,
+    )
+
+
+NET = "model.layers.{L}.linear_attn"
+
+DELTA_NET = tuple(
+    Rule(f"layers.{{L}}.attn.{ours}", f"{NET}.{theirs}")
+    for ours, theirs in (
+        ("conv.weight", "conv1d.weight"),
+        ("A_log", "A_log"),
+        ("dt_bias", "dt_bias"),
+        ("norm.weight", "norm.weight"),
+        ("out.weight", "out_proj.weight"),
+    )
+)
+"""All but the projections of the input."""
+
+CHECKPOINT = (
+    *DECODER,
+    *ATTENTION,
+    *QK_NORM,
+    Rule("layers.{L}.attn.qkvz.weight", f"{NET}.in_proj_qkvz.weight"),
+    Rule("layers.{L}.attn.ba.weight", f"{NET}.in_proj_ba.weight"),
+    *DELTA_NET,
+    *DENSE_MLP,
+    *EXPERTS,
+    *SHARED_EXPERT,
+    Skip("mtp.{*}", "multi-token prediction"),
+)

@@ -1,0 +1,64 @@
+"""The text model of Qwen3-VL-MoE (Alibaba, 2025), which is Qwen3-MoE.
+
+It is loaded as such: transformers has no class for it without the model of images.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import Qwen3VLMoeTextConfig
+
+from moezoo.errors import UnsupportedArchitectureError
+from moezoo.loaders.mapping import Rule, Skip, View
+from moezoo.models import qwen3_moe
+from moezoo.models.fields import text_part
+from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, QK_NORM, of_text_model
+
+ASSUMES = qwen3_moe.ASSUMES
+
+build = qwen3_moe.build
+
+MROPE = ("mrope_section", "mrope_interleaved")
+"""How a head's numbers are divided among three axes, in all of which text has one position."""
+
+
+def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of Qwen3-MoE, whose weights of the chosen experts are renormalised."""
+    config = Qwen3VLMoeTextConfig.from_dict(text_part(raw))
+    if 2 * config.moe_intermediate_size == config.hidden_size:
+        raise UnsupportedArchitectureError.of_field(
+            config,
+            "moe_intermediate_size",
+            "one by which to tell in which order experts are stored",
+        )
+    text = config.to_dict()
+    rope = {name: value for name, value in text["rope_parameters"].items() if name not in MROPE}
+    return text | {"model_type": "qwen3_moe", "norm_topk_prob": True, "rope_parameters": rope}
+
+
+EXPERTS = "model.layers.{L}.mlp.experts"
+
+ORDERS: tuple[View | None, ...] = ("transpose", None)
+
+TEXT: tuple[Rule | Skip, ...] = (
+    *DECODER,
+    *ATTENTION,
+    *QK_NORM,
+    *DENSE_MLP,
+    Rule("layers.{L}.mlp.gate", "model.layers.{L}.mlp.gate.weight"),
+    # On the hub experts are transposed; as transformers writes them, they are not.
+    *(
+        Rule(f"layers.{{L}}.mlp.{ours}", f"{EXPERTS}.{theirs}", shard="expert", view=view)
+        for ours, theirs in (("w13", "gate_up_proj"), ("w2", "down_proj"))
+        for view in ORDERS
+    ),
+    Rule(
+        "layers.{L}.mlp.w13",
+        f"{EXPERTS}.{{E}}.gate_proj.weight",
+        f"{EXPERTS}.{{E}}.up_proj.weight",
+        shard="expert",
+    ),
+    Rule("layers.{L}.mlp.w2", f"{EXPERTS}.{{E}}.down_proj.weight", shard="expert"),
+)
+
+CHECKPOINT = (*of_text_model(TEXT), Rule("lm_head.weight", "lm_head.weight"))

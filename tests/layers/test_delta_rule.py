@@ -1,0 +1,131 @@
+"""The gated delta rule and its convolution, against transformers' functions and token by token."""
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch.nn import functional as F
+from transformers.models.qwen3_next import modeling_qwen3_next as theirs
+
+from moezoo.layers.convolution import CausalConvolution
+from moezoo.layers.delta_rule import gated_delta_rule
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def inputs(batch, length, *, k_heads=2, v_heads=6, k_dim=7, v_dim=5, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(batch, *shape, generator=generator).to(device)
+
+    return {
+        "q": randn(length, k_heads, k_dim),
+        "k": randn(length, k_heads, k_dim),
+        "v": randn(length, v_heads, v_dim),
+        "g": -F.softplus(randn(length, v_heads)),
+        "beta": randn(length, v_heads).sigmoid(),
+        "state": randn(v_heads, k_dim, v_dim),
+    }
+
+
+def part(x, places):
+    return {name: t if name == "state" else t[:, places] for name, t in x.items()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 150])
+def test_as_transformers_token_by_token(length, device):
+    x = inputs(3, length, device=device)
+    y, state = gated_delta_rule(**x)
+    q, k = (x[name].repeat_interleave(3, 2) for name in "qk")
+    expected, after = theirs.torch_recurrent_gated_delta_rule(
+        q,
+        k,
+        x["v"],
+        g=x["g"],
+        beta=x["beta"],
+        initial_state=x["state"],
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+    )
+    assert_close(y, expected)
+    assert_close(state, after)
+
+
+@pytest.mark.parametrize("lengths", [(64, 1, 1), (1, 70), (100, 3, 64)])
+def test_pieces_go_on_from_the_state(lengths):
+    x = inputs(2, sum(lengths), v_heads=2)
+    whole, after = gated_delta_rule(**x)
+    pieces, start = [], 0
+    for length in lengths:
+        y, x["state"] = gated_delta_rule(**part(x, slice(start, start + length)))
+        pieces.append(y)
+        start += length
+    assert_close(torch.cat(pieces, 1), whole)
+    assert_close(x["state"], after)
+
+
+def test_a_token_without_beta_and_decay_leaves_the_state():
+    x = inputs(2, 70)
+    x["g"][0, 40:], x["beta"][0, 40:] = 0, 0
+    _, state = gated_delta_rule(**x)
+    _, expected = gated_delta_rule(**part({n: t[:1] for n, t in x.items()}, slice(40)))
+    assert_close(state[:1], expected)
+    x = part(x, slice(40, 41))
+    _, state = gated_delta_rule(**x)
+    assert state[0].equal(x["state"][0])
+
+
+def test_a_decay_that_underflows_is_finite():
+    x = inputs(1, 130)
+    x["g"] *= 1e4
+    y, state = gated_delta_rule(**x)
+    assert y.isfinite().all() and state.isfinite().all()
+
+
+def convolution(width, channels=6):
+    layer = CausalConvolution(channels, width)
+    torch.nn.init.normal_(layer.weight)
+    return layer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("lengths", [(9,), (1, 1, 1, 6), (2, 7), (5, 1, 3)])
+def test_convolution_in_pieces_is_that_of_torch(width, lengths):
+    layer = convolution(width)
+    x = torch.randn(3, 9, 6)
+    expected = F.conv1d(F.pad(x.mT, (width - 1, 0)), layer.weight, groups=6).mT
+    state = torch.zeros(3, *layer.state_shape.shape)
+    pieces = []
+    for piece in x.split(lengths, 1):
+        y, state = layer(piece, state, None)
+        pieces.append(y)
+    assert_close(torch.cat(pieces, 1), expected)
+    assert state.equal(F.pad(x.mT, (width, 0))[..., -width:])
+
+
+@torch.no_grad()
+def test_convolution_past_places_without_tokens():
+    layer = convolution(4)
+    x, lengths = torch.randn(4, 7, 6), (7, 2, 0, 5)
+    before = torch.randn(4, 6, 4)
+    real = torch.arange(7) < torch.tensor(lengths)[:, None]
+    y, state = layer(x.masked_fill(~real[..., None], torch.nan), before, real)
+    for row, length in enumerate(lengths):
+        if length == 0:
+            assert state[row].equal(before[row])
+            continue
+        expected, after = layer(x[row : row + 1, :length], before[row : row + 1], None)
+        assert_close(y[row : row + 1, :length], expected)
+        assert state[row].equal(after[0])
+
+
+@torch.no_grad()
+def test_zeros_come_before_a_row_that_is_padded_on_the_left():
+    layer = convolution(3)
+    x = torch.randn(1, 6, 6)
+    y, state = layer(x, torch.zeros(1, 6, 3), torch.tensor([[False] * 3 + [True] * 3]))
+    expected, after = layer(x[:, 3:], torch.zeros(1, 6, 3), None)
+    assert_close(y[:, 3:], expected)
+    assert state.equal(after)
