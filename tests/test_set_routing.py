@@ -101,7 +101,7 @@ def test_every_router_follows(name, tmp_path):
     write(name, reference(name, next(iter(CONFIGURATIONS[name].values()))), tmp_path)
     model = moezoo.from_pretrained(tmp_path, device="cpu", progress=False)
     layer = next(x.mlp for x in model.decoder.layers if isinstance(x.mlp, FusedMoE))
-    first, last = 0, layer.num_experts - 1
+    first, last = 0, len(layer.gate) - 1
     before = logits(model)
     with model.set_routing(ban=[last], force=[first]):
         for ids in choices(model):
