@@ -12,7 +12,7 @@ from moezoo.layers.delta_rule import gated_delta_rule
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def inputs(batch, length, *, k_heads=2, v_heads=6, k_dim=7, v_dim=5, device="cpu", seed=0):
+def inputs(batch, length, *, k_heads=2, v_heads=6, k_dim=7, v_dim=5, g_dim=1, device="cpu", seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -22,7 +22,7 @@ def inputs(batch, length, *, k_heads=2, v_heads=6, k_dim=7, v_dim=5, device="cpu
         "q": randn(length, k_heads, k_dim),
         "k": randn(length, k_heads, k_dim),
         "v": randn(length, v_heads, v_dim),
-        "g": -F.softplus(randn(length, v_heads)),
+        "g": -F.softplus(randn(length, v_heads, g_dim)),
         "beta": randn(length, v_heads).sigmoid(),
         "state": randn(v_heads, k_dim, v_dim),
     }
@@ -42,7 +42,7 @@ def test_as_transformers_token_by_token(length, device):
         q,
         k,
         x["v"],
-        g=x["g"],
+        g=x["g"][..., 0],
         beta=x["beta"],
         initial_state=x["state"],
         output_final_state=True,
