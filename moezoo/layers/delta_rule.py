@@ -69,16 +69,16 @@ def _chunks(
 
     q, k, v, g, beta = (in_chunks(x) for x in (q, k, v, g, beta))
     beta = beta[..., None]
-    decay = g.cumsum(-2)  # [B, H, N, C, G]
+    decay = g.cumsum(-2).exp()  # [B, H, N, C, G]
     products = _of_head if g.shape[-1] == 1 else _of_rows
-    system, within = products(torch.stack((k * beta, q)), k, decay)
+    system, within = products(torch.stack((k * beta, q)), k, g)
     # What each token adds, had there been nothing before the chunk, and what the state takes off.
-    scaled = torch.cat((v, k * decay.exp()), -1) * beta
+    scaled = torch.cat((v, k * decay), -1) * beta
     solved = torch.linalg.solve_triangular(system, scaled, upper=False, unitriangular=True)
     added, taken = solved.split_with_sizes((v.shape[-1], k.shape[-1]), -1)
-    reads = q * decay.exp()
-    writes = k * (decay[..., -1:, :] - decay).exp()
-    kept = decay[..., -1:, :].exp().mT
+    reads = q * decay
+    writes = k * _rest(g).exp()
+    kept = decay[..., -1:, :].mT
     outputs = []
     for n in range(v.shape[2]):
         new = added[:, :, n] - taken[:, :, n] @ state
@@ -88,32 +88,37 @@ def _chunks(
     return y.transpose(1, 2), state
 
 
-def _of_head(a: Tensor, b: Tensor, decay: Tensor) -> Tensor:
-    """a and b [.., C, Dk], decay [.., C, 1] -> [.., C, C], a[i] b[j] exp(decay[i] - decay[j]) where
+def _rest(g: Tensor) -> Tensor:
+    """g [.., C, G] -> of each token the sum over those that follow it.
+
+    As a difference of two sums it would lose the digits that a large one does not have.
+    """
+    return F.pad(g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
+
+
+def _of_head(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
+    """a and b [.., C, Dk], g [.., C, 1] -> [.., C, C], a[i] b[j] exp(g[j + 1] + .. + g[i]) where
     j <= i, else 0.
     """
-    size = decay.shape[-2]
-    later = torch.ones(size, size, dtype=torch.bool, device=decay.device).triu(1)
+    decay = g.cumsum(-2)
+    later = torch.ones(g.shape[-2], g.shape[-2], dtype=torch.bool, device=g.device).triu(1)
     return a @ b.mT * (decay - decay.mT).masked_fill(later, -torch.inf).exp()
 
 
-def _of_rows(a: Tensor, b: Tensor, decay: Tensor) -> Tensor:
-    """The same for a decay [.., C, Dk] of each product's summands; C is a power of 2.
+def _of_rows(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
+    """The same for g [.., C, Dk], a decay of each summand of the products; C is a power of 2.
 
-    As exp(-decay) may overflow, what lies between two halves is seen from where they meet, for
-    halves of 1, 2, 4, .. tokens.
+    Of a pair in two neighbouring blocks of 1, 2, 4, .. tokens it is that of a to where the blocks
+    meet and that of b from there. Neither exponential can overflow, and products are of matrices.
     """
     found = (a * b).sum(-1)[..., None, None]  # [.., blocks, size, size]
     while found.shape[-3] > 1:
-        size = found.shape[-1]
-        late, early, (before, after) = (
-            a.unflatten(-2, (-1, 2, size))[..., 1, :, :],
-            b.unflatten(-2, (-1, 2, size))[..., 0, :, :],
-            decay.unflatten(-2, (-1, 2, size)).unbind(-3),
-        )
-        middle = before[..., -1:, :]
-        across = (late * (after - middle).exp()) @ (early * (middle - before).exp()).mT
+        blocks = (-1, 2, found.shape[-1])
+        early, late = g.unflatten(-2, blocks).unbind(-3)
+        reads = a.unflatten(-2, blocks)[..., 1, :, :] * late.cumsum(-2).exp()
+        writes = b.unflatten(-2, blocks)[..., 0, :, :] * _rest(early).exp()
         first, second = found.unflatten(-3, (-1, 2)).unbind(-3)
-        top = torch.cat((first, torch.zeros_like(first)), -1)
-        found = torch.cat((top, torch.cat((across, second), -1)), -2)
+        upper = torch.cat((first, torch.zeros_like(first)), -1)
+        lower = torch.cat((reads @ writes.mT, second), -1)
+        found = torch.cat((upper, lower), -2)
     return found.squeeze(-3)
