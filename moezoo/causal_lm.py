@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from moezoo.generation.cache import growing_cache
 from moezoo.generation.decode import decode, decode_paged, unpadded
 from moezoo.generation.engine import EngineKeeper, supports
-from moezoo.generation.paged import row_state_bytes, windows
+from moezoo.generation.paged import counts_padding, row_state_bytes, windows
 from moezoo.generation.turns import largest, take_part
 from moezoo.layers.attention import CausalMask, DenseContext, visible_tokens
 from moezoo.layers.decoder import Decoder
@@ -377,6 +377,8 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         # Pages are taken for the longest that is allowed; a cache that grows may never need it.
         if in_pages and self._has_pages(rows, longest):
             prompts = unpadded(input_ids, attention_mask, position_ids)
+            if counts_padding(self.decoder) and {*map(len, prompts or ())} != {input_ids.shape[1]}:
+                prompts = None
         (grows,) = largest(self.decoder, prompts is None)
         if prompts is not None and not grows:
             with self._engines.engine(self.decoder, rows, longest) as engine:

@@ -1,4 +1,4 @@
-"""The README and the pages in docs tell the truth: their code runs, their commands exist."""
+"""The README and the pages in docs tell the truth: their commands and tables are the program's."""
 
 import re
 import shlex
@@ -12,15 +12,9 @@ import moezoo
 from moezoo import cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "docs/loading.md",
-    "docs/generation.md",
-    "docs/parallel.md",
-)
+PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{x.name}" for x in ROOT.glob("docs/*.md")))
 CONSOLE = [
-    line.removeprefix("$ ").split(" #")[0].strip()
+    line.removeprefix("$ ").split(" #")[0].split(" >>")[0].strip()
     for page in PAGES
     for block in re.findall(r"```console\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     for line in block.splitlines()
@@ -28,29 +22,13 @@ CONSOLE = [
 ]
 
 
-def python_blocks(page):
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/generation.md"])
-def test_the_code_runs(page, capsys):
-    for code in python_blocks(page):
-        exec(compile(code, page, "exec"), {})
-        assert len(capsys.readouterr().out) > 100
-
-
-def test_a_layer_is_quantised_by_hand():
-    model = moezoo.from_pretrained(ROOT / "moezoo/assets/tiny-qwen3-moe", device="cpu")
-    (code,) = (code for code in python_blocks("docs/loading.md") if "quantize_" in code)
-    exec(compile(code, "docs/loading.md", "exec"), {"model": model})
-    assert model.decoder.layers[0].mlp.quantized.name == "int8_w8a16"
-
-
 @pytest.mark.parametrize(
     "command", [command for command in CONSOLE if command.startswith("moezoo ")]
 )
 def test_moezoo_commands_parse(command):
     _, *arguments = shlex.split(command)
+    if arguments == ["--version"]:
+        pytest.skip("it ends there, and is tested in test_cli.py")
     assert callable(cli.parser().parse_args(arguments).run)
 
 
@@ -94,12 +72,3 @@ def test_exit_codes_are_those_of_the_help():
     in_readme = re.findall(r"^\| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     in_help = re.findall(r"^  (\d+) ", cli.EXIT_CODES, re.MULTILINE)
     assert in_readme == in_help
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
-    text = (ROOT / page).read_text()
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert (ROOT / page).parent.joinpath(target).exists(), target
-    for path in re.findall(r"`((?:moezoo|tests|docs|benchmarks)/[\w./-]*)`", text):
-        assert (ROOT / path).exists(), path

@@ -5,12 +5,12 @@ from functools import partial
 import pytest
 import torch
 from configurations import CONFIGURATIONS, reference
+from test_oracle import write
 from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
 import moezoo
 from moezoo.assets import tiny_model
 from moezoo.layers.moe import FusedMoE
-from moezoo.registry import list_architectures
 
 IDS = torch.tensor([[5, 17, 300, 2, 41, 9, 80, 1200]])
 
@@ -96,12 +96,12 @@ FORCED = torch.zeros(16, dtype=torch.bool)
 FORCED[[1, 13]] = True
 
 
-@pytest.mark.parametrize("name", list_architectures())
+@pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_every_router_follows(name, tmp_path):
-    reference(name, next(iter(CONFIGURATIONS[name].values()))).save_pretrained(tmp_path)
+    write(name, reference(name, next(iter(CONFIGURATIONS[name].values()))), tmp_path)
     model = moezoo.from_pretrained(tmp_path, device="cpu", progress=False)
     layer = next(x.mlp for x in model.decoder.layers if isinstance(x.mlp, FusedMoE))
-    first, last = 0, layer.num_experts - 1
+    first, last = 0, len(layer.gate) - 1
     before = logits(model)
     with model.set_routing(ban=[last], force=[first]):
         for ids in choices(model):

@@ -35,6 +35,11 @@ def attentions(decoder: Decoder) -> list[Any]:
     return [one for own in layers for one in (own if isinstance(own, nn.ModuleList) else [own])]
 
 
+def counts_padding(decoder: Decoder) -> bool:
+    """Whether what a layer computes depends on the padding before a sequence."""
+    return any(getattr(attention, "counts_padding", False) for attention in attentions(decoder))
+
+
 def windows(decoder: Decoder) -> list[Window]:
     """The sliding window of each layer, None where there is none."""
     return [getattr(attention, "window", None) for attention in attentions(decoder)]

@@ -1,7 +1,7 @@
 """Llama 4 (Meta, 2025), its text model: attention in chunks, experts of a scaled input."""
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class TemperedAttention(GroupedQueryAttention):
     As in transformers, padding before a sequence counts where there is some.
     """
 
+    counts_padding: ClassVar[bool] = True
+
     def __init__(self, *sizes: int, floor: int, strength: float, **options: Any) -> None:
         super().__init__(*sizes, **options)
         self.floor = floor
@@ -70,7 +72,7 @@ class ScaledInputMoE(FusedMoE):
         y = super().experts(scaled, ones, rows.reshape(-1, 1))
         if k == 1:
             return y
-        return y.view(num_tokens, k, -1).sum(1, dtype=torch.float32).to(x.dtype)
+        return y.unflatten(0, (num_tokens, k)).sum(1, dtype=torch.float32).to(x.dtype)
 
 
 def build(config: Llama4TextConfig) -> Decoder:

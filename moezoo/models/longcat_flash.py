@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import LongcatFlashConfig
 
 from moezoo.errors import UnsupportedArchitectureError
-from moezoo.layers.attention import Context
+from moezoo.layers.attention import Context, Keys
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.mlp import GatedMLP
@@ -18,7 +18,7 @@ from moezoo.layers.moe.routing import grouped_topk
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.rope import rotate_interleaved, whole_heads
 from moezoo.loaders.mapping import Rule, Skip
-from moezoo.models.deepseek_v2 import LATENT_NORM_EPS, latent_attention
+from moezoo.models.deepseek_v2 import latent_attention
 from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
 from moezoo.models.names import AROUND_LAYERS, EXPERTS, MLA, gated_mlp
 
@@ -34,16 +34,29 @@ ASSUMES = ASSUMED_EVERYWHERE | {
 }
 
 
-class ScaledRMSNorm(RMSNorm):
-    """An RMSNorm whose result is multiplied by `factor`."""
+class ScaledLatentAttention(MultiHeadLatentAttention):
+    """Queries are multiplied by `q_factor`, and the normed latents by `latent_factor`.
 
-    def __init__(self, dim: int, eps: float, factor: float) -> None:
-        super().__init__(dim, eps)
-        self.factor = factor
+    Keys, but for what is rotated, and values are linear in latents: it is done to queries and
+    outputs, and the cache holds what others have.
+    """
 
-    @property
-    def scale(self) -> Tensor:
-        return self.weight * self.factor
+    def __init__(
+        self, *arguments: Any, q_factor: float, latent_factor: float, **options: Any
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self.scale *= q_factor
+        self.latent_factor = latent_factor
+
+    def _attend_to_latents(self, q: Tensor, keys: Keys, context: Context) -> Tensor:
+        return self.latent_factor * super()._attend_to_latents(self._scaled(q), keys, context)
+
+    def _attend_to_heads(self, q: Tensor, keys: Keys, context: Context) -> Tensor:
+        return self.latent_factor * super()._attend_to_heads(self._scaled(q), keys, context)
+
+    def _scaled(self, q: Tensor) -> Tensor:
+        unrotated = q[..., : self.nope_dim] * self.latent_factor
+        return torch.cat((unrotated, q[..., self.nope_dim :]), -1)
 
 
 class ZeroExpertMoE(FusedMoE):
@@ -130,12 +143,14 @@ def build(config: LongcatFlashConfig) -> Decoder:
         scaling=config.routed_scaling_factor,
     )
 
+    scaled = partial(
+        ScaledLatentAttention,
+        q_factor=math.sqrt(hidden_size / config.q_lora_rank),
+        latent_factor=math.sqrt(hidden_size / config.kv_lora_rank),
+    )
+
     def attention() -> MultiHeadLatentAttention:
-        layer = latent_attention(config, rotate_interleaved)
-        layer.scale *= math.sqrt(hidden_size / config.q_lora_rank)
-        factor = math.sqrt(hidden_size / config.kv_lora_rank)
-        layer.kv_norm = ScaledRMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, factor)
-        return layer
+        return latent_attention(config, rotate_interleaved, layer=scaled)
 
     def dense() -> GatedMLP:
         return GatedMLP(hidden_size, config.ffn_hidden_size, activation=config.hidden_act)

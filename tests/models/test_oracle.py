@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import transformers
 from configurations import CONFIGURATIONS, MIXTRAL, MULTIMODAL, ROPE, reference
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, PreTrainedModel
+from transformers.masking_utils import create_chunked_causal_mask
 
 import moezoo
 from moezoo.registry import list_architectures
 
+CHUNKED_MASK = signature(create_chunked_causal_mask).parameters
 TOLERANCE = 2e-5
 """Relative difference of fp32 logits, ||ours - theirs|| / ||theirs||."""
 LENGTH = 13
@@ -210,6 +213,8 @@ def test_greedy_tokens(pair: Pair) -> None:
 
 
 def test_greedy_tokens_with_a_static_cache(pair: Pair) -> None:
+    if pair.model_type == "llama4_text" and "block_sequence_ids" not in CHUNKED_MASK:
+        pytest.skip("this transformers fails to make masks of chunks for static caches")
     options = {"cache_implementation": "static", "disable_compile": True, "do_sample": False}
     ours, theirs = generate(pair, **padded("left"), max_new_tokens=9, **options)
     assert ours.tolist() == theirs.tolist()

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from configurations import GPT_OSS, reference
+from configurations import CONFIGURATIONS, GPT_OSS, reference
 from hub_stand_in import Hub, serve
 from huggingface_hub import constants
 from ranks import results
 from safetensors.torch import load_file, save_file
 from small_models import MODELS, ids, load, moe_layers, plain, theirs
+from test_oracle import write
 from tolerances import relative_difference
 from torch import Tensor
 from transformers import AutoConfig
@@ -163,6 +164,19 @@ def test_stacked_experts_with_biases(tmp_path: Path) -> None:
     size = {"expert_parallel_size": RANKS}
     for folder in ("plain", "mxfp4"):
         check(tmp_path / folder, [size, size | {"placement": [[4, 1], [0], [3, 2]]}], RANKS)
+
+
+@pytest.mark.parametrize("model_type", ["cohere2_moe", "dbrx", "llama4_text", "longcat_flash"])
+def test_mixtures_of_their_own(model_type: str, tmp_path: Path) -> None:
+    """A mean with the shared experts, stacks of 2-D, scaled inputs of two experts, experts that do
+    nothing."""
+    cases = {"cohere2_moe": "dense-first-sigmoid", "llama4_text": "tempered-dense-k2"}
+    known = CONFIGURATIONS[model_type]
+    write(
+        model_type, reference(model_type, known[cases.get(model_type, next(iter(known)))]), tmp_path
+    )
+    size = {"expert_parallel_size": RANKS}
+    check(tmp_path, [size, size | {"dispatch": "all_gather", "placement": "round_robin"}], RANKS)
 
 
 def read_work(rank: int, folder: Path, case: dict[str, Any]) -> tuple[int, int, list[int]]:

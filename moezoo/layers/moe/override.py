@@ -44,34 +44,27 @@ class RoutingOverride:
         k: int | None = None,
     ) -> None:
         bias = bias or {}
-        fn: Callable[..., tuple[Tensor, Tensor]] = layer.route
-        if isinstance(layer.route, BiasedRoute | BiasedLogits):
-            fn = layer.route.fn
-        keywords = fn.keywords if isinstance(fn, partial) else {}
-        if "k" not in keywords:
-            raise ValueError(
-                f"the route is {fn}, and how many experts it chooses cannot be told; expected a "
-                "functools.partial with k=.., or a BiasedRoute or BiasedLogits of one"
-            )
+        keywords = layer.router.keywords
         self.k = keywords["k"] if k is None else k
-        self._fn = partial(fn, k=self.k)
+        self._fn = partial(layer.router, k=self.k)
         num_groups, topk_groups = keywords.get("num_groups", 1), keywords.get("topk_groups", 1)
-        _check(layer.num_experts, force, ban, bias, self.k, num_groups, topk_groups)
+        num_choices = len(layer.gate)
+        _check(num_choices, force, ban, bias, self.k, num_groups, topk_groups)
         device = layer.gate.device
 
         def marked(experts: Collection[int]) -> Tensor:
-            mask = torch.zeros(layer.num_experts, dtype=torch.bool)
+            mask = torch.zeros(num_choices, dtype=torch.bool)
             mask[list(experts)] = True
             return mask
 
-        addend = torch.zeros(layer.num_experts)
+        addend = torch.zeros(num_choices)
         for expert, value in bias.items():
             addend[expert] = value
         addend[marked(ban)] = -OUT_OF_REACH
         self._addend = addend.to(device)
         self._forced = marked(force).to(device) if force else None
         # A correction bias takes part in the choice alone, and would have the last word.
-        steer = torch.zeros(layer.num_experts)
+        steer = torch.zeros(num_choices)
         steer[marked(force)], steer[marked(ban)] = OUT_OF_REACH, -OUT_OF_REACH
         self._steer = steer.to(device)
         self._route = layer.route

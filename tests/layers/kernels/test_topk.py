@@ -138,3 +138,27 @@ def test_strided_logits(device: torch.device) -> None:
     logits = logits_of(9, 20)
     strided = logits.T.contiguous().T.to(device)
     assert_same(topk(strided, 3, scoring="softmax"), softmax_topk(logits, 3, renormalize=False))
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_experts_that_are_banned_and_forced(
+    scoring: str, biased: bool, device: torch.device
+) -> None:
+    """As `moezoo.layers.moe.override` has them: +-1e30 in logits and in the correction bias."""
+    logits, correction = logits_of(9, 16), torch.linspace(-0.1, 0.1, 16) if biased else None
+    banned, forced = [0, 1, 2, 3, 9], [12]
+    logits[:, banned] = -1e30
+    logits[:, forced] = logits.amax(-1, keepdim=True) + 1e-3
+    if correction is not None:
+        correction[banned], correction[forced] = -1e30, 1e30
+    options = {"scoring": scoring, "correction_bias": correction, "renormalize": True}
+    groups = {"num_groups": 4, "topk_groups": 2}
+    moved = None if correction is None else correction.to(device)
+    actual = topk(
+        logits.to(device), 4, **(options | {"correction_bias": moved}), **groups, epsilon=1e-20
+    )
+    assert_same(actual, grouped_topk(logits, 4, **options, **groups))
+    assert not torch.isin(actual[1].cpu(), torch.tensor(banned)).any()
+    if biased or scoring == "softmax":
+        assert (actual[1] == 12).any(1).all()
