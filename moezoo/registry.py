@@ -31,6 +31,7 @@ ARCHITECTURES = {
     "gpt_oss": "gpt_oss",
     "kimi_k2": "deepseek_v3",
     "kimi_k25": "kimi_k25",
+    "kimi_linear": "kimi_linear",
     "lfm2_moe": "lfm2_moe",
     "llama4": "llama4",
     "llama4_text": "llama4_text",

@@ -20,7 +20,13 @@ from moezoo.layers.moe import Dispatcher, RoutingRecorder
 from moezoo.layers.norm import RMSNorm, handed_to
 from moezoo.layers.quant import QuantizedWeights
 from moezoo.layers.quantized_linear import quantized_linear
-from moezoo.layers.rope import RotaryEmbedding, RotaryEmbeddings, Rotation, whole_heads
+from moezoo.layers.rope import (
+    NoRotation,
+    RotaryEmbedding,
+    RotaryEmbeddings,
+    Rotation,
+    whole_heads,
+)
 
 
 class DecoderLayer(nn.Module):
@@ -129,7 +135,7 @@ class Decoder(nn.Module):
         layers: Sequence[nn.Module],
         *,
         norm: RMSNorm,
-        rope: RotaryEmbedding | RotaryEmbeddings,
+        rope: RotaryEmbedding | RotaryEmbeddings | NoRotation,
         tied: bool,
         head_bias: bool = False,
     ) -> None:
@@ -233,7 +239,7 @@ def pre_norm_decoder(
     attention: Callable[[int], nn.Module],
     feed_forward: Callable[[int], nn.Module],
     *,
-    rope: RotaryEmbedding | RotaryEmbeddings | None = None,
+    rope: RotaryEmbedding | RotaryEmbeddings | NoRotation | None = None,
     norm: Callable[[int, Any], RMSNorm] = RMSNorm,
     layer: Callable[..., DecoderLayer] = DecoderLayer,
     decoder: Callable[..., Decoder] = Decoder,

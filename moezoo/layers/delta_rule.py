@@ -4,16 +4,20 @@
     S = S + k[t] (v[t] - S^T k[t])^T * beta[t]
     y[t] = S^T q[t]
 
-with q and k of length 1, and q divided by sqrt(Dk). Many tokens are computed in chunks: within one
-the corrections v - S^T k of its tokens are the solution of a triangular system (the WY form), and
-only whole chunks follow each other. All in fp32.
+with q and k of length 1, and q divided by sqrt(Dk). g is a number, or one of each row of S (Kimi
+Team, 2025). Many tokens are computed in chunks: within one the corrections v - S^T k of its tokens
+are the solution of a triangular system (the WY form), and only whole chunks follow each other. All
+in fp32.
 
-Legend: B sequences, T tokens, H heads, Dk key width, Dv value width, N chunks of C tokens.
+Legend: B sequences, T tokens, H heads, Dk key width, Dv value width, G 1 or Dk, N chunks of C
+tokens.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from moezoo.layers.kernels.sizes import next_power_of_2
 
 CHUNK = 64
 
@@ -21,8 +25,8 @@ CHUNK = 64
 def gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """q and k [B, T, Hk, Dk], v [B, T, H, Dv], g and beta fp32 [B, T, H], state fp32 [B, H, Dk, Dv]
-    -> y fp32 [B, T, H, Dv] and the state after the last token.
+    """q and k [B, T, Hk, Dk], v [B, T, H, Dv], g fp32 [B, T, H, G], beta fp32 [B, T, H], state fp32
+    [B, H, Dk, Dv] -> y fp32 [B, T, H, Dv] and the state after the last token.
 
     Head h of v has head h // (H / Hk) of q and k. g is 0 or less. Where g and beta are both 0 a
     token leaves the state as it is.
@@ -45,8 +49,8 @@ def _unit(x: Tensor) -> Tensor:
 def _one_token(
     q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, 1, ..]
-    state = state * g.exp().transpose(1, 2)[..., None]
+    q, k, v, g = (x.transpose(1, 2) for x in (q, k, v, g))  # [B, H, 1, ..]
+    state = state * g.exp().mT
     correction = (v - k @ state) * beta.transpose(1, 2)[..., None]
     state = state + k.mT * correction
     return (q @ state).transpose(1, 2), state
@@ -56,7 +60,7 @@ def _chunks(
     q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     length = v.shape[1]
-    size = min(CHUNK, length)
+    size = next_power_of_2(min(CHUNK, length))
     rest = -length % size
 
     def in_chunks(x: Tensor) -> Tensor:
@@ -64,18 +68,17 @@ def _chunks(
         return x.transpose(1, 2).unflatten(2, (-1, size))
 
     q, k, v, g, beta = (in_chunks(x) for x in (q, k, v, g, beta))
-    decay = g.cumsum(-1)  # [B, H, N, C]
-    later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-    between = (decay[..., :, None] - decay[..., None, :]).masked_fill(later, -torch.inf).exp()
-    system = (k * beta[..., None]) @ k.mT * between
+    beta = beta[..., None]
+    decay = g.cumsum(-2).exp()  # [B, H, N, C, G]
+    products = _of_head if g.shape[-1] == 1 else _of_rows
+    system, within = products(torch.stack((k * beta, q)), k, g)
     # What each token adds, had there been nothing before the chunk, and what the state takes off.
-    scaled = torch.cat((v, k * decay.exp()[..., None]), -1) * beta[..., None]
+    scaled = torch.cat((v, k * decay), -1) * beta
     solved = torch.linalg.solve_triangular(system, scaled, upper=False, unitriangular=True)
     added, taken = solved.split_with_sizes((v.shape[-1], k.shape[-1]), -1)
-    within = q @ k.mT * between
-    reads = q * decay.exp()[..., None]
-    writes = k * (decay[..., -1:] - decay).exp()[..., None]
-    kept = decay[..., -1].exp()[..., None, None]
+    reads = q * decay
+    writes = k * _rest(g).exp()
+    kept = decay[..., -1:, :].mT
     outputs = []
     for n in range(v.shape[2]):
         new = added[:, :, n] - taken[:, :, n] @ state
@@ -83,3 +86,39 @@ def _chunks(
         state = state * kept[:, :, n] + writes[:, :, n].mT @ new
     y = torch.stack(outputs, 2).flatten(2, 3)[:, :, :length]
     return y.transpose(1, 2), state
+
+
+def _rest(g: Tensor) -> Tensor:
+    """g [.., C, G] -> of each token the sum over those that follow it.
+
+    As a difference of two sums it would lose the digits that a large one does not have.
+    """
+    return F.pad(g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
+
+
+def _of_head(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
+    """a and b [.., C, Dk], g [.., C, 1] -> [.., C, C], a[i] b[j] exp(g[j + 1] + .. + g[i]) where
+    j <= i, else 0.
+    """
+    decay = g.cumsum(-2)
+    later = torch.ones(g.shape[-2], g.shape[-2], dtype=torch.bool, device=g.device).triu(1)
+    return a @ b.mT * (decay - decay.mT).masked_fill(later, -torch.inf).exp()
+
+
+def _of_rows(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
+    """The same for g [.., C, Dk], a decay of each summand of the products; C is a power of 2.
+
+    Of a pair in two neighbouring blocks of 1, 2, 4, .. tokens it is that of a to where the blocks
+    meet and that of b from there. Neither exponential can overflow, and products are of matrices.
+    """
+    found = (a * b).sum(-1)[..., None, None]  # [.., blocks, size, size]
+    while found.shape[-3] > 1:
+        blocks = (-1, 2, found.shape[-1])
+        early, late = g.unflatten(-2, blocks).unbind(-3)
+        reads = a.unflatten(-2, blocks)[..., 1, :, :] * late.cumsum(-2).exp()
+        writes = b.unflatten(-2, blocks)[..., 0, :, :] * _rest(early).exp()
+        first, second = found.unflatten(-3, (-1, 2)).unbind(-3)
+        upper = torch.cat((first, torch.zeros_like(first)), -1)
+        lower = torch.cat((reads @ writes.mT, second), -1)
+        found = torch.cat((upper, lower), -2)
+    return found.squeeze(-3)

@@ -126,7 +126,7 @@ class GatedDeltaNet(nn.Module):
             q.unflatten(-1, (-1, self.k_dim)),
             k.unflatten(-1, (-1, self.k_dim)),
             v.unflatten(-1, (-1, self.v_dim)),
-            g=g,
+            g=g[..., None],
             beta=beta,
             state=matrices,
         )

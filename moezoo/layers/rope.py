@@ -145,6 +145,24 @@ class RotaryEmbeddings(nn.Module):
         return torch.cat(cosines, -1), torch.cat(sines, -1)
 
 
+class NoRotation(nn.Module):
+    """By no angle: for decoders none of whose layers knows positions but by the causal mask.
+
+    Cosines of 1 and sines of 0 leave `dim` numbers exactly as they are, in kernels too.
+    """
+
+    depends_on_length = False
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
+        """positions int [B or 1, T] -> cosine and signed sine [B or 1, T, 1, dim] in `dtype`."""
+        sin = torch.zeros(*positions.shape, 1, self.dim, dtype=dtype, device=positions.device)
+        return sin + 1, sin
+
+
 def whole_heads(config: PreTrainedConfig) -> RotaryEmbedding:
     """For architectures that rotate all of a head, and ignore that a config says otherwise.
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from torch import nn
-from transformers import DeepseekV2Config, DeepseekV3Config, Glm4MoeLiteConfig
+from transformers import DeepseekV2Config, DeepseekV3Config, Glm4MoeLiteConfig, PreTrainedConfig
 
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
@@ -32,20 +32,33 @@ def latent_attention(
     *,
     layer: Callable[..., MultiHeadLatentAttention] = MultiHeadLatentAttention,
 ) -> MultiHeadLatentAttention:
-    if config.num_key_value_heads != config.num_attention_heads:
-        raise UnsupportedArchitectureError.of_field(
-            config, "num_key_value_heads", f"num_attention_heads, {config.num_attention_heads}"
-        )
+    """A `layer` of the sizes that a config names, its softmax scaled as the rotation wants it."""
     if config.head_dim != config.qk_rope_head_dim:
         raise UnsupportedArchitectureError.of_field(
             config, "head_dim", f"qk_rope_head_dim, {config.qk_rope_head_dim}"
         )
     try:
-        scale = yarn_softmax_factor(config.rope_parameters)
+        factor = yarn_softmax_factor(config.rope_parameters)
     except TypeError as error:
         raise UnsupportedArchitectureError.of_field(
             config, "rope_parameters", f"numbers ({error})"
         ) from error
+    attention = latent_attention_of_sizes(config, rotate, layer=layer)
+    attention.scale *= factor
+    return attention
+
+
+def latent_attention_of_sizes(
+    config: PreTrainedConfig,
+    rotate: Rotate,
+    *,
+    layer: Callable[..., MultiHeadLatentAttention] = MultiHeadLatentAttention,
+) -> MultiHeadLatentAttention:
+    """The same where a config says nothing of a rotation."""
+    if config.num_key_value_heads != config.num_attention_heads:
+        raise UnsupportedArchitectureError.of_field(
+            config, "num_key_value_heads", f"num_attention_heads, {config.num_attention_heads}"
+        )
     head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
     width = config.num_attention_heads * head_dim
     q: nn.Module
@@ -68,7 +81,7 @@ def latent_attention(
         rope_dim=config.qk_rope_head_dim,
         v_dim=config.v_head_dim,
         rotate=rotate,
-        scale=head_dim**-0.5 * scale,
+        scale=head_dim**-0.5,
         bias=config.attention_bias,
     )
 

@@ -19,6 +19,7 @@ STATEFUL = {
     "qwen3_next": "one-in-four",
     "lfm2_moe": "biased",
     "granitemoehybrid": "unrotated",
+    "kimi_linear": "one-in-four",
 }
 
 

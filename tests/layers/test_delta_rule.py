@@ -4,6 +4,7 @@ import pytest
 import torch
 from tolerances import assert_close
 from torch.nn import functional as F
+from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 from transformers.models.qwen3_next import modeling_qwen3_next as theirs
 
 from moezoo.layers.convolution import CausalConvolution
@@ -12,7 +13,7 @@ from moezoo.layers.delta_rule import gated_delta_rule
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def inputs(batch, length, *, k_heads=2, v_heads=6, k_dim=7, v_dim=5, device="cpu", seed=0):
+def inputs(batch, length, *, k_heads=2, v_heads=6, k_dim=7, v_dim=5, g_dim=1, device="cpu", seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -22,7 +23,7 @@ def inputs(batch, length, *, k_heads=2, v_heads=6, k_dim=7, v_dim=5, device="cpu
         "q": randn(length, k_heads, k_dim),
         "k": randn(length, k_heads, k_dim),
         "v": randn(length, v_heads, v_dim),
-        "g": -F.softplus(randn(length, v_heads)),
+        "g": -F.softplus(randn(length, v_heads, g_dim)),
         "beta": randn(length, v_heads).sigmoid(),
         "state": randn(v_heads, k_dim, v_dim),
     }
@@ -42,7 +43,7 @@ def test_as_transformers_token_by_token(length, device):
         q,
         k,
         x["v"],
-        g=x["g"],
+        g=x["g"][..., 0],
         beta=x["beta"],
         initial_state=x["state"],
         output_final_state=True,
@@ -52,9 +53,39 @@ def test_as_transformers_token_by_token(length, device):
     assert_close(state, after)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("length", [1, 2, 3, 63, 64, 65, 150])
+def test_a_decay_of_each_channel_as_transformers_token_by_token(length, device):
+    x = inputs(3, length, g_dim=7, device=device)
+    y, state = gated_delta_rule(**x)
+    q, k = (x[name].repeat_interleave(3, 2) for name in "qk")
+    expected, after = kimi.recurrent_kimi_delta_attention(
+        q,
+        k,
+        x["v"],
+        x["g"],
+        x["beta"],
+        initial_state=x["state"],
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+    )
+    assert_close(y, expected)
+    assert_close(state, after)
+
+
+@pytest.mark.parametrize("length", [1, 5, 64, 90])
+def test_channels_that_decay_alike_are_a_head_that_decays(length):
+    x = inputs(2, length)
+    expected, after = gated_delta_rule(**x)
+    y, state = gated_delta_rule(**x | {"g": x["g"].expand(-1, -1, -1, 7)})
+    assert_close(y, expected)
+    assert_close(state, after)
+
+
+@pytest.mark.parametrize("g_dim", [1, 7])
 @pytest.mark.parametrize("lengths", [(64, 1, 1), (1, 70), (100, 3, 64)])
-def test_pieces_go_on_from_the_state(lengths):
-    x = inputs(2, sum(lengths), v_heads=2)
+def test_pieces_go_on_from_the_state(lengths, g_dim):
+    x = inputs(2, sum(lengths), v_heads=2, g_dim=g_dim)
     whole, after = gated_delta_rule(**x)
     pieces, start = [], 0
     for length in lengths:
@@ -65,8 +96,9 @@ def test_pieces_go_on_from_the_state(lengths):
     assert_close(x["state"], after)
 
 
-def test_a_token_without_beta_and_decay_leaves_the_state():
-    x = inputs(2, 70)
+@pytest.mark.parametrize("g_dim", [1, 7])
+def test_a_token_without_beta_and_decay_leaves_the_state(g_dim):
+    x = inputs(2, 70, g_dim=g_dim)
     x["g"][0, 40:], x["beta"][0, 40:] = 0, 0
     _, state = gated_delta_rule(**x)
     _, expected = gated_delta_rule(**part({n: t[:1] for n, t in x.items()}, slice(40)))
@@ -76,11 +108,27 @@ def test_a_token_without_beta_and_decay_leaves_the_state():
     assert state[0].equal(x["state"][0])
 
 
-def test_a_decay_that_underflows_is_finite():
-    x = inputs(1, 130)
+@pytest.mark.parametrize("g_dim", [1, 7])
+def test_a_decay_that_underflows_is_finite(g_dim):
+    x = inputs(1, 130, g_dim=g_dim)
     x["g"] *= 1e4
     y, state = gated_delta_rule(**x)
     assert y.isfinite().all() and state.isfinite().all()
+
+
+def test_a_channel_that_forgets_at_once_among_those_that_do_not():
+    """exp(-decay) of a chunk would overflow."""
+    x = inputs(2, 100, g_dim=7)
+    x["g"][:, ::3] *= 300
+    x["g"][..., -1] *= 20
+    y, state = gated_delta_rule(**x)
+    exact, after = gated_delta_rule(**part(x, slice(1)))
+    pieces = [exact]
+    for t in range(1, 100):
+        exact, after = gated_delta_rule(**part(x, slice(t, t + 1)) | {"state": after})
+        pieces.append(exact)
+    assert_close(y, torch.cat(pieces, 1))
+    assert_close(state, after)
 
 
 def convolution(width, channels=6):

@@ -305,6 +305,19 @@ LFM2 = COMMON | {
     "tie_word_embeddings": False,
     "bos_token_id": None,
 }
+KIMI_LINEAR = {
+    k: v
+    for k, v in LATENT.items()
+    if k not in ("n_routed_experts", "q_lora_rank", "first_k_dense_replace")
+} | {
+    "rms_norm_eps": 1e-2,
+    "num_hidden_layers": 4,
+    "layer_types": [LINEAR, LINEAR, FULL, LINEAR],
+    "linear_num_heads": 3,
+    "linear_head_dim": 6,
+    "num_experts": 12,
+    "num_shared_experts": 1,
+}
 LONGCAT: Config = {
     "vocab_size": 61,
     "max_position_embeddings": 64,
@@ -471,6 +484,61 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
             "num_experts_per_tok": 7,
             "linear_conv_kernel_dim": 2,
             "rope_parameters": ROPE["yarn"] | {"partial_rotary_factor": 1.0},
+        },
+    },
+    "kimi_linear": {
+        "one-in-four": KIMI_LINEAR,
+        "groups-low-rank-bias": KIMI_LINEAR
+        | {
+            "num_hidden_layers": 2,
+            "layer_types": [LINEAR, FULL],
+            "q_lora_rank": 11,
+            "attention_bias": True,
+            "num_expert_group": 3,
+            "topk_group": 2,
+            "linear_conv_kernel_dim": 7,
+            "rms_norm_eps": 1e-4,
+        },
+        "raw-weights-conv1-wide": KIMI_LINEAR
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": [FULL, LINEAR, LINEAR],
+            "moe_renormalize": False,
+            "linear_conv_kernel_dim": 1,
+            "linear_num_heads": 1,
+            "linear_head_dim": 17,
+            "kv_lora_rank": 24,
+            "v_head_dim": 19,
+            "num_shared_experts": 3,
+            "first_k_dense_replace": 0,
+        },
+        "dense-between-k1-gelu": KIMI_LINEAR
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": [LINEAR, FULL, LINEAR],
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "num_experts_per_token": 1,
+            "hidden_act": "gelu",
+            "linear_conv_kernel_dim": 2,
+            "routed_scaling_factor": 1.3,
+        },
+        "as-on-the-hub": {k: v for k, v in KIMI_LINEAR.items() if k != "layer_types"}
+        | {
+            "linear_attn_config": {
+                "full_attn_layers": [2, 4],
+                "kda_layers": [1, 3],
+                "num_heads": 2,
+                "head_dim": 5,
+                "short_conv_kernel_size": 3,
+            },
+            "head_dim": 9,
+            "first_k_dense_replace": 2,
+            "num_nextn_predict_layers": 0,
+            "moe_layer_freq": 1,
+            "moe_router_activation_func": "sigmoid",
+            "mla_use_nope": True,
+            "rope_theta": 100.0,
+            "rope_scaling": None,
         },
     },
     "olmoe": {

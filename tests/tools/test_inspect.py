@@ -145,6 +145,23 @@ def test_states_are_counted(tmp_path):
     assert "77,856,768 bytes per sequence" in shown.getvalue()
 
 
+def test_states_beside_latents_are_counted(tmp_path):
+    """Of Kimi-Linear-48B-A3B: 7 layers of 27 have latents, the others a state."""
+    full = [4, 8, 12, 16, 20, 24, 27]
+    layers = {
+        "full_attn_layers": full,
+        "kda_layers": [layer for layer in range(1, 28) if layer not in full],
+        "num_heads": 32,
+        "head_dim": 128,
+        "short_conv_kernel_size": 4,
+    }
+    config = {"model_type": "kimi_linear", "linear_attn_config": layers, "head_dim": 72}
+    report = inspect(config_only(tmp_path, torch_dtype="bfloat16", **config))
+    assert report.parameters == pytest.approx(49e9, rel=1e-2)
+    assert report.kv_cache_bytes_per_token == 7 * (512 + 64) * 2
+    assert report.state_bytes_per_sequence == 20 * (32 * 128 * 128 * 4 + 3 * 4096 * 4 * 2)
+
+
 def test_a_rank_holds_its_share_of_the_experts_and_all_the_rest(tmp_path):
     report = inspect(config_only(tmp_path, **QWEN3_30B_A3B))
     per_rank = report.weight_bytes["bf16"]

@@ -69,7 +69,7 @@ def test_the_reference_is_the_rule(device: torch.device) -> None:
         q.unflatten(-1, (2, 6)),
         k.unflatten(-1, (2, 6)),
         v.unflatten(-1, (6, 5)),
-        g=-x["A_log"].exp() * F.softplus(x["a"] + x["dt_bias"])[:, None],
+        g=-x["A_log"].exp()[:, None] * F.softplus(x["a"] + x["dt_bias"])[:, None, :, None],
         beta=x["b"].sigmoid()[:, None],
         state=x["state"],
     )

@@ -13,6 +13,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 
 from kernels.test_rotate_store import rotation
 from moezoo.layers.kernels.latent_store import latent_store, latent_store_ref
+from moezoo.layers.rope import NoRotation
 
 EPS = 1e-6
 
@@ -86,6 +87,15 @@ def test_matches_transformers(interleaved: bool, device: torch.device) -> None:
     for row in (0, 2, 3, 4):
         stored = cache[arguments["slots"][row], 0]
         assert_close(stored, torch.cat((latent[row], expected_k[0, 0, row])))
+
+
+def test_no_rotation_leaves_numbers_as_they_are(dtype: torch.dtype, device: torch.device) -> None:
+    arguments = inputs((5, 3, 40, 12, 20), dtype, device) | {"interleaved": False}
+    arguments["rotation"] = NoRotation(12)(torch.arange(5, device=device)[None], dtype)
+    cache, out = results(latent_store, arguments)
+    slots = arguments["slots"]
+    assert torch.equal(out[..., 40:], arguments["q"][..., 20:])
+    assert torch.equal(cache[slots[slots >= 0], 0, 40:], arguments["kv_a"][slots >= 0, 40:])
 
 
 def test_other_slots_stay_as_they_are(device: torch.device) -> None:
