@@ -474,7 +474,7 @@ def test_auto_dtype_without_one_in_the_config_is_the_tensors(tmp_path):
         ({"device": "meta"}, ValueError, "device is 'meta'"),
         ({"device": 3.5}, ValueError, "device is 3.5"),
         ({"parallel": 8}, ValueError, "parallel is 8, expected a moezoo.Parallel or None"),
-        ({"eplb": {}}, ValueError, "eplb={} is not in this release"),
+        ({"eplb": {}}, ValueError, "eplb={} is for experts that are divided over ranks"),
         ({"quantization": "int3_w3a16"}, ValueError, "quantization type is 'int3_w3a16'"),
     ],
 )
