@@ -177,7 +177,6 @@ FIELDS = [
     ("afmoe", "num_experts_per_tok", {"num_experts_per_tok": 10}),
     ("afmoe", "score_func", {"score_func": "softmax"}),
     ("afmoe", "layer_types", {"layer_types": ["chunked_attention"] * 5}),
-    ("mellum", "mlp_layer_types", {"mlp_layer_types": ["mixed"] * 4}),
     ("dbrx", "num_attention_heads", {"num_attention_heads": 10}),
     ("deepseek_v32", "index_head_dim", {"index_head_dim": 6}),
     ("deepseek_v32", "index_topk", {"index_topk": 0}),
