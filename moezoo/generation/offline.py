@@ -169,7 +169,7 @@ def generate(
     Raises:
         ValueError: an option is unknown, out of range or contradicts another, a prompt is
             malformed, or `chat` is asked of a tokenizer without a chat template.
-        ExpertMapError: ranks that have to have the same prompts and settings have not.
+        ExpertMapError: ranks that have to have the same prompts have not.
         RankError: another rank died, hangs or failed.
         MoEOutOfMemoryError: one prompt alone does not fit the device; says what needs less.
     """

@@ -3,6 +3,7 @@
 Memory beyond the final weights does not grow with the model.
 """
 
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -165,7 +166,7 @@ def from_checkpoint(
         built.config, built.decoder, registry.architecture(built.config.model_type).CHECKPOINT
     )
     if mesh is not None and slots is not None:
-        balance_(built.decoder, mesh, slots, eplb, num_groups=_groups(built.config))
+        balance_(built.decoder, mesh, slots, eplb, num_groups=_groups(built.decoder))
     model = MoECausalLM(built.config, built.decoder).eval()
     model.mesh = mesh
     if built.generation_config is not None:
@@ -191,9 +192,9 @@ def _balance(eplb: Mapping[str, object] | EPLB | None, parallel: Parallel | None
     return balance
 
 
-def _groups(config: PreTrainedConfig) -> int:
-    """Of neighbouring experts that a token chooses first, where the router does so."""
-    return getattr(config, "n_group", None) or 1
+def _groups(decoder: Decoder) -> int:
+    """Of neighbouring experts that a token chooses first, where the routers do so."""
+    return min(moe.router.keywords.get("num_groups", 1) for moe in moe_layers(decoder).values())
 
 
 def _sharded(
@@ -204,9 +205,11 @@ def _sharded(
     balance: EPLB | None,
 ) -> Slots:
     """Leave this rank's experts in a decoder on meta: those of its slots."""
+    fields = json.loads(config.to_json_string(use_diff=False))
+    fields.pop("_name_or_path", None)  # a folder may be another on each host
     mesh.agree(
-        {
-            "config": config.to_json_string(use_diff=False),
+        {f"config.{name}": value for name, value in fields.items()}
+        | {
             "quantization": asked,
             "eplb": balance and repr(replace(balance, placement=None)),
         }
@@ -325,7 +328,7 @@ def from_config(
         place(decoder, tensors)
         describe_(config, decoder, registry.architecture(config.model_type).CHECKPOINT)
         if mesh is not None and slots is not None:
-            balance_(decoder, mesh, slots, balance, num_groups=_groups(config))
+            balance_(decoder, mesh, slots, balance, num_groups=_groups(decoder))
     model = MoECausalLM(config, decoder).eval()
     model.mesh = mesh
     return model

@@ -71,7 +71,7 @@ class Parallel:
             if getattr(self, name) not in known:
                 expected = " or ".join(map(repr, known))
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
-        if not self.timeout > 0:
+        if not isinstance(self.timeout, int | float) or not 0 < self.timeout < float("inf"):
             raise ValueError(f"timeout is {self.timeout!r}, expected seconds above 0")
         if self.dispatch == "all_gather":
             for name, unset in (("capacity", None), ("wire", "model")):

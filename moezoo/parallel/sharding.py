@@ -126,7 +126,8 @@ def step_without_tokens(decoder: Decoder) -> None:
                 continue
             nothing = moe.gate.new_empty(0, moe.gate.shape[1])
             # A row that is cut off says how many experts a token has.
-            topk_weights, topk_ids = moe.route(moe.gate.new_zeros(1, len(moe.gate)).float())
+            route = moe.reroute or moe.route
+            topk_weights, topk_ids = route(moe.gate.new_zeros(1, len(moe.gate)).float())
             slots = topk_ids if moe.physical_ids is None else moe.physical_ids(topk_ids[:0])
             moe.dispatched(nothing, topk_weights[:0], slots[:0])
     decoder.end_step(dummy=True)

@@ -66,9 +66,9 @@ def _received(pipes: list[Any], timeout: float, never: Collection[int]) -> list[
     return results
 
 
-def results(num_ranks: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+def results(num_ranks: int, work: Callable[..., Any], *args: Any, timeout: float = 90) -> list[Any]:
     """The same, where no rank may fail."""
-    found = run(num_ranks, work, *args)
+    found = run(num_ranks, work, *args, timeout=timeout)
     for rank, result in enumerate(found):
         if isinstance(result, Exception):
             raise AssertionError(f"rank {rank} failed") from result

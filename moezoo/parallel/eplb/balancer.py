@@ -28,7 +28,7 @@ from moezoo.parallel.slots import Slots
 _log = logging.getLogger(__name__)
 
 WATCHED_STEPS = 100
-"""The window where nothing is balanced."""
+"""The window, and the interval, where nothing is balanced."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Balancer:
         num_groups: int = 1,
     ) -> None:
         if options is None:
-            options = EPLB(enabled=False, window_size=WATCHED_STEPS)
+            options = EPLB(enabled=False, window_size=WATCHED_STEPS, step_interval=WATCHED_STEPS)
         self._options = options
         self._mesh = None if mesh is None or mesh.ep_size == 1 else mesh
         self._rank, self._num_ranks = (0, 1) if mesh is None else (mesh.ep_rank, mesh.ep_size)
