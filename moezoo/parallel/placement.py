@@ -196,7 +196,7 @@ class Placement:
         ):
             if placed != there:
                 raise ExpertMapError(
-                    f"the placement is for {what} {placed}, and the model runs with {there}; plan "
+                    f"the placement is for {what}: {placed}, and the model runs with {there}; plan "
                     "it anew with moezoo eplb plan"
                 )
 

@@ -47,7 +47,7 @@ class Slots:
                 raise ExpertMapError(
                     f"placement is {os.fspath(placement)!r}, expected "
                     f"{' or '.join(map(repr, STRATEGIES))}, a list of experts for each rank, or "
-                    "the path of a placement file"
+                    "the path of a placement file, and there is no such file"
                 )
             return cls.placed(Placement.load(placement), num_experts, layers, num_ranks)
         ranks = [experts_of_rank(num_experts, num_ranks, r, placement) for r in range(num_ranks)]

@@ -143,9 +143,9 @@ def test_files_that_are_no_json_or_lack_a_field(tmp_path):
 def test_a_placement_of_another_model():
     placement().check_model(3, (1, 2), 2)
     for other, message in (
-        ((4, (1, 2), 2), "for experts 3, and the model runs with 4"),
-        ((3, (0, 1, 2), 2), r"for MoE layers \[1, 2\], and the model runs with \[0, 1, 2\]"),
-        ((3, (1, 2), 4), "for ranks 2, and the model runs with 4; plan it anew"),
+        ((4, (1, 2), 2), "for experts: 3, and the model runs with 4"),
+        ((3, (0, 1, 2), 2), r"for MoE layers: \[1, 2\], and the model runs with \[0, 1, 2\]"),
+        ((3, (1, 2), 4), "for ranks: 2, and the model runs with 4; plan it anew"),
     ):
         with pytest.raises(ExpertMapError, match=message):
             placement().check_model(*other)

@@ -61,7 +61,7 @@ def test_where_experts_are_to_begin_with(tmp_path):
     assert torch.equal(EPLB().slots(3, [1, 3], 2, file).physical_to_logical_map, maps)
     with pytest.raises(ExpertMapError, match=r"num_redundant_experts=3 is asked for, .* has 1"):
         EPLB(placement=file, num_redundant_experts=3).slots(3, [1, 3], 2, "linear")
-    with pytest.raises(ExpertMapError, match="for ranks 2, and the model runs with 4"):
+    with pytest.raises(ExpertMapError, match="for ranks: 2, and the model runs with 4"):
         EPLB(placement=file).slots(3, [1, 3], 4, "linear")
 
 
