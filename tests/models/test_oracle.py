@@ -137,6 +137,7 @@ def test_logits(pair: Pair) -> None:
     assert_close(uncached, theirs)
 
 
+@pytest.mark.first_configuration
 def test_one_token(pair: Pair) -> None:
     assert_close(*pair.logits(input_ids=token_ids(1, 1)))
 
@@ -155,6 +156,7 @@ def test_padding(pair: Pair, side: str) -> None:
         assert_close(ours[1][kept[1]], alone[0])
 
 
+@pytest.mark.first_configuration
 def test_logits_to_keep(pair: Pair) -> None:
     inputs = {"input_ids": token_ids(2, LENGTH)}
     every, _ = pair.logits(**inputs)
@@ -166,6 +168,7 @@ def test_logits_to_keep(pair: Pair) -> None:
     assert_close(some, every[:, [0, 7]])
 
 
+@pytest.mark.first_configuration
 def test_inputs_embeds(pair: Pair) -> None:
     ids = token_ids(2, LENGTH)
     assert pair.model.get_input_embeddings()(ids).equal(pair.reference.get_input_embeddings()(ids))
@@ -212,6 +215,7 @@ def test_greedy_tokens(pair: Pair) -> None:
     assert ours.tolist() == theirs.tolist()
 
 
+@pytest.mark.first_configuration
 def test_greedy_tokens_with_a_static_cache(pair: Pair) -> None:
     if pair.model_type == "llama4_text" and "block_sequence_ids" not in CHUNKED_MASK:
         pytest.skip("this transformers fails to make masks of chunks for static caches")
@@ -220,6 +224,7 @@ def test_greedy_tokens_with_a_static_cache(pair: Pair) -> None:
     assert ours.tolist() == theirs.tolist()
 
 
+@pytest.mark.first_configuration
 def test_greedy_tokens_from_embeddings(pair: Pair) -> None:
     embeds = pair.reference.get_input_embeddings()(token_ids(2, 6))
     ours, theirs = generate(pair, inputs_embeds=embeds, max_new_tokens=4, do_sample=False)
@@ -268,6 +273,7 @@ def test_saved_model_is_read_by_transformers(pair: Pair, tmp_path: Path) -> None
     assert_close(pair.logits(input_ids=ids)[0], theirs.eval()(ids).logits)
 
 
+@pytest.mark.first_configuration
 def test_saved_model_is_read_back(pair: Pair, tmp_path: Path) -> None:
     pair.model.save_pretrained(tmp_path)
     again = load(tmp_path)
@@ -277,6 +283,7 @@ def test_saved_model_is_read_back(pair: Pair, tmp_path: Path) -> None:
     assert again(ids).logits.equal(pair.logits(input_ids=ids)[0])
 
 
+@pytest.mark.first_configuration
 def test_old_spelling_of_the_config(pair: Pair, tmp_path: Path) -> None:
     """Checkpoints on the hub have `rope_theta` and `rope_scaling` in place of `rope_parameters`."""
     write(pair.model_type, pair.reference, tmp_path)
@@ -314,6 +321,7 @@ def test_rope_of_mixtral_without_head_dim(tmp_path: Path, rope: str) -> None:
     assert model.config.head_dim is None
 
 
+@pytest.mark.first_configuration
 def test_sixteen_bits(pair: Pair) -> None:
     """In bf16 both stay as close to fp32 as rounding lets them."""
     ids = token_ids(4, 8)
