@@ -252,7 +252,7 @@ def gated_inputs(
 
 
 @pytest.mark.parametrize("activation", ["silu", Gating("gelu_tanh"), Gating("silu", limit=1.5)])
-@pytest.mark.parametrize(("num_rows", "n", "k"), [(1, 7, 100), (2, 40, 2049), (4, 300, 65)])
+@pytest.mark.parametrize(("num_rows", "n", "k"), [(1, 7, 100), (2, 20, 2049), (4, 70, 65)])
 def test_gated(
     num_rows: int,
     n: int,

@@ -54,7 +54,7 @@ def test_matches_reference(
     assert_close(few_tokens(**arguments), few_tokens_ref(**arguments))
 
 
-@pytest.mark.parametrize("num_tokens", [2, 5])
+@pytest.mark.parametrize("num_tokens", [2, 3])
 def test_a_token_gets_what_it_gets_alone(
     num_tokens: int, dtype: torch.dtype, device: torch.device
 ) -> None:

@@ -73,7 +73,7 @@ def test_absent_experts_and_nan(name: str, device: torch.device) -> None:
     assert not few_tokens_weight_only(**arguments).any()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ["int4-64-zeros", "int8-channel", "mxfp4"])
 def test_biases_gates_and_strides(name: str, device: torch.device) -> None:
     arguments = inputs(name, (1, 4, 2, 64, 64), device)
     generator = torch.Generator().manual_seed(3)

@@ -25,6 +25,8 @@ def test_matches_reference(
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if device.type == "cpu" and few_rows == 0 and (hidden != 300 or dtype != torch.float16):
+        pytest.skip("seconds in the interpreter; other rows have these widths and types")
     monkeypatch.setattr(permute, "FEW_ROWS", few_rows)
     num_tokens, _, num_experts = ROUTINGS[routing]
     generator = torch.Generator().manual_seed(0)
