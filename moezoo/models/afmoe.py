@@ -13,7 +13,7 @@ from moezoo.layers.linear import Linear
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.rope import rotate_half, unrotated
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import head_width, norm_of_each_head, window_of
+from moezoo.models.attentions import attention_biases, head_width, norm_of_each_head, window_of
 from moezoo.models.fields import ASSUMED_EVERYWHERE
 from moezoo.models.mixtures import dense_or_mixture, ungrouped_sigmoid_route
 from moezoo.models.names import (
@@ -79,8 +79,7 @@ def build(config: AfmoeConfig) -> Decoder:
             config.num_attention_heads,
             config.num_key_value_heads,
             head_dim=head_width(config),
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
+            **attention_biases(config),
             window=window,
             rotate=unrotated if window is None else rotate_half,
             **norm_of_each_head(config),

@@ -28,6 +28,11 @@ def grouped_queries(config: PreTrainedConfig, **options: Any) -> GroupedQueryAtt
     )
 
 
+def attention_biases(config: PreTrainedConfig) -> dict[str, bool]:
+    """Options for attention layers: all projections have biases, or none."""
+    return dict.fromkeys(("qkv_bias", "out_bias"), config.attention_bias)
+
+
 def norm_of_each_head(config: PreTrainedConfig) -> dict[str, RMSNorm]:
     """Options for `grouped_queries`: queries and keys are normalised head by head."""
     width = head_width(config)

@@ -15,7 +15,7 @@ from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import softmax_topk, topk_sigmoid
 from moezoo.layers.norm import LayerNorm, NormOfSum, RMSNorm, handed_to
 from moezoo.layers.rope import rotate_interleaved, unrotated
-from moezoo.models.attentions import grouped_queries, window_of
+from moezoo.models.attentions import attention_biases, grouped_queries, window_of
 from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
 from moezoo.models.mixtures import listed_layers
 from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, EXPERTS, SHARED_EXPERTS
@@ -74,8 +74,7 @@ def build(config: Cohere2MoeConfig) -> Decoder:
         )
         return grouped_queries(
             config,
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
+            **attention_biases(config),
             window=window,
             rotate=rotate_interleaved if rotates else unrotated,
         )

@@ -1,6 +1,8 @@
 """DeepSeek-V3 (DeepSeek-AI, 2024) and Kimi K2: sigmoid scores, a bias that steers the choice."""
 
-from transformers import DeepseekV3Config
+from collections.abc import Container
+
+from transformers import DeepseekV3Config, Glm4MoeLiteConfig
 
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.mla import MultiHeadLatentAttention
@@ -18,18 +20,21 @@ ASSUMES = ASSUMED_EVERYWHERE | {
 }
 
 
-def build(config: DeepseekV3Config) -> Decoder:
+def decoder_of(config: DeepseekV3Config | Glm4MoeLiteConfig, dense: Container[int]) -> Decoder:
+    """With these layers dense."""
+
     def attention(layer_idx: int) -> MultiHeadLatentAttention:
         rotate = rotate_interleaved if config.rope_interleave else rotate_half
         return latent_attention(config, rotate)
 
     feed_forward = dense_or_mixture(
-        config,
-        sigmoid_route(config),
-        dense=first_layers(config),
-        num_shared=config.n_shared_experts,
+        config, sigmoid_route(config), dense=dense, num_shared=config.n_shared_experts
     )
     return pre_norm_decoder(config, attention, feed_forward)
+
+
+def build(config: DeepseekV3Config) -> Decoder:
+    return decoder_of(config, first_layers(config))
 
 
 CHECKPOINT: tuple[Rule | Skip, ...] = (*DECODER, *MLA, *BIASED_MIXTURES, TOKEN_PREDICTION_LAYERS)

@@ -4,7 +4,7 @@ from transformers import Dots1Config
 
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
-from moezoo.models.attentions import grouped_queries, norm_of_each_head, window_of
+from moezoo.models.attentions import attention_biases, grouped_queries, norm_of_each_head, window_of
 from moezoo.models.fields import ASSUMED_EVERYWHERE
 from moezoo.models.mixtures import dense_or_mixture, first_layers, sigmoid_route
 from moezoo.models.names import ATTENTION, BIASED_MIXTURES, DECODER, QK_NORM
@@ -19,8 +19,7 @@ def build(config: Dots1Config) -> Decoder:
     def attention(layer_idx: int) -> GroupedQueryAttention:
         return grouped_queries(
             config,
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
+            **attention_biases(config),
             window=window_of(config, layer_idx),
             **norm_of_each_head(config),
         )

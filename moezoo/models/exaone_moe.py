@@ -6,11 +6,18 @@ from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.rope import rotate_half, unrotated
-from moezoo.loaders.mapping import Rule, Skip
+from moezoo.loaders.mapping import Rule
 from moezoo.models.attentions import grouped_queries, norm_of_each_head, window_of
 from moezoo.models.fields import ASSUMED_EVERYWHERE
 from moezoo.models.mixtures import dense_or_mixture, listed_layers, sigmoid_route
-from moezoo.models.names import ATTENTION, BIASED_MIXTURES, CORRECTION_BIAS, DECODER, QK_NORM
+from moezoo.models.names import (
+    ATTENTION,
+    BIASED_MIXTURES,
+    CORRECTION_BIAS,
+    DECODER,
+    QK_NORM,
+    TOKEN_PREDICTION,
+)
 
 ASSUMES = ASSUMED_EVERYWHERE | {"scoring_func": ("sigmoid",), "attention_bias": (False, None)}
 
@@ -44,5 +51,5 @@ CHECKPOINT = (
     *QK_NORM,
     Rule(CORRECTION_BIAS.target, "model.layers.{L}.mlp.e_score_correction_bias"),
     *BIASED_MIXTURES,
-    Skip("mtp.{*}", "multi-token prediction"),
+    TOKEN_PREDICTION,
 )

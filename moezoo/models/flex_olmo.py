@@ -8,7 +8,7 @@ from transformers import FlexOlmoConfig
 from moezoo.layers.attention import Context, GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, DecoderLayer, pre_norm_decoder
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import grouped_queries, norm_of_all_heads
+from moezoo.models.attentions import attention_biases, grouped_queries, norm_of_all_heads
 from moezoo.models.fields import ASSUMED_EVERYWHERE
 from moezoo.models.names import AROUND_LAYERS, ATTENTION, EXPERTS, QK_NORM
 from moezoo.models.olmoe import feed_forward
@@ -31,8 +31,7 @@ def build(config: FlexOlmoConfig) -> Decoder:
     def attention(layer_idx: int) -> GroupedQueryAttention:
         return grouped_queries(
             config,
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
+            **attention_biases(config),
             **norm_of_all_heads(config),
         )
 

@@ -4,8 +4,6 @@ The releases have their experts in MXFP4. A gate's row and the up row that goes 
 neighbours there, and in 16-bit checkpoints, where matrices are also transposed.
 """
 
-from functools import partial
-
 import torch
 from torch import nn
 from transformers import GptOssConfig
@@ -14,10 +12,10 @@ from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.moe import BiasedLogits, FusedMoE, Gating
-from moezoo.layers.moe.routing import softmax_topk
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import grouped_queries, window_of
-from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
+from moezoo.models.attentions import attention_biases, grouped_queries, window_of
+from moezoo.models.fields import ASSUMED_EVERYWHERE
+from moezoo.models.mixtures import softmax_route
 from moezoo.models.names import ATTENTION, DECODER
 
 ASSUMES = ASSUMED_EVERYWHERE | {"hidden_act": ("silu",), "swiglu_alpha": (1.702,)}
@@ -32,15 +30,13 @@ def build(config: GptOssConfig) -> Decoder:
     def attention(layer_idx: int) -> GroupedQueryAttention:
         return grouped_queries(
             config,
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
+            **attention_biases(config),
             window=window_of(config, layer_idx),
             sinks=nn.Parameter(torch.empty(config.num_attention_heads)),
         )
 
     def feed_forward(layer_idx: int) -> FusedMoE:
-        k = experts_per_token(config, config.num_local_experts)
-        route = partial(softmax_topk, k=k, renormalize=True)
+        route = softmax_route(config, config.num_local_experts, renormalize=True)
         return FusedMoE(
             config.hidden_size,
             config.intermediate_size,

@@ -13,12 +13,12 @@ from moezoo.layers.attention import Context, GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, DecoderLayer, ScaledDecoder, pre_norm_decoder
 from moezoo.layers.mlp import GatedMLP
 from moezoo.layers.moe import FusedMoE
-from moezoo.layers.moe.routing import softmax_topk
 from moezoo.layers.norm import handed_to
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import grouped_queries
-from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
-from moezoo.models.names import ATTENTION, DECODER
+from moezoo.models.attentions import attention_biases, grouped_queries
+from moezoo.models.fields import ASSUMED_EVERYWHERE
+from moezoo.models.mixtures import softmax_route
+from moezoo.models.names import ATTENTION, DECODER, each_expert
 
 ASSUMES = ASSUMED_EVERYWHERE
 
@@ -63,11 +63,7 @@ def granite_decoder(
             config.hidden_size,
             config.intermediate_size,
             config.num_local_experts,
-            partial(
-                softmax_topk,
-                k=experts_per_token(config, config.num_local_experts),
-                renormalize=True,
-            ),
+            softmax_route(config, config.num_local_experts, renormalize=True),
             activation=config.hidden_act,
             shared=shared,
         )
@@ -88,8 +84,7 @@ def granite_decoder(
 def granite_attention(config: PreTrainedConfig, **options: Any) -> GroupedQueryAttention:
     return grouped_queries(
         config,
-        qkv_bias=config.attention_bias,
-        out_bias=config.attention_bias,
+        **attention_biases(config),
         scale=config.attention_multiplier,
         **options,
     )
@@ -114,13 +109,7 @@ CHECKPOINT = (
     Rule("layers.{L}.mlp.w2", f"{MOE}.output_linear.weight", shard="expert"),
     Rule("layers.{L}.mlp.w2", f"{MOE}.experts.down_proj", shard="expert"),
     # For formats that have matrices only.
-    Rule(
-        "layers.{L}.mlp.w13",
-        f"{MOE}.experts.{{E}}.gate_proj.weight",
-        f"{MOE}.experts.{{E}}.up_proj.weight",
-        shard="expert",
-    ),
-    Rule("layers.{L}.mlp.w2", f"{MOE}.experts.{{E}}.down_proj.weight", shard="expert"),
+    *each_expert(f"{MOE}.experts"),
     Rule("layers.{L}.mlp.shared.gate_up.weight", "model.layers.{L}.shared_mlp.input_linear.weight"),
     Rule("layers.{L}.mlp.shared.down.weight", "model.layers.{L}.shared_mlp.output_linear.weight"),
 )

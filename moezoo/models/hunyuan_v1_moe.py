@@ -16,7 +16,7 @@ from moezoo.layers.moe.routing import softmax_topk
 from moezoo.layers.norm import RMSNorm
 from moezoo.layers.rope import RotaryEmbedding, Rotation, whole_heads
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import head_width
+from moezoo.models.attentions import attention_biases, head_width
 from moezoo.models.fields import ASSUMED_EVERYWHERE
 from moezoo.models.names import ATTENTION, DECODER, EXPERTS, gated_mlp
 
@@ -82,8 +82,7 @@ def build(config: HunYuanMoEV1Config) -> Decoder:
             config.num_key_value_heads,
             head_dim=head_width(config),
             eps=config.rms_norm_eps,
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
+            **attention_biases(config),
         )
 
     def feed_forward(layer_idx: int) -> FusedMoE:

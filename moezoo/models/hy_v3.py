@@ -5,7 +5,7 @@ from transformers import HYV3Config
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import grouped_queries, norm_of_each_head
+from moezoo.models.attentions import attention_biases, grouped_queries, norm_of_each_head
 from moezoo.models.fields import ASSUMED_EVERYWHERE
 from moezoo.models.mixtures import counted_layers, dense_or_mixture, ungrouped_sigmoid_route
 from moezoo.models.names import (
@@ -34,8 +34,7 @@ def build(config: HYV3Config) -> Decoder:
     def attention(layer_idx: int) -> GroupedQueryAttention:
         return grouped_queries(
             config,
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
+            **attention_biases(config),
             **norm_of_each_head(config),
         )
 

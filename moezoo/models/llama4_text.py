@@ -18,9 +18,9 @@ from moezoo.layers.moe.routing import topk_sigmoid
 from moezoo.layers.norm import NormOfSum, handed_to
 from moezoo.layers.rope import Rotation, rotate_interleaved, unrotated
 from moezoo.loaders.mapping import Rule, Skip
-from moezoo.models.attentions import head_width
+from moezoo.models.attentions import attention_biases, head_width
 from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
-from moezoo.models.names import ATTENTION, DECODER, gated_mlp
+from moezoo.models.names import ATTENTION, DECODER, each_expert, gated_mlp
 
 ASSUMES = ASSUMED_EVERYWHERE
 
@@ -94,8 +94,7 @@ def build(config: Llama4TextConfig) -> Decoder:
             config.num_attention_heads,
             config.num_key_value_heads,
             head_dim=head_width(config),
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
+            **attention_biases(config),
             window=Chunked(chunk) if config.layer_types[layer_idx] == "chunked_attention" else None,
             rotate=rotate_interleaved if rotates else unrotated,
         )
@@ -130,12 +129,6 @@ CHECKPOINT: tuple[Rule | Skip, ...] = (
     Rule("layers.{L}.mlp.w13", f"{EXPERTS}.gate_up_proj", shard="expert", view="transpose"),
     Rule("layers.{L}.mlp.w2", f"{EXPERTS}.down_proj", shard="expert", view="transpose"),
     # As those have it who quantise linear layers, and make some of the experts first.
-    Rule(
-        "layers.{L}.mlp.w13",
-        f"{EXPERTS}.{{E}}.gate_proj.weight",
-        f"{EXPERTS}.{{E}}.up_proj.weight",
-        shard="expert",
-    ),
-    Rule("layers.{L}.mlp.w2", f"{EXPERTS}.{{E}}.down_proj.weight", shard="expert"),
+    *each_expert(EXPERTS),
     *gated_mlp("layers.{L}.mlp.shared", f"{MLP}.shared_expert"),
 )

@@ -1,23 +1,20 @@
 """Mellum 2 (JetBrains, 2026): Qwen3-MoE whose sliding layers have a rotation of their own."""
 
-from functools import partial
-
 from transformers import MellumConfig
 
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
-from moezoo.layers.moe.routing import softmax_topk
 from moezoo.layers.rope import whole_heads
-from moezoo.loaders.mapping import Skip
 from moezoo.models.attentions import (
+    attention_biases,
     grouped_queries,
     norm_of_each_head,
     rotary_embeddings,
     window_of,
 )
-from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
-from moezoo.models.mixtures import dense_or_mixture, listed_layers
-from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, EXPERTS, QK_NORM
+from moezoo.models.fields import ASSUMED_EVERYWHERE
+from moezoo.models.mixtures import dense_or_mixture, listed_layers, softmax_route
+from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, EXPERTS, QK_NORM, TOKEN_PREDICTION
 
 ASSUMES = ASSUMED_EVERYWHERE
 
@@ -28,18 +25,13 @@ def build(config: MellumConfig) -> Decoder:
     def attention(layer_idx: int) -> GroupedQueryAttention:
         return grouped_queries(
             config,
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
+            **attention_biases(config),
             window=window_of(config, layer_idx),
             part=rope.parts[config.layer_types[layer_idx]],
             **norm_of_each_head(config),
         )
 
-    route = partial(
-        softmax_topk,
-        k=experts_per_token(config, config.num_experts),
-        renormalize=config.norm_topk_prob,
-    )
+    route = softmax_route(config, config.num_experts, renormalize=config.norm_topk_prob)
     feed_forward = dense_or_mixture(
         config, lambda: route, dense=listed_layers(config), num_shared=None
     )
@@ -52,5 +44,5 @@ CHECKPOINT = (
     *QK_NORM,
     *DENSE_MLP,
     *EXPERTS,
-    Skip("mtp.{*}", "multi-token prediction"),
+    TOKEN_PREDICTION,
 )

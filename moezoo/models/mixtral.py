@@ -1,15 +1,13 @@
 """Mixtral (Mistral AI, 2024): every layer a mixture, weights of the chosen experts renormalised."""
 
-from functools import partial
-
 from transformers import MixtralConfig
 
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.moe import FusedMoE
-from moezoo.layers.moe.routing import softmax_topk
 from moezoo.models.attentions import grouped_queries
-from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
+from moezoo.models.fields import ASSUMED_EVERYWHERE
+from moezoo.models.mixtures import softmax_route
 from moezoo.models.names import ATTENTION, BLOCK_SPARSE_MOE, DECODER, EXPERTS
 
 ASSUMES = ASSUMED_EVERYWHERE
@@ -24,11 +22,7 @@ def build(config: MixtralConfig) -> Decoder:
             config.hidden_size,
             config.intermediate_size,
             config.num_local_experts,
-            partial(
-                softmax_topk,
-                k=experts_per_token(config, config.num_local_experts),
-                renormalize=True,
-            ),
+            softmax_route(config, config.num_local_experts, renormalize=True),
             activation=config.hidden_act,
         )
 

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Container
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.mlp import GatedMLP
 from moezoo.layers.moe import BiasedRoute, FusedMoE
 from moezoo.layers.moe.layer import Route
-from moezoo.layers.moe.routing import grouped_topk
+from moezoo.layers.moe.routing import grouped_topk, softmax_topk
 from moezoo.models.fields import experts_per_token
 
 
@@ -28,6 +28,13 @@ def check_groups(config: PreTrainedConfig) -> None:
     if not kept or kept > groups:
         raise UnsupportedArchitectureError.of_field(config, "topk_group", f"1 to {groups}")
     experts_per_token(config, kept * experts // groups)
+
+
+def softmax_route(
+    config: PreTrainedConfig, num_experts: int, *, renormalize: bool
+) -> partial[tuple[Tensor, Tensor]]:
+    """`softmax_topk` of as many experts as the config says a token has."""
+    return partial(softmax_topk, k=experts_per_token(config, num_experts), renormalize=renormalize)
 
 
 def sigmoid_route(config: PreTrainedConfig) -> Callable[[], BiasedRoute]:

@@ -74,20 +74,24 @@ def gated_mlp(target: str, source: str) -> tuple[Rule, ...]:
 
 DENSE_MLP = gated_mlp("layers.{L}.mlp", "model.layers.{L}.mlp")
 
+
+def each_expert(source: str) -> tuple[Rule, ...]:
+    """The rules of experts that are `source`.0, `source`.1 and so on there."""
+    return (
+        Rule(
+            "layers.{L}.mlp.w13",
+            f"{source}.{{E}}.gate_proj.weight",
+            f"{source}.{{E}}.up_proj.weight",
+            shard="expert",
+        ),
+        Rule("layers.{L}.mlp.w2", f"{source}.{{E}}.down_proj.weight", shard="expert"),
+    )
+
+
 EXPERTS = (
     Rule("layers.{L}.mlp.gate", "model.layers.{L}.mlp.gate.weight"),
-    Rule(
-        "layers.{L}.mlp.w13",
-        "model.layers.{L}.mlp.experts.{E}.gate_proj.weight",
-        "model.layers.{L}.mlp.experts.{E}.up_proj.weight",
-        shard="expert",
-    ),
+    *each_expert("model.layers.{L}.mlp.experts"),
     Rule("layers.{L}.mlp.w13", "model.layers.{L}.mlp.experts.gate_up_proj", shard="expert"),
-    Rule(
-        "layers.{L}.mlp.w2",
-        "model.layers.{L}.mlp.experts.{E}.down_proj.weight",
-        shard="expert",
-    ),
     Rule("layers.{L}.mlp.w2", "model.layers.{L}.mlp.experts.down_proj", shard="expert"),
 )
 
@@ -116,12 +120,15 @@ CORRECTION_BIAS = Rule(
 BIASED_MIXTURES = (*DENSE_MLP, *EXPERTS, CORRECTION_BIAS, *SHARED_EXPERTS)
 """Feed-forward layers as DeepSeek-V3 has them, dense ones among them."""
 
+TOKEN_PREDICTION = Skip("mtp.{*}", "multi-token prediction")
+"""What models that were trained to predict several tokens at once have beside their own layers."""
+
 TOKEN_PREDICTION_LAYERS = Skip(
     "model.layers.{L}.{*}",
     "multi-token prediction",
     marks=tuple(f"model.layers.{{L}}.{name}.weight" for name in ("eh_proj", "enorm", "hnorm")),
 )
-"""What follows the last layer of models that were trained to predict several tokens at once."""
+"""The same, where it follows their last layer."""
 
 
 def of_text_model(rules: Sequence[Rule | Skip]) -> tuple[Rule | Skip, ...]:

@@ -8,9 +8,9 @@ from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.moe import FusedMoE
-from moezoo.layers.moe.routing import softmax_topk
-from moezoo.models.attentions import grouped_queries, norm_of_all_heads
-from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
+from moezoo.models.attentions import attention_biases, grouped_queries, norm_of_all_heads
+from moezoo.models.fields import ASSUMED_EVERYWHERE
+from moezoo.models.mixtures import softmax_route
 from moezoo.models.names import ATTENTION, DECODER, EXPERTS, QK_NORM
 
 ASSUMES = ASSUMED_EVERYWHERE
@@ -21,11 +21,7 @@ def feed_forward(config: OlmoeConfig | FlexOlmoConfig, layer_idx: int) -> FusedM
         config.hidden_size,
         config.intermediate_size,
         config.num_experts,
-        partial(
-            softmax_topk,
-            k=experts_per_token(config, config.num_experts),
-            renormalize=config.norm_topk_prob,
-        ),
+        softmax_route(config, config.num_experts, renormalize=config.norm_topk_prob),
         activation=config.hidden_act,
     )
 
@@ -38,8 +34,7 @@ def build(config: OlmoeConfig) -> Decoder:
     def attention(layer_idx: int) -> GroupedQueryAttention:
         return grouped_queries(
             config,
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
+            **attention_biases(config),
             clip=config.clip_qkv,
             **norm_of_all_heads(config),
         )

@@ -13,7 +13,7 @@ from moezoo.layers.moe.routing import sparsemixer
 from moezoo.layers.norm import LayerNorm
 from moezoo.layers.rope import RotaryEmbedding, Rotation
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import grouped_queries
+from moezoo.models.attentions import attention_biases, grouped_queries
 from moezoo.models.fields import ASSUMED_EVERYWHERE, check_head_bias, experts_per_token
 from moezoo.models.names import ATTENTION, BLOCK_SPARSE_MOE, DECODER, EXPERTS
 
@@ -55,8 +55,7 @@ def build(config: PhimoeConfig) -> Decoder:
     def attention(layer_idx: int) -> GroupedQueryAttention:
         return grouped_queries(
             config,
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
+            **attention_biases(config),
             window=config.sliding_window,
         )
 

@@ -11,10 +11,10 @@ from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.mlp import GatedMLP, SigmoidGatedMLP
 from moezoo.layers.moe import FusedMoE
-from moezoo.layers.moe.routing import softmax_topk
 from moezoo.loaders.mapping import Rule
 from moezoo.models.attentions import grouped_queries, window_of
-from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
+from moezoo.models.fields import ASSUMED_EVERYWHERE
+from moezoo.models.mixtures import softmax_route
 from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, EXPERTS, gated_mlp
 
 ASSUMES = ASSUMED_EVERYWHERE
@@ -35,11 +35,7 @@ def feed_forward(
         config.hidden_size,
         config.moe_intermediate_size,
         config.num_experts,
-        partial(
-            softmax_topk,
-            k=experts_per_token(config, config.num_experts),
-            renormalize=config.norm_topk_prob,
-        ),
+        softmax_route(config, config.num_experts, renormalize=config.norm_topk_prob),
         activation=config.hidden_act,
         shared=shared_expert(),
     )

@@ -12,7 +12,14 @@ from moezoo.layers.norm import ZeroCenteredRMSNorm
 from moezoo.layers.rope import RotaryEmbedding
 from moezoo.loaders.mapping import Rule, Skip
 from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token, text_part
-from moezoo.models.names import ATTENTION, DECODER, EXPERTS, QK_NORM, of_text_model
+from moezoo.models.names import (
+    ATTENTION,
+    DECODER,
+    EXPERTS,
+    QK_NORM,
+    TOKEN_PREDICTION,
+    of_text_model,
+)
 from moezoo.models.qwen2_moe import SHARED_EXPERT, shared_expert
 from moezoo.models.qwen3_next import DELTA_NET, NET, hybrid_attention
 
@@ -52,7 +59,7 @@ TEXT: tuple[Rule | Skip, ...] = (
     *DELTA_NET,
     *EXPERTS,
     *SHARED_EXPERT,
-    Skip("mtp.{*}", "multi-token prediction"),
+    TOKEN_PREDICTION,
 )
 
 CHECKPOINT = (*TEXT, *of_text_model(TEXT))

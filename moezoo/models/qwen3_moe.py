@@ -6,7 +6,7 @@ from transformers import Qwen3MoeConfig
 
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
-from moezoo.models.attentions import grouped_queries, norm_of_each_head
+from moezoo.models.attentions import attention_biases, grouped_queries, norm_of_each_head
 from moezoo.models.fields import ASSUMED_EVERYWHERE
 from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, EXPERTS, QK_NORM
 from moezoo.models.qwen2_moe import feed_forward
@@ -18,8 +18,7 @@ def build(config: Qwen3MoeConfig) -> Decoder:
     def attention(layer_idx: int) -> GroupedQueryAttention:
         return grouped_queries(
             config,
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
+            **attention_biases(config),
             window=config.sliding_window,
             **norm_of_each_head(config),
         )

@@ -13,9 +13,10 @@ from moezoo.layers.gated_attention import GatedAttention
 from moezoo.layers.gated_delta_net import GatedDeltaNet, by_key_head
 from moezoo.layers.norm import RMSNorm, ZeroCenteredRMSNorm
 from moezoo.layers.rope import RotaryEmbedding
-from moezoo.loaders.mapping import Rule, Skip
+from moezoo.loaders.mapping import Rule
+from moezoo.models.attentions import attention_biases
 from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, EXPERTS, QK_NORM
+from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, EXPERTS, QK_NORM, TOKEN_PREDICTION
 from moezoo.models.qwen2_moe import SHARED_EXPERT, feed_forward, shared_expert
 
 ASSUMES = ASSUMED_EVERYWHERE
@@ -32,8 +33,7 @@ def hybrid_attention(
             config.num_attention_heads,
             config.num_key_value_heads,
             head_dim=config.head_dim,
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
+            **attention_biases(config),
             q_norm=ZeroCenteredRMSNorm(config.head_dim, config.rms_norm_eps),
             k_norm=ZeroCenteredRMSNorm(config.head_dim, config.rms_norm_eps),
         )
@@ -90,5 +90,5 @@ CHECKPOINT = (
     *DENSE_MLP,
     *EXPERTS,
     *SHARED_EXPERT,
-    Skip("mtp.{*}", "multi-token prediction"),
+    TOKEN_PREDICTION,
 )

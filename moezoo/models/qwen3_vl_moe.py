@@ -12,7 +12,7 @@ from moezoo.errors import UnsupportedArchitectureError
 from moezoo.loaders.mapping import Rule, Skip, View
 from moezoo.models import qwen3_moe
 from moezoo.models.fields import text_part
-from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, QK_NORM, of_text_model
+from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, QK_NORM, each_expert, of_text_model
 
 ASSUMES = qwen3_moe.ASSUMES
 
@@ -52,13 +52,7 @@ TEXT: tuple[Rule | Skip, ...] = (
         for ours, theirs in (("w13", "gate_up_proj"), ("w2", "down_proj"))
         for view in ORDERS
     ),
-    Rule(
-        "layers.{L}.mlp.w13",
-        f"{EXPERTS}.{{E}}.gate_proj.weight",
-        f"{EXPERTS}.{{E}}.up_proj.weight",
-        shard="expert",
-    ),
-    Rule("layers.{L}.mlp.w2", f"{EXPERTS}.{{E}}.down_proj.weight", shard="expert"),
+    *each_expert(EXPERTS),
 )
 
 CHECKPOINT = (*of_text_model(TEXT), Rule("lm_head.weight", "lm_head.weight"))

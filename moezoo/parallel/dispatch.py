@@ -27,7 +27,7 @@ from moezoo.parallel.pack import (
     unpack_rows,
 )
 
-_BEGINNING = "beginning a forward pass"
+BEGINNING = "beginning a forward pass"
 _SENDING, _ANSWERING = "sending tokens to experts", "sending the experts' outputs back"
 
 FEW_ROWS = 1024
@@ -59,7 +59,7 @@ class AllGather(_Ranks):
     def dispatch(self, x: Tensor, topk_weights: Tensor, slots: Tensor) -> Flight:
         """Raises ValueError, on every rank, where the first tokens of all are not the same."""
         _refuse_gradient(x)
-        if not self._compared and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not self._compared and not _is_captured(x.device):
             self._compare(x)
             self._compared = True
         return _Shared(self, x, topk_weights, slots)
@@ -134,7 +134,7 @@ class AllToAll(_Ranks):
     def passing(self, num_tokens: int) -> Iterator[None]:
         # A captured pass would go on with the numbers of its time.
         if self.capacity is None and not _is_captured(self.mesh.device):
-            self._tokens = [number for (number,) in self.mesh.numbers([num_tokens], _BEGINNING)]
+            self._tokens = [number for (number,) in self.mesh.numbers([num_tokens], BEGINNING)]
         try:
             yield
         finally:
@@ -183,12 +183,10 @@ class _Counted:
     """
 
     def __init__(self, ranks: AllToAll, x: Tensor, topk_weights: Tensor, slots: Tensor) -> None:
-        self._ranks, self._mesh = ranks, ranks.mesh
+        self._mesh = ranks.mesh
         tokens = x, topk_weights, slots
         parts = (tensor.tensor_split(ranks.chunks) for tensor in tokens)
-        self._parts = [
-            _Part(ranks, *part, ranks=ranks.mesh.ep_size) for part in zip(*parts, strict=True)
-        ]
+        self._parts = [_Part(ranks, *part) for part in zip(*parts, strict=True)]
         sent = torch.stack([part.there.sum(0) for part in self._parts], 1)
         received = self._mesh.all_to_all(sent, "exchanging the counts of tokens").wait()
         counts = torch.stack([sent, received]).tolist()
@@ -219,11 +217,11 @@ class _Part:
     """[R]"""
 
     def __init__(
-        self, dispatcher: AllToAll, x: Tensor, topk_weights: Tensor, slots: Tensor, *, ranks: int
+        self, dispatcher: AllToAll, x: Tensor, topk_weights: Tensor, slots: Tensor
     ) -> None:
         self._dispatcher, self._mesh = dispatcher, dispatcher.mesh
         self._form, self._tokens = dispatcher.format(x, slots), (x, topk_weights, slots)
-        self.there = destinations(slots, dispatcher.rank_of_slot, ranks)
+        self.there = destinations(slots, dispatcher.rank_of_slot, self._mesh.ep_size)
 
     def send(self) -> None:
         order, self._places = pack_order(self.there, sum(self.sent), self._form.k)

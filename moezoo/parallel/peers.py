@@ -1,20 +1,19 @@
 """Generation in step with the other ranks of an expert group."""
 
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from zlib import crc32
 
 from torch import Tensor
 
 from moezoo.errors import ExpertMapError
 from moezoo.layers.decoder import Decoder, Peers, Turn
-from moezoo.parallel.dispatch import AllToAll
+from moezoo.parallel.dispatch import BEGINNING, AllToAll
 from moezoo.parallel.mesh import Mesh
 from moezoo.parallel.sharding import moe_layers, step_without_tokens
 
-_BEGINNING, _AGREEING = "beginning a forward pass", "comparing the settings of generation"
-_CHOOSING = "agreeing on tokens"
+_AGREEING, _CHOOSING = "comparing the settings of generation", "agreeing on tokens"
 
 
 def peers_of(decoder: Decoder, mesh: Mesh) -> Peers | None:
@@ -57,7 +56,7 @@ class _SameTokens(_Ranks):
         digest = crc32(array("q", [rows, *map(len, prompts)]))
         for tokens in prompts:
             digest = crc32(array("q", tokens), digest)
-        first, *others = (digest for (digest,) in self._mesh.numbers([digest], _BEGINNING))
+        first, *others = (digest for (digest,) in self._mesh.numbers([digest], BEGINNING))
         for rank, other in zip(self._mesh.group_ranks[1:], others, strict=True):
             if other != first:
                 raise ExpertMapError(
@@ -86,13 +85,11 @@ class _OwnTokens(_Ranks):
         self.limit = dispatcher.capacity
 
     def begin(self, rows: int, prompts: Sequence[Sequence[int]] = ()) -> Turn:
-        has_prompts, capacity = _largest(self._mesh.numbers([len(prompts) > 0, rows], _BEGINNING))
+        has_prompts, capacity = _largest(self._mesh.numbers([len(prompts) > 0, rows], BEGINNING))
         return Turn(bool(has_prompts or capacity), None if has_prompts else capacity)
 
-    @contextmanager
-    def fixed(self, capacity: int | None) -> Iterator[None]:
-        with nullcontext() if capacity is None else self._dispatcher.fixed(capacity):
-            yield
+    def fixed(self, capacity: int | None) -> AbstractContextManager[None]:
+        return nullcontext() if capacity is None else self._dispatcher.fixed(capacity)
 
     def chosen(self, tensor: Tensor) -> Tensor:
         return tensor

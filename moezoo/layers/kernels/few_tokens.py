@@ -14,6 +14,8 @@ What a token gets does not depend on the others.
 Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per token.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -201,6 +203,32 @@ def _pieces(size: int, block: int, limit: int) -> int:
     return cdiv(blocks, cdiv(blocks, limit))
 
 
+def check_shapes(
+    x: Tensor,
+    w13_shape: Sequence[int],
+    w2_shape: Sequence[int],
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+) -> None:
+    """Raise ValueError unless x is [T, H], topk_weights and topk_ids [T, K], and w2 [E, H, I] for a
+    w13 of [E, 2 or 1, I, H]."""
+    num_experts, _, intermediate_size, hidden_size = w13_shape
+    if (
+        x.ndim != 2
+        or x.shape[1] != hidden_size
+        or tuple(w2_shape) != (num_experts, hidden_size, intermediate_size)
+    ):
+        raise ValueError(
+            f"x must be [T, {hidden_size}] and w2 [{num_experts}, {hidden_size}, "
+            f"{intermediate_size}] as w13 is, got {list(x.shape)} and {list(w2_shape)}"
+        )
+    if topk_ids.shape != topk_weights.shape or len(topk_ids) != len(x):
+        raise ValueError(
+            f"topk_weights and topk_ids must be [{len(x)}, K], "
+            f"got {list(topk_weights.shape)} and {list(topk_ids.shape)}"
+        )
+
+
 def few_tokens(
     x: Tensor,
     w13: Tensor,
@@ -221,20 +249,7 @@ def few_tokens(
     gating = Gating.of(activation)
     w13, bias13 = in_parts(w13, bias13)
     num_experts, num_parts, intermediate_size, hidden_size = w13.shape
-    if (
-        x.ndim != 2
-        or x.shape[1] != hidden_size
-        or w2.shape != (num_experts, hidden_size, intermediate_size)
-    ):
-        raise ValueError(
-            f"x must be [T, {hidden_size}] and w2 [{num_experts}, {hidden_size}, "
-            f"{intermediate_size}] as w13 is, got {list(x.shape)} and {list(w2.shape)}"
-        )
-    if topk_ids.shape != topk_weights.shape or len(topk_ids) != len(x):
-        raise ValueError(
-            f"topk_weights and topk_ids must be [{len(x)}, K], "
-            f"got {list(topk_weights.shape)} and {list(topk_ids.shape)}"
-        )
+    check_shapes(x, w13.shape, w2.shape, topk_weights, topk_ids)
     num_tokens, k = topk_ids.shape
     topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
     h = torch.empty(num_tokens * k, intermediate_size, dtype=x.dtype, device=x.device)

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
+from moezoo.layers.kernels.few_tokens import check_shapes, few_tokens_ref
 from moezoo.layers.kernels.gated_up import activate, activate_gated
 from moezoo.layers.kernels.overlap import launch_options, start_next, wait, wait_for_previous
 from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
@@ -64,20 +65,14 @@ def few_tokens_weight_only_ref(
     bias13: Tensor | None = None,
     bias2: Tensor | None = None,
 ) -> Tensor:
-    gating = Gating.of(activation)
-    out = x.new_zeros(x.shape, dtype=torch.float32)
-    for t, k in torch.cartesian_prod(*map(torch.arange, topk_ids.shape)).tolist():
-        e = int(topk_ids[t, k])
-        if not 0 <= e < w13.shape[0]:
-            continue
-        parts = w13[e].dequantize() @ x[t].float()  # [1 or 2, I]
-        if bias13 is not None:
-            parts += bias13[e].float()
-        y = w2[e].dequantize() @ gating(*parts).to(x.dtype).float()
-        if bias2 is not None:
-            y += bias2[e].float()
-        out[t] += topk_weights[t, k] * y.to(x.dtype).float()
-    return out.to(x.dtype)
+    return few_tokens_ref(
+        *(x, w13.dequantize(), w2.dequantize()),
+        topk_weights=topk_weights,
+        topk_ids=topk_ids,
+        activation=activation,
+        bias13=bias13,
+        bias2=bias2,
+    )
 
 
 @triton.jit
@@ -465,22 +460,9 @@ def few_tokens_weight_only(
     if w13.data.ndim != 4 or w13.shape[1] not in (1, 2):
         raise ValueError(f"w13 must be [E, 2 or 1, I, H], got {list(w13.shape)}")
     num_experts, num_parts, intermediate_size, hidden_size = w13.shape
-    if (
-        x.ndim != 2
-        or x.shape[1] != hidden_size
-        or w2.shape != (num_experts, hidden_size, intermediate_size)
-    ):
-        raise ValueError(
-            f"x must be [T, {hidden_size}] and w2 [{num_experts}, {hidden_size}, "
-            f"{intermediate_size}] as w13 is, got {list(x.shape)} and {list(w2.shape)}"
-        )
+    check_shapes(x, w13.shape, w2.shape, topk_weights, topk_ids)
     if x.dtype.itemsize != 2:
         raise ValueError(f"x must be bfloat16 or float16, got {x.dtype}")
-    if topk_ids.shape != topk_weights.shape or len(topk_ids) != len(x):
-        raise ValueError(
-            f"topk_weights and topk_ids must be [{len(x)}, K], "
-            f"got {list(topk_weights.shape)} and {list(topk_ids.shape)}"
-        )
     for name, w in (("w13", w13), ("w2", w2)):
         if not in_words(w):
             raise ValueError(f"rows of {name} are not of whole words of 4 bytes, see in_words")
