@@ -77,6 +77,8 @@ def wide_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     sizes = ("hidden_size", "d_model", "intermediate_size", "moe_intermediate_size")
     path = tmp_path_factory.mktemp(request.param)
     wide = config | {name: 64 for name in sizes if name in config}
+    if "mamba_n_heads" in config:  # its heads are twice as wide as the model, together
+        wide["mamba_d_head"] = 2 * 64 // config["mamba_n_heads"]
     write(request.param, reference(request.param, wide), path)
     return path
 
