@@ -139,7 +139,7 @@ def eplb(rows: list[Row]) -> list[str]:
         seconds, cost = row["seconds"], row["cost"]
         found = [row["steps"], row["eplb"], str(row["ranks"]), f"{row['balancedness']:.2f}"]
         found += [f"{1e3 * row[name]:.2f}" for name in ("mean_seconds", "slowest_seconds")]
-        found.append(f"{1e3 * seconds['nothing']:.2f}")
+        found.append(f"{1e3 * seconds['nothing']:.2f}" if "nothing" in seconds else "")
         for kind in ("piece", "switch"):
             told = f"{1e3 * seconds[kind]:.2f} ({cost[kind]:+.1%})" if kind in cost else ""
             found += [str(row["number"][kind] or ""), told]

@@ -174,10 +174,9 @@ def told_apart(times: Tensor, ends: list[str]) -> Row:
         found["number"][kind] = len(own)
         if len(own):
             found["seconds"][kind] = own.median().item()
-    plain = found["seconds"]["nothing"]
-    found["cost"] = {
-        kind: seconds / plain - 1 for kind, seconds in found["seconds"].items() if kind != "nothing"
-    }
+    own = dict(found["seconds"])
+    plain = own.pop("nothing", None)
+    found["cost"] = {} if plain is None else {kind: own[kind] / plain - 1 for kind in own}
     return found
 
 

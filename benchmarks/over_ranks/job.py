@@ -228,7 +228,8 @@ class Job:
             if not self.on_gpu:
                 return lambda: [run() for _ in range(launches)]
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # The threads that watch over collectives ask for events meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 for _ in range(launches):
                     run()
         return graph.replay

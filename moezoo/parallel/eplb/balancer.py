@@ -5,6 +5,7 @@ slots, S slots of a rank, R ranks.
 """
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -149,9 +150,7 @@ class Balancer:
         if self._plan is None and not self._waves and self.state.is_due:
             self.state.rebalance_begins_()
             loads = HostCopies(self.state.logical_load(), self.state.rank_load())
-            rate = None if self._transfer is None else self._transfer.bytes_per_second()
-            share = self._pace.bytes_in_a_share(rate)
-            self._plan = self._start(partial(self._find, loads, self._steps, share))
+            self._plan = self._start(partial(self._find, loads, self._steps, self._share()))
         while self._plan is not None or self._waves:
             if self._plan is not None:
                 self._agree(self._plan)
@@ -159,6 +158,12 @@ class Balancer:
                 self._move()
             if self._thread is not None:
                 return
+
+    def _share(self) -> float:
+        """Bytes that may travel at the end of a step."""
+        if self._transfer is None or self._thread is None:
+            return math.inf  # nothing does, or all of it
+        return self._pace.bytes_in_a_share(self._transfer.bytes_per_second())
 
     def _named(self, doing: str) -> AbstractContextManager[None]:
         return nullcontext() if self._mesh is None else self._mesh.named_faults(doing)
