@@ -26,13 +26,13 @@ from over_ranks.job import Job, Row
 from over_ranks.shapes import qwen3
 from over_ranks.steps import Steps
 
-LAYERS = {"decode": 16, "prompts": 8}
+LAYERS = {"decode": 48, "prompts": 8}
 ROWS, CONTEXT = 64, 512
 PROMPT = 512
 INTERVAL = {"decode": 400, "prompts": 150}
 """Steps. Long enough for all experts of all layers to travel."""
-MEASURED = 2
-"""Intervals, after the first rebalance."""
+MEASURED = {"decode": 1, "prompts": 2}
+"""Intervals, after that of the first rebalance."""
 REDUNDANT = 16
 RUNS = (
     *(("decode", "off"), ("decode", "dynamic"), ("prompts", "off"), ("prompts", "dynamic")),
@@ -54,7 +54,7 @@ def eplb(job: Job) -> Iterator[Row]:
             popular(moe)
         run = decoding if kind == "decode" else computing
         with torch.inference_mode():
-            times, ends = run(job, model, (1 + MEASURED) * interval)
+            times, ends = run(job, model, (1 + MEASURED[kind]) * interval)
         balanced = balance(job, model)
         del model, moe
         job.release()

@@ -61,7 +61,8 @@ def correctness(job: Job, models: list[Path]) -> Iterator[Row]:
     ids = torch.randint(config.vocab_size, (1, 200), generator=torch.Generator().manual_seed(0))
     subjects["qwen3-30b-a3b, 2 layers"] = partial(job.make, config), ids
     for number, (name, (load, ids)) in enumerate(subjects.items()):
-        yield from of_model(job, name, load, ids.to(job.device), number)
+        with job.until(job.left / (len(subjects) - number)):
+            yield from of_model(job, name, load, ids.to(job.device), number)
 
 
 def loaded(
@@ -80,7 +81,7 @@ def of_model(job: Job, name: str, load: Load, ids: Tensor, number: int) -> Itera
     whole: dict[str | None, Tensor] = {}
     for size in reversed(job.sizes):
         for quantization, placement in pairs(size, number):
-            if not job.has(8):
+            if not job.has(3):
                 return
             if quantization not in whole:
                 whole[quantization] = logits(load(quantization=quantization), ids)
@@ -175,11 +176,11 @@ def logits(model: MoECausalLM, ids: Tensor) -> Tensor:
 
 
 def generation(job: Job, models: list[Path]) -> Iterator[Row]:
-    for folder in models:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        for size in (n for n in reversed(job.sizes) if n > 1):
+    for size in (n for n in reversed(job.sizes) if n > 1):
+        for folder in models:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
             for dispatch in ("all_to_all", "all_gather"):
-                if not job.has(8):
+                if not job.has(5):
                     return
                 options = {"dtype": torch.float32, "dispatch": dispatch}
                 eplb = {"num_redundant_experts": size, "window_size": 8, "step_interval": 8}
