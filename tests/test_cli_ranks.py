@@ -139,10 +139,10 @@ def _not_json() -> str:
     [
         (["--strict"], 2, "1 bad input lines and --strict: nothing was generated"),
         (["--chat"], 2, "has no chat template: leave --chat out"),
-        (["--placement", "nowhere.json"], 1, "Expert map mismatch: placement is 'nowhere.json'"),
+        (["--placement", "nowhere.json"], 2, "Expert map mismatch: placement is 'nowhere.json'"),
         (
             ["--expert-parallel", "3"],
-            1,
+            2,
             "Expert map mismatch: expert_parallel_size is 3, and there",
         ),
     ],
@@ -161,7 +161,7 @@ def test_all_ranks_end_with_one_code(
 def test_ranks_with_other_options(prompts: Path, tmp_path: Path) -> None:
     asked = command(prompts, tmp_path / "out.jsonl", "--expert-parallel", "2")
     found = run(2, _with_other_options, asked)
-    assert [code for code, _, _ in found] == [1, 1]
+    assert [code for code, _, _ in found] == [2, 2]
     assert "Parallel.dispatch is all_to_all on rank 0 and all_gather on rank 1" in found[0][2]
 
 

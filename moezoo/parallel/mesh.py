@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from moezoo.device import device_of
 from moezoo.errors import ExpertMapError
 from moezoo.parallel.faults import Watch
-from moezoo.parallel.placement import STRATEGIES
+from moezoo.parallel.placement import STRATEGIES, is_strategy
 from moezoo.version import __version__
 
 # Its name in torch 2.13, which warns of the one before.
@@ -90,6 +90,12 @@ class Parallel:
                 "through torch.distributed; leave it None"
             )
         if not isinstance(self.placement, str | os.PathLike):
+            if not is_strategy(self.placement):
+                raise ValueError(
+                    f"placement is {self.placement!r}, expected "
+                    f"{' or '.join(map(repr, STRATEGIES))}, a list of experts for each rank, or the "
+                    "path of a placement file"
+                )
             ranks = tuple(tuple(experts) for experts in self.placement)
             object.__setattr__(self, "placement", ranks)
 
