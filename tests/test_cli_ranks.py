@@ -23,6 +23,7 @@ from moezoo.loaders import load
 from moezoo.tools.job import shares
 
 OPTIONS = ["--greedy", "--max-new-tokens", "6", "--dtype", "float32", "--device", "cpu", "--quiet"]
+OPTIONS += ["--quantization", "int4_w4a16"]  # which warns of the size of groups
 TIMEOUT = ["--rank-timeout", "3"]
 TEXTS = [f"Once there were {n} little dogs" + n * " and a cat" for n in range(7)]
 
@@ -122,7 +123,9 @@ def test_it_starts_its_processes(prompts: Path, tmp_path: Path, expected: list[s
         [sys.executable, "-m", "moezoo", *asked], capture_output=True, text=True, timeout=100
     )
     assert ended.returncode == 3
-    assert ended.stderr == f"moezoo: skipped {prompts}:8: not JSON: {_not_json()}\n"
+    skipped, warning = ended.stderr.splitlines()
+    assert skipped == f"moezoo: skipped {prompts}:8: not JSON: {_not_json()}"
+    assert "int4_w4a16: groups of 64 columns" in warning
     assert lines(output) == expected
 
 
