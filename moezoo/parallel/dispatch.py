@@ -9,12 +9,13 @@ capacity, S rows sent: a token once for each rank that it goes to.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from moezoo.device import HostCopies
 from moezoo.layers.kernels.row_format import RowFormat
 from moezoo.layers.moe import Arrival, Flight
 from moezoo.parallel.mesh import Mesh, Pending
@@ -49,33 +50,67 @@ class _Ranks:
 
 
 class AllGather(_Ranks):
-    """All ranks have the same tokens; each answers for its experts, and the answers are summed."""
+    """All ranks have the same tokens; each answers for its experts, and the answers are summed.
 
-    _compared = False
+    Of other tokens on each rank the sums would mean nothing, without any error. So ranks compare a
+    number made of the tokens of a forward pass's first layer. On a GPU the host looks at it when
+    all layers are queued: it waits for the first one only, while the others still run.
+    """
 
-    def passing(self, num_tokens: int) -> AbstractContextManager[None]:
-        return nullcontext()
+    _agreed = False
+    _in_pass = False
+    _compared: HostCopies | None = None
+    """In this forward pass: fp64 [R], of each rank."""
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Forward passes in the block have the same tokens on all ranks, as is known already."""
+        before, self._agreed = self._agreed, True
+        try:
+            yield
+        finally:
+            self._agreed = before
+
+    @contextmanager
+    def passing(self, num_tokens: int) -> Iterator[None]:
+        """Raises ValueError at its end, on every rank, where ranks had other tokens."""
+        self._in_pass = True
+        try:
+            yield
+            self._require_same()
+        finally:
+            self._in_pass, self._compared = False, None
 
     def dispatch(self, x: Tensor, topk_weights: Tensor, slots: Tensor) -> Flight:
-        """Raises ValueError, on every rank, where the first tokens of all are not the same."""
+        """Raises ValueError as `passing` does, on a CPU and outside of passes at once."""
         _refuse_gradient(x)
-        if not self._compared and not _is_captured(x.device):
-            self._compare(x)
-            self._compared = True
+        if not self._agreed and self._compared is None and not _is_captured(x.device):
+            own = _digest(x)[None]
+            self._compared = HostCopies(self.mesh.all_gather(own, "comparing tokens").wait())
+            if not (self._in_pass and x.is_cuda):
+                self._require_same()
+            if not self._in_pass:
+                self._compared = None
         return _Shared(self, x, topk_weights, slots)
 
-    def _compare(self, x: Tensor) -> None:
-        """Other tokens on each rank would give sums that mean nothing, without any error."""
-        count = torch.tensor(len(x), dtype=torch.float64, device=x.device)
-        own = torch.stack((count, x.double().sum()))[None]
-        sums = self.mesh.all_gather(own, "comparing tokens").wait()
-        differs = (sums.view(torch.int64) != own.view(torch.int64)).any(1).tolist()
+    def _require_same(self) -> None:
+        if self._compared is None:
+            return
+        (digests,) = self._compared.wait()
+        digests = digests.view(torch.int64)
+        differs = (digests != digests[self.mesh.ep_rank]).tolist()
         if any(differs):
             raise ValueError(
                 f"rank {self.mesh.group_ranks[differs.index(True)]} has other tokens than rank "
                 f"{self.mesh.rank}, and dispatch='all_gather' is for the same ones on all ranks; "
                 "give all the same inputs, or use dispatch='all_to_all'"
             )
+
+
+def _digest(x: Tensor) -> Tensor:
+    """x [T, H] -> fp64 []: another number for other tokens, another order and another T."""
+    places = torch.arange(1, len(x) + 1, dtype=torch.float64, device=x.device)
+    return x.sum(1, dtype=torch.float64).add_(1).dot(places)
 
 
 class _Shared:
@@ -117,7 +152,7 @@ class AllToAll(_Ranks):
         super().__init__(mesh, bounds, chunks=chunks)
         self.capacity = capacity
         self.fp8 = fp8
-        self._tokens: list[int] | None = None
+        self._tokens: Sequence[int] | None = None
         """Of each rank, in this forward pass."""
 
     @contextmanager
@@ -131,14 +166,26 @@ class AllToAll(_Ranks):
             self.capacity = before
 
     @contextmanager
-    def passing(self, num_tokens: int) -> Iterator[None]:
-        # A captured pass would go on with the numbers of its time.
-        if self.capacity is None and not _is_captured(self.mesh.device):
-            self._tokens = [number for (number,) in self.mesh.numbers([num_tokens], BEGINNING)]
+    def agreed(self, tokens: Sequence[int]) -> Iterator[None]:
+        """In forward passes in the block each rank of the group has so many tokens, as all know."""
+        before, self._tokens = self._tokens, tokens
         try:
             yield
         finally:
-            self._tokens = None
+            self._tokens = before
+
+    @contextmanager
+    def passing(self, num_tokens: int) -> Iterator[None]:
+        # A captured pass would go on with the numbers of its time.
+        if self.capacity is not None or _is_captured(self.mesh.device):
+            yield
+            return
+        if self._tokens is not None:
+            assert self._tokens[self.mesh.ep_rank] == num_tokens, "not what was agreed on"
+            yield
+            return
+        with self.agreed([number for (number,) in self.mesh.numbers([num_tokens], BEGINNING)]):
+            yield
 
     def capacity_for(self, k: int) -> int | None:
         """The size of buffers in this pass for tokens of k experts each, None to count.
@@ -162,10 +209,7 @@ class AllToAll(_Ranks):
         if capacity is None:
             return _Counted(self, x, topk_weights, slots)
         if len(x) > capacity:
-            raise ValueError(
-                f"rank {self.mesh.rank} has {len(x)} tokens in a forward pass, and the capacity is "
-                f"{capacity}; give Parallel a larger capacity, or None for any number"
-            )
+            raise beyond_capacity(self.mesh.rank, len(x), capacity)
         return _Fixed(self, x, topk_weights, slots, capacity)
 
     def format(self, x: Tensor, slots: Tensor) -> RowFormat:
@@ -279,6 +323,13 @@ class _Fixed:
             # Added in fp32 by torch, and rounded once.
             sums.append(answers[:, : max(0, num_tokens - part.start)].sum(0))
         return _joined(sums)
+
+
+def beyond_capacity(rank: int, num_tokens: int, capacity: int) -> ValueError:
+    return ValueError(
+        f"rank {rank} has {num_tokens} tokens in a forward pass, and the capacity is {capacity}; "
+        "give fewer at a time, or Parallel a larger capacity, or None for any number"
+    )
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -93,8 +93,14 @@ class Watch:
         try:
             yield
         except RuntimeError as error:
-            self._sign.awaits = deque()  # whoever catches this has been told
-            raise RankError(self._blame(doing, ranks, error)) from error
+            raise self.fault(doing, error, ranks) from error
+
+    def fault(
+        self, doing: str, error: RuntimeError, ranks: Sequence[int] | None = None
+    ) -> RankError:
+        """What `named` raises for an error of torch.distributed."""
+        self._sign.awaits = deque()  # whoever catches this has been told
+        return RankError(self._blame(doing, ranks, error))
 
     def exchange(self, what: str, text: str, *, patient: bool = False) -> list[str]:
         """The text of every rank, in their order; each gives its own, in the same order of calls.

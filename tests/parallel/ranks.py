@@ -36,7 +36,9 @@ def run(
     pipes, processes = [], []
     for rank in range(num_ranks):
         ours, theirs = _CONTEXT.Pipe()
-        process = _CONTEXT.Process(target=_rank, args=(rank, num_ranks, store.port, theirs, work, args))
+        process = _CONTEXT.Process(
+            target=_rank, args=(rank, num_ranks, store.port, theirs, work, args)
+        )
         process.start()
         theirs.close()
         pipes.append(ours)

@@ -195,9 +195,15 @@ def test_one_rank_capacity_and_gradients() -> None:
 def other_tokens(rank: int) -> str:
     mesh = join(Parallel(3), "cpu")
     x, weights, slots = tokens(3, 6, 2, torch.float32)
-    x[2, 5] += float(rank == 1)
-    with pytest.raises(ValueError, match="all_gather") as caught:
-        AllGather(mesh, (0, 2, 4, 6)).dispatch(x, weights, slots)
+    dispatcher = AllGather(mesh, (0, 2, 4, 6))
+    with dispatcher.passing(len(x)):
+        dispatcher.dispatch(x, weights, slots)
+    if rank == 1:  # in the next pass the same ones in another order
+        x = x.roll(1, 0)
+    with pytest.raises(ValueError, match="all_gather") as caught, dispatcher.passing(len(x)):
+        dispatcher.dispatch(x, weights, slots)
+    with pytest.raises(ValueError, match="all_gather"):
+        dispatcher.dispatch(x[: 12 - rank], weights, slots)
     return str(caught.value)
 
 
