@@ -28,6 +28,9 @@ from moezoo.parallel.pack import (
     unpack_rows,
 )
 
+Tokens = tuple[Tensor, Tensor, Tensor]
+"""x [T, H], topk_weights [T, K] and slots [T, K]."""
+
 BEGINNING = "beginning a forward pass"
 _SENDING, _ANSWERING = "sending tokens to experts", "sending the experts' outputs back"
 
@@ -117,8 +120,7 @@ class _Shared:
     def __init__(self, ranks: AllGather, x: Tensor, topk_weights: Tensor, slots: Tensor) -> None:
         self._mesh, self._dtype = ranks.mesh, x.dtype
         tokens = x, topk_weights, local_rows(slots, ranks.first, ranks.stop)
-        parts = (tensor.tensor_split(ranks.chunks) for tensor in tokens)
-        self._parts = [Arrival(*part) for part in zip(*parts, strict=True)]
+        self._parts = [Arrival(*part) for part in _parts(tokens, ranks.chunks)]
         self._sums: list[Pending[Tensor]] = []
 
     def arrivals(self) -> Iterator[Arrival]:
@@ -152,6 +154,7 @@ class AllToAll(_Ranks):
         super().__init__(mesh, bounds, chunks=chunks)
         self.capacity = capacity
         self.fp8 = fp8
+        self._form: RowFormat | None = None
         self._tokens: Sequence[int] | None = None
         """Of each rank, in this forward pass."""
 
@@ -213,8 +216,11 @@ class AllToAll(_Ranks):
         return _Fixed(self, x, topk_weights, slots, capacity)
 
     def format(self, x: Tensor, slots: Tensor) -> RowFormat:
-        """As tokens travel."""
-        return RowFormat(x.shape[1], slots.shape[1], x.dtype, self.fp8)
+        """As tokens travel: in one way in most models, which is kept."""
+        form, sizes = self._form, (x.shape[1], slots.shape[1], x.dtype)
+        if form is None or (form.hidden_size, form.k, form.dtype) != sizes:
+            form = self._form = RowFormat(*sizes, self.fp8)
+        return form
 
     def arrival(self, form: RowFormat, rows: Tensor) -> Arrival:
         return Arrival(*unpack_rows(form, rows, self.first, self.stop))
@@ -228,10 +234,9 @@ class _Counted:
 
     def __init__(self, ranks: AllToAll, x: Tensor, topk_weights: Tensor, slots: Tensor) -> None:
         self._mesh = ranks.mesh
-        tokens = x, topk_weights, slots
-        parts = (tensor.tensor_split(ranks.chunks) for tensor in tokens)
-        self._parts = [_Part(ranks, *part) for part in zip(*parts, strict=True)]
-        sent = torch.stack([part.there.sum(0) for part in self._parts], 1)
+        parts = _parts((x, topk_weights, slots), ranks.chunks)
+        self._parts = [_Part(ranks, *part) for part in parts]
+        sent = torch.stack([part.counts for part in self._parts], 1)
         received = self._mesh.all_to_all(sent, "exchanging the counts of tokens").wait()
         counts = torch.stack([sent, received]).tolist()
         for i, part in enumerate(self._parts):
@@ -265,10 +270,11 @@ class _Part:
     ) -> None:
         self._dispatcher, self._mesh = dispatcher, dispatcher.mesh
         self._form, self._tokens = dispatcher.format(x, slots), (x, topk_weights, slots)
-        self.there = destinations(slots, dispatcher.rank_of_slot, self._mesh.ep_size)
+        self._there = destinations(slots, dispatcher.rank_of_slot, self._mesh.ep_size)
+        self.counts = self._there.sum(0)
 
     def send(self) -> None:
-        order, self._places = pack_order(self.there, sum(self.sent), self._form.k)
+        order, self._places = pack_order(self._there, self.counts, sum(self.sent), self._form.k)
         rows = pack_rows(self._form, *self._tokens, len(self._tokens[0]))
         self._rows = self._mesh.all_to_all(
             rows.index_select(0, order), _SENDING, sent=self.sent, received=self.received
@@ -300,8 +306,10 @@ class _Fixed:
         self._answers: list[Pending[Tensor]] = []
 
     def _send(self, part: slice) -> Pending[Tensor]:
-        x, topk_weights, slots = (tensor[part] for tensor in self._tokens)
-        rows = pack_rows(self._form, x, topk_weights, slots, part.stop - part.start)
+        tokens = self._tokens
+        if len(self._parts) > 1:
+            tokens = tokens[0][part], tokens[1][part], tokens[2][part]
+        rows = pack_rows(self._form, *tokens, part.stop - part.start)
         return self._mesh.all_gather(rows, _SENDING)
 
     def arrivals(self) -> Iterator[Arrival]:
@@ -319,9 +327,11 @@ class _Fixed:
         num_tokens = len(self._tokens[0])
         sums = []
         for part, pending in zip(self._parts, self._answers, strict=True):
-            answers = pending.wait().unflatten(0, (self._mesh.ep_size, -1))
+            answers = pending.wait()
+            answers = answers.view(self._mesh.ep_size, -1, answers.shape[1])
+            number = min(max(0, num_tokens - part.start), answers.shape[1])
             # Added in fp32 by torch, and rounded once.
-            sums.append(answers[:, : max(0, num_tokens - part.start)].sum(0))
+            sums.append(answers.narrow(1, 0, number).sum(0))
         return _joined(sums)
 
 
@@ -330,6 +340,12 @@ def beyond_capacity(rank: int, num_tokens: int, capacity: int) -> ValueError:
         f"rank {rank} has {num_tokens} tokens in a forward pass, and the capacity is {capacity}; "
         "give fewer at a time, or Parallel a larger capacity, or None for any number"
     )
+
+
+def _parts(tokens: Tokens, number: int) -> list[Tokens]:
+    if number == 1:
+        return [tokens]
+    return list(zip(*(tensor.tensor_split(number) for tensor in tokens), strict=True))
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

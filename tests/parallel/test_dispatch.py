@@ -159,7 +159,7 @@ def test_pack(num_tokens: int, num_ranks: int) -> None:
     goes = [{int(rank_of_slot[s]) for s in row if s >= 0} for row in slots.tolist()]
     assert there.tolist() == [[rank in ranks for rank in range(num_ranks)] for ranks in goes]
 
-    order, places = pack_order(there, int(there.sum()), k)
+    order, places = pack_order(there, there.sum(0), int(there.sum()), k)
     expected = [t for rank in range(num_ranks) for t in range(num_tokens) if rank in goes[t]]
     assert order.tolist() == expected
     x = torch.randn(num_tokens, 8, generator=generator)
