@@ -26,7 +26,7 @@ def pack(job: Job) -> Iterator[Row]:
         owners = torch.arange(256, device=job.device) // (256 // PACK_RANKS)
         there = destinations(slots, owners, PACK_RANKS)
         num_rows = int(there.sum())
-        order, places = pack_order(there, num_rows, k)
+        order, places = pack_order(there, there.sum(0), num_rows, k)
         x = torch.randn(tokens, hidden_size, device=job.device).bfloat16()
         rows = x.index_select(0, order)
         other = torch.empty_like(rows)
