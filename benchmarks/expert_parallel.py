@@ -31,7 +31,8 @@ from expert_parallel_tables import lines
 from machine import describe, result_path, write_result
 from over_ranks.balance import eplb
 from over_ranks.correctness import correctness, generation, wrong
-from over_ranks.decode import TOLERANCE, decode
+from over_ranks.decode import decode
+from over_ranks.decode import is_wrong as decode_is_wrong
 from over_ranks.job import Job, Row
 from over_ranks.layer import layer
 from over_ranks.loading import load
@@ -120,7 +121,7 @@ def parsed() -> argparse.Namespace:
 
 def is_wrong(section: str, row: Row) -> bool:
     if section == "decode":
-        return not row["logit_difference"] <= TOLERANCE
+        return decode_is_wrong(row)
     return section in ("correctness", "generation") and wrong(section, row)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from moezoo.causal_lm import MoECausalLM
 from moezoo.device import HostCopies
 from moezoo.generation.engine import Engine
-from moezoo.generation.pages import PAGE_SIZE, num_pages
+from moezoo.generation.pages import num_pages
 from over_ranks.job import Job
 
 DRAWN = 64
@@ -34,16 +34,16 @@ class Steps:
     @torch.no_grad()
     def begin(self, rows: int, *, alike: bool) -> None:
         """Let so many rows go on; with the same tokens on all ranks, or others on each."""
-        slots = rows * self._pages * PAGE_SIZE
         for i, layer in enumerate(self.engine.cache.layers):
             generator = torch.Generator(self.job.device).manual_seed(i)
             for stored in layer:
                 if stored is not None:
-                    stored[:slots].normal_(generator=generator)
+                    stored.normal_(generator=generator)
         generator = torch.Generator().manual_seed(0 if alike else 1 + self.job.rank)
-        shape = DRAWN, rows
+        # For all rows, so that the first ones have the same whatever their number.
+        shape = DRAWN, self.engine.num_rows
         drawn = torch.randint(self.model.config.vocab_size, shape, generator=generator)
-        self._drawn = drawn.to(self.job.device)
+        self._drawn = drawn[:, :rows].to(self.job.device)
         self._rows = rows
         self.engine.stop(range(self.engine.num_rows))
         self.engine.start(range(rows), [self._length] * rows, self._drawn[0])

@@ -206,21 +206,48 @@ class Transfer:
 
     def commit_(self, wave: Wave) -> None:
         """Put what came, and what moves within this rank, into its slots."""
+        arrive, leave = _Copies(), _Copies()
         for switch in wave.switches:
             tensors, starts = self._octets[switch.layer], self._starts[switch.layer]
             size = switch.moves.slots_per_rank
-            for move in switch.moves.local:  # all read what was there before
+            for move in switch.moves.local:
                 if move.source // size == self._rank:
                     row = self._staging[wave.rows[switch.layer, move.targets]]
                     for tensor, start in zip(tensors, starts, strict=False):
                         octets = tensor[move.source % size]
-                        row[start : start + len(octets)].copy_(octets)
+                        arrive.add(row[start : start + len(octets)], octets)
         for (layer, targets), at in wave.rows.items():
             row = self._staging[at]
             for tensor, start in zip(self._octets[layer], self._starts[layer], strict=False):
                 octets = row[start : start + tensor.shape[1]]
                 for target in targets:
-                    tensor[target % len(tensor)].copy_(octets)
+                    leave.add(tensor[target % len(tensor)], octets)
+        arrive.make()  # all read what was there before
+        leave.make()
+
+
+class _Copies:
+    """Copies of bytes, uint8 [n] each, that are made together, in few launches."""
+
+    def __init__(self) -> None:
+        self._targets: list[Tensor] = []
+        self._sources: list[Tensor] = []
+
+    def add(self, target: Tensor, source: Tensor) -> None:
+        self._targets.append(target)
+        self._sources.append(source)
+
+    def make(self) -> None:
+        if not self._targets:
+            return
+        both = (*self._targets, *self._sources)
+        # A thread copies a few numbers at a time: the wider they are the better.
+        wide = all(len(x) % 8 == 0 and x.data_ptr() % 8 == 0 for x in both)
+        targets, sources = (
+            [x.view(torch.int64) for x in tensors] if wide else tensors
+            for tensors in (self._targets, self._sources)
+        )
+        torch._foreach_copy_(targets, sources)
 
 
 def _aligned(nbytes: int) -> int:
