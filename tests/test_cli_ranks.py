@@ -56,6 +56,7 @@ def main_(rank: int, command: list[str], fault: tuple[int, str, int] | None = No
         raise Ended(code)
 
     os._exit = exits  # type: ignore[assignment]
+    cli.BEHIND_RANK_0 = 0.0
     step = Engine.step
     count = 0
 
