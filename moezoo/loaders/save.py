@@ -26,7 +26,7 @@ from moezoo.layers.decoder import Decoder
 from moezoo.loaders.checkpoint import CONFIG, DTYPES, GENERATION_CONFIG, INDEX, WEIGHTS
 from moezoo.loaders.mapping import Rule, Skip
 from moezoo.loaders.written import Writing, Written, describe_, warn_of_schemes
-from moezoo.parallel.gather import gathered, whole_on_meta
+from moezoo.parallel.gather import check_formats, gathered, whole_on_meta
 from moezoo.parallel.mesh import Mesh
 
 _log = logging.getLogger(__name__)
@@ -66,10 +66,13 @@ def save_pretrained(
     new ones and says where. Where experts are divided over the ranks of a mesh, each calls this,
     and the first writes what one process would. Raises `ValueError` for a malformed
     `max_shard_size`, `QuantizationError` for weights that no layout of the hub has, and `OSError`
-    that names the file where the disk is full; `RankError` where another rank fails.
+    that names the file where the disk is full; `RankError` where another rank fails, and
+    `ValueError` where experts are quantised and a rank has none in a layer.
     """
     shard_bytes(max_shard_size)
     rules = registry.architecture(model.config.model_type).CHECKPOINT
+    if mesh is not None:
+        check_formats(model.decoder, mesh)
     with nullcontext() if mesh is None else whole_on_meta(model.decoder):
         writing = Writing(model.decoder, rules)
         written = writing.tensors(model.decoder.state_dict())

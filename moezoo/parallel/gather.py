@@ -3,6 +3,7 @@
 Legend: E experts, R ranks of an expert group.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,19 @@ from moezoo.parallel.mesh import Mesh
 from moezoo.parallel.sharding import moe_layers
 
 SAVING = "saving the model"
+
+
+def check_formats(decoder: Decoder, mesh: Mesh) -> None:
+    """Raise ValueError, on every rank, where one does not know the format of others' experts."""
+    layers = moe_layers(decoder).values()
+    own = [None if moe.quantized is None else moe.quantized.name for moe in layers]
+    for rank, theirs in enumerate(map(json.loads, mesh.watch.exchange(SAVING, json.dumps(own)))):
+        if theirs != own:
+            without = mesh.rank if any(moe.w2.shape[0] == 0 for moe in layers) else rank
+            raise ValueError(
+                f"rank {without} has no experts in some layers, and does not know how those of "
+                "others are quantised: save from fewer ranks, or use moezoo convert"
+            )
 
 
 @contextmanager

@@ -297,17 +297,20 @@ def saving(rank: int, folder: Path, cases: list[dict[str, Any]], target: Path) -
         (target / "no folder").write_text("")
     with pytest.raises(OSError if rank == 0 else RankError, match="no folder"):
         model.save_pretrained(target / "no folder")
+    model = load(folder, parallel=Parallel(**cases[-1]), quantization="int4_w4a16")
+    with pytest.raises(ValueError, match="rank 0 has no experts in some layers, and does not"):
+        model.save_pretrained(target / "x")
 
 
 def test_saved_as_one_process_saves(folders: dict[str, Path], tmp_path: Path) -> None:
     """Bit for bit, copies of experts left out."""
     size = {"expert_parallel_size": RANKS}
     cases = [
-        size | {"placement": placement_file(tmp_path, RANKS)},
-        size | {"load": {"quantization": "fp8_w8a8", "dtype": "bfloat16"}},
         size
-        | {"placement": [[], [7, 0, 2], [1, 3, 4, 5, 6]], "dispatch": "all_gather"}
-        | {"load": {"quantization": "int4_w4a16"}},
+        | {"placement": placement_file(tmp_path, RANKS)}
+        | {"load": {"quantization": "fp8_w8a8", "dtype": "bfloat16"}},
+        size | {"load": {"quantization": "int4_w4a16"}, "dispatch": "all_gather"},
+        size | {"placement": [[], [7, 0, 2], [1, 3, 4, 5, 6]]},
     ]
     results(RANKS, saving, folders["deepseek_v3"], cases, tmp_path)
     for i, case in enumerate(cases):
