@@ -31,6 +31,7 @@ from moezoo.layers.attention import CausalMask, DenseContext, visible_tokens
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.moe import FusedMoE, OverriddenRouting, routing_overrides
 from moezoo.loaders.save import save_pretrained
+from moezoo.parallel.gather import SAVING
 from moezoo.parallel.mesh import Mesh
 
 ENGINE_KWARGS = {
@@ -245,15 +246,9 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         """Write config, generation config and weights in the hub's layout; see `loaders.save`.
 
         Takes the arguments of transformers, for those who call it as they would there, and raises
-        `ValueError` for those that ask for something else than that, and where the experts are
-        divided over ranks.
+        `ValueError` for those that ask for something else than that. Where the experts are divided
+        over ranks, all of them call this, and the first one writes.
         """
-        if self.mesh is not None and self.mesh.ep_size > 1:
-            raise ValueError(
-                f"the experts are divided over {self.mesh.ep_size} ranks, and a model is saved by "
-                "one process that has all of them: load it there with device='cpu' and parallel="
-                "None, or use moezoo convert, which needs memory for one layer"
-            )
         asked = {"state_dict": state_dict, "push_to_hub": push_to_hub} | kwargs
         for name, value in asked.items():
             if name not in SAVE_DEFAULTS:
@@ -263,7 +258,10 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
                     f"{name}={value!r}: moezoo writes its own weights as safetensors in the hub's"
                     f" layout, to a folder; leave {name} out"
                 )
-        if is_main_process:
+        if self.mesh is not None and self.mesh.ep_size > 1:
+            with self.mesh.together(SAVING):
+                save_pretrained(self, save_directory, max_shard_size=max_shard_size, mesh=self.mesh)
+        elif is_main_process:
             save_pretrained(self, save_directory, max_shard_size=max_shard_size)
 
     def forward(

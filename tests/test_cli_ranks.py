@@ -56,6 +56,7 @@ def main_(rank: int, command: list[str], fault: tuple[int, str, int] | None = No
         raise Ended(code)
 
     os._exit = exits  # type: ignore[assignment]
+    cli.BEHIND_RANK_0 = 0.0
     step = Engine.step
     count = 0
 
@@ -181,6 +182,7 @@ def test_options_of_ranks_are_checked_first(
     for options, message in (
         (["--dispatch", "all_gather"], "need --expert-parallel"),
         (["--expert-parallel", "2", "--device", "cuda:1"], "--device cuda:1 is one GPU"),
+        (["--expert-parallel", "2", "--placement", "nowhere.json"], "there is no such file"),
     ):
         assert cli.main(["generate", "--prompt", "A", *options]) == 2
         assert message in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 
@@ -11,6 +12,9 @@ from moezoo.cli.options import EXIT_CODES
 from moezoo.cli.output import FAILED, INTERRUPTED, code_of, listen, rank, say
 from moezoo.cli.version import Version
 from moezoo.errors import ExpertMapError, MoEZooError, RankError, naming
+
+BEHIND_RANK_0 = 3.0
+"""Seconds for which ranks that have nothing to say stay: when one ends, torchrun ends them all."""
 
 COMMANDS = (generate, inspect, convert, routing, eplb, tune, bench, doctor, completion)
 
@@ -39,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Every rank has these.
         if rank() == 0 or not isinstance(error, ValueError | ExpertMapError):
             say(f"error: {error}")
+        else:
+            time.sleep(BEHIND_RANK_0)
         if isinstance(error, RankError) and "RANK" in os.environ:
             os._exit(FAILED)  # the GPU may wait for the lost rank, and a usual end for the GPU
         return code_of(error)

@@ -163,6 +163,12 @@ def _generate(arguments: argparse.Namespace) -> int:
     if parallel.expert_parallel_size > 1 and "WORLD_SIZE" not in os.environ:
         from moezoo.parallel.launch import launch
 
+        file = parallel.placement_file
+        if file is not None and not os.path.exists(file):
+            raise ValueError(
+                f"--placement is {file!r}, expected linear, round_robin or a file of moezoo eplb "
+                "plan, and there is no such file"
+            )
         try:
             return launch(parallel.expert_parallel_size, "moezoo", arguments.argv)
         except KeyboardInterrupt:

@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,9 +22,12 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from moezoo import registry
 from moezoo.errors import naming
+from moezoo.layers.decoder import Decoder
 from moezoo.loaders.checkpoint import CONFIG, DTYPES, GENERATION_CONFIG, INDEX, WEIGHTS
 from moezoo.loaders.mapping import Rule, Skip
 from moezoo.loaders.written import Writing, Written, describe_, warn_of_schemes
+from moezoo.parallel.gather import check_formats, gathered, whole_on_meta
+from moezoo.parallel.mesh import Mesh
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +35,7 @@ DRAFT = ".saving-"
 """How the names of folders begin whose files are not all written."""
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_EXPERTS = re.compile(r"layers\.(\d+)\.mlp\.(?:w13|w2|bias13|bias2)")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -40,13 +44,17 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 class _Model(Protocol):
     """What is saved of a `MoECausalLM`."""
 
-    decoder: nn.Module
+    decoder: Decoder
     config: PreTrainedConfig
     generation_config: GenerationConfig | None
 
 
 def save_pretrained(
-    model: _Model, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
+    model: _Model,
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "5GB",
+    mesh: Mesh | None = None,
 ) -> None:
     """Write config, generation config and weights of `model` into `folder`.
 
@@ -55,25 +63,70 @@ def save_pretrained(
     config names the dtype that the weights have. Other files in the folder stay; shards of an
     earlier save that are not overwritten go. A save that fails or is interrupted while files are
     written leaves the folder as it was; one that stops in the moment when they are moved keeps the
-    new ones and says where. Raises `ValueError` for a malformed `max_shard_size`,
-    `QuantizationError` for weights that no layout of the hub has, and `OSError` that names the file
-    where the disk is full.
+    new ones and says where. Where experts are divided over the ranks of a mesh, each calls this,
+    and the first writes what one process would. Raises `ValueError` for a malformed
+    `max_shard_size`, `QuantizationError` for weights that no layout of the hub has, and `OSError`
+    that names the file where the disk is full; `RankError` where another rank fails, and
+    `ValueError` where experts are quantised and a rank has none in a layer.
     """
+    shard_bytes(max_shard_size)
     rules = registry.architecture(model.config.model_type).CHECKPOINT
-    config = deepcopy(model.config)
+    if mesh is not None:
+        check_formats(model.decoder, mesh)
+    with nullcontext() if mesh is None else whole_on_meta(model.decoder):
+        writing = Writing(model.decoder, rules)
+        written = writing.tensors(model.decoder.state_dict())
+        config = deepcopy(model.config)
+        describe_(config, model.decoder, rules)
+        if mesh is None or mesh.rank == 0:
+            described = getattr(config, "quantization_config", None)
+            warn_of_schemes(described, model.decoder, rules)
+    tensor_of = _made
+    if mesh is not None:
+        tensor_of = _Divided(model.decoder, mesh, writing).tensor_of
+        if mesh.rank:
+            for tensor in sorted(written, key=_name):
+                tensor_of(tensor)
+            return
     config.dtype = next(
         (p.dtype for p in model.decoder.parameters() if p.is_floating_point()), config.dtype
     )
-    describe_(config, model.decoder, rules)
-    warn_of_schemes(getattr(config, "quantization_config", None), model.decoder, rules)
     config.architectures = config.architectures or [type(model).__name__]
     with moved_at_end(Path(folder)) as draft:
-        write_weights(model.decoder, rules, draft, max_shard_size=max_shard_size)
+        write_tensors(written, draft, max_shard_size=max_shard_size, tensor_of=tensor_of)
         with naming(draft / CONFIG):
             config.to_json_file(draft / CONFIG)
         if model.generation_config is not None:
             with naming(draft / GENERATION_CONFIG):
                 model.generation_config.to_json_file(draft / GENERATION_CONFIG)
+
+
+class _Divided:
+    """The tensors of a model whose experts are divided, asked for in one order on all ranks; only
+    the first rank gets those of experts."""
+
+    def __init__(self, decoder: Decoder, mesh: Mesh, writing: Writing) -> None:
+        self._decoder, self._mesh, self._writing = decoder, mesh, writing
+        self._layer: str | None = None
+        self._experts: dict[str, Written] = {}
+
+    def tensor_of(self, tensor: Written) -> torch.Tensor:
+        found = _EXPERTS.fullmatch(tensor.target)
+        if found is None:
+            return tensor.make()
+        if found[1] != self._layer:
+            self._layer = found[1]
+            state = gathered(self._decoder, self._mesh, int(found[1]))
+            self._experts = {each.name: each for each in self._writing.tensors(state)}
+        return (self._experts[tensor.name] if self._experts else tensor).make()
+
+
+def _made(tensor: Written) -> torch.Tensor:
+    return tensor.make()
+
+
+def _name(tensor: Written) -> str:
+    return tensor.name
 
 
 def write_weights(
@@ -91,7 +144,7 @@ def write_weights(
         Writing(module, rules).tensors(module.state_dict()),
         folder,
         max_shard_size=max_shard_size,
-        tensor_of=lambda tensor: tensor.make(),
+        tensor_of=_made,
     )
 
 
@@ -107,7 +160,7 @@ def write_tensors(
     limit = shard_bytes(max_shard_size)
     shards: list[list[Written]] = [[]]
     size = 0
-    for tensor in sorted(written, key=lambda tensor: tensor.name):
+    for tensor in sorted(written, key=_name):
         if shards[-1] and size + tensor.nbytes > limit:
             shards.append([])
             size = 0

@@ -47,9 +47,9 @@ class _Ranks:
         self.chunks = chunks
         self.first, self.stop = bounds[mesh.ep_rank], bounds[mesh.ep_rank + 1]
         sizes = [end - start for start, end in pairwise(bounds)]
-        owners = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        owners = torch.arange(len(sizes) + 1).repeat_interleave(torch.tensor([*sizes, 1]))
         self.rank_of_slot = owners.to(mesh.device)
-        """int64 [P]."""
+        """int64 [P + 1], as `destinations` has it."""
 
 
 class AllGather(_Ranks):

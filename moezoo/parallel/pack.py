@@ -16,8 +16,9 @@ from moezoo.layers.kernels.row_format import (
 
 
 def destinations(slots: Tensor, rank_of_slot: Tensor, num_ranks: int) -> Tensor:
-    """slots int [T, K], rank_of_slot int64 [P] -> bool [T, R]: the ranks that a token goes to."""
-    ranks = torch.where(slots < 0, num_ranks, rank_of_slot[slots.clamp(min=0).long()])
+    """slots int [T, K] -> bool [T, R]: the ranks that a token goes to. rank_of_slot is int64
+    [P + 1], its last R, which is where a slot of -1 is."""
+    ranks = rank_of_slot[slots.long()]
     there = slots.new_zeros(len(slots), num_ranks + 1, dtype=torch.bool)
     return there.scatter_(1, ranks, True)[:, :num_ranks]
 

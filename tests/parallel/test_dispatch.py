@@ -152,7 +152,9 @@ def test_fp8_on_the_wire_costs_what_experts_in_fp8_cost_anyway(dtype: torch.dtyp
 def test_pack(num_tokens: int, num_ranks: int) -> None:
     generator = torch.Generator().manual_seed(num_tokens)
     sizes = torch.tensor([2, 0, 3, 1, 4][:num_ranks])
-    rank_of_slot = torch.arange(num_ranks).repeat_interleave(sizes)
+    rank_of_slot = torch.arange(num_ranks + 1).repeat_interleave(
+        torch.cat((sizes, torch.tensor([1])))
+    )
     k = min(3, int(sizes.sum()))
     slots = torch.randint(-1, int(sizes.sum()), (num_tokens, k), generator=generator).int()
     there = destinations(slots, rank_of_slot, num_ranks)

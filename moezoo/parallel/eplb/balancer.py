@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -103,6 +104,7 @@ class Balancer:
         )
         self._maps = slots.physical_to_logical_map.cpu().clone()
         """The state's, for the host."""
+        self._bounds = slots.bounds
         self._real: Tensor | None = None
         self._dummy = False
         self._steps = 0
@@ -127,6 +129,18 @@ class Balancer:
     def physical_ids(self, layer: int, topk_ids: Tensor) -> Tensor:
         """The slots int32 [T, K] where the tokens of topk_ids int [T, K] go, which are counted."""
         return self.state.choose_(layer, topk_ids, self._real)
+
+    def held(self, layer: int) -> list[dict[int, int]]:
+        """The experts of each rank in an MoE layer, now, and their rows; copies left out: an expert
+        is the first rank's that has it."""
+        found: set[int] = set()
+        ranks = []
+        slots = self._maps[layer].tolist()
+        for first, stop in pairwise(self._bounds):
+            rows = {e: row for row, e in reversed([*enumerate(slots[first:stop])])}
+            ranks.append({e: row for e, row in rows.items() if e not in found})
+            found.update(rows)
+        return ranks
 
     @contextmanager
     def undone(self) -> Iterator[None]:

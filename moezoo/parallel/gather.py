@@ -1,0 +1,105 @@
+"""The experts of all ranks, layer by layer, on the job's first rank: for who writes them.
+
+Legend: E experts, R ranks of an expert group.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from moezoo.layers.decoder import Decoder
+from moezoo.layers.moe import FusedMoE
+from moezoo.layers.quant import QuantizedWeights
+from moezoo.parallel.eplb.balancer import Balancer
+from moezoo.parallel.mesh import Mesh
+from moezoo.parallel.sharding import moe_layers
+
+SAVING = "saving the model"
+
+
+def check_formats(decoder: Decoder, mesh: Mesh) -> None:
+    """Raise ValueError, on every rank, where one does not know the format of others' experts."""
+    layers = moe_layers(decoder).values()
+    own = [None if moe.quantized is None else moe.quantized.name for moe in layers]
+    for rank, theirs in enumerate(map(json.loads, mesh.watch.exchange(SAVING, json.dumps(own)))):
+        if theirs != own:
+            without = mesh.rank if any(moe.w2.shape[0] == 0 for moe in layers) else rank
+            raise ValueError(
+                f"rank {without} has no experts in some layers, and does not know how those of "
+                "others are quantised: save from fewer ranks, or use moezoo convert"
+            )
+
+
+@contextmanager
+def whole_on_meta(decoder: Decoder) -> Iterator[None]:
+    """In the block MoE layers have the experts of all ranks, on meta, in the place of their own."""
+    held = [
+        (moe, name, own)
+        for moe in moe_layers(decoder).values()
+        for name in ("w13", "w2", "bias13", "bias2")
+        if (own := getattr(moe, name)) is not None
+    ]
+    try:
+        for moe, name, own in held:
+            setattr(moe, name, _whole(own, moe.num_experts))
+        yield
+    finally:
+        for moe, name, own in held:
+            setattr(moe, name, own)
+
+
+def _whole(own: nn.Parameter | QuantizedWeights, num_experts: int) -> nn.Module | nn.Parameter:
+    def blank(tensor: Tensor) -> Tensor:
+        return torch.empty(num_experts, *tensor.shape[1:], dtype=tensor.dtype, device="meta")
+
+    if isinstance(own, QuantizedWeights):
+        return QuantizedWeights(own().map(blank))
+    return nn.Parameter(blank(own), requires_grad=False)
+
+
+def gathered(decoder: Decoder, mesh: Mesh, layer: int) -> dict[str, Tensor]:
+    """The experts' tensors [E, ..] of one of the decoder's layers by their names in it, on the
+    host; on the job's first rank only, and nothing on others. Every rank calls it.
+
+    A GPU needs memory for one tensor of one rank's experts. A copy of an expert does not travel.
+    """
+    # Who writes may take long, and collectives do not wait for long.
+    mesh.watch.exchange(SAVING, "", patient=True)
+    if mesh.group_ranks[0] != 0:
+        return {}
+    moe = decoder.layers[layer].mlp
+    assert isinstance(moe, FusedMoE) and isinstance(decoder.balancer, Balancer)
+    experts = decoder.balancer.held(list(moe_layers(decoder)).index(layer))
+    return {
+        f"layers.{layer}.mlp.{name}": whole
+        for name, own in moe.named_parameters()
+        if name.partition(".")[0] in ("w13", "w2", "bias13", "bias2")
+        if (whole := _gathered(own.detach(), experts, moe.num_experts, mesh)) is not None
+    }
+
+
+def _gathered(
+    own: Tensor, experts: list[dict[int, int]], num_experts: int, mesh: Mesh
+) -> Tensor | None:
+    """`experts` are those that each rank gives, with their rows."""
+    writes = mesh.ep_rank == 0
+    whole = torch.empty(num_experts if writes else 0, *own.shape[1:], dtype=own.dtype)
+    for rank, rows in enumerate(experts):
+        part = own.new_empty(len(rows), *own.shape[1:])
+        octets = part.view(-1).view(torch.uint8)
+        if mesh.ep_rank == rank:
+            for i, row in enumerate(rows.values()):
+                part[i].copy_(own[row])
+        # All call it, so that all count as many.
+        mesh.exchange(
+            [(octets, 0)] if rows and mesh.ep_rank == rank != 0 else [],
+            [(octets, rank)] if rows and rank != 0 and writes else [],
+            SAVING,
+        ).wait()
+        if writes:
+            for i, expert in enumerate(rows):
+                whole[expert].copy_(part[i])
+    return whole if writes else None
