@@ -45,6 +45,10 @@ class CausalMask:
         self.visible = visible
         self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
 
+    def to(self, device: torch.device) -> "CausalMask":
+        visible = None if self.visible is None else self.visible.to(device)
+        return CausalMask(self.past, self.length, device, visible)
+
     def is_plain(self, num_keys: int, window: int | None) -> bool:
         """Whether causality alone decides and the keys are exactly the T new tokens."""
         fits = window is None or self.length <= window
@@ -257,6 +261,11 @@ class DenseContext:
     rotation: Rotation
     mask: CausalMask
     cache: LayerCache | None = None
+
+    def to(self, device: torch.device) -> "DenseContext":
+        """The same for layers on another device, whose part of the cache is there."""
+        cos, sin = self.rotation
+        return DenseContext((cos.to(device), sin.to(device)), self.mask.to(device), self.cache)
 
     @property
     def num_queries(self) -> int:
