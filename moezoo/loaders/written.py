@@ -151,9 +151,23 @@ def warn_of_schemes(
     if some or len(described["config_groups"]) > 1:
         _log.warning(
             "layers of this model are quantised in different ways (%s): moezoo loads it, but "
-            "transformers does not",
+            "transformers does not%s",
             "some experts are not" if some else "formats, or sizes of groups",
+            "" if some else _cure(module),
         )
+
+
+def _cure(module: nn.Module) -> str:
+    """How to have one, where groups of int4 differ in their sizes."""
+    weights = [held() for _, held in _quantized_weights(module)]
+    int4 = [weight for weight in weights if isinstance(weight, Int4)]
+    size = min((weight.group_size for weight in int4), default=0)
+    if len(int4) < len(weights) or any(weight.group_size % size for weight in int4):
+        return ""
+    return (
+        f"; quantise to {{'type': 'int4_w4a16', 'group_size': {size}}}, which divides all of their "
+        "columns, for a model that both load"
+    )
 
 
 def _quantized_weights(module: nn.Module) -> Iterator[tuple[str, QuantizedWeights]]:

@@ -216,6 +216,7 @@ def test_groups_of_several_sizes(tmp_path, caplog):
     model = load(ASSET, quantization="int4_w4a16", dtype="float32")
     model.save_pretrained(tmp_path)
     assert caplog.text.count("(formats, or sizes of groups): moezoo loads it, but transf") == 1
+    assert "quantise to {'type': 'int4_w4a16', 'group_size': 64}" in caplog.text
     assert_same(load(tmp_path, dtype="float32"), model)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     targets = {
