@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from moezoo import registry
 from moezoo.errors import naming
+from moezoo.loaders.card import CARD, Section, kinds_of, write_card
 from moezoo.loaders.checkpoint import CONFIG, DTYPES, GENERATION_CONFIG, INDEX, WEIGHTS
 from moezoo.loaders.mapping import Rule, Skip
 from moezoo.loaders.written import Writing, Written, describe_, warn_of_schemes
@@ -52,10 +53,11 @@ def save_pretrained(
 
     moezoo reads them back bit for bit, and transformers to the same logits. Quantised experts are
     written as they are, in the hub's layout for their format, and all else as not quantised. The
-    config names the dtype that the weights have. Other files in the folder stay; shards of an
-    earlier save that are not overwritten go. A save that fails or is interrupted while files are
-    written leaves the folder as it was; one that stops in the moment when they are moved keeps the
-    new ones and says where. Raises `ValueError` for a malformed `max_shard_size`,
+    config names the dtype that the weights have. Of quantised weights a section of the model card
+    tells, which joins the card that is in the folder or is one. Other files in the folder stay;
+    shards of an earlier save that are not overwritten go. A save that fails or is interrupted while
+    files are written leaves the folder as it was; one that stops in the moment when they are moved
+    keeps the new ones and says where. Raises `ValueError` for a malformed `max_shard_size`,
     `QuantizationError` for weights that no layout of the hub has, and `OSError` that names the file
     where the disk is full.
     """
@@ -67,8 +69,16 @@ def save_pretrained(
     describe_(config, model.decoder, rules)
     warn_of_schemes(getattr(config, "quantization_config", None), model.decoder, rules)
     config.architectures = config.architectures or [type(model).__name__]
+    card = Path(folder) / CARD
     with moved_at_end(Path(folder)) as draft:
-        write_weights(model.decoder, rules, draft, max_shard_size=max_shard_size)
+        size = write_weights(model.decoder, rules, draft, max_shard_size=max_shard_size)
+        section = Section(
+            model.config.name_or_path or f"a new {config.model_type}",
+            *kinds_of(model.decoder),
+            config.dtype,
+            bytes_after=size,
+        )
+        write_card(draft, card if card.is_file() else None, section)
         with naming(draft / CONFIG):
             config.to_json_file(draft / CONFIG)
         if model.generation_config is not None:
@@ -82,12 +92,12 @@ def write_weights(
     folder: Path,
     *,
     max_shard_size: int | str = "5GB",
-) -> None:
-    """Write the parameters and persistent buffers of `module` as safetensors.
+) -> int:
+    """Write the parameters and persistent buffers of `module` as safetensors; the bytes of all.
 
     More than one file comes with an index.
     """
-    write_tensors(
+    return write_tensors(
         Writing(module, rules).tensors(module.state_dict()),
         folder,
         max_shard_size=max_shard_size,
