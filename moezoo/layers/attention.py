@@ -93,7 +93,8 @@ def visible_tokens(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     if attention_mask is None or attention_mask.dim() == 4:
         return attention_mask
     visible = attention_mask.bool()
-    return None if visible.all() else visible
+    # A graph that torch.compile traces is for any mask.
+    return visible if torch.compiler.is_compiling() or not visible.all() else None
 
 
 def attend(
@@ -119,8 +120,11 @@ def attend(
         out = _masked(*_with_sink_key(q, k, v, sinks / scale), allowed, scale)
         return out[..., : v.shape[-1]]
     if mask.is_plain(k.shape[2], window):
+        causal = False
+        if q.shape[2] > 1:  # while torch.compile traces, the comparison itself is no bool
+            causal = True
         return F.scaled_dot_product_attention(
-            q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=groups > 1
+            q, k, v, is_causal=causal, scale=scale, enable_gqa=groups > 1
         )
     return _masked(q, k, v, mask(k.shape[2], window), scale)
 
@@ -347,7 +351,9 @@ class DenseContext:
     def _real(self) -> torch.Tensor | None:
         """`real_tokens` as [B, T]."""
         real = self.real_tokens()
-        return None if real is None or real.all() else real.view(-1, self.mask.length)
+        if real is None or (not torch.compiler.is_compiling() and real.all()):
+            return None
+        return real.view(-1, self.mask.length)
 
     def real_tokens(self) -> torch.Tensor | None:
         visible = self.mask.visible
