@@ -1,6 +1,6 @@
 """The shell around a decoder that transformers, and all that is written for it, can use."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -97,6 +97,26 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("load models with moezoo.from_pretrained(...)")
+
+    def find_devices(self) -> None:
+        """Look again at which devices the layers are on; several are told where transformers and
+        what is written for it look, in `hf_device_map`."""
+        decoder = self.decoder
+        decoder.find_stages()
+        self.__dict__.pop("hf_device_map", None)
+        if decoder.stages:
+            home = decoder.embed.weight.device
+            names = ("embed", "rope", *(() if decoder.lm_head is None else ("lm_head",)), "norm")
+            self.hf_device_map = {f"decoder.{name}": home for name in names}
+            for device, layers in decoder.stages:
+                self.hf_device_map |= {f"decoder.layers.{layer}": device for layer in layers}
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # What `to`, `cuda` and `cpu` call.
+        super()._apply(fn, recurse)
+        if self.decoder.stages:
+            self.find_devices()
+        return self
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.decoder.embed

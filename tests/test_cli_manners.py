@@ -40,6 +40,23 @@ def test_every_command_can_be_quiet_verbose_and_debugged(name):
         assert options["--json"].nargs == 0
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("generate --prompt a --seed x", "moezoo generate: error: argument --seed: "),
+        ("eplb foo", "moezoo eplb: error: argument ACTION: invalid choice: 'foo'"),
+        ("", "moezoo: error: the following arguments are required: COMMAND"),
+    ],
+)
+def test_a_wrong_option_is_two_lines(line, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(line.split())
+    assert stop.value.code == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith(message)
+    assert hint == f"see {error.partition(':')[0]} --help"
+
+
 def test_commands_with_a_table_have_json():
     with_json = {name for name, its in COMMANDS.items() if "--json" in its._option_string_actions}
     tables = ("inspect", "routing", "eplb simulate", "bench layer", "doctor")
@@ -61,6 +78,7 @@ def test_the_doctor_tells_what_is_there(capsys, found, monkeypatch):
     assert "GB free" in findings["memory"]["detail"]
     assert cli.main(["doctor"]) == 0
     table = capsys.readouterr().out
+    assert findings["Python"]["detail"] in table  # a path is whole, however long
     assert "hub cache" in table
     assert "\x1b" not in table  # colours are for terminals
 

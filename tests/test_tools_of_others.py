@@ -4,7 +4,7 @@ from threading import Thread
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
 
 import moezoo
 from moezoo.assets import tiny_model
@@ -111,6 +111,26 @@ def test_layers_on_several_devices(model, ids, tmp_path):
     assert next(spread.decoder.layers[5].parameters()).is_meta
     assert torch.equal(logits(spread, ids), before)
     assert spread.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_one_graph():
+    """Of any length, with padding, and in a step over a cache."""
+    config = AutoConfig.from_pretrained(tiny_model(), num_hidden_layers=1)
+    model = moezoo.from_config(config, dtype="float32", device="cpu")
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    ids = torch.arange(5, 17)[None]
+    padding = torch.tensor([[0, 0] + [1] * 10])
+    with torch.no_grad():
+        for given in ({"input_ids": ids}, {"input_ids": ids[:, :7]}, {"attention_mask": padding}):
+            given = {"input_ids": ids, "use_cache": False, **given}
+            torch.testing.assert_close(compiled(**given).logits, model(**given).logits)
+        steps = []
+        for each in (compiled, model):
+            cache = each(ids).past_key_values
+            steps.append(each(ids[:, :1], past_key_values=cache).logits)
+    torch.testing.assert_close(*steps)
 
 
 @pytest.mark.parametrize("quantization", [None, "int8_w8a16"])

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from moezoo.cli import bench, completion, convert, doctor, eplb, generate, inspect, routing, tune
-from moezoo.cli.options import EXIT_CODES
+from moezoo.cli.options import EXIT_CODES, Parser
 from moezoo.cli.output import FAILED, INTERRUPTED, code_of, listen, rank, say
 from moezoo.cli.version import Version
 from moezoo.errors import ExpertMapError, MoEZooError, RankError, naming
@@ -60,7 +60,7 @@ def _how_to_go_on(arguments: argparse.Namespace) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """Of the whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="moezoo",
         description="Run Mixture-of-Experts language models from Hugging Face checkpoints.",
         epilog=EXIT_CODES,

@@ -75,7 +75,7 @@ def loaded(
         logging.set_verbosity_error()
     mesh = None if job is None else job.mesh
     with nullcontext() if mesh is None else mesh.together("loading the model"):
-        tokenizer = _tokenizer(checkpoint, local_files_only=arguments.local_files_only)
+        tokenizer = tokenizer_of(checkpoint, local_files_only=arguments.local_files_only)
         if arguments.chat and tokenizer.chat_template is None:
             raise ValueError(f"{checkpoint.name} has no chat template: leave --chat out")
         started = time.perf_counter()
@@ -104,7 +104,7 @@ def loaded(
     return model, tokenizer
 
 
-def _tokenizer(checkpoint: Checkpoint, *, local_files_only: bool) -> Any:
+def tokenizer_of(checkpoint: Checkpoint, *, local_files_only: bool) -> Any:
     from transformers import AutoTokenizer
 
     from moezoo.errors import CheckpointError

@@ -5,7 +5,9 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from moezoo.cli.output import USAGE
 
 QUANTIZATIONS = ("fp8_w8a8", "int8_w8a16", "int4_w4a16", "mxfp4")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -35,6 +37,13 @@ INSPECT_CODES = f"""\
 OTHER_CODES = f"""\
 {_COMMON_CODES}  130  interrupted; what was not finished is not kept
 """
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are a line, and not below all options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: error: {message}\nsee {self.prog} --help\n")
 
 
 def add_command(

@@ -41,7 +41,8 @@ def show(subject: Any, *, as_json: bool) -> None:
         if as_json:
             print(json.dumps(subject.to_dict(), indent=2))
         else:
-            Console().print(subject)
+            # Nothing is as wide as this; 80 columns, as a pipe has, would break paths and words.
+            Console(width=None if sys.stdout.isatty() else 1000).print(subject)
 
 
 def listen(arguments: argparse.Namespace) -> None:

@@ -45,6 +45,10 @@ class CausalMask:
         self.visible = visible
         self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
 
+    def to(self, device: torch.device) -> "CausalMask":
+        visible = None if self.visible is None else self.visible.to(device)
+        return CausalMask(self.past, self.length, device, visible)
+
     def is_plain(self, num_keys: int, window: int | None) -> bool:
         """Whether causality alone decides and the keys are exactly the T new tokens."""
         fits = window is None or self.length <= window
@@ -89,7 +93,8 @@ def visible_tokens(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     if attention_mask is None or attention_mask.dim() == 4:
         return attention_mask
     visible = attention_mask.bool()
-    return None if visible.all() else visible
+    # A graph that torch.compile traces is for any mask.
+    return visible if torch.compiler.is_compiling() or not visible.all() else None
 
 
 def attend(
@@ -115,8 +120,11 @@ def attend(
         out = _masked(*_with_sink_key(q, k, v, sinks / scale), allowed, scale)
         return out[..., : v.shape[-1]]
     if mask.is_plain(k.shape[2], window):
+        causal = False
+        if q.shape[2] > 1:  # while torch.compile traces, the comparison itself is no bool
+            causal = True
         return F.scaled_dot_product_attention(
-            q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=groups > 1
+            q, k, v, is_causal=causal, scale=scale, enable_gqa=groups > 1
         )
     return _masked(q, k, v, mask(k.shape[2], window), scale)
 
@@ -258,6 +266,11 @@ class DenseContext:
     mask: CausalMask
     cache: LayerCache | None = None
 
+    def to(self, device: torch.device) -> "DenseContext":
+        """The same for layers on another device, whose part of the cache is there."""
+        cos, sin = self.rotation
+        return DenseContext((cos.to(device), sin.to(device)), self.mask.to(device), self.cache)
+
     @property
     def num_queries(self) -> int:
         return self.mask.length
@@ -338,7 +351,9 @@ class DenseContext:
     def _real(self) -> torch.Tensor | None:
         """`real_tokens` as [B, T]."""
         real = self.real_tokens()
-        return None if real is None or real.all() else real.view(-1, self.mask.length)
+        if real is None or (not torch.compiler.is_compiling() and real.all()):
+            return None
+        return real.view(-1, self.mask.length)
 
     def real_tokens(self) -> torch.Tensor | None:
         visible = self.mask.visible

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from moezoo.device import device_made_current
 from moezoo.errors import UnsupportedArchitectureError
-from moezoo.layers.attention import Context
+from moezoo.layers.attention import Context, DenseContext
 from moezoo.layers.kernels.windows import Chunked
 from moezoo.layers.linear import Linear, linear
 from moezoo.layers.moe import Dispatcher, RoutingRecorder
@@ -125,6 +125,13 @@ class Peers(Protocol):
         ...
 
 
+class Stage(NamedTuple):
+    """Consecutive layers on one device."""
+
+    device: torch.device
+    layers: range
+
+
 class Decoder(nn.Module):
     """Token ids or embeddings to hidden states, and hidden states to logits.
 
@@ -158,6 +165,17 @@ class Decoder(nn.Module):
         """None where there is nothing to balance."""
         self.peers: Peers | None = None
         """None where this process has all the experts."""
+        self.stages: tuple[Stage, ...] = ()
+        """Where layers are on several devices; all else is on one. See `find_stages`."""
+
+    def find_stages(self) -> None:
+        """Look again at which devices the layers are on."""
+        places = [next(layer.parameters()).device for layer in self.layers]
+        starts = [i for i, place in enumerate(places) if i == 0 or place != places[i - 1]]
+        ends = [*starts[1:], len(places)]
+        stages = [Stage(places[i], range(i, end)) for i, end in zip(starts, ends, strict=True)]
+        together = all(stage.device == self.embed.weight.device for stage in stages)
+        self.stages = () if together else tuple(stages)
 
     def forward(
         self,
@@ -175,11 +193,18 @@ class Decoder(nn.Module):
             self.recorder.begin(context.real_tokens())
         if self.balancer is not None:
             self.balancer.begin(context.real_tokens())
+        home, modules = x.device, list(self.layers)
         with self.passing(x.shape[0] * x.shape[1]), device_made_current(x):
-            for layer_idx, layer in enumerate(self.layers):
-                if states is not None:
-                    states.append(x if update is None else x + update)
-                x, update = layer(x, update, context, layer_idx)
+            for device, layers in self.stages or (Stage(home, range(len(modules))),):
+                if device != x.device:
+                    x, update, context = _moved(device, x, update, context)
+                with device_made_current(x):
+                    for layer_idx in layers:
+                        if states is not None:
+                            states.append(x if update is None else x + update)
+                        x, update = modules[layer_idx](x, update, context, layer_idx)
+            if home != x.device:
+                x, update, _ = _moved(home, x, update, context)
             x, _ = self.norm.add(x, update)
         if states is not None:
             states.append(x)
@@ -210,6 +235,13 @@ class Decoder(nn.Module):
             if isinstance(head.weight, QuantizedWeights):
                 return quantized_linear(x, head.weight(), bias)
             return linear(x, head.weight, bias)
+
+
+def _moved(
+    device: torch.device, x: torch.Tensor, update: torch.Tensor | None, context: Context
+) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+    assert isinstance(context, DenseContext), "an engine's cache is on one device"
+    return x.to(device), None if update is None else update.to(device), context.to(device)
 
 
 class ScaledDecoder(Decoder):

@@ -72,6 +72,10 @@ _DECIDE_TEXT = (
 _log = logging.getLogger(__name__)
 _SAMPLE = 4096
 _MAX_HEADER = 100_000_000
+_GGUF = (
+    "GGUF, llama.cpp's format, is not supported: moezoo reads safetensors alone. Take the model "
+    "that the file was made of; quantization='int4_w4a16' makes it about as small while it loads"
+)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CONNECTIONS = 16
 
@@ -240,6 +244,8 @@ def open_config(
     if os.path.isdir(name):
         files = _Folder(name)
     elif os.path.exists(name) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name[0] == ".":
+        if name.endswith(".gguf"):
+            raise CheckpointError(f"{name}: {_GGUF}")
         kind = "is a file, not a folder" if os.path.exists(name) else "does not exist"
         raise CheckpointError(
             f"{name} {kind}; expected a folder with {CONFIG} and {WEIGHTS} (or {INDEX} and its "
@@ -251,6 +257,8 @@ def open_config(
         )
     config_path = files.local(CONFIG)
     if config_path is None:
+        if any(file.endswith(".gguf") for file in files.listing()):
+            raise CheckpointError(f"{name}: {_GGUF}")
         raise CheckpointError(f"{name} has no {CONFIG}, so it is not known which model this is")
     return Checkpoint(name, _with_scheme(_read_json(config_path)), {}, files)
 
@@ -428,6 +436,8 @@ def _no_weights(name: str, listing: Collection[str]) -> str:
             "since unpickling runs code. Convert them once with transformers: "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
         )
+    if any(file.endswith(".gguf") for file in listing):
+        return f"{name}: {_GGUF}"
     others = sorted(file for file in listing if file.endswith(".safetensors"))
     found = f"; it has {_some(others)}" if others else ""
     return f"{name} has neither {WEIGHTS} nor {INDEX}{found}"
@@ -551,7 +561,8 @@ class _Repository:
             ) from error
         except errors.EntryNotFoundError as error:
             at = f"revision {self.revision or 'main'}"
-            raise CheckpointError(f"{self.repo_id} has no {file} at {at}") from error
+            advice = f". {_GGUF}" if "gguf" in self.repo_id.lower() else ""
+            raise CheckpointError(f"{self.repo_id} has no {file} at {at}{advice}") from error
         except errors.GatedRepoError as error:
             raise CheckpointError(
                 f"{self.repo_id} is gated: accept its terms on its hub page, then pass token= or "

@@ -11,21 +11,27 @@ import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moezoo import registry
 from moezoo.device import device_of
 from moezoo.errors import naming
-from moezoo.loaders.checkpoint import CONFIG, GENERATION_CONFIG, Checkpoint, Location
-from moezoo.loaders.experts import experts_of
+from moezoo.generation.held_out import HeldOut, Loss
+from moezoo.loaders.card import CARD, Measured, Section, kinds_of, write_card
+from moezoo.loaders.checkpoint import (
+    CONFIG,
+    GENERATION_CONFIG,
+    Checkpoint,
+    Location,
+    open_checkpoint,
+)
 from moezoo.loaders.fill import Squares
 from moezoo.loaders.held import quantize_on_meta
-from moezoo.loaders.load import build
+from moezoo.loaders.load import build, from_checkpoint
 from moezoo.loaders.mapping import Copy, ParameterInfo
-from moezoo.loaders.plan import Plan, dtype_name
+from moezoo.loaders.plan import Plan
 from moezoo.loaders.quantization import Quantization
 from moezoo.loaders.save import DRAFT, moved_at_end, shard_bytes, write_tensors
 from moezoo.loaders.stream import bar
@@ -39,31 +45,9 @@ from moezoo.loaders.weights import (
     with_one_order,
 )
 from moezoo.loaders.written import Writing, Written, describe_, warn_of_schemes
-from moezoo.version import __version__
 
-CARD = "README.md"
 _KEPT = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*")
-_SECTION = re.compile(
-    r"\n*^## Quantisation\n\nWritten by moezoo .*?`moezoo\.score` tells\.\n?",
-    re.DOTALL | re.MULTILINE,
-)
 _LEFT = (CONFIG, GENERATION_CONFIG, "*.index.json", "quant*_config.json")
-
-
-class Conversion(NamedTuple):
-    """What was written: the kinds of the experts and of linear layers that the checkpoint had
-    quantised, and bytes of weights before and after.
-
-    `weight_error` is the root mean square of what quantising changed in the experts' weights, over
-    that of these weights; None where nothing was quantised.
-    """
-
-    kinds: tuple[str, ...]
-    dense: tuple[str, ...]
-    dtype: torch.dtype
-    bytes_before: int
-    bytes_after: int
-    weight_error: float | None
 
 
 @torch.inference_mode(False)
@@ -75,13 +59,15 @@ def convert(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
     max_shard_size: int | str = "5GB",
+    held_out: HeldOut | None = None,
     progress: bool = False,
-) -> Conversion:
+) -> Section:
     """Write `checkpoint` into `folder` as `save_pretrained` would write the model that
     `from_pretrained` makes of it with these options, without the whole of it in memory.
 
     Tokenizer, chat template, licence and other such files come along, and a section of the model
-    card says what was done. A conversion that fails leaves nothing. Raises `ValueError` for a
+    card says what was done: what is returned. The loss on `held_out` is that of `checkpoint` and of
+    the result, each loaded whole. A conversion that fails leaves nothing. Raises `ValueError` for a
     folder that is not empty, and what `from_pretrained` and `save_pretrained` raise.
     """
     target = Path(folder)
@@ -98,6 +84,7 @@ def convert(
             dtype=dtype,
             device=on,
             max_shard_size=max_shard_size,
+            held_out=held_out,
             progress=progress,
         )
 
@@ -130,8 +117,9 @@ def _convert(
     dtype: torch.dtype | str,
     device: torch.device,
     max_shard_size: int | str,
+    held_out: HeldOut | None,
     progress: bool,
-) -> Conversion:
+) -> Section:
     config, generation_config, decoder, rules = build(
         checkpoint, dtype=dtype, quantization=quantization, device=None, progress=progress
     )
@@ -170,28 +158,33 @@ def _convert(
             generation_config.to_json_file(draft / GENERATION_CONFIG)
     for file, path in others.items():
         shutil.copyfile(path, draft / file)
-    done = Conversion(
-        *_kinds(decoder, planned),
+    measured = None
+    if held_out is not None:
+        # One after the other, so that no more than one of the two is in memory.
+        before = _loss(checkpoint, held_out, dtype=config.dtype, device=device)
+        after = _loss(open_checkpoint(draft), held_out, dtype=config.dtype, device=device)
+        measured = Measured(
+            held_out.name, before.num_tokens, before.length, before.nats, after.nats
+        )
+    revision = "" if checkpoint.revision is None else f", commit {checkpoint.revision}"
+    done = Section(
+        checkpoint.name + revision,
+        *kinds_of(decoder),
         config.dtype,
-        sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
         size,
+        sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
         layers.weight_error(),
+        measured,
     )
-    before = others[CARD].read_text("utf-8", "surrogateescape") if CARD in others else ""
-    card = _card(checkpoint, before, done)
-    if card:
-        with naming(draft / CARD):
-            (draft / CARD).write_text(card, "utf-8", "surrogateescape")
+    write_card(draft, others.get(CARD), done)
     return done
 
 
-def _kinds(module: nn.Module, planned: Planned) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    experts = experts_of(module)
-    of_experts: set[str] = set()
-    of_others: set[str] = set()
-    for name, kind in planned.quantized.items():
-        (of_experts if name in experts else of_others).add(kind.described)
-    return tuple(sorted(of_experts)), tuple(sorted(of_others))
+def _loss(
+    checkpoint: Checkpoint, held_out: HeldOut, *, dtype: torch.dtype, device: torch.device
+) -> Loss:
+    model = from_checkpoint(checkpoint, dtype=dtype, device=device, progress=False)
+    return held_out.loss(model)
 
 
 class _Layers:
@@ -266,34 +259,3 @@ def _other_files(checkpoint: Checkpoint) -> dict[str, Path]:
         and "/" not in file
     ]
     return checkpoint.files.download(names, progress=False)
-
-
-def _card(checkpoint: Checkpoint, before: str, done: Conversion) -> str:
-    """The model card with a section on the conversion, in the place of one of an earlier
-    conversion; without one where nothing is quantised."""
-    before = _SECTION.sub("", before)
-    if not done.kinds and not done.dense:
-        return before
-    source = checkpoint.name if checkpoint.revision is None else f"{checkpoint.name}, commit "
-    source += checkpoint.revision or ""
-    experts = f"in {' and '.join(done.kinds)}" if done.kinds else "not quantised"
-    linear = f"\n| linear layers | some in {' and '.join(done.dense)} |" if done.dense else ""
-    share = done.bytes_after / max(1, done.bytes_before)
-    quality = ""
-    if done.weight_error is not None:
-        quality = f"| error of the experts' weights, relative | {done.weight_error:.2%} |\n"
-    section = f"""\
-## Quantisation
-
-Written by moezoo {__version__} from {source}.
-
-| | |
-|---|---|
-| experts | {experts} |{linear}
-| all else | {dtype_name(done.dtype)} |
-| bytes of weights before | {done.bytes_before:,} |
-| bytes of weights after | {done.bytes_after:,} ({share:.1%}) |
-{quality}
-Its loss on a text of yours, beside that of the original, is what `moezoo.score` tells.
-"""
-    return f"{before.rstrip()}\n\n{section}" if before.strip() else section

@@ -34,6 +34,16 @@ class Kind:
     ) -> "Kind":
         return cls.of(Int4, group_size=group_size, dtype=dtype, zeros=zeros, ordered=ordered)
 
+    @classmethod
+    def of_weights(cls, weights: Format) -> "Kind":
+        if not isinstance(weights, (Int4, Int8)):
+            return cls.of(type(weights))
+        size = PER_CHANNEL if weights.scales.shape[-1] == 1 else weights.group_size
+        options = {"ordered": weights.order is not None}
+        if isinstance(weights, Int4):
+            return cls.int4(size, weights.scales.dtype, zeros=weights.zeros is not None, **options)
+        return cls.int8(size, weights.scales.dtype, **options)
+
     def on_meta(self, *shape: int) -> Format:
         """A weight [.., N, K] of this kind, without memory or values."""
         make: Callable[..., Format] = self.format.on_meta  # type: ignore[attr-defined]

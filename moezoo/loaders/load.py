@@ -35,6 +35,7 @@ from moezoo.loaders.checkpoint import (
     Checkpoint,
     open_checkpoint,
 )
+from moezoo.loaders.devices import DeviceMap, checked, places_of
 from moezoo.loaders.encodings import Encoding, Scheme, hub_scheme
 from moezoo.loaders.experts import experts_of, parts_shape, refuse_others
 from moezoo.loaders.held import quantize_on_meta, quantized_infos
@@ -78,6 +79,7 @@ def from_pretrained(
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
+    device_map: DeviceMap | None = None,
     quantization: str | Mapping[str, object] | Quantization | None = None,
     parallel: Parallel | None = None,
     eplb: Mapping[str, object] | EPLB | None = None,
@@ -91,14 +93,15 @@ def from_pretrained(
 
     `dtype` is bfloat16, float16 or float32, as a `torch.dtype` or its name, or "auto" for the
     checkpoint's own (float32 for one in float64, cast while loading); `device` is "cuda", "cuda:1"
-    or "cpu", by default a GPU if there is one. `quantization` quantises the experts of a checkpoint
-    that is not quantised while it loads: "fp8_w8a8", "int8_w8a16", "int4_w4a16", "mxfp4", or a dict
-    or `Quantization` with its choices; None keeps experts and linear layers as they are stored, and
-    {"dense": "dequantize"} loads linear layers that are stored quantised in `dtype`. `parallel`
-    divides experts over the processes of torchrun: each reads its own only, on the GPU of its place
-    on the host. `eplb`, a dict or `EPLB`, keeps the processes evenly loaded. `revision`,
-    `cache_dir`, `token` and `local_files_only` mean what they do in huggingface_hub. `progress`
-    shows a bar where stderr is a terminal.
+    or "cpu", by default a GPU if there is one. `device_map` loads each layer to a device of its own
+    instead: "auto", or devices by module ({"": 0, "decoder.layers.7": "cpu"}). `quantization`
+    quantises the experts of a checkpoint that is not quantised while it loads: "fp8_w8a8",
+    "int8_w8a16", "int4_w4a16", "mxfp4", or a dict or `Quantization` with its choices; None keeps
+    experts and linear layers as they are stored, and {"dense": "dequantize"} loads linear layers
+    that are stored quantised in `dtype`. `parallel` divides experts over the processes of torchrun:
+    each reads its own only, on the GPU of its place on the host. `eplb`, a dict or `EPLB`, keeps
+    the processes evenly loaded. `revision`, `cache_dir`, `token` and `local_files_only` mean what
+    they do in huggingface_hub. `progress` shows a bar where stderr is a terminal.
 
     Raises `CheckpointError` for a checkpoint that cannot be found, read or fitted,
     `UnsupportedArchitectureError`, `QuantizationError`, `MoEOutOfMemoryError` before anything is
@@ -108,6 +111,7 @@ def from_pretrained(
     balance = _balance(eplb, parallel)
     asked = Quantization.of(quantization)
     _dtype(dtype)  # before anything is asked of the hub
+    places = _map(device_map, device, parallel)
     mesh = _joined(parallel, device)
     target_device = device_of(device) if mesh is None else mesh.device
     with nullcontext() if mesh is None else mesh.together("loading the model"):
@@ -122,6 +126,7 @@ def from_pretrained(
             checkpoint,
             dtype=dtype,
             device=target_device,
+            device_map=places,
             quantization=asked,
             mesh=mesh,
             eplb=balance,
@@ -135,16 +140,22 @@ def from_checkpoint(
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
+    device_map: str | Mapping[str, torch.device] | None = None,
     quantization: str | Mapping[str, object] | Quantization | None = None,
     mesh: Mesh | None = None,
     eplb: EPLB | None = None,
     progress: bool = True,
 ) -> MoECausalLM:
-    """The model of an open checkpoint; arguments and errors as in `from_pretrained`."""
+    """The model of an open checkpoint; arguments and errors as in `from_pretrained`, but that
+    `device_map` is what `checked` returns."""
     target_device = device_of(device)
     asked = Quantization.of(quantization)
     built = build(
-        checkpoint, dtype=dtype, quantization=asked, device=target_device, progress=progress
+        checkpoint,
+        dtype=dtype,
+        quantization=asked,
+        device=target_device if device_map is None else None,
+        progress=progress,
     )
     slots = None
     if mesh is not None:
@@ -155,7 +166,7 @@ def from_checkpoint(
         built.decoder,
         checkpoint,
         built.rules,
-        device=target_device,
+        device=target_device if device_map is None else partial(places_of, device_map),
         dtype=built.config.dtype,
         experts=None if mesh is None or slots is None else slots.of_rank(mesh.ep_rank),
         quantization=asked,
@@ -168,10 +179,22 @@ def from_checkpoint(
     if mesh is not None and slots is not None:
         balance_(built.decoder, mesh, slots, eplb, num_groups=_groups(built.decoder))
     model = MoECausalLM(built.config, built.decoder).eval()
+    model.find_devices()
     model.mesh = mesh
     if built.generation_config is not None:
         model.generation_config = built.generation_config
     return model
+
+
+def _map(
+    device_map: DeviceMap | None, device: torch.device | str | None, parallel: Parallel | None
+) -> str | Mapping[str, torch.device] | None:
+    if device_map is None:
+        return None
+    for name, value in (("device", device), ("parallel", parallel)):
+        if value is not None:
+            raise ValueError(f"device_map and {name} both say where layers go: give one")
+    return checked(device_map)
 
 
 def _joined(parallel: Parallel | None, device: torch.device | str | None) -> Mesh | None:

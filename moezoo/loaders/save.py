@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 
 from moezoo import registry
 from moezoo.errors import naming
 from moezoo.layers.decoder import Decoder
+from moezoo.loaders.card import CARD, Section, kinds_of, write_card
 from moezoo.loaders.checkpoint import CONFIG, DTYPES, GENERATION_CONFIG, INDEX, WEIGHTS
-from moezoo.loaders.mapping import Rule, Skip
 from moezoo.loaders.written import Writing, Written, describe_, warn_of_schemes
 from moezoo.parallel.gather import check_formats, gathered, whole_on_meta
 from moezoo.parallel.mesh import Mesh
@@ -60,11 +59,12 @@ def save_pretrained(
 
     moezoo reads them back bit for bit, and transformers to the same logits. Quantised experts are
     written as they are, in the hub's layout for their format, and all else as not quantised. The
-    config names the dtype that the weights have. Other files in the folder stay; shards of an
-    earlier save that are not overwritten go. A save that fails or is interrupted while files are
-    written leaves the folder as it was; one that stops in the moment when they are moved keeps the
-    new ones and says where. Where experts are divided over the ranks of a mesh, each calls this,
-    and the first writes what one process would. Raises `ValueError` for a malformed
+    config names the dtype that the weights have. Of quantised weights a section of the model card
+    tells, which joins the card that is in the folder or is one. Other files in the folder stay;
+    shards of an earlier save that are not overwritten go. A save that fails or is interrupted while
+    files are written leaves the folder as it was; one that stops in the moment when they are moved
+    keeps the new ones and says where. Where experts are divided over the ranks of a mesh, each
+    calls this, and the first writes what one process would. Raises `ValueError` for a malformed
     `max_shard_size`, `QuantizationError` for weights that no layout of the hub has, and `OSError`
     that names the file where the disk is full; `RankError` where another rank fails, and
     `ValueError` where experts are quantised and a rank has none in a layer.
@@ -92,8 +92,16 @@ def save_pretrained(
         (p.dtype for p in model.decoder.parameters() if p.is_floating_point()), config.dtype
     )
     config.architectures = config.architectures or [type(model).__name__]
+    card = Path(folder) / CARD
     with moved_at_end(Path(folder)) as draft:
-        write_tensors(written, draft, max_shard_size=max_shard_size, tensor_of=tensor_of)
+        size = write_tensors(written, draft, max_shard_size=max_shard_size, tensor_of=tensor_of)
+        section = Section(
+            model.config.name_or_path or f"a new {config.model_type}",
+            *kinds_of(model.decoder),
+            config.dtype,
+            bytes_after=size,
+        )
+        write_card(draft, card if card.is_file() else None, section)
         with naming(draft / CONFIG):
             config.to_json_file(draft / CONFIG)
         if model.generation_config is not None:
@@ -127,25 +135,6 @@ def _made(tensor: Written) -> torch.Tensor:
 
 def _name(tensor: Written) -> str:
     return tensor.name
-
-
-def write_weights(
-    module: nn.Module,
-    rules: Sequence[Rule | Skip],
-    folder: Path,
-    *,
-    max_shard_size: int | str = "5GB",
-) -> None:
-    """Write the parameters and persistent buffers of `module` as safetensors.
-
-    More than one file comes with an index.
-    """
-    write_tensors(
-        Writing(module, rules).tensors(module.state_dict()),
-        folder,
-        max_shard_size=max_shard_size,
-        tensor_of=_made,
-    )
 
 
 def write_tensors(

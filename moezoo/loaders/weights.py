@@ -11,6 +11,7 @@ from torch import nn
 from moezoo.layers.quant.fp8 import BLOCK_FP8, FOR_EXPERTS, FOR_LINEARS, require_fp8
 from moezoo.loaders.checkpoint import Checkpoint, Location
 from moezoo.loaders.dense import kept, quantized_linears
+from moezoo.loaders.devices import Places
 from moezoo.loaders.encodings import Encoding, encoding_of
 from moezoo.loaders.experts import experts_of, quantized_experts, source_dtype
 from moezoo.loaders.fill import Filling, Squares, drop_trivial_orders
@@ -37,7 +38,7 @@ def load_weights(
     checkpoint: Checkpoint,
     rules: Sequence[Rule | Skip],
     *,
-    device: torch.device,
+    device: torch.device | Callable[[Mapping[str, ParameterInfo]], Places],
     dtype: torch.dtype,
     experts: OwnedExperts | None = None,
     quantization: Quantization | None = None,
@@ -46,9 +47,10 @@ def load_weights(
 ) -> None:
     """Give `module`, built on the meta device, the weights of `checkpoint` by `rules`.
 
-    Parameters and persistent buffers come to `device`, floating ones as `dtype` but for those that
-    their module names in `keep_dtype`. `experts` are the ids that this rank owns, as `plan` takes
-    them. Weights that the module shares are loaded once and stay shared.
+    Parameters and persistent buffers come to `device`, or where it says when it is given all of
+    them; floating ones as `dtype` but for those that their module names in `keep_dtype`. `experts`
+    are the ids that this rank owns, as `plan` takes them. Weights that the module shares are loaded
+    once and stay shared.
 
     With `quantization` the experts of a checkpoint that is not quantised become `QuantizedWeights`;
     so do those that are stored quantised, and linear layers that are, unless it says otherwise.
@@ -69,22 +71,55 @@ def load_weights(
     )
     if check is not None:
         check(planned)
-    require_device(module, planned.quantized, device)
-    check_memory(planned.wanted, device, checkpoint.name, module)
+    places = _require_places(module, planned, device, checkpoint.name)
     locations = checkpoint.fetch(sources_of(planned), progress=progress)
     ordered = with_one_order(module, checkpoint, planned, locations, dtype=dtype)
     if ordered.wanted != planned.wanted:  # more, for layers that do not stay quantised
-        check_memory(ordered.wanted, device, checkpoint.name, module)
+        places = _require_places(module, ordered, device, checkpoint.name)
     planned = ordered
     report(module, planned)
     try:
-        tensors = read_copies(checkpoint, planned, locations, device=device, progress=progress)
+        tensors = _read_to(places, checkpoint, planned, locations, progress=progress)
     except BaseException as error:
         # The frames of the traceback hold the tensors for as long as anybody keeps the error.
         _clear_frames(error)
         raise
     quantize_on_meta(module, drop_trivial_orders(tensors, planned.quantized))
     place(module, tensors)
+
+
+def _require_places(
+    module: nn.Module,
+    planned: "Planned",
+    device: torch.device | Callable[[Mapping[str, ParameterInfo]], Places],
+    name: str,
+) -> Places:
+    """Where its tensors go; raises for a device that has no room or no kernels for them."""
+    places = Places(device) if isinstance(device, torch.device) else device(planned.wanted)
+    if len(places.devices) > 1:
+        name = f"what device_map puts there of {name}"
+    for on, part in places.parts(planned.quantized):
+        require_device(module, part, on)
+    for on, wanted in places.parts(planned.wanted):
+        check_memory(wanted, on, name, module)
+    return places
+
+
+def _read_to(
+    places: Places,
+    checkpoint: Checkpoint,
+    planned: "Planned",
+    locations: Mapping[str, Location],
+    *,
+    progress: bool,
+) -> dict[str, torch.Tensor]:
+    """`read_copies`, device by device."""
+    tensors: dict[str, torch.Tensor] = {}
+    for device, wanted in places.parts(planned.wanted):
+        copies = (copy for copy in planned.plan.copies if places.of(copy.target) == device)
+        part = planned._replace(wanted=wanted, plan=Plan(tuple(copies), {}))
+        tensors |= read_copies(checkpoint, part, locations, device=device, progress=progress)
+    return tensors
 
 
 class Planned(NamedTuple):

@@ -20,7 +20,7 @@ from moezoo.errors import QuantizationError
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4, QuantizedWeights
 from moezoo.layers.quant.fp8 import BLOCK
-from moezoo.layers.quant.groups import pack, unpack
+from moezoo.layers.quant.groups import GROUP_SIZES, pack, unpack
 from moezoo.layers.quant.mxfp4 import GROUP
 from moezoo.loaders.encodings import fp8, mxfp4
 from moezoo.loaders.encodings.integers import words_of
@@ -58,7 +58,7 @@ class Writing:
     """How `module` is written by these rules, whatever values it has."""
 
     def __init__(self, module: nn.Module, rules: Sequence[Rule | Skip]) -> None:
-        self.weights = dict(_quantized_weights(module))
+        self.weights = dict(quantized_weights(module))
         self.method = _method(module, rules)
         self.copies = copies_by_target(_layout(module, rules))
 
@@ -93,7 +93,7 @@ class Writing:
 
 def hub_config(module: nn.Module, rules: Sequence[Rule | Skip]) -> dict[str, Any] | None:
     """The quantization_config of `module`, whose values may be on meta; None if it has none."""
-    weights = dict(_quantized_weights(module))
+    weights = dict(quantized_weights(module))
     if not weights:
         return None
     infos = _infos(module)
@@ -151,12 +151,30 @@ def warn_of_schemes(
     if some or len(described["config_groups"]) > 1:
         _log.warning(
             "layers of this model are quantised in different ways (%s): moezoo loads it, but "
-            "transformers does not",
+            "transformers does not%s",
             "some experts are not" if some else "formats, or sizes of groups",
+            "" if some else _cure(module),
         )
 
 
-def _quantized_weights(module: nn.Module) -> Iterator[tuple[str, QuantizedWeights]]:
+def _cure(module: nn.Module) -> str:
+    """How to have one, where groups of int4 differ in their sizes."""
+    weights = [held() for _, held in quantized_weights(module)]
+    int4 = [weight for weight in weights if isinstance(weight, Int4)]
+    size = min((weight.group_size for weight in int4), default=0)
+    if (
+        len(int4) < len(weights)
+        or size not in GROUP_SIZES
+        or any(weight.group_size % size for weight in int4)
+    ):
+        return ""
+    return (
+        f"; quantise to {{'type': 'int4_w4a16', 'group_size': {size}}}, which divides all of their "
+        "columns, for a model that both load"
+    )
+
+
+def quantized_weights(module: nn.Module) -> Iterator[tuple[str, QuantizedWeights]]:
     for name, child in module.named_modules():
         if isinstance(child, QuantizedWeights):
             yield name, child
@@ -164,7 +182,7 @@ def _quantized_weights(module: nn.Module) -> Iterator[tuple[str, QuantizedWeight
 
 def _infos(module: nn.Module) -> dict[str, ParameterInfo]:
     """The parameters as if none was quantised."""
-    weights = dict(_quantized_weights(module))
+    weights = dict(quantized_weights(module))
     infos = {}
     for name, info in parameter_infos(module).items():
         owner = name.rpartition(".")[0]
@@ -203,7 +221,7 @@ def _tied(module: nn.Module, rules: Sequence[Rule | Skip]) -> set[str]:
 
 
 def _method(module: nn.Module, rules: Sequence[Rule | Skip]) -> str:
-    weights = dict(_quantized_weights(module))
+    weights = dict(quantized_weights(module))
     formats = {held.format for held in weights.values()}
     if formats <= {BlockFp8}:
         return "fp8"

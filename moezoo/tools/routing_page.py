@@ -39,7 +39,8 @@ p { margin: .3rem 0 .8rem; color: var(--soft); }
 .scroll { overflow-x: auto; }
 svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--soft); font: 7px system-ui, sans-serif; }
-svg.line text { font-size: 10px; }
+svg.line text { font-size: 13px; }
+@media (hover: none) { .hover { display: none; } }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem min(.6rem, 1.3vw); text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
@@ -103,7 +104,10 @@ def _loads(trace: "RoutingTrace") -> Iterator[str]:
     load = trace.expert_load.double()
     relative = (load / load.mean(1, keepdim=True).clamp(min=1e-9)).tolist()
     yield "<h2>Tokens of each expert</h2>"
-    yield "<p>A row is a layer, a column an expert. Point at a cell for its numbers.</p>"
+    yield (
+        '<p>A row is a layer, a column an expert. <span class="hover">Point at a cell for its '
+        "numbers.</span></p>"
+    )
     gradient = ", ".join(_rgb(_mix(step / 4 - 1)) for step in range(9))
     yield (
         '<div class="key"><span>a quarter of the layer\'s mean</span>'
@@ -159,16 +163,16 @@ def _passes(trace: "RoutingTrace") -> Iterator[str]:
         f"<p>Busiest expert over mean, of all layers together, in the last {len(imbalance):,} "
         "passes. A pass of few tokens is uneven of necessity.</p>"
     )
-    step = 380 / max(len(points) - 1, 1)
+    step = 370 / max(len(points) - 1, 1)
     line = " ".join(
-        f"{20 + step * i:.1f},{120 - 105 * value / top:.1f}" for i, value in enumerate(points)
+        f"{30 + step * i:.1f},{120 - 105 * value / top:.1f}" for i, value in enumerate(points)
     )
     yield (
         '<svg class="line" viewBox="0 0 410 130" role="img" '
         'aria-label="imbalance of forward passes">'
-        '<line x1="20" y1="120" x2="400" y2="120" stroke="var(--line)"/>'
-        f'<text x="18" y="124" text-anchor="end">0</text>'
-        f'<text x="18" y="19" text-anchor="end">{top:.1f}</text>'
+        '<line x1="30" y1="120" x2="400" y2="120" stroke="var(--line)"/>'
+        f'<text x="26" y="124" text-anchor="end">0</text>'
+        f'<text x="26" y="19" text-anchor="end">{top:.1f}</text>'
         f'<polyline points="{line}" fill="none" stroke="var(--mark)" stroke-width="1.2"/></svg>'
     )
 
@@ -247,8 +251,8 @@ def _map(
     last = str(columns - 1) if last is None else last
     marks.append(f'<text x="0" y="{height + 9}">0</text>')
     marks.append(f'<text x="{width}" y="{height + 9}" text-anchor="end">{last}</text>')
-    # A phone scrolls through a wide map rather than see cells that no finger hits.
-    least = f"min-width: {min(columns * 11, 4000)}px"
+    # A phone scrolls through a wide map rather than show numbers that nobody can read.
+    least = f"min-width: {min(columns * 15, 4000)}px"
     limit = f"max-width: {columns * 28 + 40}px"
     return (
         f'<div class="scroll"><svg viewBox="-20 0 {width + 22} {height + 12}" role="img" '

@@ -37,6 +37,7 @@ from transformers import (
     FineGrainedFP8Config,
     PreTrainedModel,
 )
+from written_module import write_weights
 
 import moezoo
 from moezoo import registry
@@ -53,7 +54,6 @@ from moezoo.loaders.load import (
 )
 from moezoo.loaders.mapping import Rule
 from moezoo.loaders.quantization import Quantization
-from moezoo.loaders.save import write_weights
 from moezoo.loaders.weights import load_weights
 
 HUB = {

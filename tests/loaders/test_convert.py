@@ -12,6 +12,7 @@ from hub_writers import gptq
 from safetensors.torch import load_file
 from small_models import ASSET, assert_same, change, load, moe_layers, plain, set_config
 from test_hub_formats import gptq_config, write
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moezoo import cli
 from moezoo.errors import QuantizationError
@@ -19,6 +20,8 @@ from moezoo.layers.quant import Int4
 from moezoo.loaders import weights, written
 from moezoo.loaders.checkpoint import open_checkpoint
 from moezoo.loaders.convert import convert
+
+START = "<!-- moezoo: quantisation -->\n"
 
 
 @pytest.mark.parametrize(
@@ -52,7 +55,8 @@ def test_the_files_are_those_of_save_pretrained(tmp_path, asked):
         return
     assert card.startswith(before.rstrip())
     assert f"{done.bytes_before:,}" in card and f"{done.bytes_after:,}" in card
-    assert done.kinds[0] in card
+    assert done.experts[0] in card
+    assert "was not measured" in card and "| loss before" not in card
     errors = weights = 0.0
     for ours, plain_layer in zip(moe_layers(model), moe_layers(load(ASSET)), strict=True):
         for name in ("w13", "w2"):
@@ -168,10 +172,11 @@ def test_command_line(tmp_path, capsys):
 
 def test_the_card_of_a_model_that_has_none(tmp_path):
     plain("mixtral").save_pretrained(tmp_path / "from")
+    assert not (tmp_path / "from" / "README.md").exists()
     set_config(tmp_path / "from", architectures=["MixtralForCausalLM"])
     to: Path = tmp_path / "to"
     convert(open_checkpoint(tmp_path / "from"), to, quantization="int8_w8a16", device="cpu")
-    assert (to / "README.md").read_text().startswith("## Quantisation\n")
+    assert (to / "README.md").read_text().startswith(f"{START}## Quantisation\n")
     assert json.loads((to / "config.json").read_text())["architectures"] == ["MixtralForCausalLM"]
 
 
@@ -184,8 +189,77 @@ def test_a_card_has_one_section(tmp_path):
     convert(open_checkpoint(once), twice, device="cpu")
     for folder in (once, twice):
         card = (folder / "README.md").read_bytes()
-        assert card.startswith(before + b"\n## Quantisation\n") and card.count(b"## Quant") == 1
+        assert card.startswith(before + b"\n" + START.encode()) and card.count(b"## Quant") == 1
     assert str(once).encode() in card
+
+
+def test_a_save_tells_of_its_quantisation_in_the_card_that_is_there(tmp_path):
+    model = load(ASSET, quantization="int8_w8a16")
+    model.save_pretrained(tmp_path)
+    section = (tmp_path / "README.md").read_text()
+    assert "| experts | in int8_w8a16 with a scale a row |" in section
+    assert str(ASSET) in section
+    stored = load_file(tmp_path / "model.safetensors")
+    assert f"| {sum(tensor.nbytes for tensor in stored.values()):,} |" in section
+    assert "was not measured" in section and "error" not in section
+    mine, after = "---\nlicense: mit\n---\n# My model\n\n", "\n## My results\n"
+    (tmp_path / "README.md").write_text(f"{mine}{section}{after}")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == f"{mine}{section}{after}"
+    load(ASSET).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text().split() == f"{mine}{after}".split()
+
+
+def held_out(tmp_path):
+    """The same text whole and in pieces, and its loss by transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(ASSET)
+    text = Path(__file__).parents[2].joinpath("benchmarks/data/heldout.txt").read_text()[:3000]
+    (tmp_path / "text.txt").write_text(text)
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}) + "\n\n")
+    ids = tokenizer(text)["input_ids"]
+    windows = [torch.tensor([ids[i : i + 512]]) for i in range(0, len(ids), 512)]
+    return {len(window[0]) - 1: window for window in windows}
+
+
+def test_the_loss_before_and_after(tmp_path, capsys):
+    windows = held_out(tmp_path)
+    counted = sum(windows)
+
+    def loss(model):
+        with torch.inference_mode():
+            losses = (n * model(ids, labels=ids).loss.item() for n, ids in windows.items())
+            return sum(losses) / counted
+
+    options = ("--dtype", "float32", "--device", "cpu", "--quantization", "int8_w8a16")
+    to = tmp_path / "to"
+    assert run("convert", ASSET, to, *options, "--measure", tmp_path / "text.jsonl") == 0
+    theirs = AutoModelForCausalLM.from_pretrained(ASSET, dtype=torch.float32)
+    before, after = loss(theirs), loss(load(to, dtype="float32"))
+    assert before != after
+    card = (to / "README.md").read_text()
+    assert f"| loss before, nats a token | {before:.4f} |" in card
+    assert f"| loss, nats a token | {after:.4f} ({after - before:+.4f}) |" in card
+    assert f"The loss is of {counted:,} tokens of text.jsonl, in windows of 512" in card
+    assert f"{before:.4f} nats a token became {after:.4f}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("no.txt", None, "no.txt cannot be read as text"),
+        ("a.jsonl", '{"text": "a"}\n{"prompt": "b"}', 'a.jsonl:2: expected an object with "text"'),
+        ("a.jsonl", "text", "a.jsonl:1: not JSON"),
+        ("a.txt", "", "a.txt has no two tokens in a row"),
+    ],
+)
+def test_a_text_that_nothing_is_measured_on(tmp_path, capsys, name, text, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    to = tmp_path / "to"
+    arguments = ("convert", ASSET, to, "--device", "cpu", "--measure", tmp_path / name)
+    assert run(*arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not to.exists()
 
 
 def test_interrupted(tmp_path, capsys, monkeypatch):

@@ -13,13 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2MoeConfig
+from written_module import write_weights
 
 import moezoo
 from moezoo.loaders import save
 from moezoo.loaders.checkpoint import INDEX, open_checkpoint
 from moezoo.loaders.load import from_config, from_pretrained
 from moezoo.loaders.mapping import Rule
-from moezoo.loaders.save import save_pretrained, write_weights
+from moezoo.loaders.save import save_pretrained
 from moezoo.loaders.weights import load_weights
 
 ASSET = Path(moezoo.__file__).parent / "assets" / "tiny-qwen3-moe"

@@ -21,6 +21,7 @@ from small_models import (
 )
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MixtralConfig
+from written_module import write_weights
 
 import moezoo
 from moezoo.errors import QuantizationError
@@ -30,7 +31,6 @@ from moezoo.loaders.checkpoint import open_checkpoint
 from moezoo.loaders.convert import convert
 from moezoo.loaders.load import from_config
 from moezoo.loaders.mapping import Rule
-from moezoo.loaders.save import write_weights
 from moezoo.loaders.weights import load_weights
 from moezoo.loaders.written import hub_config
 
@@ -216,6 +216,7 @@ def test_groups_of_several_sizes(tmp_path, caplog):
     model = load(ASSET, quantization="int4_w4a16", dtype="float32")
     model.save_pretrained(tmp_path)
     assert caplog.text.count("(formats, or sizes of groups): moezoo loads it, but transf") == 1
+    assert "quantise to {'type': 'int4_w4a16', 'group_size': 64}" in caplog.text
     assert_same(load(tmp_path, dtype="float32"), model)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     targets = {

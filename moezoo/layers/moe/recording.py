@@ -68,7 +68,9 @@ class RoutingRecorder(nn.Module):
 
     def add(self, layer: int, topk_weights: Tensor, topk_ids: Tensor) -> None:
         """What a layer chose, [T, K] each; the ids of no expert, -1, are passed over."""
-        topk_weights, ids = topk_weights.detach(), topk_ids.long()
+        device = self.load.device  # a layer may be on another
+        topk_weights, topk_ids = topk_weights.detach().to(device), topk_ids.to(device)
+        ids = topk_ids.long()
         counts = ids >= 0
         if self._real is not None:
             counts = counts & self._real[:, None]

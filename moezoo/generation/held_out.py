@@ -1,0 +1,76 @@
+"""The loss of a model on a text that it was not made for."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from moezoo.generation.offline import Prompt, context_length, encode
+from moezoo.generation.score import score
+
+LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Nats a token, of so many tokens in windows of `length`; a window's first is not counted."""
+
+    nats: float
+    num_tokens: int
+    length: int
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Texts, and the tokenizer of the models that read them."""
+
+    name: str
+    texts: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def read(cls, path: Path, tokenizer: PreTrainedTokenizerBase) -> "HeldOut":
+        """Of a file: JSON lines with "text" where its name ends in .jsonl, else one text.
+
+        Raises `ValueError` for a file that cannot be read or is not that.
+        """
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} cannot be read as text: {error}") from error
+        if path.suffix != ".jsonl":
+            return cls(path.name, [text], tokenizer)
+        lines = enumerate(text.split("\n"), start=1)
+        return cls(
+            path.name,
+            [_text_of(line, f"{path}:{number}") for number, line in lines if line.strip()],
+            tokenizer,
+        )
+
+    def loss(self, model: Any) -> Loss:
+        """Of a `MoECausalLM`; raises `ValueError` where there are not two tokens in a row."""
+        length = min(LENGTH, context_length(model) or LENGTH)
+        windows: list[list[int]] = []
+        for i, text in enumerate(self.texts):
+            ids = encode(self.tokenizer, Prompt(i, text)) if text else []
+            windows += [ids[start : start + length] for start in range(0, len(ids), length)]
+        windows = [window for window in windows if len(window) > 1]
+        counted = sum(len(window) - 1 for window in windows)
+        if not counted:
+            raise ValueError(f"{self.name} has no two tokens in a row to measure a loss on")
+        total = sum(each.logprob for each in score(model, self.tokenizer, windows))
+        return Loss(-total / counted, counted, length)
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f'{where}: expected an object with "text", a string')
+    return text
