@@ -309,7 +309,7 @@ class DenseContext:
         # Fused kernels want equal widths: numbers that are no values come along as such.
         k, v = keys.keys, keys.keys if keys.values is None else keys.values
         out = attend(q.transpose(1, 2), k, v, self.mask, window=window, scale=scale, sinks=sinks)
-        return out[..., :value_dim].transpose(1, 2)
+        return (out if value_dim is None else out[..., :value_dim]).transpose(1, 2)
 
     def attend_to(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
