@@ -322,7 +322,7 @@ class DenseContext:
         # Fused kernels want equal widths: numbers that are no values come along as such.
         k, v = keys.keys, keys.keys if keys.values is None else keys.values
         out = attend(q.transpose(1, 2), k, v, self.mask, window=window, scale=scale, sinks=sinks)
-        return out[..., :value_dim].transpose(1, 2)
+        return (out if value_dim is None else out[..., :value_dim]).transpose(1, 2)
 
     def attend_to(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
@@ -442,17 +442,20 @@ class GroupedQueryAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """qkv [B, T, ..] -> q [B, T, Hq, D], k [B, T, Hk, D] and v [B, T, Hk, Dv]; normed, clipped
         and rotated."""
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k, v = qkv.split_with_sizes(self.sizes, -1)
-            q = self.q_norm(q.unflatten(-1, (-1, self.q_norm.dim))).flatten(2)
-            k = self.k_norm(k.unflatten(-1, (-1, self.k_norm.dim))).flatten(2)
-            qkv = torch.cat((q, k, v), -1)
-        if self.clip is not None:
-            qkv = qkv.clamp(-self.clip, self.clip)
         # Queries and keys are rotated together: on a CPU a token's time is the number of calls.
-        heads = self.num_heads + self.num_kv_heads
-        qk, v = qkv.split_with_sizes((sum(self.sizes[:2]), self.sizes[2]), -1)
-        qk = self.rotate(qk.unflatten(-1, (heads, -1)), self.own(rotation))
+        if self.q_norm is None or self.k_norm is None:
+            qk, v = qkv.split_with_sizes((sum(self.sizes[:2]), self.sizes[2]), -1)
+            qk = qk.unflatten(-1, (-1, self.head_dim))
+        else:
+            q, k, v = qkv.split_with_sizes(self.sizes, -1)
+            q = self.q_norm(q.unflatten(-1, (-1, self.q_norm.dim)))
+            k = self.k_norm(k.unflatten(-1, (-1, self.k_norm.dim)))
+            if self.q_norm.dim != self.head_dim:
+                q, k = (x.flatten(2).unflatten(-1, (-1, self.head_dim)) for x in (q, k))
+            qk = torch.cat((q, k), 2)
+        v = v.unflatten(-1, (-1, self.value_dim))
+        if self.clip is not None:
+            qk, v = qk.clamp(-self.clip, self.clip), v.clamp(-self.clip, self.clip)
+        qk = self.rotate(qk, self.own(rotation))
         q, k = qk.split_with_sizes((self.num_heads, self.num_kv_heads), 2)
-        v = v.unflatten(-1, (self.num_kv_heads, -1))
         return q, k, v

@@ -46,8 +46,13 @@ class DecoderLayer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The stream x [B, T, H] and what is still to be added to it -> the same two after it.
 
-        Each sum is made together with the norm that follows, at the latest by the layer it is for.
+        Each sum is made together with the norm that follows, at the latest by the layer it is for;
+        without kernels there is nothing to be gained by waiting.
         """
+        if not x.is_cuda:
+            rows, x = self.attn_norm.add(x, update)
+            rows, x = self.mlp_norm.add(x, self.attn(rows, context, layer_idx))
+            return x, self.mlp(rows)
         normed = self.attn_norm.of_sum(x, update)
         update = self.attn(handed_to(self.attn, normed), context, layer_idx)
         normed = self.mlp_norm.of_sum(normed.sum, update)

@@ -92,7 +92,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     16 bit are multiplied in fp32: twice as fast with 8 rows, 6 times with 64 (AMD EPYC with AVX2).
     On CUDA a kernel of our own takes few rows.
     """
-    if x.numel() <= FEW_ROWS * x.shape[-1] and runs_kernels(x, weight, bias):
+    if x.is_cuda and x.numel() <= FEW_ROWS * x.shape[-1] and runs_kernels(x, weight, bias):
         from moezoo.layers.kernels.few_rows import few_rows_linear
 
         return few_rows_linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
@@ -143,16 +143,17 @@ class Linear(nn.Linear):
         self.weight = QuantizedWeights(weight)
 
     def forward(self, x: torch.Tensor | NormOfSum) -> torch.Tensor:
-        if isinstance(self.weight, QuantizedWeights):
-            return quantized_linear(normed(x), self.weight(), self.bias)
+        weight, bias = self.weight, self.bias  # a module looks them up anew each time
+        if isinstance(weight, QuantizedWeights):
+            return quantized_linear(normed(x), weight(), bias)
         if not isinstance(x, NormOfSum):
-            return linear(x, self.weight, self.bias)
-        arguments = x.kernel_arguments(NORM_ROWS, self.weight, self.bias)
+            return linear(x, weight, bias)
+        arguments = x.kernel_arguments(NORM_ROWS, weight, bias)
         if arguments is None:
-            return linear(x.normed, self.weight, self.bias)
+            return linear(x.normed, weight, bias)
         from moezoo.layers.kernels.few_rows import add_norm_linear
 
-        y, total = add_norm_linear(weight=self.weight, bias=self.bias, **arguments)
+        y, total = add_norm_linear(weight=weight, bias=bias, **arguments)
         x.store(total)
         return y.view(*x.sum.shape[:-1], -1)
 

@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
         self, x: torch.Tensor, update: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of x + update, and that sum, rounded to the dtype of x; x [.., dim]."""
-        if runs_kernels(x, self.weight, update):
+        if x.is_cuda and runs_kernels(x, self.weight, update):
             from moezoo.layers.kernels.add_norm import add_rms_norm
 
             rows = None if update is None else update.reshape(-1, self.dim)
@@ -165,5 +165,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 def handed_to(module: nn.Module, x: torch.Tensor | NormOfSum) -> torch.Tensor | NormOfSum:
     """What a layer is called with: a tensor if it has hooks, or is not one of ours."""
+    if not isinstance(x, NormOfSum):
+        return x
     ours = type(module).__module__.startswith("moezoo.")
-    return x if ours and not is_hooked(module) else normed(x)
+    return x if ours and not is_hooked(module) else x.normed

@@ -173,17 +173,21 @@ def _validate(
             raise ValueError(f"w13 {_describe(w13)} has no gate that {gating} could bound")
     if topk_ids.dtype != torch.int32 and topk_ids.dtype != torch.int64:
         raise ValueError(f"topk_ids must be int32 or int64, got {_describe(topk_ids)}")
-    for name, tensor, shape, kind in (
+    expected: list[
+        tuple[str, Tensor | Format, tuple[int, ...] | None, torch.dtype | type[Format]]
+    ] = [
         ("w13", w13, (*rows, hidden_size), weights_kind),
         ("w2", w2, (num_experts, hidden_size, intermediate_size), weights_kind),
         ("topk_ids", topk_ids, (num_tokens, k), topk_ids.dtype),
         ("topk_weights", topk_weights, (num_tokens, k), torch.float32),
-        ("bias13", bias13, rows, dtype),
-        ("bias2", bias2, (num_experts, hidden_size), dtype),
-        ("expert_map", expert_map, None, torch.int32),
-    ):
-        if tensor is None:
-            continue
+    ]
+    if bias13 is not None:
+        expected.append(("bias13", bias13, rows, dtype))
+    if bias2 is not None:
+        expected.append(("bias2", bias2, (num_experts, hidden_size), dtype))
+    if expert_map is not None:
+        expected.append(("expert_map", expert_map, None, torch.int32))
+    for name, tensor, shape, kind in expected:
         if (
             (shape is not None and tensor.shape != shape)
             or _kind(tensor) is not kind

@@ -54,12 +54,10 @@ def dense_torch(
 
     def one_token(x: Tensor, topk_weights: Tensor, chosen: list[int]) -> Tensor:
         """Nothing to group here, and on a CPU every torch call counts."""
-        row = x.squeeze(0)
         with without_onednn():
-            rows = [_row_times(w13[e], row, bias13, e) for e in chosen]
-            y = torch.cat(rows).float()
-            h = act(*y.view(parts).unbind(dim)).to(x.dtype).unbind(0)
-            rows = [_row_times(w2[e], row, bias2, e) for row, e in zip(h, chosen, strict=True)]
+            rows = _products(w13, chosen, x.expand(len(chosen), -1), bias13)
+            h = act(*torch.cat(rows).float().view(parts).unbind(dim)).to(x.dtype)
+            rows = _products(w2, chosen, h, bias2)
         return torch.mm(topk_weights, torch.stack(rows).float()).to(x.dtype)
 
     def experts_of(x: Tensor, experts: list[int], sizes: list[int]) -> Tensor:
@@ -106,9 +104,12 @@ def _torch_groups(x: Tensor, w13: Tensor, w2: Tensor) -> bool:
     return w13.is_contiguous() and w2.is_contiguous() and w13.shape[2] % 8 == w2.shape[2] % 8 == 0
 
 
-def _row_times(w: Tensor, x: Tensor, bias: Tensor | None, expert: int) -> Tensor:
-    """w [M, N], x [N], bias [E, M] -> w @ x + bias[expert], [M]."""
-    return torch.mv(w, x) if bias is None else torch.addmv(bias[expert], w, x)
+def _products(w: Tensor, experts: list[int], x: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """w [E, M, N], a row of x [S, N] for each of experts, bias [E, M] -> S times [M]."""
+    rows = zip(experts, x.unbind(0), strict=True)
+    if bias is None:
+        return [torch.mv(w[e], row) for e, row in rows]
+    return [torch.addmv(bias[e], w[e], row) for e, row in rows]
 
 
 def _batches(bounds: list[int], max_rows: int) -> Iterator[range]:

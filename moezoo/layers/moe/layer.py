@@ -98,6 +98,10 @@ class BiasedLogits(nn.Module):
         return self.fn(logits, bias=self.bias)
 
 
+def _weights(held: nn.Parameter | QuantizedWeights) -> Tensor | Format:
+    return held() if isinstance(held, QuantizedWeights) else held
+
+
 class FusedMoE(nn.Module):
     """K of E gated experts for each token, plus `shared`, if there is one, for every token.
 
@@ -254,20 +258,20 @@ class FusedMoE(nn.Module):
                 x.store(total, rows)
                 return logits
             x = x.normed
-        x = x.reshape(-1, x.shape[-1])
-        if runs_kernels(x, self.gate):
+        x, gate = x.reshape(-1, x.shape[-1]), self.gate
+        if runs_kernels(x, gate):
             from moezoo.layers.kernels.router_logits import FEW_TOKENS, router_logits
 
             if len(x) <= FEW_TOKENS:
-                return router_logits(x, self.gate)
-            return torch.mm(x, self.gate.T, out_dtype=torch.float32)
-        return F.linear(x.float(), self.gate.float())
+                return router_logits(x, gate)
+            return torch.mm(x, gate.T, out_dtype=torch.float32)
+        return F.linear(x.float(), gate.float())
 
     def experts(self, x: Tensor, topk_weights: Tensor, rows: Tensor) -> Tensor:
         """The weighted sum of experts of this process, by their rows in w13 and w2:
         x [T, H] -> [T, H]."""
-        w13, w2 = (w() if isinstance(w, QuantizedWeights) else w for w in (self.w13, self.w2))
-        if self.w2.shape[0] == 0:
+        w13, w2 = _weights(self.w13), _weights(self.w2)
+        if w2.shape[0] == 0:
             return torch.zeros_like(x)
         bias13 = self.bias13
         if bias13 is not None and self.quantized is not None:
