@@ -29,6 +29,7 @@ from over_ranks.job import Job, Row
 from over_ranks.shapes import qwen3
 
 FORMATS = (None, "fp8_w8a8", "int8_w8a16", "int4_w4a16", "mxfp4")
+PLACEMENTS = ("linear", "round_robin", "list", "file with copies")
 TOLERANCE = 0.05
 """Relative, of logits in bf16: near ties in routers go either way."""
 TEXT = "Once upon a time there was a little girl who lived in a house near the woods. " * 4
@@ -102,12 +103,10 @@ def pairs(size: int, number: int) -> list[tuple[str | None, str]]:
     """Formats and placements for the n-th model."""
     if size == 1:
         return [(None, "linear")]
-    few = [
-        (FORMATS[(number + 2 * i + j) % len(FORMATS)], placement)
-        for i, placement in enumerate(("round_robin", "list", "file with copies"))
-        for j in range(2)
+    return [
+        (quantization, PLACEMENTS[(number + i) % len(PLACEMENTS)])
+        for i, quantization in enumerate(FORMATS)
     ]
-    return [(quantization, "linear") for quantization in FORMATS] + few
 
 
 def placed(job: Job, load: Load, placement: str, size: int) -> Any:
