@@ -51,6 +51,7 @@ NOT_NEGATIVE = (
     "num_shared_experts",
     "num_dense_layers",
     "shared_expert_intermediate_size",
+    "shared_intermediate_size",
     "first_k_dense_replace",
 )
 

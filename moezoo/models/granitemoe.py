@@ -48,16 +48,16 @@ class ScaledLayer(DecoderLayer):
 
 
 def granite_decoder(
-    config: PreTrainedConfig, attention: Callable[[int], nn.Module], shared_size: int
+    config: PreTrainedConfig, attention: Callable[[int], nn.Module], shared_size: int | None
 ) -> Decoder:
-    """Of `attention(layer_idx)` and mixtures, with a shared expert unless `shared_size` is 0."""
+    """Of `attention(layer_idx)` and mixtures, with a shared expert unless `shared_size` is None."""
     for field in MULTIPLIERS:
         if not isinstance(getattr(config, field), int | float):
             raise UnsupportedArchitectureError.of_field(config, field, "a number")
 
     def feed_forward(layer_idx: int) -> FusedMoE:
         shared = None
-        if shared_size:
+        if shared_size is not None:
             shared = GatedMLP(config.hidden_size, shared_size, activation=config.hidden_act)
         return FusedMoE(
             config.hidden_size,
@@ -94,7 +94,10 @@ def build(config: GraniteMoeConfig | GraniteMoeSharedConfig) -> Decoder:
     def attention(layer_idx: int) -> GroupedQueryAttention:
         return granite_attention(config)
 
-    return granite_decoder(config, attention, getattr(config, "shared_intermediate_size", 0))
+    shared_size = None
+    if isinstance(config, GraniteMoeSharedConfig):
+        shared_size = config.shared_intermediate_size or None
+    return granite_decoder(config, attention, shared_size)
 
 
 MOE = "model.layers.{L}.block_sparse_moe"
