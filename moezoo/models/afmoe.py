@@ -49,9 +49,7 @@ class GatedAttention(GroupedQueryAttention):
     ) -> torch.Tensor:
         qkv = self.qkv(handed_to(self.qkv, x))
         gate = self.gate(handed_to(self.gate, x)).sigmoid()
-        q, keys = context.append_heads(self, qkv, layer_idx)
-        out = context.attend(q, keys, window=self.window, scale=self.scale)
-        return self.o(out.flatten(2) * gate)
+        return self.o(self.attended(qkv, context, layer_idx).flatten(2) * gate)
 
 
 class SandwichLayer(DecoderLayer):

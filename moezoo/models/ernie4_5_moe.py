@@ -82,7 +82,7 @@ def build(config: Ernie4_5_MoeConfig) -> Decoder:
         dense=dense,
         num_shared=config.moe_num_shared_experts or None,
         bias=config.use_bias,
-        mixture=Fp32GateMoE,
+        layer=Fp32GateMoE,
     )
     head_bias = check_head_bias(config, config.use_bias)
     decoder = partial(Decoder, head_bias=head_bias)

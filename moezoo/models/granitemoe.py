@@ -11,13 +11,12 @@ from transformers import GraniteMoeConfig, GraniteMoeSharedConfig, PreTrainedCon
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import Context, GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, DecoderLayer, ScaledDecoder, pre_norm_decoder
-from moezoo.layers.mlp import GatedMLP
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.norm import handed_to
 from moezoo.loaders.mapping import Rule
 from moezoo.models.attentions import attention_biases, grouped_queries
 from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.mixtures import softmax_route
+from moezoo.models.mixtures import mixture, mlp, softmax_route
 from moezoo.models.names import ATTENTION, DECODER, each_expert
 
 ASSUMES = ASSUMED_EVERYWHERE
@@ -56,17 +55,9 @@ def granite_decoder(
             raise UnsupportedArchitectureError.of_field(config, field, "a number")
 
     def feed_forward(layer_idx: int) -> FusedMoE:
-        shared = None
-        if shared_size is not None:
-            shared = GatedMLP(config.hidden_size, shared_size, activation=config.hidden_act)
-        return FusedMoE(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_local_experts,
-            softmax_route(config, config.num_local_experts, renormalize=True),
-            activation=config.hidden_act,
-            shared=shared,
-        )
+        route = softmax_route(config, renormalize=True)
+        shared = None if shared_size is None else mlp(config, shared_size)
+        return mixture(config, config.intermediate_size, route, shared=shared)
 
     return pre_norm_decoder(
         config,

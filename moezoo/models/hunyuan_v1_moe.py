@@ -10,7 +10,6 @@ from transformers import HunYuanMoEV1Config
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
-from moezoo.layers.mlp import GatedMLP
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import softmax_topk
 from moezoo.layers.norm import RMSNorm
@@ -18,6 +17,7 @@ from moezoo.layers.rope import RotaryEmbedding, Rotation, whole_heads
 from moezoo.loaders.mapping import Rule
 from moezoo.models.attentions import attention_biases, head_width
 from moezoo.models.fields import ASSUMED_EVERYWHERE
+from moezoo.models.mixtures import mixture, mlp
 from moezoo.models.names import ATTENTION, DECODER, EXPERTS, gated_mlp
 
 ASSUMES = ASSUMED_EVERYWHERE | {
@@ -86,14 +86,9 @@ def build(config: HunYuanMoEV1Config) -> Decoder:
         )
 
     def feed_forward(layer_idx: int) -> FusedMoE:
-        sizes = config.hidden_size, config.intermediate_size
-        return FusedMoE(
-            *sizes,
-            num_experts,
-            partial(softmax_topk, k=chosen[layer_idx], renormalize=True),
-            activation=config.hidden_act,
-            shared=GatedMLP(*sizes, activation=config.hidden_act),
-        )
+        width = config.intermediate_size
+        route = partial(softmax_topk, k=chosen[layer_idx], renormalize=True)
+        return mixture(config, width, route, shared=mlp(config, width))
 
     return pre_norm_decoder(config, attention, feed_forward, rope=rotary_embedding(config))
 

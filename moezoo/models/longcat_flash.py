@@ -17,10 +17,11 @@ from moezoo.layers.moe import BiasedRoute, FusedMoE
 from moezoo.layers.moe.routing import grouped_topk
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.rope import rotate_interleaved, whole_heads
-from moezoo.loaders.mapping import Rule, Skip
+from moezoo.loaders.mapping import Rule
 from moezoo.models.deepseek_v2 import latent_attention
 from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
-from moezoo.models.names import AROUND_LAYERS, EXPERTS, MLA, gated_mlp
+from moezoo.models.mixtures import mlp
+from moezoo.models.names import AROUND_LAYERS, EXPERTS, MLA, TOKEN_PREDICTION, gated_mlp
 
 ASSUMES = ASSUMED_EVERYWHERE | {
     "layer_types": (None,),
@@ -152,10 +153,7 @@ def build(config: LongcatFlashConfig) -> Decoder:
     def attention() -> MultiHeadLatentAttention:
         return latent_attention(config, rotate_interleaved, layer=scaled)
 
-    def dense() -> GatedMLP:
-        return GatedMLP(hidden_size, config.ffn_hidden_size, activation=config.hidden_act)
-
-    def mixture() -> FusedMoE:
+    def experts() -> FusedMoE:
         return ZeroExpertMoE(
             hidden_size,
             config.expert_ffn_hidden_size,
@@ -167,7 +165,10 @@ def build(config: LongcatFlashConfig) -> Decoder:
 
     layers = [
         ShortcutLayer(
-            [attention(), attention()], [dense(), dense()], mixture(), eps=config.rms_norm_eps
+            [attention(), attention()],
+            [mlp(config, config.ffn_hidden_size) for _ in range(2)],
+            experts(),
+            eps=config.rms_norm_eps,
         )
         for _ in range(config.num_layers)
     ]
@@ -207,5 +208,5 @@ CHECKPOINT = (
     Rule("layers.{L}.mlp.gate", f"{LAYER}.mlp.router.classifier.weight"),
     Rule("layers.{L}.mlp.route.correction_bias", f"{LAYER}.mlp.router.e_score_correction_bias"),
     *EXPERTS,
-    Skip("model.mtp.{*}", "multi-token prediction"),
+    *TOKEN_PREDICTION,
 )

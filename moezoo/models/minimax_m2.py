@@ -14,6 +14,7 @@ from moezoo.layers.rope import RotaryEmbedding
 from moezoo.loaders.mapping import Rule
 from moezoo.models.attentions import grouped_queries, norm_of_all_heads
 from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
+from moezoo.models.mixtures import mixture
 from moezoo.models.names import (
     ATTENTION,
     BLOCK_SPARSE_MOE,
@@ -55,13 +56,8 @@ def build(config: MiniMaxM2Config) -> Decoder:
     route = partial(biased_topk, k=k, scoring="sigmoid")
 
     def feed_forward(layer_idx: int) -> FusedMoE:
-        return FusedMoE(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_local_experts,
-            BiasedRoute(config.num_local_experts, route),
-            activation=config.hidden_act,
-        )
+        biased = BiasedRoute(config.num_local_experts, route)
+        return mixture(config, config.intermediate_size, biased)
 
     return pre_norm_decoder(config, attention, feed_forward, rope=rotary_embedding(config))
 
