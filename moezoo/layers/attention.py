@@ -421,7 +421,7 @@ class GroupedQueryAttention(nn.Module):
         return self.o(self.attended(qkv, context, layer_idx).flatten(2))
 
     def attended(self, qkv: torch.Tensor, context: Context, layer_idx: int) -> torch.Tensor:
-        """qkv [B, T, ..] -> what its queries find, [B, T, Hq, Dv]; its keys and values are added."""
+        """qkv [B, T, ..] -> what its queries find, [B, T, Hq, Dv]; the cache gets its keys."""
         q, keys = context.append_heads(self, qkv, layer_idx)
         return context.attend(q, keys, window=self.window, scale=self.scale, sinks=self.sinks)
 
