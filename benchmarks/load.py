@@ -30,8 +30,13 @@ CHUNK = 16 << 20
 CONTENDERS = ("copy", "copy, fresh memory", "moezoo", "transformers")
 
 
-def write_checkpoint(folder: Path, layers: int) -> None:
-    """One shard a layer; weights are random, since a page of zeros may cost nothing to copy."""
+def write_checkpoint(
+    folder: Path, layers: int, *, num_experts: int = 128, part: tuple[int, int] = (0, 1)
+) -> None:
+    """One shard a layer; weights are random, since a page of zeros may cost nothing to copy.
+
+    Of n processes each writes a part (i, n) of the shards; the first one also what is not weights.
+    """
     from safetensors.torch import save_file
     from transformers import Qwen3MoeConfig
 
@@ -43,7 +48,7 @@ def write_checkpoint(folder: Path, layers: int) -> None:
         num_attention_heads=32,
         num_key_value_heads=4,
         head_dim=128,
-        num_experts=128,
+        num_experts=num_experts,
         num_experts_per_tok=8,
         architectures=["Qwen3MoeForCausalLM"],
         dtype="bfloat16",
@@ -76,10 +81,13 @@ def write_checkpoint(folder: Path, layers: int) -> None:
     total = 0
     for n, shapes in enumerate(shards, start=1):
         file = f"model-{n:05}-of-{layers:05}.safetensors"
-        tensors = {name: random_weight(shape) for name, shape in shapes.items()}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        total += sum(tensor.nbytes for tensor in tensors.values())
+        total += sum(2 * math.prod(shape) for shape in shapes.values())
         weight_map.update(dict.fromkeys(shapes, file))
+        if n % part[1] == part[0]:
+            tensors = {name: random_weight(shape) for name, shape in shapes.items()}
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    if part[0]:
+        return
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config.save_pretrained(folder)

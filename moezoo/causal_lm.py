@@ -1,6 +1,7 @@
 """The shell around a decoder that transformers, and all that is written for it, can use."""
 
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -161,7 +162,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if not peers.alike and ids is not None and len(ids) == 0:
             self._take_part()
-            return ids
+            return self._without_rows(ids, *args, **kwargs)
         if peers.alike:
             self._draw_alike()
         self._generates = True
@@ -169,6 +170,20 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             return super().generate(inputs, *args, **kwargs)
         finally:
             self._generates = False
+
+    def _without_rows(
+        self,
+        ids: torch.Tensor,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> GenerateDecoderOnlyOutput | torch.Tensor:
+        """What `generate` returns for ids [0, T]."""
+        config, _ = self._prepare_generation_config(generation_config, **kwargs)
+        if not config.return_dict_in_generate:
+            return ids
+        cache = growing_cache(self.config)
+        return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=cache)
 
     def _draw_alike(self) -> None:
         """Give torch's random generators the state that they have on the first rank."""
@@ -307,9 +322,13 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             CausalMask(past, x.shape[1], x.device, visible_tokens(attention_mask)),
             past_key_values,
         )
+        passing: AbstractContextManager[None] = nullcontext()
         if peers is not None:
-            peers.begin(0, [] if input_ids is None else input_ids.tolist())
-        hidden = self.decoder(x, context, states=states)
+            turn = peers.begin(0, [] if input_ids is None else input_ids.tolist())
+            if input_ids is not None:
+                passing = peers.passing(turn)
+        with passing:
+            hidden = self.decoder(x, context, states=states)
         logits = self.decoder.logits(_kept(hidden, logits_to_keep))
         if peers is not None:
             logits = peers.chosen(logits)

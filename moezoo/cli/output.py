@@ -9,10 +9,11 @@ import json
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
-from moezoo.errors import naming
+from moezoo.errors import ExpertMapError, LoadImbalanceWarning, naming
 
 DONE, FAILED, USAGE, PARTLY, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -29,7 +30,7 @@ def rank() -> int:
 
 
 def code_of(error: Exception) -> int:
-    return USAGE if isinstance(error, ValueError) else FAILED
+    return USAGE if isinstance(error, ValueError | ExpertMapError) else FAILED
 
 
 def show(subject: Any, *, as_json: bool) -> None:
@@ -44,7 +45,14 @@ def show(subject: Any, *, as_json: bool) -> None:
 
 
 def listen(arguments: argparse.Namespace) -> None:
-    """With --verbose, what moezoo and the libraries below it log goes to stderr."""
+    """With --verbose, what moezoo and the libraries below it log goes to stderr.
+
+    Without, the first rank warns for all, but of loads, which only one rank of a group knows.
+    """
+    if rank() and not arguments.verbose:
+        logging.basicConfig(level=logging.ERROR)
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("default", LoadImbalanceWarning)
     if arguments.verbose:
         logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
         logging.getLogger("moezoo").setLevel(logging.INFO)

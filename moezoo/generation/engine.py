@@ -139,8 +139,12 @@ class Engine:
         longer to launch its kernels than to run them; but not where other ranks have other tokens,
         whose numbers they exchange.
         """
-        if self.peers is not None:
-            self.peers.begin(0, [chunk.tokens for chunk in chunks])
+        if self.peers is None:
+            return self._prefill_alone(chunks)
+        with self.peers.passing(self.peers.begin(0, [chunk.tokens for chunk in chunks])):
+            return self._prefill_alone(chunks)
+
+    def _prefill_alone(self, chunks: Sequence[Chunk]) -> Tensor:
         if not runs_kernels(self.decoder.embed.weight):
             return self._prefill_in_torch(chunks)
         exact = Sizes.of(chunks)
@@ -292,11 +296,11 @@ class Engine:
         """
         if self.peers is None:
             return self._replay(batch, sampler) if self.captures else self._step(batch, sampler)
-        capacity = self.peers.begin(batch).capacity
-        with self.peers.fixed(capacity):
-            if capacity is None or not self.captures:
+        turn = self.peers.begin(batch)
+        with self.peers.passing(turn):
+            if turn.capacity is None or not self.captures:
                 return self._step(batch, sampler)
-            return self._replay(capacity, sampler)
+            return self._replay(turn.capacity, sampler)
 
     @torch.inference_mode()
     def finish(self, sampler: Sampler | None = None) -> None:
@@ -307,7 +311,7 @@ class Engine:
             if turn.capacity is None or not self.captures:
                 pass_without_tokens(self.decoder, turn)
                 continue
-            with self.peers.fixed(turn.capacity):
+            with self.peers.passing(turn):
                 self._require_graphs(turn.capacity, sampler)
                 self._empty_graphs[turn.capacity].replay()
                 self.decoder.end_step(dummy=True)
@@ -438,7 +442,8 @@ class EngineKeeper:
     @contextmanager
     def engine(self, decoder: Decoder, rows: int, context: int) -> Iterator[Engine]:
         """An engine with the number of rows that `rows` take, with pages for `context` in each."""
-        size, pages = batch_size(rows), rows * num_pages(context)
+        # Rows that fill up a batch are tokens as well.
+        size, pages = max(rows, limited(decoder, batch_size(rows))), rows * num_pages(context)
         made_for = fingerprint(decoder)
         with self._lock:
             engine, self._engine = self._engine, None

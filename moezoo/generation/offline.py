@@ -344,14 +344,17 @@ class _ContinuousGenerator:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            needs_less = (
+            if model.decoder.peers is not None:
+                raise MoEOutOfMemoryError(
+                    f"on rank {model.mesh.rank}, without which the others end too: {error}\n"
+                    "smaller batch_size, batch_tokens and cache_bytes need less"
+                ) from error
+            raise MoEOutOfMemoryError(
+                f"{error}\n"
                 f"one prompt alone is too much for {model.device} beside a KV cache of its size: a "
                 f"smaller cache_bytes or max_new_tokens (now {config.max_new_tokens}), or a "
                 "shorter prompt, needs less"
-                if model.decoder.peers is None
-                else "smaller batch_size, batch_tokens and cache_bytes need less"
-            )
-            raise MoEOutOfMemoryError(f"{error}\n{needs_less}") from error
+            ) from error
 
     def _engine(self) -> tuple[Engine, Sampler]:
         model, config = self.texts.model, self.texts.config

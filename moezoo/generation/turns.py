@@ -14,8 +14,9 @@ def in_turn(decoder: Decoder, new_ids: Tensor) -> AbstractContextManager[None]:
     if peers is None:
         return nullcontext()
     rows, length = new_ids.shape
-    turn = peers.begin(rows) if length == 1 else peers.begin(0, new_ids.tolist())
-    return peers.fixed(turn.capacity)
+    if length == 1 and not peers.alike:
+        return peers.passing(peers.begin(rows))
+    return peers.passing(peers.begin(0, new_ids.tolist()))
 
 
 @torch.inference_mode()
@@ -28,7 +29,7 @@ def take_part(decoder: Decoder) -> None:
 
 def pass_without_tokens(decoder: Decoder, turn: Turn) -> None:
     assert decoder.peers is not None
-    with decoder.peers.fixed(turn.capacity):
+    with decoder.peers.passing(turn):
         decoder.peers.step_without_tokens(decoder)
 
 

@@ -78,6 +78,8 @@ class Turn(NamedTuple):
     """False where none of them has anything to do: there is no such pass."""
     capacity: int | None
     """In a step of decoding the most tokens of a rank; None where one has a prompt."""
+    tokens: Sequence[int]
+    """Of each rank."""
 
 
 class Peers(Protocol):
@@ -96,13 +98,14 @@ class Peers(Protocol):
         """Agree on the next pass: this rank has a token for each of so many rows, or pieces of
         prompts, or neither.
 
-        Raises `ExpertMapError` where ranks that are alike have not the same, `RankError` where one
-        does not come.
+        Raises, on every rank, `ExpertMapError` where ranks that are alike have not the same, and
+        `ValueError` where one has more tokens than the limit; `RankError` where one does not come.
         """
         ...
 
-    def fixed(self, capacity: int | None) -> AbstractContextManager[None]:
-        """A pass in the block can be captured if there is a capacity, the same on all ranks."""
+    def passing(self, turn: Turn) -> AbstractContextManager[None]:
+        """The block is that pass: layers need not agree again on what is known of it, and it can be
+        captured if there is a capacity."""
         ...
 
     def step_without_tokens(self, decoder: "Decoder") -> None:

@@ -9,12 +9,13 @@ capacity, S rows sent: a token once for each rank that it goes to.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from moezoo.device import HostCopies
 from moezoo.layers.kernels.row_format import RowFormat
 from moezoo.layers.moe import Arrival, Flight
 from moezoo.parallel.mesh import Mesh, Pending
@@ -26,6 +27,9 @@ from moezoo.parallel.pack import (
     sum_answers,
     unpack_rows,
 )
+
+Tokens = tuple[Tensor, Tensor, Tensor]
+"""x [T, H], topk_weights [T, K] and slots [T, K]."""
 
 BEGINNING = "beginning a forward pass"
 _SENDING, _ANSWERING = "sending tokens to experts", "sending the experts' outputs back"
@@ -49,27 +53,55 @@ class _Ranks:
 
 
 class AllGather(_Ranks):
-    """All ranks have the same tokens; each answers for its experts, and the answers are summed."""
+    """All ranks have the same tokens; each answers for its experts, and the answers are summed.
 
-    _compared = False
+    Of other tokens on each rank the sums would mean nothing, without any error. So ranks compare a
+    number made of the tokens of a forward pass's first layer. On a GPU the host looks at it when
+    all layers are queued: it waits for the first one only, while the others still run.
+    """
 
-    def passing(self, num_tokens: int) -> AbstractContextManager[None]:
-        return nullcontext()
+    _agreed = False
+    _in_pass = False
+    _compared: HostCopies | None = None
+    """In this forward pass: fp64 [R], of each rank."""
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Forward passes in the block have the same tokens on all ranks, as is known already."""
+        before, self._agreed = self._agreed, True
+        try:
+            yield
+        finally:
+            self._agreed = before
+
+    @contextmanager
+    def passing(self, num_tokens: int) -> Iterator[None]:
+        """Raises ValueError at its end, on every rank, where ranks had other tokens."""
+        self._in_pass = True
+        try:
+            yield
+            self._require_same()
+        finally:
+            self._in_pass, self._compared = False, None
 
     def dispatch(self, x: Tensor, topk_weights: Tensor, slots: Tensor) -> Flight:
-        """Raises ValueError, on every rank, where the first tokens of all are not the same."""
+        """Raises ValueError as `passing` does, on a CPU and outside of passes at once."""
         _refuse_gradient(x)
-        if not self._compared and not _is_captured(x.device):
-            self._compare(x)
-            self._compared = True
+        if not self._agreed and self._compared is None and not _is_captured(x.device):
+            own = _digest(x)[None]
+            self._compared = HostCopies(self.mesh.all_gather(own, "comparing tokens").wait())
+            if not (self._in_pass and x.is_cuda):
+                self._require_same()
+            if not self._in_pass:
+                self._compared = None
         return _Shared(self, x, topk_weights, slots)
 
-    def _compare(self, x: Tensor) -> None:
-        """Other tokens on each rank would give sums that mean nothing, without any error."""
-        count = torch.tensor(len(x), dtype=torch.float64, device=x.device)
-        own = torch.stack((count, x.double().sum()))[None]
-        sums = self.mesh.all_gather(own, "comparing tokens").wait()
-        differs = (sums.view(torch.int64) != own.view(torch.int64)).any(1).tolist()
+    def _require_same(self) -> None:
+        if self._compared is None:
+            return
+        (digests,) = self._compared.wait()
+        digests = digests.view(torch.int64)
+        differs = (digests != digests[self.mesh.ep_rank]).tolist()
         if any(differs):
             raise ValueError(
                 f"rank {self.mesh.group_ranks[differs.index(True)]} has other tokens than rank "
@@ -78,12 +110,17 @@ class AllGather(_Ranks):
             )
 
 
+def _digest(x: Tensor) -> Tensor:
+    """x [T, H] -> fp64 []: another number for other tokens, another order and another T."""
+    places = torch.arange(1, len(x) + 1, dtype=torch.float64, device=x.device)
+    return x.sum(1, dtype=torch.float64).add_(1).dot(places)
+
+
 class _Shared:
     def __init__(self, ranks: AllGather, x: Tensor, topk_weights: Tensor, slots: Tensor) -> None:
         self._mesh, self._dtype = ranks.mesh, x.dtype
         tokens = x, topk_weights, local_rows(slots, ranks.first, ranks.stop)
-        parts = (tensor.tensor_split(ranks.chunks) for tensor in tokens)
-        self._parts = [Arrival(*part) for part in zip(*parts, strict=True)]
+        self._parts = [Arrival(*part) for part in _parts(tokens, ranks.chunks)]
         self._sums: list[Pending[Tensor]] = []
 
     def arrivals(self) -> Iterator[Arrival]:
@@ -117,7 +154,8 @@ class AllToAll(_Ranks):
         super().__init__(mesh, bounds, chunks=chunks)
         self.capacity = capacity
         self.fp8 = fp8
-        self._tokens: list[int] | None = None
+        self._form: RowFormat | None = None
+        self._tokens: Sequence[int] | None = None
         """Of each rank, in this forward pass."""
 
     @contextmanager
@@ -131,14 +169,26 @@ class AllToAll(_Ranks):
             self.capacity = before
 
     @contextmanager
-    def passing(self, num_tokens: int) -> Iterator[None]:
-        # A captured pass would go on with the numbers of its time.
-        if self.capacity is None and not _is_captured(self.mesh.device):
-            self._tokens = [number for (number,) in self.mesh.numbers([num_tokens], BEGINNING)]
+    def agreed(self, tokens: Sequence[int]) -> Iterator[None]:
+        """In forward passes in the block each rank of the group has so many tokens, as all know."""
+        before, self._tokens = self._tokens, tokens
         try:
             yield
         finally:
-            self._tokens = None
+            self._tokens = before
+
+    @contextmanager
+    def passing(self, num_tokens: int) -> Iterator[None]:
+        # A captured pass would go on with the numbers of its time.
+        if self.capacity is not None or _is_captured(self.mesh.device):
+            yield
+            return
+        if self._tokens is not None:
+            assert self._tokens[self.mesh.ep_rank] == num_tokens, "not what was agreed on"
+            yield
+            return
+        with self.agreed([number for (number,) in self.mesh.numbers([num_tokens], BEGINNING)]):
+            yield
 
     def capacity_for(self, k: int) -> int | None:
         """The size of buffers in this pass for tokens of k experts each, None to count.
@@ -162,15 +212,15 @@ class AllToAll(_Ranks):
         if capacity is None:
             return _Counted(self, x, topk_weights, slots)
         if len(x) > capacity:
-            raise ValueError(
-                f"rank {self.mesh.rank} has {len(x)} tokens in a forward pass, and the capacity is "
-                f"{capacity}; give Parallel a larger capacity, or None for any number"
-            )
+            raise beyond_capacity(self.mesh.rank, len(x), capacity)
         return _Fixed(self, x, topk_weights, slots, capacity)
 
     def format(self, x: Tensor, slots: Tensor) -> RowFormat:
-        """As tokens travel."""
-        return RowFormat(x.shape[1], slots.shape[1], x.dtype, self.fp8)
+        """As tokens travel: in one way in most models, which is kept."""
+        form, sizes = self._form, (x.shape[1], slots.shape[1], x.dtype)
+        if form is None or (form.hidden_size, form.k, form.dtype) != sizes:
+            form = self._form = RowFormat(*sizes, self.fp8)
+        return form
 
     def arrival(self, form: RowFormat, rows: Tensor) -> Arrival:
         return Arrival(*unpack_rows(form, rows, self.first, self.stop))
@@ -184,10 +234,9 @@ class _Counted:
 
     def __init__(self, ranks: AllToAll, x: Tensor, topk_weights: Tensor, slots: Tensor) -> None:
         self._mesh = ranks.mesh
-        tokens = x, topk_weights, slots
-        parts = (tensor.tensor_split(ranks.chunks) for tensor in tokens)
-        self._parts = [_Part(ranks, *part) for part in zip(*parts, strict=True)]
-        sent = torch.stack([part.there.sum(0) for part in self._parts], 1)
+        parts = _parts((x, topk_weights, slots), ranks.chunks)
+        self._parts = [_Part(ranks, *part) for part in parts]
+        sent = torch.stack([part.counts for part in self._parts], 1)
         received = self._mesh.all_to_all(sent, "exchanging the counts of tokens").wait()
         counts = torch.stack([sent, received]).tolist()
         for i, part in enumerate(self._parts):
@@ -221,10 +270,11 @@ class _Part:
     ) -> None:
         self._dispatcher, self._mesh = dispatcher, dispatcher.mesh
         self._form, self._tokens = dispatcher.format(x, slots), (x, topk_weights, slots)
-        self.there = destinations(slots, dispatcher.rank_of_slot, self._mesh.ep_size)
+        self._there = destinations(slots, dispatcher.rank_of_slot, self._mesh.ep_size)
+        self.counts = self._there.sum(0)
 
     def send(self) -> None:
-        order, self._places = pack_order(self.there, sum(self.sent), self._form.k)
+        order, self._places = pack_order(self._there, self.counts, sum(self.sent), self._form.k)
         rows = pack_rows(self._form, *self._tokens, len(self._tokens[0]))
         self._rows = self._mesh.all_to_all(
             rows.index_select(0, order), _SENDING, sent=self.sent, received=self.received
@@ -256,8 +306,10 @@ class _Fixed:
         self._answers: list[Pending[Tensor]] = []
 
     def _send(self, part: slice) -> Pending[Tensor]:
-        x, topk_weights, slots = (tensor[part] for tensor in self._tokens)
-        rows = pack_rows(self._form, x, topk_weights, slots, part.stop - part.start)
+        tokens = self._tokens
+        if len(self._parts) > 1:
+            tokens = tokens[0][part], tokens[1][part], tokens[2][part]
+        rows = pack_rows(self._form, *tokens, part.stop - part.start)
         return self._mesh.all_gather(rows, _SENDING)
 
     def arrivals(self) -> Iterator[Arrival]:
@@ -275,10 +327,25 @@ class _Fixed:
         num_tokens = len(self._tokens[0])
         sums = []
         for part, pending in zip(self._parts, self._answers, strict=True):
-            answers = pending.wait().unflatten(0, (self._mesh.ep_size, -1))
+            answers = pending.wait()
+            answers = answers.view(self._mesh.ep_size, -1, answers.shape[1])
+            number = min(max(0, num_tokens - part.start), answers.shape[1])
             # Added in fp32 by torch, and rounded once.
-            sums.append(answers[:, : max(0, num_tokens - part.start)].sum(0))
+            sums.append(answers.narrow(1, 0, number).sum(0))
         return _joined(sums)
+
+
+def beyond_capacity(rank: int, num_tokens: int, capacity: int) -> ValueError:
+    return ValueError(
+        f"rank {rank} has {num_tokens} tokens in a forward pass, and the capacity is {capacity}; "
+        "give fewer at a time, or Parallel a larger capacity, or None for any number"
+    )
+
+
+def _parts(tokens: Tokens, number: int) -> list[Tokens]:
+    if number == 1:
+        return [tokens]
+    return list(zip(*(tensor.tensor_split(number) for tensor in tokens), strict=True))
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

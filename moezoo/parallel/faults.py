@@ -93,8 +93,14 @@ class Watch:
         try:
             yield
         except RuntimeError as error:
-            self._sign.awaits = deque()  # whoever catches this has been told
-            raise RankError(self._blame(doing, ranks, error)) from error
+            raise self.fault(doing, error, ranks) from error
+
+    def fault(
+        self, doing: str, error: RuntimeError, ranks: Sequence[int] | None = None
+    ) -> RankError:
+        """What `named` raises for an error of torch.distributed."""
+        self._sign.awaits = deque()  # whoever catches this has been told
+        return RankError(self._blame(doing, ranks, error))
 
     def exchange(self, what: str, text: str, *, patient: bool = False) -> list[str]:
         """The text of every rank, in their order; each gives its own, in the same order of calls.
@@ -118,13 +124,16 @@ class Watch:
     @contextmanager
     def telling(self) -> Iterator[None]:
         """An error in the block reaches the ranks that wait for this one in `together` or
-        `exchange`."""
+        `exchange`, and is named by those that find it gone from a collective."""
         try:
             yield
         except BaseException as error:
             # The others need not wait; if they cannot be told, the error is this one all the same.
+            said = f"{type(error).__name__}: {error}"
             with _unheard():
-                self._put(self._meetings, f"!{type(error).__name__}: {error}")
+                self._put(self._meetings, f"!{said}")
+                if not isinstance(error, RankError):
+                    self.store.set(f"failure/{self.rank}", said)
             raise
 
     def leave(self) -> None:
@@ -202,11 +211,15 @@ class Watch:
             # One that found a fault itself may be gone since.
             gone = [r for r in silent if r not in told] or silent
             self.store.set(f"fault/{self.rank}", "")
+            failed = [r for r in others if self.store.check([f"failure/{r}"])]
+            reasons = [self.store.get(f"failure/{r}").decode() for r in failed]
         except RuntimeError:
             return (
                 f"while {doing}: {said}; the job's store does not answer either, so the process "
                 "that holds it (rank 0, or torchrun) is gone"
             )
+        if failed:
+            return f"rank {failed[0]} failed, and this one was {doing}: {reasons[0]}"
         if gone:
             return f"{_named(gone)} gave no sign of life while {doing}: {said}"
         counts = {r: json.loads(sign)[1] for r, sign in after.items() if sign}

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from moezoo.device import device_of
-from moezoo.errors import ExpertMapError
+from moezoo.errors import ExpertMapError, RankError
 from moezoo.parallel.faults import Watch
-from moezoo.parallel.placement import STRATEGIES
+from moezoo.parallel.placement import STRATEGIES, is_strategy
 from moezoo.version import __version__
 
 # Its name in torch 2.13, which warns of the one before.
@@ -90,6 +90,12 @@ class Parallel:
                 "through torch.distributed; leave it None"
             )
         if not isinstance(self.placement, str | os.PathLike):
+            if not is_strategy(self.placement):
+                named = " or ".join(map(repr, STRATEGIES))
+                raise ValueError(
+                    f"placement is {self.placement!r}, expected {named}, a list of experts for "
+                    "each rank, or the path of a placement file"
+                )
             ranks = tuple(tuple(experts) for experts in self.placement)
             object.__setattr__(self, "placement", ranks)
 
@@ -178,6 +184,10 @@ class Mesh:
         group which are gone or behind."""
         return self.watch.named(doing, self.group_ranks)
 
+    def fault(self, doing: str, error: RuntimeError) -> RankError:
+        """What `named_faults` raises for an error."""
+        return self.watch.fault(doing, error, self.group_ranks)
+
     def all_to_all(
         self,
         rows: Tensor,
@@ -236,9 +246,12 @@ class Mesh:
         self, doing: str, collective: Any, result: Tensor, *args: Any, **options: Any
     ) -> "Pending[Tensor]":
         self.watch.begins(doing)
-        with self.named_faults(doing):
+        # Not `named_faults`: a context manager is as slow as some of what is launched here.
+        try:
             work = collective(*args, group=self.group, async_op=True, **options)
-        return Pending(self, [work], doing, result, args)
+        except RuntimeError as error:
+            raise self.fault(doing, error) from error
+        return Pending(self, (work,), doing, result, args)
 
 
 Result = TypeVar("Result")
@@ -256,9 +269,11 @@ class Pending(Generic[Result]):
     def wait(self) -> Result:
         """Its result: on a GPU what is launched from now on sees it, and the host does not wait."""
         works, self._works = self._works, ()
-        with self._mesh.named_faults(self._doing):
+        try:
             for work in works:
                 work.wait()
+        except RuntimeError as error:
+            raise self._mesh.fault(self._doing, error) from error
         self._held = None
         return self._result
 
@@ -316,4 +331,4 @@ def _int(variable: str, default: int) -> int:
 
 def _octets(tensor: Tensor) -> Tensor:
     """The bytes, as not every backend carries every dtype."""
-    return tensor.view(torch.uint8)
+    return tensor if tensor.dtype == torch.uint8 else tensor.view(torch.uint8)

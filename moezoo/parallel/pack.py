@@ -22,11 +22,10 @@ def destinations(slots: Tensor, rank_of_slot: Tensor, num_ranks: int) -> Tensor:
     return there.scatter_(1, ranks, True)[:, :num_ranks]
 
 
-def pack_order(there: Tensor, num_rows: int, k: int) -> tuple[Tensor, Tensor]:
-    """bool [T, R], S, K -> the token of each row, int64 [S], and the rows of each token, int64
-    [T, min(K, R)], those for lower ranks first and -1 for none."""
+def pack_order(there: Tensor, counts: Tensor, num_rows: int, k: int) -> tuple[Tensor, Tensor]:
+    """bool [T, R], its sums over tokens int64 [R], S, K -> the token of each row, int64 [S], and
+    the rows of each token, int64 [T, min(K, R)], those for lower ranks first and -1 for none."""
     num_tokens, num_ranks = there.shape
-    counts = there.sum(0)
     row = there.cumsum(0) - 1 + (counts.cumsum(0) - counts)
     tokens = torch.arange(num_tokens, device=there.device)[:, None].expand_as(row)
     # One row more, for where nothing is sent.

@@ -2,14 +2,14 @@
 
 from array import array
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from zlib import crc32
 
 from torch import Tensor
 
 from moezoo.errors import ExpertMapError
 from moezoo.layers.decoder import Decoder, Peers, Turn
-from moezoo.parallel.dispatch import BEGINNING, AllToAll
+from moezoo.parallel.dispatch import BEGINNING, AllGather, AllToAll, beyond_capacity
 from moezoo.parallel.mesh import Mesh
 from moezoo.parallel.sharding import moe_layers, step_without_tokens
 
@@ -21,7 +21,10 @@ def peers_of(decoder: Decoder, mesh: Mesh) -> Peers | None:
     dispatcher = next(iter(moe_layers(decoder).values())).dispatcher
     if dispatcher is None:
         return None
-    return _OwnTokens(mesh, dispatcher) if isinstance(dispatcher, AllToAll) else _SameTokens(mesh)
+    if isinstance(dispatcher, AllToAll):
+        return _OwnTokens(mesh, dispatcher)
+    assert isinstance(dispatcher, AllGather)
+    return _SameTokens(mesh, dispatcher)
 
 
 class _Ranks:
@@ -52,6 +55,10 @@ class _SameTokens(_Ranks):
     alike = True
     limit: int | None = None
 
+    def __init__(self, mesh: Mesh, dispatcher: AllGather) -> None:
+        super().__init__(mesh)
+        self._dispatcher = dispatcher
+
     def begin(self, rows: int, prompts: Sequence[Sequence[int]] = ()) -> Turn:
         digest = crc32(array("q", [rows, *map(len, prompts)]))
         for tokens in prompts:
@@ -64,18 +71,19 @@ class _SameTokens(_Ranks):
                     "with other settings than each other; with dispatch='all_gather' give all the "
                     "same, or use dispatch='all_to_all'"
                 )
-        return Turn(rows > 0 or len(prompts) > 0, rows or None)
+        number = rows + sum(map(len, prompts))
+        return Turn(number > 0, rows or None, [number] * self._mesh.ep_size)
 
-    def fixed(self, capacity: int | None) -> AbstractContextManager[None]:
-        return nullcontext()
+    def passing(self, turn: Turn) -> AbstractContextManager[None]:
+        return self._dispatcher.agreed()
 
     def chosen(self, tensor: Tensor) -> Tensor:
         return self._mesh.broadcast(tensor, _CHOOSING).wait()
 
 
 class _OwnTokens(_Ranks):
-    """Each rank has prompts of its own. Where one of them has a prompt in a pass, counts are
-    exchanged in it; in others all have buffers for as many tokens as one has."""
+    """Each rank has prompts of its own. Where one of them has a prompt in a pass, buffers are as
+    the numbers of tokens have it; in others all have buffers for as many as one has."""
 
     alike = False
 
@@ -85,11 +93,19 @@ class _OwnTokens(_Ranks):
         self.limit = dispatcher.capacity
 
     def begin(self, rows: int, prompts: Sequence[Sequence[int]] = ()) -> Turn:
-        has_prompts, capacity = _largest(self._mesh.numbers([len(prompts) > 0, rows], BEGINNING))
-        return Turn(bool(has_prompts or capacity), None if has_prompts else capacity)
+        own = [len(prompts) > 0, rows + sum(map(len, prompts))]
+        given = self._mesh.numbers(own, BEGINNING)
+        tokens = [number for _, number in given]
+        most = max(tokens)
+        if self.limit is not None and most > self.limit:
+            raise beyond_capacity(self._mesh.group_ranks[tokens.index(most)], most, self.limit)
+        has_prompts = any(prompted for prompted, _ in given)
+        return Turn(most > 0, None if has_prompts else most, tokens)
 
-    def fixed(self, capacity: int | None) -> AbstractContextManager[None]:
-        return nullcontext() if capacity is None else self._dispatcher.fixed(capacity)
+    def passing(self, turn: Turn) -> AbstractContextManager[None]:
+        if turn.capacity is None:
+            return self._dispatcher.agreed(turn.tokens)
+        return self._dispatcher.fixed(turn.capacity)
 
     def chosen(self, tensor: Tensor) -> Tensor:
         return tensor

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -24,6 +24,16 @@ FORMAT, VERSION = "moezoo-placement", 1
 
 Strategy = str | Sequence[Sequence[int]]
 """A name of `STRATEGIES`, or for each rank the experts that it holds, in the order of its rows."""
+
+
+def is_strategy(value: object) -> TypeGuard[Strategy]:
+    """Whether it is a strategy's name, or has a list of numbers for each rank."""
+    if isinstance(value, str):
+        return value in STRATEGIES
+    return isinstance(value, Sequence) and all(
+        isinstance(experts, Sequence) and all(type(expert) is int for expert in experts)
+        for experts in value
+    )
 
 
 def experts_of_rank(num_experts: int, ep_size: int, ep_rank: int, strategy: Strategy) -> list[int]:

@@ -4,7 +4,6 @@ import io
 import multiprocessing
 import os
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable, Collection
@@ -13,6 +12,7 @@ from multiprocessing.connection import wait
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Once for all tests of a process: to import torch takes seconds.
@@ -31,13 +31,14 @@ def run(
 
     Raises AssertionError where one is not done in time.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # Held here, as torchrun does: no other process can take the port in between.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes, processes = [], []
     for rank in range(num_ranks):
         ours, theirs = _CONTEXT.Pipe()
-        process = _CONTEXT.Process(target=_rank, args=(rank, num_ranks, port, theirs, work, args))
+        process = _CONTEXT.Process(
+            target=_rank, args=(rank, num_ranks, store.port, theirs, work, args)
+        )
         process.start()
         theirs.close()
         pipes.append(ours)
@@ -89,6 +90,7 @@ def _rank(
         WORLD_SIZE=str(num_ranks),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
     )
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fresh buffers are NaN
@@ -100,4 +102,4 @@ def _rank(
     octets = io.BytesIO()
     torch.save(result, octets)
     pipe.send_bytes(octets.getvalue())  # not send, which leaves tensors in this process
-    pipe.recv_bytes()  # until the end: rank 0 has the store, which the others need
+    pipe.recv_bytes()  # until the end: others may wait for what this one has sent

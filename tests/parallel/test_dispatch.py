@@ -159,7 +159,7 @@ def test_pack(num_tokens: int, num_ranks: int) -> None:
     goes = [{int(rank_of_slot[s]) for s in row if s >= 0} for row in slots.tolist()]
     assert there.tolist() == [[rank in ranks for rank in range(num_ranks)] for ranks in goes]
 
-    order, places = pack_order(there, int(there.sum()), k)
+    order, places = pack_order(there, there.sum(0), int(there.sum()), k)
     expected = [t for rank in range(num_ranks) for t in range(num_tokens) if rank in goes[t]]
     assert order.tolist() == expected
     x = torch.randn(num_tokens, 8, generator=generator)
@@ -195,9 +195,15 @@ def test_one_rank_capacity_and_gradients() -> None:
 def other_tokens(rank: int) -> str:
     mesh = join(Parallel(3), "cpu")
     x, weights, slots = tokens(3, 6, 2, torch.float32)
-    x[2, 5] += float(rank == 1)
-    with pytest.raises(ValueError, match="all_gather") as caught:
-        AllGather(mesh, (0, 2, 4, 6)).dispatch(x, weights, slots)
+    dispatcher = AllGather(mesh, (0, 2, 4, 6))
+    with dispatcher.passing(len(x)):
+        dispatcher.dispatch(x, weights, slots)
+    if rank == 1:  # in the next pass the same ones in another order
+        x = x.roll(1, 0)
+    with pytest.raises(ValueError, match="all_gather") as caught, dispatcher.passing(len(x)):
+        dispatcher.dispatch(x, weights, slots)
+    with pytest.raises(ValueError, match="all_gather"):
+        dispatcher.dispatch(x[: 12 - rank], weights, slots)
     return str(caught.value)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from ranks import results, run
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DynamicCache
+from transformers.generation import GenerateDecoderOnlyOutput
 
 import moezoo
 from moezoo import Parallel
@@ -17,6 +18,7 @@ from moezoo.errors import ExpertMapError, RankError
 from moezoo.generation import offline
 from moezoo.generation.engine import Engine
 from moezoo.parallel import dispatch as dispatchers
+from moezoo.parallel.mesh import Mesh
 
 TEXTS = (
     "The little dog",
@@ -141,7 +143,9 @@ def own_prompts(rank: int) -> list[Any]:
     with pytest.raises(ValueError, match=r"beams, assisted decoding .* need one process"):
         model.generate(ids, max_new_tokens=2, num_beams=2)
     # Nobody is left waiting.
-    found.append(model.generate(input_ids=ids, max_new_tokens=3 + rank, do_sample=False))
+    settings = {"max_new_tokens": 3 + rank, "do_sample": False, "return_dict_in_generate": True}
+    found += [model.generate(input_ids=ids, **settings | {"return_dict_in_generate": False})]
+    found += [model.generate(ids, **settings)]
     return found
 
 
@@ -153,15 +157,25 @@ def test_model_generate_with_prompts_of_its_own() -> None:
         else:
             ids = IDS[: rank + 1, rank:]
             expected = model.generate(ids, max_new_tokens=3 + rank, do_sample=False)
-        for sequences in found:
+        output = found.pop()
+        assert isinstance(output, GenerateDecoderOnlyOutput)
+        assert isinstance(output.past_key_values, DynamicCache)
+        for sequences in (*found, output.sequences):
             assert torch.equal(sequences, expected)
 
 
-def passes(rank: int) -> tuple[list[int | None], list[tuple[int, ...]]]:
-    """How tokens travelled in each layer and pass, and what scores are."""
+def passes(rank: int) -> tuple[list[int | None], list[tuple[int, ...]], int]:
+    """How tokens travelled in each layer and pass, what scores are, and how often ranks agreed."""
     model = load(Parallel(3))
     seen: list[int | None] = []
-    dispatch = dispatchers.AllToAll.dispatch
+    told: list[str] = []
+    dispatch, numbers = dispatchers.AllToAll.dispatch, Mesh.numbers
+
+    def agreeing(self: Any, own: Any, doing: str) -> Any:
+        told.append(doing)
+        return numbers(self, own, doing)
+
+    Mesh.numbers = agreeing  # type: ignore[method-assign]
 
     def watched(self: Any, x: Tensor, topk_weights: Tensor, slots: Tensor) -> Any:
         seen.append(self.capacity)
@@ -171,14 +185,16 @@ def passes(rank: int) -> tuple[list[int | None], list[tuple[int, ...]]]:
     complete(model, share(rank, 3), max_new_tokens=4, do_sample=False, batch_tokens=16)
     texts = list(TEXTS[: 2 * rank])
     scores = moezoo.score(model, tokenizer(), texts, batch_size=1)
-    return seen, [score.token_ids for score in scores]
+    return seen, [score.token_ids for score in scores], told.count(dispatchers.BEGINNING)
 
 
 def test_ranks_make_the_same_passes() -> None:
-    (first, none), (second, _), (third, four) = results(3, passes)
+    (first, none, agreed), (second, *_), (third, four, _) = results(3, passes)
     assert first == second == third
     assert None in first and {1, 2, 3, 4} & set(first)
     assert (len(none), len(four)) == (0, 4)
+    # Once in each pass of six layers, and once to end each of the two calls.
+    assert agreed == len(first) // 6 + 2
 
 
 def on_gpus(rank: int, size: int) -> list[Any]:
@@ -279,7 +295,12 @@ def test_ranks_record_at_the_same_time() -> None:
 
 def different(rank: int, case: str) -> None:
     gathers = case in ("prompts", "lengths", "model.generate")
-    parallel = Parallel(2, dispatch="all_gather" if gathers else "all_to_all", timeout=6)
+    parallel = Parallel(
+        2,
+        dispatch="all_gather" if gathers else "all_to_all",
+        timeout=6,
+        capacity=5 if case == "capacity" else None,
+    )
     model = load(parallel)
     settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
     prompts = PROMPTS[:2]
@@ -291,6 +312,10 @@ def different(rank: int, case: str) -> None:
         settings["batch_tokens"] = 16 + rank
     elif case == "engine":
         settings["no_repeat_ngram_size"] = 2
+    elif case == "capacity":
+        with pytest.raises(ValueError, match=r"rank 1 has 6 tokens .* the capacity is 5; give"):
+            model.generate(IDS[: 2 - rank, : 2 + 4 * rank], **settings)
+        list(moezoo.score(model, tokenizer(), TEXTS[1 : 1 + rank]))
     elif case == "model.generate":
         model.generate(IDS + rank, **settings)
     elif case == "dies" and rank == 1:
@@ -305,6 +330,7 @@ def different(rank: int, case: str) -> None:
         ("lengths", ExpertMapError, "ranks 0 and 1 generate from other prompts or with other"),
         ("model.generate", ExpertMapError, "ranks 0 and 1 generate from other prompts"),
         ("batch_tokens", ExpertMapError, "batch_tokens is 16 on rank 0 and 17 on rank 1; give all"),
+        ("capacity", ValueError, "rank 1 has 20 tokens in a forward pass, and the capacity is 5"),
         ("engine", ValueError, "settings that moezoo's engine does not do"),
     ],
 )

@@ -9,6 +9,7 @@ Legend: T tokens, H hidden, K experts per token, N rows, W bytes of a row.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,18 +28,18 @@ class RowFormat:
     """Of x, before and after it travels."""
     fp8: bool = False
 
-    @property
+    @cached_property
     def scales(self) -> int:
         return blocks(self.hidden_size) * BLOCK
 
-    @property
+    @cached_property
     def choices(self) -> int:
         size = self.hidden_size * self.dtype.itemsize
         if self.fp8:
             size = self.scales + blocks(self.hidden_size) * 4
         return cdiv(size, 16) * 16
 
-    @property
+    @cached_property
     def width(self) -> int:
         # Whole sectors of memory.
         return cdiv(self.choices + 8 * self.k, 128) * 128

@@ -5,6 +5,8 @@ slots, S slots of a rank, R ranks.
 """
 
 import logging
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,8 +22,9 @@ from moezoo.device import HostCopies
 from moezoo.parallel.eplb.channels import Channels, Vote
 from moezoo.parallel.eplb.movement import experts_received
 from moezoo.parallel.eplb.options import EPLB
+from moezoo.parallel.eplb.pace import Pace
 from moezoo.parallel.eplb.state import EPLBState, ImbalanceWatch, balancedness, rebalanced
-from moezoo.parallel.eplb.transfer import Layer, Part, Switch, Transfer, plan_waves
+from moezoo.parallel.eplb.transfer import Layer, Transfer, Wave, plan_waves
 from moezoo.parallel.mesh import Mesh, Pending
 from moezoo.parallel.slots import Slots
 
@@ -31,12 +34,9 @@ WATCHED_STEPS = 100
 """The window, and the interval, where nothing is balanced."""
 
 
-@dataclass(frozen=True)
-class Wave:
-    """Layers that are switched together, and what travels before."""
-
-    switches: list[Switch]
-    pieces: deque[list[Part]]
+WORKED, NAP = 0.5e-3, 10
+"""Seconds that the thread in the background works, between layers, until it sleeps, and how many
+times as long: while it runs Python, the thread that launches the model's kernels cannot."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,9 @@ class Balancer:
     Every `step_interval` steps loads are summed over ranks and the policy finds new maps, in the
     background. At a step's end ranks tell each other whether they have them; if so, weights travel
     to staging memory, some layers at a time and a piece in each step, and each rank puts them into
-    place with their maps at the end of the same step. Without `use_async` the step that is due does
-    all.
+    place with their maps at the end of the same step. A piece is what takes little of a step's
+    time, as steps and pieces before were timed on the first rank. Without `use_async` the step that
+    is due does all.
 
     Args:
         slots: where experts are to begin with.
@@ -107,6 +108,7 @@ class Balancer:
         self._steps = 0
         self._watch = None if options.enabled else ImbalanceWatch()
         self._transfer = Transfer(layers, self._mesh) if options.enabled else None
+        self._pace = Pace()
         self._thread = (
             ThreadPoolExecutor(1, thread_name_prefix="moezoo-eplb") if options.use_async else None
         )
@@ -144,10 +146,11 @@ class Balancer:
         """
         self.state.end_step_(dummy=dummy or self._dummy)
         self._steps += 1
+        self._pace.step()
         if self._plan is None and not self._waves and self.state.is_due:
             self.state.rebalance_begins_()
             loads = HostCopies(self.state.logical_load(), self.state.rank_load())
-            self._plan = self._start(partial(self._find, loads, self._steps))
+            self._plan = self._start(partial(self._find, loads, self._steps, self._share()))
         while self._plan is not None or self._waves:
             if self._plan is not None:
                 self._agree(self._plan)
@@ -155,6 +158,12 @@ class Balancer:
                 self._move()
             if self._thread is not None:
                 return
+
+    def _share(self) -> float:
+        """Bytes that may travel at the end of a step."""
+        if self._transfer is None or self._thread is None:
+            return math.inf  # nothing does, or all of it
+        return self._pace.bytes_in_a_share(self._transfer.bytes_per_second())
 
     def _named(self, doing: str) -> AbstractContextManager[None]:
         return nullcontext() if self._mesh is None else self._mesh.named_faults(doing)
@@ -167,8 +176,8 @@ class Balancer:
         return done
 
     @torch.inference_mode()
-    def _find(self, loads: HostCopies, step: int) -> Plan:
-        """What should move, by the host alone."""
+    def _find(self, loads: HostCopies, step: int, in_a_share: float) -> Plan:
+        """What should move, and in pieces of how many bytes, by the host alone."""
         load, rank_load = loads.wait()
         if self._channels is not None:
             with self._named("summing the load of experts"):
@@ -178,10 +187,15 @@ class Balancer:
         if self._transfer is None:
             return Plan(step, found, 0, [])
         new = self._next_maps(load)
-        waves = [
-            Wave(switches, deque(self._transfer.pieces(switches)))
-            for switches in plan_waves(self._maps, new, self._num_ranks)
-        ]
+        rest = self._rests()
+        planned = plan_waves(self._maps, new, self._num_ranks, between=rest)
+        total = self._transfer.bytes_sent(planned)
+        size = torch.tensor(self._pace.piece_bytes(in_a_share, total, self._options.step_interval))
+        self._as_first(size)
+        waves = []
+        for switches in planned:
+            waves.append(self._transfer.wave(switches, int(size)))
+            rest()
         moved = int(experts_received(self._maps, new, self._num_ranks).sum())
         return Plan(step, found, moved, waves)
 
@@ -207,13 +221,14 @@ class Balancer:
             self._piece.wait()
             self._piece = None
         if self._voted():
-            self._transfer.commit_(wave.switches)
-            for switch in wave.switches:
-                self.state.switch_layer_(switch.layer, switch.slots)
-                self._maps[switch.layer] = switch.slots
+            self._transfer.commit_(wave)
+            layers = [switch.layer for switch in wave.switches]
+            slots = torch.stack([switch.slots for switch in wave.switches])
+            self.state.switch_layers_(layers, slots)
+            self._maps[layers] = slots
             self._waves.popleft()
         elif wave.pieces:
-            self._piece = self._transfer.post(wave.switches, wave.pieces.popleft())
+            self._piece = self._transfer.post(wave, wave.pieces.popleft())
         else:
             # None begins the next step's end before all are here: no rank switches if one is gone.
             self._ask(True)
@@ -244,10 +259,29 @@ class Balancer:
             )
             loaded = load.sum(1) > 0
             new[loaded] = found[loaded]
+        self._as_first(new)
+        return new
+
+    def _as_first(self, tensor: Tensor) -> None:
+        """Take over the first rank's."""
         if self._channels is not None:
             with self._named("agreeing on the map of experts"):
-                dist.broadcast(new, group=self._channels.plans, group_src=0)
-        return new
+                dist.broadcast(tensor, group=self._channels.plans, group_src=0)
+
+    def _rests(self) -> Callable[[], None]:
+        """What the thread in the background calls between layers."""
+        if self._thread is None:
+            return lambda: None
+        began = time.thread_time()
+
+        def rest() -> None:
+            nonlocal began
+            worked = time.thread_time() - began
+            if worked > WORKED:
+                time.sleep(NAP * worked)
+                began = time.thread_time()
+
+        return rest
 
     def _say(self, plan: Plan) -> None:
         if self._rank:

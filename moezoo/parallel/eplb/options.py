@@ -3,11 +3,17 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TypeGuard, Union
+from typing import Union
 
 from moezoo.errors import ExpertMapError
 from moezoo.parallel.eplb.state import POLICIES
-from moezoo.parallel.placement import STRATEGIES, Placement, Strategy, initial_map
+from moezoo.parallel.placement import (
+    STRATEGIES,
+    Placement,
+    Strategy,
+    initial_map,
+    is_strategy,
+)
 from moezoo.parallel.slots import Slots
 
 
@@ -118,13 +124,3 @@ class EPLB:
                 f"placement has {slots.num_redundant}; leave it out to take them"
             )
         return slots
-
-
-def is_strategy(value: object) -> TypeGuard[Strategy]:
-    """Whether it is a strategy's name, or has a list of numbers for each rank."""
-    if isinstance(value, str):
-        return value in STRATEGIES
-    return isinstance(value, Sequence) and all(
-        isinstance(experts, Sequence) and all(type(expert) is int for expert in experts)
-        for experts in value
-    )

@@ -2,7 +2,7 @@
 
 Nothing here waits for the device but what says so, and nothing talks to other ranks. Where they
 take part: between `logical_load` and `rebalanced` loads are summed over ranks, and between
-`rebalanced` and `switch_layer_` the weights of `plan_moves` travel.
+`rebalanced` and `switch_layers_` the weights of `plan_moves` travel.
 
 Legend: T tokens, K experts per token, L MoE layers, E experts (logical), P physical experts in
 slots, R ranks (P / R slots each), X the most replicas of an expert, W steps of the window.
@@ -232,36 +232,40 @@ class EPLBState:
         of_ranks = load.new_zeros(len(load), self.num_ranks)
         return of_ranks.scatter_add_(1, self._rank_of_slot.expand_as(load), load)
 
-    def switch_layer_(self, layer: int, slots: Tensor) -> None:
-        """From now on the layer's experts are where slots int64 [P], on the CPU, says.
+    def switch_layers_(self, layers: Sequence[int], slots: Tensor) -> None:
+        """From now on the experts of these layers are where slots int64 [n, P], on the CPU, say.
 
         Called in the same place between two steps as the weights are switched.
 
-        What the window knows of the layer is told anew in these slots: each expert's tokens, even
+        What the window knows of a layer is told anew in these slots: each expert's tokens, even
         over its replicas.
 
         Raises ExpertMapError, with nothing changed, for another size or an expert without a slot.
         """
-        if slots.shape != self.physical_to_logical_map[layer].shape:
+        num_physical = self.physical_to_logical_map.shape[1]
+        if slots.shape != (len(layers), num_physical):
             raise ExpertMapError(
-                f"layer {layer} has {self.physical_to_logical_map.shape[1]} slots, and the new map "
+                f"layers {list(layers)} have {num_physical} slots, and the new maps are "
                 f"{list(slots.shape)}"
             )
-        check_map(slots[None], self.num_experts, "the new map")
-        slots = to_device(slots, self.physical_to_logical_map.device)
-        replicas, counts = replica_maps(slots[None], self.num_experts)
-        window = self.expert_load_window[:, layer]
-        old = self.physical_to_logical_map[layer].expand_as(window)
-        load = torch.zeros(
-            len(window), self.num_experts, dtype=window.dtype, device=window.device
-        ).scatter_add_(1, old, window)
-        place = (replicas[0][slots] == torch.arange(len(slots), device=slots.device)[:, None]).int()
-        place = place.argmax(1)
+        check_map(slots, self.num_experts, "the new map")
+        packed = torch.cat((slots, torch.tensor(layers)[:, None]), 1)
+        packed = to_device(packed, self.physical_to_logical_map.device)
+        slots, at = packed[:, :-1], packed[:, -1]
+        replicas, counts = replica_maps(slots, self.num_experts)
+        window = self.expert_load_window[:, at]
+        old = self.physical_to_logical_map[at].expand_as(window)
+        load = window.new_zeros(*window.shape[:2], self.num_experts).scatter_add_(2, old, window)
+        own = torch.arange(num_physical, device=slots.device)[:, None]
+        of_slot = replicas.gather(1, slots[..., None].expand(-1, -1, replicas.shape[2]))
+        place = (of_slot == own).int().argmax(-1)
+        number = counts.gather(1, slots)
         # The first replicas take what does not divide.
-        window.copy_((load[:, slots] + counts[0][slots] - 1 - place) // counts[0][slots])
-        self.physical_to_logical_map[layer].copy_(slots)
-        self.logical_to_physical_map[layer].copy_(replicas[0])
-        self.logical_replica_count[layer].copy_(counts[0])
+        even = (load.gather(2, slots.expand_as(window)) + number - 1 - place) // number
+        self.expert_load_window[:, at] = even.to(window.dtype)
+        self.physical_to_logical_map[at] = slots
+        self.logical_to_physical_map[at] = replicas
+        self.logical_replica_count[at] = counts
 
 
 class ImbalanceWatch:

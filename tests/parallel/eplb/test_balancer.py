@@ -15,7 +15,7 @@ from moezoo.errors import LoadImbalanceWarning, RankError
 from moezoo.layers.quant import BlockFp8, Int4, Int8, Mxfp4
 from moezoo.parallel.eplb.balancer import Balancer
 from moezoo.parallel.eplb.options import EPLB
-from moezoo.parallel.eplb.transfer import Transfer
+from moezoo.parallel.eplb.pace import Pace
 from moezoo.parallel.mesh import Parallel, join
 
 E, LAYERS, STEPS = 6, (1, 2, 4), 80
@@ -99,7 +99,7 @@ def moving(rank, all_options, parallel):
     for options in all_options:
         balanced, layers = balancer(mesh, options)
         # Less than the largest tensor, so that one comes in parts.
-        balanced._transfer = Transfer(layers, mesh, piece_bytes=2000)
+        balanced._pace = Pace(least=2000, most=2000)
         memory = [tensor.data_ptr() for tensors in layers for tensor in tensors]
         find, post = balanced._find, balanced._transfer.post
         go = threading.Event()
@@ -164,7 +164,7 @@ def stopped(rank, use_async):
     post, posted = balanced._transfer.post, []
 
     def dying(wave, piece):
-        posted.append(wave[0].layer)
+        posted.append(wave.switches[0].layer)
         if rank == 1 and len(set(posted)) == 2:
             die()
         return post(wave, piece)
@@ -259,7 +259,7 @@ def beside_collectives(rank, dispatch):
     torch.use_deterministic_algorithms(False)
     mesh = join(Parallel(2, dispatch=dispatch, timeout=20), "cuda")
     balanced, layers = balancer(mesh, EPLB(num_redundant_experts=2, step_interval=8))
-    balanced._transfer = Transfer(layers, mesh, piece_bytes=2000)
+    balanced._pace = Pace(least=2000, most=2000)
     rows = torch.full((4, 1024), rank, device="cuda")
 
     def collectives():

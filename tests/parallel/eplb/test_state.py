@@ -99,7 +99,7 @@ def test_a_switch_keeps_each_experts_load_and_the_memory(data):
     held = (eplb.physical_to_logical_map, eplb.logical_to_physical_map, eplb.logical_replica_count)
     pointers = [tensor.data_ptr() for tensor in held]
     before = eplb.logical_load()
-    eplb.switch_layer_(1, torch.tensor(maps[1]))
+    eplb.switch_layers_([1], torch.tensor(maps[1:]))
     assert torch.equal(eplb.logical_load(), before)
     assert eplb.physical_to_logical_map.tolist() == [maps[0], maps[1]]
     assert [tensor.data_ptr() for tensor in held] == pointers
@@ -115,10 +115,10 @@ def test_maps_that_do_not_fit():
     eplb = state([[0, 1, 2, 0]], 3)
     for slots, message in (
         ([0, 1, 0, 1], "no slot for expert 2"),
-        ([0, 1, 2], r"layer 0 has 4 slots, and the new map \[3\]"),
+        ([0, 1, 2], r"layers \[0\] have 4 slots, and the new maps are \[1, 3\]"),
     ):
         with pytest.raises(ExpertMapError, match=message):
-            eplb.switch_layer_(0, torch.tensor(slots))
+            eplb.switch_layers_([0], torch.tensor([slots]))
     assert eplb.physical_to_logical_map.tolist() == [[0, 1, 2, 0]]
     with pytest.raises(ExpertMapError, match="do not divide over 3 ranks"):
         state([[0, 1, 2, 0]], 3, 3)
@@ -178,7 +178,7 @@ def test_recording_does_not_wait_for_the_device():
         eplb.end_step_()
         eplb.logical_load()
         eplb.rank_load()
-        eplb.switch_layer_(0, torch.tensor([0, 1, 1, 2]))
+        eplb.switch_layers_([0], torch.tensor([[0, 1, 1, 2]]))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert eplb.logical_load().sum() == 4 * real.sum()

@@ -54,8 +54,9 @@ def test_experts_change_places_within_a_process(data):
     ]
     pointers = [tensor.data_ptr() for layer in layers for tensor in layer]
     transfer = Transfer(layers, None)
-    for wave in plan_waves(old, new, 1):
-        assert transfer.pieces(wave) == []
+    for switches in plan_waves(old, new, 1):
+        wave = transfer.wave(switches, 1)
+        assert not wave.pieces
         transfer.commit_(wave)
     for i, layer in enumerate(layers):
         assert torch.equal(layer[0], weights[new[i]].float())
@@ -74,10 +75,10 @@ def test_pieces_are_all_bytes_of_all_moves_once_and_bounded(data):
         [torch.zeros(size, 3), torch.zeros(size, 5 + i).char(), torch.zeros(size, 0)]
         for i in range(3)
     ]
-    transfer = Transfer(layers, None, piece_bytes=limit)
+    transfer = Transfer(layers, None)
     for wave in plan_waves(old, new, ranks):
         came: dict[tuple, list[int]] = {}
-        for piece in transfer.pieces(wave):
+        for piece in transfer.wave(wave, limit).pieces:
             sent, received = [0] * ranks, [0] * ranks
             for part in piece:
                 for move in part.moves:
