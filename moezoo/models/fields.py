@@ -42,6 +42,7 @@ POSITIVE = (
     "linear_num_key_heads",
     "linear_num_value_heads",
     "max_position_embeddings",
+    "moe_layer_interval",
 )
 NOT_NEGATIVE_OR_NONE = ("n_shared_experts",)
 POSITIVE_OR_NONE = ("head_dim", "q_lora_rank")
@@ -52,6 +53,8 @@ NOT_NEGATIVE = (
     "num_dense_layers",
     "shared_expert_intermediate_size",
     "shared_intermediate_size",
+    "moe_num_shared_experts",
+    "moe_layer_start_index",
     "first_k_dense_replace",
 )
 

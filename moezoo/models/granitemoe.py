@@ -53,6 +53,8 @@ def granite_decoder(
     for field in MULTIPLIERS:
         if not isinstance(getattr(config, field), int | float):
             raise UnsupportedArchitectureError.of_field(config, field, "a number")
+    if not config.logits_scaling:
+        raise UnsupportedArchitectureError.of_field(config, "logits_scaling", "other than 0")
 
     def feed_forward(layer_idx: int) -> FusedMoE:
         route = softmax_route(config, renormalize=True)

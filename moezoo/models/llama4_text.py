@@ -16,7 +16,7 @@ from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import topk_sigmoid
 from moezoo.layers.rope import Rotation, rotate_interleaved, unrotated
 from moezoo.loaders.mapping import Rule, Skip
-from moezoo.models.attentions import attention_biases, head_width
+from moezoo.models.attentions import attention_biases, grouped_queries
 from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
 from moezoo.models.mixtures import mixture, mlp
 from moezoo.models.names import ATTENTION, DECODER, each_expert, gated_mlp
@@ -80,21 +80,18 @@ def build(config: Llama4TextConfig) -> Decoder:
 
     def attention(layer_idx: int) -> GroupedQueryAttention:
         rotates = bool(config.no_rope_layers[layer_idx])
-        kind: Any = GroupedQueryAttention
+        layer: Any = GroupedQueryAttention
         if rotates and config.use_qk_norm:
-            kind = partial(NormAfterRotation, eps=config.rms_norm_eps)
+            layer = partial(NormAfterRotation, eps=config.rms_norm_eps)
         elif not rotates and config.attn_temperature_tuning:
-            kind = partial(TemperedAttention, floor=config.floor_scale, strength=config.attn_scale)
-        layer: GroupedQueryAttention = kind(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            head_dim=head_width(config),
+            layer = partial(TemperedAttention, floor=config.floor_scale, strength=config.attn_scale)
+        return grouped_queries(
+            config,
+            layer=layer,
             **attention_biases(config),
             window=Chunked(chunk) if config.layer_types[layer_idx] == "chunked_attention" else None,
             rotate=rotate_interleaved if rotates else unrotated,
         )
-        return layer
 
     k = experts_per_token(config, config.num_local_experts)
     route = partial(topk_sigmoid, k=k, renormalize=False)

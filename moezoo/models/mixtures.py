@@ -47,9 +47,9 @@ def mixture(
 def check_groups(config: PreTrainedConfig) -> None:
     """Raise `UnsupportedArchitectureError` for numbers of experts and groups that do not fit."""
     experts, groups, kept = num_experts(config), config.n_group, config.topk_group
-    if not groups or experts % groups:
+    if (groups or 0) < 1 or experts % groups:
         raise UnsupportedArchitectureError.of_field(config, "n_group", f"a divisor of {experts}")
-    if not kept or kept > groups:
+    if not 1 <= (kept or 0) <= groups:
         raise UnsupportedArchitectureError.of_field(config, "topk_group", f"1 to {groups}")
     experts_per_token(config, kept * experts // groups)
 
