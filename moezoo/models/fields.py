@@ -16,6 +16,7 @@ POSITIVE = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
+    "num_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "moe_intermediate_size",

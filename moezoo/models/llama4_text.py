@@ -75,6 +75,8 @@ def build(config: Llama4TextConfig) -> Decoder:
     chunk = config.attention_chunk_size
     if "chunked_attention" in config.layer_types and (chunk or 0) < 1:
         raise UnsupportedArchitectureError.of_field(config, "attention_chunk_size", "1 or more")
+    if len(config.no_rope_layers) < config.num_hidden_layers:
+        raise UnsupportedArchitectureError.of_field(config, "no_rope_layers", "one for each layer")
     if config.attn_temperature_tuning and config.floor_scale < 1:
         raise UnsupportedArchitectureError.of_field(config, "floor_scale", "1 or more")
 

@@ -123,12 +123,11 @@ class ShortcutLayer(nn.Module):
 
 def build(config: LongcatFlashConfig) -> Decoder:
     hidden_size, num_zero = config.hidden_size, config.zero_expert_num or 0
-    for field, supported in (
-        ("num_hidden_layers", 2 * config.num_layers),
-        ("qk_head_dim", config.qk_nope_head_dim + config.qk_rope_head_dim),
-    ):
-        if getattr(config, field) != supported:
-            raise UnsupportedArchitectureError.of_field(config, field, str(supported))
+    # Which some versions of transformers only say once they have built the model.
+    config.num_hidden_layers = 2 * config.num_layers
+    width = config.qk_nope_head_dim + config.qk_rope_head_dim
+    if config.qk_head_dim != width:
+        raise UnsupportedArchitectureError.of_field(config, "qk_head_dim", str(width))
     if num_zero < 0:
         raise UnsupportedArchitectureError.of_field(config, "zero_expert_num", "0 or more")
     if config.q_lora_rank is None:

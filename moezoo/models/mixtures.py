@@ -105,7 +105,7 @@ def listed_layers(config: PreTrainedConfig) -> set[int]:
     Raises `UnsupportedArchitectureError` for other kinds.
     """
     kinds = config.mlp_layer_types
-    if set(kinds) - {"dense", "sparse"}:
+    if set(kinds) - {"dense", "sparse"} or len(kinds) < config.num_hidden_layers:
         raise UnsupportedArchitectureError.of_field(
             config, "mlp_layer_types", "'dense' or 'sparse' for each layer"
         )
