@@ -31,6 +31,10 @@ class UnsupportedArchitectureError(MoEZooError):
     def of_field(cls, config: Any, field: str, supported: str) -> "UnsupportedArchitectureError":
         """The error for a field of a transformers config: what it is, and what is supported."""
         value = getattr(config, field, None)
+        # Some fields have a name of their own in the configs of an architecture.
+        own_name = config.attribute_map.get(field)
+        if own_name is not None:
+            field = f"{field} ({own_name})"
         model = config.model_type
         if config.name_or_path:
             model = f"{config.name_or_path} ({model})"

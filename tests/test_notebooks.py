@@ -3,9 +3,11 @@
 import time
 from pathlib import Path
 
-import nbformat
 import pytest
-from execute import execute
+
+nbformat = pytest.importorskip("nbformat")
+pytest.importorskip("nbclient")
+from execute import execute  # noqa: E402
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(path.name for path in FOLDER.glob("*.ipynb"))

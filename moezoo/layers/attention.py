@@ -433,9 +433,12 @@ class GroupedQueryAttention(nn.Module):
     ) -> torch.Tensor:
         """x [B, T, H] -> [B, T, H]; keys and values go to the cache under `layer_idx`."""
         qkv = self.qkv(handed_to(self.qkv, x))
+        return self.o(self.attended(qkv, context, layer_idx).flatten(2))
+
+    def attended(self, qkv: torch.Tensor, context: Context, layer_idx: int) -> torch.Tensor:
+        """qkv [B, T, ..] -> what its queries find, [B, T, Hq, Dv]; the cache gets its keys."""
         q, keys = context.append_heads(self, qkv, layer_idx)
-        out = context.attend(q, keys, window=self.window, scale=self.scale, sinks=self.sinks)
-        return self.o(out.flatten(2))
+        return context.attend(q, keys, window=self.window, scale=self.scale, sinks=self.sinks)
 
     def heads(
         self, qkv: torch.Tensor, rotation: Rotation

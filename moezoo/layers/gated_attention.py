@@ -33,6 +33,5 @@ class GatedAttention(GroupedQueryAttention):
         qkv = self.qkv(handed_to(self.qkv, x))
         heads, kv = qkv.split_with_sizes((2 * q_size, sum(kv_sizes)), -1)
         q, gate = heads.unflatten(-1, (self.num_heads, 2, -1)).unbind(-2)
-        q, keys = context.append_heads(self, torch.cat((q.flatten(2), kv), -1), layer_idx)
-        out = context.attend(q, keys, window=self.window, scale=self.scale, sinks=self.sinks)
+        out = self.attended(torch.cat((q.flatten(2), kv), -1), context, layer_idx)
         return self.o((out * gate.sigmoid()).flatten(2))

@@ -13,7 +13,8 @@ from moezoo.layers.quant import QuantizedWeights
 class GatedMLP(nn.Module):
     """down(activation(gate(x)) * up(x)), x [.., H] -> [.., H]; `gate_up` has gate rows, then up.
 
-    Called with an `addend` [.., H], it returns the sum with that.
+    Called with an `addend` [.., H], it returns the sum with that. I may be 0, as it is of shared
+    experts of which a config has none.
     """
 
     adds = True
@@ -31,7 +32,7 @@ class GatedMLP(nn.Module):
     ) -> torch.Tensor:
         x = normed(x)
         gate_up = self.gate_up(x)
-        if runs_kernels(gate_up, addend, *self.down.parameters()):
+        if gate_up.numel() and runs_kernels(gate_up, addend, *self.down.parameters()):
             rows = gate_up.reshape(-1, gate_up.shape[-1])
             y = self._few_rows(rows, addend)
             if y is not None:

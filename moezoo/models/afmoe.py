@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AfmoeConfig
 
 from moezoo.layers.attention import Context, GroupedQueryAttention
@@ -13,7 +14,7 @@ from moezoo.layers.linear import Linear
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.rope import rotate_half, unrotated
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import attention_biases, head_width, norm_of_each_head, window_of
+from moezoo.models.attentions import attention_biases, grouped_queries, norm_of_each_head, window_of
 from moezoo.models.fields import ASSUMED_EVERYWHERE
 from moezoo.models.mixtures import dense_or_mixture, ungrouped_sigmoid_route
 from moezoo.models.names import (
@@ -49,15 +50,13 @@ class GatedAttention(GroupedQueryAttention):
     ) -> torch.Tensor:
         qkv = self.qkv(handed_to(self.qkv, x))
         gate = self.gate(handed_to(self.gate, x)).sigmoid()
-        q, keys = context.append_heads(self, qkv, layer_idx)
-        out = context.attend(q, keys, window=self.window, scale=self.scale)
-        return self.o(out.flatten(2) * gate)
+        return self.o(self.attended(qkv, context, layer_idx).flatten(2) * gate)
 
 
 class SandwichLayer(DecoderLayer):
     """x + norm(attn(norm(x))), then x + norm(mlp(norm(x)))."""
 
-    def __init__(self, norm: RMSNorm, attn: GatedAttention, **modules: Any) -> None:
+    def __init__(self, norm: RMSNorm, attn: nn.Module, **modules: Any) -> None:
         super().__init__(norm, attn, **modules)
         self.after_attn = RMSNorm(norm.dim, norm.eps)
         self.after_mlp = RMSNorm(norm.dim, norm.eps)
@@ -72,13 +71,11 @@ class SandwichLayer(DecoderLayer):
 
 
 def build(config: AfmoeConfig) -> Decoder:
-    def attention(layer_idx: int) -> GatedAttention:
+    def attention(layer_idx: int) -> GroupedQueryAttention:
         window = window_of(config, layer_idx)
-        return GatedAttention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            head_dim=head_width(config),
+        return grouped_queries(
+            config,
+            layer=GatedAttention,
             **attention_biases(config),
             window=window,
             rotate=unrotated if window is None else rotate_half,

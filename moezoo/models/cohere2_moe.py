@@ -10,14 +10,13 @@ from transformers import Cohere2MoeConfig
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import Context, GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, DecoderLayer, ScaledDecoder, pre_norm_decoder
-from moezoo.layers.mlp import GatedMLP
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import softmax_topk, topk_sigmoid
 from moezoo.layers.norm import LayerNorm, NormOfSum, RMSNorm, handed_to
 from moezoo.layers.rope import rotate_interleaved, unrotated
 from moezoo.models.attentions import attention_biases, grouped_queries, window_of
 from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
-from moezoo.models.mixtures import listed_layers
+from moezoo.models.mixtures import listed_layers, mixture, mlp
 from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, EXPERTS, SHARED_EXPERTS
 
 ASSUMES = ASSUMED_EVERYWHERE | {
@@ -57,8 +56,6 @@ def build(config: Cohere2MoeConfig) -> Decoder:
     if config.expert_selection_fn == "sigmoid":
         route = partial(topk_sigmoid, k=k, renormalize=config.norm_topk_prob)
     averages = config.num_shared_experts and config.shared_expert_combination_strategy == "average"
-    mixture = AveragedMoE if averages else FusedMoE
-    mlp = partial(GatedMLP, config.hidden_size, activation=config.hidden_act)
     norm: Any = RMSNorm
     if config.rms_norm_eps is None:
         norm = lambda dim, _: LayerNorm(dim, config.layer_norm_eps, bias=False)  # noqa: E731
@@ -81,17 +78,11 @@ def build(config: Cohere2MoeConfig) -> Decoder:
 
     def feed_forward(layer_idx: int) -> nn.Module:
         if layer_idx in dense:
-            return mlp(config.prefix_dense_intermediate_size)
-        width = config.intermediate_size
-        shared = mlp(width * config.num_shared_experts) if config.num_shared_experts else None
-        return mixture(
-            config.hidden_size,
-            width,
-            config.num_experts,
-            route,
-            activation=config.hidden_act,
-            shared=shared,
-        )
+            return mlp(config, config.prefix_dense_intermediate_size)
+        width, num_shared = config.intermediate_size, config.num_shared_experts
+        shared = mlp(config, width * num_shared) if num_shared else None
+        layer = AveragedMoE if averages else FusedMoE
+        return mixture(config, width, route, layer=layer, shared=shared)
 
     return pre_norm_decoder(
         config,

@@ -1,6 +1,5 @@
 """DBRX (Databricks, 2024): clipped attention, LayerNorm, matrices of experts in one tensor."""
 
-import copy
 from functools import partial
 
 from transformers import DbrxConfig
@@ -13,7 +12,7 @@ from moezoo.layers.moe.routing import softmax_topk
 from moezoo.layers.norm import LayerNorm
 from moezoo.layers.rope import RotaryEmbedding, whole_heads
 from moezoo.loaders.mapping import Rule, Skip
-from moezoo.models.attentions import grouped_queries
+from moezoo.models.attentions import grouped_queries, with_rope
 from moezoo.models.fields import ASSUMED_EVERYWHERE
 
 ASSUMES = ASSUMED_EVERYWHERE
@@ -29,8 +28,7 @@ def rotary_embedding(config: DbrxConfig) -> RotaryEmbedding:
     """
     theta = getattr(config.attn_config, "rope_theta", None)
     if theta is not None and config.rope_parameters == UNNAMED:
-        config = copy.copy(config)
-        config.rope_parameters = UNNAMED | {"rope_theta": theta}
+        config = with_rope(config, UNNAMED | {"rope_theta": theta})
     elif theta not in (None, config.rope_parameters.get("rope_theta")):
         raise UnsupportedArchitectureError.of_field(
             config, "rope_parameters", f"the rope_theta of attn_config, {theta}"

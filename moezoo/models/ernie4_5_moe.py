@@ -56,8 +56,8 @@ class RowBias(BiasedRoute):
 
 
 def build(config: Ernie4_5_MoeConfig) -> Decoder:
-    if config.moe_layer_interval < 1:
-        raise UnsupportedArchitectureError.of_field(config, "moe_layer_interval", "1 or more")
+    if config.moe_layer_end_index is None:
+        raise UnsupportedArchitectureError.of_field(config, "moe_layer_end_index", "a number")
     sparse = range(config.moe_layer_start_index, config.moe_layer_end_index + 1)
     dense = {
         layer_idx
@@ -82,7 +82,7 @@ def build(config: Ernie4_5_MoeConfig) -> Decoder:
         dense=dense,
         num_shared=config.moe_num_shared_experts or None,
         bias=config.use_bias,
-        mixture=Fp32GateMoE,
+        layer=Fp32GateMoE,
     )
     head_bias = check_head_bias(config, config.use_bias)
     decoder = partial(Decoder, head_bias=head_bias)

@@ -51,5 +51,5 @@ CHECKPOINT = (
     *QK_NORM,
     Rule(CORRECTION_BIAS.target, "model.layers.{L}.mlp.e_score_correction_bias"),
     *BIASED_MIXTURES,
-    TOKEN_PREDICTION,
+    *TOKEN_PREDICTION,
 )

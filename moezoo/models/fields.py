@@ -16,6 +16,7 @@ POSITIVE = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
+    "num_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "moe_intermediate_size",
@@ -42,6 +43,7 @@ POSITIVE = (
     "linear_num_key_heads",
     "linear_num_value_heads",
     "max_position_embeddings",
+    "moe_layer_interval",
 )
 NOT_NEGATIVE_OR_NONE = ("n_shared_experts",)
 POSITIVE_OR_NONE = ("head_dim", "q_lora_rank")
@@ -51,6 +53,9 @@ NOT_NEGATIVE = (
     "num_shared_experts",
     "num_dense_layers",
     "shared_expert_intermediate_size",
+    "shared_intermediate_size",
+    "moe_num_shared_experts",
+    "moe_layer_start_index",
     "first_k_dense_replace",
 )
 

@@ -36,12 +36,11 @@ def build(config: GptOssConfig) -> Decoder:
         )
 
     def feed_forward(layer_idx: int) -> FusedMoE:
-        route = softmax_route(config, config.num_local_experts, renormalize=True)
         return FusedMoE(
             config.hidden_size,
             config.intermediate_size,
             config.num_local_experts,
-            BiasedLogits(config.num_local_experts, route),
+            BiasedLogits(config.num_local_experts, softmax_route(config, renormalize=True)),
             activation=Gating("quick_gelu", limit=limit, up_offset=1.0),
             bias=True,
         )

@@ -11,13 +11,12 @@ from transformers import GraniteMoeConfig, GraniteMoeSharedConfig, PreTrainedCon
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import Context, GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, DecoderLayer, ScaledDecoder, pre_norm_decoder
-from moezoo.layers.mlp import GatedMLP
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.norm import handed_to
 from moezoo.loaders.mapping import Rule
 from moezoo.models.attentions import attention_biases, grouped_queries
 from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.mixtures import softmax_route
+from moezoo.models.mixtures import mixture, mlp, softmax_route
 from moezoo.models.names import ATTENTION, DECODER, each_expert
 
 ASSUMES = ASSUMED_EVERYWHERE
@@ -48,25 +47,19 @@ class ScaledLayer(DecoderLayer):
 
 
 def granite_decoder(
-    config: PreTrainedConfig, attention: Callable[[int], nn.Module], shared_size: int
+    config: PreTrainedConfig, attention: Callable[[int], nn.Module], shared_size: int | None
 ) -> Decoder:
-    """Of `attention(layer_idx)` and mixtures, with a shared expert unless `shared_size` is 0."""
+    """Of `attention(layer_idx)` and mixtures, with a shared expert unless `shared_size` is None."""
     for field in MULTIPLIERS:
         if not isinstance(getattr(config, field), int | float):
             raise UnsupportedArchitectureError.of_field(config, field, "a number")
+    if not config.logits_scaling:
+        raise UnsupportedArchitectureError.of_field(config, "logits_scaling", "other than 0")
 
     def feed_forward(layer_idx: int) -> FusedMoE:
-        shared = None
-        if shared_size:
-            shared = GatedMLP(config.hidden_size, shared_size, activation=config.hidden_act)
-        return FusedMoE(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_local_experts,
-            softmax_route(config, config.num_local_experts, renormalize=True),
-            activation=config.hidden_act,
-            shared=shared,
-        )
+        route = softmax_route(config, renormalize=True)
+        shared = None if shared_size is None else mlp(config, shared_size)
+        return mixture(config, config.intermediate_size, route, shared=shared)
 
     return pre_norm_decoder(
         config,
@@ -94,7 +87,10 @@ def build(config: GraniteMoeConfig | GraniteMoeSharedConfig) -> Decoder:
     def attention(layer_idx: int) -> GroupedQueryAttention:
         return granite_attention(config)
 
-    return granite_decoder(config, attention, getattr(config, "shared_intermediate_size", 0))
+    shared_size = None
+    if isinstance(config, GraniteMoeSharedConfig):
+        shared_size = config.shared_intermediate_size or None
+    return granite_decoder(config, attention, shared_size)
 
 
 MOE = "model.layers.{L}.block_sparse_moe"

@@ -1,6 +1,5 @@
 """Hunyuan-A13B (Tencent, 2025): queries and keys are normalised after their rotation."""
 
-import copy
 from functools import partial
 from typing import Any
 
@@ -10,14 +9,14 @@ from transformers import HunYuanMoEV1Config
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
-from moezoo.layers.mlp import GatedMLP
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import softmax_topk
 from moezoo.layers.norm import RMSNorm
 from moezoo.layers.rope import RotaryEmbedding, Rotation, whole_heads
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import attention_biases, head_width
+from moezoo.models.attentions import attention_biases, grouped_queries, head_width, with_rope
 from moezoo.models.fields import ASSUMED_EVERYWHERE
+from moezoo.models.mixtures import mixture, mlp
 from moezoo.models.names import ATTENTION, DECODER, EXPERTS, gated_mlp
 
 ASSUMES = ASSUMED_EVERYWHERE | {
@@ -48,8 +47,7 @@ def rotary_embedding(config: HunYuanMoEV1Config) -> RotaryEmbedding:
     if config.rope_parameters.get("rope_type") == "dynamic" and alpha:
         width = head_width(config)
         theta = config.rope_parameters["rope_theta"] * alpha ** (width / (width - 2))
-        config = copy.copy(config)
-        config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
+        config = with_rope(config, {"rope_type": "default", "rope_theta": theta})
     return whole_heads(config)
 
 
@@ -76,24 +74,13 @@ def build(config: HunYuanMoEV1Config) -> Decoder:
             raise UnsupportedArchitectureError.of_field(config, field, f"{only} in every layer")
 
     def attention(layer_idx: int) -> GroupedQueryAttention:
-        return NormAfterRotation(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            head_dim=head_width(config),
-            eps=config.rms_norm_eps,
-            **attention_biases(config),
-        )
+        layer = partial(NormAfterRotation, eps=config.rms_norm_eps)
+        return grouped_queries(config, layer=layer, **attention_biases(config))
 
     def feed_forward(layer_idx: int) -> FusedMoE:
-        sizes = config.hidden_size, config.intermediate_size
-        return FusedMoE(
-            *sizes,
-            num_experts,
-            partial(softmax_topk, k=chosen[layer_idx], renormalize=True),
-            activation=config.hidden_act,
-            shared=GatedMLP(*sizes, activation=config.hidden_act),
-        )
+        width = config.intermediate_size
+        route = partial(softmax_topk, k=chosen[layer_idx], renormalize=True)
+        return mixture(config, width, route, shared=mlp(config, width))
 
     return pre_norm_decoder(config, attention, feed_forward, rope=rotary_embedding(config))
 

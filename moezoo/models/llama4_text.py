@@ -12,14 +12,13 @@ from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import Context, GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.kernels.windows import Chunked
-from moezoo.layers.mlp import GatedMLP
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import topk_sigmoid
-from moezoo.layers.norm import NormOfSum, handed_to
 from moezoo.layers.rope import Rotation, rotate_interleaved, unrotated
 from moezoo.loaders.mapping import Rule, Skip
-from moezoo.models.attentions import attention_biases, head_width
+from moezoo.models.attentions import attention_biases, grouped_queries
 from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
+from moezoo.models.mixtures import mixture, mlp
 from moezoo.models.names import ATTENTION, DECODER, each_expert, gated_mlp
 
 ASSUMES = ASSUMED_EVERYWHERE
@@ -51,15 +50,12 @@ class TemperedAttention(GroupedQueryAttention):
         self.floor = floor
         self.strength = strength
 
-    def forward(self, x: Tensor | NormOfSum, context: Context, layer_idx: int) -> Tensor:
-        qkv = self.qkv(handed_to(self.qkv, x))
+    def attended(self, qkv: Tensor, context: Context, layer_idx: int) -> Tensor:
         q, kv = qkv.split_with_sizes((self.sizes[0], sum(self.sizes[1:])), -1)
         steps = ((context.positions.float() + 1) / self.floor).floor()
         temper = steps.log1p() * self.strength + 1
         qkv = torch.cat(((q * temper[..., None]).to(q.dtype), kv), -1)
-        q, keys = context.append_heads(self, qkv, layer_idx)
-        out = context.attend(q, keys, window=self.window, scale=self.scale)
-        return self.o(out.flatten(2))
+        return super().attended(qkv, context, layer_idx)
 
 
 class ScaledInputMoE(FusedMoE):
@@ -79,41 +75,34 @@ def build(config: Llama4TextConfig) -> Decoder:
     chunk = config.attention_chunk_size
     if "chunked_attention" in config.layer_types and (chunk or 0) < 1:
         raise UnsupportedArchitectureError.of_field(config, "attention_chunk_size", "1 or more")
+    if len(config.no_rope_layers) < config.num_hidden_layers:
+        raise UnsupportedArchitectureError.of_field(config, "no_rope_layers", "one for each layer")
     if config.attn_temperature_tuning and config.floor_scale < 1:
         raise UnsupportedArchitectureError.of_field(config, "floor_scale", "1 or more")
 
     def attention(layer_idx: int) -> GroupedQueryAttention:
         rotates = bool(config.no_rope_layers[layer_idx])
-        kind: Any = GroupedQueryAttention
+        layer: Any = GroupedQueryAttention
         if rotates and config.use_qk_norm:
-            kind = partial(NormAfterRotation, eps=config.rms_norm_eps)
+            layer = partial(NormAfterRotation, eps=config.rms_norm_eps)
         elif not rotates and config.attn_temperature_tuning:
-            kind = partial(TemperedAttention, floor=config.floor_scale, strength=config.attn_scale)
-        layer: GroupedQueryAttention = kind(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            head_dim=head_width(config),
+            layer = partial(TemperedAttention, floor=config.floor_scale, strength=config.attn_scale)
+        return grouped_queries(
+            config,
+            layer=layer,
             **attention_biases(config),
             window=Chunked(chunk) if config.layer_types[layer_idx] == "chunked_attention" else None,
             rotate=rotate_interleaved if rotates else unrotated,
         )
-        return layer
 
-    mlp = partial(GatedMLP, config.hidden_size, activation=config.hidden_act)
     k = experts_per_token(config, config.num_local_experts)
+    route = partial(topk_sigmoid, k=k, renormalize=False)
 
     def feed_forward(layer_idx: int) -> nn.Module:
         if layer_idx not in config.moe_layers:
-            return mlp(config.intermediate_size_mlp)
-        return ScaledInputMoE(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_local_experts,
-            partial(topk_sigmoid, k=k, renormalize=False),
-            activation=config.hidden_act,
-            shared=mlp(config.intermediate_size),
-        )
+            return mlp(config, config.intermediate_size_mlp)
+        width = config.intermediate_size
+        return mixture(config, width, route, layer=ScaledInputMoE, shared=mlp(config, width))
 
     return pre_norm_decoder(config, attention, feed_forward)
 

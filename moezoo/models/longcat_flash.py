@@ -17,10 +17,11 @@ from moezoo.layers.moe import BiasedRoute, FusedMoE
 from moezoo.layers.moe.routing import grouped_topk
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.rope import rotate_interleaved, whole_heads
-from moezoo.loaders.mapping import Rule, Skip
+from moezoo.loaders.mapping import Rule
 from moezoo.models.deepseek_v2 import latent_attention
 from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
-from moezoo.models.names import AROUND_LAYERS, EXPERTS, MLA, gated_mlp
+from moezoo.models.mixtures import mlp
+from moezoo.models.names import AROUND_LAYERS, EXPERTS, MLA, TOKEN_PREDICTION, gated_mlp
 
 ASSUMES = ASSUMED_EVERYWHERE | {
     "layer_types": (None,),
@@ -122,12 +123,11 @@ class ShortcutLayer(nn.Module):
 
 def build(config: LongcatFlashConfig) -> Decoder:
     hidden_size, num_zero = config.hidden_size, config.zero_expert_num or 0
-    for field, supported in (
-        ("num_hidden_layers", 2 * config.num_layers),
-        ("qk_head_dim", config.qk_nope_head_dim + config.qk_rope_head_dim),
-    ):
-        if getattr(config, field) != supported:
-            raise UnsupportedArchitectureError.of_field(config, field, str(supported))
+    # Which some versions of transformers only say once they have built the model.
+    config.num_hidden_layers = 2 * config.num_layers
+    width = config.qk_nope_head_dim + config.qk_rope_head_dim
+    if config.qk_head_dim != width:
+        raise UnsupportedArchitectureError.of_field(config, "qk_head_dim", str(width))
     if num_zero < 0:
         raise UnsupportedArchitectureError.of_field(config, "zero_expert_num", "0 or more")
     if config.q_lora_rank is None:
@@ -152,10 +152,7 @@ def build(config: LongcatFlashConfig) -> Decoder:
     def attention() -> MultiHeadLatentAttention:
         return latent_attention(config, rotate_interleaved, layer=scaled)
 
-    def dense() -> GatedMLP:
-        return GatedMLP(hidden_size, config.ffn_hidden_size, activation=config.hidden_act)
-
-    def mixture() -> FusedMoE:
+    def experts() -> FusedMoE:
         return ZeroExpertMoE(
             hidden_size,
             config.expert_ffn_hidden_size,
@@ -167,7 +164,10 @@ def build(config: LongcatFlashConfig) -> Decoder:
 
     layers = [
         ShortcutLayer(
-            [attention(), attention()], [dense(), dense()], mixture(), eps=config.rms_norm_eps
+            [attention(), attention()],
+            [mlp(config, config.ffn_hidden_size) for _ in range(2)],
+            experts(),
+            eps=config.rms_norm_eps,
         )
         for _ in range(config.num_layers)
     ]
@@ -207,5 +207,5 @@ CHECKPOINT = (
     Rule("layers.{L}.mlp.gate", f"{LAYER}.mlp.router.classifier.weight"),
     Rule("layers.{L}.mlp.route.correction_bias", f"{LAYER}.mlp.router.e_score_correction_bias"),
     *EXPERTS,
-    Skip("model.mtp.{*}", "multi-token prediction"),
+    *TOKEN_PREDICTION,
 )

@@ -31,7 +31,7 @@ def build(config: MellumConfig) -> Decoder:
             **norm_of_each_head(config),
         )
 
-    route = softmax_route(config, config.num_experts, renormalize=config.norm_topk_prob)
+    route = softmax_route(config, renormalize=config.norm_topk_prob)
     feed_forward = dense_or_mixture(
         config, lambda: route, dense=listed_layers(config), num_shared=None
     )
@@ -44,5 +44,5 @@ CHECKPOINT = (
     *QK_NORM,
     *DENSE_MLP,
     *EXPERTS,
-    TOKEN_PREDICTION,
+    *TOKEN_PREDICTION,
 )

@@ -11,11 +11,11 @@ from moezoo.layers.attention import Context, GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.norm import NormOfSum
 from moezoo.layers.rope import RotaryEmbedding
-from moezoo.loaders.mapping import Rule, Skip
+from moezoo.loaders.mapping import Rule
 from moezoo.models.attentions import rotary_embeddings, window_of
 from moezoo.models.fields import ASSUMED_EVERYWHERE
 from moezoo.models.mixtures import dense_or_mixture, listed_layers, sigmoid_route
-from moezoo.models.names import ATTENTION, BIASED_MIXTURES, DECODER
+from moezoo.models.names import ATTENTION, BIASED_MIXTURES, DECODER, TOKEN_PREDICTION
 
 ASSUMES = ASSUMED_EVERYWHERE | {
     "scoring_func": ("sigmoid",),
@@ -109,5 +109,5 @@ CHECKPOINT = (
     Rule("layers.{L}.attn.sinks", "model.layers.{L}.self_attn.attention_sink_bias"),
     Rule("layers.{L}.attn.sinks", "model.layers.{L}.self_attn.sinks"),
     *BIASED_MIXTURES,
-    Skip("model.mtp.{*}", "multi-token prediction"),
+    *TOKEN_PREDICTION,
 )

@@ -1,6 +1,5 @@
 """MiniMax-M2 (MiniMax, 2025): part of each head is rotated, sigmoid scores with a bias."""
 
-import copy
 from functools import partial
 
 from transformers import MiniMaxM2Config
@@ -12,8 +11,9 @@ from moezoo.layers.moe import BiasedRoute, FusedMoE
 from moezoo.layers.moe.routing import biased_topk
 from moezoo.layers.rope import RotaryEmbedding
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import grouped_queries, norm_of_all_heads
+from moezoo.models.attentions import grouped_queries, norm_of_all_heads, with_rope
 from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
+from moezoo.models.mixtures import mixture
 from moezoo.models.names import (
     ATTENTION,
     BLOCK_SPARSE_MOE,
@@ -36,9 +36,8 @@ def rotary_embedding(config: MiniMaxM2Config) -> RotaryEmbedding:
     """The releases' `rotary_dim`, which not every transformers reads, is a partial factor."""
     rotary_dim = getattr(config, "rotary_dim", None)
     if rotary_dim is not None:
-        config = copy.copy(config)
         share = {"partial_rotary_factor": rotary_dim / config.head_dim}
-        config.rope_parameters = share | config.rope_parameters
+        config = with_rope(config, share | config.rope_parameters)
     return RotaryEmbedding(config)
 
 
@@ -55,13 +54,8 @@ def build(config: MiniMaxM2Config) -> Decoder:
     route = partial(biased_topk, k=k, scoring="sigmoid")
 
     def feed_forward(layer_idx: int) -> FusedMoE:
-        return FusedMoE(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_local_experts,
-            BiasedRoute(config.num_local_experts, route),
-            activation=config.hidden_act,
-        )
+        biased = BiasedRoute(config.num_local_experts, route)
+        return mixture(config, config.intermediate_size, biased)
 
     return pre_norm_decoder(config, attention, feed_forward, rope=rotary_embedding(config))
 

@@ -7,7 +7,7 @@ from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.moe import FusedMoE
 from moezoo.models.attentions import grouped_queries
 from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.mixtures import softmax_route
+from moezoo.models.mixtures import mixture, softmax_route
 from moezoo.models.names import ATTENTION, BLOCK_SPARSE_MOE, DECODER, EXPERTS
 
 ASSUMES = ASSUMED_EVERYWHERE
@@ -18,13 +18,7 @@ def build(config: MixtralConfig) -> Decoder:
         return grouped_queries(config, window=config.sliding_window)
 
     def feed_forward(layer_idx: int) -> FusedMoE:
-        return FusedMoE(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_local_experts,
-            softmax_route(config, config.num_local_experts, renormalize=True),
-            activation=config.hidden_act,
-        )
+        return mixture(config, config.intermediate_size, softmax_route(config, renormalize=True))
 
     return pre_norm_decoder(config, attention, feed_forward)
 

@@ -1,4 +1,4 @@
-"""Feed-forward layers of DeepSeek's kind: dense ones, then mixtures with shared experts."""
+"""Feed-forward layers of the sizes that a config names, dense ones and mixtures of experts."""
 
 from collections.abc import Callable, Container
 from functools import partial
@@ -15,26 +15,49 @@ from moezoo.models.fields import experts_per_token
 
 
 def num_experts(config: PreTrainedConfig) -> int:
-    number = getattr(config, "n_routed_experts", None)
-    experts: int = config.num_experts if number is None else number
-    return experts
+    """Configs have different names for it."""
+    names = ("n_routed_experts", "num_experts", "num_local_experts")
+    number: int = next(getattr(config, name) for name in names if hasattr(config, name))
+    return number
+
+
+def mlp(config: PreTrainedConfig, width: int, *, bias: bool = False) -> GatedMLP:
+    return GatedMLP(config.hidden_size, width, activation=config.hidden_act, bias=bias)
+
+
+def mixture(
+    config: PreTrainedConfig,
+    width: int,
+    route: Route,
+    *,
+    layer: Callable[..., FusedMoE] = FusedMoE,
+    shared: nn.Module | None = None,
+) -> FusedMoE:
+    """A `layer` of as many experts as the config names, each `width` wide."""
+    return layer(
+        config.hidden_size,
+        width,
+        num_experts(config),
+        route,
+        activation=config.hidden_act,
+        shared=shared,
+    )
 
 
 def check_groups(config: PreTrainedConfig) -> None:
     """Raise `UnsupportedArchitectureError` for numbers of experts and groups that do not fit."""
     experts, groups, kept = num_experts(config), config.n_group, config.topk_group
-    if not groups or experts % groups:
+    if (groups or 0) < 1 or experts % groups:
         raise UnsupportedArchitectureError.of_field(config, "n_group", f"a divisor of {experts}")
-    if not kept or kept > groups:
+    if not 1 <= (kept or 0) <= groups:
         raise UnsupportedArchitectureError.of_field(config, "topk_group", f"1 to {groups}")
     experts_per_token(config, kept * experts // groups)
 
 
-def softmax_route(
-    config: PreTrainedConfig, num_experts: int, *, renormalize: bool
-) -> partial[tuple[Tensor, Tensor]]:
+def softmax_route(config: PreTrainedConfig, *, renormalize: bool) -> partial[tuple[Tensor, Tensor]]:
     """`softmax_topk` of as many experts as the config says a token has."""
-    return partial(softmax_topk, k=experts_per_token(config, num_experts), renormalize=renormalize)
+    k = experts_per_token(config, num_experts(config))
+    return partial(softmax_topk, k=k, renormalize=renormalize)
 
 
 def sigmoid_route(config: PreTrainedConfig) -> Callable[[], BiasedRoute]:
@@ -82,7 +105,7 @@ def listed_layers(config: PreTrainedConfig) -> set[int]:
     Raises `UnsupportedArchitectureError` for other kinds.
     """
     kinds = config.mlp_layer_types
-    if set(kinds) - {"dense", "sparse"}:
+    if set(kinds) - {"dense", "sparse"} or len(kinds) < config.num_hidden_layers:
         raise UnsupportedArchitectureError.of_field(
             config, "mlp_layer_types", "'dense' or 'sparse' for each layer"
         )
@@ -110,26 +133,19 @@ def dense_or_mixture(
     dense: Container[int],
     num_shared: int | None,
     bias: bool = False,
-    mixture: Callable[..., FusedMoE] = FusedMoE,
+    layer: Callable[..., FusedMoE] = FusedMoE,
 ) -> Callable[[int], nn.Module]:
-    """For `pre_norm_decoder`: the layers in `dense` are dense, the others a `mixture`.
+    """For `pre_norm_decoder`: the layers in `dense` are dense, the others a mixture, a `layer`.
 
     Their `num_shared` shared experts are one dense layer of as many times the width; `bias` is that
     of dense layers.
     """
-    mlp = partial(GatedMLP, config.hidden_size, activation=config.hidden_act, bias=bias)
 
     def feed_forward(layer_idx: int) -> nn.Module:
         if layer_idx in dense:
-            return mlp(config.intermediate_size)
+            return mlp(config, config.intermediate_size, bias=bias)
         width = config.moe_intermediate_size
-        return mixture(
-            config.hidden_size,
-            width,
-            num_experts(config),
-            route(),
-            activation=config.hidden_act,
-            shared=None if num_shared is None else mlp(width * num_shared),
-        )
+        shared = None if num_shared is None else mlp(config, width * num_shared, bias=bias)
+        return mixture(config, width, route(), layer=layer, shared=shared)
 
     return feed_forward

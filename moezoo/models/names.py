@@ -120,7 +120,9 @@ CORRECTION_BIAS = Rule(
 BIASED_MIXTURES = (*DENSE_MLP, *EXPERTS, CORRECTION_BIAS, *SHARED_EXPERTS)
 """Feed-forward layers as DeepSeek-V3 has them, dense ones among them."""
 
-TOKEN_PREDICTION = Skip("mtp.{*}", "multi-token prediction")
+TOKEN_PREDICTION = tuple(
+    Skip(f"{prefix}mtp.{{*}}", "multi-token prediction") for prefix in ("", "model.")
+)
 """What models that were trained to predict several tokens at once have beside their own layers."""
 
 TOKEN_PREDICTION_LAYERS = Skip(

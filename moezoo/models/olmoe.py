@@ -10,20 +10,15 @@ from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.moe import FusedMoE
 from moezoo.models.attentions import attention_biases, grouped_queries, norm_of_all_heads
 from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.mixtures import softmax_route
+from moezoo.models.mixtures import mixture, softmax_route
 from moezoo.models.names import ATTENTION, DECODER, EXPERTS, QK_NORM
 
 ASSUMES = ASSUMED_EVERYWHERE
 
 
 def feed_forward(config: OlmoeConfig | FlexOlmoConfig, layer_idx: int) -> FusedMoE:
-    return FusedMoE(
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_experts,
-        softmax_route(config, config.num_experts, renormalize=config.norm_topk_prob),
-        activation=config.hidden_act,
-    )
+    route = softmax_route(config, renormalize=config.norm_topk_prob)
+    return mixture(config, config.intermediate_size, route)
 
 
 def build(config: OlmoeConfig) -> Decoder:

@@ -15,6 +15,7 @@ from moezoo.layers.rope import RotaryEmbedding, Rotation
 from moezoo.loaders.mapping import Rule
 from moezoo.models.attentions import attention_biases, grouped_queries
 from moezoo.models.fields import ASSUMED_EVERYWHERE, check_head_bias, experts_per_token
+from moezoo.models.mixtures import mixture
 from moezoo.models.names import ATTENTION, BLOCK_SPARSE_MOE, DECODER, EXPERTS
 
 ASSUMES = ASSUMED_EVERYWHERE | {"num_experts_per_tok": (2,)}
@@ -59,18 +60,11 @@ def build(config: PhimoeConfig) -> Decoder:
             window=config.sliding_window,
         )
 
+    k = experts_per_token(config, config.num_local_experts)
+    route = partial(sparsemixer, k=k, jitter=config.router_jitter_noise)
+
     def feed_forward(layer_idx: int) -> FusedMoE:
-        return FusedMoE(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_local_experts,
-            partial(
-                sparsemixer,
-                k=experts_per_token(config, config.num_local_experts),
-                jitter=config.router_jitter_noise,
-            ),
-            activation=config.hidden_act,
-        )
+        return mixture(config, config.intermediate_size, route)
 
     head_bias = check_head_bias(config, config.lm_head_bias)
     return pre_norm_decoder(

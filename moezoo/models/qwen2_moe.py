@@ -9,12 +9,11 @@ from transformers import Qwen2MoeConfig, Qwen3MoeConfig
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
-from moezoo.layers.mlp import GatedMLP, SigmoidGatedMLP
-from moezoo.layers.moe import FusedMoE
+from moezoo.layers.mlp import SigmoidGatedMLP
 from moezoo.loaders.mapping import Rule
 from moezoo.models.attentions import grouped_queries, window_of
 from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.mixtures import softmax_route
+from moezoo.models.mixtures import mixture, mlp, softmax_route
 from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, EXPERTS, gated_mlp
 
 ASSUMES = ASSUMED_EVERYWHERE
@@ -30,15 +29,9 @@ def feed_forward(
         raise UnsupportedArchitectureError.of_field(config, "decoder_sparse_step", "1 or more")
     sparse = config.num_experts > 0 and (layer_idx + 1) % config.decoder_sparse_step == 0
     if layer_idx in config.mlp_only_layers or not sparse:
-        return GatedMLP(config.hidden_size, config.intermediate_size, activation=config.hidden_act)
-    return FusedMoE(
-        config.hidden_size,
-        config.moe_intermediate_size,
-        config.num_experts,
-        softmax_route(config, config.num_experts, renormalize=config.norm_topk_prob),
-        activation=config.hidden_act,
-        shared=shared_expert(),
-    )
+        return mlp(config, config.intermediate_size)
+    route = softmax_route(config, renormalize=config.norm_topk_prob)
+    return mixture(config, config.moe_intermediate_size, route, shared=shared_expert())
 
 
 def shared_expert(config: Qwen2MoeConfig) -> SigmoidGatedMLP:
@@ -51,8 +44,9 @@ def build(config: Qwen2MoeConfig) -> Decoder:
         window = window_of(config, layer_idx)
         return grouped_queries(config, qkv_bias=config.qkv_bias, window=window)
 
-    mixture = partial(feed_forward, config, partial(shared_expert, config))
-    return pre_norm_decoder(config, attention, mixture)
+    return pre_norm_decoder(
+        config, attention, partial(feed_forward, config, partial(shared_expert, config))
+    )
 
 
 SHARED_EXPERT = (

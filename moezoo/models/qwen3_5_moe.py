@@ -7,11 +7,11 @@ from transformers import Qwen3_5MoeTextConfig
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.gated_delta_net import by_kind
 from moezoo.layers.moe import FusedMoE
-from moezoo.layers.moe.routing import softmax_topk
 from moezoo.layers.norm import ZeroCenteredRMSNorm
 from moezoo.layers.rope import RotaryEmbedding
 from moezoo.loaders.mapping import Rule, Skip
-from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token, text_part
+from moezoo.models.fields import ASSUMED_EVERYWHERE, text_part
+from moezoo.models.mixtures import mixture, softmax_route
 from moezoo.models.names import (
     ATTENTION,
     DECODER,
@@ -30,15 +30,9 @@ text_config = text_part
 
 def build(config: Qwen3_5MoeTextConfig) -> Decoder:
     def feed_forward(layer_idx: int) -> FusedMoE:
-        k = experts_per_token(config, config.num_experts)
-        return FusedMoE(
-            config.hidden_size,
-            config.moe_intermediate_size,
-            config.num_experts,
-            partial(softmax_topk, k=k, renormalize=True),
-            activation=config.hidden_act,
-            shared=shared_expert(config),
-        )
+        route = softmax_route(config, renormalize=True)
+        width = config.moe_intermediate_size
+        return mixture(config, width, route, shared=shared_expert(config))
 
     # Text has the same position in all three axes of the rotation, so that it is the usual one.
     return pre_norm_decoder(
@@ -59,7 +53,7 @@ TEXT: tuple[Rule | Skip, ...] = (
     *DELTA_NET,
     *EXPERTS,
     *SHARED_EXPERT,
-    TOKEN_PREDICTION,
+    *TOKEN_PREDICTION,
 )
 
 CHECKPOINT = (*TEXT, *of_text_model(TEXT))

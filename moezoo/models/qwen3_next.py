@@ -14,7 +14,7 @@ from moezoo.layers.gated_delta_net import GatedDeltaNet, by_key_head
 from moezoo.layers.norm import RMSNorm, ZeroCenteredRMSNorm
 from moezoo.layers.rope import RotaryEmbedding
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import attention_biases
+from moezoo.models.attentions import attention_biases, grouped_queries
 from moezoo.models.fields import ASSUMED_EVERYWHERE
 from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, EXPERTS, QK_NORM, TOKEN_PREDICTION
 from moezoo.models.qwen2_moe import SHARED_EXPERT, feed_forward, shared_expert
@@ -28,11 +28,9 @@ def hybrid_attention(
     """The layer that `config.layer_types` asks for, a delta net with its rows in the order `parts`
     or attention."""
     if config.layer_types[layer_idx] == "full_attention":
-        return GatedAttention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            head_dim=config.head_dim,
+        return grouped_queries(
+            config,
+            layer=GatedAttention,
             **attention_biases(config),
             q_norm=ZeroCenteredRMSNorm(config.head_dim, config.rms_norm_eps),
             k_norm=ZeroCenteredRMSNorm(config.head_dim, config.rms_norm_eps),
@@ -90,5 +88,5 @@ CHECKPOINT = (
     *DENSE_MLP,
     *EXPERTS,
     *SHARED_EXPERT,
-    TOKEN_PREDICTION,
+    *TOKEN_PREDICTION,
 )

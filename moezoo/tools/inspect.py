@@ -285,10 +285,11 @@ def _in_experts(moe: FusedMoE) -> int:
 
 
 def _idle(moe: FusedMoE) -> int:
-    """Numbers of the experts that a token is not sent to."""
+    """Numbers of the experts that a token is not sent to, at the least: some that it can choose may
+    have none."""
     num_experts = moe.w2.shape[0]
     per_token: int = moe.router.keywords["k"]
-    return _in_experts(moe) // num_experts * (num_experts - per_token)
+    return _in_experts(moe) // num_experts * max(num_experts - per_token, 0)
 
 
 def _experts(moe: FusedMoE, dtype: torch.dtype) -> Experts:

@@ -4,12 +4,13 @@ import pytest
 import torch
 from configurations import CONFIGURATIONS, reference
 from test_oracle import write
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moezoo
 from moezoo.assets import tiny_model
 from moezoo.generation.continuous import Batcher, Request
 from moezoo.generation.engine import Engine, supports
+from moezoo.generation.paged import counts_padding
 
 STORY = "One day a little dog went to the market with his friend and saw a big red ball"
 LENGTHS = (5, 1, 13, 8, 2, 11, 3)
@@ -94,6 +95,12 @@ def test_generate_writes_what_transformers_writes(folder):
     longest = max(map(len, given))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in given])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in given])
+    if counts_padding(model.decoder):  # the batch writes something else than each prompt alone
+        theirs = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        )
+        options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+        written = theirs.generate(ids, attention_mask=mask, **options)[:, longest:].tolist()
     for _ in range(2):  # the second time with the graph of the first
         out = model.generate(
             ids.cuda(),

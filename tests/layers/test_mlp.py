@@ -26,6 +26,16 @@ def test_addend(kind: type[GatedMLP], device: str, tokens: int) -> None:
     torch.testing.assert_close(mlp(x, addend), expected + addend, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@torch.inference_mode()
+def test_width_0(device: str) -> None:
+    mlp = GatedMLP(24, 0, activation="silu", bias=True).to(device, torch.bfloat16)
+    for tokens in (1, 7):
+        x, addend = torch.randn(2, tokens, 24, device=device, dtype=torch.bfloat16)
+        assert mlp(x).equal(mlp.down.bias.expand(tokens, 24))
+        assert mlp(x, addend).equal(mlp.down.bias + addend)
+
+
 @torch.inference_mode()
 def test_a_hook_sees_what_the_shared_expert_computes() -> None:
     def route(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -331,9 +331,9 @@ LONGCAT: Config = {
     "qk_rope_head_dim": 8,
     "head_dim": 8,
     "v_head_dim": 5,
-    "n_routed_experts": 7,
+    "n_routed_experts": 3,
     "zero_expert_num": 4,
-    "moe_topk": 3,
+    "moe_topk": 4,
     "expert_ffn_hidden_size": 64,
     "routed_scaling_factor": 3.5,
     "eos_token_id": None,
@@ -756,7 +756,9 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
             "num_experts_per_tok": 5,
             "rope_parameters": ROPE["linear"],
         },
-        "ones": MIXTRAL | {"num_experts_per_tok": 1, "hidden_act": "gelu"},
+        # It has no shared experts, whatever the config says.
+        "ones": MIXTRAL
+        | {"num_experts_per_tok": 1, "hidden_act": "gelu", "shared_intermediate_size": 9},
     },
     "granitemoeshared": {
         "shared": GRANITE | {"shared_intermediate_size": 18},
@@ -778,6 +780,7 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
             "num_hidden_layers": 2,
             "layer_types": ["mamba", "attention"],
             "attention_bias": True,
+            "shared_intermediate_size": 0,
             "mamba_d_conv": 2,
             "mamba_chunk_size": 3,
             "mamba_n_heads": 8,
@@ -914,6 +917,7 @@ CONFIGURATIONS: dict[str, dict[str, Config]] = {
         "none-do-nothing": LONGCAT
         | {
             "zero_expert_num": 0,
+            "moe_topk": 2,
             "num_layers": 1,
             "attention_bias": True,
             "tie_word_embeddings": True,

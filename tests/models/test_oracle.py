@@ -245,7 +245,7 @@ def test_every_parameter_matters(pair: Pair) -> None:
         parameter.data += torch.randn(stored.shape, generator=torch.Generator().manual_seed(3))
         change = (pair.model(ids).logits - before).norm() / before.norm()
         parameter.data.copy_(stored)
-        assert change > 10 * TOLERANCE, name
+        assert change > 10 * TOLERANCE or not stored.numel(), name
 
 
 def test_stacked_layout(pair: Pair, tmp_path: Path) -> None:
