@@ -36,7 +36,7 @@ _SENDING, _ANSWERING = "sending tokens to experts", "sending the experts' output
 
 FEW_ROWS = 1024
 """To send a rank so many that need not have come takes less time (15 MB of DeepSeek-V3: 0.04 ms by
-NVLink, 0.3 by a network of 50 GB/s) than the host takes to find out which (on four H200, 0.5 ms)."""
+NVLink, 0.3 by a network of 50 GB/s) than the host takes to find out which (0.5 ms on four H200)."""
 
 
 class _Ranks:
