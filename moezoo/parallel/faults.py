@@ -26,6 +26,10 @@ _LOOKS = 5
 _PATIENCE = 1.1
 """Time-outs after which a rank that waits for a GPU ends: where a call fails, that is sooner."""
 
+_TOLD = "told_to_other_ranks"
+"""An attribute of an error that all ranks have counted a meeting for, so that they go on with the
+same one where it is caught."""
+
 _LOOKED_AT = 32
 """Ranks in an interval: all of them would be many questions to one store."""
 
@@ -128,12 +132,8 @@ class Watch:
         try:
             yield
         except BaseException as error:
-            # The others need not wait; if they cannot be told, the error is this one all the same.
-            said = f"{type(error).__name__}: {error}"
-            with _unheard():
-                self._put(self._meetings, f"!{said}")
-                if not isinstance(error, RankError):
-                    self.store.set(f"failure/{self.rank}", said)
+            if _TOLD not in vars(error):
+                self._tell(error)
             raise
 
     def leave(self) -> None:
@@ -147,6 +147,17 @@ class Watch:
             else:
                 self.store.check([f"left/{self.rank}"])  # answers only when that is there
         self._sign.over.set()
+
+    def _tell(self, error: BaseException) -> None:
+        said = f"{type(error).__name__}: {error}"
+        # The others need not wait; if they cannot be told, the error is this one all the same.
+        with _unheard():
+            self._put(self._meetings, f"!{said}")
+            if not isinstance(error, RankError):
+                failure = json.dumps([self._sign.collectives, said])
+                self.store.set(f"failure/{self.rank}", failure)
+        self._meetings += 1
+        vars(error)[_TOLD] = True
 
     def _put(self, meeting: int, text: str) -> None:
         self.store.set(f"meeting/{meeting}/{self.rank}", text)
@@ -167,7 +178,9 @@ class Watch:
                     if self.store.check([key]):
                         said = self.store.get(key).decode()
                         if said.startswith("!"):
-                            raise RankError(f"rank {rank} failed while {what}: {said[1:]}")
+                            heard_of = RankError(f"rank {rank} failed while {what}: {said[1:]}")
+                            vars(heard_of)[_TOLD] = True
+                            raise heard_of
                         came[rank] = said[1:]
                 absent = sorted(set(range(self.world_size)) - came.keys())
                 if not absent:
@@ -212,17 +225,18 @@ class Watch:
             gone = [r for r in silent if r not in told] or silent
             self.store.set(f"fault/{self.rank}", "")
             failed = [r for r in others if self.store.check([f"failure/{r}"])]
-            reasons = [self.store.get(f"failure/{r}").decode() for r in failed]
+            failures = {r: json.loads(self.store.get(f"failure/{r}")) for r in failed}
         except RuntimeError:
             return (
                 f"while {doing}: {said}; the job's store does not answer either, so the process "
                 "that holds it (rank 0, or torchrun) is gone"
             )
-        if failed:
-            return f"rank {failed[0]} failed, and this one was {doing}: {reasons[0]}"
+        counts = {r: json.loads(sign)[1] for r, sign in after.items() if sign}
+        for rank, (count, reason) in failures.items():
+            if counts[rank] <= count:  # it has not gone on since
+                return f"rank {rank} failed, and this one was {doing}: {reason}"
         if gone:
             return f"{_named(gone)} gave no sign of life while {doing}: {said}"
-        counts = {r: json.loads(sign)[1] for r, sign in after.items() if sign}
         behind = [r for r, count in counts.items() if count < self._sign.collectives]
         if behind:
             return f"{_named(behind)} did not come while {doing}: {_places(behind, after)}; {said}"

@@ -17,6 +17,7 @@ from small_models import load, plain
 
 from moezoo import Parallel
 from moezoo.errors import CheckpointError, ExpertMapError, RankError
+from moezoo.parallel.faults import Watch
 from moezoo.parallel.mesh import join
 
 TIMEOUT = 4.0
@@ -219,6 +220,19 @@ def test_faults_name_their_rank(kind: str, message: str, tmp_path: Path) -> None
     assert len(rest) == (3 if kind == "is slow to load" else 2)
     for text in rest:
         assert message in text
+
+
+def test_a_failure_is_blamed_until_its_rank_goes_on() -> None:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    first, second = (Watch(store, rank, 2, timeout=1) for rank in range(2))
+    second.begins("adding")
+    with pytest.raises(OSError), second.telling():
+        raise OSError("the disk is full")
+    lost = RuntimeError("lost")
+    told = "rank 1 failed, and this one was sending: OSError: the disk is full"
+    assert told in str(first.fault("sending", lost))
+    second.begins("adding more")
+    assert "while sending, with all ranks alive: lost" in str(first.fault("sending", lost))
 
 
 def kept_waiting(rank: int, kind: str, file: Path) -> str:

@@ -297,6 +297,7 @@ def saving(rank: int, folder: Path, cases: list[dict[str, Any]], target: Path) -
         (target / "no folder").write_text("")
     with pytest.raises(OSError if rank == 0 else RankError, match="no folder"):
         model.save_pretrained(target / "no folder")
+    model.save_pretrained(target / "again", max_shard_size="30KB")
     model = load(folder, parallel=Parallel(**cases[-1]), quantization="int4_w4a16")
     with pytest.raises(ValueError, match="rank 0 has no experts in some layers, and does not"):
         model.save_pretrained(target / "x")
@@ -320,6 +321,8 @@ def test_saved_as_one_process_saves(folders: dict[str, Path], tmp_path: Path) ->
         files = {path.name: path.read_bytes() for path in expected.iterdir()}
         assert len(files) > 3
         assert files == {path.name: path.read_bytes() for path in (tmp_path / str(i)).iterdir()}
+    again = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
+    assert again == files  # those of the last case
 
 
 def hub_work(rank: int, endpoint: str, cache: Path) -> set[str]:
