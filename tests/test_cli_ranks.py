@@ -56,7 +56,7 @@ def main_(rank: int, command: list[str], fault: tuple[int, str, int] | None = No
         raise Ended(code)
 
     os._exit = exits  # type: ignore[assignment]
-    cli.BEHIND_RANK_0 = 0.0
+    cli.sleep = lambda _: exits(2)  # as torchrun ends it when rank 0 has
     step = Engine.step
     count = 0
 
@@ -189,6 +189,20 @@ def test_options_of_ranks_are_checked_first(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["generate", "--prompt", "A"]) == 2
     assert "there are 2 processes: say with --expert-parallel" in capsys.readouterr().err
+
+
+def test_a_rank_says_what_rank_0_does_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(cli, "sleep", waited.append)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert cli.main(["generate", "--prompt", "A", "--expert-parallel", "2"]) == 2
+    assert "rank 2: error: process 2 of this host has no GPU of its" in capsys.readouterr().err
+    assert waited == [cli.BEHIND_RANK_0]
 
 
 @pytest.mark.parametrize(

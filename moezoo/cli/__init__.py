@@ -3,9 +3,9 @@
 import argparse
 import os
 import sys
-import time
 import traceback
 from collections.abc import Sequence
+from time import sleep
 
 from moezoo.cli import bench, completion, convert, doctor, eplb, generate, inspect, routing, tune
 from moezoo.cli.options import EXIT_CODES, Parser
@@ -14,7 +14,8 @@ from moezoo.cli.version import Version
 from moezoo.errors import ExpertMapError, MoEZooError, RankError, naming
 
 BEHIND_RANK_0 = 3.0
-"""Seconds for which ranks that have nothing to say stay: when one ends, torchrun ends them all."""
+"""Seconds that other ranks wait with an error that rank 0 most likely has too: when that has said
+it and ends, torchrun ends them all."""
 
 COMMANDS = (generate, inspect, convert, routing, eplb, tune, bench, doctor, completion)
 
@@ -40,11 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MoEZooError, ValueError, OSError) as error:
         if arguments.debug:
             traceback.print_exc()
-        # Every rank has these.
-        if rank() == 0 or not isinstance(error, ValueError | ExpertMapError):
-            say(f"error: {error}")
-        else:
-            time.sleep(BEHIND_RANK_0)
+        if rank() and isinstance(error, ValueError | ExpertMapError):
+            sleep(BEHIND_RANK_0)  # who is still here afterwards is alone with it
+        say(f"error: {error}")
         if isinstance(error, RankError) and "RANK" in os.environ:
             os._exit(FAILED)  # the GPU may wait for the lost rank, and a usual end for the GPU
         return code_of(error)

@@ -285,7 +285,8 @@ def join(parallel: Parallel, device: torch.device | str | None = None) -> Mesh:
     "cuda".
 
     Raises ExpertMapError where the number of processes is no multiple of the expert-parallel size,
-    or versions or options differ between ranks, and RankError where a rank does not come.
+    or versions or options differ between ranks, RankError where a rank does not come, and
+    ValueError for a device that there is not.
     """
     device = _device_of_rank(device)
     world_size = dist.get_world_size() if dist.is_initialized() else _int("WORLD_SIZE", 1)
@@ -321,7 +322,13 @@ def _device_of_rank(device: torch.device | str | None) -> torch.device:
     if asked is None:
         asked = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if asked.type == "cuda" and asked.index is None and "LOCAL_RANK" in os.environ:
-        asked = torch.device("cuda", _int("LOCAL_RANK", 0))
+        place, number = _int("LOCAL_RANK", 0), torch.cuda.device_count()
+        if 0 < number <= place:
+            raise ValueError(
+                f"process {place} of this host has no GPU of its own, as there are {number}: start "
+                "as many processes as GPUs, or give them all device 'cpu'"
+            )
+        asked = torch.device("cuda", place)
     return device_of(asked)
 
 
