@@ -47,7 +47,7 @@ SHARES = {
     "load": 30,
     "pack": 5,
 }
-"""Sections, and seconds that they take on 4 H100s."""
+"""Sections, and their shares of the time: about the seconds that each takes on 4 GPUs."""
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ of two, which work at the same time.
 
 import gc
 import itertools
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -246,7 +245,3 @@ class Job:
         rows = torch.randn(size, nbytes // 4 // size, device=self.device)
         run = lambda: mesh.all_to_all(rows, "measuring the wire").wait()  # noqa: E731
         return nbytes * (size - 1) / size / self.median(run)
-
-
-def local_rank() -> int:
-    return int(os.environ["LOCAL_RANK"])

@@ -4,9 +4,11 @@ One GPU and a job of one rank are measured in turn. The ways in which tokens tra
 weights. Shared experts are left out: each rank has them for itself. Few tokens are also captured,
 in a CUDA graph with buffers of their size.
 
-`wire_seconds` are the bytes that a rank sends over the measured rate of the wire. `travel_seconds`
-is the layer with experts that do nothing, packing and the host's work included, `compute_seconds`
-the experts alone on what arrives; what chunks hide is the sum of the two less their time.
+`wire_seconds` are the bytes of the tokens that experts of other ranks need, over the measured rate
+of the wire; buffers of one size, which `all_to_all` takes where that pays, carry more.
+`travel_seconds` is the layer with experts that do nothing, packing and the host's work included,
+`compute_seconds` the experts alone on what arrives; what chunks hide is the sum of the two less
+their time.
 """
 
 from collections.abc import Callable, Iterator

@@ -23,7 +23,7 @@ def pack(job: Job) -> Iterator[Row]:
         if not job.has(5):
             return
         slots = torch.rand(tokens, 256, device=job.device).topk(k).indices.int()
-        owners = torch.arange(256, device=job.device) // (256 // PACK_RANKS)
+        owners = torch.arange(256 + 1, device=job.device) // (256 // PACK_RANKS)
         there = destinations(slots, owners, PACK_RANKS)
         num_rows = int(there.sum())
         order, places = pack_order(there, there.sum(0), num_rows, k)
