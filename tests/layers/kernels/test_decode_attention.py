@@ -112,6 +112,7 @@ def use(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.sampled(n=2)
 def test_matches_sdpa(shape: str, dtype: torch.dtype, device: torch.device, splits: None) -> None:
     arguments = inputs(shape, dtype, device)
     out = decode_attention(**arguments)

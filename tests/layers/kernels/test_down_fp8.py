@@ -28,6 +28,7 @@ def rows_of(num_rows: int, intermediate: int, device: torch.device) -> Fp8Rows:
     [*((name, 128) for name in TILES), *((name, 256) for name in TILES), ("weights-first", 64)],
 )
 @pytest.mark.usefixtures("fp8")
+@pytest.mark.sampled(n=5)
 def test_matches_reference(
     name: str, width: int, routing: str, hidden: int, intermediate: int, device: torch.device
 ) -> None:
@@ -49,6 +50,7 @@ def test_matches_reference(
 @pytest.mark.parametrize("width", [128, 256])
 @pytest.mark.parametrize("name", TILES)
 @pytest.mark.usefixtures("fp8")
+@pytest.mark.sampled(n=3)
 def test_scales_of_rows(
     name: str, width: int, hidden: int, intermediate: int, device: torch.device
 ) -> None:

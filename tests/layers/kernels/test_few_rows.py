@@ -62,6 +62,7 @@ def norm_inputs(
     ("n", "k"), [(1, 1), (7, 100), (300, 65), (40, 2049), (576, 2048), (33, 10944), (33, 20000)]
 )
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 8])
+@pytest.mark.sampled(n=2)
 def test_matches_linear(
     num_rows: int, n: int, k: int, dtype: torch.dtype, device: torch.device
 ) -> None:

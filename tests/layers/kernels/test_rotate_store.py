@@ -89,6 +89,7 @@ def test_clip(norm: str, dtype: torch.dtype, device: torch.device) -> None:
 @pytest.mark.parametrize("norm", ["none", "each_head", "all_heads"])
 @pytest.mark.parametrize("rotated", [0, 2, 6, 12, 18, 20])
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+@pytest.mark.sampled(n=3)
 def test_other_pairs(
     rotated: int, interleaved: bool, norm: str, dtype: torch.dtype, device: torch.device
 ) -> None:

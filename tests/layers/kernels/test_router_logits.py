@@ -49,6 +49,7 @@ def norm_inputs(
     [(1, 1), (7, 100), (60, 129), (128, 2048), (257, 2049), (512, 8192)],
     ids=str,
 )
+@pytest.mark.sampled(n=3)
 def test_matches_fp32(
     num_experts: int, hidden: int, num_tokens: int, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -68,6 +69,7 @@ def test_matches_fp32(
 @pytest.mark.parametrize(
     ("num_experts", "hidden"), [(0, 40), (1, 1), (7, 100), (60, 129), (128, 2048), (256, 7168)]
 )
+@pytest.mark.sampled(n=3)
 def test_of_a_norm(
     num_experts: int, hidden: int, num_tokens: int, dtype: torch.dtype, device: torch.device
 ) -> None:

@@ -99,6 +99,7 @@ def check(
 
 @pytest.mark.parametrize("name", TILES)
 @pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.sampled(n=3)
 def test_matches_reference(
     format_: str, name: str, device: torch.device, dtype: torch.dtype
 ) -> None:
@@ -130,6 +131,7 @@ def test_sizes_that_fill_no_words(
 
 @pytest.mark.parametrize("format_", ["int4-32", "mxfp4"])
 @pytest.mark.parametrize("gating", ["gelu", Gating("quick_gelu", limit=0.5, up_offset=1.0)])
+@pytest.mark.sampled(n=2)
 def test_gatings_biases_and_strides(
     format_: str, gating: str | Gating, device: torch.device, dtype: torch.dtype
 ) -> None:
