@@ -142,6 +142,10 @@ def _convert(
     writing = Writing(decoder, rules)
     written = writing.tensors(blank)
     others = _other_files(checkpoint)
+    before = None
+    if held_out is not None:
+        # First, since to write may take long; and no more than one of the two is in memory.
+        before = _loss(checkpoint, held_out, dtype=config.dtype, device=device)
     layers = _Layers(writing, checkpoint, planned, locations, device)
     with bar("converting", sum(tensor.nbytes for tensor in written), progress) as advance:
 
@@ -159,9 +163,7 @@ def _convert(
     for file, path in others.items():
         shutil.copyfile(path, draft / file)
     measured = None
-    if held_out is not None:
-        # One after the other, so that no more than one of the two is in memory.
-        before = _loss(checkpoint, held_out, dtype=config.dtype, device=device)
+    if held_out is not None and before is not None:
         after = _loss(open_checkpoint(draft), held_out, dtype=config.dtype, device=device)
         measured = Measured(
             held_out.name, before.num_tokens, before.length, before.nats, after.nats
