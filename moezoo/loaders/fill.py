@@ -8,7 +8,7 @@ where they belong, so that no more of them is there in another form.
 Legend: N rows, K columns, G groups, R rows of a stored tensor.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -397,15 +397,27 @@ class _Dequantize:
 
 
 def drop_trivial_orders(
-    tensors: dict[str, Tensor], quantized: Mapping[str, Kind]
+    tensors: dict[str, Tensor],
+    quantized: Mapping[str, Kind],
+    of_all_ranks: Callable[[set[str]], set[str]] | None = None,
 ) -> dict[str, Kind]:
-    """The kinds, without the orders that leave every column where it is: they go from `tensors`."""
+    """The kinds, without the orders that leave every column where it is: they go from `tensors`.
+
+    `of_all_ranks` adds what other ranks say to names: an expert that moves has the tensors of those
+    where it comes, so all ranks keep an order that one needs.
+    """
+    ordered = [name for name, kind in quantized.items() if kind.ordered]
+    needed = {name for name in ordered if _moves(tensors[f"{name}.order"])}
+    if of_all_ranks is not None:
+        needed = of_all_ranks(needed)
     kinds = dict(quantized)
-    for name, kind in quantized.items():
-        if kind.ordered:
-            order = tensors[f"{name}.order"]
-            places = torch.arange(order.shape[-1], dtype=order.dtype, device=order.device)
-            if (order == places).all():
-                kinds[name] = kind.unordered()
-                del tensors[f"{name}.order"]
+    for name in ordered:
+        if name not in needed:
+            kinds[name] = quantized[name].unordered()
+            del tensors[f"{name}.order"]
     return kinds
+
+
+def _moves(order: Tensor) -> bool:
+    places = torch.arange(order.shape[-1], dtype=order.dtype, device=order.device)
+    return not bool((order == places).all())

@@ -171,6 +171,7 @@ def from_checkpoint(
         experts=None if mesh is None or slots is None else slots.of_rank(mesh.ep_rank),
         quantization=asked,
         check=None if mesh is None else partial(_check_wire, mesh, built.decoder),
+        of_all_ranks=None if mesh is None else partial(_of_all_ranks, mesh),
         progress=progress,
     )
     describe_(
@@ -245,6 +246,11 @@ def _sharded(
 
 def _check_wire(mesh: Mesh, decoder: Decoder, planned: Planned) -> None:
     check_wire(mesh, _formats(decoder, planned.quantized))
+
+
+def _of_all_ranks(mesh: Mesh, names: set[str]) -> set[str]:
+    told = mesh.watch.exchange("comparing the experts", json.dumps(sorted(names)), patient=True)
+    return set().union(*map(json.loads, told))
 
 
 def _formats(decoder: Decoder, quantized: Mapping[str, Kind]) -> set[type[Format] | None]:

@@ -43,6 +43,7 @@ def load_weights(
     experts: OwnedExperts | None = None,
     quantization: Quantization | None = None,
     check: Callable[["Planned"], None] | None = None,
+    of_all_ranks: Callable[[set[str]], set[str]] | None = None,
     progress: bool = False,
 ) -> None:
     """Give `module`, built on the meta device, the weights of `checkpoint` by `rules`.
@@ -55,7 +56,8 @@ def load_weights(
     With `quantization` the experts of a checkpoint that is not quantised become `QuantizedWeights`;
     so do those that are stored quantised, and linear layers that are, unless it says otherwise.
     Other quantised weights are dequantised. A module with quantised weights needs no gradient.
-    `check` may refuse what is planned before anything is read.
+    `check` may refuse what is planned before anything is read; `of_all_ranks` is for
+    `drop_trivial_orders`, where experts are divided.
 
     Raises `CheckpointError` for what does not fit or cannot be read, `QuantizationError` for what
     is wrong with quantised weights, and `MoEOutOfMemoryError` before any allocation; the module is
@@ -79,12 +81,14 @@ def load_weights(
     planned = ordered
     report(module, planned)
     try:
-        tensors = _read_to(places, checkpoint, planned, locations, progress=progress)
+        tensors, quantized = _read_to(
+            places, checkpoint, planned, locations, of_all_ranks, progress=progress
+        )
     except BaseException as error:
         # The frames of the traceback hold the tensors for as long as anybody keeps the error.
         _clear_frames(error)
         raise
-    quantize_on_meta(module, drop_trivial_orders(tensors, planned.quantized))
+    quantize_on_meta(module, quantized)
     place(module, tensors)
 
 
@@ -110,16 +114,17 @@ def _read_to(
     checkpoint: Checkpoint,
     planned: "Planned",
     locations: Mapping[str, Location],
+    of_all_ranks: Callable[[set[str]], set[str]] | None,
     *,
     progress: bool,
-) -> dict[str, torch.Tensor]:
-    """`read_copies`, device by device."""
+) -> tuple[dict[str, torch.Tensor], dict[str, Kind]]:
+    """`read_copies`, device by device; and the kinds, of which some need no order."""
     tensors: dict[str, torch.Tensor] = {}
     for device, wanted in places.parts(planned.wanted):
         copies = (copy for copy in planned.plan.copies if places.of(copy.target) == device)
         part = planned._replace(wanted=wanted, plan=Plan(tuple(copies), {}))
         tensors |= read_copies(checkpoint, part, locations, device=device, progress=progress)
-    return tensors
+    return tensors, drop_trivial_orders(tensors, planned.quantized, of_all_ranks)
 
 
 class Planned(NamedTuple):
