@@ -235,10 +235,11 @@ class Balancer:
             self._piece.wait()
             self._piece = None
         if self._voted():
-            self._transfer.commit_(wave)
             layers = [switch.layer for switch in wave.switches]
             slots = torch.stack([switch.slots for switch in wave.switches])
+            # First what needs memory: where there is none, maps and weights still belong together.
             self.state.switch_layers_(layers, slots)
+            self._transfer.commit_(wave)
             self._maps[layers] = slots
             self._waves.popleft()
         elif wave.pieces:
