@@ -55,9 +55,10 @@ class _Ranks:
 class AllGather(_Ranks):
     """All ranks have the same tokens; each answers for its experts, and the answers are summed.
 
-    Of other tokens on each rank the sums would mean nothing, without any error. So ranks compare a
-    number made of the tokens of a forward pass's first layer. On a GPU the host looks at it when
-    all layers are queued: it waits for the first one only, while the others still run.
+    Of other tokens on each rank the sums would mean nothing, without any error. So ranks compare
+    how many they have, before a sum of other sizes could wait for ever, and a number made of the
+    tokens of a forward pass's first layer. On a GPU the host looks at it when all layers are
+    queued: it waits for the first one only, while the others still run.
     """
 
     _agreed = False
@@ -76,11 +77,15 @@ class AllGather(_Ranks):
 
     @contextmanager
     def passing(self, num_tokens: int) -> Iterator[None]:
-        """Raises ValueError at its end, on every rank, where ranks had other tokens."""
+        """Raises ValueError on every rank, at once where ranks have other numbers of tokens, and at
+        its end where these were others."""
+        if not self._agreed and not _is_captured(self.mesh.device):
+            counts = [number for (number,) in self.mesh.numbers([num_tokens], BEGINNING)]
+            self._require_same([count != num_tokens for count in counts])
         self._in_pass = True
         try:
             yield
-            self._require_same()
+            self._compare()
         finally:
             self._in_pass, self._compared = False, None
 
@@ -91,17 +96,19 @@ class AllGather(_Ranks):
             own = _digest(x)[None]
             self._compared = HostCopies(self.mesh.all_gather(own, "comparing tokens").wait())
             if not (self._in_pass and x.is_cuda):
-                self._require_same()
+                self._compare()
             if not self._in_pass:
                 self._compared = None
         return _Shared(self, x, topk_weights, slots)
 
-    def _require_same(self) -> None:
+    def _compare(self) -> None:
         if self._compared is None:
             return
         (digests,) = self._compared.wait()
         digests = digests.view(torch.int64)
-        differs = (digests != digests[self.mesh.ep_rank]).tolist()
+        self._require_same((digests != digests[self.mesh.ep_rank]).tolist())
+
+    def _require_same(self, differs: Sequence[bool]) -> None:
         if any(differs):
             raise ValueError(
                 f"rank {self.mesh.group_ranks[differs.index(True)]} has other tokens than rank "
