@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 	$(BIN)/moezoo generate --prompt 'Once upon a time' --max-new-tokens 120 --seed 2 --dtype float32
 
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile -m 'not gpu'
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

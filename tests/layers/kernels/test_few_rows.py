@@ -84,6 +84,7 @@ def test_every_number_of_rows(num_rows: int, dtype: torch.dtype, device: torch.d
 
 @pytest.mark.parametrize("k", [1, 100, 640])
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 8])
+@pytest.mark.sampled(n=2)
 def test_sum_norm_and_linear(
     num_rows: int, k: int, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -254,6 +255,7 @@ def gated_inputs(
 
 @pytest.mark.parametrize("activation", ["silu", Gating("gelu_tanh"), Gating("silu", limit=1.5)])
 @pytest.mark.parametrize(("num_rows", "n", "k"), [(1, 7, 100), (2, 20, 2049), (4, 70, 65)])
+@pytest.mark.sampled(n=2)
 def test_gated(
     num_rows: int,
     n: int,

@@ -55,6 +55,7 @@ def test_matches_reference(
 
 
 @pytest.mark.parametrize("num_tokens", [2, 3])
+@pytest.mark.sampled(n=2)
 def test_a_token_gets_what_it_gets_alone(
     num_tokens: int, dtype: torch.dtype, device: torch.device
 ) -> None:

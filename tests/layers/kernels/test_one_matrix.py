@@ -82,6 +82,7 @@ def test_fp8_matches_reference(
 @pytest.mark.parametrize("width", [128, 256])
 @pytest.mark.parametrize("name", fp8_cases.TILES)
 @pytest.mark.usefixtures("fp8")
+@pytest.mark.sampled(n=2)
 def test_a_scale_a_row_in_every_tile(name: str, width: int, device: torch.device) -> None:
     tile = replace(bulk_copies(fp8_cases.TILES[name], device), n=width)
     x, w, bias = (tensor.half() for tensor in operands(75, 400, 144, device))

@@ -20,6 +20,7 @@ from moezoo.layers.quant.channel_fp8 import Fp8Weights
 
 
 @pytest.mark.parametrize("routing", ["one-token", "odd", "no-tokens", "all-on-one", "absent"])
+@pytest.mark.sampled(n=2)
 def test_equals_the_torch_path(routing: str, dtype: torch.dtype, device: torch.device) -> None:
     num_tokens, k, num_experts = ROUTINGS[routing]
     generator = torch.Generator().manual_seed(0)
@@ -39,6 +40,7 @@ def test_equals_the_torch_path(routing: str, dtype: torch.dtype, device: torch.d
 @pytest.mark.parametrize("routing", ["one-token", "odd", "all-on-one", "absent"])
 @pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.usefixtures("fp8")
+@pytest.mark.sampled(n=2)
 def test_fp8_equals_the_torch_path(
     format_: type[Fp8Weights], routing: str, device: torch.device
 ) -> None:
