@@ -18,6 +18,8 @@ from moezoo.parallel.mesh import Mesh
 from moezoo.parallel.sharding import moe_layers
 
 SAVING = "saving the model"
+_OF_EXPERTS = ("w13", "w2", "bias13", "bias2")
+"""What of a `FusedMoE` has a row for each expert."""
 
 
 def check_formats(decoder: Decoder, mesh: Mesh) -> None:
@@ -39,7 +41,7 @@ def whole_on_meta(decoder: Decoder) -> Iterator[None]:
     held = [
         (moe, name, own)
         for moe in moe_layers(decoder).values()
-        for name in ("w13", "w2", "bias13", "bias2")
+        for name in _OF_EXPERTS
         if (own := getattr(moe, name)) is not None
     ]
     try:
@@ -76,7 +78,7 @@ def gathered(decoder: Decoder, mesh: Mesh, layer: int) -> dict[str, Tensor]:
     return {
         f"layers.{layer}.mlp.{name}": whole
         for name, own in moe.named_parameters()
-        if name.partition(".")[0] in ("w13", "w2", "bias13", "bias2")
+        if name.partition(".")[0] in _OF_EXPERTS
         if (whole := _gathered(own.detach(), experts, moe.num_experts, mesh)) is not None
     }
 
