@@ -211,20 +211,23 @@ def run_cell(
     budget_ms: float,
     expired: Callable[[], bool],
 ) -> None:
+    fit: dict[str, Implementation] = {}
     for name, implementation in built.items():
         why = unfit(name, LAYERS[cell.layer], cell.num_tokens)
         if why is None and expired():
             why = "time budget"
-        if why is not None:
+        if why is None:
+            fit[name] = implementation
+        else:
             cell.skipped[name] = why
-            continue
-        try:
-            cell.timings[name] = measure(implementation, inputs, oracle, budget_ms=budget_ms)
-        except Exception as error:  # nor may a shape that it fails on
-            cell.skipped[name] = reason(error)
-            say(f"{cell.layer}, {cell.num_tokens} tokens, {name} skipped: {cell.skipped[name]}")
-        if inputs.x.is_cuda:
-            torch.cuda.empty_cache()
+
+    def failed(name: str, error: Exception) -> None:
+        cell.skipped[name] = reason(error)
+        say(f"{cell.layer}, {cell.num_tokens} tokens, {name} skipped: {cell.skipped[name]}")
+
+    cell.timings = measure(fit, inputs, oracle, budget_ms=budget_ms, failed=failed)
+    if inputs.x.is_cuda:
+        torch.cuda.empty_cache()
     times = ", ".join(f"{name} {us(timing.median_us)}" for name, timing in cell.timings.items())
     say(f"{cell.layer}, {cell.num_tokens} tokens: {times}; floor {us(cell.floor_us)}")
 

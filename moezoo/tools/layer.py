@@ -15,7 +15,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -422,22 +422,107 @@ class Oracle:
         return worst
 
 
+class _Graph:
+    """One CUDA graph that goes through `calls` in turn, once or several times.
+
+    What they launch must have been compiled. Graphs of one pool share memory: the result of one is
+    there until another is replayed.
+    """
+
+    def __init__(
+        self, calls: Sequence[Callable[[], Tensor]], pool: tuple[int, int] | None = None
+    ) -> None:
+        self.pool = pool
+        self._capture(calls)
+        self.replay()
+        self.seconds = self.replay()
+        rounds = _rounds(self.seconds / len(calls), len(calls))
+        if rounds > 1:
+            self._capture([*calls] * rounds)
+            self.replay()
+            self.seconds = self.replay()
+        self.launches = rounds * len(calls)
+
+    def _capture(self, calls: Sequence[Callable[[], Tensor]]) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=self.pool):
+            for call in calls:
+                # One result at a time, so that a graph needs no more memory than a launch.
+                self.out = call()
+
+    def replay(self) -> float:
+        """Its seconds."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        self.graph.replay()
+        end.record()
+        end.synchronize()
+        return 1e-3 * begin.elapsed_time(end)
+
+
+class _Calls:
+    """The same without a GPU."""
+
+    def __init__(self, calls: Sequence[Callable[[], Tensor]]) -> None:
+        self.calls, self.launches = calls, len(calls)
+        self.seconds = self.replay()
+
+    def replay(self) -> float:
+        start = time.perf_counter()
+        for call in self.calls:
+            self.out = call()
+        return time.perf_counter() - start
+
+
 @torch.inference_mode()
-def measure(run: Implementation, inputs: Inputs, oracle: Oracle, *, budget_ms: float) -> Timing:
-    """The time of `run` on `inputs`, for about budget_ms; raises WrongResultError before timing."""
-    error = oracle.error(0, run(inputs.x, inputs.logits[0]))
-    calls = [partial(run, inputs.x, logits) for logits in inputs.logits]
-    samples, launches, last = (time_graph if inputs.x.is_cuda else _time_calls)(calls, budget_ms)
-    error = max(error, oracle.error(len(inputs.logits) - 1, last))
-    microseconds = [1e6 * seconds / launches for seconds in samples]
-    return Timing(
-        median_us=statistics.median(microseconds),
-        min_us=min(microseconds),
-        max_us=max(microseconds),
-        launches=launches,
-        replays=len(samples),
-        error=error,
-    )
+def measure(
+    runs: Mapping[str, Implementation],
+    inputs: Inputs,
+    oracle: Oracle,
+    *,
+    budget_ms: float,
+    failed: Callable[[str, Exception], None],
+) -> dict[str, Timing]:
+    """The times of `runs` on `inputs`, for about budget_ms each; those that fail go to `failed`.
+
+    Results are checked before timing and after it. The implementations take turns: a GPU lowers its
+    clock where products draw more power than it may, so that who is measured alone after a pause
+    is faster (by a fifth, seen on an H100).
+    """
+    ready: dict[str, _Graph | _Calls] = {}
+    errors: dict[str, float] = {}
+    pool = torch.cuda.graph_pool_handle() if inputs.x.is_cuda else None
+    for name, run in runs.items():
+        try:
+            errors[name] = oracle.error(0, run(inputs.x, inputs.logits[0]))
+            calls = [partial(run, inputs.x, logits) for logits in inputs.logits]
+            ready[name] = _Graph(calls, pool) if inputs.x.is_cuda else _Calls(calls)
+        except Exception as error:  # one must not take the others with it
+            failed(name, error)
+    turns = {name: _replays(timed.seconds, budget_ms) for name, timed in ready.items()}
+    samples: dict[str, list[float]] = {name: [] for name in ready}
+    for turn in range(max(turns.values(), default=0)):
+        for name, timed in ready.items():
+            if turn < turns[name]:
+                samples[name].append(1e6 * timed.replay() / timed.launches)
+    timings: dict[str, Timing] = {}
+    for name, timed in ready.items():
+        timed.replay()
+        try:
+            last = oracle.error(len(inputs.logits) - 1, timed.out)
+        except WrongResultError as error:
+            failed(name, error)
+            continue
+        times = samples[name]
+        timings[name] = Timing(
+            median_us=statistics.median(times),
+            min_us=min(times),
+            max_us=max(times),
+            launches=timed.launches,
+            replays=len(times),
+            error=max(errors[name], last),
+        )
+    return timings
 
 
 def _rounds(seconds: float, num_sets: int) -> int:
@@ -457,48 +542,9 @@ def time_graph(
     The graph goes through `calls` in turn, once or several times. What they launch must have been
     compiled.
     """
-
-    def capture(rounds: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in [*calls] * rounds:
-                # One result at a time, so that a graph needs no more memory than a launch.
-                out = call()
-        return graph, out
-
-    def replay() -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return 1e-3 * begin.elapsed_time(end)
-
-    num_sets = len(calls)
-    graph, out = capture(1)
-    replay()
-    seconds = replay()
-    rounds = _rounds(seconds / num_sets, num_sets)
-    if rounds > 1:
-        graph, out = capture(rounds)
-        replay()
-        seconds = replay()
-    samples = [replay() for _ in range(_replays(seconds, budget_ms))]
-    return samples, rounds * num_sets, out.clone()
-
-
-def _time_calls(
-    calls: Sequence[Callable[[], Tensor]], budget_ms: float
-) -> tuple[list[float], int, Tensor]:
-    def once() -> tuple[float, Tensor]:
-        start = time.perf_counter()
-        for call in calls:
-            out = call()
-        return time.perf_counter() - start, out
-
-    seconds, out = once()
-    samples = [once()[0] for _ in range(_replays(seconds, budget_ms))]
-    return samples, len(calls), out
+    graph = _Graph(calls)
+    samples = [graph.replay() for _ in range(_replays(graph.seconds, budget_ms))]
+    return samples, graph.launches, graph.out.clone()
 
 
 @torch.inference_mode()
@@ -593,7 +639,9 @@ def bench(
             cell = new_cell(name, inputs, report.ceilings, quantization=quantization)
             try:
                 oracle = Oracle(weights, layer.k, inputs)
-                cell.timings["moezoo"] = measure(run, inputs, oracle, budget_ms=budget_ms)
+                cell.timings = measure(
+                    {"moezoo": run}, inputs, oracle, budget_ms=budget_ms, failed=_raise
+                )
             except (WrongResultError, torch.OutOfMemoryError) as error:
                 cell.skipped["moezoo"] = _first_line(error)
             report.cells.append(cell)
@@ -602,6 +650,10 @@ def bench(
         if kind.type == "cuda":
             torch.cuda.empty_cache()
     return report
+
+
+def _raise(name: str, error: Exception) -> None:
+    raise error
 
 
 def _first_line(error: Exception) -> str:

@@ -85,7 +85,9 @@ def test_skewed_routing_follows_zipf(skewed):
 def test_moezoo_is_measured(dtype):
     weights, inputs, oracle = case(3, dtype=dtype)
     run = tool.moezoo_layer(weights, SMALL.k)
-    timing = tool.measure(run, inputs, oracle, budget_ms=1)
+    timing = tool.measure({"moezoo": run}, inputs, oracle, budget_ms=1, failed=pytest.fail)[
+        "moezoo"
+    ]
     assert 0 < timing.min_us <= timing.median_us <= timing.max_us
     assert timing.replays >= 3
     assert 0 <= timing.error <= tool.TOLERANCE[dtype]
@@ -136,7 +138,7 @@ def test_a_graph_goes_through_the_calls_in_turn(monkeypatch):
             return 0.5
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())
     monkeypatch.setattr(torch.cuda, "Event", Event)
 
     def call(number):
@@ -155,8 +157,13 @@ def test_a_graph_goes_through_the_calls_in_turn(monkeypatch):
 def test_a_wrong_implementation_is_refused(spoil):
     weights, inputs, oracle = case(7, dtype=torch.bfloat16)
     run = tool.moezoo_layer(weights, SMALL.k)
-    with pytest.raises(WrongResultError):
-        tool.measure(lambda *args: spoil(run, *args), inputs, oracle, budget_ms=1)
+    runs = {"spoiled": lambda *args: spoil(run, *args), "right": run}
+    failures = {}
+    timings = tool.measure(
+        runs, inputs, oracle, budget_ms=1, failed=lambda *failure: failures.update([failure])
+    )
+    assert timings.keys() == {"right"}
+    assert isinstance(failures["spoiled"], WrongResultError)
 
 
 def test_report_holds_shapes_spread_and_what_was_hit(small):
