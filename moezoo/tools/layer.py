@@ -94,6 +94,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 MAX_LAUNCHES = 48
 """In one graph; together they should take GRAPH_SECONDS, so that its own start does not count."""
 GRAPH_SECONDS = 2e-3
+MIN_REPLAYS = 5
 
 
 @dataclass(frozen=True)
@@ -429,9 +430,7 @@ class _Graph:
     there until another is replayed.
     """
 
-    def __init__(
-        self, calls: Sequence[Callable[[], Tensor]], pool: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, calls: Sequence[Callable[[], Tensor]], pool: Any = None) -> None:
         self.pool = pool
         self._capture(calls)
         self.replay()
@@ -444,11 +443,13 @@ class _Graph:
         self.launches = rounds * len(calls)
 
     def _capture(self, calls: Sequence[Callable[[], Tensor]]) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=self.pool):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
             for call in calls:
                 # One result at a time, so that a graph needs no more memory than a launch.
                 self.out = call()
+        # A pool ends with its last graph, so the one before goes only now.
+        self.graph = graph
 
     def replay(self) -> float:
         """Its seconds."""
@@ -502,7 +503,8 @@ def measure(
     turns = {name: _replays(timed.seconds, budget_ms) for name, timed in ready.items()}
     samples: dict[str, list[float]] = {name: [] for name in ready}
     for turn in range(max(turns.values(), default=0)):
-        for name, timed in ready.items():
+        # There and back again, so that none always runs after the same other.
+        for name, timed in list(ready.items())[:: 1 if turn % 2 == 0 else -1]:
             if turn < turns[name]:
                 samples[name].append(1e6 * timed.replay() / timed.launches)
     timings: dict[str, Timing] = {}
@@ -531,7 +533,7 @@ def _rounds(seconds: float, num_sets: int) -> int:
 
 
 def _replays(seconds: float, budget_ms: float) -> int:
-    return max(3, min(50, int(budget_ms * 1e-3 / seconds)))
+    return max(MIN_REPLAYS, min(50, int(budget_ms * 1e-3 / seconds)))
 
 
 def time_graph(
