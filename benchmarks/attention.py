@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moezoo.generation.pages import PAGE_SIZE, num_pages
 from moezoo.layers.mla import MultiHeadLatentAttention
-from moezoo.tools.layer import time_graph
+from moezoo.tools.timing import time_graph
 
 DECODED = ((1, 8192), (8, 2048), (8, 8192), (32, 2048), (32, 8192))
 """Rows and their tokens."""

@@ -11,7 +11,6 @@ wherever few are hit.
 Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per token.
 """
 
-import math
 import platform
 import statistics
 import time
@@ -30,6 +29,7 @@ from moezoo.errors import QuantizationError
 from moezoo.layers.moe import fused_experts, softmax_topk
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4
 from moezoo.layers.quant.fp8 import BLOCK_FP8, FOR_EXPERTS, require_fp8
+from moezoo.tools.timing import Calls, Graph, in_turns
 
 Implementation = Callable[[Tensor, Tensor], Tensor]
 """(x [T, H], logits [T, E]) -> [T, H], for weights that it holds."""
@@ -91,10 +91,6 @@ ZIPF_EXPONENT = 1.0
 CHECKED_TOKENS = 64
 MAX_SETS = 8
 CPU_INFO = Path("/proc/cpuinfo")
-MAX_LAUNCHES = 48
-"""In one graph; together they should take GRAPH_SECONDS, so that its own start does not count."""
-GRAPH_SECONDS = 2e-3
-MIN_REPLAYS = 5
 
 
 @dataclass(frozen=True)
@@ -423,58 +419,6 @@ class Oracle:
         return worst
 
 
-class _Graph:
-    """One CUDA graph that goes through `calls` in turn, once or several times.
-
-    What they launch must have been compiled. Graphs of one pool share memory: the result of one is
-    there until another is replayed.
-    """
-
-    def __init__(self, calls: Sequence[Callable[[], Tensor]], pool: Any = None) -> None:
-        self.pool = pool
-        self._capture(calls)
-        self.replay()
-        self.seconds = self.replay()
-        rounds = _rounds(self.seconds / len(calls), len(calls))
-        if rounds > 1:
-            self._capture([*calls] * rounds)
-            self.replay()
-            self.seconds = self.replay()
-        self.launches = rounds * len(calls)
-
-    def _capture(self, calls: Sequence[Callable[[], Tensor]]) -> None:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            for call in calls:
-                # One result at a time, so that a graph needs no more memory than a launch.
-                self.out = call()
-        # A pool ends with its last graph, so the one before goes only now.
-        self.graph = graph
-
-    def replay(self) -> float:
-        """Its seconds."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        self.graph.replay()
-        end.record()
-        end.synchronize()
-        return 1e-3 * begin.elapsed_time(end)
-
-
-class _Calls:
-    """The same without a GPU."""
-
-    def __init__(self, calls: Sequence[Callable[[], Tensor]]) -> None:
-        self.calls, self.launches = calls, len(calls)
-        self.seconds = self.replay()
-
-    def replay(self) -> float:
-        start = time.perf_counter()
-        for call in self.calls:
-            self.out = call()
-        return time.perf_counter() - start
-
-
 @torch.inference_mode()
 def measure(
     runs: Mapping[str, Implementation],
@@ -490,23 +434,17 @@ def measure(
     clock where products draw more power than it may, so that who is measured alone after a pause
     is faster (by a fifth, seen on an H100).
     """
-    ready: dict[str, _Graph | _Calls] = {}
+    ready: dict[str, Graph | Calls] = {}
     errors: dict[str, float] = {}
     pool = torch.cuda.graph_pool_handle() if inputs.x.is_cuda else None
     for name, run in runs.items():
         try:
             errors[name] = oracle.error(0, run(inputs.x, inputs.logits[0]))
             calls = [partial(run, inputs.x, logits) for logits in inputs.logits]
-            ready[name] = _Graph(calls, pool) if inputs.x.is_cuda else _Calls(calls)
+            ready[name] = Graph(calls, pool) if inputs.x.is_cuda else Calls(calls)
         except Exception as error:  # one must not take the others with it
             failed(name, error)
-    turns = {name: _replays(timed.seconds, budget_ms) for name, timed in ready.items()}
-    samples: dict[str, list[float]] = {name: [] for name in ready}
-    for turn in range(max(turns.values(), default=0)):
-        # There and back again, so that none always runs after the same other.
-        for name, timed in list(ready.items())[:: 1 if turn % 2 == 0 else -1]:
-            if turn < turns[name]:
-                samples[name].append(1e6 * timed.replay() / timed.launches)
+    samples = in_turns(ready, budget_ms)
     timings: dict[str, Timing] = {}
     for name, timed in ready.items():
         timed.replay()
@@ -515,7 +453,7 @@ def measure(
         except WrongResultError as error:
             failed(name, error)
             continue
-        times = samples[name]
+        times = [1e6 * seconds / timed.launches for seconds in samples[name]]
         timings[name] = Timing(
             median_us=statistics.median(times),
             min_us=min(times),
@@ -525,28 +463,6 @@ def measure(
             error=max(errors[name], last),
         )
     return timings
-
-
-def _rounds(seconds: float, num_sets: int) -> int:
-    """How often the sets are gone through in a graph, for launches that take about `seconds`."""
-    return max(1, min(MAX_LAUNCHES // num_sets, math.ceil(GRAPH_SECONDS / (seconds * num_sets))))
-
-
-def _replays(seconds: float, budget_ms: float) -> int:
-    return max(MIN_REPLAYS, min(50, int(budget_ms * 1e-3 / seconds)))
-
-
-def time_graph(
-    calls: Sequence[Callable[[], Tensor]], budget_ms: float
-) -> tuple[list[float], int, Tensor]:
-    """Seconds of the replays of one CUDA graph, its launches, and the result of the last of them.
-
-    The graph goes through `calls` in turn, once or several times. What they launch must have been
-    compiled.
-    """
-    graph = _Graph(calls)
-    samples = [graph.replay() for _ in range(_replays(graph.seconds, budget_ms))]
-    return samples, graph.launches, graph.out.clone()
 
 
 @torch.inference_mode()

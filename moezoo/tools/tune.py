@@ -40,8 +40,8 @@ from moezoo.tools.layer import (
     Weights,
     device_name,
     random_weights,
-    time_graph,
 )
+from moezoo.tools.timing import Graph, in_turns
 
 TOKENS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 Call = Callable[[], Tensor]
@@ -57,6 +57,9 @@ BUDGET_MS = 12.0
 
 SMALLEST_SIZE = 64
 """The least k of the candidates at any number of rows; a product may not be shorter."""
+
+FINALISTS, CLOSE = 6, 1.1
+"""So many candidates, no slower than so many times the fastest, are measured in turns."""
 
 MAX_PROCESSES = 12
 """That compile: each holds a CUDA context of some hundred megabytes."""
@@ -364,19 +367,30 @@ def _second_product(h: Tensor, weights: Weights | QuantizedWeights, tile: Tile) 
 
 
 def _best(candidates: Iterable[Candidate]) -> tuple[float, Tile] | None:
-    """The least microseconds and their tile, among the candidates that run."""
-    timed = []
+    """The least median microseconds and their tile, among the candidates that run.
+
+    Those that come close to the fastest are measured again in turns.
+    """
+    pool = torch.cuda.graph_pool_handle()
+    ready: dict[Tile, Graph] = {}
     for tile, calls in candidates:
         with unless_unusable():
-            timed.append((_microseconds(calls), tile))
-    return min(timed, key=lambda row: row[0]) if timed else None
+            calls[0]()  # compiles, which a capture must not
+            ready[tile] = Graph(calls, pool)
+    alone = {tile: in_turns({tile: graph}, BUDGET_MS)[tile] for tile, graph in ready.items()}
+    times = _medians(ready, alone)
+    close = sorted(times, key=times.__getitem__)[:FINALISTS]
+    close = [tile for tile in close if times[tile] <= CLOSE * times[close[0]]]
+    times = _medians(ready, in_turns({tile: ready[tile] for tile in close}, BUDGET_MS))
+    return min(((us, tile) for tile, us in times.items()), key=lambda row: row[0], default=None)
 
 
-def _microseconds(calls: list[Call]) -> float:
-    """Median time of a call."""
-    calls[0]()  # compiles, which a capture must not
-    seconds, launches, _ = time_graph(calls, BUDGET_MS)
-    return 1e6 * statistics.median(seconds) / launches
+def _medians(graphs: dict[Tile, Graph], samples: dict[Tile, list[float]]) -> dict[Tile, float]:
+    """The median microseconds of a launch."""
+    return {
+        tile: 1e6 * statistics.median(seconds) / graphs[tile].launches
+        for tile, seconds in samples.items()
+    }
 
 
 def compile_candidates(

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from moezoo import cli
 from moezoo.tools import layer as tool
+from moezoo.tools import timing
 from moezoo.tools.layer import Ceilings, Inputs, Layer, Oracle, Weights, WrongResultError
 
 SMALL = Layer(num_experts=16, k=2, hidden_size=32, intermediate_size=24)
@@ -145,7 +146,7 @@ def test_a_graph_goes_through_the_calls_in_turn(monkeypatch):
         ran.append(number)
         return torch.tensor(number)
 
-    seconds, launches, last = tool.time_graph([partial(call, 1), partial(call, 2)], 3.0)
+    seconds, launches, last = timing.time_graph([partial(call, 1), partial(call, 2)], 3.0)
     # 0.5 ms once, so four times make GRAPH_SECONDS; six replays of 0.5 ms are the budget.
     assert ran == [1, 2, *["replay"] * 2, *[1, 2] * 4, *["replay"] * 2, *["replay"] * 6]
     assert (seconds, launches, last.item()) == ([5e-4] * 6, 8, 2)

@@ -1,0 +1,106 @@
+"""Timing of short launches: CUDA graphs, and several that take turns."""
+
+import math
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+MAX_LAUNCHES = 48
+"""In one graph; together they should take GRAPH_SECONDS, so that its own start does not count."""
+GRAPH_SECONDS = 2e-3
+MIN_REPLAYS = 5
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Graph:
+    """One CUDA graph that goes through `calls` in turn, once or several times.
+
+    What they launch must have been compiled. Graphs of one pool share memory: the result of one is
+    there until another is replayed.
+    """
+
+    def __init__(self, calls: Sequence[Callable[[], Tensor]], pool: Any = None) -> None:
+        self.pool = pool
+        self._capture(calls)
+        self.replay()
+        self.seconds = self.replay()
+        rounds = _rounds(self.seconds / len(calls), len(calls))
+        if rounds > 1:
+            self._capture([*calls] * rounds)
+            self.replay()
+            self.seconds = self.replay()
+        self.launches = rounds * len(calls)
+
+    def _capture(self, calls: Sequence[Callable[[], Tensor]]) -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            for call in calls:
+                # One result at a time, so that a graph needs no more memory than a launch.
+                self.out = call()
+        # A pool ends with its last graph, so the one before goes only now.
+        self.graph = graph
+
+    def replay(self) -> float:
+        """Its seconds."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        self.graph.replay()
+        end.record()
+        end.synchronize()
+        return 1e-3 * begin.elapsed_time(end)
+
+
+class Calls:
+    """The same without a GPU."""
+
+    def __init__(self, calls: Sequence[Callable[[], Tensor]]) -> None:
+        self.calls, self.launches = calls, len(calls)
+        self.seconds = self.replay()
+
+    def replay(self) -> float:
+        start = time.perf_counter()
+        for call in self.calls:
+            self.out = call()
+        return time.perf_counter() - start
+
+
+def in_turns(timed: Mapping[Key, Graph | Calls], budget_ms: float) -> dict[Key, list[float]]:
+    """The seconds of replays, for about budget_ms each.
+
+    A GPU lowers its clock where products draw more power than it may, so that what is measured
+    alone after a pause is faster, on an H100 by up to a fifth. So the replays take turns, there and
+    back again.
+    """
+    turns = {key: _replays(each.seconds, budget_ms) for key, each in timed.items()}
+    samples: dict[Key, list[float]] = {key: [] for key in timed}
+    for turn in range(max(turns.values(), default=0)):
+        for key, each in list(timed.items())[:: 1 if turn % 2 == 0 else -1]:
+            if turn < turns[key]:
+                samples[key].append(each.replay())
+    return samples
+
+
+def time_graph(
+    calls: Sequence[Callable[[], Tensor]], budget_ms: float
+) -> tuple[list[float], int, Tensor]:
+    """Seconds of the replays of one CUDA graph, its launches, and the result of the last of them.
+
+    The graph goes through `calls` in turn, once or several times. What they launch must have been
+    compiled.
+    """
+    graph = Graph(calls)
+    samples = [graph.replay() for _ in range(_replays(graph.seconds, budget_ms))]
+    return samples, graph.launches, graph.out.clone()
+
+
+def _rounds(seconds: float, num_sets: int) -> int:
+    """How often the sets are gone through in a graph, for launches that take about `seconds`."""
+    return max(1, min(MAX_LAUNCHES // num_sets, math.ceil(GRAPH_SECONDS / (seconds * num_sets))))
+
+
+def _replays(seconds: float, budget_ms: float) -> int:
+    return max(MIN_REPLAYS, min(50, int(budget_ms * 1e-3 / seconds)))
