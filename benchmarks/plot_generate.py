@@ -122,4 +122,4 @@ def ticks(panel: Axes, values: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    save(plot, __doc__, "generate.png")
+    save(plot, __doc__, "generate.png", rows="rows")

@@ -80,4 +80,4 @@ def plot(document: dict[str, Any]) -> Figure:
 
 
 if __name__ == "__main__":
-    save(plot, __doc__, "layer.png")
+    save(plot, __doc__, "layer.png", rows="cells")

@@ -16,14 +16,16 @@ def short(number: int) -> str:
     return str(number) if number < 1024 else f"{number // 1024}k"
 
 
-def save(plot: Callable[[dict[str, Any]], Figure], description: str, name: str) -> None:
-    """The command line: files of results, the first of which names the device, and where their
-    picture goes, docs/`name` by default."""
+def save(
+    plot: Callable[[dict[str, Any]], Figure], description: str, name: str, *, rows: str
+) -> None:
+    """The command line: files of results, the first of which names the device and whose lists
+    `rows` are put together, and where their picture goes, docs/`name` by default."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, default=DOCS / name)
     args = parser.parse_args()
     documents = [json.loads(path.read_text()) for path in args.results]
-    rows = [row for document in documents for row in document["rows"]]
-    plot({**documents[0], "rows": rows}).savefig(args.output, dpi=130)
+    every = [row for document in documents for row in document[rows]]
+    plot({**documents[0], rows: every}).savefig(args.output, dpi=130)
     print(f"written to {args.output}")

@@ -430,9 +430,7 @@ def measure(
 ) -> dict[str, Timing]:
     """The times of `runs` on `inputs`, for about budget_ms each; those that fail go to `failed`.
 
-    Results are checked before timing and after it. The implementations take turns: a GPU lowers its
-    clock where products draw more power than it may, so that who is measured alone after a pause
-    is faster (by a fifth, seen on an H100).
+    Results are checked before timing and after it. The implementations take turns, see `in_turns`.
     """
     ready: dict[str, Graph | Calls] = {}
     errors: dict[str, float] = {}

@@ -12,6 +12,8 @@ MAX_LAUNCHES = 48
 """In one graph; together they should take GRAPH_SECONDS, so that its own start does not count."""
 GRAPH_SECONDS = 2e-3
 MIN_REPLAYS = 5
+PAUSE = 4.0
+"""Before a replay, in times of what it takes."""
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -71,15 +73,16 @@ class Calls:
 def in_turns(timed: Mapping[Key, Graph | Calls], budget_ms: float) -> dict[Key, list[float]]:
     """The seconds of replays, for about budget_ms each.
 
-    A GPU lowers its clock where products draw more power than it may, so that what is measured
-    alone after a pause is faster, on an H100 by up to a fifth. So the replays take turns, there and
-    back again.
+    A GPU lowers its clock where products draw more power than it may, and stays there for a while:
+    on an H100 the same kernel takes up to a fifth longer after another that drew as much. So the
+    replays take turns, each after a pause.
     """
     turns = {key: _replays(each.seconds, budget_ms) for key, each in timed.items()}
     samples: dict[Key, list[float]] = {key: [] for key in timed}
     for turn in range(max(turns.values(), default=0)):
-        for key, each in list(timed.items())[:: 1 if turn % 2 == 0 else -1]:
+        for key, each in timed.items():
             if turn < turns[key]:
+                time.sleep(PAUSE * each.seconds)
                 samples[key].append(each.replay())
     return samples
 

@@ -11,6 +11,7 @@ from moezoo import cli
 from moezoo.errors import MoEZooError
 from moezoo.layers.kernels import tiles
 from moezoo.layers.kernels.tiles import Tile
+from moezoo.tools import timing
 from moezoo.tools import tune as tool
 from moezoo.tools.layer import LAYERS, Layer, Weights
 
@@ -126,6 +127,7 @@ def fast_for_long(replays):
 
 def test_the_fastest_of_those_that_run_is_found_in_turns(monkeypatch):
     monkeypatch.setattr(tool, "Graph", Replays)
+    monkeypatch.setattr(timing, "PAUSE", 0.0)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     slow, fast = ("slow", [lambda: 9e-6]), ("fast", [lambda: 3e-6])
     # One call, the first replay, 50 alone and one more: the median of those in turns is 9.
