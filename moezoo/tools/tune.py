@@ -26,6 +26,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from moezoo.device import device_of
 from moezoo.errors import MoEZooError, naming
 from moezoo.layers.kernels import tiles
+from moezoo.layers.kernels.combine import combine
 from moezoo.layers.kernels.down import down
 from moezoo.layers.kernels.down_fp8 import down_fp8
 from moezoo.layers.kernels.gated_up import gated_up
@@ -41,7 +42,7 @@ from moezoo.tools.layer import (
     device_name,
     random_weights,
 )
-from moezoo.tools.timing import Graph, in_turns
+from moezoo.tools.timing import Graph, Key, in_turns
 
 TOKENS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 Call = Callable[[], Tensor]
@@ -59,7 +60,8 @@ SMALLEST_SIZE = 64
 """The least k of the candidates at any number of rows; a product may not be shorter."""
 
 FINALISTS, CLOSE = 6, 1.1
-"""So many candidates, no slower than so many times the fastest, are measured in turns."""
+"""So many tiles of each product, no slower than so many times the fastest, and then so many pairs
+of them are tried together."""
 
 MAX_PROCESSES = 12
 """That compile: each holds a CUDA context of some hundred megabytes."""
@@ -241,16 +243,15 @@ def tune(
     weights = random_weights(layer, torch.bfloat16, device, quantization)
     plans = []
     for num_tokens in tokens:
-        us1, us2, chosen = _fastest(_Case.random(layer, weights, num_tokens, generator=generator))
+        us, chosen = _fastest(_Case.random(layer, weights, num_tokens, generator=generator))
         report(
-            f"{num_tokens} tokens: {us1:.0f} + {us2:.0f} us, "
-            f"{_short(chosen.gated_up)} and {_short(chosen.down)}"
+            f"{num_tokens} tokens: {us:.0f} us, {_short(chosen.gated_up)} and {_short(chosen.down)}"
         )
         plans.append(
             {
                 "rows_per_expert": num_tokens * layer.k / layer.num_experts,
                 "tokens": num_tokens,
-                "microseconds": [round(us1, 1), round(us2, 1)],
+                "microseconds": round(us, 1),
                 "gated_up": asdict(chosen.gated_up),
                 "down": asdict(chosen.down),
             }
@@ -269,13 +270,14 @@ def tune(
 class _Case:
     """What the two products read at one number of tokens.
 
-    x [T, H] and h [S, I], bf16; by the m of a tile, the permutations of each choice of experts.
+    x [T, H] and h [S, I], bf16, topk_weights [T, K]; by the m of a tile, the permutations of each
+    choice of experts.
     """
 
     x: Tensor
     h: Tensor
     weights: Weights | QuantizedWeights
-    k: int
+    topk_weights: Tensor
     permutations: dict[int, list[Permutation]]
 
     @classmethod
@@ -302,7 +304,23 @@ class _Case:
         permutations = {
             m: [permute(ids, layer.num_experts, m) for ids in choices] for m in (16, 32, 64, 128)
         }
-        return cls(x, h, weights, layer.k, permutations)
+        topk_weights = torch.full((num_tokens, layer.k), 1 / layer.k, device=x.device)
+        return cls(x, h, weights, topk_weights, permutations)
+
+    @property
+    def k(self) -> int:
+        return self.topk_weights.shape[1]
+
+    def calls(self, plan: Plan) -> list[Call]:
+        """Of both products and the sum, one for each choice of experts."""
+        first = _first_product(self.x, self.weights, self.k, plan.gated_up)
+        second = _second_product(self.h, self.weights, plan.down)
+
+        def call(rows: Permutation) -> Tensor:
+            first(rows)
+            return combine(second(rows), self.topk_weights, rows.positions)
+
+        return [partial(call, rows) for rows in self.permutations[plan.gated_up.m]]
 
     @property
     def rows_per_expert(self) -> float:
@@ -313,20 +331,27 @@ class _Case:
         return BLOCK_FP8 if isinstance(self.weights, QuantizedWeights) else None
 
 
-def _fastest(case: _Case) -> tuple[float, float, Plan]:
-    """The microseconds of both products and their tiles, which must be of one m."""
-    found: list[tuple[float, float, Plan]] = []
-    for m in case.permutations:
-        first, second = _best(_first_calls(case, m)), _best(_second_calls(case, m))
-        if first is not None and second is not None:
-            (us1, tile1), (us2, tile2) = first, second
-            found.append((us1, us2, Plan(tile1, tile2)))
-    if not found:
+def _fastest(case: _Case) -> tuple[float, Plan]:
+    """The microseconds of both products and the sum after them, and their tiles, of one m.
+
+    The tiles that are close to the fastest of a product are measured again together, in turns: what
+    a kernel takes alone is not always what it takes before another one that already waits.
+    """
+    alone = {
+        Plan(first, second): us1 + us2
+        for m in case.permutations
+        for first, us1 in _close(_microseconds(_first_calls(case, m), together=False)).items()
+        for second, us2 in _close(_microseconds(_second_calls(case, m), together=False)).items()
+    }
+    if not alone:
         raise MoEZooError(
             f"at {len(case.x)} tokens no candidate runs on this GPU: none of them fits it, or none "
             f"compiles with Triton {triton.__version__}; layers get their tiles by rule"
         )
-    return min(found, key=lambda row: row[0] + row[1])
+    plans = ((plan, case.calls(plan)) for plan in _close(alone))
+    times = _microseconds(plans, together=True)
+    fastest = min(times, key=times.__getitem__)
+    return times[fastest], fastest
 
 
 def _first_calls(case: _Case, m: int) -> Iterator[Candidate]:
@@ -366,30 +391,31 @@ def _second_product(h: Tensor, weights: Weights | QuantizedWeights, tile: Tile) 
     return lambda rows: down(h, w2, rows, tile=fitted)
 
 
-def _best(candidates: Iterable[Candidate]) -> tuple[float, Tile] | None:
-    """The least median microseconds and their tile, among the candidates that run.
+def _close(times: dict[Key, float]) -> dict[Key, float]:
+    """Those that take no longer than CLOSE times the least, the FINALISTS first of them."""
+    least = min(times.values(), default=0.0)
+    fastest = sorted(times, key=times.__getitem__)[:FINALISTS]
+    return {key: times[key] for key in fastest if times[key] <= CLOSE * least}
 
-    Those that come close to the fastest are measured again in turns.
-    """
+
+def _microseconds(
+    candidates: Iterable[tuple[Key, list[Call]]], *, together: bool
+) -> dict[Key, float]:
+    """The median time of a call, of the candidates that run; together they take turns."""
     pool = torch.cuda.graph_pool_handle()
-    ready: dict[Tile, Graph] = {}
-    for tile, calls in candidates:
+    graphs: dict[Key, Graph] = {}
+    samples: dict[Key, list[float]] = {}
+    for key, calls in candidates:
         with unless_unusable():
             calls[0]()  # compiles, which a capture must not
-            ready[tile] = Graph(calls, pool)
-    alone = {tile: in_turns({tile: graph}, BUDGET_MS)[tile] for tile, graph in ready.items()}
-    times = _medians(ready, alone)
-    close = sorted(times, key=times.__getitem__)[:FINALISTS]
-    close = [tile for tile in close if times[tile] <= CLOSE * times[close[0]]]
-    times = _medians(ready, in_turns({tile: ready[tile] for tile in close}, BUDGET_MS))
-    return min(((us, tile) for tile, us in times.items()), key=lambda row: row[0], default=None)
-
-
-def _medians(graphs: dict[Tile, Graph], samples: dict[Tile, list[float]]) -> dict[Tile, float]:
-    """The median microseconds of a launch."""
+            graphs[key] = Graph(calls, pool)
+            if not together:
+                samples |= in_turns({key: graphs[key]}, BUDGET_MS)
+    if together:
+        samples = in_turns(graphs, BUDGET_MS)
     return {
-        tile: 1e6 * statistics.median(seconds) / graphs[tile].launches
-        for tile, seconds in samples.items()
+        key: 1e6 * statistics.median(seconds) / graphs[key].launches
+        for key, seconds in samples.items()
     }
 
 

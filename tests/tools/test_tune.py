@@ -120,21 +120,32 @@ def too_large():
     raise OutOfResources(300_000, 232_448, "shared memory")
 
 
-def fast_for_long(replays):
-    left = iter(range(replays))
-    return lambda: 9e-6 if next(left, None) is None else 2.9e-6
-
-
-def test_the_fastest_of_those_that_run_is_found_in_turns(monkeypatch):
+def test_only_the_fastest_of_those_that_run_are_tried_together(monkeypatch):
     monkeypatch.setattr(tool, "Graph", Replays)
-    monkeypatch.setattr(timing, "PAUSE", 0.0)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    slow, fast = ("slow", [lambda: 9e-6]), ("fast", [lambda: 3e-6])
-    # One call, the first replay, 50 alone and one more: the median of those in turns is 9.
-    cooled = ("cooled", [fast_for_long(53)])
-    candidates = [("large", [too_large]), slow, fast, cooled]
-    assert tool._best(candidates) == (pytest.approx(3), "fast")
-    assert tool._best(candidates[:1]) is None
+    monkeypatch.setattr(timing, "PAUSE", 0.0)
+    times = {"slow": 9e-6, "fast": 3e-6, "close": 3.2e-6}
+    candidates = [("large", [too_large]), *((n, [lambda t=t: t]) for n, t in times.items())]
+    found = tool._microseconds(candidates, together=False)
+    assert list(tool._close(found)) == ["fast", "close"]
+    assert tool._close(tool._microseconds(candidates[:1], together=False)) == {}
+
+
+def test_products_are_chosen_by_what_they_take_together(monkeypatch):
+    alone = {"up": [("a", 2e-6), ("b", 2.1e-6)], "down": [("c", 1e-6), ("d", 1.05e-6)]}
+    together = {("a", "c"): 5e-6, ("a", "d"): 4e-6, ("b", "c"): 3e-6, ("b", "d"): 6e-6}
+    x = torch.empty(4, 64)
+    case = tool._Case(x, x, Weights(x, x), x, {16: []})
+    monkeypatch.setattr(tool, "Graph", Replays)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(timing, "PAUSE", 0.0)
+    for name, product in (("_first_calls", "up"), ("_second_calls", "down")):
+        rows = [(tile, [lambda t=t: t]) for tile, t in alone[product]]
+        monkeypatch.setattr(tool, name, lambda case, m, rows=rows: rows)
+    monkeypatch.setattr(
+        tool._Case, "calls", lambda self, plan: [lambda: together[plan.gated_up, plan.down]]
+    )
+    assert tool._fastest(case) == (pytest.approx(3), tool.Plan("b", "c"))
 
 
 def test_an_error_of_the_device_is_not_taken_for_a_tile_that_does_not_compile():
@@ -145,9 +156,9 @@ def test_an_error_of_the_device_is_not_taken_for_a_tile_that_does_not_compile():
 
 
 def test_no_candidate_at_all_is_an_error(monkeypatch):
-    monkeypatch.setattr(tool, "_best", lambda candidates: None)
+    monkeypatch.setattr(tool, "_microseconds", lambda candidates, together: {})
     x = torch.empty(4, 64)
-    case = tool._Case(x, x, Weights(x, x), 2, {16: [], 32: []})
+    case = tool._Case(x, x, Weights(x, x), x, {16: [], 32: []})
     with pytest.raises(MoEZooError, match="at 4 tokens no candidate runs"):
         tool._fastest(case)
 
