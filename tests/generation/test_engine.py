@@ -56,7 +56,7 @@ def batcher(model, *, rows=3, chunk=16, pages=None, ends=()):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.sampled(n=2)
+@pytest.mark.sampled(n=5)
 def test_continuous_batching_writes_what_transformers_writes(folder, device):
     path, written = folder
     model = load(path, device)
