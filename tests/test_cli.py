@@ -173,8 +173,7 @@ def test_checkpoints_in_fp8_are_inspected_and_run(capsys, tmp_path):
     assert out == stored[1]
 
 
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
-def test_resuming_after_a_kill_loses_and_repeats_nothing(capsys, tmp_path, kill):
+def test_resuming_after_a_kill_loses_and_repeats_nothing(capsys, tmp_path):
     texts = [f"The {animal} number {n}" for n in range(12) for animal in ("dog", "cat")]
     lines = prompts_file(tmp_path / "in.jsonl", *texts)
     sampling = ("--seed", "3", "--max-new-tokens", "12", "--dtype", "float32")
@@ -191,8 +190,8 @@ def test_resuming_after_a_kill_loses_and_repeats_nothing(capsys, tmp_path, kill)
     while not (killed.exists() and killed.read_bytes().count(b"\n") >= 5):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.005)
-    process.send_signal(kill)
-    assert process.wait() == (130 if kill == signal.SIGINT else -kill)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     written = killed.read_bytes()
     num_whole = written.count(b"\n") - 1
     assert 4 <= num_whole < len(texts)
@@ -221,9 +220,10 @@ def test_an_interrupted_run_says_so_and_resumes(capsys, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         completions = generate(*args, **kwargs)
         yield next(completions)
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(offline, "generate", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of xdist ignore it
     code, _, err = run(capsys, *command)
     assert code == 130
     assert "moezoo: interrupted; the same command goes on" in err
@@ -233,6 +233,7 @@ def test_an_interrupted_run_says_so_and_resumes(capsys, tmp_path, monkeypatch):
     assert code == 130
     assert "moezoo: interrupted; leave out --overwrite to go on" in err
     assert "the same command" not in err
+    signal.signal(signal.SIGINT, before)
     monkeypatch.undo()
     code, _, err = run(capsys, *command)
     assert code == 0
