@@ -14,7 +14,7 @@ from moezoo.generation.paged import counts_padding
 
 STORY = "One day a little dog went to the market with his friend and saw a big red ball"
 LENGTHS = (5, 1, 13, 8, 2, 11, 3)
-NEW = 9
+NEW = 6
 CASES = [(model_type, name) for model_type, cases in CONFIGURATIONS.items() for name in cases]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
