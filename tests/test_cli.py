@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from io import BytesIO, TextIOWrapper
+from io import BytesIO, StringIO, TextIOWrapper
 
 import pytest
 import torch
@@ -173,9 +173,8 @@ def test_checkpoints_in_fp8_are_inspected_and_run(capsys, tmp_path):
     assert out == stored[1]
 
 
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
-def test_resuming_after_a_kill_loses_and_repeats_nothing(capsys, tmp_path, kill):
-    texts = [f"The {animal} number {n}" for n in range(20) for animal in ("dog", "cat", "goat")]
+def test_resuming_after_a_kill_loses_and_repeats_nothing(capsys, tmp_path):
+    texts = [f"The {animal} number {n}" for n in range(12) for animal in ("dog", "cat")]
     lines = prompts_file(tmp_path / "in.jsonl", *texts)
     sampling = ("--seed", "3", "--max-new-tokens", "12", "--dtype", "float32")
     options = (*sampling, "--batch-size", "4", "--device", "cpu")
@@ -191,8 +190,8 @@ def test_resuming_after_a_kill_loses_and_repeats_nothing(capsys, tmp_path, kill)
     while not (killed.exists() and killed.read_bytes().count(b"\n") >= 5):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.005)
-    process.send_signal(kill)
-    assert process.wait() == (130 if kill == signal.SIGINT else -kill)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     written = killed.read_bytes()
     num_whole = written.count(b"\n") - 1
     assert 4 <= num_whole < len(texts)
@@ -221,9 +220,10 @@ def test_an_interrupted_run_says_so_and_resumes(capsys, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         completions = generate(*args, **kwargs)
         yield next(completions)
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(offline, "generate", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of xdist ignore it
     code, _, err = run(capsys, *command)
     assert code == 130
     assert "moezoo: interrupted; the same command goes on" in err
@@ -233,6 +233,7 @@ def test_an_interrupted_run_says_so_and_resumes(capsys, tmp_path, monkeypatch):
     assert code == 130
     assert "moezoo: interrupted; leave out --overwrite to go on" in err
     assert "the same command" not in err
+    signal.signal(signal.SIGINT, before)
     monkeypatch.undo()
     code, _, err = run(capsys, *command)
     assert code == 0
@@ -435,7 +436,7 @@ def copy_model(folder):
     return shutil.copytree(tiny_model(), folder)
 
 
-def test_code_of_a_checkpoint_is_neither_run_nor_offered(tmp_path, monkeypatch):
+def test_code_of_a_checkpoint_is_neither_run_nor_offered(capsys, tmp_path, monkeypatch):
     """transformers would ask on the terminal, and for a model type that it does not know it does
     so for the tokenizer too."""
     configuration = CONFIGURATIONS["kimi_k2"]["one-group"]
@@ -446,11 +447,12 @@ def test_code_of_a_checkpoint_is_neither_run_nor_offered(tmp_path, monkeypatch):
     config |= {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "conf.Config"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "conf.py").write_text("raise SystemExit('ran')")
-    command = [sys.executable, "-m", "moezoo", "generate", folder, "--prompt", "The dog", *GREEDY]
-    ran = subprocess.run(command, input="y\n" * 9, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.startswith("The dog")
-    assert "custom code" not in ran.stdout + ran.stderr
+    monkeypatch.setattr(sys, "stdin", StringIO("y\n" * 9))
+    code, out, err = run(capsys, "generate", folder, "--prompt", "The dog", *GREEDY)
+    assert code == 0, err
+    assert out.startswith("The dog")
+    assert "custom code" not in out + err
+    assert sys.stdin.tell() == 0
 
 
 def test_a_malformed_tokenizer_is_named(capsys, tmp_path):
@@ -475,13 +477,18 @@ def test_a_folder_without_a_tokenizer_says_so(capsys, tmp_path, left):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
-def test_a_full_stdout_is_named():
-    for command in (("generate", "--prompt", "a", *GREEDY), ("inspect", tiny_model())):
-        arguments = [sys.executable, "-m", "moezoo", *map(str, command)]
-        with open("/dev/full", "w") as stdout:
-            ran = subprocess.run(arguments, stdout=stdout, stderr=subprocess.PIPE, text=True)
-        assert ran.returncode == 1
-        assert ran.stderr.endswith("error: [Errno 28] No space left on device: 'stdout'\n")
+def test_a_full_stdout_is_named(capsys, monkeypatch):
+    named = "error: [Errno 28] No space left on device: 'stdout'\n"
+    with open("/dev/full", "w") as stdout:
+        arguments = [sys.executable, "-m", "moezoo", "inspect", tiny_model()]
+        ran = subprocess.run(arguments, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    assert ran.returncode == 1
+    assert ran.stderr.endswith(named)
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", TextIOWrapper(full, write_through=True))
+        code, _, err = run(capsys, "generate", "--prompt", "a", *GREEDY)
+    assert code == 1
+    assert err.endswith(named)
 
 
 def test_a_full_disk_is_named(capsys, tmp_path):

@@ -14,7 +14,7 @@ from moezoo.generation.paged import counts_padding
 
 STORY = "One day a little dog went to the market with his friend and saw a big red ball"
 LENGTHS = (5, 1, 13, 8, 2, 11, 3)
-NEW = 9
+NEW = 6
 CASES = [(model_type, name) for model_type, cases in CONFIGURATIONS.items() for name in cases]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -56,7 +56,7 @@ def batcher(model, *, rows=3, chunk=16, pages=None, ends=()):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.sampled(n=2)
+@pytest.mark.sampled(n=5)
 def test_continuous_batching_writes_what_transformers_writes(folder, device):
     path, written = folder
     model = load(path, device)

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ CHUNKED_MASK = signature(create_chunked_causal_mask).parameters
 TOLERANCE = 2e-5
 """Relative difference of fp32 logits, ||ours - theirs|| / ||theirs||."""
 LENGTH = 13
+FIRST = partial(pytest.param, marks=pytest.mark.first_configuration)
 CASES = [(model_type, name) for model_type, cases in CONFIGURATIONS.items() for name in cases]
 
 
@@ -51,6 +53,8 @@ class Pair:
 
     def forget(self) -> None:
         """Dynamic rope in transformers stays stretched until it sees a short sequence."""
+        if self.forgets_length:
+            return
         for model in (self.model, self.reference):
             model(torch.zeros(1, 1, dtype=torch.long))
 
@@ -133,7 +137,7 @@ def test_every_registered_architecture_has_configurations() -> None:
 def test_logits(pair: Pair) -> None:
     ours, theirs = pair.logits(input_ids=token_ids(2, LENGTH))
     assert_close(ours, theirs)
-    uncached, _ = pair.logits(input_ids=token_ids(2, LENGTH), use_cache=False)
+    uncached = pair.model(token_ids(2, LENGTH), use_cache=False).logits
     assert_close(uncached, theirs)
 
 
@@ -142,7 +146,7 @@ def test_one_token(pair: Pair) -> None:
     assert_close(*pair.logits(input_ids=token_ids(1, 1)))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", FIRST("right")])
 def test_padding(pair: Pair, side: str) -> None:
     inputs = padded(side)
     kept = inputs["attention_mask"].bool()
@@ -151,8 +155,8 @@ def test_padding(pair: Pair, side: str) -> None:
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     ours, theirs = pair.logits(**inputs, position_ids=positions)
     assert_close(ours[kept], theirs[kept])
-    alone, _ = pair.logits(input_ids=inputs["input_ids"][1:2][kept[1:2]][None])
     if pair.forgets_length and not pair.counts_padding:
+        alone = pair.model(inputs["input_ids"][1:2][kept[1:2]][None]).logits
         assert_close(ours[1][kept[1]], alone[0])
 
 
@@ -176,7 +180,7 @@ def test_inputs_embeds(pair: Pair) -> None:
     assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("side", [FIRST("none"), "left"])
 def test_cache_in_chunks(pair: Pair, side: str) -> None:
     """Two chunks, then one token at a time, well beyond every window."""
     if side == "none":
@@ -210,8 +214,8 @@ def generate(pair: Pair, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_greedy_tokens(pair: Pair) -> None:
-    ours, theirs = generate(pair, **padded("left"), max_new_tokens=9, do_sample=False)
-    assert ours.shape == (3, LENGTH + 9)
+    ours, theirs = generate(pair, **padded("left"), max_new_tokens=6, do_sample=False)
+    assert ours.shape == (3, LENGTH + 6)
     assert ours.tolist() == theirs.tolist()
 
 
@@ -231,16 +235,24 @@ def test_greedy_tokens_from_embeddings(pair: Pair) -> None:
     assert ours.tolist() == theirs.tolist()
 
 
+@pytest.mark.first_configuration
 def test_beam_tokens(pair: Pair) -> None:
     ours, theirs = generate(pair, **padded("left"), max_new_tokens=5, num_beams=3, do_sample=False)
     assert ours.tolist() == theirs.tolist()
 
 
 def test_every_parameter_matters(pair: Pair) -> None:
-    """Logits depend on every parameter, so that the tests above would see a wrong one."""
+    """Logits depend on every parameter, so that the tests above would see a wrong one.
+
+    Of those that several layers have alike, the last layer's is tried.
+    """
     ids = token_ids(3, LENGTH)
     before = pair.model(ids).logits
-    for name, parameter in pair.model.named_parameters():
+    alike = {
+        (re.sub(r"\d+", "", name), parameter.shape): (name, parameter)
+        for name, parameter in pair.model.named_parameters()
+    }
+    for name, parameter in alike.values():
         stored = parameter.data.clone()
         parameter.data += torch.randn(stored.shape, generator=torch.Generator().manual_seed(3))
         change = (pair.model(ids).logits - before).norm() / before.norm()
@@ -248,6 +260,7 @@ def test_every_parameter_matters(pair: Pair) -> None:
         assert change > 10 * TOLERANCE or not stored.numel(), name
 
 
+@pytest.mark.first_configuration
 def test_stacked_layout(pair: Pair, tmp_path: Path) -> None:
     write(pair.model_type, pair.reference, tmp_path, save_original_format=False)
     stacked = load(tmp_path).state_dict()

@@ -32,9 +32,9 @@ TEXTS = (
 PROMPTS = [{"id": i, "prompt": text} for i, text in enumerate(TEXTS)]
 SETTINGS: tuple[dict[str, Any], ...] = (
     # Prompts take several passes, and "," ends them at different steps.
-    {"max_new_tokens": 14, "do_sample": False, "batch_tokens": 16, "eos_token_id": 12},
+    {"max_new_tokens": 10, "do_sample": False, "batch_tokens": 16, "eos_token_id": 12},
     # Fewer rows than prompts, so that some begin while others are in the middle.
-    {"max_new_tokens": 10, "batch_size": 2, "do_sample": True, "seed": 3, "temperature": 0.9}
+    {"max_new_tokens": 7, "batch_size": 2, "do_sample": True, "seed": 3, "temperature": 0.9}
     | {"repetition_penalty": 1.3},
 )
 
@@ -78,8 +78,8 @@ def generating(rank: int, size: int) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_generate_as_one_process_does(size: int) -> None:
+def test_generate_as_one_process_does() -> None:
+    size = 3
     expected = in_one_process()
     assert {reason for _, reason in expected[0].values()} == {"stop", "length"}
     found = results(size, generating, size)

@@ -1,6 +1,7 @@
 """Kernels run on CUDA where there is one, and in Triton's interpreter otherwise."""
 
 import importlib.util
+from functools import cache
 from typing import Any
 
 import pytest
@@ -9,6 +10,37 @@ import torch
 from moezoo.layers.kernels.overlap import capability
 
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*"]
+
+
+def patch_language_once() -> None:
+    """Triton's interpreter looks for all that there is to patch in triton.language at each call of
+    a device function, a third of its time, though the launch around the call has patched it."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    call = interpreter.InterpretedFunction.__call__
+
+    @cache
+    def languages(fn: Any) -> list[Any]:
+        return [x for x in fn.__globals__.values() if x is tl or x is tl.core]
+
+    def patch_if_needed(fn: Any) -> None:
+        if any(tl.core.is_builtin(language.load) for language in languages(fn)):
+            patch(fn)
+
+    def device_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        interpreter._patch_lang = patch_if_needed
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            interpreter._patch_lang = patch
+
+    interpreter.InterpretedFunction.__call__ = device_call
+
+
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    patch_language_once()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

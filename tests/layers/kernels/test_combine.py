@@ -22,7 +22,7 @@ def inputs(routing: str, hidden: int, device: torch.device) -> tuple[Tensor, Ten
 @pytest.mark.parametrize("hidden", [1, 40, 1500])
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.sampled(n=3)
+@pytest.mark.sampled(n=6)
 def test_matches_reference(
     routing: str, hidden: int, dtype: torch.dtype, device: torch.device
 ) -> None:

@@ -112,7 +112,7 @@ def use(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.sampled(n=2)
+@pytest.mark.sampled(n=5)
 def test_matches_sdpa(shape: str, dtype: torch.dtype, device: torch.device, splits: None) -> None:
     arguments = inputs(shape, dtype, device)
     out = decode_attention(**arguments)
@@ -124,6 +124,7 @@ def test_matches_sdpa(shape: str, dtype: torch.dtype, device: torch.device, spli
 
 @pytest.mark.parametrize("window", [1, 16, 40, 500])
 @pytest.mark.parametrize("shape", ["gqa", "mla"])
+@pytest.mark.sampled(n=4)
 def test_window(shape: str, window: int, device: torch.device, splits: None) -> None:
     arguments = inputs(shape, torch.float32, device)
     expected = sdpa(arguments, window)
@@ -135,6 +136,7 @@ def test_window(shape: str, window: int, device: torch.device, splits: None) -> 
 
 @pytest.mark.parametrize("chunk", [1, 16, 23, 500])
 @pytest.mark.parametrize("shape", ["gqa", "mla"])
+@pytest.mark.sampled(n=4)
 def test_chunks(shape: str, chunk: int, device: torch.device, splits: None) -> None:
     arguments = inputs(shape, torch.float32, device)
     out = decode_attention(**arguments, window=Chunked(chunk))
@@ -147,6 +149,7 @@ def test_chunks(shape: str, chunk: int, device: torch.device, splits: None) -> N
 
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("sink_dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.sampled(n=2)
 def test_sinks_as_gpt_oss(
     sink_dtype: torch.dtype, window: int | None, device: torch.device, splits: None
 ) -> None:
@@ -187,6 +190,7 @@ def test_softcap(with_sinks: bool, device: torch.device, splits: None) -> None:
 
 @pytest.mark.parametrize("block_keys", [16, 32, 64])
 @pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.sampled(n=2)
 def test_pages_of_several_blocks(
     block_keys: int, window: int | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,7 @@ def rows_of(num_rows: int, intermediate: int, device: torch.device) -> Fp8Rows:
     [*((name, 128) for name in TILES), *((name, 256) for name in TILES), ("weights-first", 64)],
 )
 @pytest.mark.usefixtures("fp8")
-@pytest.mark.sampled(n=5)
+@pytest.mark.sampled(n=12)
 def test_matches_reference(
     name: str, width: int, routing: str, hidden: int, intermediate: int, device: torch.device
 ) -> None:

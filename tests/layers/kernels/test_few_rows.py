@@ -62,7 +62,7 @@ def norm_inputs(
     ("n", "k"), [(1, 1), (7, 100), (300, 65), (40, 2049), (576, 2048), (33, 10944), (33, 20000)]
 )
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 8])
-@pytest.mark.sampled(n=2)
+@pytest.mark.sampled(n=5)
 def test_matches_linear(
     num_rows: int, n: int, k: int, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -157,6 +157,7 @@ def test_programs_that_share_out_the_rows(
 
 
 @pytest.mark.parametrize("num_rows", [2, 8])
+@pytest.mark.sampled(n=2)
 def test_strides_and_unused_memory(num_rows: int, dtype: torch.dtype, device: torch.device) -> None:
     arguments = norm_inputs(num_rows, 37, 100, dtype, device)
     x, weight = arguments["x"], arguments["weight"]

@@ -45,6 +45,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     [(4, 2, 40, 24), (1, 1, 1, 1), (8, 6, 20, 30), (16, 6, 1100, 72), (8, 8, 256, 300)],
     ids=str,
 )
+@pytest.mark.sampled(n=2)
 def test_matches_reference(
     shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -55,7 +56,7 @@ def test_matches_reference(
 
 
 @pytest.mark.parametrize("num_tokens", [2, 3])
-@pytest.mark.sampled(n=2)
+@pytest.mark.sampled(n=4)
 def test_a_token_gets_what_it_gets_alone(
     num_tokens: int, dtype: torch.dtype, device: torch.device
 ) -> None:

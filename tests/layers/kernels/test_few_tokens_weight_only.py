@@ -46,6 +46,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize(
     "shape", [(2, 3, 2, 64, 64), (2, 5, 3, 192, 128), (1, 3, 3, 2304, 1408)], ids=str
 )
+@pytest.mark.sampled(n=3)
 def test_matches_reference(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:

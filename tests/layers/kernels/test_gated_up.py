@@ -24,7 +24,7 @@ def inputs(
 @pytest.mark.parametrize(("hidden", "intermediate"), [(40, 24), (256, 64)], ids=str)
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("name", TILES)
-@pytest.mark.sampled(n=4)
+@pytest.mark.sampled(n=10)
 def test_matches_reference(
     name: str,
     routing: str,

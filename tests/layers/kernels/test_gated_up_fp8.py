@@ -27,7 +27,7 @@ def valid(h: Fp8Rows, num_rows: int) -> Fp8Rows:
 @pytest.mark.parametrize(("hidden", "intermediate"), SIZES, ids=str)
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("name", TILES)
-@pytest.mark.sampled(n=5)
+@pytest.mark.sampled(n=12)
 def test_matches_reference(
     name: str, routing: str, hidden: int, intermediate: int, device: torch.device
 ) -> None:
@@ -46,7 +46,7 @@ def test_matches_reference(
 @pytest.mark.usefixtures("fp8")
 @pytest.mark.parametrize(("hidden", "intermediate"), SIZES, ids=str)
 @pytest.mark.parametrize("name", TILES)
-@pytest.mark.sampled(n=2)
+@pytest.mark.sampled(n=3)
 def test_scales_of_rows(name: str, hidden: int, intermediate: int, device: torch.device) -> None:
     tile, x = bulk_copies(TILES[name], device), tokens(63, hidden, device)
     w13 = weights(7, 2, intermediate, hidden, device=device, format_=ChannelFp8)

@@ -33,7 +33,7 @@ def test_first_ways_of_eight_words_come_first() -> None:
 @pytest.mark.parametrize("columns", [0, 52, 1300])
 @pytest.mark.parametrize("routing", ["one-token", "odd", "no-tokens", "absent"])
 @pytest.mark.parametrize("few_rows", [0, 8192], ids=["many", "few"])
-@pytest.mark.sampled(n=4)
+@pytest.mark.sampled(n=6)
 def test_in_the_launch_of_permute(
     few_rows: int,
     routing: str,

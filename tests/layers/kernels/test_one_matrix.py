@@ -39,7 +39,7 @@ def operands(num_rows: int, n: int, k: int, device: torch.device) -> tuple[Tenso
 
 @pytest.mark.parametrize(("num_rows", "n"), [(1, 70), (7, 1), (37, 129), (0, 70)])
 @pytest.mark.parametrize("kind", WEIGHT_ONLY)
-@pytest.mark.sampled(n=3)
+@pytest.mark.sampled(n=7)
 def test_weight_only_matches_reference(
     kind: str, num_rows: int, n: int, device: torch.device, dtype: torch.dtype
 ) -> None:

@@ -41,6 +41,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 )
 @pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.usefixtures("fp8")
+@pytest.mark.sampled(n=2)
 def test_matches_reference(
     shape: tuple[int, int, int, int], format_: type[Fp8Weights], device: torch.device
 ) -> None:

@@ -160,6 +160,7 @@ def test_query_tiles() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.sampled(n=2)
 def test_matches_sdpa(shape: str, dtype: torch.dtype, device: torch.device) -> None:
     arguments = inputs(shape, dtype, device)
     out = prompt_attention(**arguments)

@@ -17,7 +17,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.mark.parametrize("routing", ["one-token", "odd", "no-tokens", "absent"])
 @pytest.mark.parametrize("few_rows", [0, 8192], ids=["many", "few"])
 @pytest.mark.usefixtures("fp8")
-@pytest.mark.sampled(n=3)
+@pytest.mark.sampled(n=6)
 def test_matches_reference(
     few_rows: int,
     routing: str,

@@ -72,6 +72,7 @@ def check(arguments: dict[str, Any]) -> None:
     [(1, 1, 1, 2), (5, 6, 2, 20), (3, 16, 16, 128), (3, 32, 4, 128), (2, 3, 1, 80), (2, 5, 5, 12)],
     ids=str,
 )
+@pytest.mark.sampled(n=3)
 def test_matches_reference(
     shape: tuple[int, int, int, int], norm: str, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -89,7 +90,7 @@ def test_clip(norm: str, dtype: torch.dtype, device: torch.device) -> None:
 @pytest.mark.parametrize("norm", ["none", "each_head", "all_heads"])
 @pytest.mark.parametrize("rotated", [0, 2, 6, 12, 18, 20])
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
-@pytest.mark.sampled(n=3)
+@pytest.mark.sampled(n=8)
 def test_other_pairs(
     rotated: int, interleaved: bool, norm: str, dtype: torch.dtype, device: torch.device
 ) -> None:

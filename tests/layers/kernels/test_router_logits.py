@@ -49,7 +49,7 @@ def norm_inputs(
     [(1, 1), (7, 100), (60, 129), (128, 2048), (257, 2049), (512, 8192)],
     ids=str,
 )
-@pytest.mark.sampled(n=3)
+@pytest.mark.sampled(n=7)
 def test_matches_fp32(
     num_experts: int, hidden: int, num_tokens: int, dtype: torch.dtype, device: torch.device
 ) -> None:

@@ -19,6 +19,7 @@ def inputs(num_tokens: int, most: int, hidden: int, device: torch.device) -> tup
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("hidden", [1, 40, 1500])
 @pytest.mark.parametrize(("num_tokens", "most"), [(0, 2), (1, 1), (13, 3), (64, 8)])
+@pytest.mark.sampled(n=4)
 def test_matches_reference(
     num_tokens: int, most: int, hidden: int, dtype: torch.dtype, device: torch.device
 ) -> None:

@@ -28,6 +28,7 @@ def logits_of(num_tokens: int, num_experts: int) -> torch.Tensor:
     ("num_tokens", "num_experts", "k"),
     [(1, 8, 2), (7, 128, 8), (65, 60, 4), (3, 5, 5), (2, 1, 1), (0, 4, 2)],
 )
+@pytest.mark.sampled(n=2)
 def test_softmax(
     num_tokens: int,
     num_experts: int,
@@ -50,6 +51,7 @@ def test_softmax(
     ("num_experts", "num_groups", "topk_groups", "k"),
     [(256, 8, 4, 8), (160, 8, 3, 6), (64, 1, 1, 6), (12, 12, 5, 4), (6, 2, 1, 3)],
 )
+@pytest.mark.sampled(n=2)
 def test_groups(
     num_experts: int,
     num_groups: int,

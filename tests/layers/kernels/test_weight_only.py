@@ -99,7 +99,7 @@ def check(
 
 @pytest.mark.parametrize("name", TILES)
 @pytest.mark.parametrize("format_", FORMATS)
-@pytest.mark.sampled(n=3)
+@pytest.mark.sampled(n=7)
 def test_matches_reference(
     format_: str, name: str, device: torch.device, dtype: torch.dtype
 ) -> None:
@@ -120,6 +120,7 @@ def test_matches_reference(
     ("format_", "hidden", "intermediate"),
     [("int4-channel", 130, 54), ("int4-channel", 52, 44), ("int8-channel", 131, 53)],
 )
+@pytest.mark.sampled(n=2)
 def test_sizes_that_fill_no_words(
     format_: str, hidden: int, intermediate: int, device: torch.device, dtype: torch.dtype
 ) -> None:
@@ -131,7 +132,7 @@ def test_sizes_that_fill_no_words(
 
 @pytest.mark.parametrize("format_", ["int4-32", "mxfp4"])
 @pytest.mark.parametrize("gating", ["gelu", Gating("quick_gelu", limit=0.5, up_offset=1.0)])
-@pytest.mark.sampled(n=2)
+@pytest.mark.sampled(n=4)
 def test_gatings_biases_and_strides(
     format_: str, gating: str | Gating, device: torch.device, dtype: torch.dtype
 ) -> None:

@@ -78,7 +78,7 @@ def ordered(w: torch.Tensor) -> Int4:
     ],
     ids=["int8", "int4", "mxfp4", "int4-ordered"],
 )
-@pytest.mark.sampled(n=3)
+@pytest.mark.sampled(n=5)
 def test_weight_only_equals_the_torch_path(
     quantize: Callable[[torch.Tensor], Format],
     routing: str,

@@ -33,6 +33,7 @@ def expected_rows(slots: Tensor, num_rows: int) -> list[list[int]]:
 @pytest.mark.parametrize("packed_by", ["kernel", "reference"])
 @pytest.mark.parametrize(("hidden", "k"), [(1, 1), (41, 3), (300, 8), (1500, 6)])
 @pytest.mark.parametrize(("num_tokens", "num_rows"), [(0, 0), (0, 2), (1, 1), (13, 20)])
+@pytest.mark.sampled(n=3)
 def test_what_is_packed_comes_back(
     num_tokens: int,
     num_rows: int,
