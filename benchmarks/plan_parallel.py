@@ -22,8 +22,8 @@ import torch
 
 from moezoo import registry
 from moezoo.loaders.checkpoint import open_config
+from moezoo.loaders.config import transformers_config
 from moezoo.loaders.dense import linears_of
-from moezoo.loaders.load import transformers_config
 from moezoo.loaders.mapping import parameter_infos
 from moezoo.tools.inspect import FORMATS, Report, inspect
 

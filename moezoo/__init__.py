@@ -15,7 +15,8 @@ from moezoo.version import __version__ as __version__
 if TYPE_CHECKING:
     from moezoo.generation.offline import Completion, Prompt, generate
     from moezoo.generation.score import Score, score
-    from moezoo.loaders.load import from_config, from_pretrained
+    from moezoo.loaders.load import from_pretrained
+    from moezoo.loaders.make import from_config
     from moezoo.loaders.quantization import Quantization
     from moezoo.parallel.eplb.options import EPLB
     from moezoo.parallel.mesh import Parallel
@@ -50,7 +51,7 @@ _HOMES = {
     "Report": "moezoo.tools.inspect",
     "RoutingTrace": "moezoo.tools.routing",
     "Score": "moezoo.generation.score",
-    "from_config": "moezoo.loaders.load",
+    "from_config": "moezoo.loaders.make",
     "from_pretrained": "moezoo.loaders.load",
     "generate": "moezoo.generation.offline",
     "inspect": "moezoo.tools.inspect",

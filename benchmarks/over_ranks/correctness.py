@@ -22,6 +22,8 @@ from transformers import AutoTokenizer
 import moezoo
 from moezoo.causal_lm import MoECausalLM
 from moezoo.layers.quant import BlockFp8
+from moezoo.loaders.checkpoint import open_checkpoint
+from moezoo.loaders.config import transformers_config
 from moezoo.parallel.dispatch import AllToAll
 from moezoo.parallel.placement import Placement
 from moezoo.parallel.sharding import moe_layers
@@ -130,9 +132,7 @@ def shape(load: Load) -> tuple[int, tuple[int, ...]]:
     if load.func is loaded:
         folder = load.args[1]
         report = moezoo.inspect(folder)
-        config = moezoo.loaders.load.transformers_config(
-            moezoo.loaders.load.open_checkpoint(folder)
-        )
+        config = transformers_config(open_checkpoint(folder))
         assert report.experts is not None
     else:
         config = load.args[0]

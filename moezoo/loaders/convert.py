@@ -20,13 +20,8 @@ from moezoo.device import device_of
 from moezoo.errors import naming
 from moezoo.generation.held_out import HeldOut, Loss
 from moezoo.loaders.card import CARD, Measured, Section, kinds_of, write_card
-from moezoo.loaders.checkpoint import (
-    CONFIG,
-    GENERATION_CONFIG,
-    Checkpoint,
-    Location,
-    open_checkpoint,
-)
+from moezoo.loaders.checkpoint import Checkpoint, Location, open_checkpoint
+from moezoo.loaders.files import CONFIG, GENERATION_CONFIG
 from moezoo.loaders.fill import Squares
 from moezoo.loaders.held import quantize_on_meta
 from moezoo.loaders.load import build, from_checkpoint

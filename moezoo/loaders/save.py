@@ -23,7 +23,8 @@ from moezoo import registry
 from moezoo.errors import naming
 from moezoo.layers.decoder import Decoder
 from moezoo.loaders.card import CARD, Section, kinds_of, write_card
-from moezoo.loaders.checkpoint import CONFIG, DTYPES, GENERATION_CONFIG, INDEX, WEIGHTS
+from moezoo.loaders.files import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS
+from moezoo.loaders.headers import DTYPES
 from moezoo.loaders.written import Writing, Written, describe_, warn_of_schemes
 from moezoo.parallel.gather import check_formats, gathered, whole_on_meta
 from moezoo.parallel.mesh import Mesh

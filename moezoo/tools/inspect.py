@@ -27,19 +27,15 @@ from moezoo.layers.moe.chunks import CHUNK_TOKENS
 from moezoo.layers.quant import Format
 from moezoo.layers.states import state_bytes
 from moezoo.loaders.checkpoint import Checkpoint, open_config
+from moezoo.loaders.config import own_dtype, own_generation_config, transformers_config
 from moezoo.loaders.dense import kept, quantized_linears
 from moezoo.loaders.encodings import Encoding
 from moezoo.loaders.experts import experts_of, quantized_experts
 from moezoo.loaders.held import quantized_infos
 from moezoo.loaders.kinds import Kind
-from moezoo.loaders.load import (
-    own_dtype,
-    own_generation_config,
-    tied_rules,
-    transformers_config,
-)
 from moezoo.loaders.mapping import parameter_infos
 from moezoo.loaders.plan import dtype_name, plan
+from moezoo.loaders.tied import tied_rules
 from moezoo.loaders.weights import own_encoding, unpadded
 from moezoo.parallel.placement import Strategy
 from moezoo.parallel.sharding import moe_layers

@@ -47,11 +47,9 @@ from moezoo.layers.moe import FusedMoE, workspace_bytes
 from moezoo.layers.moe.chunks import CHUNK_TOKENS
 from moezoo.layers.quant import BlockFp8, QuantizedWeights
 from moezoo.loaders.checkpoint import open_checkpoint
+from moezoo.loaders.config import transformers_config
 from moezoo.loaders.dense import linears_of
-from moezoo.loaders.load import (
-    from_config,
-    transformers_config,
-)
+from moezoo.loaders.make import from_config
 from moezoo.loaders.mapping import Rule
 from moezoo.loaders.quantization import Quantization
 from moezoo.loaders.weights import load_weights

@@ -12,7 +12,9 @@ from hub_stand_in import COMMIT, Hub, serve
 from safetensors.torch import save_file
 
 from moezoo.errors import CheckpointError
-from moezoo.loaders.checkpoint import INDEX, WEIGHTS, Checkpoint, open_checkpoint, read_header
+from moezoo.loaders.checkpoint import Checkpoint, open_checkpoint
+from moezoo.loaders.files import INDEX, WEIGHTS
+from moezoo.loaders.headers import read_header
 
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.float32).view(3, 4),
@@ -450,7 +452,7 @@ def test_bars_of_downloads_show_only_when_asked_for(hub, cache, monkeypatch, pro
         return huggingface_hub.hf_hub_download(*args, **options)
 
     checkpoint = open_checkpoint("some/model", **cache)
-    monkeypatch.setattr("moezoo.loaders.checkpoint.hf_hub_download", download)
+    monkeypatch.setattr("moezoo.loaders.sources.hf_hub_download", download)
     checkpoint.fetch(["a.weight"], progress=progress)
     assert bars == [None] if progress else bars[0](total=3).disable
 

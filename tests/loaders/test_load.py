@@ -26,7 +26,8 @@ from moezoo.errors import (
 )
 from moezoo.loaders import memory, stream, weights
 from moezoo.loaders.checkpoint import Checkpoint, open_checkpoint
-from moezoo.loaders.load import build, from_config, from_pretrained
+from moezoo.loaders.load import build, from_pretrained
+from moezoo.loaders.make import from_config
 from moezoo.loaders.mapping import Rule, parameter_infos
 from moezoo.loaders.weights import load_weights
 

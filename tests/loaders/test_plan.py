@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 
 from moezoo.errors import CheckpointError
-from moezoo.loaders.checkpoint import StoredTensor
+from moezoo.loaders.headers import StoredTensor
 from moezoo.loaders.mapping import (
     Copy,
     ParameterInfo,

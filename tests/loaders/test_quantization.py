@@ -28,7 +28,7 @@ from moezoo.errors import QuantizationError
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4
 from moezoo.loaders.checkpoint import open_checkpoint
-from moezoo.loaders.load import from_config
+from moezoo.loaders.make import from_config
 from moezoo.loaders.mapping import Rule
 from moezoo.loaders.quantization import Quantization
 from moezoo.loaders.weights import load_weights

@@ -17,8 +17,10 @@ from written_module import write_weights
 
 import moezoo
 from moezoo.loaders import save
-from moezoo.loaders.checkpoint import INDEX, open_checkpoint
-from moezoo.loaders.load import from_config, from_pretrained
+from moezoo.loaders.checkpoint import open_checkpoint
+from moezoo.loaders.files import INDEX
+from moezoo.loaders.load import from_pretrained
+from moezoo.loaders.make import from_config
 from moezoo.loaders.mapping import Rule
 from moezoo.loaders.save import save_pretrained
 from moezoo.loaders.weights import load_weights

@@ -16,7 +16,9 @@ from torch.distributed import TCPStore
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Once for all tests of a process: to import torch takes seconds.
-_CONTEXT.set_forkserver_preload(["moezoo.loaders.load", "small_models", "pytest"])
+_CONTEXT.set_forkserver_preload(
+    ["moezoo.loaders.load", "moezoo.loaders.make", "small_models", "pytest"]
+)
 
 
 def run(

@@ -1,0 +1,72 @@
+"""The rules by which a checkpoint has its tensors, where its head may be tied to its embedding."""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from transformers import PreTrainedConfig
+
+from moezoo import registry
+from moezoo.loaders.checkpoint import Checkpoint
+from moezoo.loaders.encodings import Encoding
+from moezoo.loaders.mapping import Rule, Skip, TensorInfo
+
+_log = logging.getLogger(__name__)
+_CHUNK = 16 << 20
+
+
+def tied_rules(
+    config: PreTrainedConfig, checkpoint: Checkpoint, encoding: Encoding
+) -> tuple[tuple[Rule | Skip, ...], tuple[str, str] | None]:
+    """The rules for a checkpoint whose config may tie the head to the embedding.
+
+    As in transformers, one of the two tensors is enough, a head equal to the embedding is left
+    out, and a head that differs unties the model: the weights are right and the config is wrong.
+    Where only their bytes can say which it is, the names of the two are returned too, and the rules
+    leave out the head.
+    """
+    rules = rules_of(checkpoint)
+    tensors = encoding.tensors
+    head, embedding = (_stored(rules, name, tensors) for name in ("lm_head.weight", "embed.weight"))
+    if not config.tie_word_embeddings or head not in tensors:
+        return rules, None
+    if embedding not in tensors:
+        return (*rules, Rule("embed.weight", head)), None
+    a, b = tensors[head], tensors[embedding]
+    if (a.shape, a.dtype) != (b.shape, b.dtype) or {head, embedding} & encoding.weights.keys():
+        untie(config, checkpoint.name, (head, embedding))
+        return rules, None
+    return (*rules, Skip(head, "tied to the embedding")), (head, embedding)
+
+
+def rules_of(checkpoint: Checkpoint) -> tuple[Rule | Skip, ...]:
+    """How its tensors are named, which need not be how the model of its config writes them."""
+    module = registry.architecture(str(checkpoint.config["model_type"]))
+    rules: tuple[Rule | Skip, ...] = module.CHECKPOINT
+    return rules
+
+
+def _stored(rules: Sequence[Rule | Skip], target: str, tensors: Mapping[str, TensorInfo]) -> str:
+    """The tensor that makes a parameter of one source: that which is there, or the first."""
+    sources = [
+        rule.sources[0] for rule in rules if isinstance(rule, Rule) and rule.target == target
+    ]
+    return next((name for name in sources if name in tensors), sources[0])
+
+
+def same_bytes(checkpoint: Checkpoint, first: str, second: str, *, progress: bool) -> bool:
+    """Whether two tensors of one size are equal; downloads their files if need be."""
+    nbytes = checkpoint.tensors[first].nbytes
+    locations = checkpoint.fetch((first, second), progress=progress)
+    with open(locations[first].path, "rb") as left, open(locations[second].path, "rb") as right:
+        left.seek(locations[first].offset)
+        right.seek(locations[second].offset)
+        sizes = (min(_CHUNK, nbytes - start) for start in range(0, nbytes, _CHUNK))
+        return all(left.read(size) == right.read(size) for size in sizes)
+
+
+def untie(config: PreTrainedConfig, name: str, twins: tuple[str, str]) -> None:
+    """Correct a config that ties two tensors which differ, with a warning; `name` is the model."""
+    _log.warning(
+        "%s: tie_word_embeddings is set, but %s and %s differ; they stay apart", name, *twins
+    )
+    config.tie_word_embeddings = False
