@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 	$(BIN)/moezoo generate --prompt 'Once upon a time' --max-new-tokens 120 --seed 2 --dtype float32
 
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile -m 'not gpu'
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile -m 'not gpu'
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -47,6 +47,7 @@ $(VENV)/installed: $(VENV)/created pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt -e .
 	touch $@
 
+# Python compiles the quarter of the files that is imported; pip would take a minute for all.
 $(VENV)/installed-dev: $(VENV)/created pyproject.toml constraints.txt
-	$(PIP) install --quiet -c constraints.txt -e '.[dev,plots]'
+	$(PIP) install --quiet --no-compile -c constraints.txt -e '.[dev,plots]'
 	touch $(VENV)/installed $@

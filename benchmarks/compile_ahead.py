@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moezoo.tools.layer import LAYERS, Layer, QuantizedWeights, Weights, moezoo_layer, on_meta
+from moezoo.tools.layer import moezoo_layer
+from moezoo.tools.layer_weights import LAYERS, Layer, QuantizedWeights, Weights, on_meta
 
 MAX_WORKERS = 12
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moezoo.generation.engine import Engine
 from moezoo.generation.pages import PAGE_SIZE
-from moezoo.tools.layer import WrongResultError
+from moezoo.tools.layer_inputs import WrongResultError
 
 PROMPT = 128
 LENGTHS = {"cuda": (5, PAGE_SIZE, 130, 300), "cpu": (5, 17, 30)}

@@ -38,7 +38,7 @@ from transformers import StaticCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import moezoo
-from moezoo.tools.layer import WrongResultError
+from moezoo.tools.layer_inputs import WrongResultError
 
 DEFAULT_CASE = {"cpu": "tiny-qwen3-moe", "cuda": "qwen3-30b-a3b"}
 CONTENDERS = {

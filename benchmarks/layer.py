@@ -38,25 +38,20 @@ from moezoo.errors import QuantizationError
 from moezoo.layers.quant.fp8 import BLOCK_FP8
 from moezoo.tools.layer import (
     DEFAULT_TOKENS,
-    FORMATS,
-    LAYERS,
     Cell,
     Implementation,
-    Inputs,
-    Oracle,
-    QuantizedWeights,
     Report,
-    Weights,
     default_layers,
     known,
     measure,
     moezoo_layer,
     new_cell,
     new_report,
-    random_weights,
     title,
     us,
 )
+from moezoo.tools.layer_inputs import Inputs, Oracle
+from moezoo.tools.layer_weights import FORMATS, LAYERS, QuantizedWeights, Weights, random_weights
 
 REFERENCES = Path(__file__).parent / "peers_h100.json"
 OWN_BF16 = "moezoo_bf16"

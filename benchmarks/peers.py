@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moezoo.tools.layer import Implementation, Layer
+from moezoo.tools.layer import Implementation
+from moezoo.tools.layer_weights import Layer
 
 MAX_BATCHED_TOKENS = 64
 MAX_BATCHED_BYTES = 12e9

@@ -21,7 +21,7 @@ from moezoo.assets import tiny_model
 from moezoo.generation import offline
 from moezoo.layers.decoder import Decoder
 from moezoo.tools import progress
-from moezoo.tools.layer import Layer
+from moezoo.tools.layer_weights import Layer
 
 GREEDY = ("--greedy", "--max-new-tokens", "6", "--dtype", "float32", "--device", "cpu")
 

@@ -71,7 +71,7 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 
 def _layer(arguments: argparse.Namespace) -> Any:
-    from moezoo.tools.layer import Layer
+    from moezoo.tools.layer_weights import Layer
 
     sizes = arguments.layer.split(",")
     if all(size.strip().isdecimal() for size in sizes):

@@ -27,69 +27,31 @@ from torch import Tensor
 from moezoo.device import device_of
 from moezoo.errors import QuantizationError
 from moezoo.layers.moe import fused_experts, softmax_topk
-from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4
-from moezoo.layers.quant.fp8 import BLOCK_FP8, FOR_EXPERTS, require_fp8
+from moezoo.layers.quant.fp8 import FOR_EXPERTS, require_fp8
+from moezoo.tools.layer_inputs import Inputs, Oracle, WrongResultError
+from moezoo.tools.layer_weights import (
+    FORMATS,
+    FP8,
+    LAYERS,
+    QuantizedWeights,
+    Weights,
+    expert_bytes,
+    random_weights,
+)
 from moezoo.tools.timing import Calls, Graph, in_turns
 
 Implementation = Callable[[Tensor, Tensor], Tensor]
 """(x [T, H], logits [T, E]) -> [T, H], for weights that it holds."""
 
 
-@dataclass(frozen=True)
-class Layer:
-    num_experts: int
-    k: int
-    hidden_size: int
-    intermediate_size: int
-
-    @property
-    def expert_elements(self) -> int:
-        return 3 * self.hidden_size * self.intermediate_size
-
-    def flop(self, num_tokens: int) -> int:
-        return 2 * num_tokens * self.k * self.expert_elements
-
-
-LAYERS = {
-    "qwen3-30b-a3b": Layer(128, 8, 2048, 768),
-    "mixtral-8x7b": Layer(8, 2, 4096, 14336),
-    "deepseek-v3": Layer(256, 8, 7168, 2048),
-    "olmoe-1b-7b": Layer(64, 8, 2048, 1024),
-    "deepseek-v2-lite": Layer(64, 6, 2048, 1408),
-    "gpt-oss-20b": Layer(32, 4, 2880, 2880),
-}
-"""The experts of released models, all as plain SwiGLU."""
-
 DEFAULT_LAYERS = {"cuda": tuple(LAYERS), "cpu": ("olmoe-1b-7b",)}
 DEFAULT_TOKENS = {"cuda": (1, 4, 16, 64, 256, 1024, 4096, 16384), "cpu": (1, 4, 16, 64)}
-
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
-"""Norm of a token's error over the norm of its output, at most. 16 bit: some roundings on the way,
-each within half a unit in the last place; fp32: the order of the sums."""
-
-QUANTIZED_TOLERANCE = 8e-2
-"""TOLERANCE for fp8_w8a8 against fp32 on the dequantised weights: x and h are rounded to 4 bits,
-which changes an element by 2.5 % on average and a sum of many as much, x in both factors of h."""
-
-FORMATS: dict[str, tuple[Any, dict[str, Any]]] = {
-    BLOCK_FP8: (BlockFp8, {}),
-    f"{BLOCK_FP8}_channel": (ChannelFp8, {}),
-    "int8_w8a16": (Int8, {}),
-    "int4_w4a16": (Int4, {"group_size": 128}),
-    "mxfp4": (Mxfp4, {}),
-}
-"""How weights can be quantised, by the name of a measurement: a format and its choices."""
-
-FP8 = (BlockFp8, ChannelFp8)
 
 FP8_LAYERS = ("qwen3-30b-a3b", "deepseek-v3")
 """Those that are published in block fp8."""
 WEIGHT_ONLY_LAYERS = ("qwen3-30b-a3b", "mixtral-8x7b")
 """Few rows of an expert and many, narrow experts and wide ones."""
 
-ZIPF_EXPONENT = 1.0
-CHECKED_TOKENS = 64
-MAX_SETS = 8
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -198,225 +160,12 @@ def us(microseconds: float) -> str:
     return f"{microseconds:,.1f}" if microseconds < 100 else f"{microseconds:,.0f}"
 
 
-class WrongResultError(Exception):
-    """An implementation does not compute the layer."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """w13 [E, 2I, H] (gate rows, then up rows) and w2 [E, H, I]."""
-
-    w13: Tensor
-    w2: Tensor
-
-    @classmethod
-    def random(
-        cls, layer: Layer, dtype: torch.dtype, device: torch.device, *, seed: int = 0
-    ) -> "Weights":
-        """Normal, and of a size that keeps activations near 1."""
-        generator = torch.Generator(device).manual_seed(seed)
-        E, H, I = layer.num_experts, layer.hidden_size, layer.intermediate_size
-        w13 = torch.empty(E, 2 * I, H, dtype=dtype, device=device)
-        w2 = torch.empty(E, H, I, dtype=dtype, device=device)
-        for expert in range(E):
-            w13[expert].normal_(std=H**-0.5, generator=generator)
-            w2[expert].normal_(std=I**-0.5, generator=generator)
-        return cls(w13, w2)
-
-    def expert(self, index: int) -> tuple[Tensor, Tensor]:
-        """w13 [2I, H] and w2 [H, I] of an expert, fp32."""
-        return self.w13[index].float(), self.w2[index].float()
-
-
-@dataclass(frozen=True)
-class QuantizedWeights:
-    """w13 [E, 2, I, H] and w2 [E, H, I] of one format."""
-
-    w13: Format
-    w2: Format
-
-    @classmethod
-    def random(
-        cls, layer: Layer, device: torch.device, quantization: str = BLOCK_FP8
-    ) -> "QuantizedWeights":
-        """As `Weights.random`, quantised expert by expert."""
-        format_, options = FORMATS[quantization]
-        one = Layer(1, 1, layer.hidden_size, layer.intermediate_size)
-        parts = []
-        for seed in range(layer.num_experts):
-            weights = Weights.random(one, torch.bfloat16, device, seed=seed)
-            w13 = weights.w13.unflatten(1, (2, -1))
-            parts.append(tuple(format_.quantize(w, **options) for w in (w13, weights.w2)))
-        w13s, w2s = zip(*parts, strict=True)
-        return cls(_joined(w13s), _joined(w2s))
-
-    def expert(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.w13[index].dequantize().flatten(0, 1), self.w2[index].dequantize()
-
-    def dequantized(self, dtype: torch.dtype) -> Weights:
-        """The same weights in `dtype`, expert by expert."""
-        num_experts, hidden_size, intermediate_size = self.w2.shape
-        device = self.w2.device
-        sizes = (num_experts, 2 * intermediate_size, hidden_size)
-        w13, w2 = (torch.empty(s, dtype=dtype, device=device) for s in (sizes, self.w2.shape))
-        for index in range(num_experts):
-            w13[index], w2[index] = self.expert(index)
-        return Weights(w13, w2)
-
-
-def _joined(parts: Sequence[Format]) -> Format:
-    def cat(tensors: tuple[Any, ...]) -> Any:
-        return None if tensors[0] is None else torch.cat(tensors)
-
-    fields = zip(*(part.tensors().values() for part in parts), strict=True)
-    return type(parts[0])(*map(cat, fields))
-
-
-def on_meta(layer: Layer, quantization: str) -> QuantizedWeights:
-    """Weights without memory or values."""
-    format_, options = FORMATS[quantization]
-    E, H, I = layer.num_experts, layer.hidden_size, layer.intermediate_size
-    return QuantizedWeights(
-        format_.on_meta(E, 2, I, H, **options), format_.on_meta(E, H, I, **options)
-    )
-
-
-def expert_bytes(layer: Layer, dtype: torch.dtype, quantization: str | None) -> int:
-    """Of an expert's weights, scales included."""
-    if quantization is None:
-        return layer.expert_elements * dtype.itemsize
-    weights = on_meta(layer, quantization)
-    tensors = [*weights.w13.tensors().values(), *weights.w2.tensors().values()]
-    return sum(t.nbytes for t in tensors if t is not None) // layer.num_experts
-
-
-def random_weights(
-    layer: Layer, dtype: torch.dtype, device: torch.device, quantization: str | None
-) -> Weights | QuantizedWeights:
-    if quantization is None:
-        return Weights.random(layer, dtype, device)
-    return QuantizedWeights.random(layer, device, quantization)
-
-
 def moezoo_layer(weights: Weights | QuantizedWeights, k: int) -> Implementation:
     def run(x: Tensor, logits: Tensor) -> Tensor:
         topk_weights, topk_ids = softmax_topk(logits, k, renormalize=True)
         return fused_experts(x, weights.w13, weights.w2, topk_weights, topk_ids)
 
     return run
-
-
-def router_logits(
-    num_experts: int, num_tokens: int, *, skewed: bool, generator: torch.Generator
-) -> Tensor:
-    """[T, E] fp32, normal; or so that experts are chosen with the probabilities of Zipf's law.
-
-    Log-probabilities plus Gumbel noise: their k largest are k draws without replacement. Which
-    expert is how popular is random.
-    """
-    shape, device = (num_tokens, num_experts), generator.device
-    if not skewed:
-        return torch.randn(shape, generator=generator, device=device)
-    rank = torch.randperm(num_experts, generator=generator, device=device) + 1
-    noise = -torch.empty(shape, device=device).exponential_(generator=generator).log()
-    return noise - ZIPF_EXPONENT * rank.float().log()
-
-
-def _renamed(logits: Tensor, hit: Tensor, names: Tensor) -> Tensor:
-    """logits with the experts `hit` called `names`, and the others what is left."""
-    every = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
-    old = torch.cat([hit, every.index_fill(0, hit, False).nonzero().flatten()])
-    new = torch.cat([names, every.index_fill(0, names, False).nonzero().flatten()])
-    return torch.empty_like(logits).index_copy_(1, new, logits[:, old])
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The tokens of a cell, and sets of logits that the launches of a measurement go through."""
-
-    x: Tensor
-    logits: tuple[Tensor, ...]
-    experts_hit: float
-    disjoint: bool
-    """Whether no two sets share an expert."""
-
-    @classmethod
-    def random(
-        cls,
-        layer: Layer,
-        num_tokens: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        skewed: bool,
-    ) -> "Inputs":
-        generator = torch.Generator(device).manual_seed(num_tokens)
-        shape = (num_tokens, layer.hidden_size)
-        x = torch.randn(shape, generator=generator, device=device).to(dtype)
-        free = torch.randperm(layer.num_experts, generator=generator, device=device)
-        sets: list[Tensor] = []
-        num_hit: list[int] = []
-        while len(sets) < MAX_SETS:
-            drawn = router_logits(layer.num_experts, num_tokens, skewed=skewed, generator=generator)
-            hit = drawn.topk(layer.k).indices.unique()
-            if len(hit) > len(free) and len(sets) >= 2:
-                break
-            if len(hit) > len(free):  # more than half of the experts in each: nothing to keep apart
-                sets, num_hit, free = [*sets, drawn], [*num_hit, len(hit)], free[:0]
-                continue
-            sets.append(_renamed(drawn, hit, free[: len(hit)]))
-            num_hit.append(len(hit))
-            free = free[len(hit) :]
-        disjoint = sum(num_hit) <= layer.num_experts
-        return cls(x, tuple(sets), statistics.mean(num_hit), disjoint)
-
-
-def reference(weights: Weights | QuantizedWeights, k: int, x: Tensor, logits: Tensor) -> Tensor:
-    """The layer in fp32 and plain torch, [T, H] fp32; one expert at a time is converted."""
-    chosen, ids = logits.float().topk(k)
-    topk_weights = chosen.softmax(-1)
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert in ids.unique().tolist():
-        tokens, slots = (ids == expert).nonzero(as_tuple=True)
-        w13, w2 = weights.expert(expert)
-        gate, up = (x[tokens].float() @ w13.T).chunk(2, -1)
-        y = (torch.nn.functional.silu(gate) * up) @ w2.T
-        out[tokens] += y * topk_weights[tokens, slots, None]
-    return out
-
-
-class Oracle:
-    """Compares results with fp32 on a sample of the tokens, for each set of logits."""
-
-    def __init__(self, weights: Weights | QuantizedWeights, k: int, inputs: Inputs) -> None:
-        num_tokens = len(inputs.x)
-        spread = torch.linspace(0, num_tokens - 1, min(num_tokens, CHECKED_TOKENS))
-        self.sample = spread.round().long().to(inputs.x.device)
-        self.tolerance = TOLERANCE[inputs.x.dtype]
-        if isinstance(weights, QuantizedWeights) and isinstance(weights.w13, FP8):
-            self.tolerance = QUANTIZED_TOLERANCE
-        self.shape, self.dtype = inputs.x.shape, inputs.x.dtype
-        self.expected = {
-            index: reference(weights, k, inputs.x[self.sample], inputs.logits[index][self.sample])
-            for index in sorted({0, len(inputs.logits) - 1})
-        }
-
-    def error(self, index: int, out: Tensor) -> float:
-        """The largest relative error of a token of set `index`; raises if it is too large."""
-        if out.shape != self.shape or out.dtype != self.dtype:
-            raise WrongResultError(
-                f"result is {list(out.shape)} {out.dtype}, not {list(self.shape)} {self.dtype}"
-            )
-        if not out.isfinite().all():
-            raise WrongResultError("result holds NaN or Inf")
-        expected = self.expected[index]
-        difference = (out[self.sample].float() - expected).norm(dim=-1) / expected.norm(dim=-1)
-        worst = difference.max().item()
-        if not worst <= self.tolerance:
-            raise WrongResultError(
-                f"result of a token is {worst:.1e} away from fp32, allowed is {self.tolerance:.0e}"
-            )
-        return worst
 
 
 @torch.inference_mode()

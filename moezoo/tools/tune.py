@@ -35,13 +35,8 @@ from moezoo.layers.kernels.overlap import capability
 from moezoo.layers.kernels.permute import Permutation, permute
 from moezoo.layers.kernels.tiles import Plan, Sizes, Tile, sizes_of
 from moezoo.layers.quant.fp8 import BLOCK, BLOCK_FP8, BlockFp8, Fp8Rows, quantize_rows
-from moezoo.tools.layer import (
-    Layer,
-    QuantizedWeights,
-    Weights,
-    device_name,
-    random_weights,
-)
+from moezoo.tools.layer import device_name
+from moezoo.tools.layer_weights import Layer, QuantizedWeights, Weights, random_weights
 from moezoo.tools.timing import Graph, Key, in_turns
 
 TOKENS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)

@@ -297,7 +297,7 @@ def windowed(request, device, tmp_path_factory):
     return make_pair(folder, model_type, name, device=device, **more)
 
 
-@pytest.mark.parametrize("chunk", [3, 40, 512])
+@pytest.mark.parametrize("chunk", [3, 40, 100, 512])
 @pytest.mark.sampled(n=2)
 def test_sliding_windows_over_contexts_of_many(windowed, chunk):
     """Rings wrap while prompts are read and while tokens are written, row by row elsewhere."""

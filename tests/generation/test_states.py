@@ -64,7 +64,8 @@ def run(model, prompts, limits, *, rows=3, chunk=CONTEXT, pages=None):
     return [request.tokens for request in requests]
 
 
-@pytest.mark.parametrize("chunk", [5, 100])
+@pytest.mark.parametrize("chunk", [5, 64, 100, CONTEXT])
+@pytest.mark.sampled(n=2)
 def test_prompts_of_all_lengths_in_chunks(model, chunk):
     prompts = [token_ids(n, n) for n in (150, 1, 64, 7, 65, 128, 3, 90)]
     expected = [alone(model, prompt) for prompt in prompts]

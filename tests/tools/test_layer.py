@@ -11,8 +11,10 @@ from rich.console import Console
 
 from moezoo import cli
 from moezoo.tools import layer as tool
-from moezoo.tools import timing
-from moezoo.tools.layer import Ceilings, Inputs, Layer, Oracle, Weights, WrongResultError
+from moezoo.tools import layer_inputs, timing
+from moezoo.tools.layer import Ceilings
+from moezoo.tools.layer_inputs import Inputs, Oracle, WrongResultError
+from moezoo.tools.layer_weights import Layer, QuantizedWeights, Weights
 
 SMALL = Layer(num_experts=16, k=2, hidden_size=32, intermediate_size=24)
 CPU = torch.device("cpu")
@@ -68,14 +70,14 @@ def test_many_tokens_hit_all_experts_in_two_sets():
 
 def test_renaming_keeps_weights_and_moves_experts():
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]])
-    renamed = tool._renamed(logits, torch.tensor([1, 2]), torch.tensor([3, 0]))
+    renamed = layer_inputs._renamed(logits, torch.tensor([1, 2]), torch.tensor([3, 0]))
     assert renamed.tolist() == [[2.0, 0.0, 1.0, 3.0]]
 
 
 @pytest.mark.parametrize("skewed", [False, True], ids=["uniform", "skewed"])
 def test_skewed_routing_follows_zipf(skewed):
     generator = torch.Generator().manual_seed(0)
-    logits = tool.router_logits(64, 20_000, skewed=skewed, generator=generator)
+    logits = layer_inputs.router_logits(64, 20_000, skewed=skewed, generator=generator)
     load = torch.bincount(logits.argmax(-1), minlength=64).sort(descending=True).values / 20_000
     zipf = 1 / torch.arange(1, 65)
     expected = zipf / zipf.sum() if skewed else torch.full((64,), 1 / 64)
@@ -91,7 +93,7 @@ def test_moezoo_is_measured(dtype):
     ]
     assert 0 < timing.min_us <= timing.median_us <= timing.max_us
     assert timing.replays >= 3
-    assert 0 <= timing.error <= tool.TOLERANCE[dtype]
+    assert 0 <= timing.error <= layer_inputs.TOLERANCE[dtype]
 
 
 def wrong_weights(run, x, logits):
@@ -241,12 +243,12 @@ def test_command_line_names_the_layers_it_knows(capsys):
 def test_quantized_is_measured_against_its_dequantized_weights(
     small, monkeypatch, quantization, expert_bytes
 ):
-    monkeypatch.setitem(tool.LAYERS, "small", tool.Layer(4, 2, 256, 128))
+    monkeypatch.setitem(tool.LAYERS, "small", Layer(4, 2, 256, 128))
     report = tool.bench(["small"], [1, 5], quantization=quantization, device="cpu", budget_ms=1)
     assert report.quantization == quantization
     assert [cell.skipped for cell in report.cells] == [{}, {}]
     fp8 = quantization.startswith("fp8")
-    tolerance = tool.QUANTIZED_TOLERANCE if fp8 else tool.TOLERANCE[torch.bfloat16]
+    tolerance = layer_inputs.QUANTIZED_TOLERANCE if fp8 else layer_inputs.TOLERANCE[torch.bfloat16]
     for cell in report.cells:
         assert 0 < cell.timings["moezoo"].error < tolerance
     # Two experts.
@@ -259,7 +261,7 @@ def test_what_a_format_does_not_take_is_skipped(small):
 
 
 def test_quantized_weights_are_those_of_the_layer():
-    weights = tool.QuantizedWeights.random(SMALL, CPU)
+    weights = QuantizedWeights.random(SMALL, CPU)
     w13, w2 = weights.expert(3)
     assert w13.shape == (48, 32)
     plain = weights.dequantized(torch.float32)

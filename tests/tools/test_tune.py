@@ -13,7 +13,7 @@ from moezoo.layers.kernels import tiles
 from moezoo.layers.kernels.tiles import Tile
 from moezoo.tools import timing
 from moezoo.tools import tune as tool
-from moezoo.tools.layer import LAYERS, Layer, Weights
+from moezoo.tools.layer_weights import LAYERS, Layer, Weights
 
 ROWS_PER_EXPERT = sorted(
     {tokens * layer.k / layer.num_experts for tokens in tool.TOKENS for layer in LAYERS.values()}
