@@ -29,7 +29,9 @@ from subject import Clock, Row, Run, Subject, alternate, greedy, spread
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from moezoo.generation.engine import Engine, EngineKeeper, batch_size
+from moezoo.generation.engine import Engine
+from moezoo.generation.graphs import batch_size
+from moezoo.generation.keeper import EngineKeeper
 from moezoo.generation.paged import token_bytes
 from moezoo.generation.pages import PAGE_SIZE, num_pages
 from moezoo.layers.decoder import Decoder

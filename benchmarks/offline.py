@@ -30,15 +30,12 @@ from subject import Clock, Row, Subject, greedy, release, spread
 from torch import nn
 
 from moezoo.generation.continuous import Batcher, Request
-from moezoo.generation.engine import (
-    BATCH_SIZES,
-    CHUNK_TOKENS,
-    Engine,
-    rows_and_pages_that_fit,
-)
-from moezoo.generation.offline import MAX_CONTEXT, context_length
+from moezoo.generation.engine import CHUNK_TOKENS, Engine
+from moezoo.generation.graphs import BATCH_SIZES
+from moezoo.generation.memory import rows_and_pages_that_fit
 from moezoo.generation.pages import PAGE_SIZE, num_pages
 from moezoo.generation.prompts import Chunk
+from moezoo.generation.texts import MAX_CONTEXT, context_length
 
 SEED = 4
 PROMPTS = {"cuda": 512, "cpu": 12}

@@ -13,8 +13,9 @@ from moezoo import experts_implementation
 from moezoo.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from moezoo.generation.offline import Completion, Prompt, generate
+    from moezoo.generation.offline import generate
     from moezoo.generation.score import Score, score
+    from moezoo.generation.texts import Completion, Prompt
     from moezoo.loaders.load import from_pretrained
     from moezoo.loaders.make import from_config
     from moezoo.loaders.quantization import Quantization
@@ -44,9 +45,9 @@ __all__ = [
 
 _HOMES = {
     "EPLB": "moezoo.parallel.eplb.options",
-    "Completion": "moezoo.generation.offline",
+    "Completion": "moezoo.generation.texts",
     "Parallel": "moezoo.parallel.mesh",
-    "Prompt": "moezoo.generation.offline",
+    "Prompt": "moezoo.generation.texts",
     "Quantization": "moezoo.loaders.quantization",
     "Report": "moezoo.tools.inspect",
     "RoutingTrace": "moezoo.tools.routing",

@@ -24,7 +24,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from moezoo.generation.cache import growing_cache
 from moezoo.generation.decode import decode, decode_paged, unpadded
-from moezoo.generation.engine import EngineKeeper, supports
+from moezoo.generation.engine import supports
+from moezoo.generation.keeper import EngineKeeper
 from moezoo.generation.paged import counts_padding, row_state_bytes, windows
 from moezoo.generation.turns import largest, take_part
 from moezoo.layers.attention import CausalMask, DenseContext, visible_tokens
@@ -432,7 +433,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
                     # The last token is not in the cache.
                     new = decoded.sequences.shape[1] - input_ids.shape[1] - 1
                     lengths = [len(prompt) + new for prompt in prompts]
-                    cache = engine.dense_cache(self.config, lengths)
+                    cache = engine.cache.dense(self.config, engine.tables[None], lengths)
         else:
             if own_cache:
                 cache = growing_cache(self.config)

@@ -18,8 +18,8 @@ from ranks import die, run
 
 from moezoo import cli
 from moezoo.generation.engine import Engine
-from moezoo.generation.offline import Completion
 from moezoo.generation.prompt_files import OutputFile
+from moezoo.generation.texts import Completion
 from moezoo.loaders import load
 from moezoo.tools.job import shares
 

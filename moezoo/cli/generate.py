@@ -25,7 +25,7 @@ from moezoo.cli.output import DONE, INTERRUPTED, PARTLY, code_of, say
 from moezoo.errors import MoEZooError, naming
 
 if TYPE_CHECKING:
-    from moezoo.generation.offline import Completion, Prompt
+    from moezoo.generation.texts import Completion, Prompt
     from moezoo.loaders.checkpoint import Checkpoint
     from moezoo.parallel.mesh import Parallel
     from moezoo.tools.job import Job
@@ -148,7 +148,7 @@ generate MODEL --input prompts.jsonl --output out.jsonl --expert-parallel 8
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from moezoo.generation.offline import check_options
+    from moezoo.generation.settings import check_options
 
     options = _sampling_options(arguments)
     check_options(**options)

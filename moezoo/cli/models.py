@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moezoo.cli.output import say
 
 if TYPE_CHECKING:
-    from moezoo.generation.offline import Prompt
+    from moezoo.generation.texts import Prompt
     from moezoo.loaders.checkpoint import Checkpoint
     from moezoo.tools.job import Job
 
@@ -19,8 +19,8 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 
 
 def read(arguments: argparse.Namespace) -> tuple[list[Prompt], list[str]]:
-    from moezoo.generation.offline import Prompt
     from moezoo.generation.prompt_files import read_prompts
+    from moezoo.generation.texts import Prompt
 
     if arguments.prompt is not None:
         return [Prompt(id, text) for id, text in enumerate(arguments.prompt, start=1)], []

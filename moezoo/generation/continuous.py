@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from moezoo.device import HostCopies, to_device
-from moezoo.generation.engine import Engine, batch_size
+from moezoo.generation.engine import Engine
+from moezoo.generation.graphs import batch_size
+from moezoo.generation.memory import is_out_of_memory
 from moezoo.generation.pages import PAGE_SIZE, Allocation, PageAllocator
 from moezoo.generation.prompts import Chunk, in_chunks, passes
 from moezoo.generation.sampling import Sampler
@@ -24,12 +26,6 @@ MIN_CHUNK = 256
 """Prompt tokens of a forward pass below which running out of memory is final."""
 
 _log = logging.getLogger(__name__)
-
-
-def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Whether a device has no room; torch's CPU allocator has no class of its own for that."""
-    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return out_of_memory or "can't allocate memory" in str(error)
 
 
 @dataclass(eq=False)

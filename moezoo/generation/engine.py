@@ -8,27 +8,22 @@ Legend: R rows, B rows of a step, T tokens, V vocabulary, P pages of a row.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import cache, cached_property, partial
-from threading import Lock
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig
 
-from moezoo.device import device_made_current, free_bytes, runs_kernels, to_device
-from moezoo.generation.cache import growing_cache
+from moezoo.device import device_made_current, runs_kernels, to_device
+from moezoo.generation.graphs import GRAPH_TOKENS, captures_steps, record
 from moezoo.generation.paged import (
     DecodeContext,
     PagedCache,
     Window,
     attentions,
     ring_pages,
-    row_state_bytes,
     slots_of,
-    token_bytes,
     windows,
 )
 from moezoo.generation.pages import PAGE_SIZE, num_pages
@@ -45,26 +40,12 @@ from moezoo.generation.prompts import (
     torch_context,
 )
 from moezoo.generation.sampling import Sampler
-from moezoo.generation.turns import largest, limited, pass_without_tokens, smallest
-from moezoo.layers.attention import CausalMask, DenseContext
+from moezoo.generation.turns import limited, pass_without_tokens
 from moezoo.layers.decoder import Decoder
-from moezoo.layers.norm import is_hooked
 from moezoo.layers.rope import Rotation
-
-BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Steps are made for so many rows; rows without a sequence fill them up."""
 
 CHUNK_TOKENS = 8192
 """Prompt tokens in one forward pass."""
-
-GRAPH_TOKENS = 2048
-"""Prompt tokens of a forward pass up to which it becomes a CUDA graph."""
-
-KEPT_BYTES = 4 * 2**30
-"""The largest KV cache that is kept between two calls of `model.generate`."""
-
-CPU_CACHE_BYTES = 4 * 2**30
-"""The largest KV cache on a CPU by default."""
 
 
 class Engine:
@@ -109,7 +90,7 @@ class Engine:
                 ring = ring_pages(window, context=context, chunk=chunk)
                 first = torch.arange(num_rows, device=self.device)[:, None] * ring
                 table.copy_(first + torch.arange(table.shape[1], device=self.device) % ring)
-        self.captures = _captures(decoder)
+        self.captures = captures_steps(decoder)
         agreed = None if self.peers is None else self.peers.chosen
         self.greedy = Sampler.greedy(num_rows, self.device, agreed=agreed)
         self._graphs: dict[tuple[int, Sampler | None], tuple[Any, Tensor]] = {}
@@ -252,27 +233,6 @@ class Engine:
         self.lengths[to_device(torch.tensor(rows), self.device)] = 0
 
     @torch.inference_mode()
-    def dense_cache(self, config: PreTrainedConfig, lengths: Sequence[int]) -> DynamicCache:
-        """transformers' cache with the first `lengths` tokens of the rows 0, 1, ..
-
-        It is padded on the left, with zeros. For decoders without a sliding window or a state.
-        """
-        cache = growing_cache(config)
-        width = max(lengths)
-        ends = torch.tensor(lengths, device=self.device)[:, None]
-        positions = torch.arange(width, device=self.device) - width + ends
-        slots = slots_of(self.tables[None][: len(lengths)], positions.clamp(min=0))
-        hidden = (positions < 0)[..., None, None]
-        for layer_idx, stored in enumerate(self.cache.layers):
-            keys, values = (
-                None if x is None else x[slots].masked_fill(hidden, 0).transpose(1, 2)
-                for x in stored
-            )
-            assert keys is not None
-            cache.update(keys, keys[..., :0] if values is None else values, layer_idx)
-        return cache
-
-    @torch.inference_mode()
     def move(self, sources: Sequence[int], targets: Sequence[int], more: Iterable[Tensor]) -> None:
         """Target rows, which have no sequence, take over those of source rows.
 
@@ -389,195 +349,13 @@ class Engine:
 
     def _record(self, run: Callable[[], Any]) -> tuple[Any, Any]:
         """A CUDA graph of `run`, and the memory where it leaves its result."""
-        with _unrecorded(self.decoder):
-            run()  # compiles kernels, which a capture must not
+        graph, result = record(self.decoder, run, self._pool)
         self._recorders.add(self.decoder.recorder)
-        graph = torch.cuda.CUDAGraph()
-        capture = torch.cuda.graph(
-            graph,
-            pool=self._pool,
-            stream=_capture_stream(self.device),
-            # Other threads and the garbage collector may free memory meanwhile.
-            capture_error_mode="relaxed",
-        )
-        with torch.cuda.device(self.device), capture:
-            result = run()
         self._pool = graph.pool()
         return graph, result
-
-
-class EngineKeeper:
-    """Keeps a model's engine, and with it the graphs of its steps, from one call to the next.
-
-    One call has it at a time: another thread's gets one of its own, and what a call leaves behind
-    that fails is not used again. Nor is that of a decoder with modules of others, adapters for
-    instance: a switch of theirs may change what a step does. A copy of the model gets a keeper of
-    its own.
-    """
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._engine: Engine | None = None
-        self._made_for: tuple[int, ...] = ()
-
-    def __deepcopy__(self, memo: object) -> "EngineKeeper":
-        return EngineKeeper()
-
-    def __reduce__(self) -> tuple[type["EngineKeeper"], tuple[()]]:
-        return EngineKeeper, ()
-
-    def release(self) -> None:
-        """Give back the memory of the engine that is kept."""
-        with self._lock:
-            self._engine = None
-
-    def has_room(self, decoder: Decoder, rows: int, context: int) -> bool:
-        """Whether the GPU has memory for `rows` rows of `context` tokens, and some to spare."""
-        with self._lock:
-            kept = 0 if self._engine is None else self._engine.cache.nbytes
-        return rows * _row_bytes(decoder, context) <= 0.9 * (
-            free_bytes(decoder.embed.weight.device) + kept
-        )
-
-    @contextmanager
-    def engine(self, decoder: Decoder, rows: int, context: int) -> Iterator[Engine]:
-        """An engine with the number of rows that `rows` take, with pages for `context` in each."""
-        # Rows that fill up a batch are tokens as well.
-        size, pages = max(rows, limited(decoder, batch_size(rows))), rows * num_pages(context)
-        made_for = fingerprint(decoder)
-        with self._lock:
-            engine, self._engine = self._engine, None
-            if engine is None or made_for != self._made_for:
-                engine = None
-            elif engine.num_rows != size or engine.context < context or engine.pages < pages:
-                engine = None  # its memory may be needed
-        # A rank that records steps would wait for those that have them.
-        (anew,) = largest(decoder, engine is None)
-        if anew:
-            engine = None
-        if engine is None:
-            room = 2 ** max(9, (context - 1).bit_length())
-            if size * _row_bytes(decoder, room) <= KEPT_BYTES:
-                engine = Engine(decoder, num_rows=size, context=room)
-            else:  # it will not be kept, and all memory may be needed
-                engine = Engine(decoder, num_rows=size, context=context, pages=pages)
-        engine.captures = _captures(decoder)
-        yield engine
-        if engine.cache.nbytes <= KEPT_BYTES and not has_modules_of_others(decoder):
-            with self._lock:
-                self._engine, self._made_for = engine, made_for
-
-
-@cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """torch has one for all devices, on that which is current at the first capture."""
-    return torch.cuda.Stream(device)
-
-
-def batch_size(rows: int) -> int:
-    """For how many rows a step is made that has at least so many."""
-    return next((size for size in BATCH_SIZES if size >= rows), rows)
-
-
-def capturable(decoder: nn.Module) -> bool:
-    """Whether a recorded step would do what the modules do when they are called."""
-    return not any(
-        is_hooked(module) or getattr(module, "runs_on_host", False) for module in decoder.modules()
-    )
-
-
-def _captures(decoder: Decoder) -> bool:
-    """Whether steps are CUDA graphs, which they are on all ranks or on none."""
-    (captures,) = smallest(decoder, decoder.embed.weight.is_cuda and capturable(decoder))
-    return bool(captures)
-
-
-def has_modules_of_others(decoder: nn.Module) -> bool:
-    """Whether there are modules of other packages, of whose state `fingerprint` sees too little."""
-    packages = {type(module).__module__.partition(".")[0] for module in decoder.modules()}
-    return not packages <= {"moezoo", "torch"}
-
-
-def fingerprint(decoder: nn.Module) -> tuple[int, ...]:
-    """Other numbers once a module or the memory of a tensor is another: old graphs are stale."""
-    modules = (id(module) for module in decoder.modules())
-    tensors = itertools.chain(decoder.parameters(), decoder.buffers())
-    return (*modules, *(tensor.data_ptr() for tensor in tensors))
-
-
-@contextmanager
-def _unrecorded(decoder: Decoder) -> Iterator[None]:
-    """For passes that do nobody's work."""
-    with ExitStack() as stack:
-        for counter in (decoder.recorder, decoder.balancer):
-            if counter is not None:
-                stack.enter_context(counter.undone())
-        yield
 
 
 def supports(decoder: Decoder) -> bool:
     """Whether an `Engine` can run it: one device, and a rotation that ignores the length."""
     devices = {parameter.device for parameter in decoder.parameters()}
     return len(devices) == 1 and not decoder.rope.depends_on_length
-
-
-def _row_bytes(decoder: Decoder, context: int) -> int:
-    """Of a row with pages for `context` tokens."""
-    tokens = sum(token_bytes(decoder, window) for window in set(windows(decoder)))
-    return num_pages(context) * PAGE_SIZE * tokens + row_state_bytes(decoder)
-
-
-def rows_and_pages_that_fit(
-    decoder: Decoder, *, num_rows: int, context: int, chunk: int, cache_bytes: int | None
-) -> tuple[int, int]:
-    """For an `Engine` of at most `num_rows` rows: of `cache_bytes`, or of the memory that is free.
-
-    Where only some layers have pages that grow, the rings and states of the others take half of it
-    at most.
-    On a GPU where all might not fit, a forward pass of `chunk` tokens is made to see what it takes
-    beside the cache.
-    Ranks that share experts get the same, as the one with the least memory has it.
-    Raises `ValueError` if `cache_bytes` has no room for a page and what a row has for itself.
-    """
-    weight = decoder.embed.weight
-    page_bytes = token_bytes(decoder) * PAGE_SIZE
-    row_bytes = row_state_bytes(decoder) + PAGE_SIZE * sum(
-        token_bytes(decoder, window) * ring_pages(window, context=context, chunk=chunk)
-        for window in set(windows(decoder))
-        if window is not None
-    )
-    least = page_bytes + row_bytes
-    if cache_bytes is None and weight.is_cpu:
-        cache_bytes = max(CPU_CACHE_BYTES, least)
-    elif cache_bytes is None:
-        # The widest temporaries of sampling: scores sorted, and summed up in float64.
-        logits = num_rows * decoder.embed.num_embeddings * 40
-        (free,) = smallest(decoder, free_bytes(weight.device))
-        cache_bytes = num_rows * (num_pages(context) * page_bytes + row_bytes)
-        if cache_bytes + logits > free // 2:
-            activations = _activation_bytes(decoder, min(chunk, context))
-            cache_bytes = max(least, int(0.95 * free - 1.25 * activations - logits))
-    if cache_bytes < least:
-        raise ValueError(
-            f"cache_bytes is {cache_bytes}, but one prompt of {PAGE_SIZE} tokens takes {least}"
-        )
-    if row_bytes:
-        room = cache_bytes // 2 if page_bytes else cache_bytes
-        num_rows = max(1, min(num_rows, room // row_bytes))
-    wanted = num_rows * num_pages(context)
-    if page_bytes:
-        wanted = min(wanted, (cache_bytes - num_rows * row_bytes) // page_bytes)
-    num_rows, wanted = smallest(decoder, num_rows, wanted)
-    return num_rows, wanted
-
-
-@torch.inference_mode()
-def _activation_bytes(decoder: Decoder, num_tokens: int) -> int:
-    device = decoder.embed.weight.device
-    ids = torch.arange(num_tokens, device=device)[None]
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    context = DenseContext(decoder.rotation(ids), CausalMask(0, num_tokens, device))
-    with _unrecorded(decoder):
-        decoder(decoder.embed(ids % decoder.embed.num_embeddings), context)
-    return torch.cuda.max_memory_allocated(device) - before

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from moezoo.generation.offline import Prompt, context_length, encode
 from moezoo.generation.score import score
+from moezoo.generation.texts import Prompt, context_length, encode
 
 LENGTH = 512
 

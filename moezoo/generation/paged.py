@@ -9,14 +9,17 @@ Legend: T new tokens, S keys (cached and new), R rows, P pages of a row, Hq quer
 heads, D head width, C latent width, R rotated width (in C + R).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig
 
 from moezoo.device import runs_kernels
+from moezoo.generation.cache import growing_cache
 from moezoo.generation.pages import PAGE_SIZE, num_pages
 from moezoo.layers.attention import CausalMask, GroupedQueryAttention, Keys, attend
 from moezoo.layers.chosen_keys import Chooser, attend_to_chosen
@@ -99,6 +102,29 @@ class PagedCache:
     def nbytes(self) -> int:
         tensors = (x for layer in (*self.layers, *self.states) for x in layer if x is not None)
         return sum(x.nbytes for x in tensors)
+
+    @torch.inference_mode()
+    def dense(
+        self, config: PreTrainedConfig, table: Tensor, lengths: Sequence[int]
+    ) -> DynamicCache:
+        """transformers' cache with the first `lengths` tokens of rows 0, 1, .. of `table` [R, P].
+
+        It is padded on the left, with zeros. For decoders without a sliding window or a state.
+        """
+        cache = growing_cache(config)
+        width = max(lengths)
+        ends = torch.tensor(lengths, device=table.device)[:, None]
+        positions = torch.arange(width, device=table.device) - width + ends
+        slots = slots_of(table[: len(lengths)], positions.clamp(min=0))
+        hidden = (positions < 0)[..., None, None]
+        for layer_idx, stored in enumerate(self.layers):
+            keys, values = (
+                None if x is None else x[slots].masked_fill(hidden, 0).transpose(1, 2)
+                for x in stored
+            )
+            assert keys is not None
+            cache.update(keys, keys[..., :0] if values is None else values, layer_idx)
+        return cache
 
 
 class PagedContext:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from moezoo.generation.offline import Completion, Prompt
+from moezoo.generation.texts import Completion, Prompt
 
 if sys.platform != "win32":
     import fcntl

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moezoo.generation.offline import Completion, Prompt, context_length, encode
+from moezoo.generation.texts import Completion, Prompt, context_length, encode
 from moezoo.generation.turns import in_turn, take_part
 from moezoo.layers.attention import CausalMask, DenseContext
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
-from moezoo.generation.offline import Completion, Prompt
+from moezoo.generation.texts import Completion, Prompt
 from moezoo.parallel.mesh import Mesh
 from moezoo.parallel.post import Post
 

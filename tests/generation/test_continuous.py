@@ -12,7 +12,9 @@ from transformers import GenerationConfig, PreTrainedModel
 import moezoo
 from moezoo.generation import continuous
 from moezoo.generation.continuous import Batcher, Request
-from moezoo.generation.engine import Engine, batch_size, rows_and_pages_that_fit
+from moezoo.generation.engine import Engine
+from moezoo.generation.graphs import batch_size
+from moezoo.generation.memory import rows_and_pages_that_fit
 from moezoo.generation.paged import ring_pages, token_bytes
 from moezoo.generation.pages import PAGE_SIZE
 from moezoo.generation.sampling import Sampler, uniforms

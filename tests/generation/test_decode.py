@@ -24,11 +24,12 @@ from transformers.generation.streamers import BaseStreamer
 
 import moezoo
 from moezoo.assets import tiny_model
-from moezoo.generation import engine as engine_module
+from moezoo.generation import keeper as keeper_module
 from moezoo.generation.cache import growing_cache
 from moezoo.generation.continuous import Batcher, Request
 from moezoo.generation.decode import decode, decode_paged, unpadded
-from moezoo.generation.engine import Engine, EngineKeeper
+from moezoo.generation.engine import Engine
+from moezoo.generation.keeper import EngineKeeper
 from moezoo.layers.attention import visible_tokens
 
 PROMPTS = ["Once upon a time there was a little fox", "The boat", "In the morning, the king said"]
@@ -274,7 +275,7 @@ def test_threads_get_engines_of_their_own(model):
 
 
 def test_a_cache_too_large_to_keep_is_no_larger_than_needed(model, monkeypatch):
-    monkeypatch.setattr(engine_module, "KEPT_BYTES", 2 * 3072 * 2 * 600)
+    monkeypatch.setattr(keeper_module, "KEPT_BYTES", 2 * 3072 * 2 * 600)
     keeper = EngineKeeper()
     with keeper.engine(model.decoder, 2, 600) as engine:
         assert engine.context == 600
@@ -286,7 +287,7 @@ def test_the_pages_become_the_cache_that_transformers_would_have(model, inputs):
     both(model, inputs, engine=engine)
     mask = inputs["attention_mask"]
     lengths = (mask.sum(1) + NEW - 1).tolist()
-    cache = engine.dense_cache(model.config, lengths)
+    cache = engine.cache.dense(model.config, engine.tables[None], lengths)
     sequences = both(model, inputs)[1][0].sequences[:, :-1]
     mask = torch.cat((mask, mask.new_ones(len(mask), NEW - 1)), 1)
     with torch.inference_mode():

@@ -9,9 +9,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import moezoo
 from moezoo.assets import tiny_model
 from moezoo.errors import MoEOutOfMemoryError
-from moezoo.generation import offline
-from moezoo.generation.offline import Completion, Prompt, check_options, generate
+from moezoo.generation import on_engine
+from moezoo.generation.offline import generate
 from moezoo.generation.sampling import SeededDraw
+from moezoo.generation.settings import check_options
+from moezoo.generation.texts import Completion, Prompt
 
 PROMPTS = [
     "Once upon a time",
@@ -283,8 +285,8 @@ def test_what_runs_on_the_engine_and_what_does_not(
     model, tokenizer, monkeypatch, settings, in_engine
 ):
     made = []
-    engine = offline.Engine
-    monkeypatch.setattr(offline, "Engine", lambda *a, **k: made.append(1) or engine(*a, **k))
+    engine = on_engine.Engine
+    monkeypatch.setattr(on_engine, "Engine", lambda *a, **k: made.append(1) or engine(*a, **k))
     settings = {"max_new_tokens": 3, "do_sample": False} | settings
     (completion,) = generate(model, tokenizer, PROMPTS[:1], **settings)
     assert completion.error is None

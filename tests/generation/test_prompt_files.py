@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from moezoo.generation.offline import Completion, Prompt
 from moezoo.generation.prompt_files import OutputFile, completion_line, read_prompts, resume
+from moezoo.generation.texts import Completion, Prompt
 
 PROMPTS = [Prompt("a", "The dog"), Prompt(2, [{"role": "user", "content": "hello"}])]
 

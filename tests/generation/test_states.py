@@ -7,7 +7,9 @@ from transformers import DynamicCache
 
 import moezoo
 from moezoo.generation.continuous import Batcher, Request
-from moezoo.generation.engine import Engine, EngineKeeper, rows_and_pages_that_fit
+from moezoo.generation.engine import Engine
+from moezoo.generation.keeper import EngineKeeper
+from moezoo.generation.memory import rows_and_pages_that_fit
 from moezoo.generation.paged import row_state_bytes, token_bytes
 from moezoo.generation.pages import PAGE_SIZE
 from moezoo.generation.prompts import Chunk, rectangles

@@ -42,7 +42,7 @@ from written_module import write_weights
 import moezoo
 from moezoo import registry
 from moezoo.errors import CheckpointError, QuantizationError
-from moezoo.generation.engine import fingerprint
+from moezoo.generation.keeper import fingerprint
 from moezoo.layers.moe import FusedMoE, workspace_bytes
 from moezoo.layers.moe.chunks import CHUNK_TOKENS
 from moezoo.layers.quant import BlockFp8, QuantizedWeights

@@ -15,7 +15,7 @@ import moezoo
 from moezoo import Parallel
 from moezoo.assets import tiny_model
 from moezoo.errors import ExpertMapError, RankError
-from moezoo.generation import offline
+from moezoo.generation import on_engine
 from moezoo.generation.engine import Engine
 from moezoo.parallel import dispatch as dispatchers
 from moezoo.parallel.mesh import Mesh
@@ -281,7 +281,7 @@ def recording(rank: int) -> tuple[dict[int, Any], int]:
         made.append(Recording(*args, **options))
         return made[-1]
 
-    offline.Engine = engine  # type: ignore[assignment, misc]
+    on_engine.Engine = engine  # type: ignore[assignment, misc]
     found = complete(load(Parallel(3)), share(rank, 3), **SETTINGS[0])
     return found, len(made[0].recorded)
 

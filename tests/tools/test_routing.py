@@ -8,7 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moezoo
 from moezoo.assets import tiny_model
-from moezoo.generation.engine import Engine, capturable, fingerprint
+from moezoo.generation.engine import Engine
+from moezoo.generation.graphs import capturable
+from moezoo.generation.keeper import fingerprint
 from moezoo.tools.routing import RoutingTrace
 
 PROMPTS = ["Once upon a time", "The dog", "A cat sat on the roof and looked at the moon"]
