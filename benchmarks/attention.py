@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moezoo.generation.pages import PAGE_SIZE, num_pages
 from moezoo.layers.mla import MultiHeadLatentAttention
-from moezoo.tools.timing import time_graph
+from moezoo.tools.timing import Graph, in_turns
 
 DECODED = ((1, 8192), (8, 2048), (8, 8192), (32, 2048), (32, 8192))
 """Rows and their tokens."""
@@ -100,8 +100,9 @@ def fill(subject: Subject, row: Row, contenders: Iterator[tuple[str, Calls, Tens
         error = ((found - expected).abs().max() / expected.abs().max()).item()
         if not error < TOLERANCE:
             raise ValueError(f"differs from the reference by {error:.1e} of its largest number")
-        samples, number, _ = time_graph(calls, 100.0)
-        return spread(sample / number for sample in samples)
+        graph = Graph(calls)
+        samples = in_turns({"": graph}, 100.0)[""]
+        return spread(sample / graph.launches for sample in samples)
 
     for name, calls, expected in contenders:
         seconds = subject.attempt(row, name, partial(measure, calls, expected))

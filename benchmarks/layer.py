@@ -216,11 +216,10 @@ def run_cell(
         else:
             cell.skipped[name] = why
 
-    def failed(name: str, error: Exception) -> None:
+    cell.timings, failures = measure(fit, inputs, oracle, budget_ms=budget_ms)
+    for name, error in failures.items():
         cell.skipped[name] = reason(error)
         say(f"{cell.layer}, {cell.num_tokens} tokens, {name} skipped: {cell.skipped[name]}")
-
-    cell.timings = measure(fit, inputs, oracle, budget_ms=budget_ms, failed=failed)
     if inputs.x.is_cuda:
         torch.cuda.empty_cache()
     times = ", ".join(f"{name} {us(timing.median_us)}" for name, timing in cell.timings.items())

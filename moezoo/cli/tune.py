@@ -23,8 +23,8 @@ tune 128,8,2048,768 --quantization fp8_w8a8 --tokens 16 --tokens 64
 """,
         description=(
             "Time the MoE kernels with the tiles that can be best on this GPU, and keep the best "
-            "ones; models\nwith experts of these sizes use them from then on. It takes about a "
-            "minute a layer."
+            "ones; models\nwith experts of these sizes use them from then on. It takes a few "
+            "minutes a layer."
         ),
     )
     add_hub(parser)

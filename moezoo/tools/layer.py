@@ -1,8 +1,8 @@
 """How fast one MoE layer runs here, beside what the memory and the matrix units of this GPU allow.
 
 Measured from router logits [T, E] fp32 to the combined output [T, H], with random weights and
-tokens: on CUDA inside a graph, on CPU by the clock. Nothing is timed before its result was compared
-with fp32.
+tokens: on CUDA inside a graph, replayed after pauses (`timing.py` says why), on CPU by the clock.
+Nothing is timed before its result was compared with fp32.
 
 A layer in a model finds its weights in memory, not in cache: the layers before it have been there.
 So the launches of a measurement go through several sets of logits, whose experts are not the same
@@ -43,7 +43,6 @@ from moezoo.tools.timing import Calls, Graph, in_turns
 Implementation = Callable[[Tensor, Tensor], Tensor]
 """(x [T, H], logits [T, E]) -> [T, H], for weights that it holds."""
 
-
 DEFAULT_LAYERS = {"cuda": tuple(LAYERS), "cpu": ("olmoe-1b-7b",)}
 DEFAULT_TOKENS = {"cuda": (1, 4, 16, 64, 256, 1024, 4096, 16384), "cpu": (1, 4, 16, 64)}
 
@@ -77,7 +76,7 @@ class Timing:
     launches: int
     replays: int
     error: float
-    """Largest relative error of a token, see TOLERANCE."""
+    """Largest relative error of a token, see `layer_inputs.TOLERANCE`."""
 
 
 @dataclass
@@ -175,14 +174,14 @@ def measure(
     oracle: Oracle,
     *,
     budget_ms: float,
-    failed: Callable[[str, Exception], None],
-) -> dict[str, Timing]:
-    """The times of `runs` on `inputs`, for about budget_ms each; those that fail go to `failed`.
+) -> tuple[dict[str, Timing], dict[str, Exception]]:
+    """The times of `runs` on `inputs`, for about budget_ms each, and why others have none.
 
     Results are checked before timing and after it. The implementations take turns, see `in_turns`.
     """
     ready: dict[str, Graph | Calls] = {}
     errors: dict[str, float] = {}
+    failures: dict[str, Exception] = {}
     pool = torch.cuda.graph_pool_handle() if inputs.x.is_cuda else None
     for name, run in runs.items():
         try:
@@ -190,7 +189,9 @@ def measure(
             calls = [partial(run, inputs.x, logits) for logits in inputs.logits]
             ready[name] = Graph(calls, pool) if inputs.x.is_cuda else Calls(calls)
         except Exception as error:  # one must not take the others with it
-            failed(name, error)
+            failures[name] = error
+            if pool is not None:  # a capture that failed may have left it unusable
+                pool = torch.cuda.graph_pool_handle()
     samples = in_turns(ready, budget_ms)
     timings: dict[str, Timing] = {}
     for name, timed in ready.items():
@@ -198,7 +199,7 @@ def measure(
         try:
             last = oracle.error(len(inputs.logits) - 1, timed.out)
         except WrongResultError as error:
-            failed(name, error)
+            failures[name] = error
             continue
         times = [1e6 * seconds / timed.launches for seconds in samples[name]]
         timings[name] = Timing(
@@ -209,7 +210,7 @@ def measure(
             replays=len(times),
             error=max(errors[name], last),
         )
-    return timings
+    return timings, failures
 
 
 @torch.inference_mode()
@@ -304,9 +305,11 @@ def bench(
             cell = new_cell(name, inputs, report.ceilings, quantization=quantization)
             try:
                 oracle = Oracle(weights, layer.k, inputs)
-                cell.timings = measure(
-                    {"moezoo": run}, inputs, oracle, budget_ms=budget_ms, failed=_raise
+                cell.timings, failures = measure(
+                    {"moezoo": run}, inputs, oracle, budget_ms=budget_ms
                 )
+                if failures:
+                    raise failures["moezoo"]
             except (WrongResultError, torch.OutOfMemoryError) as error:
                 cell.skipped["moezoo"] = _first_line(error)
             report.cells.append(cell)
@@ -315,10 +318,6 @@ def bench(
         if kind.type == "cuda":
             torch.cuda.empty_cache()
     return report
-
-
-def _raise(name: str, error: Exception) -> None:
-    raise error
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ MAX_LAUNCHES = 48
 GRAPH_SECONDS = 2e-3
 MIN_REPLAYS = 5
 PAUSE = 4.0
-"""Before a replay, in times of what it takes."""
+"""Before a replay, as a multiple of its length or of the one before, whichever is longer."""
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -21,30 +21,28 @@ Key = TypeVar("Key", bound=Hashable)
 class Graph:
     """One CUDA graph that goes through `calls` in turn, once or several times.
 
-    What they launch must have been compiled. Graphs of one pool share memory: the result of one is
-    there until another is replayed.
+    What they launch must have been compiled. What they read lives as long as the graph. Graphs of
+    one pool share memory: the result of one is there until another is replayed.
     """
 
     def __init__(self, calls: Sequence[Callable[[], Tensor]], pool: Any = None) -> None:
-        self.pool = pool
-        self._capture(calls)
-        self.replay()
-        self.seconds = self.replay()
+        self.calls, self.pool = calls, pool
+        self._capture(1)
         rounds = _rounds(self.seconds / len(calls), len(calls))
         if rounds > 1:
-            self._capture([*calls] * rounds)
-            self.replay()
-            self.seconds = self.replay()
+            self._capture(rounds)
         self.launches = rounds * len(calls)
 
-    def _capture(self, calls: Sequence[Callable[[], Tensor]]) -> None:
+    def _capture(self, rounds: int) -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            for call in calls:
+            for call in [*self.calls] * rounds:
                 # One result at a time, so that a graph needs no more memory than a launch.
                 self.out = call()
         # A pool ends with its last graph, so the one before goes only now.
         self.graph = graph
+        self.replay()
+        self.seconds = self.replay()
 
     def replay(self) -> float:
         """Its seconds."""
@@ -74,30 +72,20 @@ def in_turns(timed: Mapping[Key, Graph | Calls], budget_ms: float) -> dict[Key, 
     """The seconds of replays, for about budget_ms each.
 
     A GPU lowers its clock where products draw more power than it may, and stays there for a while:
-    on an H100 the same kernel takes up to a fifth longer after another that drew as much. So the
-    replays take turns, each after a pause.
+    on an H100 a kernel takes up to a fifth longer after one that drew much than after one that did
+    not. So the replays take turns, each after a pause.
     """
     turns = {key: _replays(each.seconds, budget_ms) for key, each in timed.items()}
     samples: dict[Key, list[float]] = {key: [] for key in timed}
+    before = 0.0
     for turn in range(max(turns.values(), default=0)):
         for key, each in timed.items():
             if turn < turns[key]:
-                time.sleep(PAUSE * each.seconds)
-                samples[key].append(each.replay())
+                if isinstance(each, Graph):
+                    time.sleep(PAUSE * max(before, each.seconds))
+                before = each.replay()
+                samples[key].append(before)
     return samples
-
-
-def time_graph(
-    calls: Sequence[Callable[[], Tensor]], budget_ms: float
-) -> tuple[list[float], int, Tensor]:
-    """Seconds of the replays of one CUDA graph, its launches, and the result of the last of them.
-
-    The graph goes through `calls` in turn, once or several times. What they launch must have been
-    compiled.
-    """
-    graph = Graph(calls)
-    samples = [graph.replay() for _ in range(_replays(graph.seconds, budget_ms))]
-    return samples, graph.launches, graph.out.clone()
 
 
 def _rounds(seconds: float, num_sets: int) -> int:

@@ -2,7 +2,8 @@
 
 For each number of tokens, the two grouped products of the layer are timed with the tiles that can
 be best at that many rows an expert: a few dozen in all, compiled by several processes beforehand.
-The plans go into a JSON file that `moezoo.layers.kernels.tiles.plan` finds from then on.
+The best of each product are then timed together. The plans go into a JSON file that
+`moezoo.layers.kernels.tiles.plan` finds from then on.
 """
 
 import json
@@ -332,19 +333,18 @@ def _fastest(case: _Case) -> tuple[float, Plan]:
     The tiles that are close to the fastest of a product are measured again together, in turns: what
     a kernel takes alone is not always what it takes before another one that already waits.
     """
-    alone = {
-        Plan(first, second): us1 + us2
-        for m in case.permutations
-        for first, us1 in _close(_microseconds(_first_calls(case, m), together=False)).items()
-        for second, us2 in _close(_microseconds(_second_calls(case, m), together=False)).items()
-    }
+    alone: dict[Plan, float] = {}
+    for m in case.permutations:
+        firsts, seconds = _alone(_first_calls(case, m)), _alone(_second_calls(case, m))
+        for first, us1 in _close(firsts).items():
+            for second, us2 in _close(seconds).items():
+                alone[Plan(first, second)] = us1 + us2
     if not alone:
         raise MoEZooError(
             f"at {len(case.x)} tokens no candidate runs on this GPU: none of them fits it, or none "
             f"compiles with Triton {triton.__version__}; layers get their tiles by rule"
         )
-    plans = ((plan, case.calls(plan)) for plan in _close(alone))
-    times = _microseconds(plans, together=True)
+    times = _together((plan, case.calls(plan)) for plan in _close(alone))
     fastest = min(times, key=times.__getitem__)
     return times[fastest], fastest
 
@@ -393,24 +393,26 @@ def _close(times: dict[Key, float]) -> dict[Key, float]:
     return {key: times[key] for key in fastest if times[key] <= CLOSE * least}
 
 
-def _microseconds(
-    candidates: Iterable[tuple[Key, list[Call]]], *, together: bool
-) -> dict[Key, float]:
-    """The median time of a call, of the candidates that run; together they take turns."""
-    pool = torch.cuda.graph_pool_handle()
-    graphs: dict[Key, Graph] = {}
-    samples: dict[Key, list[float]] = {}
-    for key, calls in candidates:
+def _alone(candidates: Iterable[Candidate]) -> dict[Tile, float]:
+    """The median microseconds of a call, of the candidates that run."""
+    times: dict[Tile, float] = {}
+    for tile, calls in candidates:
         with unless_unusable():
             calls[0]()  # compiles, which a capture must not
-            graphs[key] = Graph(calls, pool)
-            if not together:
-                samples |= in_turns({key: graphs[key]}, BUDGET_MS)
-    if together:
-        samples = in_turns(graphs, BUDGET_MS)
+            times |= _medians({tile: Graph(calls)})
+    return times
+
+
+def _together(pairs: Iterable[tuple[Plan, list[Call]]]) -> dict[Plan, float]:
+    """The same of both products, which take turns."""
+    pool = torch.cuda.graph_pool_handle()
+    return _medians({plan: Graph(calls, pool) for plan, calls in pairs})
+
+
+def _medians(graphs: dict[Key, Graph]) -> dict[Key, float]:
     return {
         key: 1e6 * statistics.median(seconds) / graphs[key].launches
-        for key, seconds in samples.items()
+        for key, seconds in in_turns(graphs, BUDGET_MS).items()
     }
 
 

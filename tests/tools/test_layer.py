@@ -88,12 +88,12 @@ def test_skewed_routing_follows_zipf(skewed):
 def test_moezoo_is_measured(dtype):
     weights, inputs, oracle = case(3, dtype=dtype)
     run = tool.moezoo_layer(weights, SMALL.k)
-    timing = tool.measure({"moezoo": run}, inputs, oracle, budget_ms=1, failed=pytest.fail)[
-        "moezoo"
-    ]
-    assert 0 < timing.min_us <= timing.median_us <= timing.max_us
-    assert timing.replays >= 3
-    assert 0 <= timing.error <= layer_inputs.TOLERANCE[dtype]
+    timings, failures = tool.measure({"moezoo": run}, inputs, oracle, budget_ms=1)
+    taken = timings["moezoo"]
+    assert not failures
+    assert 0 < taken.min_us <= taken.median_us <= taken.max_us
+    assert taken.replays >= timing.MIN_REPLAYS
+    assert 0 <= taken.error <= layer_inputs.TOLERANCE[dtype]
 
 
 def wrong_weights(run, x, logits):
@@ -148,10 +148,33 @@ def test_a_graph_goes_through_the_calls_in_turn(monkeypatch):
         ran.append(number)
         return torch.tensor(number)
 
-    seconds, launches, last = timing.time_graph([partial(call, 1), partial(call, 2)], 3.0)
-    # 0.5 ms once, so four times make GRAPH_SECONDS; six replays of 0.5 ms are the budget.
-    assert ran == [1, 2, *["replay"] * 2, *[1, 2] * 4, *["replay"] * 2, *["replay"] * 6]
-    assert (seconds, launches, last.item()) == ([5e-4] * 6, 8, 2)
+    pauses = []
+    monkeypatch.setattr(timing.time, "sleep", pauses.append)
+    graph = timing.Graph([partial(call, 1), partial(call, 2)])
+    # 0.5 ms once, so four times make GRAPH_SECONDS.
+    assert ran == [1, 2, *["replay"] * 2, *[1, 2] * 4, *["replay"] * 2]
+    assert (graph.launches, graph.out.item()) == (8, 2)
+    # Six replays of 0.5 ms are the budget.
+    assert timing.in_turns({"graph": graph}, 3.0) == {"graph": [5e-4] * 6}
+    assert pauses == [timing.PAUSE * 5e-4] * 6
+
+
+def test_graphs_take_turns_after_pauses_for_the_longer_of_two(monkeypatch):
+    ran, pauses = [], []
+    monkeypatch.setattr(timing.time, "sleep", pauses.append)
+
+    class Graph(timing.Graph):
+        def __init__(self, seconds):
+            self.seconds = seconds
+
+        def replay(self):
+            ran.append(self.seconds)
+            return self.seconds
+
+    samples = timing.in_turns({"long": Graph(1.0), "short": Graph(0.125)}, 750.0)
+    assert ran == [1.0, 0.125] * 5 + [0.125]
+    assert samples == {"long": [1.0] * 5, "short": [0.125] * 6}
+    assert pauses == [timing.PAUSE] * 10 + [timing.PAUSE * 0.125]
 
 
 @pytest.mark.parametrize(
@@ -161,10 +184,7 @@ def test_a_wrong_implementation_is_refused(spoil):
     weights, inputs, oracle = case(7, dtype=torch.bfloat16)
     run = tool.moezoo_layer(weights, SMALL.k)
     runs = {"spoiled": lambda *args: spoil(run, *args), "right": run}
-    failures = {}
-    timings = tool.measure(
-        runs, inputs, oracle, budget_ms=1, failed=lambda *failure: failures.update([failure])
-    )
+    timings, failures = tool.measure(runs, inputs, oracle, budget_ms=1)
     assert timings.keys() == {"right"}
     assert isinstance(failures["spoiled"], WrongResultError)
 

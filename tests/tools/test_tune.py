@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from moezoo import cli
 from moezoo.errors import MoEZooError
 from moezoo.layers.kernels import tiles
 from moezoo.layers.kernels.tiles import Tile
-from moezoo.tools import timing
 from moezoo.tools import tune as tool
 from moezoo.tools.layer_weights import LAYERS, Layer, Weights
 
@@ -108,44 +108,70 @@ class Replays:
 
     launches = 1
 
-    def __init__(self, calls, pool):
-        self.call = calls[0]
+    def __init__(self, calls, pool=None):
+        self.replay = calls[0]
         self.seconds = self.replay()
-
-    def replay(self):
-        return self.call()
 
 
 def too_large():
     raise OutOfResources(300_000, 232_448, "shared memory")
 
 
-def test_only_the_fastest_of_those_that_run_are_tried_together(monkeypatch):
+@pytest.fixture
+def replays(monkeypatch):
     monkeypatch.setattr(tool, "Graph", Replays)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(timing, "PAUSE", 0.0)
+
+
+def test_only_the_fastest_of_those_that_run_are_tried_together(replays):
     times = {"slow": 9e-6, "fast": 3e-6, "close": 3.2e-6}
     candidates = [("large", [too_large]), *((n, [lambda t=t: t]) for n, t in times.items())]
-    found = tool._microseconds(candidates, together=False)
-    assert list(tool._close(found)) == ["fast", "close"]
-    assert tool._close(tool._microseconds(candidates[:1], together=False)) == {}
+    assert list(tool._close(tool._alone(candidates))) == ["fast", "close"]
+    assert tool._close(tool._alone(candidates[:1])) == {}
+    many = dict.fromkeys(range(2 * tool.FINALISTS), 3e-06)
+    assert list(tool._close(many)) == [*range(tool.FINALISTS)]
 
 
-def test_products_are_chosen_by_what_they_take_together(monkeypatch):
-    alone = {"up": [("a", 2e-6), ("b", 2.1e-6)], "down": [("c", 1e-6), ("d", 1.05e-6)]}
+def test_products_are_chosen_by_what_they_take_together(replays, monkeypatch):
+    alone = {"a": 2e-6, "b": 2.1e-6, "c": 1e-6, "d": 1.05e-6}
     together = {("a", "c"): 5e-6, ("a", "d"): 4e-6, ("b", "c"): 3e-6, ("b", "d"): 6e-6}
+    ran = []
+
+    def call(name, seconds):
+        ran.append(name)
+        return seconds
+
+    def candidates(*names):
+        return lambda case, m: ((n, [partial(call, n, alone[n])]) for n in names)
+
     x = torch.empty(4, 64)
     case = tool._Case(x, x, Weights(x, x), x, {16: []})
-    monkeypatch.setattr(tool, "Graph", Replays)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(timing, "PAUSE", 0.0)
-    for name, product in (("_first_calls", "up"), ("_second_calls", "down")):
-        rows = [(tile, [lambda t=t: t]) for tile, t in alone[product]]
-        monkeypatch.setattr(tool, name, lambda case, m, rows=rows: rows)
+    monkeypatch.setattr(tool, "_first_calls", candidates("a", "b"))
+    monkeypatch.setattr(tool, "_second_calls", candidates("c", "d"))
     monkeypatch.setattr(
-        tool._Case, "calls", lambda self, plan: [lambda: together[plan.gated_up, plan.down]]
+        tool._Case,
+        "calls",
+        lambda self, plan: [
+            partial(call, (plan.gated_up, plan.down), together[plan.gated_up, plan.down])
+        ],
     )
     assert tool._fastest(case) == (pytest.approx(3), tool.Plan("b", "c"))
+    turns = [name for name in ran if isinstance(name, tuple)][len(together) :]
+    assert turns[: len(together)] == turns[len(together) : 2 * len(together)] == [*together]
+    # Once to compile, once as a graph and then its replays: no product is searched twice.
+    assert [*dict.fromkeys(ran)][:4] == ["a", "b", "c", "d"]
+    assert all(ran.count(name) == 2 + 50 for name in alone)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantization", [None, "fp8_w8a8"])
+def test_a_small_layer_is_tuned(quantization):
+    layer = Layer(8, 2, 256, 256)
+    entry = tool.tune(layer, tokens=[4, 2048], quantization=quantization, report=lambda line: None)
+    assert [plan["tokens"] for plan in entry["plans"]] == [4, 2048]
+    for plan in entry["plans"]:
+        assert plan["microseconds"] > 0
+        assert plan["gated_up"]["m"] == plan["down"]["m"]
 
 
 def test_an_error_of_the_device_is_not_taken_for_a_tile_that_does_not_compile():
@@ -156,7 +182,7 @@ def test_an_error_of_the_device_is_not_taken_for_a_tile_that_does_not_compile():
 
 
 def test_no_candidate_at_all_is_an_error(monkeypatch):
-    monkeypatch.setattr(tool, "_microseconds", lambda candidates, together: {})
+    monkeypatch.setattr(tool, "_alone", lambda candidates: {})
     x = torch.empty(4, 64)
     case = tool._Case(x, x, Weights(x, x), x, {16: [], 32: []})
     with pytest.raises(MoEZooError, match="at 4 tokens no candidate runs"):
