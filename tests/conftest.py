@@ -18,7 +18,7 @@ hypothesis.settings.load_profile("moezoo")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = [item for item in items if "gpu" not in item.keywords and is_left_out(item)]
+    left_out = left_to_gpu([item for item in items if "gpu" not in item.keywords])
     config.hook.pytest_deselected(items=left_out)
     left_out_ids = {item.nodeid for item in left_out}
     items[:] = [item for item in items if item.nodeid not in left_out_ids]
@@ -29,10 +29,38 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(no_gpu)
 
 
-def is_left_out(item: pytest.Item) -> bool:
-    """Whether a test of which one case in `n` runs on a CPU leaves this one to the GPU."""
+def left_to_gpu(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Of `sampled` tests, the cases that a CPU leaves out.
+
+    It runs one in `n`, and those with a value of a parameter that none of these has, or with what
+    `by` makes of it. bf16 does not count: the interpreter does not multiply it.
+    """
+    left_out: list[pytest.Item] = []
+    seen: set[tuple[str, str, str]] = set()
+    for item in items:
+        sampled = item.get_closest_marker("sampled")
+        if sampled is None:
+            continue
+        if zlib.crc32(item.name.encode()) % sampled.kwargs["n"]:
+            left_out.append(item)
+        else:
+            seen |= values(item)
+    for item in [*left_out]:
+        if not values(item) <= seen:
+            left_out.remove(item)
+            seen |= values(item)
+    return left_out
+
+
+def values(item: pytest.Item) -> set[tuple[str, str, str]]:
+    """A case's test with each of its parameters and what it is."""
+    callspec = getattr(item, "callspec", None)
+    if callspec is None or torch.bfloat16 in callspec.params.values():
+        return set()
     sampled = item.get_closest_marker("sampled")
-    return sampled is not None and zlib.crc32(item.name.encode()) % sampled.kwargs["n"] > 0
+    by = sampled.kwargs.get("by", repr) if sampled else repr
+    test = item.nodeid.partition("[")[0]
+    return {(test, name, by(value)) for name, value in callspec.params.items()}
 
 
 @pytest.fixture(autouse=True)
