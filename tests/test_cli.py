@@ -211,6 +211,15 @@ def test_resuming_after_a_kill_loses_and_repeats_nothing(capsys, tmp_path):
     assert "loaded" not in err
 
 
+@pytest.fixture
+def interruptible():
+    """Workers of xdist ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_run_says_so_and_resumes(capsys, tmp_path, monkeypatch):
     lines = prompts_file(tmp_path / "in.jsonl", "The dog", "A cat", "One day")
     output = tmp_path / "out.jsonl"
@@ -223,7 +232,6 @@ def test_an_interrupted_run_says_so_and_resumes(capsys, tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(offline, "generate", interrupted)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of xdist ignore it
     code, _, err = run(capsys, *command)
     assert code == 130
     assert "moezoo: interrupted; the same command goes on" in err
@@ -233,7 +241,6 @@ def test_an_interrupted_run_says_so_and_resumes(capsys, tmp_path, monkeypatch):
     assert code == 130
     assert "moezoo: interrupted; leave out --overwrite to go on" in err
     assert "the same command" not in err
-    signal.signal(signal.SIGINT, before)
     monkeypatch.undo()
     code, _, err = run(capsys, *command)
     assert code == 0

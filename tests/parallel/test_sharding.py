@@ -153,8 +153,8 @@ def test_quantised(folders: dict[str, Path], tmp_path: Path) -> None:
     cases.append(cases[0] | {"wire": "fp8", "chunks": 2})
     cases.append(cases[0] | {"wire": "fp8", "capacity": 30})
     check(folders["deepseek_v3"], cases, RANKS)
-    in_turn = (cases[0], cases[1], cases[-1])
-    bf16 = [case | {"load": case["load"] | {"dtype": "bfloat16"}} for case in in_turn]
+    some = (cases[0], cases[1], cases[-1])
+    bf16 = [case | {"load": case["load"] | {"dtype": "bfloat16"}} for case in some]
     check(folders["deepseek_v3"], bf16, RANKS, ROUNDED)
     for kind in kinds[:2]:
         saved = tmp_path / kind
