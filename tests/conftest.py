@@ -2,7 +2,8 @@
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -35,30 +36,30 @@ def left_to_gpu(items: list[pytest.Item]) -> list[pytest.Item]:
     It runs one in `n`, and those with a value of a parameter that none of these has, or with what
     `by` makes of it. bf16 does not count: the interpreter does not multiply it.
     """
-    left_out: list[pytest.Item] = []
+    left_out: list[tuple[pytest.Item, set[tuple[str, str, str]]]] = []
     seen: set[tuple[str, str, str]] = set()
     for item in items:
         sampled = item.get_closest_marker("sampled")
         if sampled is None:
             continue
+        values = values_of(item, sampled.kwargs.get("by", repr))
         if zlib.crc32(item.name.encode()) % sampled.kwargs["n"]:
-            left_out.append(item)
+            left_out.append((item, values))
         else:
-            seen |= values(item)
-    for item in [*left_out]:
-        if not values(item) <= seen:
-            left_out.remove(item)
-            seen |= values(item)
-    return left_out
+            seen |= values
+    still_out = []
+    for item, values in left_out:
+        if values <= seen:
+            still_out.append(item)
+        seen |= values
+    return still_out
 
 
-def values(item: pytest.Item) -> set[tuple[str, str, str]]:
+def values_of(item: pytest.Item, by: Callable[[Any], str]) -> set[tuple[str, str, str]]:
     """A case's test with each of its parameters and what it is."""
     callspec = getattr(item, "callspec", None)
     if callspec is None or torch.bfloat16 in callspec.params.values():
         return set()
-    sampled = item.get_closest_marker("sampled")
-    by = sampled.kwargs.get("by", repr) if sampled else repr
     test = item.nodeid.partition("[")[0]
     return {(test, name, by(value)) for name, value in callspec.params.items()}
 

@@ -13,7 +13,6 @@ Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per toke
 
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -38,7 +37,7 @@ from moezoo.tools.layer_weights import (
     expert_bytes,
     random_weights,
 )
-from moezoo.tools.timing import Calls, Graph, in_turns
+from moezoo.tools.timing import Calls, Graph, in_turns, seconds_of
 
 Implementation = Callable[[Tensor, Tensor], Tensor]
 """(x [T, H], logits [T, E]) -> [T, H], for weights that it holds."""
@@ -238,22 +237,8 @@ def measure_ceilings(
 
 
 def _best(run: Callable[[], object], device: torch.device) -> float:
-    samples = []
-    for turn in range(13):
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            seconds = 1e-3 * begin.elapsed_time(end)
-        else:
-            start = time.perf_counter()
-            run()
-            seconds = time.perf_counter() - start
-        if turn >= 3:
-            samples.append(seconds)
-    return min(samples)
+    samples = [seconds_of(run, on_gpu=device.type == "cuda") for _ in range(13)]
+    return min(samples[3:])
 
 
 def new_cell(

@@ -46,12 +46,7 @@ class Graph:
 
     def replay(self) -> float:
         """Its seconds."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        self.graph.replay()
-        end.record()
-        end.synchronize()
-        return 1e-3 * begin.elapsed_time(end)
+        return seconds_of(self.graph.replay, on_gpu=True)
 
 
 class Calls:
@@ -62,10 +57,25 @@ class Calls:
         self.seconds = self.replay()
 
     def replay(self) -> float:
-        start = time.perf_counter()
+        return seconds_of(self._run, on_gpu=False)
+
+    def _run(self) -> None:
         for call in self.calls:
             self.out = call()
+
+
+def seconds_of(run: Callable[[], object], *, on_gpu: bool) -> float:
+    """Between events around `run`, whose work has ended when this returns; or by the clock."""
+    if not on_gpu:
+        start = time.perf_counter()
+        run()
         return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return 1e-3 * begin.elapsed_time(end)
 
 
 def in_turns(timed: Mapping[Key, Graph | Calls], budget_ms: float) -> dict[Key, list[float]]:
