@@ -8,7 +8,7 @@ from moezoo.cli.models import quieten
 from moezoo.cli.options import add_command, add_hub, number
 from moezoo.cli.output import DONE, say
 
-TUNED = ("fp8_w8a8",)
+TUNED = ("fp8_w8a8", "int8_w8a16", "int4_w4a16", "mxfp4")
 
 
 def add(commands: Any) -> None:

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,18 @@ from moezoo.layers.kernels.down import down
 from moezoo.layers.kernels.down_fp8 import down_fp8
 from moezoo.layers.kernels.gated_up import gated_up
 from moezoo.layers.kernels.gated_up_fp8 import gated_up_fp8
+from moezoo.layers.kernels.interleave import padded
 from moezoo.layers.kernels.overlap import capability
 from moezoo.layers.kernels.permute import Permutation, permute
 from moezoo.layers.kernels.tiles import Plan, Sizes, Tile, sizes_of
+from moezoo.layers.kernels.weight_only import down_weight_only, gated_up_weight_only, ways
+from moezoo.layers.kernels.weight_only_tiles import fitted_weight_only
+from moezoo.layers.quant import Format, Int4, Int8, Mxfp4, WeightOnly
 from moezoo.layers.quant.fp8 import BLOCK, BLOCK_FP8, BlockFp8, Fp8Rows, quantize_rows
 from moezoo.tools.layer import device_name
 from moezoo.tools.layer_weights import Layer, QuantizedWeights, Weights, random_weights
 from moezoo.tools.timing import Graph, Key, in_turns
+from moezoo.tools.tune_candidates import CANDIDATES
 
 TOKENS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 Call = Callable[[], Tensor]
@@ -52,8 +57,16 @@ SETS = 4
 BUDGET_MS = 12.0
 """Of the replays that time a candidate."""
 
-SMALLEST_SIZE = 64
-"""The least k of the candidates at any number of rows; a product may not be shorter."""
+SIZES: dict[str | None, tuple[int, int]] = {
+    None: (8, 64),
+    BLOCK_FP8: (16, BLOCK),
+    Int8.name: (16, 64),
+    Int4.name: (128, 128),
+    Mxfp4.name: (32, 128),
+}
+"""For each quantisation, what hidden and intermediate sizes must be multiples of (what the bulk
+copy engine reads, or a group of int4), and the least k of the candidates at any number of rows: a
+product may not be shorter."""
 
 FINALISTS, CLOSE = 6, 1.1
 """So many tiles of each product, no slower than so many times the fastest, and then so many pairs
@@ -76,125 +89,6 @@ def unless_unusable() -> Iterator[None]:
             raise
 
 
-def gated_up_tiles(rows_per_expert: float) -> Iterator[Tile]:
-    """Candidates for the first product."""
-    if rows_per_expert <= 40:
-        for m in _few_rows(rows_per_expert):
-            first = Tile(m, 64, 128, 4, 3, descriptors=True, weights_first=True)
-            yield first
-            yield replace(first, k=256)
-            yield replace(first, k=64, num_stages=6)
-            yield replace(first, group_m=1)
-    if 16 < rows_per_expert <= 400:
-        tile = Tile(64, 128, 64, 4, 4, descriptors=True)
-        for tail in (0, 32):
-            for group_m in (1, 4, 8):
-                yield replace(tile, tail=tail, group_m=group_m)
-        yield replace(tile, num_warps=8)
-        yield Tile(64, 64, 128, 4, 2, descriptors=True, weights_first=True)
-    if rows_per_expert > 24:
-        tile = Tile(128, 128, 64, 8, 4, descriptors=True)
-        for tail in (0, 32, 64):
-            for group_m in (2, 4, 8, 16):
-                yield replace(tile, tail=tail, group_m=group_m)
-        for group_m in (8, 16):
-            yield replace(tile, programs_per_sm=1, group_m=group_m)
-
-
-def down_tiles(rows_per_expert: float) -> Iterator[Tile]:
-    """Candidates for the second product."""
-    if rows_per_expert <= 40:
-        for m in _few_rows(rows_per_expert):
-            first = Tile(m, 64, 128, 4, 4, descriptors=True, weights_first=True)
-            yield first
-            yield replace(first, num_stages=3)
-            yield replace(first, n=128, num_stages=3)
-            yield replace(first, k=256, num_stages=3)
-            yield replace(first, n=128, k=64, programs_per_sm=2)
-    if 16 < rows_per_expert <= 400:
-        tile = Tile(64, 128, 64, 4, 4, descriptors=True)
-        for tail in (0, 32):
-            yield replace(tile, tail=tail)
-            yield replace(tile, tail=tail, num_stages=3)
-        yield replace(tile, weights_first=True)
-        yield replace(tile, programs_per_sm=2)
-        yield replace(tile, n=256, programs_per_sm=1)
-    if rows_per_expert > 24:
-        tile = Tile(128, 256, 64, 8, 4, descriptors=True)
-        small = Tile(128, 128, 64, 4, 3, descriptors=True)
-        for group_m in (4, 8, 16):
-            yield replace(tile, programs_per_sm=1, group_m=group_m)
-        yield tile
-        yield replace(tile, tail=64)
-        yield replace(small, tail=64)
-        yield replace(small, tail=32)
-        yield replace(small, tail=64, group_m=4)
-        yield replace(small, programs_per_sm=2)
-
-
-def gated_up_fp8_tiles(rows_per_expert: float) -> Iterator[Tile]:
-    """Candidates for the first product in block fp8: n and k are 128."""
-    if rows_per_expert <= 40:
-        for m in _few_rows(rows_per_expert):
-            first = Tile(m, 128, 128, 8, 3, descriptors=True, weights_first=True)
-            for num_stages in (2, 3, 4):
-                yield replace(first, num_stages=num_stages)
-                if m < 64:
-                    yield replace(first, num_stages=num_stages, num_warps=4)
-            yield replace(first, group_m=1)
-    if 12 < rows_per_expert <= 400:
-        tile = Tile(64, 128, 128, 8, 4, descriptors=True)
-        yield tile
-        yield replace(tile, num_stages=2)
-        yield replace(tile, num_warps=4, num_stages=2)
-        yield replace(tile, num_warps=4, num_stages=3)
-        yield replace(tile, tail=32)
-    if rows_per_expert > 24:
-        tile = Tile(128, 128, 128, 8, 4, descriptors=True)
-        for tail in (0, 32, 64):
-            for group_m in (4, 8, 16):
-                yield replace(tile, tail=tail, group_m=group_m)
-        yield replace(tile, programs_per_sm=1)
-
-
-def down_fp8_tiles(rows_per_expert: float) -> Iterator[Tile]:
-    """Candidates for the second product in block fp8: k is 128."""
-    if rows_per_expert <= 40:
-        for m in _few_rows(rows_per_expert):
-            first = Tile(m, 128, 128, 8, 4, descriptors=True, weights_first=True)
-            yield first
-            yield replace(first, n=256, num_stages=3)
-            if m < 64:
-                yield replace(first, num_warps=4)
-                yield replace(first, n=64, num_warps=4)
-                yield replace(first, n=64, num_warps=4, num_stages=8)
-    if 12 < rows_per_expert <= 400:
-        tile = Tile(64, 128, 128, 4, 4, descriptors=True)
-        yield tile
-        yield replace(tile, num_stages=3)
-        yield replace(tile, n=256, num_warps=8)
-        yield replace(tile, n=256, num_warps=8, programs_per_sm=1)
-    if rows_per_expert > 24:
-        for n in (128, 256):
-            tile = Tile(128, n, 128, 8, 4, descriptors=True)
-            yield tile
-            yield replace(tile, tail=64)
-            yield replace(tile, num_stages=3)
-            yield replace(tile, programs_per_sm=1)
-            yield replace(tile, group_m=16)
-
-
-CANDIDATES = {
-    None: (gated_up_tiles, down_tiles),
-    BLOCK_FP8: (gated_up_fp8_tiles, down_fp8_tiles),
-}
-"""For each quantisation, the candidates of both products by the rows of an expert."""
-
-
-def _few_rows(rows_per_expert: float) -> tuple[int, ...]:
-    return (16,) if rows_per_expert <= 6 else (16, 32) if rows_per_expert <= 14 else (32, 64)
-
-
 def check(layer: Layer, device: torch.device, quantization: str | None = None) -> None:
     """Raises ValueError where there is nothing to search: candidates read through descriptors."""
     hidden, intermediate = layer.hidden_size, layer.intermediate_size
@@ -205,11 +99,11 @@ def check(layer: Layer, device: torch.device, quantization: str | None = None) -
             f"and later, and this one is {device_name(device)}; here every layer gets its tiles by "
             "rule, without a table"
         )
-    step, smallest = (8, SMALLEST_SIZE) if quantization is None else (16, BLOCK)
+    step, smallest = SIZES[quantization]
     if hidden % step or intermediate % step:
         raise ValueError(
-            f"tune needs a hidden and an intermediate size that are multiples of {step}, which the "
-            f"bulk copy engine reads, got {hidden} and {intermediate}; {by_rule}"
+            f"tune needs a hidden and an intermediate size that are multiples of {step} for "
+            f"{quantization or 'weights of 16 bits'}, got {hidden} and {intermediate}; {by_rule}"
         )
     if min(hidden, intermediate) < smallest:
         raise ValueError(
@@ -227,9 +121,9 @@ def tune(
 ) -> dict[str, Any]:
     """Time the candidates on the current CUDA device; the entry of the layer for `save`.
 
-    bf16, or weights in "fp8_w8a8"; random weights and choices of experts. Raises what `check` does,
-    MoEZooError where no candidate runs, and torch.OutOfMemoryError where the layer's weights do not
-    fit.
+    bf16, or weights in a quantisation of CANDIDATES, int4 in groups of 128; random weights and
+    choices of experts. Raises what `check` does, MoEZooError where no candidate runs, and
+    torch.OutOfMemoryError where the layer's weights do not fit.
     """
     device = torch.device("cuda", torch.cuda.current_device())
     check(layer, device, quantization)
@@ -266,8 +160,9 @@ def tune(
 class _Case:
     """What the two products read at one number of tokens.
 
-    x [T, H] and h [S, I], bf16, topk_weights [T, K]; by the m of a tile, the permutations of each
-    choice of experts.
+    x [T, H] and h [S, I], bf16 (as wide as `interleave` makes them where the weights are for
+    `weight_only`), topk_weights [T, K]; by the m of a tile, the permutations of each choice of
+    experts.
     """
 
     x: Tensor
@@ -289,8 +184,8 @@ class _Case:
             device = generator.device
             return torch.randn(*size, device=device, dtype=torch.bfloat16, generator=generator)
 
-        x = normal(num_tokens, layer.hidden_size)
-        h = normal(num_tokens * layer.k, layer.intermediate_size)
+        x = normal(num_tokens, _width(layer.hidden_size, weights.w13))
+        h = normal(num_tokens * layer.k, _width(layer.intermediate_size, weights.w2))
         choices = [
             torch.rand(num_tokens, layer.num_experts, device=x.device, generator=generator)
             .topk(layer.k, 1)
@@ -298,7 +193,8 @@ class _Case:
             for _ in range(SETS)
         ]
         permutations = {
-            m: [permute(ids, layer.num_experts, m) for ids in choices] for m in (16, 32, 64, 128)
+            m: [permute(ids, layer.num_experts, m) for ids in choices]
+            for m in (16, 32, 64, 128, 256)
         }
         topk_weights = torch.full((num_tokens, layer.k), 1 / layer.k, device=x.device)
         return cls(x, h, weights, topk_weights, permutations)
@@ -324,7 +220,17 @@ class _Case:
 
     @property
     def quantization(self) -> str | None:
-        return BLOCK_FP8 if isinstance(self.weights, QuantizedWeights) else None
+        w13 = self.weights.w13
+        return w13.name if isinstance(w13, Format) else None
+
+
+def _width(num_columns: int, w: Tensor | Format) -> int:
+    """Of rows for w."""
+    return (
+        padded(num_columns, ways(type(w), num_columns))
+        if isinstance(w, WeightOnly)
+        else num_columns
+    )
 
 
 def _fastest(case: _Case) -> tuple[float, Plan]:
@@ -370,6 +276,9 @@ def _first_product(x: Tensor, weights: Weights | QuantizedWeights, k: int, tile:
     if isinstance(w13, BlockFp8):
         fitted, tokens = tile.fitted(2, 1, x.device), quantize_rows(x)
         return lambda rows: gated_up_fp8(tokens, w13, rows, k=k, tile=fitted).data
+    if isinstance(w13, WeightOnly):
+        fitted = _fitted_weight_only(tile, 2, w13, x.device)
+        return lambda rows: gated_up_weight_only(x, w13, rows, k=k, tile=fitted)
     assert isinstance(w13, Tensor)
     fitted = tile.fitted(2, 2, x.device)
     return lambda rows: gated_up(x, w13, rows, k=k, tile=fitted)
@@ -381,9 +290,16 @@ def _second_product(h: Tensor, weights: Weights | QuantizedWeights, tile: Tile) 
         data, scales = quantize_rows(h)
         fitted, between = tile.fitted(1, 1, h.device), Fp8Rows(data, scales.mT.contiguous().mT)
         return lambda rows: down_fp8(between, w2, rows, dtype=torch.bfloat16, tile=fitted)
+    if isinstance(w2, WeightOnly):
+        fitted = _fitted_weight_only(tile, 1, w2, h.device)
+        return lambda rows: down_weight_only(h, w2, rows, tile=fitted)
     assert isinstance(w2, Tensor)
     fitted = tile.fitted(1, 2, h.device)
     return lambda rows: down(h, w2, rows, tile=fitted)
+
+
+def _fitted_weight_only(tile: Tile, num_parts: int, w: WeightOnly, device: torch.device) -> Tile:
+    return fitted_weight_only(tile, num_parts, 8 if isinstance(w, Int8) else 4, 2, device)
 
 
 def _close(times: dict[Key, float]) -> dict[Key, float]:
@@ -442,8 +358,11 @@ def _compile(job: tuple[str, Tile], layer: Layer, quantization: str | None) -> N
     device = torch.device("cuda", torch.cuda.current_device())
     weights = random_weights(layer, torch.bfloat16, device, quantization)
     generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(64, layer.hidden_size, device=device, generator=generator).bfloat16()
-    h = torch.randn(128, layer.intermediate_size, device=device, generator=generator).bfloat16()
+    hidden, intermediate = layer.hidden_size, layer.intermediate_size
+    x, h = (
+        torch.randn(*size, device=device, generator=generator).bfloat16()
+        for size in ((64, _width(hidden, weights.w13)), (128, _width(intermediate, weights.w2)))
+    )
     ids = torch.arange(128, device=device, dtype=torch.int32).view(64, 2) % 4
     rows = permute(ids, 4, tile.m)
     # The search meets the same error, and goes on without the tile.

@@ -19,6 +19,7 @@ ROWS_PER_EXPERT = sorted(
     {tokens * layer.k / layer.num_experts for tokens in tool.TOKENS for layer in LAYERS.values()}
 )
 CPU = torch.device("cpu")
+WEIGHT_ONLY = ("int8_w8a16", "int4_w4a16", "mxfp4")
 
 
 @pytest.fixture
@@ -47,27 +48,36 @@ def stages(path):
 def test_candidates_are_tiles_that_a_product_takes(rows, quantization):
     first_tiles, second_tiles = tool.CANDIDATES[quantization]
     firsts, seconds = list(first_tiles(rows)), list(second_tiles(rows))
+    weight_only = quantization in WEIGHT_ONLY
     for tile in [*firsts, *seconds]:
-        assert tile.m in (16, 32, 64, 128)
+        assert tile.m in ((16, 32, 64, 128, 256) if weight_only else (16, 32, 64, 128))
         assert tile.tail == 0 or (tile.tail >= 16 and tile.tail < tile.m)
         for size in (tile.n, tile.k, tile.tail or 16):
             assert size >= 16
             assert size & (size - 1) == 0
         assert tile.num_warps in (4, 8)
         assert tile.descriptors
-        if tile.weights_first:
+        if weight_only:
+            assert tile.weights_first
+        elif tile.weights_first:
             assert tile.n % 64 == 0
             assert not tile.tail
-    if quantization:
+    if weight_only:
+        # Matrix instructions take 64 rows of weights, of gate and up together in the first product.
+        assert all(tile.n % 32 == 0 for tile in firsts)
+        assert all(tile.n % 64 == 0 for tile in seconds)
+    elif quantization:
         assert all((tile.n, tile.k) == (128, 128) for tile in firsts)
         assert all(tile.n in (64, 128, 256) and tile.k == 128 for tile in seconds)
-        assert {tile.m for tile in firsts} & {tile.m for tile in seconds}
 
 
+@pytest.mark.parametrize("quantization", tool.CANDIDATES)
 @pytest.mark.parametrize("rows", ROWS_PER_EXPERT)
-def test_both_products_have_a_candidate_of_one_m_even_for_the_smallest_layer(rows):
-    first = {tile.m for tile in tool.gated_up_tiles(rows) if tile.k <= tool.SMALLEST_SIZE}
-    second = {tile.m for tile in tool.down_tiles(rows) if tile.k <= tool.SMALLEST_SIZE}
+def test_both_products_have_a_candidate_of_one_m_even_for_the_smallest_layer(rows, quantization):
+    _, smallest = tool.SIZES[quantization]
+    first, second = (
+        {tile.m for tile in of(rows) if tile.k <= smallest} for of in tool.CANDIDATES[quantization]
+    )
     assert first & second
 
 
@@ -87,8 +97,8 @@ def test_old_gpus_have_nothing_to_tune(monkeypatch):
 @pytest.mark.parametrize(
     ("hidden", "intermediate", "reason"),
     [
-        (100, 96, "multiples of 8, .* got 100 and 96"),
-        (96, 100, "multiples of 8, .* got 96 and 100"),
+        (100, 96, "multiples of 8 for weights of 16 bits, got 100 and 96"),
+        (96, 100, "multiples of 8 for weights of 16 bits, got 96 and 100"),
         (56, 96, "at least 64, got 56 and 96"),
         (96, 32, "at least 64, got 96 and 32"),
     ],
@@ -164,7 +174,7 @@ def test_products_are_chosen_by_what_they_take_together(replays, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("quantization", [None, "fp8_w8a8"])
+@pytest.mark.parametrize("quantization", tool.CANDIDATES)
 def test_a_small_layer_is_tuned(quantization):
     layer = Layer(8, 2, 256, 256)
     entry = tool.tune(layer, tokens=[4, 2048], quantization=quantization, report=lambda line: None)
@@ -210,12 +220,21 @@ def test_plans_of_a_quantization_stand_beside_the_others(tmp_path):
     assert table[8, 64, 96, "fp8_w8a8"][1.0].down.num_stages == 2
 
 
-def test_layers_with_nothing_to_tune_in_fp8(hopper):
-    tool.check(Layer(8, 2, 128, 144), CPU, "fp8_w8a8")
-    with pytest.raises(ValueError, match="multiples of 16"):
-        tool.check(Layer(8, 2, 128, 136), CPU, "fp8_w8a8")
-    with pytest.raises(ValueError, match="at least 128"):
-        tool.check(Layer(8, 2, 128, 64), CPU, "fp8_w8a8")
+@pytest.mark.parametrize(
+    ("quantization", "fits", "between", "small"),
+    [
+        ("fp8_w8a8", 144, 136, 64),
+        ("int8_w8a16", 80, 72, 32),
+        ("int4_w4a16", 256, 192, 0),
+        ("mxfp4", 160, 144, 96),
+    ],
+)
+def test_layers_with_nothing_to_tune_quantized(hopper, quantization, fits, between, small):
+    tool.check(Layer(8, 2, 128, fits), CPU, quantization)
+    with pytest.raises(ValueError, match=f"multiples of .* for {quantization}, got 128 and"):
+        tool.check(Layer(8, 2, 128, between), CPU, quantization)
+    with pytest.raises(ValueError, match=r"at least (64|128), got 128 and"):
+        tool.check(Layer(8, 2, 128, small), CPU, quantization)
 
 
 def test_what_was_saved_is_used_at_once(tmp_path, monkeypatch):

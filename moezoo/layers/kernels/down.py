@@ -227,6 +227,6 @@ def down(
         BLOCK_K=tile.k,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **launch_options(h.device),
+        **launch_options(h.device, persistent=tile.programs_per_sm > 0),
     )
     return y

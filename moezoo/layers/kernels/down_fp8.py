@@ -333,6 +333,6 @@ def down_fp8(
         BLOCK_K=tile.k,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **launch_options(y.device),
+        **launch_options(y.device, persistent=tile.programs_per_sm > 0),
     )
     return y

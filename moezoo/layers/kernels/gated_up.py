@@ -341,6 +341,6 @@ def gated_up(
         BLOCK_K=tile.k,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **launch_options(x.device),
+        **launch_options(x.device, persistent=tile.programs_per_sm > 0),
     )
     return h

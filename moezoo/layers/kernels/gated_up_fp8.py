@@ -351,6 +351,6 @@ def gated_up_fp8(
         BLOCK_K=tile.k,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **launch_options(h.device),
+        **launch_options(h.device, persistent=tile.programs_per_sm > 0),
     )
     return Fp8Rows(h, h_scales.mT)

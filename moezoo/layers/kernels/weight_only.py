@@ -456,7 +456,7 @@ def _packed(name: str, w: WeightOnly, x: Tensor, tile: Tile) -> _Packed:
         "BLOCK_W": block_words,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
-        **launch_options(x.device),
+        **launch_options(x.device, persistent=tile.programs_per_sm > 0),
     }
     return _Packed(words, w.scales, zeros, options)
 

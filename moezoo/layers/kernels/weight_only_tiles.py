@@ -66,18 +66,17 @@ def _plan(
         plan = tuned(device, sizes, rows_per_expert, far=FAR) if known else None
         if plan is None:
             rule = _int8_plan if bits == 8 else _zeros_plan if has_zeros else _4_bit_plan
-            small = not described or name == Mxfp4.name
-            plan = rule(min(rows_per_expert, MANY) if small else rows_per_expert)
+            # Without descriptors, pointers of tiles for more would not fit in registers.
+            plan = rule(rows_per_expert if described else min(rows_per_expert, MANY))
         chosen = Plan(*(replace(t, descriptors=described) for t in (plan.gated_up, plan.down)))
     return Plan(
-        _fitted(chosen.gated_up, num_parts, bits, dtype.itemsize, device),
-        _fitted(chosen.down, 1, bits, dtype.itemsize, device),
+        fitted_weight_only(chosen.gated_up, num_parts, bits, dtype.itemsize, device),
+        fitted_weight_only(chosen.down, 1, bits, dtype.itemsize, device),
     )
 
 
 MANY = 200.0
-"""Rows of an expert up to which a tile has 128 of them at most; always with mxfp4, and without
-descriptors: pointers of more would not fit in registers."""
+"""Rows of an expert from which its last tile is seldom so empty that a smaller one would pay."""
 
 
 def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int, tail: int = 0) -> Tile:
@@ -86,14 +85,13 @@ def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int, tail: int = 0
 
 def _4_bit_plan(rows_per_expert: float) -> Plan:
     if rows_per_expert <= 10:
-        return Plan(_tile(16, 32, 256, 4, 5), _tile(16, 128, 256, 4, 4))
+        return Plan(_tile(16, 32, 256, 4, 5), _tile(16, 128, 256, 4, 3))
     if rows_per_expert <= 24:
-        return Plan(_tile(32, 64, 128, 4, 4), _tile(32, 64, 256, 4, 4))
+        return Plan(_tile(32, 64, 128, 4, 4), _tile(32, 128, 256, 4, 3))
     if rows_per_expert <= 48:
         return Plan(_tile(64, 128, 128, 8, 3, tail=32), _tile(64, 256, 128, 8, 3))
-    if rows_per_expert <= MANY:
-        return Plan(_tile(128, 128, 128, 8, 3, tail=64), _tile(128, 256, 128, 8, 3))
-    return _many_rows_plan(rows_per_expert)
+    tail = 64 if rows_per_expert <= MANY else 0
+    return Plan(_tile(128, 64, 128, 4, 3, tail), _tile(128, 128, 128, 4, 3, tail))
 
 
 def _zeros_plan(rows_per_expert: float) -> Plan:
@@ -106,27 +104,24 @@ def _zeros_plan(rows_per_expert: float) -> Plan:
         return Plan(_tile(64, 64, 256, 8, 3), _tile(64, 64, 128, 4, 4))
     if rows_per_expert <= MANY:
         return Plan(_tile(128, 64, 128, 8, 3, tail=64), _tile(128, 256, 128, 8, 3))
-    return _many_rows_plan(rows_per_expert)
-
-
-def _many_rows_plan(rows_per_expert: float) -> Plan:
     tail = 128 if rows_per_expert <= 500 else 0
-    return Plan(_tile(256, 64, 128, 8, 3, tail=128), _tile(256, 128, 128, 8, 3, tail=tail))
+    return Plan(_tile(256, 64, 128, 8, 3, tail=128), _tile(256, 128, 128, 8, 3, tail))
 
 
 def _int8_plan(rows_per_expert: float) -> Plan:
     if rows_per_expert <= 10:
-        return Plan(_tile(16, 32, 128, 4, 5), _tile(16, 64, 128, 4, 5))
+        return Plan(_tile(16, 32, 128, 4, 5), _tile(16, 64, 256, 4, 3))
     if rows_per_expert <= 24:
-        return Plan(_tile(32, 32, 128, 4, 4), _tile(32, 128, 128, 8, 3))
+        return Plan(_tile(32, 32, 128, 4, 4), _tile(32, 64, 128, 4, 4))
     if rows_per_expert <= 48:
         return Plan(_tile(64, 32, 64, 4, 4), _tile(64, 64, 64, 4, 4))
-    if rows_per_expert <= MANY:
-        return Plan(_tile(128, 64, 64, 8, 4), _tile(128, 128, 64, 8, 3))
-    return Plan(_tile(128, 128, 64, 8, 3, tail=64), _tile(128, 128, 64, 8, 3))
+    tail = 64 if rows_per_expert <= MANY else 0
+    return Plan(_tile(128, 64, 64, 4, 3, tail), _tile(128, 128, 64, 4, 3, tail))
 
 
-def _fitted(tile: Tile, num_parts: int, bits: int, itemsize: int, device: torch.device) -> Tile:
+def fitted_weight_only(
+    tile: Tile, num_parts: int, bits: int, itemsize: int, device: torch.device
+) -> Tile:
     """This tile with the stages that shared memory holds; where it holds none, k shrinks."""
     bits_per_column = 8 * itemsize * tile.m + bits * num_parts * tile.n
     # A little stays free for scales, for barriers and for what the compiler itself puts there.
