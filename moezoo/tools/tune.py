@@ -43,7 +43,7 @@ from moezoo.layers.quant.fp8 import BLOCK, BLOCK_FP8, BlockFp8, Fp8Rows, quantiz
 from moezoo.tools.layer import device_name
 from moezoo.tools.layer_weights import Layer, QuantizedWeights, Weights, random_weights
 from moezoo.tools.timing import Graph, Key, in_turns
-from moezoo.tools.tune_candidates import CANDIDATES
+from moezoo.tools.tune_candidates import CANDIDATES, Candidates
 
 TOKENS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 Call = Callable[[], Tensor]
@@ -160,13 +160,12 @@ def tune(
 class _Case:
     """What the two products read at one number of tokens.
 
-    x [T, H] and h [S, I], bf16 (as wide as `interleave` makes them where the weights are for
-    `weight_only`), topk_weights [T, K]; by the m of a tile, the permutations of each choice of
-    experts.
+    x [T, H] and h [S, I] as they read them, see `_rows_of_x` and `_rows_of_h`; topk_weights [T, K];
+    by the m of a tile, the permutations of each choice of experts.
     """
 
-    x: Tensor
-    h: Tensor
+    x: Tensor | Fp8Rows
+    h: Tensor | Fp8Rows
     weights: Weights | QuantizedWeights
     topk_weights: Tensor
     permutations: dict[int, list[Permutation]]
@@ -180,14 +179,11 @@ class _Case:
         *,
         generator: torch.Generator,
     ) -> "_Case":
-        def normal(*size: int) -> Tensor:
-            device = generator.device
-            return torch.randn(*size, device=device, dtype=torch.bfloat16, generator=generator)
-
-        x = normal(num_tokens, _width(layer.hidden_size, weights.w13))
-        h = normal(num_tokens * layer.k, _width(layer.intermediate_size, weights.w2))
+        x = _rows_of_x(num_tokens, weights.w13, generator)
+        h = _rows_of_h(num_tokens * layer.k, weights.w2, generator)
+        device = generator.device
         choices = [
-            torch.rand(num_tokens, layer.num_experts, device=x.device, generator=generator)
+            torch.rand(num_tokens, layer.num_experts, device=device, generator=generator)
             .topk(layer.k, 1)
             .indices.int()
             for _ in range(SETS)
@@ -196,17 +192,35 @@ class _Case:
             m: [permute(ids, layer.num_experts, m) for ids in choices]
             for m in (16, 32, 64, 128, 256)
         }
-        topk_weights = torch.full((num_tokens, layer.k), 1 / layer.k, device=x.device)
+        topk_weights = torch.full((num_tokens, layer.k), 1 / layer.k, device=device)
         return cls(x, h, weights, topk_weights, permutations)
 
-    @property
-    def k(self) -> int:
-        return self.topk_weights.shape[1]
+    def first(self, tile: Tile) -> Product:
+        return _first_product(self.x, self.weights.w13, self.topk_weights.shape[1], tile)
+
+    def second(self, tile: Tile) -> Product:
+        return _second_product(self.h, self.weights.w2, tile)
+
+    def firsts(self, m: int) -> Iterator[Candidate]:
+        """The first product with each candidate of so many rows, for each choice of experts."""
+        tiles, _ = CANDIDATES[self.quantization]
+        return self._candidates(m, tiles, self.weights.w13.shape[-1], self.first)
+
+    def seconds(self, m: int) -> Iterator[Candidate]:
+        """The same of the second product."""
+        _, tiles = CANDIDATES[self.quantization]
+        return self._candidates(m, tiles, self.weights.w2.shape[-1], self.second)
+
+    def _candidates(
+        self, m: int, tiles: Candidates, length: int, product: Callable[[Tile], Product]
+    ) -> Iterator[Candidate]:
+        for tile in tiles(self.topk_weights.numel() / self.weights.w2.shape[0]):
+            if tile.m == m and tile.k <= length:
+                yield tile, [partial(product(tile), rows) for rows in self.permutations[m]]
 
     def calls(self, plan: Plan) -> list[Call]:
         """Of both products and the sum, one for each choice of experts."""
-        first = _first_product(self.x, self.weights, self.k, plan.gated_up)
-        second = _second_product(self.h, self.weights, plan.down)
+        first, second = self.first(plan.gated_up), self.second(plan.down)
 
         def call(rows: Permutation) -> Tensor:
             first(rows)
@@ -215,22 +229,9 @@ class _Case:
         return [partial(call, rows) for rows in self.permutations[plan.gated_up.m]]
 
     @property
-    def rows_per_expert(self) -> float:
-        return len(self.h) / self.weights.w2.shape[0]
-
-    @property
     def quantization(self) -> str | None:
         w13 = self.weights.w13
         return w13.name if isinstance(w13, Format) else None
-
-
-def _width(num_columns: int, w: Tensor | Format) -> int:
-    """Of rows for w."""
-    return (
-        padded(num_columns, ways(type(w), num_columns))
-        if isinstance(w, WeightOnly)
-        else num_columns
-    )
 
 
 def _fastest(case: _Case) -> tuple[float, Plan]:
@@ -241,65 +242,74 @@ def _fastest(case: _Case) -> tuple[float, Plan]:
     """
     alone: dict[Plan, float] = {}
     for m in case.permutations:
-        firsts, seconds = _alone(_first_calls(case, m)), _alone(_second_calls(case, m))
+        firsts, seconds = _alone(case.firsts(m)), _alone(case.seconds(m))
         for first, us1 in _close(firsts).items():
             for second, us2 in _close(seconds).items():
                 alone[Plan(first, second)] = us1 + us2
     if not alone:
         raise MoEZooError(
-            f"at {len(case.x)} tokens no candidate runs on this GPU: none of them fits it, or none "
-            f"compiles with Triton {triton.__version__}; layers get their tiles by rule"
+            f"at {len(case.topk_weights)} tokens no candidate runs on this GPU: none of them fits "
+            f"it, or none compiles with Triton {triton.__version__}; layers get their tiles by rule"
         )
     times = _together((plan, case.calls(plan)) for plan in _close(alone))
     fastest = min(times, key=times.__getitem__)
     return times[fastest], fastest
 
 
-def _first_calls(case: _Case, m: int) -> Iterator[Candidate]:
-    first_tiles, _ = CANDIDATES[case.quantization]
-    for tile in first_tiles(case.rows_per_expert):
-        if tile.m == m and case.x.shape[1] >= tile.k:
-            product = _first_product(case.x, case.weights, case.k, tile)
-            yield tile, [partial(product, r) for r in case.permutations[m]]
+def _rows_of_x(num_rows: int, w13: Tensor | Format, generator: torch.Generator) -> Tensor | Fp8Rows:
+    """Random rows as the first product reads them: for `weight_only` as wide as `interleave` makes
+    them, with block fp8 quantised, otherwise bf16."""
+    rows = _random_rows(num_rows, w13, generator)
+    return quantize_rows(rows) if isinstance(w13, BlockFp8) else rows
 
 
-def _second_calls(case: _Case, m: int) -> Iterator[Candidate]:
-    _, second_tiles = CANDIDATES[case.quantization]
-    for tile in second_tiles(case.rows_per_expert):
-        if tile.m == m and case.h.shape[1] >= tile.k:
-            product = _second_product(case.h, case.weights, tile)
-            yield tile, [partial(product, r) for r in case.permutations[m]]
+def _rows_of_h(num_rows: int, w2: Tensor | Format, generator: torch.Generator) -> Tensor | Fp8Rows:
+    """The same for the second product, which reads scales by column."""
+    rows = _random_rows(num_rows, w2, generator)
+    if not isinstance(w2, BlockFp8):
+        return rows
+    data, scales = quantize_rows(rows)
+    return Fp8Rows(data, scales.mT.contiguous().mT)
 
 
-def _first_product(x: Tensor, weights: Weights | QuantizedWeights, k: int, tile: Tile) -> Product:
-    w13 = weights.w13
+def _random_rows(num_rows: int, w: Tensor | Format, generator: torch.Generator) -> Tensor:
+    width = w.shape[-1]
+    if isinstance(w, WeightOnly):
+        width = padded(width, ways(type(w), width))
+    device = generator.device
+    return torch.randn(num_rows, width, device=device, dtype=torch.bfloat16, generator=generator)
+
+
+def _first_product(x: Tensor | Fp8Rows, w13: Tensor | Format, k: int, tile: Tile) -> Product:
     if isinstance(w13, BlockFp8):
-        fitted, tokens = tile.fitted(2, 1, x.device), quantize_rows(x)
-        return lambda rows: gated_up_fp8(tokens, w13, rows, k=k, tile=fitted).data
+        assert isinstance(x, Fp8Rows)
+        fitted = tile.fitted(2, 1, w13.device)
+        return lambda rows: gated_up_fp8(x, w13, rows, k=k, tile=fitted).data
+    assert isinstance(x, Tensor)
     if isinstance(w13, WeightOnly):
-        fitted = _fitted_weight_only(tile, 2, w13, x.device)
+        fitted = _fitted_weight_only(tile, 2, w13)
         return lambda rows: gated_up_weight_only(x, w13, rows, k=k, tile=fitted)
     assert isinstance(w13, Tensor)
-    fitted = tile.fitted(2, 2, x.device)
+    fitted = tile.fitted(2, 2, w13.device)
     return lambda rows: gated_up(x, w13, rows, k=k, tile=fitted)
 
 
-def _second_product(h: Tensor, weights: Weights | QuantizedWeights, tile: Tile) -> Product:
-    w2 = weights.w2
+def _second_product(h: Tensor | Fp8Rows, w2: Tensor | Format, tile: Tile) -> Product:
     if isinstance(w2, BlockFp8):
-        data, scales = quantize_rows(h)
-        fitted, between = tile.fitted(1, 1, h.device), Fp8Rows(data, scales.mT.contiguous().mT)
-        return lambda rows: down_fp8(between, w2, rows, dtype=torch.bfloat16, tile=fitted)
+        assert isinstance(h, Fp8Rows)
+        fitted = tile.fitted(1, 1, w2.device)
+        return lambda rows: down_fp8(h, w2, rows, dtype=torch.bfloat16, tile=fitted)
+    assert isinstance(h, Tensor)
     if isinstance(w2, WeightOnly):
-        fitted = _fitted_weight_only(tile, 1, w2, h.device)
+        fitted = _fitted_weight_only(tile, 1, w2)
         return lambda rows: down_weight_only(h, w2, rows, tile=fitted)
     assert isinstance(w2, Tensor)
-    fitted = tile.fitted(1, 2, h.device)
+    fitted = tile.fitted(1, 2, w2.device)
     return lambda rows: down(h, w2, rows, tile=fitted)
 
 
-def _fitted_weight_only(tile: Tile, num_parts: int, w: WeightOnly, device: torch.device) -> Tile:
-    return fitted_weight_only(tile, num_parts, 8 if isinstance(w, Int8) else 4, 2, device)
+def _fitted_weight_only(tile: Tile, num_parts: int, w: WeightOnly) -> Tile:
+    return fitted_weight_only(tile, num_parts, 8 if isinstance(w, Int8) else 4, 2, w.device)
 
 
 def _close(times: dict[Key, float]) -> dict[Key, float]:
@@ -358,19 +368,15 @@ def _compile(job: tuple[str, Tile], layer: Layer, quantization: str | None) -> N
     device = torch.device("cuda", torch.cuda.current_device())
     weights = random_weights(layer, torch.bfloat16, device, quantization)
     generator = torch.Generator(device).manual_seed(0)
-    hidden, intermediate = layer.hidden_size, layer.intermediate_size
-    x, h = (
-        torch.randn(*size, device=device, generator=generator).bfloat16()
-        for size in ((64, _width(hidden, weights.w13)), (128, _width(intermediate, weights.w2)))
-    )
     ids = torch.arange(128, device=device, dtype=torch.int32).view(64, 2) % 4
     rows = permute(ids, 4, tile.m)
     # The search meets the same error, and goes on without the tile.
     with unless_unusable():
         if operation == "gated_up":
-            _first_product(x, weights, layer.k, tile)(rows)
+            x = _rows_of_x(64, weights.w13, generator)
+            _first_product(x, weights.w13, layer.k, tile)(rows)
         else:
-            _second_product(h, weights, tile)(rows)
+            _second_product(_rows_of_h(128, weights.w2, generator), weights.w2, tile)(rows)
     torch.cuda.synchronize()
 
 
