@@ -30,13 +30,15 @@ from moezoo.layers.kernels import tiles
 from moezoo.layers.kernels.combine import combine
 from moezoo.layers.kernels.down import down
 from moezoo.layers.kernels.down_fp8 import down_fp8
+from moezoo.layers.kernels.down_weight_only import down_weight_only
 from moezoo.layers.kernels.gated_up import gated_up
 from moezoo.layers.kernels.gated_up_fp8 import gated_up_fp8
+from moezoo.layers.kernels.gated_up_weight_only import gated_up_weight_only
 from moezoo.layers.kernels.interleave import padded
 from moezoo.layers.kernels.overlap import capability
+from moezoo.layers.kernels.packed_operand import ways
 from moezoo.layers.kernels.permute import Permutation, permute
 from moezoo.layers.kernels.tiles import Plan, Sizes, Tile, sizes_of
-from moezoo.layers.kernels.weight_only import down_weight_only, gated_up_weight_only, ways
 from moezoo.layers.kernels.weight_only_tiles import fitted_weight_only
 from moezoo.layers.quant import Format, Int4, Int8, Mxfp4, WeightOnly
 from moezoo.layers.quant.fp8 import BLOCK, BLOCK_FP8, BlockFp8, Fp8Rows, quantize_rows
@@ -257,8 +259,8 @@ def _fastest(case: _Case) -> tuple[float, Plan]:
 
 
 def _rows_of_x(num_rows: int, w13: Tensor | Format, generator: torch.Generator) -> Tensor | Fp8Rows:
-    """Random rows as the first product reads them: for `weight_only` as wide as `interleave` makes
-    them, with block fp8 quantised, otherwise bf16."""
+    """Random rows as the first product reads them: for weights of 4 and 8 bits as wide as
+    `interleave` makes them, for block fp8 quantised, otherwise bf16."""
     rows = _random_rows(num_rows, w13, generator)
     return quantize_rows(rows) if isinstance(w13, BlockFp8) else rows
 

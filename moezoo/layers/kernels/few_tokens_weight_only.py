@@ -9,9 +9,9 @@ second kernel sums over K and reads its first weights while the first one ends. 
 words of 32 bits. What integers in them stand for is found without a conversion: under the bits of
 2^23 a field of a word is that much more in fp32.
 
-Rounding points are those of `weight_only` with few rows: integers are exact in the products, whose
-sums over a group of columns are scaled in fp32. h, and each expert's row of the sum, are rounded
-once, as is the sum. What a token gets does not depend on the others.
+Rounding points are those of `packed_operand` with few rows: integers are exact in the products,
+whose sums over a group of columns are scaled in fp32. h, and each expert's row of the sum, are
+rounded once, as is the sum. What a token gets does not depend on the others.
 
 Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per token.
 """
@@ -28,9 +28,9 @@ from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.kernels.few_tokens import check_shapes, few_tokens_ref
 from moezoo.layers.kernels.gated_up import activate, activate_gated
 from moezoo.layers.kernels.overlap import launch_options, start_next, wait, wait_for_previous
+from moezoo.layers.kernels.packed_operand import FORMATS
 from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 from moezoo.layers.kernels.unpack import factors
-from moezoo.layers.kernels.weight_only import FORMATS
 from moezoo.layers.quant import Int4, Int8, Mxfp4, WeightOnly
 from moezoo.layers.quant.mxfp4 import GROUP
 
@@ -404,7 +404,7 @@ def in_words(w: WeightOnly) -> bool:
 
 
 def is_faster(w13: WeightOnly, w2: WeightOnly, num_tokens: int, k: int) -> bool:
-    """Whether this takes less time than `weight_only`, where both do it: measured on an H200.
+    """Whether this takes less time than the two kernels for many tokens: measured on an H200.
 
     Unpacking and multiplying number by number takes longer than reading, so nothing is gained where
     tokens are two or experts large.

@@ -18,14 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from moezoo.layers.kernels.down_fp8 import down_fp8
+from moezoo.layers.kernels.down_weight_only import down_weight_only
 from moezoo.layers.kernels.interleave import interleave_block, padded
 from moezoo.layers.kernels.overlap import launch_options, wait
+from moezoo.layers.kernels.packed_operand import ways
 from moezoo.layers.kernels.permute import Permutation, store_tiles
 from moezoo.layers.kernels.quantize import quantize_groups
 from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 from moezoo.layers.kernels.tiles import Tile, multiprocessors, plan
 from moezoo.layers.kernels.unpack import CHUNK
-from moezoo.layers.kernels.weight_only import down_weight_only, ways
 from moezoo.layers.kernels.weight_only_tiles import plan_weight_only
 from moezoo.layers.quant import WeightOnly
 from moezoo.layers.quant.channel_fp8 import Fp8Weights

@@ -1,4 +1,4 @@
-"""Tiles of `weight_only`'s products: from the tables of `tiles`, or by the rows of an expert.
+"""Tiles of `gated_up_weight_only` and `down_weight_only`, from the tables of `tiles` or by rule.
 
 A block's k is in columns, of which 4-bit formats have two in a byte. Rules and tables are measured
 on one H100, those of int4 without zero points.

@@ -32,9 +32,11 @@ def weight_only_cuda(
     """w13 [E, 2 or 1, I, H]; topk_ids [T, K] are rows of w13, or negative, and spread over
     num_experts, those of other ranks included."""
     from moezoo.layers.kernels.combine import combine
+    from moezoo.layers.kernels.down_weight_only import down_weight_only
     from moezoo.layers.kernels.few_tokens_weight_only import few_tokens_weight_only, is_faster
+    from moezoo.layers.kernels.gated_up_weight_only import gated_up_weight_only
     from moezoo.layers.kernels.interleave import permute_and_interleave
-    from moezoo.layers.kernels.weight_only import down_weight_only, gated_up_weight_only, ways
+    from moezoo.layers.kernels.packed_operand import ways
     from moezoo.layers.kernels.weight_only_tiles import plan_weight_only
 
     if x.dtype.itemsize == 2 and is_faster(w13, w2, *topk_ids.shape):
@@ -88,9 +90,10 @@ def _in_order(
     order before it is multiplied. Gate and up are products of their own, rounded before the
     activation."""
     from moezoo.layers.kernels.combine import combine
+    from moezoo.layers.kernels.down_weight_only import down_weight_only
     from moezoo.layers.kernels.interleave import interleave
+    from moezoo.layers.kernels.packed_operand import ways
     from moezoo.layers.kernels.permute import permute
-    from moezoo.layers.kernels.weight_only import down_weight_only, ways
     from moezoo.layers.kernels.weight_only_tiles import plan_weight_only
 
     tile = plan_weight_only(x, w13, w2, num_rows=topk_ids.numel(), num_experts=num_experts).down

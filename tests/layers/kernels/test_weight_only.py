@@ -10,18 +10,17 @@ from kernels.routings import ROUTINGS as SHAPES
 from kernels.routings import topk_ids
 from kernels.tile_cases import bulk_copies
 from moezoo.layers.kernels.activations import Gating
-from moezoo.layers.kernels.interleave import interleave_ref
-from moezoo.layers.kernels.permute import permute, permute_ref
-from moezoo.layers.kernels.tiles import Tile
-from moezoo.layers.kernels.weight_only import (
-    WeightOnly,
-    down_weight_only,
-    down_weight_only_ref,
+from moezoo.layers.kernels.down_weight_only import down_weight_only, down_weight_only_ref
+from moezoo.layers.kernels.gated_up_weight_only import (
     gated_up_weight_only,
     gated_up_weight_only_ref,
-    ways,
 )
+from moezoo.layers.kernels.interleave import interleave_ref
+from moezoo.layers.kernels.packed_operand import ways
+from moezoo.layers.kernels.permute import permute, permute_ref
+from moezoo.layers.kernels.tiles import Tile
 from moezoo.layers.kernels.weight_only_tiles import plan_weight_only
+from moezoo.layers.quant import WeightOnly
 from moezoo.layers.quant.int4 import Int4
 from moezoo.layers.quant.int8 import Int8
 from moezoo.layers.quant.mxfp4 import Mxfp4
