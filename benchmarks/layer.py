@@ -5,8 +5,8 @@
 
 `moezoo/tools/layer.py` says how it is measured. A peer that is not installed, or that fails on a
 shape, is skipped by name with the reason. Figures that cannot be measured here (vLLM's, DeepGEMM's)
-come from peers_h100.json, on the same GPU, and stand for an implementation only where this run has
-no figure of its own.
+come from peers_h100.json, on a GPU of the same kind, and stand for an implementation only where
+this run has no figure of its own.
 
 Results are written after each layer as layer_partial_<GPU>.json, and once a run has gone through
 all layers, numbers of tokens and peers, as layer_<GPU>.json instead; with the routing and the dtype

@@ -142,3 +142,19 @@ def random_weights(
     if quantization is None:
         return Weights.random(layer, dtype, device)
     return QuantizedWeights.random(layer, device, quantization)
+
+
+def empty_weights(
+    layer: Layer, dtype: torch.dtype, device: torch.device, quantization: str | None
+) -> Weights | QuantizedWeights:
+    """Weights of any values, which take no time to make."""
+    if quantization is None:
+        E, H, I = layer.num_experts, layer.hidden_size, layer.intermediate_size
+        sizes = ((E, 2 * I, H), (E, H, I))
+        return Weights(*(torch.empty(size, dtype=dtype, device=device) for size in sizes))
+    weights = on_meta(layer, quantization)
+
+    def made(w: Format) -> Format:
+        return w.map(lambda tensor: torch.empty_like(tensor, device=device))
+
+    return QuantizedWeights(made(weights.w13), made(weights.w2))

@@ -1,12 +1,12 @@
 """Tiles that can be best for the products of a layer, by the rows of an expert, for `tune`."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from moezoo.layers.kernels.tiles import Tile
 from moezoo.layers.quant import Int4, Int8, Mxfp4
-from moezoo.layers.quant.fp8 import BLOCK_FP8
+from moezoo.layers.quant.fp8 import BLOCK, BLOCK_FP8
 
 
 def gated_up_tiles(rows_per_expert: float) -> Iterator[Tile]:
@@ -121,17 +121,17 @@ def gated_up_weight_only_tiles(rows_per_expert: float, *, bits: int) -> Iterator
     """Candidates for the first product with weights of 4 or 8 bits."""
     if rows_per_expert <= 40:
         for m in _few_rows(rows_per_expert):
-            yield from _described(m, [(32, 256, 4, 3), (32, 256, 4, 5), (32, 128, 4, 5)], bits)
-            yield from _described(m, [(64, 128, 4, 4), (64, 256, 4, 4), (64, 256, 8, 3)], bits)
+            yield from _tiles(m, [(32, 256, 4, 3), (32, 256, 4, 5), (32, 128, 4, 5)], bits)
+            yield from _tiles(m, [(64, 128, 4, 4), (64, 256, 4, 4), (64, 256, 8, 3)], bits)
     if 16 < rows_per_expert <= 100:
-        yield from _described(64, [(64, 128, 4, 3), (64, 64, 4, 4), (128, 128, 8, 3)], bits)
+        yield from _tiles(64, [(64, 128, 4, 3), (64, 64, 4, 4), (128, 128, 8, 3)], bits)
     if rows_per_expert > 24:
-        for tile in _described(128, [(64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 8, 4)], bits):
+        for tile in _tiles(128, [(64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 8, 4)], bits):
             yield tile
             yield replace(tile, tail=64)
-        yield from _described(128, [(64, 64, 8, 4), (128, 128, 8, 3)], bits)
+        yield from _tiles(128, [(64, 64, 8, 4), (128, 128, 8, 3)], bits)
     if rows_per_expert > 200 and bits == 4:
-        (tile,) = _described(256, [(64, 128, 8, 3)], bits)
+        (tile,) = _tiles(256, [(64, 128, 8, 3)], bits)
         yield tile
         yield replace(tile, tail=128)
 
@@ -140,22 +140,22 @@ def down_weight_only_tiles(rows_per_expert: float, *, bits: int) -> Iterator[Til
     """Candidates for the second product with weights of 4 or 8 bits."""
     if rows_per_expert <= 40:
         for m in _few_rows(rows_per_expert):
-            yield from _described(m, [(64, 128, 4, 6), (64, 256, 4, 4), (64, 512, 4, 3)], bits)
-            yield from _described(m, [(128, 128, 4, 4), (128, 256, 4, 3), (128, 256, 8, 3)], bits)
+            yield from _tiles(m, [(64, 128, 4, 6), (64, 256, 4, 4), (64, 512, 4, 3)], bits)
+            yield from _tiles(m, [(128, 128, 4, 4), (128, 256, 4, 3), (128, 256, 8, 3)], bits)
     if 16 < rows_per_expert <= 100:
-        yield from _described(64, [(128, 64, 4, 4), (128, 128, 8, 4), (256, 128, 8, 3)], bits)
+        yield from _tiles(64, [(128, 64, 4, 4), (128, 128, 8, 4), (256, 128, 8, 3)], bits)
     if rows_per_expert > 24:
-        for tile in _described(128, [(128, 128, 4, 3), (128, 128, 8, 3)], bits):
+        for tile in _tiles(128, [(128, 128, 4, 3), (128, 128, 8, 3)], bits):
             yield tile
             yield replace(tile, tail=64)
-        yield from _described(128, [(64, 128, 4, 3), (128, 64, 4, 4), (128, 256, 8, 3)], bits)
+        yield from _tiles(128, [(64, 128, 4, 3), (128, 64, 4, 4), (128, 256, 8, 3)], bits)
     if rows_per_expert > 200 and bits == 4:
-        (tile,) = _described(256, [(128, 128, 8, 3)], bits)
+        (tile,) = _tiles(256, [(128, 128, 8, 3)], bits)
         yield tile
         yield replace(tile, tail=128)
 
 
-def _described(m: int, sizes: list[tuple[int, int, int, int]], bits: int) -> Iterator[Tile]:
+def _tiles(m: int, sizes: list[tuple[int, int, int, int]], bits: int) -> Iterator[Tile]:
     """Tiles of n, k at 4 bits, warps and stages; at 8 bits they have half the k."""
     for n, k, num_warps, num_stages in sizes:
         yield Tile(m, n, k * 4 // bits, num_warps, num_stages, descriptors=True, weights_first=True)
@@ -165,17 +165,37 @@ def _few_rows(rows_per_expert: float) -> tuple[int, ...]:
     return (16,) if rows_per_expert <= 6 else (16, 32) if rows_per_expert <= 14 else (32, 64)
 
 
-Candidates = Callable[[float], Iterator[Tile]]
+TilesByRows = Callable[[float], Iterator[Tile]]
 
-CANDIDATES: dict[str | None, tuple[Candidates, Candidates]] = {
-    None: (gated_up_tiles, down_tiles),
-    BLOCK_FP8: (gated_up_fp8_tiles, down_fp8_tiles),
-    **{
-        format_.name: (
-            partial(gated_up_weight_only_tiles, bits=bits),
-            partial(down_weight_only_tiles, bits=bits),
-        )
-        for format_, bits in ((Int8, 8), (Int4, 4), (Mxfp4, 4))
-    },
+
+@dataclass(frozen=True)
+class Search:
+    """The tiles to try for both products, by the rows of an expert.
+
+    Hidden and intermediate sizes must be multiples of `step` (what the bulk copy engine reads, or a
+    group of int4) and no less than `smallest`, the least k that is tried at every number of rows.
+    """
+
+    gated_up: TilesByRows
+    down: TilesByRows
+    step: int
+    smallest: int
+
+
+def _weight_only(bits: int, *, step: int, smallest: int) -> Search:
+    return Search(
+        partial(gated_up_weight_only_tiles, bits=bits),
+        partial(down_weight_only_tiles, bits=bits),
+        step,
+        smallest,
+    )
+
+
+SEARCHES: dict[str | None, Search] = {
+    None: Search(gated_up_tiles, down_tiles, step=8, smallest=64),
+    BLOCK_FP8: Search(gated_up_fp8_tiles, down_fp8_tiles, step=16, smallest=BLOCK),
+    Int8.name: _weight_only(Int8.bits, step=16, smallest=64),
+    Int4.name: _weight_only(Int4.bits, step=128, smallest=128),
+    Mxfp4.name: _weight_only(Mxfp4.bits, step=32, smallest=128),
 }
-"""For each quantisation, the candidates of both products by the rows of an expert."""
+"""For each quantisation, None for weights of 16 bits."""

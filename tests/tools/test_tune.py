@@ -10,10 +10,12 @@ from triton.runtime.errors import OutOfResources
 
 from moezoo import cli
 from moezoo.errors import MoEZooError
-from moezoo.layers.kernels import tiles
+from moezoo.layers.kernels import tiles, weight_only_tiles
 from moezoo.layers.kernels.tiles import Tile
 from moezoo.tools import tune as tool
 from moezoo.tools.layer_weights import LAYERS, Layer, Weights
+from moezoo.tools.tune_candidates import SEARCHES
+from moezoo.tools.tune_case import Case
 
 ROWS_PER_EXPERT = sorted(
     {tokens * layer.k / layer.num_experts for tokens in tool.TOKENS for layer in LAYERS.values()}
@@ -43,11 +45,11 @@ def stages(path):
     }
 
 
-@pytest.mark.parametrize("quantization", tool.CANDIDATES)
+@pytest.mark.parametrize("quantization", SEARCHES)
 @pytest.mark.parametrize("rows", ROWS_PER_EXPERT)
 def test_candidates_are_tiles_that_a_product_takes(rows, quantization):
-    first_tiles, second_tiles = tool.CANDIDATES[quantization]
-    firsts, seconds = list(first_tiles(rows)), list(second_tiles(rows))
+    search = SEARCHES[quantization]
+    firsts, seconds = list(search.gated_up(rows)), list(search.down(rows))
     weight_only = quantization in WEIGHT_ONLY
     for tile in [*firsts, *seconds]:
         assert tile.m in ((16, 32, 64, 128, 256) if weight_only else (16, 32, 64, 128))
@@ -71,20 +73,22 @@ def test_candidates_are_tiles_that_a_product_takes(rows, quantization):
         assert all(tile.n in (64, 128, 256) and tile.k == 128 for tile in seconds)
 
 
-@pytest.mark.parametrize("quantization", tool.CANDIDATES)
+@pytest.mark.parametrize("quantization", SEARCHES)
 @pytest.mark.parametrize("rows", ROWS_PER_EXPERT)
 def test_both_products_have_a_candidate_of_one_m_even_for_the_smallest_layer(rows, quantization):
-    _, smallest = tool.SIZES[quantization]
+    search = SEARCHES[quantization]
     first, second = (
-        {tile.m for tile in of(rows) if tile.k <= smallest} for of in tool.CANDIDATES[quantization]
+        {tile.m for tile in of(rows) if tile.k <= search.smallest}
+        for of in (search.gated_up, search.down)
     )
     assert first & second
 
 
-@pytest.mark.parametrize("quantization", tool.CANDIDATES)
+@pytest.mark.parametrize("quantization", SEARCHES)
 @pytest.mark.parametrize("rows", ROWS_PER_EXPERT)
 def test_no_candidate_is_measured_twice(rows, quantization):
-    for candidates in [list(of(rows)) for of in tool.CANDIDATES[quantization]]:
+    search = SEARCHES[quantization]
+    for candidates in (list(search.gated_up(rows)), list(search.down(rows))):
         assert len(candidates) == len(set(candidates))
 
 
@@ -99,8 +103,8 @@ def test_old_gpus_have_nothing_to_tune(monkeypatch):
     [
         (100, 96, "multiples of 8 for weights of 16 bits, got 100 and 96"),
         (96, 100, "multiples of 8 for weights of 16 bits, got 96 and 100"),
-        (56, 96, "at least 64, got 56 and 96"),
-        (96, 32, "at least 64, got 96 and 32"),
+        (56, 96, "at least 64 for weights of 16 bits, got 56 and 96"),
+        (96, 32, "at least 64 for weights of 16 bits, got 96 and 32"),
     ],
 )
 def test_layers_with_nothing_to_tune(hopper, hidden, intermediate, reason):
@@ -155,11 +159,11 @@ def test_products_are_chosen_by_what_they_take_together(replays, monkeypatch):
         return lambda case, m: ((n, [partial(call, n, alone[n])]) for n in names)
 
     x = torch.empty(4, 64)
-    case = tool._Case(x, x, Weights(x, x), x, {16: []})
-    monkeypatch.setattr(tool._Case, "firsts", candidates("a", "b"))
-    monkeypatch.setattr(tool._Case, "seconds", candidates("c", "d"))
+    case = Case(x, x, Weights(x, x), x, {16: []})
+    monkeypatch.setattr(Case, "firsts", candidates("a", "b"))
+    monkeypatch.setattr(Case, "seconds", candidates("c", "d"))
     monkeypatch.setattr(
-        tool._Case,
+        Case,
         "calls",
         lambda self, plan: [
             partial(call, (plan.gated_up, plan.down), together[plan.gated_up, plan.down])
@@ -195,7 +199,7 @@ def test_an_error_of_the_device_is_not_taken_for_a_tile_that_does_not_compile():
 def test_no_candidate_at_all_is_an_error(monkeypatch):
     monkeypatch.setattr(tool, "_alone", lambda candidates: {})
     x = torch.empty(4, 64)
-    case = tool._Case(x, x, Weights(x, x), x, {16: [], 32: []})
+    case = Case(x, x, Weights(x, x), x, {16: [], 32: []})
     with pytest.raises(MoEZooError, match="at 4 tokens no candidate runs"):
         tool._fastest(case)
 
@@ -226,7 +230,7 @@ def test_plans_of_a_quantization_stand_beside_the_others(tmp_path):
     [
         ("fp8_w8a8", 144, 136, 64),
         ("int8_w8a16", 80, 72, 32),
-        ("int4_w4a16", 256, 192, 0),
+        ("int4_w4a16", 256, 192, None),
         ("mxfp4", 160, 144, 96),
     ],
 )
@@ -234,20 +238,36 @@ def test_layers_with_nothing_to_tune_quantized(hopper, quantization, fits, betwe
     tool.check(Layer(8, 2, 128, fits), CPU, quantization)
     with pytest.raises(ValueError, match=f"multiples of .* for {quantization}, got 128 and"):
         tool.check(Layer(8, 2, 128, between), CPU, quantization)
-    with pytest.raises(ValueError, match=r"at least (64|128), got 128 and"):
-        tool.check(Layer(8, 2, 128, small), CPU, quantization)
+    if small is not None:  # what divides by int4's 128 is large enough
+        with pytest.raises(ValueError, match=rf"at least (64|128) for {quantization}, got 128 and"):
+            tool.check(Layer(8, 2, 128, small), CPU, quantization)
 
 
 def test_what_was_saved_is_used_at_once(tmp_path, monkeypatch):
     path = tmp_path / "tiles.json"
     monkeypatch.setattr(tiles, "user_table", lambda device: path)
     monkeypatch.setattr(tiles, "capability", lambda device: (9, 0))
-    tiles.reload_tables()
+    for module in (tiles, weight_only_tiles):
+        monkeypatch.setattr(module, "shared_memory", lambda device: 227 * 1024)
     device = torch.device("cuda", 0)
-    assert tiles.tuned(device, (8, 64, 96), 4.0) is None
-    tool.save([entry(4.0, num_stages=5)], path)
-    assert tiles.tuned(device, (8, 64, 96), 4.0).down.num_stages == 5
+
+    def planned():
+        shape, rows = (8, 2, 96, 64), 4.0
+        bf16 = tiles._plan(device, torch.bfloat16, shape, True, rows)
+        int4 = weight_only_tiles._plan(
+            *(device, torch.bfloat16, "int4_w4a16", 4, shape, False, True, rows)
+        )
+        return [plan.down.num_stages for plan in (bf16, int4)]
+
     tiles.reload_tables()
+    assert planned() == [4, 4]
+    tool.save([entry(4.0, num_stages=2), entry(4.0) | {"quantization": "int4_w4a16"}], path)
+    assert planned() == [2, 3]
+    tiles.reload_tables()
+
+
+def test_the_command_takes_what_can_be_searched():
+    assert set(cli.tune.TUNED) == set(SEARCHES) - {None}
 
 
 MALFORMED = {

@@ -219,7 +219,7 @@ def down(
         DESCRIPTORS=tile.descriptors,
         EVEN_K=intermediate_size % tile.k == 0,
         WEIGHTS_FIRST=tile.weights_first,
-        FLATTEN=tile.programs_per_sm > 0 and not tile.tail,
+        FLATTEN=tile.flattened,
         GROUP_M=tile.group_m,
         TAIL=tile.tail,
         BLOCK_M=tile.m,
@@ -227,6 +227,6 @@ def down(
         BLOCK_K=tile.k,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **launch_options(h.device, persistent=tile.programs_per_sm > 0),
+        **launch_options(h.device, persistent=tile.persistent),
     )
     return y

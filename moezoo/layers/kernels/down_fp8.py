@@ -325,7 +325,7 @@ def down_fp8(
         DESCRIPTORS=tile.descriptors,
         EVEN_K=tile.descriptors or intermediate_size % tile.k == 0,
         WEIGHTS_FIRST=tile.weights_first,
-        FLATTEN=tile.programs_per_sm > 0 and not tile.tail,
+        FLATTEN=tile.flattened,
         GROUP_M=tile.group_m,
         TAIL=tile.tail,
         BLOCK_M=tile.m,
@@ -333,6 +333,6 @@ def down_fp8(
         BLOCK_K=tile.k,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **launch_options(y.device, persistent=tile.programs_per_sm > 0),
+        **launch_options(y.device, persistent=tile.persistent),
     )
     return y

@@ -333,7 +333,7 @@ def gated_up(
         DESCRIPTORS=tile.descriptors,
         EVEN_K=hidden_size % tile.k == 0,
         WEIGHTS_FIRST=tile.weights_first,
-        FLATTEN=tile.programs_per_sm > 0 and not tile.tail,
+        FLATTEN=tile.flattened,
         GROUP_M=tile.group_m,
         TAIL=tile.tail,
         BLOCK_M=tile.m,
@@ -341,6 +341,6 @@ def gated_up(
         BLOCK_K=tile.k,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **launch_options(x.device, persistent=tile.programs_per_sm > 0),
+        **launch_options(x.device, persistent=tile.persistent),
     )
     return h

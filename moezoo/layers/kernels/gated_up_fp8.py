@@ -343,7 +343,7 @@ def gated_up_fp8(
         DESCRIPTORS=tile.descriptors,
         EVEN_K=tile.descriptors or hidden_size % tile.k == 0,
         WEIGHTS_FIRST=tile.weights_first,
-        FLATTEN=tile.programs_per_sm > 0 and not tile.tail,
+        FLATTEN=tile.flattened,
         GROUP_M=tile.group_m,
         TAIL=tile.tail,
         BLOCK_M=tile.m,
@@ -351,6 +351,6 @@ def gated_up_fp8(
         BLOCK_K=tile.k,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **launch_options(h.device, persistent=tile.programs_per_sm > 0),
+        **launch_options(h.device, persistent=tile.persistent),
     )
     return Fp8Rows(h, h_scales.mT)

@@ -27,13 +27,13 @@ FEW_ROWS = 64
 """Up to so many rows a tile, sums over groups are scaled, with more the weights: see `products`."""
 
 
-def ways(weights: type, num_columns: int) -> int:
+def ways(weights: type[WeightOnly], num_columns: int) -> int:
     """Columns in a word of the weights: as many as 16 bits hold, or 8 where those do not fit."""
-    in_a_byte = 1 if weights is Int8 else 2
+    in_a_byte = 8 // weights.bits
     return in_a_byte if num_columns % (2 * in_a_byte) else 2 * in_a_byte
 
 
-def in_order(x: Tensor, weights: type, num_columns: int) -> Tensor:
+def in_order(x: Tensor, weights: type[WeightOnly], num_columns: int) -> Tensor:
     """The inverse of `interleave`."""
     return x.unflatten(-1, (-1, ways(weights, num_columns), CHUNK.value)).mT.flatten(-3)[
         :, :num_columns
@@ -67,7 +67,7 @@ def packed_operand(name: str, w: WeightOnly, x: Tensor, tile: Tile) -> Packed:
     num_columns = w.shape[-1]
     num_ways = ways(type(w), num_columns)
     words = w.data
-    if num_ways * (8 if isinstance(w, Int8) else 4) == 16:
+    if num_ways * w.bits == 16:
         step = 2 * words.element_size()
         if words.data_ptr() % step or any(s % step for s in words.stride()[:-1]):
             raise ValueError(f"rows of {name}'s data must begin at even bytes, {words.stride()}")
@@ -95,7 +95,7 @@ def packed_operand(name: str, w: WeightOnly, x: Tensor, tile: Tile) -> Packed:
         "DESCRIPTORS": tile.descriptors,
         "EVEN_K": num_columns % tile.k == 0,
         "PAIRS": words.dtype == torch.int16 and unpacks_pairs(x),
-        "FLATTEN": tile.programs_per_sm > 0 and not tile.tail,
+        "FLATTEN": tile.flattened,
         "GROUP_M": tile.group_m,
         "TAIL": tile.tail,
         "BLOCK_M": tile.m,
@@ -103,6 +103,6 @@ def packed_operand(name: str, w: WeightOnly, x: Tensor, tile: Tile) -> Packed:
         "BLOCK_W": block_words,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
-        **launch_options(x.device, persistent=tile.programs_per_sm > 0),
+        **launch_options(x.device, persistent=tile.persistent),
     }
     return Packed(words, w.scales, zeros, options)

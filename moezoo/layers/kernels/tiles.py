@@ -10,10 +10,11 @@ between token counts; for one token count it never does.
 
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 import triton
@@ -23,6 +24,8 @@ from torch import Tensor
 from moezoo.layers.kernels.overlap import capability
 from moezoo.layers.kernels.sizes import cdiv
 from moezoo.layers.quant.fp8 import BLOCK_FP8
+
+P = ParamSpec("P")
 
 TABLES = Path(__file__).parent / "tables"
 FAR = 4.0
@@ -55,9 +58,18 @@ class Tile:
     programs_per_sm: int = 0
     group_m: int = 8
 
+    @property
+    def persistent(self) -> bool:
+        return self.programs_per_sm > 0
+
+    @property
+    def flattened(self) -> bool:
+        """Whether a program goes from tile to tile in one loop, and fetches across them."""
+        return self.persistent and not self.tail
+
     def num_programs(self, max_tiles: int, num_columns: int, device: torch.device) -> int:
         every = max_tiles * cdiv(num_columns, self.n)
-        if not self.programs_per_sm:
+        if not self.persistent:
             return every
         return min(every, self.programs_per_sm * multiprocessors(device))
 
@@ -66,7 +78,7 @@ class Tile:
         row_bytes = (self.m + num_parts * self.n) * itemsize
         # A little stays free for barriers and for what the compiler itself puts there.
         room = shared_memory(device) - 2048
-        if self.programs_per_sm and not self.tail:
+        if self.flattened:
             # The finished tile goes through shared memory while the next ones arrive.
             room -= 32 * 1024
         k = self.k
@@ -87,6 +99,16 @@ class Plan:
         return cls(Tile(**entry["gated_up"]), Tile(**entry["down"]))
 
 
+_remembering: list[Any] = []
+
+
+def remembered(plan_: Callable[P, Plan]) -> Callable[P, Plan]:
+    """A function that asks `tuned`, and what it answered until `reload_tables`."""
+    cached = lru_cache(4096)(plan_)
+    _remembering.append(cached)
+    return cached
+
+
 def plan(
     x: Tensor, w13: Tensor, w2: Tensor, *, num_rows: int, num_experts: int | None = None
 ) -> Plan:
@@ -103,7 +125,7 @@ def plan(
     return _plan(x.device, w13.dtype, tuple(w13.shape), described, rows_per_expert)
 
 
-@lru_cache(4096)
+@remembered
 def _plan(
     device: torch.device,
     dtype: torch.dtype,
@@ -236,7 +258,8 @@ def tuned(
 def reload_tables() -> None:
     """Read the tables again, which a process otherwise does once."""
     _table.cache_clear()
-    _plan.cache_clear()
+    for cached in _remembering:
+        cached.cache_clear()
 
 
 def user_table(device: torch.device) -> Path:

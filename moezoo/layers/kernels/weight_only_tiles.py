@@ -5,15 +5,20 @@ on one H100, those of int4 without zero points.
 """
 
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from moezoo.layers.kernels.tiles import Plan, Sizes, Tile, can_describe, shared_memory, tuned
-from moezoo.layers.quant.int4 import Int4
-from moezoo.layers.quant.int8 import Int8
-from moezoo.layers.quant.mxfp4 import Mxfp4
+from moezoo.layers.kernels.tiles import (
+    Plan,
+    Sizes,
+    Tile,
+    can_describe,
+    remembered,
+    shared_memory,
+    tuned,
+)
+from moezoo.layers.quant import Int4, WeightOnly
 
 FAR = 2.0
 """Tables have few numbers of rows: beyond this ratio the rule says more."""
@@ -21,8 +26,8 @@ FAR = 2.0
 
 def plan_weight_only(
     x: Tensor,
-    w13: Int8 | Int4 | Mxfp4,
-    w2: Int8 | Int4 | Mxfp4,
+    w13: WeightOnly,
+    w2: WeightOnly,
     *,
     num_rows: int,
     num_experts: int | None = None,
@@ -33,23 +38,24 @@ def plan_weight_only(
     plan depends on shapes, strides, dtypes and device, never on what the router chose.
     """
     described = x.dtype.itemsize == 2 and can_describe(w13.data) and can_describe(w2.data)
-    if not isinstance(w13, Int8):
-        # The kernels read 16 bits at a time.
-        described = described and w13.shape[-1] % 4 == w2.shape[-1] % 4 == 0
-    else:
-        described = described and w13.shape[-1] % 2 == w2.shape[-1] % 2 == 0
+    # The kernels read 16 bits at a time.
+    described = described and all(w.shape[-1] % (16 // w.bits) == 0 for w in (w13, w2))
     rows_per_expert = num_rows / (num_experts or w13.shape[0])
     has_zeros = any(isinstance(w, Int4) and w.zeros is not None for w in (w13, w2))
     return _plan(
-        *(x.device, x.dtype, w13.name, tuple(w13.shape)), has_zeros, described, rows_per_expert
+        *(x.device, x.dtype, w13.name, w13.bits, tuple(w13.shape)),
+        has_zeros,
+        described,
+        rows_per_expert,
     )
 
 
-@lru_cache(4096)
+@remembered
 def _plan(
     device: torch.device,
     dtype: torch.dtype,
     name: str,
+    bits: int,
     shape: tuple[int, ...],
     has_zeros: bool,
     described: bool,
@@ -57,7 +63,6 @@ def _plan(
 ) -> Plan:
     num_experts, num_parts, intermediate_size, hidden_size = shape
     sizes: Sizes = (num_experts, hidden_size, intermediate_size, name)
-    bits = 8 if name == Int8.name else 4
     if dtype == torch.float32:
         tile = Tile(16 if rows_per_expert <= 16 else 32, 32, 64, 4, 2, weights_first=True)
         chosen = Plan(tile, tile)
@@ -65,9 +70,10 @@ def _plan(
         known = described and not has_zeros
         plan = tuned(device, sizes, rows_per_expert, far=FAR) if known else None
         if plan is None:
-            rule = _int8_plan if bits == 8 else _zeros_plan if has_zeros else _4_bit_plan
-            # Without descriptors, pointers of tiles for more would not fit in registers.
-            plan = rule(rows_per_expert if described else min(rows_per_expert, MANY))
+            if has_zeros:
+                plan = _zeros_plan(rows_per_expert, described)
+            else:
+                plan = _int8_plan(rows_per_expert) if bits == 8 else _4_bit_plan(rows_per_expert)
         chosen = Plan(*(replace(t, descriptors=described) for t in (plan.gated_up, plan.down)))
     return Plan(
         fitted_weight_only(chosen.gated_up, num_parts, bits, dtype.itemsize, device),
@@ -85,7 +91,7 @@ def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int, tail: int = 0
 
 def _4_bit_plan(rows_per_expert: float) -> Plan:
     if rows_per_expert <= 10:
-        return Plan(_tile(16, 32, 256, 4, 5), _tile(16, 128, 256, 4, 3))
+        return Plan(_tile(16, 32, 256, 4, 5), _tile(16, 128, 256, 4, 4))
     if rows_per_expert <= 24:
         return Plan(_tile(32, 64, 128, 4, 4), _tile(32, 128, 256, 4, 3))
     if rows_per_expert <= 48:
@@ -94,15 +100,16 @@ def _4_bit_plan(rows_per_expert: float) -> Plan:
     return Plan(_tile(128, 64, 128, 4, 3, tail), _tile(128, 128, 128, 4, 3, tail))
 
 
-def _zeros_plan(rows_per_expert: float) -> Plan:
-    """For 4 bits with zero points, which take registers."""
+def _zeros_plan(rows_per_expert: float, described: bool) -> Plan:
+    """For 4 bits with zero points, which take registers; with pointers beside them, tiles of 256
+    rows would not fit."""
     if rows_per_expert <= 10:
         return Plan(_tile(16, 32, 128, 4, 6), _tile(16, 64, 128, 4, 6))
     if rows_per_expert <= 24:
         return Plan(_tile(32, 32, 128, 4, 5), _tile(32, 64, 256, 4, 4))
     if rows_per_expert <= 48:
         return Plan(_tile(64, 64, 256, 8, 3), _tile(64, 64, 128, 4, 4))
-    if rows_per_expert <= MANY:
+    if rows_per_expert <= MANY or not described:
         return Plan(_tile(128, 64, 128, 8, 3, tail=64), _tile(128, 256, 128, 8, 3))
     tail = 128 if rows_per_expert <= 500 else 0
     return Plan(_tile(256, 64, 128, 8, 3, tail=128), _tile(256, 128, 128, 8, 3, tail))
@@ -126,7 +133,7 @@ def fitted_weight_only(
     bits_per_column = 8 * itemsize * tile.m + bits * num_parts * tile.n
     # A little stays free for scales, for barriers and for what the compiler itself puts there.
     room = shared_memory(device) - 4096
-    if tile.programs_per_sm and not tile.tail:
+    if tile.flattened:
         # The finished tile goes through shared memory while the next ones arrive.
         room -= 32 * 1024
     k = tile.k

@@ -42,6 +42,7 @@ class Int4(Format):
     """
 
     name: ClassVar[str] = "int4_w4a16"
+    bits: ClassVar[int] = 4
     unit: ClassVar[str] = "group"
 
     zeros: Tensor | None = None

@@ -41,6 +41,7 @@ class Int8(Format):
     """
 
     name: ClassVar[str] = "int8_w8a16"
+    bits: ClassVar[int] = 8
     unit: ClassVar[str] = "group"
 
     order: Tensor | None = None

@@ -38,6 +38,7 @@ class Mxfp4(Format):
     the exponents plus 127."""
 
     name: ClassVar[str] = "mxfp4"
+    bits: ClassVar[int] = 4
     unit: ClassVar[str] = "group"
     order: ClassVar[None] = None
     """Columns are where they belong, see `Int4.order`."""

@@ -36,6 +36,7 @@ TILES = {
 
 FORMATS = {
     "int4-32": (Int4, {"group_size": 32}),
+    "int4-128": (Int4, {"group_size": 128}),
     "int4-64-zeros": (Int4, {"group_size": 64, "zeros": True}),
     "int4-channel": (Int4, {"group_size": -1}),
     "int8-channel": (Int8, {}),
@@ -97,7 +98,7 @@ def check(
 
 
 @pytest.mark.parametrize("name", TILES)
-@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("format_", [name for name in FORMATS if name != "int4-128"])
 @pytest.mark.sampled(n=7)
 def test_matches_reference(
     format_: str, name: str, device: torch.device, dtype: torch.dtype
@@ -113,6 +114,16 @@ def test_matches_reference(
     w2 = weights(format_, num_experts, hidden, intermediate, device=device, seed=2)
     x = tokens(num_tokens, hidden, device, dtype)
     check(x, w13, w2, topk_ids(ROUTINGS[name]).to(device), (tile, tile))
+
+
+@pytest.mark.parametrize("name", ["plain", "many"])
+def test_a_group_longer_than_a_block(name: str, device: torch.device) -> None:
+    tile = bulk_copies(TILES[name], device)
+    w13 = weights("int4-128", 7, 2, 128, 256, device=device)
+    w2 = weights("int4-128", 7, 256, 128, device=device, seed=2)
+    assert tile.k < 128
+    x = tokens(SHAPES["odd"][0], 256, device, torch.float16)
+    check(x, w13, w2, topk_ids("odd").to(device), (tile, tile))
 
 
 @pytest.mark.parametrize(

@@ -41,10 +41,8 @@ def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(tiles, "user_table", lambda device: tmp_path / "none.json")
     monkeypatch.setattr(tiles, "capability", lambda device: (9, 0))
     tiles.reload_tables()
-    weight_only_tiles._plan.cache_clear()
     yield
     tiles.reload_tables()
-    weight_only_tiles._plan.cache_clear()
 
 
 @pytest.mark.parametrize("kilobytes", [99, 163, 227])
@@ -85,7 +83,8 @@ def test_tables_are_used_near_what_was_measured(
         def plan(ratio: float, rows: float = rows) -> Plan:
             zeros = name == "int4-zeros"
             return weight_only_tiles._plan(
-                cuda, torch.bfloat16, format_.name, shape, zeros, True, ratio * rows
+                *(cuda, torch.bfloat16, format_.name, format_.bits, shape),
+                *(zeros, True, ratio * rows),
             )
 
         for ratio in (0.6, 1.0, 1.9):

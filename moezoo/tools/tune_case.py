@@ -1,0 +1,166 @@
+"""The products of a layer as `tune` times them: what they read, and a call for each tile to try."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moezoo.layers.kernels.combine import combine
+from moezoo.layers.kernels.down import down
+from moezoo.layers.kernels.down_fp8 import down_fp8
+from moezoo.layers.kernels.down_weight_only import down_weight_only
+from moezoo.layers.kernels.gated_up import gated_up
+from moezoo.layers.kernels.gated_up_fp8 import gated_up_fp8
+from moezoo.layers.kernels.gated_up_weight_only import gated_up_weight_only
+from moezoo.layers.kernels.interleave import padded
+from moezoo.layers.kernels.packed_operand import ways
+from moezoo.layers.kernels.permute import Permutation, permute
+from moezoo.layers.kernels.tiles import Plan, Tile
+from moezoo.layers.kernels.weight_only_tiles import fitted_weight_only
+from moezoo.layers.quant import Format, WeightOnly
+from moezoo.layers.quant.fp8 import BlockFp8, Fp8Rows, quantize_rows
+from moezoo.tools.layer_weights import Layer, QuantizedWeights, Weights
+from moezoo.tools.tune_candidates import SEARCHES, Search
+
+Call = Callable[[], Tensor]
+Product = Callable[[Permutation], Tensor]
+Candidate = tuple[Tile, list[Call]]
+"""A tile, and the calls to time for it."""
+
+SETS = 4
+"""Choices of experts that take turns, so that few rows do not find their weights in L2."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the two products read at one number of tokens.
+
+    x [T, H] and h [S, I] as they read them, see `rows_of_x` and `rows_of_h`; topk_weights [T, K];
+    by the m of a tile, the permutations of each choice of experts.
+    """
+
+    x: Tensor | Fp8Rows
+    h: Tensor | Fp8Rows
+    weights: Weights | QuantizedWeights
+    topk_weights: Tensor
+    permutations: dict[int, list[Permutation]]
+
+    @classmethod
+    def random(
+        cls,
+        layer: Layer,
+        weights: Weights | QuantizedWeights,
+        num_tokens: int,
+        *,
+        generator: torch.Generator,
+    ) -> "Case":
+        x = rows_of_x(num_tokens, weights.w13, generator)
+        h = rows_of_h(num_tokens * layer.k, weights.w2, generator)
+        device = generator.device
+        choices = [
+            torch.rand(num_tokens, layer.num_experts, device=device, generator=generator)
+            .topk(layer.k, 1)
+            .indices.int()
+            for _ in range(SETS)
+        ]
+        topk_weights = torch.full((num_tokens, layer.k), 1 / layer.k, device=device)
+        case = cls(x, h, weights, topk_weights, {})
+        for m in sorted({tile.m for tile in case.search.gated_up(case.rows_per_expert)}):
+            case.permutations[m] = [permute(ids, layer.num_experts, m) for ids in choices]
+        return case
+
+    def first(self, tile: Tile) -> Product:
+        return first_product(self.x, self.weights.w13, self.topk_weights.shape[1], tile)
+
+    def second(self, tile: Tile) -> Product:
+        return second_product(self.h, self.weights.w2, tile)
+
+    def firsts(self, m: int) -> Iterator[Candidate]:
+        """The first product with each candidate of so many rows, for each choice of experts."""
+        tiles = self.search.gated_up(self.rows_per_expert)
+        return self._candidates(m, tiles, self.weights.w13.shape[-1], self.first)
+
+    def seconds(self, m: int) -> Iterator[Candidate]:
+        """The same of the second product."""
+        tiles = self.search.down(self.rows_per_expert)
+        return self._candidates(m, tiles, self.weights.w2.shape[-1], self.second)
+
+    def _candidates(
+        self, m: int, tiles: Iterator[Tile], length: int, product: Callable[[Tile], Product]
+    ) -> Iterator[Candidate]:
+        for tile in tiles:
+            if tile.m == m and tile.k <= length:
+                yield tile, [partial(product(tile), rows) for rows in self.permutations[m]]
+
+    def calls(self, plan: Plan) -> list[Call]:
+        """Of both products and the sum, one for each choice of experts."""
+        first, second = self.first(plan.gated_up), self.second(plan.down)
+
+        def call(rows: Permutation) -> Tensor:
+            first(rows)
+            return combine(second(rows), self.topk_weights, rows.positions)
+
+        return [partial(call, rows) for rows in self.permutations[plan.gated_up.m]]
+
+    @property
+    def rows_per_expert(self) -> float:
+        return self.topk_weights.numel() / self.weights.w2.shape[0]
+
+    @property
+    def search(self) -> Search:
+        w13 = self.weights.w13
+        return SEARCHES[w13.name if isinstance(w13, Format) else None]
+
+
+def rows_of_x(num_rows: int, w13: Tensor | Format, generator: torch.Generator) -> Tensor | Fp8Rows:
+    """Random rows as the first product reads them: for weights of 4 and 8 bits as wide as
+    `interleave` makes them, for block fp8 quantised, otherwise bf16."""
+    rows = _random_rows(num_rows, w13, generator)
+    return quantize_rows(rows) if isinstance(w13, BlockFp8) else rows
+
+
+def rows_of_h(num_rows: int, w2: Tensor | Format, generator: torch.Generator) -> Tensor | Fp8Rows:
+    """The same for the second product, which reads scales by column."""
+    rows = _random_rows(num_rows, w2, generator)
+    if not isinstance(w2, BlockFp8):
+        return rows
+    data, scales = quantize_rows(rows)
+    return Fp8Rows(data, scales.mT.contiguous().mT)
+
+
+def _random_rows(num_rows: int, w: Tensor | Format, generator: torch.Generator) -> Tensor:
+    width = w.shape[-1]
+    if isinstance(w, WeightOnly):
+        width = padded(width, ways(type(w), width))
+    device = generator.device
+    return torch.randn(num_rows, width, device=device, dtype=torch.bfloat16, generator=generator)
+
+
+def first_product(x: Tensor | Fp8Rows, w13: Tensor | Format, k: int, tile: Tile) -> Product:
+    if isinstance(w13, BlockFp8):
+        assert isinstance(x, Fp8Rows)
+        fitted = tile.fitted(2, 1, w13.device)
+        return lambda rows: gated_up_fp8(x, w13, rows, k=k, tile=fitted).data
+    assert isinstance(x, Tensor)
+    if isinstance(w13, WeightOnly):
+        fitted = fitted_weight_only(tile, 2, w13.bits, 2, w13.device)
+        return lambda rows: gated_up_weight_only(x, w13, rows, k=k, tile=fitted)
+    assert isinstance(w13, Tensor)
+    fitted = tile.fitted(2, 2, w13.device)
+    return lambda rows: gated_up(x, w13, rows, k=k, tile=fitted)
+
+
+def second_product(h: Tensor | Fp8Rows, w2: Tensor | Format, tile: Tile) -> Product:
+    if isinstance(w2, BlockFp8):
+        assert isinstance(h, Fp8Rows)
+        fitted = tile.fitted(1, 1, w2.device)
+        return lambda rows: down_fp8(h, w2, rows, dtype=torch.bfloat16, tile=fitted)
+    assert isinstance(h, Tensor)
+    if isinstance(w2, WeightOnly):
+        fitted = fitted_weight_only(tile, 1, w2.bits, 2, w2.device)
+        return lambda rows: down_weight_only(h, w2, rows, tile=fitted)
+    assert isinstance(w2, Tensor)
+    fitted = tile.fitted(1, 2, w2.device)
+    return lambda rows: down(h, w2, rows, tile=fitted)

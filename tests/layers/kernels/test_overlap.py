@@ -1,0 +1,56 @@
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+
+from moezoo.layers.kernels import overlap
+from moezoo.layers.kernels.down import down
+from moezoo.layers.kernels.down_weight_only import down_weight_only
+from moezoo.layers.kernels.gated_up import gated_up
+from moezoo.layers.kernels.gated_up_weight_only import gated_up_weight_only
+from moezoo.layers.kernels.permute import permute_ref
+from moezoo.layers.kernels.tiles import Tile
+from moezoo.layers.quant import Int8
+
+ONCE = Tile(16, 32, 64, 4, 2)
+PERSISTENT = Tile(16, 32, 64, 4, 2, programs_per_sm=1)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    monkeypatch.setattr(overlap, "capability", lambda device: (9, 0))
+    overlap.launch_options.cache_clear()
+    yield torch.device("cuda", 0)
+    overlap.launch_options.cache_clear()
+
+
+def test_only_programs_of_one_tile_start_early(hopper: torch.device) -> None:
+    assert overlap.launch_options(hopper) == {"OVERLAP": True, "launch_pdl": True}
+    assert overlap.launch_options(hopper, persistent=True) == {"OVERLAP": False}
+    assert overlap.launch_options(torch.device("cpu")) == {"OVERLAP": False}
+
+
+@pytest.mark.parametrize("tile", [ONCE, PERSISTENT], ids=["once", "persistent"])
+def test_products_say_whether_they_are_persistent(
+    tile: Tile, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    said = []
+
+    def launch_options(device: torch.device, *, persistent: bool = False) -> dict[str, Any]:
+        said.append(persistent)
+        return {"OVERLAP": False}
+
+    for name in ("gated_up", "down", "packed_operand"):
+        module = import_module(f"moezoo.layers.kernels.{name}")
+        monkeypatch.setattr(module, "launch_options", launch_options)
+    x = torch.ones(3, 64, dtype=torch.float16, device=device)
+    w = torch.ones(2, 64, 64, dtype=torch.float16, device=device)
+    rows = permute_ref(torch.tensor([[0], [1], [1]], dtype=torch.int32, device=device), 2, 16)
+    h = gated_up(x, w.repeat(1, 2, 1), rows, k=1, tile=tile)
+    assert down(h, w, rows, tile=tile).shape == (3, 64)
+    packed = Int8.quantize(w)
+    h = gated_up_weight_only(x, Int8.quantize(torch.stack((w, w), 1)), rows, k=1, tile=tile)
+    assert down_weight_only(h, packed, rows, tile=tile).shape == (3, 64)
+    assert said == [tile.persistent] * 4
