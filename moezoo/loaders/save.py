@@ -84,11 +84,12 @@ def save_pretrained(
             warn_of_schemes(described, model.decoder, rules)
     tensor_of = _made
     if mesh is not None:
-        tensor_of = _Divided(model.decoder, mesh, writing).tensor_of
+        divided = _Divided(model.decoder, mesh, writing)
         if mesh.rank:
             for tensor in sorted(written, key=_name):
-                tensor_of(tensor)
+                divided.gather(tensor)
             return
+        tensor_of = divided.tensor_of
     config.dtype = next(
         (p.dtype for p in model.decoder.parameters() if p.is_floating_point()), config.dtype
     )
@@ -111,23 +112,26 @@ def save_pretrained(
 
 
 class _Divided:
-    """The tensors of a model whose experts are divided, asked for in one order on all ranks; only
-    the first rank gets those of experts."""
+    """The tensors of a model whose experts are divided; the first rank asks for them in the order
+    in which the others gather."""
 
     def __init__(self, decoder: Decoder, mesh: Mesh, writing: Writing) -> None:
         self._decoder, self._mesh, self._writing = decoder, mesh, writing
         self._layer: str | None = None
         self._experts: dict[str, Written] = {}
+        """Of this layer, on the first rank."""
 
     def tensor_of(self, tensor: Written) -> torch.Tensor:
+        self.gather(tensor)
+        return self._experts.get(tensor.name, tensor).make()
+
+    def gather(self, tensor: Written) -> None:
+        """All experts of its layer, if it is the first of them."""
         found = _EXPERTS.fullmatch(tensor.target)
-        if found is None:
-            return tensor.make()
-        if found[1] != self._layer:
+        if found is not None and found[1] != self._layer:
             self._layer = found[1]
             state = gathered(self._decoder, self._mesh, int(found[1]))
             self._experts = {each.name: each for each in self._writing.tensors(state)}
-        return (self._experts[tensor.name] if self._experts else tensor).make()
 
 
 def _made(tensor: Written) -> torch.Tensor:

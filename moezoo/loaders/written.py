@@ -293,8 +293,7 @@ def _compressed_tensors(copy: Copy, part: Format) -> Iterator[Written]:
         return
     assert isinstance(part, (Int4, Int8))
     n, k = part.shape
-    bits = 4 if isinstance(part, Int4) else 8
-    words = (n, -(-k * bits // 32))
+    words = (n, -(-k * part.bits // 32))
     yield Written(f"{module}.weight_packed", copy.target, words, torch.int32, partial(_words, part))
     yield _as_it_is(copy, f"{module}.weight_scale", part.scales)
     yield Written(
@@ -392,7 +391,7 @@ def _scheme(weights: Format, sizes: Collection[tuple[type, int]]) -> dict[str, A
     else:
         assert isinstance(weights, (Int4, Int8))
         stored = "pack-quantized"
-        described = {"num_bits": 4 if isinstance(weights, Int4) else 8, "type": "int"}
+        described = {"num_bits": weights.bits, "type": "int"}
         size = weights.group_size
         if weights.scales.shape[-1] == 1 and (type(weights), size) not in sizes:
             described |= {"strategy": "channel"}
