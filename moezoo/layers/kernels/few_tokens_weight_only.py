@@ -31,7 +31,7 @@ from moezoo.layers.kernels.overlap import launch_options, start_next, wait, wait
 from moezoo.layers.kernels.packed_operand import FORMATS
 from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 from moezoo.layers.kernels.unpack import factors
-from moezoo.layers.quant import Int4, Int8, Mxfp4, WeightOnly
+from moezoo.layers.quant import Int4, Mxfp4, WeightOnly
 from moezoo.layers.quant.mxfp4 import GROUP
 
 WORD = 4
@@ -389,7 +389,7 @@ def _words_of_group(w: WeightOnly, ways: int) -> int:
 
 def in_words(w: WeightOnly) -> bool:
     """Whether the kernels can read w: rows of whole words, groups of a power of two of them."""
-    ways = WORD if isinstance(w, Int8) else 2 * WORD
+    ways = WORD * 8 // w.bits
     zeros = w.zeros if isinstance(w, Int4) else None
     if w.order is not None or w.shape[-1] % ways or w.data.stride(-1) != 1:
         return False
@@ -414,7 +414,7 @@ def is_faster(w13: WeightOnly, w2: WeightOnly, num_tokens: int, k: int) -> bool:
 
 
 def _words(w: WeightOnly, block: tuple[int, int, int]) -> _Words:
-    ways = WORD if isinstance(w, Int8) else 2 * WORD
+    ways = WORD * 8 // w.bits
     group = _words_of_group(w, ways)
     width = min(group or GROUP_WORDS, GROUP_WORDS)
     words = w.data.view(torch.int32)
