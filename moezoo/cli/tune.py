@@ -19,12 +19,12 @@ def add(commands: Any) -> None:
         help="find the best tiles for a model's experts on this GPU",
         examples="""
 tune Qwen/Qwen3-30B-A3B
-tune 128,8,2048,768 --quantization fp8_w8a8 --tokens 16 --tokens 64
+tune 128,8,2048,768 --quantization fp8_w8a8 --tokens 16 64
 """,
         description=(
-            "Time the MoE kernels with the tiles that can be best on this GPU, and keep the best "
-            "ones; models\nwith experts of these sizes use them from then on. It takes a few "
-            "minutes a layer."
+            "Time the MoE kernels with the tiles that can be best on this GPU (Hopper or newer), "
+            "and keep the\nbest ones in ~/.cache/moezoo/tiles; models with experts of these sizes "
+            "use them from then on.\nIt takes a few minutes a layer."
         ),
     )
     add_hub(parser)
@@ -36,15 +36,24 @@ tune 128,8,2048,768 --quantization fp8_w8a8 --tokens 16 --tokens 64
     parser.add_argument(
         "--tokens",
         type=number(int, 2),
-        action="append",
+        nargs="+",
         metavar="N",
-        help="numbers of tokens to tune for, repeatable (default: 2 to 16384)",
+        help="numbers of tokens to tune for (default: 2 to 16384)",
     )
-    parser.add_argument("--quantization", choices=TUNED, help="of the weights (default: 16 bit)")
-    parser.add_argument("--output", type=Path, help="JSON file instead of the user's table")
+    parser.add_argument(
+        "--quantization",
+        choices=TUNED,
+        help="of the experts, int4 in groups of 128 without zero points (default: as the model "
+        "stores them; of a shape, 16 bits)",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="JSON file instead of that table; models do not read it"
+    )
 
 
 def _tune(arguments: argparse.Namespace) -> int:
+    layer, stored = _layer(arguments)
+    quantization = arguments.quantization or stored
     import torch
 
     if not torch.cuda.is_available():
@@ -53,15 +62,14 @@ def _tune(arguments: argparse.Namespace) -> int:
     from moezoo.tools.tune import TOKENS, check, read_entries, save, tune
 
     device = torch.device("cuda", torch.cuda.current_device())
-    layer = _layer(arguments)
     path = arguments.output or user_table(device)
     # What is wrong should be said before minutes are spent.
-    check(layer, device, arguments.quantization)
+    check(layer, device, quantization)
     read_entries(path)
     entry = tune(
         layer,
         tokens=arguments.tokens or TOKENS,
-        quantization=arguments.quantization,
+        quantization=quantization,
         report=(lambda message: None) if arguments.quiet else say,
     )
     written = save([entry], path)
@@ -70,7 +78,8 @@ def _tune(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _layer(arguments: argparse.Namespace) -> Any:
+def _layer(arguments: argparse.Namespace) -> tuple[Any, str | None]:
+    """The layer, and the format in which a model stores its experts."""
     from moezoo.tools.layer_weights import Layer
 
     sizes = arguments.layer.split(",")
@@ -81,7 +90,7 @@ def _layer(arguments: argparse.Namespace) -> Any:
                 "a shape is experts,chosen,hidden,intermediate, none of them 0 and no more chosen "
                 f"than experts, such as 128,8,2048,768, got {arguments.layer!r}"
             )
-        return Layer(*numbers)
+        return Layer(*numbers), None
     from moezoo.tools.inspect import inspect
 
     quieten(arguments)
@@ -93,5 +102,10 @@ def _layer(arguments: argparse.Namespace) -> Any:
     if report.experts is None or report.hidden_size is None:
         raise ValueError(f"{arguments.layer}: {report.reason or 'no experts found'}")
     experts = report.experts
+    if len(experts.formats) > 1 and arguments.quantization is None:
+        raise ValueError(
+            f"{arguments.layer} stores experts as {' and '.join(experts.formats)}: say with "
+            "--quantization which to tune for"
+        )
     sizes_ = (experts.num_experts, experts.per_token, report.hidden_size)
-    return Layer(*sizes_, experts.intermediate_size)
+    return Layer(*sizes_, experts.intermediate_size), next(iter(experts.formats), None)

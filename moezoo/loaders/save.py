@@ -123,13 +123,16 @@ class _Divided:
 
     def tensor_of(self, tensor: Written) -> torch.Tensor:
         self.gather(tensor)
-        return self._experts.get(tensor.name, tensor).make()
+        if _EXPERTS.fullmatch(tensor.target):
+            return self._experts[tensor.name].make()
+        return tensor.make()
 
     def gather(self, tensor: Written) -> None:
         """All experts of its layer, if it is the first of them."""
         found = _EXPERTS.fullmatch(tensor.target)
         if found is not None and found[1] != self._layer:
             self._layer = found[1]
+            self._experts = {}  # there is room for one layer
             state = gathered(self._decoder, self._mesh, int(found[1]))
             self._experts = {each.name: each for each in self._writing.tensors(state)}
 

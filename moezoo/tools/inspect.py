@@ -65,6 +65,8 @@ class Experts:
     """Of what runs beside the routed experts of one layer."""
     workspace_bytes: int
     """What one MoE layer allocates on a GPU for the longest chunk of tokens, at most."""
+    formats: tuple[str, ...] = ()
+    """Those that experts stay in, by their names in options; none where they are not quantised."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,9 @@ def inspect(
             formats = {None if kind is None else kind.format for kind in kinds}
             moe, per_token = next(iter(owners.values())), report.experts.per_token
             needed = _workspace_bytes(moe, per_token, dtype, formats)
-            report = replace(report, experts=replace(report.experts, workspace_bytes=needed))
+            names = sorted({format_.name for format_ in formats if format_ is not None})
+            experts = replace(report.experts, workspace_bytes=needed, formats=tuple(names))
+            report = replace(report, experts=experts)
         if encoding.scheme is not None:
             stay = quantized.keys() | kept(dense).keys()
             whole = all(

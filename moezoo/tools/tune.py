@@ -195,8 +195,13 @@ def compile_candidates(
     """Compile the candidates into Triton's cache with several processes."""
     rows = [num_tokens * layer.k / layer.num_experts for num_tokens in tokens]
     search = SEARCHES[quantization]
-    firsts = {tile for number in rows for tile in search.gated_up(number)}
-    seconds = {tile for number in rows for tile in search.down(number)}
+    firsts, seconds = (
+        {tile for number in rows for tile in tiles_of(number) if tile.k <= length}
+        for tiles_of, length in (
+            (search.gated_up, layer.hidden_size),
+            (search.down, layer.intermediate_size),
+        )
+    )
     jobs = [("gated_up", tile) for tile in firsts] + [("down", tile) for tile in seconds]
     # Sizes and strides are part of what is compiled, the number of experts is not.
     one = replace(layer, num_experts=1, k=1)
@@ -212,6 +217,8 @@ def _compile(job: tuple[str, Tile], layer: Layer, quantization: str | None) -> N
     weights = empty_weights(layer, torch.bfloat16, device, quantization)
     generator = torch.Generator(device).manual_seed(0)
     rows = permute(torch.zeros(64, 1, dtype=torch.int32, device=device), 1, tile.m)
+    # The second product may not follow the launch that counts its tiles.
+    torch.cuda.synchronize()
     # The search meets the same error, and goes on without the tile.
     with unless_unusable():
         if operation == "gated_up":

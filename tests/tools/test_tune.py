@@ -8,12 +8,15 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
+import moezoo
 from moezoo import cli
+from moezoo.assets import tiny_model
 from moezoo.errors import MoEZooError
 from moezoo.layers.kernels import tiles, weight_only_tiles
 from moezoo.layers.kernels.tiles import Tile
+from moezoo.layers.quant import Format
 from moezoo.tools import tune as tool
-from moezoo.tools.layer_weights import LAYERS, Layer, Weights
+from moezoo.tools.layer_weights import LAYERS, Layer, Weights, empty_weights, random_weights
 from moezoo.tools.tune_candidates import SEARCHES
 from moezoo.tools.tune_case import Case
 
@@ -243,7 +246,14 @@ def test_layers_with_nothing_to_tune_quantized(hopper, quantization, fits, betwe
             tool.check(Layer(8, 2, 128, small), CPU, quantization)
 
 
-def test_what_was_saved_is_used_at_once(tmp_path, monkeypatch):
+@pytest.fixture
+def no_plans():
+    tiles.reload_tables()
+    yield
+    tiles.reload_tables()
+
+
+def test_what_was_saved_is_used_at_once(no_plans, tmp_path, monkeypatch):
     path = tmp_path / "tiles.json"
     monkeypatch.setattr(tiles, "user_table", lambda device: path)
     monkeypatch.setattr(tiles, "capability", lambda device: (9, 0))
@@ -259,11 +269,27 @@ def test_what_was_saved_is_used_at_once(tmp_path, monkeypatch):
         )
         return [plan.down.num_stages for plan in (bf16, int4)]
 
-    tiles.reload_tables()
     assert planned() == [4, 4]
     tool.save([entry(4.0, num_stages=2), entry(4.0) | {"quantization": "int4_w4a16"}], path)
     assert planned() == [2, 3]
-    tiles.reload_tables()
+
+
+@pytest.mark.parametrize("quantization", SEARCHES)
+def test_what_is_compiled_beforehand_is_laid_out_as_what_is_launched(quantization):
+    """Triton compiles for strides; the number of experts is none of them."""
+    sizes = {"k": 1, "hidden_size": 256, "intermediate_size": 384}
+    empty = empty_weights(Layer(1, **sizes), torch.bfloat16, CPU, quantization)
+    launched = random_weights(Layer(3, **sizes), torch.bfloat16, CPU, quantization)
+    for name in ("w13", "w2"):
+        one, three = (getattr(weights, name) for weights in (empty, launched))
+        pairs = [(one, three)]
+        if isinstance(one, Format):
+            tensors = zip(one.tensors().values(), three.tensors().values(), strict=True)
+            pairs = [pair for pair in tensors if pair[0] is not None]
+        for own, other in pairs:
+            assert (own.dtype, own.stride(), own.shape[1:]) == (
+                *(other.dtype, other.stride(), other.shape[1:]),
+            )
 
 
 def test_the_command_takes_what_can_be_searched():
@@ -313,7 +339,27 @@ def test_the_command_refuses_before_the_search(hopper, gpu_stand_in, capsys, tmp
 def test_the_command_adds_to_a_table(hopper, gpu_stand_in, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "tune", lambda layer, *, tokens, quantization, report: entry(*tokens))
     path = tmp_path / "tiles.json"
-    for tokens in ("4", "2"):
-        command = ["tune", "8,2,64,96", "--tokens", tokens, "--output", str(path)]
+    for tokens in (["4", "8"], ["2"]):
+        command = ["tune", "8,2,64,96", "--tokens", *tokens, "--output", str(path)]
         assert cli.main(command) == 0
-    assert stages(path) == {2: 3, 4: 3}
+    assert stages(path) == {2: 3, 4: 3, 8: 3}
+
+
+def test_a_model_is_tuned_in_the_format_of_its_experts(
+    hopper, gpu_stand_in, tmp_path, monkeypatch, capsys
+):
+    asked = []
+
+    def tune(layer, *, tokens, quantization, report):
+        asked.append((layer, quantization))
+        return entry(*tokens)
+
+    monkeypatch.setattr(tool, "tune", tune)
+    model = moezoo.from_pretrained(tiny_model(), quantization="int8_w8a16", device="cpu")
+    model.save_pretrained(tmp_path / "model")
+    options = ["--tokens", "2", "--output", str(tmp_path / "tiles.json")]
+    assert cli.main(["tune", str(tmp_path / "model"), *options]) == 0
+    assert cli.main(["tune", str(tiny_model()), *options]) == 0
+    (quantized, name), (plain, no_name) = asked
+    assert (name, no_name) == ("int8_w8a16", None)
+    assert quantized == plain

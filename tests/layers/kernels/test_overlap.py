@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -7,15 +8,18 @@ import torch
 
 from moezoo.layers.kernels import overlap
 from moezoo.layers.kernels.down import down
+from moezoo.layers.kernels.down_fp8 import down_fp8
 from moezoo.layers.kernels.down_weight_only import down_weight_only
 from moezoo.layers.kernels.gated_up import gated_up
+from moezoo.layers.kernels.gated_up_fp8 import gated_up_fp8
 from moezoo.layers.kernels.gated_up_weight_only import gated_up_weight_only
 from moezoo.layers.kernels.permute import permute_ref
 from moezoo.layers.kernels.tiles import Tile
-from moezoo.layers.quant import Int8
+from moezoo.layers.quant import BlockFp8, Int8
+from moezoo.layers.quant.fp8 import quantize_rows
 
-ONCE = Tile(16, 32, 64, 4, 2)
-PERSISTENT = Tile(16, 32, 64, 4, 2, programs_per_sm=1)
+ONCE = Tile(16, 128, 128, 4, 2)
+PERSISTENT = replace(ONCE, programs_per_sm=1)
 
 
 @pytest.fixture
@@ -32,6 +36,7 @@ def test_only_programs_of_one_tile_start_early(hopper: torch.device) -> None:
     assert overlap.launch_options(torch.device("cpu")) == {"OVERLAP": False}
 
 
+@pytest.mark.usefixtures("fp8")
 @pytest.mark.parametrize("tile", [ONCE, PERSISTENT], ids=["once", "persistent"])
 def test_products_say_whether_they_are_persistent(
     tile: Tile, monkeypatch: pytest.MonkeyPatch, device: torch.device
@@ -42,15 +47,18 @@ def test_products_say_whether_they_are_persistent(
         said.append(persistent)
         return {"OVERLAP": False}
 
-    for name in ("gated_up", "down", "packed_operand"):
+    for name in ("gated_up", "down", "gated_up_fp8", "down_fp8", "packed_operand"):
         module = import_module(f"moezoo.layers.kernels.{name}")
         monkeypatch.setattr(module, "launch_options", launch_options)
-    x = torch.ones(3, 64, dtype=torch.float16, device=device)
-    w = torch.ones(2, 64, 64, dtype=torch.float16, device=device)
+    x = torch.ones(3, 128, dtype=torch.float16, device=device)
+    w2 = torch.ones(2, 128, 128, dtype=torch.float16, device=device)
+    w13 = torch.stack((w2, w2), 1)
     rows = permute_ref(torch.tensor([[0], [1], [1]], dtype=torch.int32, device=device), 2, 16)
-    h = gated_up(x, w.repeat(1, 2, 1), rows, k=1, tile=tile)
-    assert down(h, w, rows, tile=tile).shape == (3, 64)
-    packed = Int8.quantize(w)
-    h = gated_up_weight_only(x, Int8.quantize(torch.stack((w, w), 1)), rows, k=1, tile=tile)
-    assert down_weight_only(h, packed, rows, tile=tile).shape == (3, 64)
-    assert said == [tile.persistent] * 4
+    h = gated_up(x, w13, rows, k=1, tile=tile)
+    assert down(h, w2, rows, tile=tile).shape == (3, 128)
+    h = gated_up_weight_only(x, Int8.quantize(w13), rows, k=1, tile=tile)
+    assert down_weight_only(h, Int8.quantize(w2), rows, tile=tile).shape == (3, 128)
+    h8 = gated_up_fp8(quantize_rows(x), BlockFp8.quantize(w13), rows, k=1, tile=tile)
+    y = down_fp8(h8, BlockFp8.quantize(w2), rows, dtype=torch.float16, tile=tile)
+    assert y.shape == (3, 128)
+    assert said == [tile.persistent] * 6
