@@ -643,8 +643,8 @@ def test_what_tune_takes_for_a_layer():
     def layer(text):
         return cli.tune._layer(cli.parser().parse_args(["tune", text]))
 
-    assert layer("128,8,2048,768") == Layer(128, 8, 2048, 768)
-    assert layer(str(tiny_model())) == Layer(16, 4, 256, 64)
+    assert layer("128,8,2048,768") == (Layer(128, 8, 2048, 768), None)
+    assert layer(str(tiny_model())) == (Layer(16, 4, 256, 64), None)
     for wrong in ("128,8,2048", "8,9,64,32", "8,0,64,32", "8,2,0,64", "8,2,64,0"):
         with pytest.raises(ValueError, match="experts,chosen,hidden,intermediate"):
             layer(wrong)
