@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from io import BytesIO, StringIO, TextIOWrapper
 
 import pytest
@@ -648,3 +649,15 @@ def test_what_tune_takes_for_a_layer():
     for wrong in ("128,8,2048", "8,9,64,32", "8,0,64,32", "8,2,0,64", "8,2,64,0"):
         with pytest.raises(ValueError, match="experts,chosen,hidden,intermediate"):
             layer(wrong)
+
+
+def test_tune_asks_which_format_where_a_model_has_two(monkeypatch):
+    report = moezoo.inspect(tiny_model())
+    both = replace(report.experts, formats=("fp8_w8a8", "int4_w4a16"))
+    stored = replace(report, experts=both)
+    monkeypatch.setattr("moezoo.tools.inspect.inspect", lambda *_, **__: stored)
+    asked = ["tune", "a/model"]
+    with pytest.raises(ValueError, match="fp8_w8a8 and int4_w4a16: say with --quantization"):
+        cli.tune._layer(cli.parser().parse_args(asked))
+    layer, _ = cli.tune._layer(cli.parser().parse_args([*asked, "--quantization", "int4_w4a16"]))
+    assert layer == Layer(16, 4, 256, 64)
