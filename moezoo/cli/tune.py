@@ -52,8 +52,6 @@ tune 128,8,2048,768 --quantization fp8_w8a8 --tokens 16 64
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    layer, stored = _layer(arguments)
-    quantization = arguments.quantization or stored
     import torch
 
     if not torch.cuda.is_available():
@@ -62,6 +60,8 @@ def _tune(arguments: argparse.Namespace) -> int:
     from moezoo.tools.tune import TOKENS, check, read_entries, save, tune
 
     device = torch.device("cuda", torch.cuda.current_device())
+    layer, stored = _layer(arguments)
+    quantization = arguments.quantization or stored
     path = arguments.output or user_table(device)
     # What is wrong should be said before minutes are spent.
     check(layer, device, quantization)

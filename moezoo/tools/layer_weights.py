@@ -69,6 +69,10 @@ class Weights:
             w2[expert].normal_(std=I**-0.5, generator=generator)
         return cls(w13, w2)
 
+    @property
+    def quantization(self) -> str | None:
+        return None
+
     def expert(self, index: int) -> tuple[Tensor, Tensor]:
         """w13 [2I, H] and w2 [H, I] of an expert, fp32."""
         return self.w13[index].float(), self.w2[index].float()
@@ -95,6 +99,10 @@ class QuantizedWeights:
             parts.append(tuple(format_.quantize(w, **options) for w in (w13, weights.w2)))
         w13s, w2s = zip(*parts, strict=True)
         return cls(_joined(w13s), _joined(w2s))
+
+    @property
+    def quantization(self) -> str | None:
+        return self.w13.name
 
     def expert(self, index: int) -> tuple[Tensor, Tensor]:
         return self.w13[index].dequantize().flatten(0, 1), self.w2[index].dequantize()

@@ -66,10 +66,12 @@ class Case:
             for _ in range(SETS)
         ]
         topk_weights = torch.full((num_tokens, layer.k), 1 / layer.k, device=device)
-        case = cls(x, h, weights, topk_weights, {})
-        for m in sorted({tile.m for tile in case.search.gated_up(case.rows_per_expert)}):
-            case.permutations[m] = [permute(ids, layer.num_experts, m) for ids in choices]
-        return case
+        tiles = SEARCHES[weights.quantization].gated_up(num_tokens * layer.k / layer.num_experts)
+        permutations = {
+            m: [permute(ids, layer.num_experts, m) for ids in choices]
+            for m in sorted({tile.m for tile in tiles})
+        }
+        return cls(x, h, weights, topk_weights, permutations)
 
     def first(self, tile: Tile) -> Product:
         return first_product(self.x, self.weights.w13, self.topk_weights.shape[1], tile)
@@ -110,8 +112,7 @@ class Case:
 
     @property
     def search(self) -> Search:
-        w13 = self.weights.w13
-        return SEARCHES[w13.name if isinstance(w13, Format) else None]
+        return SEARCHES[self.weights.quantization]
 
 
 def rows_of_x(num_rows: int, w13: Tensor | Format, generator: torch.Generator) -> Tensor | Fp8Rows:

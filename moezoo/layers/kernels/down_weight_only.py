@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moezoo.layers.kernels.down import down_ref
 from moezoo.layers.kernels.interleave import padded
 from moezoo.layers.kernels.overlap import start_next, wait_for_previous
 from moezoo.layers.kernels.packed_operand import in_order, packed_operand, ways
@@ -30,16 +31,8 @@ def down_weight_only_ref(
     tile: Tile | None = None,
     bias2: Tensor | None = None,
 ) -> Tensor:
-    num_experts, hidden_size, intermediate_size = w2.shape
-    h = in_order(h, type(w2), intermediate_size)
-    y = h.new_zeros(len(h), hidden_size)
-    for e in range(num_experts):
-        rows = slice(int(permutation.offsets[e]), int(permutation.offsets[e + 1]))
-        y_e = h[rows].float() @ w2[e].dequantize().T
-        if bias2 is not None:
-            y_e += bias2[e].float()
-        y[rows] = y_e.to(y.dtype)
-    return y
+    h = in_order(h, type(w2), w2.shape[-1])
+    return down_ref(h, w2.dequantize(), permutation, bias2=bias2)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
-from moezoo.layers.kernels.gated_up import activate, activate_gated
+from moezoo.layers.kernels.gated_up import activate, activate_gated, gated_up_ref
 from moezoo.layers.kernels.interleave import interleave_ref, padded
 from moezoo.layers.kernels.overlap import wait
 from moezoo.layers.kernels.packed_operand import in_order, packed_operand, ways
@@ -35,18 +35,9 @@ def gated_up_weight_only_ref(
     activation: str | Gating = "silu",
     bias13: Tensor | None = None,
 ) -> Tensor:
-    gating = Gating.of(activation)
-    order, offsets = permutation.order, permutation.offsets
-    num_experts, _, intermediate_size, hidden_size = w13.shape
-    x = in_order(x, type(w13), hidden_size)
-    h = x.new_zeros(permutation.positions.numel(), intermediate_size)
-    for e in range(num_experts):
-        rows = slice(int(offsets[e]), int(offsets[e + 1]))
-        parts = x[order[rows].long() // k].float() @ w13[e].dequantize().mT  # [1 or 2, rows, I]
-        if bias13 is not None:
-            parts += bias13[e].float().unsqueeze(1)
-        h[rows] = gating(*parts).to(h.dtype)
-    return interleave_ref(h, ways(type(w13), intermediate_size))
+    x, w = in_order(x, type(w13), w13.shape[-1]), w13.dequantize()
+    h = gated_up_ref(x, w, permutation, k=k, activation=activation, bias13=bias13)
+    return interleave_ref(h, ways(type(w13), h.shape[1]))
 
 
 @triton.jit
