@@ -18,7 +18,6 @@ from moezoo.layers.kernels.interleave import padded
 from moezoo.layers.kernels.packed_operand import ways
 from moezoo.layers.kernels.permute import Permutation, permute
 from moezoo.layers.kernels.tiles import Plan, Tile
-from moezoo.layers.kernels.weight_only_tiles import fitted_weight_only
 from moezoo.layers.quant import Format, WeightOnly
 from moezoo.layers.quant.fp8 import BlockFp8, Fp8Rows, quantize_rows
 from moezoo.tools.layer_weights import Layer, QuantizedWeights, Weights
@@ -146,7 +145,7 @@ def first_product(x: Tensor | Fp8Rows, w13: Tensor | Format, k: int, tile: Tile)
         return lambda rows: gated_up_fp8(x, w13, rows, k=k, tile=fitted).data
     assert isinstance(x, Tensor)
     if isinstance(w13, WeightOnly):
-        fitted = fitted_weight_only(tile, 2, w13.bits, 2, w13.device)
+        fitted = tile.fitted(2, 2, w13.device, bits=w13.bits)
         return lambda rows: gated_up_weight_only(x, w13, rows, k=k, tile=fitted)
     assert isinstance(w13, Tensor)
     fitted = tile.fitted(2, 2, w13.device)
@@ -160,7 +159,7 @@ def second_product(h: Tensor | Fp8Rows, w2: Tensor | Format, tile: Tile) -> Prod
         return lambda rows: down_fp8(h, w2, rows, dtype=torch.bfloat16, tile=fitted)
     assert isinstance(h, Tensor)
     if isinstance(w2, WeightOnly):
-        fitted = fitted_weight_only(tile, 1, w2.bits, 2, w2.device)
+        fitted = tile.fitted(1, 2, w2.device, bits=w2.bits)
         return lambda rows: down_weight_only(h, w2, rows, tile=fitted)
     assert isinstance(w2, Tensor)
     fitted = tile.fitted(1, 2, w2.device)

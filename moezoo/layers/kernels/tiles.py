@@ -73,18 +73,24 @@ class Tile:
             return every
         return min(every, self.programs_per_sm * multiprocessors(device))
 
-    def fitted(self, num_parts: int, itemsize: int, device: torch.device) -> "Tile":
-        """This tile with the stages that shared memory holds; where it holds none, k shrinks."""
-        row_bytes = (self.m + num_parts * self.n) * itemsize
-        # A little stays free for barriers and for what the compiler itself puts there.
-        room = shared_memory(device) - 2048
+    def fitted(
+        self, num_parts: int, itemsize: int, device: torch.device, *, bits: int | None = None
+    ) -> "Tile":
+        """This tile with the stages that shared memory holds; where it holds none, k shrinks.
+
+        itemsize is of rows, and of weights without `bits` of their own.
+        """
+        bits_per_column = 8 * itemsize * self.m + (bits or 8 * itemsize) * num_parts * self.n
+        # A little stays free for barriers, for what the compiler itself puts there, and for scales.
+        room = shared_memory(device) - (2048 if bits is None else 4096)
         if self.flattened:
             # The finished tile goes through shared memory while the next ones arrive.
             room -= 32 * 1024
         k = self.k
-        while row_bytes * k > room and k > 16:
+        while bits_per_column * k // 8 > room and k > (16 if bits is None else 64):
             k //= 2
-        return replace(self, k=k, num_stages=max(1, min(self.num_stages, room // (row_bytes * k))))
+        stages = max(1, min(self.num_stages, room * 8 // (bits_per_column * k)))
+        return replace(self, k=k, num_stages=stages)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from moezoo.layers.kernels.tiles import (
     Tile,
     can_describe,
     remembered,
-    shared_memory,
     tuned,
 )
 from moezoo.layers.quant import Int4, WeightOnly
@@ -76,8 +75,8 @@ def _plan(
                 plan = _int8_plan(rows_per_expert) if bits == 8 else _4_bit_plan(rows_per_expert)
         chosen = Plan(*(replace(t, descriptors=described) for t in (plan.gated_up, plan.down)))
     return Plan(
-        fitted_weight_only(chosen.gated_up, num_parts, bits, dtype.itemsize, device),
-        fitted_weight_only(chosen.down, 1, bits, dtype.itemsize, device),
+        chosen.gated_up.fitted(num_parts, dtype.itemsize, device, bits=bits),
+        chosen.down.fitted(1, dtype.itemsize, device, bits=bits),
     )
 
 
@@ -124,20 +123,3 @@ def _int8_plan(rows_per_expert: float) -> Plan:
         return Plan(_tile(64, 32, 64, 4, 4), _tile(64, 64, 64, 4, 4))
     tail = 64 if rows_per_expert <= MANY else 0
     return Plan(_tile(128, 64, 64, 4, 3, tail), _tile(128, 128, 64, 4, 3, tail))
-
-
-def fitted_weight_only(
-    tile: Tile, num_parts: int, bits: int, itemsize: int, device: torch.device
-) -> Tile:
-    """This tile with the stages that shared memory holds; where it holds none, k shrinks."""
-    bits_per_column = 8 * itemsize * tile.m + bits * num_parts * tile.n
-    # A little stays free for scales, for barriers and for what the compiler itself puts there.
-    room = shared_memory(device) - 4096
-    if tile.flattened:
-        # The finished tile goes through shared memory while the next ones arrive.
-        room -= 32 * 1024
-    k = tile.k
-    while bits_per_column * k // 8 > room and k > 64:
-        k //= 2
-    stages = max(1, min(tile.num_stages, room * 8 // (bits_per_column * k)))
-    return replace(tile, k=k, num_stages=stages)

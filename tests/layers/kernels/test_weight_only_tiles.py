@@ -51,7 +51,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 def test_plans_have_tiles_that_the_kernels_take(
     name: str, padding: int, kilobytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weight_only_tiles, "shared_memory", lambda device: kilobytes * 1024)
+    monkeypatch.setattr(tiles, "shared_memory", lambda device: kilobytes * 1024)
     w13, w2 = weights(name, 2, 2, 128, 64, padding=padding), weights(name, 2, 64, 128)
     for dtype in RELATIVE:
         x = torch.zeros(1, 64, dtype=dtype)
@@ -72,7 +72,7 @@ def test_plans_have_tiles_that_the_kernels_take(
 def test_tables_are_used_near_what_was_measured(
     name: str, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weight_only_tiles, "shared_memory", lambda device: 227 * 1024)
+    monkeypatch.setattr(tiles, "shared_memory", lambda device: 227 * 1024)
     cuda, format_ = torch.device("cuda", 0), FORMATS[name][0]
     num_experts, hidden_size, intermediate_size = sizes
     shape = (num_experts, 2, intermediate_size, hidden_size)
