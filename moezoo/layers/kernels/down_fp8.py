@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moezoo.layers.kernels.down import down_ref
 from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.permute import Permutation
 from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, swizzle
@@ -30,16 +31,8 @@ def down_fp8_ref(
     tile: Tile | None = None,
     bias2: Tensor | None = None,
 ) -> Tensor:
-    num_experts, hidden_size, intermediate_size = w2.shape
-    y = h.data.new_zeros(len(h.data), hidden_size, dtype=dtype)
-    for e in range(num_experts):
-        rows = slice(int(permutation.offsets[e]), int(permutation.offsets[e + 1]))
-        h_e = Fp8Rows(h.data[rows], h.scales[rows]).dequantize()[:, :intermediate_size]
-        y_e = h_e @ w2[e].dequantize().T
-        if bias2 is not None:
-            y_e += bias2[e].float()
-        y[rows] = y_e.to(dtype)
-    return y
+    rows = h.dequantize()[:, : w2.shape[-1]]
+    return down_ref(rows, w2.dequantize(), permutation, bias2=bias2).to(dtype)
 
 
 @triton.jit
