@@ -121,8 +121,8 @@ def gated_up_weight_only_tiles(rows_per_expert: float, *, bits: int) -> Iterator
     """Candidates for the first product with weights of 4 or 8 bits."""
     if rows_per_expert <= 40:
         for m in _few_rows(rows_per_expert):
-            yield from _tiles(m, [(32, 256, 4, 3), (32, 256, 4, 5), (32, 128, 4, 5)], bits)
-            yield from _tiles(m, [(64, 128, 4, 4), (64, 256, 4, 4), (64, 256, 8, 3)], bits)
+            yield from _tiles(m, [(32, 256, 4, 3), (32, 256, 4, 4), (32, 128, 4, 5)], bits)
+            yield from _tiles(m, [(64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 8, 3)], bits)
     if 16 < rows_per_expert <= 100:
         yield from _tiles(64, [(64, 128, 4, 3), (64, 64, 4, 4), (128, 128, 8, 3)], bits)
     if rows_per_expert > 24:
@@ -140,8 +140,8 @@ def down_weight_only_tiles(rows_per_expert: float, *, bits: int) -> Iterator[Til
     """Candidates for the second product with weights of 4 or 8 bits."""
     if rows_per_expert <= 40:
         for m in _few_rows(rows_per_expert):
-            yield from _tiles(m, [(64, 128, 4, 6), (64, 256, 4, 4), (64, 512, 4, 3)], bits)
-            yield from _tiles(m, [(128, 128, 4, 4), (128, 256, 4, 3), (128, 256, 8, 3)], bits)
+            yield from _tiles(m, [(64, 128, 4, 4), (64, 256, 4, 3), (64, 512, 4, 3)], bits)
+            yield from _tiles(m, [(128, 128, 4, 3), (128, 128, 4, 4), (128, 256, 8, 3)], bits)
     if 16 < rows_per_expert <= 100:
         yield from _tiles(64, [(128, 64, 4, 4), (128, 128, 8, 4), (256, 128, 8, 3)], bits)
     if rows_per_expert > 24:

@@ -110,7 +110,7 @@ def _rows_times_columns(
     tl.store(y_ptr + o_y, y.to(y_ptr.dtype.element_ty), mask=m_y)
 
 
-@triton.jit(do_not_specialize=["max_tiles", "num_programs"])
+@triton.jit(do_not_specialize=["max_tiles"])
 def _down_kernel(
     h,
     h_tail,
@@ -120,7 +120,6 @@ def _down_kernel(
     tiles_ptr,
     num_tiles_ptr,
     max_tiles,
-    num_programs,
     intermediate_size,
     hidden_size,
     stride_we,
@@ -132,6 +131,7 @@ def _down_kernel(
     DESCRIPTORS: tl.constexpr,
     EVEN_K: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
+    DIRECT: tl.constexpr,
     FLATTEN: tl.constexpr,
     GROUP_M: tl.constexpr,
     TAIL: tl.constexpr,
@@ -142,25 +142,39 @@ def _down_kernel(
 ):
     wait(OVERLAP)
     num_tiles = tl.load(num_tiles_ptr)
-    num_n = tl.cdiv(hidden_size, BLOCK_N)
-    for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
-        tile, pid_n = swizzle(pid, num_tiles, num_n, GROUP_M)
-        expert, first_row, end = load_tile(tiles_ptr + tile, max_tiles)
-        first_col = pid_n * BLOCK_N
-        # fmt: off
-        if TAIL > 0 and end - first_row <= TAIL:
-            _rows_times_columns(
-                expert, first_row, end, first_col, h_tail, w, bias_ptr, y_ptr, intermediate_size,
-                hidden_size, stride_we, stride_wn, stride_wi, stride_be, stride_bn, HAS_BIAS,
-                DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, TAIL, BLOCK_N, BLOCK_K,
-            )
-        else:
+    if DIRECT:
+        # Read before it is known to be one: those past the last are not written, but there.
+        expert, first_row, end = load_tile(tiles_ptr + tl.program_id(1), max_tiles)
+        if tl.program_id(1) < num_tiles:
+            first_col = tl.program_id(0) * BLOCK_N
+            # fmt: off
             _rows_times_columns(
                 expert, first_row, end, first_col, h, w, bias_ptr, y_ptr, intermediate_size,
                 hidden_size, stride_we, stride_wn, stride_wi, stride_be, stride_bn, HAS_BIAS,
                 DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, BLOCK_M, BLOCK_N, BLOCK_K,
             )
-        # fmt: on
+            # fmt: on
+    else:
+        num_n = tl.cdiv(hidden_size, BLOCK_N)
+        num_programs = tl.num_programs(0)
+        for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
+            tile, pid_n = swizzle(pid, num_tiles, num_n, GROUP_M)
+            expert, first_row, end = load_tile(tiles_ptr + tile, max_tiles)
+            first_col = pid_n * BLOCK_N
+            # fmt: off
+            if TAIL > 0 and end - first_row <= TAIL:
+                _rows_times_columns(
+                    expert, first_row, end, first_col, h_tail, w, bias_ptr, y_ptr,
+                    intermediate_size, hidden_size, stride_we, stride_wn, stride_wi, stride_be,
+                    stride_bn, HAS_BIAS, DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, TAIL, BLOCK_N, BLOCK_K,
+                )
+            else:
+                _rows_times_columns(
+                    expert, first_row, end, first_col, h, w, bias_ptr, y_ptr, intermediate_size,
+                    hidden_size, stride_we, stride_wn, stride_wi, stride_be, stride_bn, HAS_BIAS,
+                    DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, BLOCK_M, BLOCK_N, BLOCK_K,
+                )
+            # fmt: on
 
 
 def down(
@@ -192,8 +206,8 @@ def down(
     if bias2 is not None and bias2.shape != w2.shape[:2]:
         raise ValueError(f"bias2 must be {list(w2.shape[:2])}, got {list(bias2.shape)}")
     y = torch.empty(order.numel(), hidden_size, dtype=h.dtype, device=h.device)
-    num_programs = tile.num_programs(tiles.shape[1], hidden_size, h.device)
-    if num_programs == 0:
+    grid = tile.grid(tiles.shape[1], hidden_size, h.device)
+    if 0 in grid:
         return y
     if tile.descriptors:
         rows = descriptor(h, (tile.m, tile.k))
@@ -201,7 +215,7 @@ def down(
         w = descriptor(w2, (1, tile.n, tile.k))
     else:
         rows, tail_rows, w = h, h, w2
-    _down_kernel[(num_programs,)](
+    _down_kernel[grid](
         rows,
         tail_rows,
         w,
@@ -210,7 +224,6 @@ def down(
         tiles,
         num_tiles,
         tiles.shape[1],
-        num_programs,
         intermediate_size,
         hidden_size,
         *w2.stride(),
@@ -219,6 +232,7 @@ def down(
         DESCRIPTORS=tile.descriptors,
         EVEN_K=intermediate_size % tile.k == 0,
         WEIGHTS_FIRST=tile.weights_first,
+        DIRECT=tile.direct,
         FLATTEN=tile.flattened,
         GROUP_M=tile.group_m,
         TAIL=tile.tail,

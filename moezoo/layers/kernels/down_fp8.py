@@ -187,7 +187,7 @@ SCALE_STRIDES = ["stride_se", "stride_sn", "stride_si", "stride_hs"]
 
 
 # Scales are read one at a time: there is nothing to gain from knowing their strides.
-@triton.jit(do_not_specialize=["max_tiles", "num_programs", *SCALE_STRIDES])
+@triton.jit(do_not_specialize=["max_tiles", *SCALE_STRIDES])
 def _down_fp8_kernel(
     h,
     h_tail,
@@ -199,7 +199,6 @@ def _down_fp8_kernel(
     tiles_ptr,
     num_tiles_ptr,
     max_tiles,
-    num_programs,
     intermediate_size,
     hidden_size,
     stride_hs,
@@ -216,6 +215,7 @@ def _down_fp8_kernel(
     DESCRIPTORS: tl.constexpr,
     EVEN_K: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
+    DIRECT: tl.constexpr,
     FLATTEN: tl.constexpr,
     GROUP_M: tl.constexpr,
     TAIL: tl.constexpr,
@@ -226,27 +226,42 @@ def _down_fp8_kernel(
 ):
     wait(OVERLAP)
     num_tiles = max_tiles if num_tiles_ptr is None else tl.load(num_tiles_ptr)
-    num_n = tl.cdiv(hidden_size, BLOCK_N)
-    for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
-        tile, pid_n = swizzle(pid, num_tiles, num_n, GROUP_M)
-        expert, first_row, end = load_tile(tiles_ptr + tile, max_tiles)
-        first_col = pid_n * BLOCK_N
-        # fmt: off
-        if TAIL > 0 and end - first_row <= TAIL:
-            _rows_times_columns(
-                expert, first_row, end, first_col, h_tail, h_scales_ptr, w, w_scales_ptr, bias_ptr,
-                y_ptr, intermediate_size, hidden_size, stride_hs, stride_we, stride_wn, stride_wi,
-                stride_se, stride_sn, stride_si, stride_be, stride_bn, HAS_BIAS, PER_ROW,
-                DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, TAIL, BLOCK_N, BLOCK_K,
-            )
-        else:
+    if DIRECT:
+        # Read before it is known to be one: those past the last are not written, but there.
+        expert, first_row, end = load_tile(tiles_ptr + tl.program_id(1), max_tiles)
+        if tl.program_id(1) < num_tiles:
+            first_col = tl.program_id(0) * BLOCK_N
+            # fmt: off
             _rows_times_columns(
                 expert, first_row, end, first_col, h, h_scales_ptr, w, w_scales_ptr, bias_ptr,
                 y_ptr, intermediate_size, hidden_size, stride_hs, stride_we, stride_wn, stride_wi,
                 stride_se, stride_sn, stride_si, stride_be, stride_bn, HAS_BIAS, PER_ROW,
                 DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, BLOCK_M, BLOCK_N, BLOCK_K,
             )
-        # fmt: on
+            # fmt: on
+    else:
+        num_n = tl.cdiv(hidden_size, BLOCK_N)
+        num_programs = tl.num_programs(0)
+        for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
+            tile, pid_n = swizzle(pid, num_tiles, num_n, GROUP_M)
+            expert, first_row, end = load_tile(tiles_ptr + tile, max_tiles)
+            first_col = pid_n * BLOCK_N
+            # fmt: off
+            if TAIL > 0 and end - first_row <= TAIL:
+                _rows_times_columns(
+                    expert, first_row, end, first_col, h_tail, h_scales_ptr, w, w_scales_ptr,
+                    bias_ptr, y_ptr, intermediate_size, hidden_size, stride_hs, stride_we,
+                    stride_wn, stride_wi, stride_se, stride_sn, stride_si, stride_be, stride_bn,
+                    HAS_BIAS, PER_ROW, DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, TAIL, BLOCK_N, BLOCK_K,
+                )
+            else:
+                _rows_times_columns(
+                    expert, first_row, end, first_col, h, h_scales_ptr, w, w_scales_ptr, bias_ptr,
+                    y_ptr, intermediate_size, hidden_size, stride_hs, stride_we, stride_wn,
+                    stride_wi, stride_se, stride_sn, stride_si, stride_be, stride_bn, HAS_BIAS,
+                    PER_ROW, DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, BLOCK_M, BLOCK_N, BLOCK_K,
+                )
+            # fmt: on
 
 
 def down_fp8(
@@ -284,8 +299,8 @@ def down_fp8(
     if tile.k != BLOCK or tile.n not in (BLOCK // 2, BLOCK, 2 * BLOCK):
         raise ValueError(f"tile.k must be {BLOCK} and tile.n 64, 128 or 256, got {tile}")
     y = torch.empty(num_rows, hidden_size, dtype=dtype, device=h.data.device)
-    num_programs = tile.num_programs(tiles.shape[1], hidden_size, y.device)
-    if num_programs == 0:
+    grid = tile.grid(tiles.shape[1], hidden_size, y.device)
+    if 0 in grid:
         return y
     per_row = isinstance(w2, ChannelFp8)
     if tile.descriptors:
@@ -294,7 +309,7 @@ def down_fp8(
         w = descriptor(w2.data, (1, min(tile.n, BLOCK), tile.k))
     else:
         rows, tail_rows, w = h.data, h.data, w2.data
-    _down_fp8_kernel[(num_programs,)](
+    _down_fp8_kernel[grid](
         rows,
         tail_rows,
         h.scales,
@@ -305,7 +320,6 @@ def down_fp8(
         tiles,
         num_tiles,
         tiles.shape[1],
-        num_programs,
         intermediate_size,
         hidden_size,
         h.scales.stride(1),
@@ -318,6 +332,7 @@ def down_fp8(
         DESCRIPTORS=tile.descriptors,
         EVEN_K=tile.descriptors or intermediate_size % tile.k == 0,
         WEIGHTS_FIRST=tile.weights_first,
+        DIRECT=tile.direct,
         FLATTEN=tile.flattened,
         GROUP_M=tile.group_m,
         TAIL=tile.tail,

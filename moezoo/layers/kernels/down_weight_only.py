@@ -65,6 +65,7 @@ def _down_tile(
     SCALES_ALIGNED: tl.constexpr,
     SLICES: tl.constexpr,
     CHAIN: tl.constexpr,
+    SCALES_AT_ONCE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -83,7 +84,7 @@ def _down_tile(
         expert, first_col, hidden_size, first_row, h, p_rows, m_rows, w, scales_ptr, zeros_ptr,
         num_words, stride_we, stride_wp, stride_wn, stride_se, stride_sp, stride_sn,
         y_ptr.dtype.element_ty, FORMAT, WAYS, 1, HAS_ZEROS, GROUP, SCALES_ALIGNED, SLICES, CHAIN,
-        DESCRIPTORS, DESCRIPTORS, EVEN_K, PAIRS, BLOCK_M, BLOCK_N, BLOCK_W,
+        SCALES_AT_ONCE, DESCRIPTORS, DESCRIPTORS, EVEN_K, PAIRS, BLOCK_M, BLOCK_N, BLOCK_W,
     )
     # fmt: on
     if HAS_BIAS:
@@ -93,7 +94,7 @@ def _down_tile(
     tl.store(p_y, y.to(y_ptr.dtype.element_ty), mask=m_rows[None, :] & m_cols[:, None])
 
 
-@triton.jit(do_not_specialize=["max_tiles", "num_programs"])
+@triton.jit(do_not_specialize=["max_tiles"])
 def _down_weight_only_kernel(
     h,
     h_tail,
@@ -105,7 +106,6 @@ def _down_weight_only_kernel(
     tiles_ptr,
     num_tiles_ptr,
     max_tiles,
-    num_programs,
     stride_hr,
     num_words,
     hidden_size,
@@ -124,10 +124,12 @@ def _down_weight_only_kernel(
     SCALES_ALIGNED: tl.constexpr,
     SLICES: tl.constexpr,
     CHAIN: tl.constexpr,
+    SCALES_AT_ONCE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PAIRS: tl.constexpr,
+    DIRECT: tl.constexpr,
     FLATTEN: tl.constexpr,
     GROUP_M: tl.constexpr,
     TAIL: tl.constexpr,
@@ -139,30 +141,47 @@ def _down_weight_only_kernel(
     start_next(OVERLAP)
     # What counted the tiles had finished before the first product let this one start.
     num_tiles = max_tiles if num_tiles_ptr is None else tl.load(num_tiles_ptr)
-    wait_for_previous(OVERLAP)
-    num_n = tl.cdiv(hidden_size, BLOCK_N)
-    for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
-        tile, pid_n = swizzle(pid, num_tiles, num_n, GROUP_M)
-        expert, first_row, end = load_tile(tiles_ptr + tile, max_tiles)
-        first_col = pid_n * BLOCK_N
-        # fmt: off
-        if TAIL > 0 and end - first_row <= TAIL:
-            _down_tile(
-                expert, first_row, end, first_col, h_tail, w, scales_ptr, zeros_ptr, bias_ptr,
-                y_ptr, stride_hr, num_words, hidden_size, stride_we, stride_wp, stride_wn,
-                stride_se, stride_sp, stride_sn, stride_be, stride_bn, FORMAT, WAYS, HAS_ZEROS,
-                GROUP, SCALES_ALIGNED, SLICES, CHAIN, HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, TAIL,
-                BLOCK_N, BLOCK_W,
-            )
-        else:
+    if DIRECT:
+        # Read before it is known to be one: those past the last are not written, but there.
+        expert, first_row, end = load_tile(tiles_ptr + tl.program_id(1), max_tiles)
+        wait_for_previous(OVERLAP)
+        if tl.program_id(1) < num_tiles:
+            first_col = tl.program_id(0) * BLOCK_N
+            # fmt: off
             _down_tile(
                 expert, first_row, end, first_col, h, w, scales_ptr, zeros_ptr, bias_ptr, y_ptr,
                 stride_hr, num_words, hidden_size, stride_we, stride_wp, stride_wn, stride_se,
                 stride_sp, stride_sn, stride_be, stride_bn, FORMAT, WAYS, HAS_ZEROS, GROUP,
-                SCALES_ALIGNED, SLICES, CHAIN, HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, BLOCK_M,
-                BLOCK_N, BLOCK_W,
+                SCALES_ALIGNED, SLICES, CHAIN, SCALES_AT_ONCE, HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS,
+                BLOCK_M, BLOCK_N, BLOCK_W,
             )
-        # fmt: on
+            # fmt: on
+    else:
+        wait_for_previous(OVERLAP)
+        num_n = tl.cdiv(hidden_size, BLOCK_N)
+        num_programs = tl.num_programs(0)
+        for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
+            tile, pid_n = swizzle(pid, num_tiles, num_n, GROUP_M)
+            expert, first_row, end = load_tile(tiles_ptr + tile, max_tiles)
+            first_col = pid_n * BLOCK_N
+            # fmt: off
+            if TAIL > 0 and end - first_row <= TAIL:
+                _down_tile(
+                    expert, first_row, end, first_col, h_tail, w, scales_ptr, zeros_ptr, bias_ptr,
+                    y_ptr, stride_hr, num_words, hidden_size, stride_we, stride_wp, stride_wn,
+                    stride_se, stride_sp, stride_sn, stride_be, stride_bn, FORMAT, WAYS, HAS_ZEROS,
+                    GROUP, SCALES_ALIGNED, SLICES, CHAIN, SCALES_AT_ONCE, HAS_BIAS, DESCRIPTORS,
+                    EVEN_K, PAIRS, TAIL, BLOCK_N, BLOCK_W,
+                )
+            else:
+                _down_tile(
+                    expert, first_row, end, first_col, h, w, scales_ptr, zeros_ptr, bias_ptr, y_ptr,
+                    stride_hr, num_words, hidden_size, stride_we, stride_wp, stride_wn, stride_se,
+                    stride_sp, stride_sn, stride_be, stride_bn, FORMAT, WAYS, HAS_ZEROS, GROUP,
+                    SCALES_ALIGNED, SLICES, CHAIN, SCALES_AT_ONCE, HAS_BIAS, DESCRIPTORS, EVEN_K,
+                    PAIRS, BLOCK_M, BLOCK_N, BLOCK_W,
+                )
+            # fmt: on
 
 
 def down_weight_only(
@@ -196,8 +215,8 @@ def down_weight_only(
         raise ValueError(f"bias2 must be {list(w2.shape[:2])}, got {list(bias2.shape)}")
     packed = packed_operand("w2", w2.map(lambda tensor: tensor.unsqueeze(1)), h, tile)
     y = torch.empty(order.numel(), hidden_size, dtype=h.dtype, device=h.device)
-    num_programs = tile.num_programs(tiles.shape[1], hidden_size, h.device)
-    if num_programs == 0:
+    grid = tile.grid(tiles.shape[1], hidden_size, h.device)
+    if 0 in grid:
         return y
     words, options = packed.words, packed.options
     block = (1, 1, tile.n, options["BLOCK_W"])
@@ -206,7 +225,7 @@ def down_weight_only(
         columns = tile.k // options["SLICES"]
         rows = descriptor(h, (tile.m, columns))
         tail_rows = descriptor(h, (tile.tail, columns)) if tile.tail else rows
-    _down_weight_only_kernel[(num_programs,)](
+    _down_weight_only_kernel[grid](
         rows,
         tail_rows,
         descriptor(words, block) if tile.descriptors else words,
@@ -217,7 +236,6 @@ def down_weight_only(
         tiles,
         num_tiles,
         tiles.shape[1],
-        num_programs,
         width,
         words.shape[-1],
         hidden_size,

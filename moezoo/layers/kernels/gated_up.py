@@ -144,11 +144,7 @@ def _rows_times_columns(
     else:
         products = tl.zeros([BLOCK_M, PARTS * BLOCK_N], tl.float32)
     for start in range(0, hidden_size, BLOCK_K):
-        if EVEN_K:
-            b_x = tl.load(p_x)
-        else:
-            b_x = tl.load(p_x, mask=(start + inner < hidden_size)[None, :], other=0.0)
-        p_x += BLOCK_K * stride_xh
+        # Weights first: the addresses of rows arrive later.
         if DESCRIPTORS:
             b_w = tl.reshape(w.load([expert, 0, first_col, start]), [JOINT * BLOCK_N, BLOCK_K])
         else:
@@ -156,16 +152,22 @@ def _rows_times_columns(
                 b_w = tl.load(p_w)
             else:
                 b_w = tl.load(p_w, mask=(start + inner < hidden_size)[None, :], other=0.0)
+        if WEIGHTS_FIRST and PARTS == 2:
+            if DESCRIPTORS:
+                b_up = tl.reshape(w.load([expert, 1, first_col, start]), [BLOCK_N, BLOCK_K])
+            elif EVEN_K:
+                b_up = tl.load(p_w + stride_wg)
+            else:
+                m_inner = (start + inner < hidden_size)[None, :]
+                b_up = tl.load(p_w + stride_wg, mask=m_inner, other=0.0)
+        if EVEN_K:
+            b_x = tl.load(p_x)
+        else:
+            b_x = tl.load(p_x, mask=(start + inner < hidden_size)[None, :], other=0.0)
+        p_x += BLOCK_K * stride_xh
         if WEIGHTS_FIRST:
             products = tl.dot(b_w, b_x.T, products, input_precision="ieee")
             if PARTS == 2:
-                if DESCRIPTORS:
-                    b_up = tl.reshape(w.load([expert, 1, first_col, start]), [BLOCK_N, BLOCK_K])
-                elif EVEN_K:
-                    b_up = tl.load(p_w + stride_wg)
-                else:
-                    m_inner = (start + inner < hidden_size)[None, :]
-                    b_up = tl.load(p_w + stride_wg, mask=m_inner, other=0.0)
                 up = tl.dot(b_up, b_x.T, up, input_precision="ieee")
         else:
             products = tl.dot(b_x, b_w.T, products, input_precision="ieee")
@@ -200,7 +202,7 @@ def _rows_times_columns(
     tl.store(h_ptr + o_h, h.to(h_ptr.dtype.element_ty), mask=m_h)
 
 
-@triton.jit(do_not_specialize=["max_tiles", "num_programs", "k"])
+@triton.jit(do_not_specialize=["max_tiles", "k"])
 def _gated_up_kernel(
     x_ptr,
     w,
@@ -210,7 +212,6 @@ def _gated_up_kernel(
     tiles_ptr,
     num_tiles_ptr,
     max_tiles,
-    num_programs,
     hidden_size,
     intermediate_size,
     k,
@@ -231,6 +232,7 @@ def _gated_up_kernel(
     DESCRIPTORS: tl.constexpr,
     EVEN_K: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
+    DIRECT: tl.constexpr,
     FLATTEN: tl.constexpr,
     GROUP_M: tl.constexpr,
     TAIL: tl.constexpr,
@@ -241,29 +243,43 @@ def _gated_up_kernel(
 ):
     wait(OVERLAP)
     num_tiles = tl.load(num_tiles_ptr)
-    num_n = tl.cdiv(intermediate_size, BLOCK_N)
-    for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
-        tile, pid_n = swizzle(pid, num_tiles, num_n, GROUP_M)
-        expert, first_row, end = load_tile(tiles_ptr + tile, max_tiles)
-        first_col = pid_n * BLOCK_N
-        # fmt: off
-        if TAIL > 0 and end - first_row <= TAIL:
+    if DIRECT:
+        # Read before it is known to be one: those past the last are not written, but there.
+        expert, first_row, end = load_tile(tiles_ptr + tl.program_id(1), max_tiles)
+        if tl.program_id(1) < num_tiles:
+            first_col = tl.program_id(0) * BLOCK_N
+            # fmt: off
             _rows_times_columns(
                 expert, first_row, end, first_col, x_ptr, w, bias_ptr, h_ptr, order_ptr,
                 hidden_size, intermediate_size, k, stride_xt, stride_xh, stride_we, stride_wg,
                 stride_wn, stride_wh, stride_be, stride_bg, stride_bn, PARTS, ACTIVATION, LIMIT,
-                UP_OFFSET, HAS_BIAS, DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, TAIL, BLOCK_N,
-                BLOCK_K,
+                UP_OFFSET, HAS_BIAS, DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, BLOCK_M, BLOCK_N, BLOCK_K,
             )
-        else:
-            _rows_times_columns(
-                expert, first_row, end, first_col, x_ptr, w, bias_ptr, h_ptr, order_ptr,
-                hidden_size, intermediate_size, k, stride_xt, stride_xh, stride_we, stride_wg,
-                stride_wn, stride_wh, stride_be, stride_bg, stride_bn, PARTS, ACTIVATION, LIMIT,
-                UP_OFFSET, HAS_BIAS, DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, BLOCK_M, BLOCK_N,
-                BLOCK_K,
-            )
-        # fmt: on
+            # fmt: on
+    else:
+        num_n = tl.cdiv(intermediate_size, BLOCK_N)
+        num_programs = tl.num_programs(0)
+        for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
+            tile, pid_n = swizzle(pid, num_tiles, num_n, GROUP_M)
+            expert, first_row, end = load_tile(tiles_ptr + tile, max_tiles)
+            first_col = pid_n * BLOCK_N
+            # fmt: off
+            if TAIL > 0 and end - first_row <= TAIL:
+                _rows_times_columns(
+                    expert, first_row, end, first_col, x_ptr, w, bias_ptr, h_ptr, order_ptr,
+                    hidden_size, intermediate_size, k, stride_xt, stride_xh, stride_we, stride_wg,
+                    stride_wn, stride_wh, stride_be, stride_bg, stride_bn, PARTS, ACTIVATION, LIMIT,
+                    UP_OFFSET, HAS_BIAS, DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, TAIL, BLOCK_N, BLOCK_K,
+                )
+            else:
+                _rows_times_columns(
+                    expert, first_row, end, first_col, x_ptr, w, bias_ptr, h_ptr, order_ptr,
+                    hidden_size, intermediate_size, k, stride_xt, stride_xh, stride_we, stride_wg,
+                    stride_wn, stride_wh, stride_be, stride_bg, stride_bn, PARTS, ACTIVATION, LIMIT,
+                    UP_OFFSET, HAS_BIAS, DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, BLOCK_M, BLOCK_N,
+                    BLOCK_K,
+                )
+            # fmt: on
 
 
 def gated_up(
@@ -303,13 +319,13 @@ def gated_up(
     w13, bias13 = in_parts(w13, bias13)
     _, num_parts, intermediate_size, _ = w13.shape
     h = torch.empty(order.numel(), intermediate_size, dtype=x.dtype, device=x.device)
-    num_programs = tile.num_programs(tiles.shape[1], intermediate_size, x.device)
-    if num_programs == 0:
+    grid = tile.grid(tiles.shape[1], intermediate_size, x.device)
+    if 0 in grid:
         return h
     w = w13
     if tile.descriptors:
         w = descriptor(w13, (1, 1 if tile.weights_first else num_parts, tile.n, tile.k))
-    _gated_up_kernel[(num_programs,)](
+    _gated_up_kernel[grid](
         x,
         w,
         bias13,
@@ -318,7 +334,6 @@ def gated_up(
         tiles,
         num_tiles,
         tiles.shape[1],
-        num_programs,
         hidden_size,
         intermediate_size,
         k,
@@ -333,6 +348,7 @@ def gated_up(
         DESCRIPTORS=tile.descriptors,
         EVEN_K=hidden_size % tile.k == 0,
         WEIGHTS_FIRST=tile.weights_first,
+        DIRECT=tile.direct,
         FLATTEN=tile.flattened,
         GROUP_M=tile.group_m,
         TAIL=tile.tail,

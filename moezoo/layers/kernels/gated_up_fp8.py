@@ -119,11 +119,8 @@ def _rows_times_columns(
         gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = gate
     for start in range(0, hidden_size, BLOCK_K):
-        x_scales = tl.load(p_x_scales)
+        # Weights first: the addresses of rows arrive later.
         gate_scale = 1.0 if PER_ROW else tl.load(p_w_scales)
-        b_x = tl.load(p_x)
-        p_x += BLOCK_K
-        p_x_scales += 1
         if DESCRIPTORS:
             b_gate = tl.reshape(w.load([expert, 0, first_col, start]), [BLOCK_N, BLOCK_K])
         elif EVEN_K:
@@ -139,6 +136,10 @@ def _rows_times_columns(
             else:
                 m_inner = (start + inner < hidden_size)[None, :]
                 b_up = tl.load(p_w + stride_wg, mask=m_inner, other=0.0)
+        x_scales = tl.load(p_x_scales)
+        b_x = tl.load(p_x)
+        p_x += BLOCK_K
+        p_x_scales += 1
         if WEIGHTS_FIRST:
             gate += tl.dot(b_gate, b_x.T) * (x_scales * gate_scale)[None, :]
             if PARTS == 2:
@@ -189,7 +190,7 @@ SCALE_STRIDES = ["stride_se", "stride_sg", "stride_sn", "stride_sh", "stride_hs"
 
 
 # Scales are read one at a time: there is nothing to gain from knowing their strides.
-@triton.jit(do_not_specialize=["max_tiles", "num_programs", "k", *SCALE_STRIDES])
+@triton.jit(do_not_specialize=["max_tiles", "k", *SCALE_STRIDES])
 def _gated_up_fp8_kernel(
     x_ptr,
     x_scales_ptr,
@@ -202,7 +203,6 @@ def _gated_up_fp8_kernel(
     tiles_ptr,
     num_tiles_ptr,
     max_tiles,
-    num_programs,
     hidden_size,
     intermediate_size,
     k,
@@ -227,6 +227,7 @@ def _gated_up_fp8_kernel(
     DESCRIPTORS: tl.constexpr,
     EVEN_K: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
+    DIRECT: tl.constexpr,
     FLATTEN: tl.constexpr,
     GROUP_M: tl.constexpr,
     TAIL: tl.constexpr,
@@ -237,28 +238,45 @@ def _gated_up_fp8_kernel(
 ):
     wait(OVERLAP)
     num_tiles = tl.load(num_tiles_ptr)
-    num_n = tl.cdiv(intermediate_size, BLOCK_N)
-    for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
-        tile, group_n = swizzle(pid, num_tiles, num_n, GROUP_M)
-        expert, first_row, end = load_tile(tiles_ptr + tile, max_tiles)
-        # fmt: off
-        if TAIL > 0 and end - first_row <= TAIL:
+    if DIRECT:
+        # Read before it is known to be one: those past the last are not written, but there.
+        expert, first_row, end = load_tile(tiles_ptr + tl.program_id(1), max_tiles)
+        if tl.program_id(1) < num_tiles:
+            # fmt: off
             _rows_times_columns(
-                expert, first_row, end, group_n, x_ptr, x_scales_ptr, w, w_scales_ptr, bias_ptr,
-                h_ptr, h_scales_ptr, order_ptr, hidden_size, intermediate_size, k, stride_we,
-                stride_wg, stride_wn, stride_wh, stride_se, stride_sg, stride_sn, stride_sh,
-                stride_be, stride_bg, stride_bn, stride_hs, PARTS, ACTIVATION, LIMIT, UP_OFFSET,
-                HAS_BIAS, PER_ROW, DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, TAIL, BLOCK_N, BLOCK_K,
+                expert, first_row, end, tl.program_id(0), x_ptr, x_scales_ptr, w, w_scales_ptr,
+                bias_ptr, h_ptr, h_scales_ptr, order_ptr, hidden_size, intermediate_size, k,
+                stride_we, stride_wg, stride_wn, stride_wh, stride_se, stride_sg, stride_sn,
+                stride_sh, stride_be, stride_bg, stride_bn, stride_hs, PARTS, ACTIVATION, LIMIT,
+                UP_OFFSET, HAS_BIAS, PER_ROW, DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, BLOCK_M, BLOCK_N,
+                BLOCK_K,
             )
-        else:
-            _rows_times_columns(
-                expert, first_row, end, group_n, x_ptr, x_scales_ptr, w, w_scales_ptr, bias_ptr,
-                h_ptr, h_scales_ptr, order_ptr, hidden_size, intermediate_size, k, stride_we,
-                stride_wg, stride_wn, stride_wh, stride_se, stride_sg, stride_sn, stride_sh,
-                stride_be, stride_bg, stride_bn, stride_hs, PARTS, ACTIVATION, LIMIT, UP_OFFSET,
-                HAS_BIAS, PER_ROW, DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, BLOCK_M, BLOCK_N, BLOCK_K,
-            )
-        # fmt: on
+            # fmt: on
+    else:
+        num_n = tl.cdiv(intermediate_size, BLOCK_N)
+        num_programs = tl.num_programs(0)
+        for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
+            tile, group_n = swizzle(pid, num_tiles, num_n, GROUP_M)
+            expert, first_row, end = load_tile(tiles_ptr + tile, max_tiles)
+            # fmt: off
+            if TAIL > 0 and end - first_row <= TAIL:
+                _rows_times_columns(
+                    expert, first_row, end, group_n, x_ptr, x_scales_ptr, w, w_scales_ptr, bias_ptr,
+                    h_ptr, h_scales_ptr, order_ptr, hidden_size, intermediate_size, k, stride_we,
+                    stride_wg, stride_wn, stride_wh, stride_se, stride_sg, stride_sn, stride_sh,
+                    stride_be, stride_bg, stride_bn, stride_hs, PARTS, ACTIVATION, LIMIT, UP_OFFSET,
+                    HAS_BIAS, PER_ROW, DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, TAIL, BLOCK_N, BLOCK_K,
+                )
+            else:
+                _rows_times_columns(
+                    expert, first_row, end, group_n, x_ptr, x_scales_ptr, w, w_scales_ptr, bias_ptr,
+                    h_ptr, h_scales_ptr, order_ptr, hidden_size, intermediate_size, k, stride_we,
+                    stride_wg, stride_wn, stride_wh, stride_se, stride_sg, stride_sn, stride_sh,
+                    stride_be, stride_bg, stride_bn, stride_hs, PARTS, ACTIVATION, LIMIT, UP_OFFSET,
+                    HAS_BIAS, PER_ROW, DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, BLOCK_M, BLOCK_N,
+                    BLOCK_K,
+                )
+            # fmt: on
 
 
 def gated_up_fp8(
@@ -309,12 +327,12 @@ def gated_up_fp8(
     num_rows, width = order.numel(), blocks(intermediate_size)
     h = torch.empty(num_rows, width * BLOCK, dtype=torch.float8_e4m3fn, device=x.data.device)
     h_scales = torch.empty(width, num_rows, dtype=torch.float32, device=h.device)
-    num_programs = tile.num_programs(tiles.shape[1], intermediate_size, h.device)
-    if num_programs == 0:
+    grid = tile.grid(tiles.shape[1], intermediate_size, h.device)
+    if 0 in grid:
         return Fp8Rows(h, h_scales.mT)
     per_row = isinstance(w13, ChannelFp8)
     w = descriptor(w13.data, (1, 1, tile.n, tile.k)) if tile.descriptors else w13.data
-    _gated_up_fp8_kernel[(num_programs,)](
+    _gated_up_fp8_kernel[grid](
         *x,
         w,
         w13.scales,
@@ -325,7 +343,6 @@ def gated_up_fp8(
         tiles,
         num_tiles,
         tiles.shape[1],
-        num_programs,
         hidden_size,
         intermediate_size,
         k,
@@ -343,6 +360,7 @@ def gated_up_fp8(
         DESCRIPTORS=tile.descriptors,
         EVEN_K=tile.descriptors or hidden_size % tile.k == 0,
         WEIGHTS_FIRST=tile.weights_first,
+        DIRECT=tile.direct,
         FLATTEN=tile.flattened,
         GROUP_M=tile.group_m,
         TAIL=tile.tail,

@@ -76,6 +76,7 @@ def _gated_up_tile(
     SCALES_ALIGNED: tl.constexpr,
     SLICES: tl.constexpr,
     CHAIN: tl.constexpr,
+    SCALES_AT_ONCE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     UP_OFFSET: tl.constexpr,
@@ -97,7 +98,7 @@ def _gated_up_tile(
         expert, first_col, intermediate_size, 0, None, x_ptr + tokens * stride_xt, m_rows, w,
         scales_ptr, zeros_ptr, num_words, stride_we, stride_wp, stride_wn, stride_se, stride_sp,
         stride_sn, x_ptr.dtype.element_ty, FORMAT, WAYS, PARTS, HAS_ZEROS, GROUP, SCALES_ALIGNED,
-        SLICES, CHAIN, DESCRIPTORS, False, EVEN_K, PAIRS, BLOCK_M, BLOCK_N, BLOCK_W,
+        SLICES, CHAIN, SCALES_AT_ONCE, DESCRIPTORS, False, EVEN_K, PAIRS, BLOCK_M, BLOCK_N, BLOCK_W,
     )
     # fmt: on
     if HAS_BIAS:
@@ -120,7 +121,7 @@ def _gated_up_tile(
     tl.store(p_h, h, mask=m_rows[None, :] & (cols < stride_hr)[:, None])
 
 
-@triton.jit(do_not_specialize=["max_tiles", "num_programs", "k"])
+@triton.jit(do_not_specialize=["max_tiles", "k"])
 def _gated_up_weight_only_kernel(
     x_ptr,
     w,
@@ -132,7 +133,6 @@ def _gated_up_weight_only_kernel(
     tiles_ptr,
     num_tiles_ptr,
     max_tiles,
-    num_programs,
     stride_xt,
     num_words,
     intermediate_size,
@@ -156,6 +156,7 @@ def _gated_up_weight_only_kernel(
     SCALES_ALIGNED: tl.constexpr,
     SLICES: tl.constexpr,
     CHAIN: tl.constexpr,
+    SCALES_AT_ONCE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     UP_OFFSET: tl.constexpr,
@@ -163,6 +164,7 @@ def _gated_up_weight_only_kernel(
     DESCRIPTORS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PAIRS: tl.constexpr,
+    DIRECT: tl.constexpr,
     FLATTEN: tl.constexpr,
     GROUP_M: tl.constexpr,
     TAIL: tl.constexpr,
@@ -173,31 +175,48 @@ def _gated_up_weight_only_kernel(
 ):
     wait(OVERLAP)
     num_tiles = tl.load(num_tiles_ptr)
-    num_n = tl.cdiv(intermediate_size, BLOCK_N)
-    for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
-        tile, pid_n = swizzle(pid, num_tiles, num_n, GROUP_M)
-        expert, first_row, end = load_tile(tiles_ptr + tile, max_tiles)
-        first_col = pid_n * BLOCK_N
-        # fmt: off
-        if TAIL > 0 and end - first_row <= TAIL:
+    if DIRECT:
+        # Read before it is known to be one: those past the last are not written, but there.
+        expert, first_row, end = load_tile(tiles_ptr + tl.program_id(1), max_tiles)
+        if tl.program_id(1) < num_tiles:
+            first_col = tl.program_id(0) * BLOCK_N
+            # fmt: off
             _gated_up_tile(
                 expert, first_row, end, first_col, x_ptr, w, scales_ptr, zeros_ptr, bias_ptr, h_ptr,
                 order_ptr, stride_xt, num_words, intermediate_size, stride_hr, k, stride_we,
                 stride_wp, stride_wn, stride_se, stride_sp, stride_sn, stride_be, stride_bp,
                 stride_bn, FORMAT, WAYS, H_WAYS, PARTS, HAS_ZEROS, GROUP, SCALES_ALIGNED, SLICES,
-                CHAIN, ACTIVATION, LIMIT, UP_OFFSET, HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, TAIL,
-                BLOCK_N, BLOCK_W,
+                CHAIN, SCALES_AT_ONCE, ACTIVATION, LIMIT, UP_OFFSET, HAS_BIAS, DESCRIPTORS, EVEN_K,
+                PAIRS, BLOCK_M, BLOCK_N, BLOCK_W,
             )
-        else:
-            _gated_up_tile(
-                expert, first_row, end, first_col, x_ptr, w, scales_ptr, zeros_ptr, bias_ptr, h_ptr,
-                order_ptr, stride_xt, num_words, intermediate_size, stride_hr, k, stride_we,
-                stride_wp, stride_wn, stride_se, stride_sp, stride_sn, stride_be, stride_bp,
-                stride_bn, FORMAT, WAYS, H_WAYS, PARTS, HAS_ZEROS, GROUP, SCALES_ALIGNED, SLICES,
-                CHAIN, ACTIVATION, LIMIT, UP_OFFSET, HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, BLOCK_M,
-                BLOCK_N, BLOCK_W,
-            )
-        # fmt: on
+            # fmt: on
+    else:
+        num_n = tl.cdiv(intermediate_size, BLOCK_N)
+        num_programs = tl.num_programs(0)
+        for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
+            tile, pid_n = swizzle(pid, num_tiles, num_n, GROUP_M)
+            expert, first_row, end = load_tile(tiles_ptr + tile, max_tiles)
+            first_col = pid_n * BLOCK_N
+            # fmt: off
+            if TAIL > 0 and end - first_row <= TAIL:
+                _gated_up_tile(
+                    expert, first_row, end, first_col, x_ptr, w, scales_ptr, zeros_ptr, bias_ptr,
+                    h_ptr, order_ptr, stride_xt, num_words, intermediate_size, stride_hr, k,
+                    stride_we, stride_wp, stride_wn, stride_se, stride_sp, stride_sn, stride_be,
+                    stride_bp, stride_bn, FORMAT, WAYS, H_WAYS, PARTS, HAS_ZEROS, GROUP,
+                    SCALES_ALIGNED, SLICES, CHAIN, SCALES_AT_ONCE, ACTIVATION, LIMIT, UP_OFFSET,
+                    HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, TAIL, BLOCK_N, BLOCK_W,
+                )
+            else:
+                _gated_up_tile(
+                    expert, first_row, end, first_col, x_ptr, w, scales_ptr, zeros_ptr, bias_ptr,
+                    h_ptr, order_ptr, stride_xt, num_words, intermediate_size, stride_hr, k,
+                    stride_we, stride_wp, stride_wn, stride_se, stride_sp, stride_sn, stride_be,
+                    stride_bp, stride_bn, FORMAT, WAYS, H_WAYS, PARTS, HAS_ZEROS, GROUP,
+                    SCALES_ALIGNED, SLICES, CHAIN, SCALES_AT_ONCE, ACTIVATION, LIMIT, UP_OFFSET,
+                    HAS_BIAS, DESCRIPTORS, EVEN_K, PAIRS, BLOCK_M, BLOCK_N, BLOCK_W,
+                )
+            # fmt: on
 
 
 def gated_up_weight_only(
@@ -242,12 +261,12 @@ def gated_up_weight_only(
     h_ways = ways(type(w13), intermediate_size)
     width = padded(intermediate_size, h_ways)
     h = torch.empty(order.numel(), width, dtype=x.dtype, device=x.device)
-    num_programs = tile.num_programs(tiles.shape[1], intermediate_size, x.device)
-    if num_programs == 0:
+    grid = tile.grid(tiles.shape[1], intermediate_size, x.device)
+    if 0 in grid:
         return h
     words, options = packed.words, packed.options
     block = (1, num_parts, tile.n, options["BLOCK_W"])
-    _gated_up_weight_only_kernel[(num_programs,)](
+    _gated_up_weight_only_kernel[grid](
         x,
         descriptor(words, block) if tile.descriptors else words,
         packed.scales,
@@ -258,7 +277,6 @@ def gated_up_weight_only(
         tiles,
         num_tiles,
         tiles.shape[1],
-        num_programs,
         x.stride(0),
         words.shape[-1],
         intermediate_size,

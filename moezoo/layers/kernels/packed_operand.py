@@ -92,9 +92,12 @@ def packed_operand(name: str, w: WeightOnly, x: Tensor, tile: Tile) -> Packed:
         "SCALES_ALIGNED": gcd(16, *w.scales.stride()[:-1]) if mxfp4 else 1,
         "SLICES": num_slices(block_words, group, mxfp4=mxfp4, zeros=zeros is not None, chain=chain),
         "CHAIN": chain,
+        # Four warps with as many rows have no registers left.
+        "SCALES_AT_ONCE": not chain or tile.num_warps > 4,
         "DESCRIPTORS": tile.descriptors,
         "EVEN_K": num_columns % tile.k == 0,
         "PAIRS": words.dtype == torch.int16 and unpacks_pairs(x),
+        "DIRECT": tile.direct,
         "FLATTEN": tile.flattened,
         "GROUP_M": tile.group_m,
         "TAIL": tile.tail,

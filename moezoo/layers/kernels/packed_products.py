@@ -84,6 +84,27 @@ def out_of_turns(rows):
 
 
 @triton.jit
+def _block_factors(
+    scales_ptr,
+    o_scales,
+    first,
+    num_groups,
+    GROUPS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    dtype: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """mxfp4's `factors` [R, GROUPS] of the groups from `first` on."""
+    groups = first + tl.arange(0, GROUPS)
+    p_group = scales_ptr + (o_scales[:, None] + groups[None, :])
+    if EVEN_K:
+        scales = tl.load(p_group)
+    else:
+        scales = tl.load(p_group, mask=(groups < num_groups)[None, :], other=0)
+    return factors(scales, dtype, PAIRS)
+
+
+@triton.jit
 def products(
     expert,
     first_col,
@@ -111,6 +132,7 @@ def products(
     SCALES_ALIGNED: tl.constexpr,
     SLICES: tl.constexpr,
     CHAIN: tl.constexpr,
+    SCALES_AT_ONCE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     ROWS_DESCRIBED: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -127,7 +149,8 @@ def products(
     SCALES_ALIGNED. SLICES is what `num_slices` says.
 
     With CHAIN the matrix units go on adding, and weights are scaled first, in dtype: for many rows,
-    whose sums leave no registers for those of a group.
+    whose sums leave no registers for those of a group. SCALES_AT_ONCE reads mxfp4's scales of a
+    block in one go, in more registers.
     """
     R: tl.constexpr = PARTS * BLOCK_N
     SCALED: tl.constexpr = FORMAT == "mxfp4"
@@ -169,6 +192,14 @@ def products(
             if HAS_ZEROS:
                 zeros += (tl.load(zeros_ptr + (o_scales + s), mask=m_group, other=0),)
     for start in range(0, num_words, BLOCK_W):
+        # Weights first: the addresses of rows arrive later.
+        if DESCRIPTORS:
+            parts = tl.reshape(w.load([expert, 0, first_col, start]), [PARTS, BLOCK_N, BLOCK_W])
+            words = in_turns(parts, PARTS)
+        elif EVEN_K:
+            words = tl.load(p_w + start)
+        else:
+            words = tl.load(p_w + start, mask=(start + inner < num_words)[None, :], other=0)
         xs = ()
         for s in tl.static_range(SLICES):
             first = WAYS * (start + s * SLICE_W)
@@ -179,13 +210,6 @@ def products(
                 if not EVEN_K:
                     m_x = m_x & (first + across < width)[None, :]
                 xs += (tl.load(p_x + first, mask=m_x, other=0.0),)
-        if DESCRIPTORS:
-            parts = tl.reshape(w.load([expert, 0, first_col, start]), [PARTS, BLOCK_N, BLOCK_W])
-            words = in_turns(parts, PARTS)
-        elif EVEN_K:
-            words = tl.load(p_w + start)
-        else:
-            words = tl.load(p_w + start, mask=(start + inner < num_words)[None, :], other=0)
         next_scales = ()
         next_zeros = ()
         if GROUP > 0 and not SCALED:
@@ -197,16 +221,26 @@ def products(
                 if HAS_ZEROS:
                     next_zeros += (tl.load(zeros_ptr + (o_scales + group), mask=m_group, other=0),)
         slices = _slices(words, SLICES)
+        if SCALED and SCALES_AT_ONCE:
+            # fmt: off
+            all_factors = _block_factors(
+                scales_ptr, o_scales, start // GROUP, num_groups, GROUPS, EVEN_K, dtype, PAIRS,
+            )
+            # fmt: on
+            slices_factors = _slices(all_factors, SLICES)
         for s in tl.static_range(SLICES):
             factor = 1.0
             if SCALED:
-                groups = start // GROUP + s * SLICE_GROUPS + tl.arange(0, SLICE_GROUPS)
-                p_group = scales_ptr + (o_scales[:, None] + groups[None, :])
-                if EVEN_K:
-                    factor = tl.load(p_group)
+                if SCALES_AT_ONCE:
+                    factor = slices_factors[s]
                 else:
-                    factor = tl.load(p_group, mask=(groups < num_groups)[None, :], other=0)
-                factor = _spread(factors(factor, dtype, PAIRS), SLICE_W)
+                    first = start // GROUP + s * SLICE_GROUPS
+                    # fmt: off
+                    factor = _block_factors(
+                        scales_ptr, o_scales, first, num_groups, SLICE_GROUPS, EVEN_K, dtype, PAIRS,
+                    )
+                    # fmt: on
+                factor = _spread(factor, SLICE_W)
             if HAS_ZEROS:
                 zero = zero_points(zeros[s * GROUPS // SLICES], dtype, PAIRS)
                 zero = tl.broadcast_to(zero[:, None], [R, SLICE_W])

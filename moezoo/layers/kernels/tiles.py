@@ -67,11 +67,26 @@ class Tile:
         """Whether a program goes from tile to tile in one loop, and fetches across them."""
         return self.persistent and not self.tail
 
-    def num_programs(self, max_tiles: int, num_columns: int, device: torch.device) -> int:
-        every = max_tiles * cdiv(num_columns, self.n)
+    @property
+    def direct(self) -> bool:
+        """Whether a program's place in the grid says which tile it computes, without a loop over
+        tiles.
+
+        Programs for few rows are short: what they do before their first load of weights counts, and
+        without the loop they need a quarter fewer registers. For more rows the loop stays, as
+        without it ptxas lets every matrix instruction of a chain wait for the one before.
+        """
+        return self.m <= 64 and not self.persistent and not self.tail
+
+    def grid(self, max_tiles: int, num_columns: int, device: torch.device) -> tuple[int, ...]:
+        """Of programs: columns by tiles if `direct`, or any number that share out all of them."""
+        across = cdiv(num_columns, self.n)
+        if self.direct:
+            return across, max_tiles
+        every = max_tiles * across
         if not self.persistent:
-            return every
-        return min(every, self.programs_per_sm * multiprocessors(device))
+            return (every,)
+        return (min(every, self.programs_per_sm * multiprocessors(device)),)
 
     def fitted(
         self, num_parts: int, itemsize: int, device: torch.device, *, bits: int | None = None

@@ -7,7 +7,7 @@ the next. The other operand must have its columns in that order too, see `interl
 Integers of up to 8 bits are exact in bf16 and fp16. Their bits become the lowest of a number from
 128 in bf16, or from 1024 in fp16, and what stands for zero there is subtracted. A number of E2M1 is
 put where its exponent begins; a multiplication by a power of two, its scale's included, makes it
-right, subnormal or not.
+right, subnormal or not. In bf16 that is part of the same instructions.
 
 PAIRS is for NVIDIA GPUs (in bf16 from Hopper on) and words of 16 bits: an instruction works on two
 values in a register. Elsewhere, in fp32 and for words of 8 bits plain operations do the same.
@@ -21,11 +21,21 @@ import triton.language as tl
 CHUNK = tl.constexpr(8)
 """Words whose columns are reordered together: half of what a matrix instruction takes of them."""
 
+E2M1_SHIFT = tl.constexpr(64)
+"""With PAIRS in bf16, products with E2M1 are 2^-64 of what they should be: not every factor would
+fit otherwise. Scales from 2^-68 to 2^65 are exact; those beyond give 0, or Inf and NaN."""
+
+OFFSET = (126 - E2M1_SHIFT.value) << 7
+"""What the exponent of a factor in bf16 is more than that of the scale."""
+INFINITY = 0x7F80
+
 INTEGERS = {"bf16": ("0x43004300", "bf16x2"), "fp16": ("0x64006400", "f16x2")}
 
 
 def _asm(*lines: str) -> tl.constexpr:
-    return tl.constexpr("{ .reg .b32 s, t, u; " + " ".join(lines) + " }")
+    return tl.constexpr(
+        "{ .reg .b32 s, t, u, v; .reg .b16 low, high, other; " + " ".join(lines) + " }"
+    )
 
 
 def _int4(dtype: str) -> tl.constexpr:
@@ -64,17 +74,29 @@ def _int8_fp16() -> tl.constexpr:
 
 
 def _e2m1_bf16() -> tl.constexpr:
-    """$0..$3 = nibbles of $4 as E2M1 times 2^-126: sign to bit 15, the others to bits 6 to 8.
+    """$0..$3 = nibbles of $4 as E2M1 times 2^-126, those of its low half times the factor $5, those
+    of its high half times $6.
 
-    One multiplication takes a nibble to both places.
+    The sign goes to bit 15, the others to bits 6 to 8: one multiplication takes a nibble to both.
     """
     return _asm(
+        # Where both are the same register these are no instructions.
+        "mov.b32 {low, other}, $5; mov.b32 {other, high}, $6; mov.b32 v, {low, high};",
         "shr.u32 s, $4, 8;",
         *(
             f"and.b32 t, {'s' if way > 1 else '$4'}, {'0x00F000F0' if way % 2 else '0x000F000F'}; "
-            f"mul.lo.u32 u, t, {0x104 if way % 2 else 0x1040}; and.b32 ${way}, u, 0x81C081C0;"
+            f"mul.lo.u32 u, t, {0x104 if way % 2 else 0x1040}; and.b32 u, u, 0x81C081C0; "
+            f"mul.bf16x2 ${way}, u, v;"
             for way in range(4)
         ),
+    )
+
+
+def _power_bf16() -> tl.constexpr:
+    """$0 = the pair of 2^($1 - 65), Inf from 193 on."""
+    return _asm(
+        f"mad.lo.u32 s, $1, 0x800080, {OFFSET << 16 | OFFSET}; "
+        f"mov.b32 t, {INFINITY << 16 | INFINITY}; min.u16x2 $0, s, t;"
     )
 
 
@@ -93,15 +115,14 @@ def _e2m1_fp16() -> tl.constexpr:
 INT4_BF16, INT4_FP16 = _int4("bf16"), _int4("fp16")
 INT8_BF16, INT8_FP16 = _int8_bf16(), _int8_fp16()
 E2M1_BF16, E2M1_FP16 = _e2m1_bf16(), _e2m1_fp16()
+POWER_BF16 = _power_bf16()
 INT4_OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r,r,r")
 INT8_OPERANDS = tl.constexpr("=&r,=&r,r")
 E2M1_OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r,r")
+SCALED_E2M1_OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r,r,r,r")
+POWER_OPERANDS = tl.constexpr("=r,r")
 TIMES_BF16 = tl.constexpr("mul.bf16x2 $0, $1, $2;")
 TIMES_FP16 = tl.constexpr("mul.f16x2 $0, $1, $2;")
-
-E2M1_SHIFT = tl.constexpr(64)
-"""With PAIRS in bf16, products with E2M1 are 2^-64 of what they should be: not every factor would
-fit otherwise. Scales from 2^-68 to 2^65 are exact; those beyond give 0, or Inf and NaN."""
 
 
 @triton.jit
@@ -127,7 +148,7 @@ def no_zero_points(shape: tl.constexpr, dtype: tl.constexpr, PAIRS: tl.constexpr
 
 
 @triton.jit
-def _unpack_pairs(words, zeros, FORMAT: tl.constexpr, dtype: tl.constexpr):
+def _unpack_pairs(words, zeros, factor, FORMAT: tl.constexpr, dtype: tl.constexpr):
     if dtype == tl.bfloat16:
         if FORMAT == "int4":
             return tl.inline_asm_elementwise(
@@ -139,7 +160,7 @@ def _unpack_pairs(words, zeros, FORMAT: tl.constexpr, dtype: tl.constexpr):
             )
         else:
             return tl.inline_asm_elementwise(
-                E2M1_BF16, E2M1_OPERANDS, [words], (tl.bfloat16,) * 4, True, 2
+                E2M1_BF16, SCALED_E2M1_OPERANDS, [words, factor], (tl.bfloat16,) * 4, True, 2
             )
     else:
         if FORMAT == "int4":
@@ -173,12 +194,10 @@ def _unpack_plain(words, zeros, way: tl.constexpr, FORMAT: tl.constexpr):
 
 @triton.jit
 def factors(scales, dtype: tl.constexpr, PAIRS: tl.constexpr):
-    """mxfp4's scales as `unpack` multiplies by them."""
+    """mxfp4's scales as `unpack` multiplies by them: with PAIRS in bf16 pairs of them, int32."""
     exponent = scales.to(tl.int32)
     if PAIRS and dtype == tl.bfloat16:
-        # 2^(exponent - 127 + 126 - E2M1_SHIFT); beyond that Inf.
-        field = tl.minimum(exponent + (126 - E2M1_SHIFT), 255)
-        return (field << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        return tl.inline_asm_elementwise(POWER_BF16, POWER_OPERANDS, [exponent], tl.int32, True, 1)
     else:
         # The least, 2^-127, is subnormal.
         bits = tl.where(exponent == 0, 1 << 22, exponent << 23)
@@ -228,11 +247,11 @@ def unpack(
     zeros and factor, of `zero_points` and `factors`, broadcast to words.
     """
     if PAIRS:
-        ways = _unpack_pairs(words, zeros, FORMAT, dtype)
-        if SCALED:
+        ways = _unpack_pairs(words, zeros, factor, FORMAT, dtype)
+        if SCALED and not (FORMAT == "mxfp4" and dtype == tl.bfloat16):
             scaled = ()
             for way in tl.static_range(WAYS):
-                if FORMAT == "mxfp4" and dtype == tl.float16:
+                if FORMAT == "mxfp4":
                     # Its bits are 2^-14 of what they should be, and no factor has room for that.
                     value = _times(ways[way], tl.full(words.shape, 16384.0, dtype), dtype)
                     scaled += (_times(value, factor, dtype),)

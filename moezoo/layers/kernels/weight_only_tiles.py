@@ -17,7 +17,7 @@ from moezoo.layers.kernels.tiles import (
     remembered,
     tuned,
 )
-from moezoo.layers.quant import Int4, WeightOnly
+from moezoo.layers.quant import Int4, Mxfp4, WeightOnly
 
 FAR = 2.0
 """Tables have few numbers of rows: beyond this ratio the rule says more."""
@@ -71,8 +71,10 @@ def _plan(
         if plan is None:
             if has_zeros:
                 plan = _zeros_plan(rows_per_expert, described)
+            elif name == Mxfp4.name:
+                plan = _mxfp4_plan(rows_per_expert, described)
             else:
-                plan = _int8_plan(rows_per_expert) if bits == 8 else _4_bit_plan(rows_per_expert)
+                plan = _int8_plan(rows_per_expert) if bits == 8 else _int4_plan(rows_per_expert)
         chosen = Plan(*(replace(t, descriptors=described) for t in (plan.gated_up, plan.down)))
     return Plan(
         chosen.gated_up.fitted(num_parts, dtype.itemsize, device, bits=bits),
@@ -88,15 +90,20 @@ def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int, tail: int = 0
     return Tile(m, n, k, num_warps, num_stages, weights_first=True, tail=tail)
 
 
-def _4_bit_plan(rows_per_expert: float) -> Plan:
+def _int4_plan(rows_per_expert: float) -> Plan:
     if rows_per_expert <= 10:
-        return Plan(_tile(16, 32, 256, 4, 5), _tile(16, 128, 256, 4, 4))
-    if rows_per_expert <= 24:
-        return Plan(_tile(32, 64, 128, 4, 4), _tile(32, 128, 256, 4, 3))
+        return Plan(_tile(16, 32, 256, 4, 3), _tile(16, 128, 128, 4, 3))
     if rows_per_expert <= 48:
-        return Plan(_tile(64, 128, 128, 8, 3, tail=32), _tile(64, 256, 128, 8, 3))
+        return Plan(_tile(32, 64, 128, 4, 3), _tile(32, 128, 128, 4, 3))
     tail = 64 if rows_per_expert <= MANY else 0
     return Plan(_tile(128, 64, 128, 4, 3, tail), _tile(128, 128, 128, 4, 3, tail))
+
+
+def _mxfp4_plan(rows_per_expert: float, described: bool) -> Plan:
+    """Large tiles share out the work of unpacking, which is more than int4's."""
+    if rows_per_expert <= MANY or not described:
+        return _int4_plan(rows_per_expert)
+    return Plan(_tile(256, 64, 128, 8, 3, tail=128), _tile(256, 128, 128, 8, 3, tail=128))
 
 
 def _zeros_plan(rows_per_expert: float, described: bool) -> Plan:
@@ -116,9 +123,9 @@ def _zeros_plan(rows_per_expert: float, described: bool) -> Plan:
 
 def _int8_plan(rows_per_expert: float) -> Plan:
     if rows_per_expert <= 10:
-        return Plan(_tile(16, 32, 128, 4, 5), _tile(16, 64, 256, 4, 3))
+        return Plan(_tile(16, 32, 128, 4, 3), _tile(16, 64, 256, 4, 3))
     if rows_per_expert <= 24:
-        return Plan(_tile(32, 32, 128, 4, 4), _tile(32, 64, 128, 4, 4))
+        return Plan(_tile(32, 32, 128, 4, 3), _tile(32, 64, 128, 4, 3))
     if rows_per_expert <= 48:
         return Plan(_tile(64, 32, 64, 4, 4), _tile(64, 64, 64, 4, 4))
     tail = 64 if rows_per_expert <= MANY else 0

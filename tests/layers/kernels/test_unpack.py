@@ -1,7 +1,12 @@
 """The instructions for pairs, which the interpreter has not, carried out here."""
 
+import math
 import random
+import re
 from collections.abc import Callable
+from functools import partial
+from operator import mul, sub
+from typing import Any
 
 import pytest
 import torch
@@ -30,10 +35,16 @@ def lop3(a: int, b: int, c: int, table: int) -> int:
     return sum((table >> place & 1) << i for i, place in enumerate(bits))
 
 
-def difference(a: int, b: int, dtype: torch.dtype) -> int:
-    pairs = zip(halves(a), halves(b), strict=True)
-    low, high = ((number(x, dtype) - number(y, dtype)).view(torch.int16) for x, y in pairs)
-    return int(low) & 0xFFFF | (int(high) & 0xFFFF) << 16
+def in_halves(operation: Callable[[int, int], int], a: int, b: int) -> int:
+    low, high = (operation(x, y) & 0xFFFF for x, y in zip(halves(a), halves(b), strict=True))
+    return low | high << 16
+
+
+def of_numbers(operation: Callable[..., Any], dtype: torch.dtype) -> Callable[[int, int], int]:
+    def on_bits(a: int, b: int) -> int:
+        return int(operation(number(a, dtype), number(b, dtype)).view(torch.int16))
+
+    return partial(in_halves, on_bits)
 
 
 OPERATIONS: dict[str, Callable[..., int]] = {
@@ -42,22 +53,37 @@ OPERATIONS: dict[str, Callable[..., int]] = {
     "shl.b32": lambda a, b: a << b & WORD,
     "and.b32": lambda a, b: a & b,
     "mul.lo.u32": lambda a, b: a * b & WORD,
+    "mad.lo.u32": lambda a, b, c: a * b + c & WORD,
     "lop3.b32": lop3,
-    "sub.bf16x2": lambda a, b: difference(a, b, torch.bfloat16),
-    "sub.f16x2": lambda a, b: difference(a, b, torch.float16),
+    "min.u16x2": partial(in_halves, min),
+    "mul.bf16x2": of_numbers(mul, torch.bfloat16),
+    "sub.bf16x2": of_numbers(sub, torch.bfloat16),
+    "sub.f16x2": of_numbers(sub, torch.float16),
 }
 
 
 def run(asm: str, num_outputs: int, *inputs: int) -> list[int]:
     registers = {f"${num_outputs + i}": value for i, value in enumerate(inputs)}
-    for line in asm.strip("{} ").split(";"):
+    for line in asm.removeprefix("{").removesuffix("}").split(";"):
         name, _, operands = line.strip().partition(" ")
         if name in ("", ".reg"):
             continue
-        target, *sources = (operand.strip() for operand in operands.split(","))
-        values = [registers[s] if s in registers else int(s, 0) for s in sources]
-        registers[target] = OPERATIONS[name](*values)
+        # Two names in braces are the halves of a register.
+        target, *sources = re.findall(r"\{.*?\}|[^\s,]+", operands)
+        values = [value_of(registers, source) for source in sources]
+        result = OPERATIONS[name](*values)
+        if target.startswith("{"):
+            registers |= zip(target[1:-1].split(", "), halves(result), strict=True)
+        else:
+            registers[target] = result
     return [registers[f"${i}"] for i in range(num_outputs)]
+
+
+def value_of(registers: dict[str, int], operand: str) -> int:
+    if operand.startswith("{"):
+        low, high = (registers[half] for half in operand[1:-1].split(", "))
+        return low | high << 16
+    return registers[operand] if operand in registers else int(operand, 0)
 
 
 def values(registers: list[int], dtype: torch.dtype) -> list[list[float]]:
@@ -96,11 +122,28 @@ def test_int8(words: list[int], dtype: torch.dtype) -> None:
             assert found[way] == [int.from_bytes(byte, signed=True) for byte in data]
 
 
-def test_e2m1(words: list[int], dtype: torch.dtype) -> None:
-    bf16 = dtype == torch.bfloat16
-    asm = (unpack.E2M1_BF16 if bf16 else unpack.E2M1_FP16).value
-    for word in words:
-        found = values(run(asm, 4, word), dtype)
+def test_e2m1_bf16(words: list[int]) -> None:
+    for i, word in enumerate(words):
+        exponents = (2 * i, i + 1)
+        pairs = [(exponent + 127 << 7) * 0x10001 for exponent in exponents]
+        found = values(run(unpack.E2M1_BF16.value, 4, word, *pairs), torch.bfloat16)
         for way in range(4):
-            scaled = [value * 2.0 ** (126 if bf16 else 14) for value in found[way]]
+            scaled = [
+                value * 2.0 ** (126 - exponent)
+                for value, exponent in zip(found[way], exponents, strict=True)
+            ]
             assert scaled == [E2M1[half >> 4 * way & 15] for half in halves(word)]
+
+
+def test_e2m1_fp16(words: list[int]) -> None:
+    for word in words:
+        found = values(run(unpack.E2M1_FP16.value, 4, word), torch.float16)
+        for way in range(4):
+            scaled = [value * 2.0**14 for value in found[way]]
+            assert scaled == [E2M1[half >> 4 * way & 15] for half in halves(word)]
+
+
+def test_powers() -> None:
+    for exponent in range(256):
+        (pair,) = values(run(unpack.POWER_BF16.value, 1, exponent), torch.bfloat16)
+        assert pair == [2.0 ** (exponent - 65) if exponent < 193 else math.inf] * 2
