@@ -139,12 +139,16 @@ def _down_weight_only_kernel(
     OVERLAP: tl.constexpr,
 ):
     start_next(OVERLAP)
-    # What counted the tiles had finished before the first product let this one start.
+    # What counted the tiles had finished before the first product let this one start; those of one
+    # matrix, which nobody counts, are written by the launch before.
     num_tiles = max_tiles if num_tiles_ptr is None else tl.load(num_tiles_ptr)
     if DIRECT:
+        if num_tiles_ptr is None:
+            wait_for_previous(OVERLAP)
         # Read before it is known to be one: those past the last are not written, but there.
         expert, first_row, end = load_tile(tiles_ptr + tl.program_id(1), max_tiles)
-        wait_for_previous(OVERLAP)
+        if num_tiles_ptr is not None:
+            wait_for_previous(OVERLAP)
         if tl.program_id(1) < num_tiles:
             first_col = tl.program_id(0) * BLOCK_N
             # fmt: off
