@@ -91,6 +91,9 @@ def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int, tail: int = 0
 
 
 def _int4_plan(rows_per_expert: float) -> Plan:
+    if rows_per_expert <= 0.25:
+        # Few programs, so each asks for more ahead.
+        return Plan(_tile(16, 32, 256, 4, 5), _tile(16, 128, 256, 4, 4))
     if rows_per_expert <= 10:
         return Plan(_tile(16, 32, 256, 4, 3), _tile(16, 128, 128, 4, 3))
     if rows_per_expert <= 48:
