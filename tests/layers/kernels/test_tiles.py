@@ -1,5 +1,6 @@
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,17 @@ def test_a_tile_that_holds_no_stage_shrinks(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(tiles, "shared_memory", lambda device: 48 * 1024)
     tile = Tile(128, 256, 128, 8, 4).fitted(1, 2, CPU)
     assert (tile.k, tile.num_stages) == (32, 1)
+
+
+def test_a_place_in_the_grid_or_a_share_of_the_tiles() -> None:
+    few, cpu = Tile(16, 64, 128, 4, 3), torch.device("cpu")
+    assert few.grid(5, 130, cpu) == (3, 5)
+    assert replace(few, m=128).grid(5, 130, cpu) == (15,)
+    assert replace(few, m=64, tail=16).grid(5, 130, cpu) == (15,)
+    assert replace(few, programs_per_sm=3).grid(5, 130, cpu) == (6,)
+    assert replace(few, programs_per_sm=30).grid(5, 130, cpu) == (15,)
+    assert 0 in few.grid(0, 130, cpu)
+    assert 0 in replace(few, m=128).grid(0, 130, cpu)
 
 
 def test_what_the_bulk_copy_engine_reads() -> None:
