@@ -124,7 +124,9 @@ def gated_up_weight_only_tiles(rows_per_expert: float, *, bits: int) -> Iterator
             yield from _tiles(m, [(32, 256, 4, 3), (32, 256, 4, 4), (32, 128, 4, 5)], bits)
             yield from _tiles(m, [(64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 8, 3)], bits)
     if 16 < rows_per_expert <= 100:
-        yield from _tiles(64, [(64, 128, 4, 3), (64, 64, 4, 4), (128, 128, 8, 3)], bits)
+        if rows_per_expert > 40:
+            yield from _tiles(64, [(64, 128, 4, 3)], bits)
+        yield from _tiles(64, [(64, 64, 4, 4), (128, 128, 8, 3)], bits)
     if rows_per_expert > 24:
         for tile in _tiles(128, [(64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 8, 4)], bits):
             yield tile

@@ -19,7 +19,7 @@ from moezoo.layers.kernels.overlap import start_next, wait_for_previous
 from moezoo.layers.kernels.packed_operand import in_order, packed_operand, ways
 from moezoo.layers.kernels.packed_products import products
 from moezoo.layers.kernels.permute import Permutation
-from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, swizzle
+from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, place, swizzle
 from moezoo.layers.quant import WeightOnly
 
 
@@ -139,18 +139,22 @@ def _down_weight_only_kernel(
     OVERLAP: tl.constexpr,
 ):
     start_next(OVERLAP)
-    # What counted the tiles had finished before the first product let this one start; those of one
-    # matrix, which nobody counts, are written by the launch before.
-    num_tiles = max_tiles if num_tiles_ptr is None else tl.load(num_tiles_ptr)
+    if num_tiles_ptr is None:
+        wait_for_previous(OVERLAP)
+        num_tiles = max_tiles
+    else:
+        # What counted the tiles had finished before the first product let this one start.
+        num_tiles = tl.load(num_tiles_ptr)
     if DIRECT:
-        if num_tiles_ptr is None:
-            wait_for_previous(OVERLAP)
+        tile, pid_n = place()
         # Read before it is known to be one: those past the last are not written, but there.
-        expert, first_row, end = load_tile(tiles_ptr + tl.program_id(1), max_tiles)
-        if num_tiles_ptr is not None:
-            wait_for_previous(OVERLAP)
-        if tl.program_id(1) < num_tiles:
-            first_col = tl.program_id(0) * BLOCK_N
+        p_tile = tiles_ptr + tl.minimum(tile, max_tiles - 1)
+        expert, first_row, end = load_tile(p_tile, max_tiles)
+    if num_tiles_ptr is not None:
+        wait_for_previous(OVERLAP)
+    if DIRECT:
+        if tile < num_tiles:
+            first_col = pid_n * BLOCK_N
             # fmt: off
             _down_tile(
                 expert, first_row, end, first_col, h, w, scales_ptr, zeros_ptr, bias_ptr, y_ptr,
@@ -161,7 +165,6 @@ def _down_weight_only_kernel(
             )
             # fmt: on
     else:
-        wait_for_previous(OVERLAP)
         num_n = tl.cdiv(hidden_size, BLOCK_N)
         num_programs = tl.num_programs(0)
         for pid in tl.range(tl.program_id(0), num_tiles * num_n, num_programs, flatten=FLATTEN):
@@ -199,7 +202,8 @@ def down_weight_only(
     """-> y [S, H] in h's dtype, rows in expert order; those from offsets[E] on are not written.
 
     h [S, P] as `gated_up_weight_only` made it, w2 [E, H, I] and bias2 [E, H]; `permutation` has
-    `tile.m` rows a tile, and the launch just before this one did not count them.
+    `tile.m` rows a tile. Between the launch that counted the tiles and this one lies another, which
+    begins with `wait`; tiles that nobody counted are read after waiting.
 
     Raises ValueError as `gated_up_weight_only` does.
     """

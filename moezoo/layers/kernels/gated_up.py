@@ -22,7 +22,7 @@ from torch import Tensor
 from moezoo.layers.kernels.activations import ACTIVATIONS, Gating, in_parts
 from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.permute import Permutation
-from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, swizzle
+from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, place, swizzle
 
 
 def gated_up_ref(
@@ -144,7 +144,11 @@ def _rows_times_columns(
     else:
         products = tl.zeros([BLOCK_M, PARTS * BLOCK_N], tl.float32)
     for start in range(0, hidden_size, BLOCK_K):
-        # Weights first: the addresses of rows arrive later.
+        if not WEIGHTS_FIRST:
+            if EVEN_K:
+                b_x = tl.load(p_x)
+            else:
+                b_x = tl.load(p_x, mask=(start + inner < hidden_size)[None, :], other=0.0)
         if DESCRIPTORS:
             b_w = tl.reshape(w.load([expert, 0, first_col, start]), [JOINT * BLOCK_N, BLOCK_K])
         else:
@@ -160,10 +164,12 @@ def _rows_times_columns(
             else:
                 m_inner = (start + inner < hidden_size)[None, :]
                 b_up = tl.load(p_w + stride_wg, mask=m_inner, other=0.0)
-        if EVEN_K:
-            b_x = tl.load(p_x)
-        else:
-            b_x = tl.load(p_x, mask=(start + inner < hidden_size)[None, :], other=0.0)
+        if WEIGHTS_FIRST:
+            # Asked for last, since their addresses arrive later.
+            if EVEN_K:
+                b_x = tl.load(p_x)
+            else:
+                b_x = tl.load(p_x, mask=(start + inner < hidden_size)[None, :], other=0.0)
         p_x += BLOCK_K * stride_xh
         if WEIGHTS_FIRST:
             products = tl.dot(b_w, b_x.T, products, input_precision="ieee")
@@ -244,10 +250,12 @@ def _gated_up_kernel(
     wait(OVERLAP)
     num_tiles = tl.load(num_tiles_ptr)
     if DIRECT:
+        tile, pid_n = place()
         # Read before it is known to be one: those past the last are not written, but there.
-        expert, first_row, end = load_tile(tiles_ptr + tl.program_id(1), max_tiles)
-        if tl.program_id(1) < num_tiles:
-            first_col = tl.program_id(0) * BLOCK_N
+        p_tile = tiles_ptr + tl.minimum(tile, max_tiles - 1)
+        expert, first_row, end = load_tile(p_tile, max_tiles)
+        if tile < num_tiles:
+            first_col = pid_n * BLOCK_N
             # fmt: off
             _rows_times_columns(
                 expert, first_row, end, first_col, x_ptr, w, bias_ptr, h_ptr, order_ptr,

@@ -24,7 +24,7 @@ from moezoo.layers.kernels.gated_up import activate, activate_gated
 from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.permute import Permutation
 from moezoo.layers.kernels.quantize import fp8_factor
-from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, swizzle
+from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, place, swizzle
 from moezoo.layers.quant.channel_fp8 import ChannelFp8, Fp8Weights
 from moezoo.layers.quant.fp8 import BLOCK, Fp8Rows, blocks, quantize_rows
 
@@ -119,7 +119,9 @@ def _rows_times_columns(
         gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = gate
     for start in range(0, hidden_size, BLOCK_K):
-        # Weights first: the addresses of rows arrive later.
+        if not WEIGHTS_FIRST:
+            x_scales = tl.load(p_x_scales)
+            b_x = tl.load(p_x)
         gate_scale = 1.0 if PER_ROW else tl.load(p_w_scales)
         if DESCRIPTORS:
             b_gate = tl.reshape(w.load([expert, 0, first_col, start]), [BLOCK_N, BLOCK_K])
@@ -136,8 +138,10 @@ def _rows_times_columns(
             else:
                 m_inner = (start + inner < hidden_size)[None, :]
                 b_up = tl.load(p_w + stride_wg, mask=m_inner, other=0.0)
-        x_scales = tl.load(p_x_scales)
-        b_x = tl.load(p_x)
+        if WEIGHTS_FIRST:
+            # Asked for last, since their addresses arrive later.
+            x_scales = tl.load(p_x_scales)
+            b_x = tl.load(p_x)
         p_x += BLOCK_K
         p_x_scales += 1
         if WEIGHTS_FIRST:
@@ -239,17 +243,18 @@ def _gated_up_fp8_kernel(
     wait(OVERLAP)
     num_tiles = tl.load(num_tiles_ptr)
     if DIRECT:
+        tile, group_n = place()
         # Read before it is known to be one: those past the last are not written, but there.
-        expert, first_row, end = load_tile(tiles_ptr + tl.program_id(1), max_tiles)
-        if tl.program_id(1) < num_tiles:
+        p_tile = tiles_ptr + tl.minimum(tile, max_tiles - 1)
+        expert, first_row, end = load_tile(p_tile, max_tiles)
+        if tile < num_tiles:
             # fmt: off
             _rows_times_columns(
-                expert, first_row, end, tl.program_id(0), x_ptr, x_scales_ptr, w, w_scales_ptr,
-                bias_ptr, h_ptr, h_scales_ptr, order_ptr, hidden_size, intermediate_size, k,
-                stride_we, stride_wg, stride_wn, stride_wh, stride_se, stride_sg, stride_sn,
-                stride_sh, stride_be, stride_bg, stride_bn, stride_hs, PARTS, ACTIVATION, LIMIT,
-                UP_OFFSET, HAS_BIAS, PER_ROW, DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, BLOCK_M, BLOCK_N,
-                BLOCK_K,
+                expert, first_row, end, group_n, x_ptr, x_scales_ptr, w, w_scales_ptr, bias_ptr,
+                h_ptr, h_scales_ptr, order_ptr, hidden_size, intermediate_size, k, stride_we,
+                stride_wg, stride_wn, stride_wh, stride_se, stride_sg, stride_sn, stride_sh,
+                stride_be, stride_bg, stride_bn, stride_hs, PARTS, ACTIVATION, LIMIT, UP_OFFSET,
+                HAS_BIAS, PER_ROW, DESCRIPTORS, EVEN_K, WEIGHTS_FIRST, BLOCK_M, BLOCK_N, BLOCK_K,
             )
             # fmt: on
     else:

@@ -5,8 +5,8 @@ Hopper and later a launch may ask for that (programmatic dependent launch); it t
 its predecessor before it touches memory. Every kernel here begins with `wait`, so each finishes
 after all before it have, and memory that they share may be used again in stream order.
 
-Only weights, which no kernel writes, may be read earlier: `start_next`, the first weights, then
-`wait_for_previous`.
+Two things may be read earlier, between `start_next` and `wait_for_previous`: weights, which no
+kernel writes, and what was written before the kernel before this one passed its `wait`.
 """
 
 from functools import cache

@@ -14,17 +14,13 @@ from torch import Tensor
 
 from moezoo.layers.kernels.overlap import capability, launch_options
 from moezoo.layers.kernels.packed_products import num_slices
-from moezoo.layers.kernels.tiles import Tile
+from moezoo.layers.kernels.tiles import FEW_ROWS, Tile
 from moezoo.layers.kernels.unpack import CHUNK
 from moezoo.layers.quant import Int4, Int8, Mxfp4, WeightOnly
 from moezoo.layers.quant.mxfp4 import GROUP
 
 FORMATS: dict[type, str] = {Int8: "int8", Int4: "int4", Mxfp4: "mxfp4"}
 """By which the kernels know them."""
-
-
-FEW_ROWS = 64
-"""Up to so many rows a tile, sums over groups are scaled, with more the weights: see `products`."""
 
 
 def ways(weights: type[WeightOnly], num_columns: int) -> int:
@@ -92,8 +88,8 @@ def packed_operand(name: str, w: WeightOnly, x: Tensor, tile: Tile) -> Packed:
         "SCALES_ALIGNED": gcd(16, *w.scales.stride()[:-1]) if mxfp4 else 1,
         "SLICES": num_slices(block_words, group, mxfp4=mxfp4, zeros=zeros is not None, chain=chain),
         "CHAIN": chain,
-        # Four warps with as many rows have no registers left.
-        "SCALES_AT_ONCE": not chain or tile.num_warps > 4,
+        # Four warps that work on 128 rows have no registers left for that.
+        "SCALES_AT_ONCE": tile.num_warps > 4,
         "DESCRIPTORS": tile.descriptors,
         "EVEN_K": num_columns % tile.k == 0,
         "PAIRS": words.dtype == torch.int16 and unpacks_pairs(x),

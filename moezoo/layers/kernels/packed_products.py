@@ -84,6 +84,35 @@ def out_of_turns(rows):
 
 
 @triton.jit
+def _row_slices(
+    rows,
+    p_x,
+    first_row,
+    start,
+    m_rows,
+    across,
+    width,
+    WAYS: tl.constexpr,
+    SLICES: tl.constexpr,
+    SLICE_W: tl.constexpr,
+    ROWS_DESCRIBED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """The columns that the words from `start` on meet: SLICES tensors [BLOCK_M, WAYS * SLICE_W]"""
+    xs = ()
+    for s in tl.static_range(SLICES):
+        first = WAYS * (start + s * SLICE_W)
+        if ROWS_DESCRIBED:
+            xs += (rows.load([first_row, first]),)
+        else:
+            m_x = m_rows[:, None]
+            if not EVEN_K:
+                m_x = m_x & (first + across < width)[None, :]
+            xs += (tl.load(p_x + first, mask=m_x, other=0.0),)
+    return xs
+
+
+@triton.jit
 def _block_factors(
     scales_ptr,
     o_scales,
@@ -157,6 +186,8 @@ def products(
     GROUPS: tl.constexpr = max(1, BLOCK_W // GROUP) if GROUP > 0 else 1
     SLICE_W: tl.constexpr = BLOCK_W // SLICES
     SLICE_GROUPS: tl.constexpr = max(1, GROUPS // SLICES)
+    # Measured: int8 with many rows was faster so, 4 bits slower.
+    ROWS_FIRST: tl.constexpr = CHAIN and FORMAT == "int8"
     turns = tl.arange(0, R)
     if PARTS == 1:
         part = turns * 0
@@ -179,8 +210,7 @@ def products(
         p_w = w + o_w[:, None] + inner[None, :]
     width = tl.cdiv(num_words, CHUNK) * (CHUNK * WAYS)
     across = tl.arange(0, WAYS * SLICE_W)
-    if not ROWS_DESCRIBED:
-        p_x = p_rows[:, None] + across[None, :]
+    p_x = None if ROWS_DESCRIBED else p_rows[:, None] + across[None, :]
 
     total = tl.zeros([R, BLOCK_M], tl.float32)
     scales = ()
@@ -192,7 +222,14 @@ def products(
             if HAS_ZEROS:
                 zeros += (tl.load(zeros_ptr + (o_scales + s), mask=m_group, other=0),)
     for start in range(0, num_words, BLOCK_W):
-        # Weights first: the addresses of rows arrive later.
+        # Weights first, since the addresses of rows arrive later; but see ROWS_FIRST.
+        if ROWS_FIRST:
+            # fmt: off
+            xs = _row_slices(
+                rows, p_x, first_row, start, m_rows, across, width, WAYS, SLICES, SLICE_W,
+                ROWS_DESCRIBED, EVEN_K,
+            )
+            # fmt: on
         if DESCRIPTORS:
             parts = tl.reshape(w.load([expert, 0, first_col, start]), [PARTS, BLOCK_N, BLOCK_W])
             words = in_turns(parts, PARTS)
@@ -200,16 +237,13 @@ def products(
             words = tl.load(p_w + start)
         else:
             words = tl.load(p_w + start, mask=(start + inner < num_words)[None, :], other=0)
-        xs = ()
-        for s in tl.static_range(SLICES):
-            first = WAYS * (start + s * SLICE_W)
-            if ROWS_DESCRIBED:
-                xs += (rows.load([first_row, first]),)
-            else:
-                m_x = m_rows[:, None]
-                if not EVEN_K:
-                    m_x = m_x & (first + across < width)[None, :]
-                xs += (tl.load(p_x + first, mask=m_x, other=0.0),)
+        if not ROWS_FIRST:
+            # fmt: off
+            xs = _row_slices(
+                rows, p_x, first_row, start, m_rows, across, width, WAYS, SLICES, SLICE_W,
+                ROWS_DESCRIBED, EVEN_K,
+            )
+            # fmt: on
         next_scales = ()
         next_zeros = ()
         if GROUP > 0 and not SCALED:
@@ -234,10 +268,11 @@ def products(
                 if SCALES_AT_ONCE:
                     factor = slices_factors[s]
                 else:
-                    first = start // GROUP + s * SLICE_GROUPS
+                    first_group = start // GROUP + s * SLICE_GROUPS
                     # fmt: off
                     factor = _block_factors(
-                        scales_ptr, o_scales, first, num_groups, SLICE_GROUPS, EVEN_K, dtype, PAIRS,
+                        scales_ptr, o_scales, first_group, num_groups, SLICE_GROUPS, EVEN_K, dtype,
+                        PAIRS,
                     )
                     # fmt: on
                 factor = _spread(factor, SLICE_W)

@@ -31,6 +31,9 @@ TABLES = Path(__file__).parent / "tables"
 FAR = 4.0
 """Beyond this ratio of rows an expert, a measured plan says less than the rule does."""
 
+FEW_ROWS = 64
+"""Up to so many rows a tile, see `Tile.direct` and, for packed weights, `products`."""
+
 INTERPRETER_SHARED_MEMORY = 99 * 1024
 
 
@@ -72,17 +75,19 @@ class Tile:
         """Whether a program's place in the grid says which tile it computes, without a loop over
         tiles.
 
-        Programs for few rows are short: what they do before their first load of weights counts, and
-        without the loop they need a quarter fewer registers. For more rows the loop stays, as
-        without it ptxas lets every matrix instruction of a chain wait for the one before.
+        Programs for few rows a tile are short: what they do before their first load of weights
+        counts, and without the loop they need a quarter fewer registers. For more rows the loop
+        stays, as without it ptxas lets every matrix instruction of a chain wait for the one before.
         """
-        return self.m <= 64 and not self.persistent and not self.tail
+        return self.m <= FEW_ROWS and not self.persistent and not self.tail
 
     def grid(self, max_tiles: int, num_columns: int, device: torch.device) -> tuple[int, ...]:
-        """Of programs: columns by tiles if `direct`, or any number that share out all of them."""
+        """`place`'s three dimensions if `direct`, else a number of programs that share out all
+        tiles."""
         across = cdiv(num_columns, self.n)
         if self.direct:
-            return across, max_tiles
+            side_by_side = min(self.group_m, max_tiles)
+            return side_by_side, across, cdiv(max_tiles, max(side_by_side, 1))
         every = max_tiles * across
         if not self.persistent:
             return (every,)
@@ -325,6 +330,13 @@ def swizzle(pid, num_tiles, num_n, GROUP_M: tl.constexpr):
     group_size = tl.minimum(num_tiles - group * GROUP_M, GROUP_M)
     tile = group * GROUP_M + (pid % (GROUP_M * num_n)) % group_size
     return tile, (pid % (GROUP_M * num_n)) // group_size
+
+
+@triton.jit
+def place():
+    """The row tile and the column tile of a program in `Tile.grid`'s three dimensions: the order is
+    that of `swizzle`, without its divisions."""
+    return tl.program_id(2) * tl.num_programs(0) + tl.program_id(0), tl.program_id(1)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ E2M1_SHIFT = tl.constexpr(64)
 fit otherwise. Scales from 2^-68 to 2^65 are exact; those beyond give 0, or Inf and NaN."""
 
 OFFSET = (126 - E2M1_SHIFT.value) << 7
-"""What the exponent of a factor in bf16 is more than that of the scale."""
+"""What is added to a scale's exponent, in the exponent field of bf16."""
 INFINITY = 0x7F80
 
 INTEGERS = {"bf16": ("0x43004300", "bf16x2"), "fp16": ("0x64006400", "f16x2")}
@@ -247,6 +247,7 @@ def unpack(
     zeros and factor, of `zero_points` and `factors`, broadcast to words.
     """
     if PAIRS:
+        tl.static_assert(SCALED or FORMAT != "mxfp4")
         ways = _unpack_pairs(words, zeros, factor, FORMAT, dtype)
         if SCALED and not (FORMAT == "mxfp4" and dtype == tl.bfloat16):
             scaled = ()

@@ -9,6 +9,7 @@ from moezoo.layers.quant.fp8 import LARGEST, BlockFp8, Fp8Rows
 # Every way through the kernels; GPUs have no fp8 product of fewer than 16 rows.
 TILES = {
     "plain": Tile(16, 128, 128, 4, 2),
+    "many": Tile(128, 128, 128, 8, 2),
     "tail": Tile(64, 128, 128, 8, 2, tail=16),
     "persistent": Tile(16, 128, 128, 4, 2, programs_per_sm=1, group_m=2),
     "weights-first": Tile(16, 128, 128, 4, 2, weights_first=True),

@@ -5,9 +5,8 @@ import torch
 from tolerances import assert_close
 
 from kernels.routings import ROUTINGS, topk_ids
-from kernels.tile_cases import TILES, tile_for
+from kernels.tile_cases import TILES, permuted, tile_for
 from moezoo.layers.kernels.down import down, down_ref
-from moezoo.layers.kernels.permute import permute_ref
 
 
 def inputs(
@@ -34,7 +33,7 @@ def test_matches_reference(
 ) -> None:
     tile = tile_for(name, dtype, device)
     h, w2 = inputs(routing, hidden, intermediate, dtype, device)
-    rows = permute_ref(topk_ids(routing).to(device), ROUTINGS[routing][2], tile.m)
+    rows = permuted(topk_ids(routing).to(device), ROUTINGS[routing][2], tile.m)
     valid = int(rows.offsets[-1])
     # Rows of absent experts were never written.
     h[valid:] = torch.nan
@@ -44,7 +43,7 @@ def test_matches_reference(
 def test_bias_and_strided_weights(device: torch.device) -> None:
     h, w2 = inputs("odd", 40, 24, torch.float32, device)
     bias2 = torch.randn(7, 40, generator=torch.Generator().manual_seed(1)).to(device)
-    rows = permute_ref(topk_ids("odd").to(device), 7, 16)
+    rows = permuted(topk_ids("odd").to(device), 7, 16)
     result = down(h, w2.mT.contiguous().mT, rows, tile=TILES["plain"], bias2=bias2)
     assert_close(result, down_ref(h, w2, rows, tile=TILES["plain"], bias2=bias2))
 
@@ -62,7 +61,7 @@ def test_bias_and_strided_weights(device: torch.device) -> None:
 )
 def test_refuses(change: dict[str, torch.Tensor], message: str) -> None:
     h, w2 = inputs("odd", 40, 24, torch.float32, torch.device("cpu"))
-    rows = permute_ref(topk_ids("odd"), 7, 16)
+    rows = permuted(topk_ids("odd"), 7, 16)
     arguments = {"h": h, "w2": w2, "permutation": rows, "tile": TILES["plain"]}
     with pytest.raises(ValueError, match=re.escape(message)):
         down(**(arguments | change))

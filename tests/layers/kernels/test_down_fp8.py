@@ -8,7 +8,7 @@ from tolerances import assert_close
 from kernels.fp8_cases import FORMATS, SIZES, TILES, weights
 from kernels.routings import ROUTINGS as SHAPES
 from kernels.routings import topk_ids
-from kernels.tile_cases import bulk_copies
+from kernels.tile_cases import bulk_copies, permuted
 from moezoo.layers.kernels.down_fp8 import down_fp8, down_fp8_ref
 from moezoo.layers.kernels.permute import permute_ref
 from moezoo.layers.quant.channel_fp8 import ChannelFp8, Fp8Weights
@@ -36,7 +36,7 @@ def test_matches_reference(
     num_tokens, k, num_experts = SHAPES[routing]
     h = rows_of(num_tokens * k, intermediate, device)
     w2 = weights(num_experts, hidden, intermediate, device=device)
-    rows = permute_ref(topk_ids(routing).to(device), num_experts, tile.m)
+    rows = permuted(topk_ids(routing).to(device), num_experts, tile.m)
     end = int(rows.offsets[-1])
     # Rows of absent experts were never written.
     h.data[end:] = torch.nan
@@ -57,7 +57,7 @@ def test_scales_of_rows(
     tile = replace(bulk_copies(TILES[name], device), n=width)
     h = rows_of(189, intermediate, device)
     w2 = weights(7, hidden, intermediate, device=device, format_=ChannelFp8)
-    rows = permute_ref(topk_ids("odd").to(device), 7, tile.m)
+    rows = permuted(topk_ids("odd").to(device), 7, tile.m)
     y = down_fp8(h, w2, rows, dtype=torch.float16, tile=tile)
     assert_close(y, down_fp8_ref(h, w2, rows, dtype=torch.float16))
 
@@ -68,7 +68,7 @@ def test_scales_of_rows(
 def test_bias_and_strides(width: int, format_: type[Fp8Weights], device: torch.device) -> None:
     h, w2 = rows_of(189, 144, device), weights(7, 200, 144, device=device, format_=format_)
     bias2 = torch.randn(7, 200, generator=torch.Generator().manual_seed(2)).to(device)
-    rows = permute_ref(topk_ids("odd").to(device), 7, 16)
+    rows = permuted(topk_ids("odd").to(device), 7, 16)
     strided = format_(w2.data.mT.contiguous().mT, w2.scales.mT.contiguous().mT)
     settings = {"dtype": torch.float16, "bias2": bias2, "tile": replace(TILES["plain"], n=width)}
     expected = down_fp8_ref(h, w2, rows, **settings)

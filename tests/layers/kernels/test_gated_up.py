@@ -5,10 +5,9 @@ import torch
 from tolerances import assert_close
 
 from kernels.routings import ROUTINGS, topk_ids
-from kernels.tile_cases import TILES, tile_for
+from kernels.tile_cases import TILES, permuted, tile_for
 from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.kernels.gated_up import gated_up, gated_up_ref
-from moezoo.layers.kernels.permute import permute_ref
 
 
 def inputs(
@@ -36,7 +35,7 @@ def test_matches_reference(
     tile = tile_for(name, dtype, device)
     x, w13 = inputs(routing, hidden, intermediate, dtype, device)
     _, k, num_experts = ROUTINGS[routing]
-    rows = permute_ref(topk_ids(routing).to(device), num_experts, tile.m)
+    rows = permuted(topk_ids(routing).to(device), num_experts, tile.m)
     valid = int(rows.offsets[-1])
     result = gated_up(x, w13, rows, k=k, tile=tile)
     assert_close(result[:valid], gated_up_ref(x, w13, rows, k=k)[:valid])
@@ -56,14 +55,14 @@ KERNELS = {function: name for name, function in ACTIVATIONS.items()}.values()
 def test_activations_and_bias(activation: str | Gating, device: torch.device) -> None:
     x, w13 = inputs("odd", 40, 24, torch.float32, device)
     bias13 = torch.randn(7, 48, generator=torch.Generator().manual_seed(1)).to(device)
-    rows = permute_ref(topk_ids("odd").to(device), 7, 16)
+    rows = permuted(topk_ids("odd").to(device), 7, 16)
     settings = {"k": 3, "tile": PLAIN, "activation": activation, "bias13": bias13}
     assert_close(gated_up(3 * x, w13, rows, **settings), gated_up_ref(3 * x, w13, rows, **settings))
 
 
 def test_strided_arguments(device: torch.device) -> None:
     x, w13 = inputs("odd", 40, 24, torch.float32, device)
-    rows = permute_ref(topk_ids("odd").to(device), 7, 16)
+    rows = permuted(topk_ids("odd").to(device), 7, 16)
     result = gated_up(
         x.repeat_interleave(2, 1)[:, ::2], w13.mT.contiguous().mT, rows, k=3, tile=PLAIN
     )
@@ -75,7 +74,7 @@ def test_strided_arguments(device: torch.device) -> None:
 def test_alternating_rows(intermediate: int, transposed: bool, device: torch.device) -> None:
     x, w13 = inputs("odd", 40, intermediate, torch.float32, device)
     bias13 = torch.randn(7, 2 * intermediate, generator=torch.Generator().manual_seed(1)).to(device)
-    rows = permute_ref(topk_ids("odd").to(device), 7, 16)
+    rows = permuted(topk_ids("odd").to(device), 7, 16)
     expected = gated_up_ref(x, w13, rows, k=3, tile=PLAIN, bias13=bias13)
     stored = w13.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
     if transposed:
@@ -100,7 +99,7 @@ def test_without_a_gate(
     _, k, num_experts = ROUTINGS[routing]
     w1 = w13[:, :24].unsqueeze(1)
     bias = torch.randn(num_experts, 1, 24, generator=torch.Generator().manual_seed(1))
-    rows = permute_ref(topk_ids(routing).to(device), num_experts, 16)
+    rows = permuted(topk_ids(routing).to(device), num_experts, 16)
     valid = int(rows.offsets[-1])
     settings = {"activation": activation, "bias13": bias.to(device, dtype)}
     result = gated_up(x, w1, rows, k=k, tile=PLAIN, **settings)
@@ -111,7 +110,7 @@ def test_without_a_gate(
 def test_nan_passes_through(device: torch.device) -> None:
     x, w13 = inputs("odd", 40, 24, torch.float32, device)
     x[0] = torch.nan
-    rows = permute_ref(topk_ids("odd").to(device), 7, 16)
+    rows = permuted(topk_ids("odd").to(device), 7, 16)
     for activation in (*KERNELS, Gating("silu", limit=1.0)):
         h = gated_up(x, w13, rows, k=3, tile=PLAIN, activation=activation)
         assert torch.equal(h.isnan().all(-1), rows.order // 3 == 0)
@@ -132,7 +131,7 @@ def test_nan_passes_through(device: torch.device) -> None:
 )
 def test_refuses(change: dict[str, object], message: str) -> None:
     x, w13 = inputs("odd", 40, 24, torch.float32, torch.device("cpu"))
-    rows = permute_ref(topk_ids("odd"), 7, 16)
+    rows = permuted(topk_ids("odd"), 7, 16)
     arguments = {"x": x, "w13": w13, "permutation": rows, "k": 3, "tile": PLAIN}
     with pytest.raises(ValueError, match=re.escape(message)):
         gated_up(**(arguments | change))

@@ -6,10 +6,9 @@ import torch
 from kernels.fp8_cases import FORMATS, ROUTINGS, SIZES, TILES, assert_rows_close, weights
 from kernels.routings import ROUTINGS as SHAPES
 from kernels.routings import topk_ids
-from kernels.tile_cases import bulk_copies
+from kernels.tile_cases import bulk_copies, permuted
 from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.kernels.gated_up_fp8 import gated_up_fp8, gated_up_fp8_ref
-from moezoo.layers.kernels.permute import permute_ref
 from moezoo.layers.quant.channel_fp8 import ChannelFp8, Fp8Weights
 from moezoo.layers.quant.fp8 import Fp8Rows, quantize_rows
 
@@ -35,7 +34,7 @@ def test_matches_reference(
     num_tokens, k, num_experts = SHAPES[routing]
     x = tokens(num_tokens, hidden, device)
     w13 = weights(num_experts, 2, intermediate, hidden, device=device)
-    rows = permute_ref(topk_ids(routing).to(device), num_experts, tile.m)
+    rows = permuted(topk_ids(routing).to(device), num_experts, tile.m)
     h = gated_up_fp8(x, w13, rows, k=k, tile=tile)
     end = int(rows.offsets[-1])
     assert_rows_close(valid(h, end), valid(gated_up_fp8_ref(x, w13, rows, k=k), end))
@@ -50,7 +49,7 @@ def test_matches_reference(
 def test_scales_of_rows(name: str, hidden: int, intermediate: int, device: torch.device) -> None:
     tile, x = bulk_copies(TILES[name], device), tokens(63, hidden, device)
     w13 = weights(7, 2, intermediate, hidden, device=device, format_=ChannelFp8)
-    rows = permute_ref(topk_ids("odd").to(device), 7, tile.m)
+    rows = permuted(topk_ids("odd").to(device), 7, tile.m)
     h = gated_up_fp8(x, w13, rows, k=3, tile=tile)
     assert_rows_close(h, gated_up_fp8_ref(x, w13, rows, k=3))
 
@@ -64,7 +63,7 @@ def test_gatings_biases_and_strides(
 ) -> None:
     x, w13 = tokens(63, 144, device), weights(7, 2, 48, 144, device=device, format_=format_)
     bias13 = torch.randn(7, 2, 48, generator=torch.Generator().manual_seed(2)).to(device)
-    rows = permute_ref(topk_ids("odd").to(device), 7, 16)
+    rows = permuted(topk_ids("odd").to(device), 7, 16)
     tile = TILES["weights-first" if weights_first else "plain"]
     strided = format_(w13.data.mT.contiguous().mT, w13.scales.mT.contiguous().mT)
     settings = {"k": 3, "tile": tile, "activation": gating, "bias13": bias13}
@@ -76,7 +75,7 @@ def test_gatings_biases_and_strides(
 @pytest.mark.parametrize("format_", FORMATS)
 def test_without_a_gate(format_: type[Fp8Weights], device: torch.device) -> None:
     x, w13 = tokens(63, 144, device), weights(7, 1, 48, 144, device=device, format_=format_)
-    rows = permute_ref(topk_ids("odd").to(device), 7, 16)
+    rows = permuted(topk_ids("odd").to(device), 7, 16)
     settings = {"k": 3, "tile": TILES["plain"], "activation": "relu2"}
     expected = gated_up_fp8_ref(x, w13, rows, **settings)
     assert_rows_close(gated_up_fp8(x, w13, rows, **settings), expected)
@@ -87,7 +86,7 @@ def test_nan_stays_in_its_row(device: torch.device) -> None:
     x = torch.randn(63, 144, generator=torch.Generator().manual_seed(1))
     x[4, 7] = torch.nan
     w13 = weights(7, 2, 48, 144, device=device)
-    rows = permute_ref(topk_ids("odd").to(device), 7, 16)
+    rows = permuted(topk_ids("odd").to(device), 7, 16)
     h = gated_up_fp8(quantize_rows(x.to(device)), w13, rows, k=3, tile=TILES["plain"]).dequantize()
     assert torch.equal(h[:, :48].isnan().all(-1), rows.order // 3 == 4)
     assert torch.equal(h.isnan().any(-1), rows.order // 3 == 4)
@@ -105,7 +104,7 @@ def test_nan_stays_in_its_row(device: torch.device) -> None:
 )
 def test_refuses(change: dict[str, object], message: str) -> None:
     cpu = torch.device("cpu")
-    rows = permute_ref(topk_ids("odd"), 7, 16)
+    rows = permuted(topk_ids("odd"), 7, 16)
     arguments = {
         "x": tokens(63, 48, cpu),
         "w13": weights(7, 2, 48, 48, device=cpu),

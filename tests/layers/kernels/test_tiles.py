@@ -153,7 +153,8 @@ def test_a_tile_that_holds_no_stage_shrinks(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_place_in_the_grid_or_a_share_of_the_tiles() -> None:
     few, cpu = Tile(16, 64, 128, 4, 3), torch.device("cpu")
-    assert few.grid(5, 130, cpu) == (3, 5)
+    assert few.grid(5, 130, cpu) == (5, 3, 1)
+    assert few.grid(21, 130, cpu) == (8, 3, 3)
     assert replace(few, m=128).grid(5, 130, cpu) == (15,)
     assert replace(few, m=64, tail=16).grid(5, 130, cpu) == (15,)
     assert replace(few, programs_per_sm=3).grid(5, 130, cpu) == (6,)

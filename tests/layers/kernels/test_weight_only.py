@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.routings import ROUTINGS as SHAPES
 from kernels.routings import topk_ids
-from kernels.tile_cases import bulk_copies
+from kernels.tile_cases import bulk_copies, permuted
 from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.kernels.down_weight_only import down_weight_only, down_weight_only_ref
 from moezoo.layers.kernels.gated_up_weight_only import (
@@ -84,7 +84,7 @@ def check(
     bias2: Tensor | None = None,
     activation: str | Gating = "silu",
 ) -> None:
-    rows = permute_ref(ids, len(w13.data), tiles[0].m)
+    rows = permuted(ids, len(w13.data), tiles[0].m)
     x = interleaved(x, w13)
     up = {"k": ids.shape[1], "tile": tiles[0], "bias13": bias13, "activation": activation}
     h = gated_up_weight_only(x, w13, rows, **up)
@@ -171,7 +171,7 @@ def test_nan_stays_in_its_row(device: torch.device, dtype: torch.dtype) -> None:
     x = tokens(63, 64, device, dtype)
     x[4, 7] = torch.nan
     w13 = weights("int4-32", 7, 2, 32, 64, device=device)
-    rows = permute_ref(topk_ids("odd").to(device), 7, 16)
+    rows = permuted(topk_ids("odd").to(device), 7, 16)
     h = gated_up_weight_only(interleaved(x, w13), w13, rows, k=3, tile=TILES["plain"])
     assert torch.equal(h.isnan().all(-1), rows.order // 3 == 4)
     assert torch.equal(h.isnan().any(-1), rows.order // 3 == 4)
@@ -220,7 +220,7 @@ def test_down_refuses(change: dict[str, object], message: str) -> None:
 def test_refuses_columns_in_an_order_of_their_own() -> None:
     w2 = weights("int8-64", 7, 32, 64, device=torch.device("cpu"))
     ordered = replace(w2, order=torch.arange(64, dtype=torch.int32).expand(7, 64))
-    rows = permute_ref(topk_ids("odd"), 7, 16)
+    rows = permuted(topk_ids("odd"), 7, 16)
     with pytest.raises(ValueError, match="w2 has its columns in an order of its own"):
         down_weight_only(torch.zeros(189, 64), ordered, rows, tile=TILES["plain"])
 
