@@ -1,6 +1,10 @@
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,3 +66,15 @@ def test_products_say_whether_they_are_persistent(
     y = down_fp8(h8, BlockFp8.quantize(w2), rows, dtype=torch.float16, tile=tile)
     assert y.shape == (3, 128)
     assert said == [tile.persistent] * 6
+
+
+@pytest.mark.parametrize("counted", ["counted", "not-counted"])
+def test_tiles_that_the_launch_before_writes_are_read_after_waiting(counted: str) -> None:
+    script = Path(__file__).with_name("compile_down.py")
+    # The interpreter would stand in for the compiler.
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(script), counted]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    reads_first = done.stdout.index("tt.load") < done.stdout.index("griddepcontrol.wait")
+    assert reads_first == (counted == "counted")
