@@ -35,11 +35,13 @@ class TensorInfo:
     """What a checkpoint's header says of one tensor.
 
     `padding` is how many of its last columns may be no part of the weight, which it does not say.
+    `data` is the tensor that holds its numbers, where it is stored quantised.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     padding: int = field(default=0, kw_only=True)
+    data: str | None = field(default=None, kw_only=True)
 
     @property
     def where(self) -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from moezoo.errors import CheckpointError
+from moezoo.errors import CheckpointError, QuantizationError
 from moezoo.loaders.mapping import (
     Copy,
     ParameterInfo,
@@ -113,6 +113,7 @@ class _Planner:
         self.missing: list[str] = []
         self.double: list[str] = []
         self.shapes: list[str] = []
+        self.quantised_shapes: list[str] = []
         self.dtypes: list[str] = []
 
     def run(self) -> Plan:
@@ -134,6 +135,13 @@ class _Planner:
             "of a dtype that is not loaded": self.dtypes,
             "unknown": unknown,
         }
+        if self.quantised_shapes and not any(problems.values()):
+            raise QuantizationError(
+                f"{self.name} does not fit the model of its config.json: "
+                f"{_described({'of the wrong shape': self.quantised_shapes}, _SHOWN)}\n"
+                "Get the checkpoint again, or the config.json that belongs to these weights"
+            )
+        problems["of the wrong shape"] = [*self.shapes, *self.quantised_shapes]
         if any(problems.values()):
             raise CheckpointError(
                 f"{self.name} does not fit the model of its config.json: {self._refusal(problems)}"
@@ -280,9 +288,7 @@ class _Planner:
         expected = stored_shape((1, *place.shape[1:]), place.rule.view)
         stored = self.checkpoint[name].shape
         if stored[1:] != expected[1:] or stored[0] % expected[0]:
-            takes = f"{place.target} takes {list(expected)} of it for each expert"
-            where = self.checkpoint[name].where
-            self.shapes.append(f"{name} is {list(stored)}{where}, {takes}")
+            self._note_shape(name, f"{place.target} takes {list(expected)} of it for each expert")
             return
         total = stored[0] // expected[0]
         beyond = [expert for expert in owned if expert >= total]
@@ -321,10 +327,16 @@ class _Planner:
             stored[:-1] == expected[:-1] and bool(expected) and expected[-1] in columns
         )
         if not fits:
-            self.shapes.append(
-                f"{name} is {list(stored)}{info.where}, {place.target} takes {list(expected)} of it"
-            )
+            self._note_shape(name, f"{place.target} takes {list(expected)} of it")
         return fits
+
+    def _note_shape(self, name: str, takes: str) -> None:
+        info = self.checkpoint[name]
+        if info.data is None:
+            self.shapes.append(f"{name} is {list(info.shape)}{info.where}, {takes}")
+            return
+        of = "" if info.data == name else f", as {info.data} has it,"
+        self.quantised_shapes.append(f"{name}{of} is {list(info.shape)}{info.where}, {takes}")
 
     def _skip(self, depth: int) -> dict[Skip, tuple[str, ...]]:
         skipped = {}

@@ -147,6 +147,20 @@ def warn_of_schemes(
         return
     if described["quant_method"] != "compressed-tensors":
         return
+    weights = [held() for _, held in quantized_weights(module)]
+    unread = {
+        "have zero points": any(isinstance(w, Int4) and w.zeros is not None for w in weights),
+        "have their columns in an order of their own": any(
+            isinstance(w, Int4 | Int8) and w.order is not None for w in weights
+        ),
+    }
+    if any(unread.values()):
+        _log.warning(
+            "experts of this model %s: moezoo loads it, but transformers does not; quantise the "
+            "16-bit checkpoint without, for a model that both load",
+            " and ".join(what for what, there in unread.items() if there),
+        )
+        return
     some = any(r"\.experts\." in entry for entry in described["ignore"])
     if some or len(described["config_groups"]) > 1:
         _log.warning(

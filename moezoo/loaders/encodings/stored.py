@@ -132,7 +132,7 @@ class Headers:
         shape = (*lead, k, n) if stored.transposed else (*lead, n, k)
         # Of a dtype that any parameter takes: what is stored is not looked at any more.
         self.plain[weight] = replace(
-            info, shape=shape, dtype=torch.bfloat16, padding=stored.padding
+            info, shape=shape, dtype=torch.bfloat16, padding=stored.padding, data=stored.data
         )
         self.weights[weight] = stored
 
