@@ -4,8 +4,7 @@ Two routines of torch do: oneDNN's on processors with 16-bit instructions (AVX-5
 otherwise its own, which computes one row after the other.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
 from typing import Any
 
@@ -40,26 +39,26 @@ NORM_ROWS = 2
 
 
 class _Switch:
-    """torch's process-wide switch of oneDNN, and how many hold it off."""
+    """torch's process-wide switch of oneDNN: off while anybody is within."""
 
     def __init__(self) -> None:
         self.lock = Lock()
         self.holders = 0
         self.before = True
 
-    def hold(self) -> None:
-        onednn: Any = torch.backends.mkldnn
+    def __enter__(self) -> None:
         with self.lock:
             if self.holders == 0:
+                onednn: Any = torch.backends.mkldnn
                 self.before = onednn.enabled
                 onednn.enabled = False
             self.holders += 1
 
-    def release(self) -> None:
-        onednn: Any = torch.backends.mkldnn
+    def __exit__(self, *_: object) -> None:
         with self.lock:
             self.holders -= 1
             if self.holders == 0:
+                onednn: Any = torch.backends.mkldnn
                 onednn.enabled = self.before
 
 
@@ -73,16 +72,7 @@ def without_onednn() -> AbstractContextManager[None]:
     where the weights are small (AMD EPYC, torch 2.13). With more rows oneDNN is the faster one.
     torch's switch is one for the process: it stays off until the last thread that asked has left.
     """
-    return _onednn_off() if ONEDNN_DTYPES else nullcontext()
-
-
-@contextmanager
-def _onednn_off() -> Iterator[None]:
-    _switch.hold()
-    try:
-        yield
-    finally:
-        _switch.release()
+    return _switch if ONEDNN_DTYPES else nullcontext()
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
