@@ -5,6 +5,7 @@ Legend: S chosen rows; otherwise as in `experts`.
 
 import warnings
 from collections.abc import Iterable, Iterator
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -55,10 +56,10 @@ def dense_torch(
     def one_token(x: Tensor, topk_weights: Tensor, chosen: list[int]) -> Tensor:
         """Nothing to group here, and on a CPU every torch call counts."""
         with without_onednn():
-            rows = _products(w13, chosen, x.expand(len(chosen), -1), bias13)
-            h = act(*torch.cat(rows).float().view(parts).unbind(dim)).to(x.dtype)
-            rows = _products(w2, chosen, h, bias2)
-        return torch.mm(topk_weights, torch.stack(rows).float()).to(x.dtype)
+            rows = _products(w13, chosen, repeat(x[0]), bias13)
+            h = act(*torch.cat(rows).float().view(parts).unbind(dim)).type_as(x)
+            rows = _products(w2, chosen, h.unbind(0), bias2)
+        return torch.mm(topk_weights, torch.stack(rows).float()).type_as(x)
 
     def experts_of(x: Tensor, experts: list[int], sizes: list[int]) -> Tensor:
         """Of the rows of x, sizes[i] go through experts[i]."""
@@ -104,9 +105,11 @@ def _torch_groups(x: Tensor, w13: Tensor, w2: Tensor) -> bool:
     return w13.is_contiguous() and w2.is_contiguous() and w13.shape[2] % 8 == w2.shape[2] % 8 == 0
 
 
-def _products(w: Tensor, experts: list[int], x: Tensor, bias: Tensor | None) -> list[Tensor]:
-    """w [E, M, N], a row of x [S, N] for each of experts, bias [E, M] -> S times [M]."""
-    rows = zip(experts, x.unbind(0), strict=True)
+def _products(
+    w: Tensor, experts: list[int], x: Iterable[Tensor], bias: Tensor | None
+) -> list[Tensor]:
+    """w [E, M, N], for each of experts an x [N], bias [E, M] -> as many [M]."""
+    rows = zip(experts, x, strict=False)
     if bias is None:
         return [torch.mv(w[e], row) for e, row in rows]
     return [torch.addmv(bias[e], w[e], row) for e, row in rows]
