@@ -191,8 +191,10 @@ def rotate_interleaved(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     The result has the pairs' first members before their second ones. Queries and keys get the same
     order, so their products do not change.
     """
-    pairs = x[..., : rotation[0].shape[-1]].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-    return rotate_half(torch.cat((pairs, x[..., pairs.shape[-1] :]), -1), rotation)
+    dim = rotation[0].shape[-1]
+    if dim < x.shape[-1]:
+        return torch.cat((rotate_interleaved(x[..., :dim], rotation), x[..., dim:]), -1)
+    return rotate_half(x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2), rotation)
 
 
 def unrotated(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
