@@ -104,16 +104,16 @@ def grouped_topk(
     scores = _scores(logits, scoring)
     if correction_bias is None:
         if topk_groups < num_groups:
-            group_scores = scores.unflatten(-1, (num_groups, -1)).amax(-1)
-            scores = _keep_groups(scores, group_scores, topk_groups, fill=0.0)
+            grouped = scores.unflatten(-1, (num_groups, -1))
+            scores = _keep_groups(grouped, grouped.amax(-1), topk_groups, fill=0.0)
         weights, ids = _largest(scores, k)
     else:
         biased = scores + correction_bias
         if topk_groups < num_groups:
             grouped = biased.unflatten(-1, (num_groups, -1))
             group_scores = grouped.topk(min(2, grouped.shape[-1])).values.sum(-1)
-            biased = _keep_groups(biased, group_scores, topk_groups, fill=float("-inf"))
-        ids = _largest(biased, k)[1]
+            biased = _keep_groups(grouped, group_scores, topk_groups, fill=float("-inf"))
+        ids = _best(biased, k)
         weights = scores.gather(-1, ids)
 
     if renormalize:
@@ -152,7 +152,7 @@ def biased_topk(
                 min_sum=min_sum,
             )
     scores = _scores(logits, scoring)
-    ids = _largest(scores + correction_bias, k)[1]
+    ids = _best(scores + correction_bias, k)
     weights = scores.gather(-1, ids)
     return weights / weights.sum(-1, keepdim=True).clamp(min=min_sum), ids.int()
 
@@ -220,9 +220,14 @@ def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values[..., :k], ids[..., :k]
 
 
-def _keep_groups(scores: Tensor, group_scores: Tensor, topk_groups: int, *, fill: float) -> Tensor:
-    """scores [T, E] with `fill` outside the `topk_groups` best groups by group_scores [T, G]."""
+def _best(scores: Tensor, k: int) -> Tensor:
+    """The positions alone."""
+    return scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
+
+
+def _keep_groups(grouped: Tensor, group_scores: Tensor, topk_groups: int, *, fill: float) -> Tensor:
+    """Scores [T, G, E / G] -> [T, E] with `fill` outside the `topk_groups` best groups by
+    group_scores [T, G]."""
     dropped = torch.ones_like(group_scores, dtype=torch.bool)
-    dropped = dropped.scatter(-1, _largest(group_scores, topk_groups)[1], False)
-    grouped = scores.unflatten(-1, (group_scores.shape[-1], -1))
+    dropped = dropped.scatter(-1, _best(group_scores, topk_groups), False)
     return grouped.masked_fill(dropped.unsqueeze(-1), fill).flatten(-2)
