@@ -432,7 +432,8 @@ class GroupedQueryAttention(nn.Module):
         self, x: torch.Tensor | NormOfSum, context: Context, layer_idx: int
     ) -> torch.Tensor:
         """x [B, T, H] -> [B, T, H]; keys and values go to the cache under `layer_idx`."""
-        qkv = self.qkv(handed_to(self.qkv, x))
+        project = self.qkv
+        qkv = project(handed_to(project, x))
         return self.o(self.attended(qkv, context, layer_idx).flatten(2))
 
     def attended(self, qkv: torch.Tensor, context: Context, layer_idx: int) -> torch.Tensor:

@@ -60,7 +60,8 @@ class LowRankLinear(nn.Module):
         self.b = Linear(rank, out_features, bias=False)
 
     def forward(self, x: torch.Tensor | NormOfSum) -> torch.Tensor:
-        return self.b(self.norm(self.a(handed_to(self.a, x))))
+        a = self.a
+        return self.b(self.norm(a(handed_to(a, x))))
 
 
 def yarn_softmax_factor(rope_parameters: dict[str, Any]) -> float:
@@ -101,6 +102,7 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> None:
         super().__init__()
         latent_dim = kv_norm.dim
+        self.latent_dim = latent_dim
         self.q = q
         self.kv_a = FusedLinear(hidden_size, (latent_dim, rope_dim), bias)
         self.kv_norm = kv_norm
@@ -121,8 +123,9 @@ class MultiHeadLatentAttention(nn.Module):
         self, x: torch.Tensor | NormOfSum, context: Context, layer_idx: int
     ) -> torch.Tensor:
         """x [B, T, H] -> [B, T, H]; latents and rotated keys go to the cache, C + R a token."""
-        q = self.q(handed_to(self.q, x)).unflatten(-1, (self.num_heads, -1))
-        q, keys = context.append_latents(self, q, self.kv_a(handed_to(self.kv_a, x)), layer_idx)
+        project, compress = self.q, self.kv_a
+        q = project(handed_to(project, x)).unflatten(-1, (self.num_heads, -1))
+        q, keys = context.append_latents(self, q, compress(handed_to(compress, x)), layer_idx)
         if context.num_queries < self.absorb_below:
             out = self._attend_to_latents(q, keys, context)
         else:
@@ -132,7 +135,7 @@ class MultiHeadLatentAttention(nn.Module):
     @property
     def cache_shapes(self) -> tuple[tuple[int, int], ...]:
         """What a cache keeps of a token: one latent with its rotated key, [1, C + R]."""
-        return ((1, self.kv_norm.dim + self.rope_dim),)
+        return ((1, self.latent_dim + self.rope_dim),)
 
     @property
     def has_usual_latents(self) -> bool:
@@ -141,7 +144,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     def stored(self, latents: torch.Tensor, rotation: Rotation) -> torch.Tensor:
         """What the cache keeps of latents [B, T, C + R]: the first C normed, the last R rotated."""
-        latent, k_rope = latents.split_with_sizes((self.kv_norm.dim, self.rope_dim), -1)
+        latent, k_rope = latents.split_with_sizes((self.latent_dim, self.rope_dim), -1)
         k_rope = self.rotate(k_rope.unsqueeze(2), rotation).squeeze(2)
         return torch.cat((self.kv_norm(latent), k_rope), -1)
 
@@ -163,13 +166,13 @@ class MultiHeadLatentAttention(nn.Module):
         """q [B, T, N, ..] -> [B, T, N, v_dim]."""
         key, value = self._projections()
         q = absorbed(q, key)
-        out = context.attend(q, keys, scale=self.scale, value_dim=self.kv_norm.dim)
+        out = context.attend(q, keys, scale=self.scale, value_dim=self.latent_dim)
         return expanded(out, value)
 
     def _attend_to_heads(self, q: torch.Tensor, keys: Keys, context: Context) -> torch.Tensor:
         """q [B, T, N, ..] -> [B, T, N, v_dim]."""
         latents = context.latents(keys)
-        latent, k_rope = latents.split_with_sizes((self.kv_norm.dim, self.rope_dim), -1)
+        latent, k_rope = latents.split_with_sizes((self.latent_dim, self.rope_dim), -1)
         kv = self.kv_b(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k_nope, v = kv.split_with_sizes((self.nope_dim, self.v_dim), -1)
         # Two copies: on CUDA torch's cat takes three times as long for these.

@@ -242,9 +242,10 @@ class FusedMoE(nn.Module):
         if self.dispatcher is not None:
             return self.dispatched(x, topk_weights, topk_ids, beside=self.shared)
         y = self.experts(x, topk_weights, topk_ids)
-        if self.shared is not None:
-            adds = getattr(self.shared, "adds", False) and not is_hooked(self.shared)
-            y = self.shared(x, y) if adds else y + self.shared(x)
+        shared = self.shared  # a module looks it up anew each time
+        if shared is not None:
+            adds = getattr(shared, "adds", False) and not is_hooked(shared)
+            y = shared(x, y) if adds else y + shared(x)
         return y
 
     def router_logits(self, x: Tensor | NormOfSum) -> Tensor:
