@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.layers.kernels.activations import Gating, in_parts
-from moezoo.layers.linear import FP32_ROWS, ONEDNN_DTYPES, linear, without_onednn
+from moezoo.layers.linear import (
+    FP32_ROWS,
+    LARGE,
+    ONEDNN_DTYPES,
+    linear,
+    one_row,
+    without_onednn,
+)
 from moezoo.layers.moe.chunks import in_chunks, local_ids, operator
 from moezoo.layers.moe.permute import permute
 from moezoo.layers.moe.ranges import verb
@@ -23,8 +30,8 @@ FEW_TOKENS = 4
 share it: measured on one H100, that is faster while T*T*K <= E."""
 
 FEW_PRODUCTS = 2**18
-"""With no more products than this for an expert, and with a single row, oneDNN takes longer to
-begin a 16-bit product on CPU than torch's own routine takes to do it."""
+"""With no more products than this for an expert, and with a single row of one that is not `LARGE`,
+oneDNN takes longer to begin a 16-bit product on CPU than torch's own routine takes to do it."""
 
 BATCH_ROWS = 512
 """Rows that experts worked on together on CPU have at most, if they are more than one."""
@@ -110,6 +117,8 @@ def _products(
 ) -> list[Tensor]:
     """w [E, M, N], for each of experts an x [N], bias [E, M] -> as many [M]."""
     rows = zip(experts, x, strict=False)
+    if w[0].numel() >= LARGE:
+        return [one_row(w[e], row, None if bias is None else bias[e]) for e, row in rows]
     if bias is None:
         return [torch.mv(w[e], row) for e, row in rows]
     return [torch.addmv(bias[e], w[e], row) for e, row in rows]
@@ -141,7 +150,9 @@ def _grouped_linear(
             e = experts[i]
             y[i] = linear(parts[i], w[e], None if bias is None else bias[e])
 
-    few = max(1, FEW_PRODUCTS // w[0].numel()) if x.dtype in ONEDNN_DTYPES and x.is_cpu else 0
+    few, numel = 0, w[0].numel()
+    if x.dtype in ONEDNN_DTYPES and x.is_cpu and numel < LARGE:
+        few = max(1, FEW_PRODUCTS // numel)
     if few:
         with without_onednn():
             multiply(i for i, size in enumerate(sizes) if size <= few)
