@@ -41,7 +41,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: torch.dtype
     padding: int = field(default=0, kw_only=True)
-    data: str | None = field(default=None, kw_only=True)
+    data: str | None = field(default=None, kw_only=True, compare=False)
 
     @property
     def where(self) -> str:

@@ -17,6 +17,9 @@ from moezoo.parallel.sharding import moe_layers, step_without_tokens
 
 RANKS, STEPS = 3, 14
 EXACT = 1e-5
+FP8 = 2e-2
+"""Activations that differ by the last bit may be rounded to other numbers of fp8: which do depends
+on the CPU."""
 """fp32, where sums come in another order, over the largest logit."""
 
 
@@ -101,7 +104,8 @@ def test_logits_stay_those_of_one_process_while_experts_move():
     ranks = results(RANKS, stepping, cases)
     for case, outcomes in zip(cases, zip(*ranks, strict=True), strict=True):
         for furthest, maps, same in outcomes:
-            assert furthest < (RELATIVE[torch.bfloat16] if "dtype" in case[0] else EXACT), case
+            fp8 = FP8 if case[0].get("quantization") == "fp8_w8a8" else EXACT
+            assert furthest < (RELATIVE[torch.bfloat16] if "dtype" in case[0] else fp8), case
             assert maps == outcomes[0][1]
             assert same, case
         steps = [a != b for a, b in pairwise(maps)]
