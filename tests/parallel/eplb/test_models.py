@@ -17,10 +17,9 @@ from moezoo.parallel.sharding import moe_layers, step_without_tokens
 
 RANKS, STEPS = 3, 14
 EXACT = 1e-5
-FP8 = 2e-2
-"""Activations that differ by the last bit may be rounded to other numbers of fp8: which do depends
-on the CPU."""
 """fp32, where sums come in another order, over the largest logit."""
+FP8 = 2e-2
+"""Where they are rounded to other numbers of fp8 for that: which are depends on the CPU."""
 
 
 def made(device="cpu", **options):
