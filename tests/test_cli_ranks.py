@@ -25,7 +25,8 @@ from moezoo.tools.job import shares
 
 OPTIONS = ["--greedy", "--max-new-tokens", "6", "--dtype", "float32", "--device", "cpu", "--quiet"]
 OPTIONS += ["--quantization", "int4_w4a16"]  # which warns of the size of groups
-TIMEOUT = ["--rank-timeout", "3"]
+# Ranks of a busy machine begin seconds apart.
+TIMEOUT = ["--rank-timeout", "10"]
 TEXTS = [f"Once there were {n} little dogs" + n * " and a cat" for n in range(7)]
 
 
