@@ -17,7 +17,7 @@ from torch import Tensor
 from moezoo.layers.kernels.down import down_ref
 from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.permute import Permutation
-from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, place, swizzle
+from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, own_tile, swizzle
 from moezoo.layers.quant.channel_fp8 import ChannelFp8, Fp8Weights
 from moezoo.layers.quant.fp8 import BLOCK, Fp8Rows, blocks
 
@@ -227,10 +227,7 @@ def _down_fp8_kernel(
     wait(OVERLAP)
     num_tiles = max_tiles if num_tiles_ptr is None else tl.load(num_tiles_ptr)
     if DIRECT:
-        tile, pid_n = place()
-        # Read before it is known to be one: those past the last are not written, but there.
-        p_tile = tiles_ptr + tl.minimum(tile, max_tiles - 1)
-        expert, first_row, end = load_tile(p_tile, max_tiles)
+        tile, pid_n, expert, first_row, end = own_tile(tiles_ptr, max_tiles)
         if tile < num_tiles:
             first_col = pid_n * BLOCK_N
             # fmt: off

@@ -19,7 +19,7 @@ from moezoo.layers.kernels.overlap import start_next, wait_for_previous
 from moezoo.layers.kernels.packed_operand import in_order, packed_operand, ways
 from moezoo.layers.kernels.packed_products import products
 from moezoo.layers.kernels.permute import Permutation
-from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, place, swizzle
+from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, own_tile, swizzle
 from moezoo.layers.quant import WeightOnly
 
 
@@ -146,10 +146,7 @@ def _down_weight_only_kernel(
         # What counted the tiles had finished before the first product let this one start.
         num_tiles = tl.load(num_tiles_ptr)
     if DIRECT:
-        tile, pid_n = place()
-        # Read before it is known to be one: those past the last are not written, but there.
-        p_tile = tiles_ptr + tl.minimum(tile, max_tiles - 1)
-        expert, first_row, end = load_tile(p_tile, max_tiles)
+        tile, pid_n, expert, first_row, end = own_tile(tiles_ptr, max_tiles)
     if num_tiles_ptr is not None:
         wait_for_previous(OVERLAP)
     if DIRECT:

@@ -24,7 +24,7 @@ from moezoo.layers.kernels.gated_up import activate, activate_gated
 from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.permute import Permutation
 from moezoo.layers.kernels.quantize import fp8_factor
-from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, place, swizzle
+from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, own_tile, swizzle
 from moezoo.layers.quant.channel_fp8 import ChannelFp8, Fp8Weights
 from moezoo.layers.quant.fp8 import BLOCK, Fp8Rows, blocks, quantize_rows
 
@@ -243,10 +243,7 @@ def _gated_up_fp8_kernel(
     wait(OVERLAP)
     num_tiles = tl.load(num_tiles_ptr)
     if DIRECT:
-        tile, group_n = place()
-        # Read before it is known to be one: those past the last are not written, but there.
-        p_tile = tiles_ptr + tl.minimum(tile, max_tiles - 1)
-        expert, first_row, end = load_tile(p_tile, max_tiles)
+        tile, group_n, expert, first_row, end = own_tile(tiles_ptr, max_tiles)
         if tile < num_tiles:
             # fmt: off
             _rows_times_columns(

@@ -20,7 +20,7 @@ from moezoo.layers.kernels.overlap import wait
 from moezoo.layers.kernels.packed_operand import in_order, packed_operand, ways
 from moezoo.layers.kernels.packed_products import out_of_turns, products
 from moezoo.layers.kernels.permute import Permutation
-from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, place, swizzle
+from moezoo.layers.kernels.tiles import Tile, descriptor, load_tile, own_tile, swizzle
 from moezoo.layers.kernels.unpack import CHUNK
 from moezoo.layers.quant import WeightOnly
 
@@ -176,10 +176,7 @@ def _gated_up_weight_only_kernel(
     wait(OVERLAP)
     num_tiles = tl.load(num_tiles_ptr)
     if DIRECT:
-        tile, pid_n = place()
-        # Read before it is known to be one: those past the last are not written, but there.
-        p_tile = tiles_ptr + tl.minimum(tile, max_tiles - 1)
-        expert, first_row, end = load_tile(p_tile, max_tiles)
+        tile, pid_n, expert, first_row, end = own_tile(tiles_ptr, max_tiles)
         if tile < num_tiles:
             first_col = pid_n * BLOCK_N
             # fmt: off

@@ -82,7 +82,7 @@ class Tile:
         return self.m <= FEW_ROWS and not self.persistent and not self.tail
 
     def grid(self, max_tiles: int, num_columns: int, device: torch.device) -> tuple[int, ...]:
-        """`place`'s three dimensions if `direct`, else a number of programs that share out all
+        """`own_tile`'s three dimensions if `direct`, else a number of programs that share out all
         tiles."""
         across = cdiv(num_columns, self.n)
         if self.direct:
@@ -333,13 +333,18 @@ def swizzle(pid, num_tiles, num_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def place():
-    """The row tile and the column tile of a program in `Tile.grid`'s three dimensions: the order is
-    that of `swizzle`, without its divisions."""
-    return tl.program_id(2) * tl.num_programs(0) + tl.program_id(0), tl.program_id(1)
-
-
-@triton.jit
 def load_tile(p_tile, max_tiles):
     """Its expert, its first row, and the end of the expert's rows."""
     return tl.load(p_tile), tl.load(p_tile + max_tiles), tl.load(p_tile + 2 * max_tiles)
+
+
+@triton.jit
+def own_tile(tiles_ptr, max_tiles):
+    """The row tile and the column tile of a program in `Tile.grid`'s three dimensions, in the order
+    of `swizzle` without its divisions, and what `load_tile` reads there.
+
+    It is read before it is known to be one: those past the last are not written, but there.
+    """
+    tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    expert, first_row, end = load_tile(tiles_ptr + tl.minimum(tile, max_tiles - 1), max_tiles)
+    return tile, tl.program_id(1), expert, first_row, end
