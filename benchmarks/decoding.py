@@ -36,6 +36,7 @@ from moezoo.generation.paged import token_bytes
 from moezoo.generation.pages import PAGE_SIZE, num_pages
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.moe import FusedMoE
+from moezoo.layers.moe.layer import Record
 
 COMPUTED_TOKENS = 16384
 LEAD = 16
@@ -251,24 +252,23 @@ def hit(engine: Engine, batch: int) -> tuple[float, float]:
     nbytes = counted = 0
     layers = expert_layers(engine.decoder)
 
-    def counting(layer: FusedMoE) -> Any:
-        def experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+    def counting(layer: FusedMoE) -> Record:
+        def record(topk_weights: Tensor, topk_ids: Tensor) -> None:
             nonlocal nbytes, counted
             number = len(topk_ids[:batch].unique())
             counted += number
             nbytes += number * expert_bytes(layer)
-            return FusedMoE.experts(layer, x, topk_weights, topk_ids)
 
-        return experts
+        return record
 
     for layer in layers:
-        layer.experts = counting(layer)
+        layer.record = counting(layer)
     try:
         for _ in range(COUNTED_STEPS):
             engine._step(batch, engine.greedy)
     finally:
         for layer in layers:
-            del layer.experts
+            layer.record = None
     return nbytes / COUNTED_STEPS, counted / COUNTED_STEPS / max(1, len(layers))
 
 

@@ -9,6 +9,9 @@ from moezoo.layers.moe import ACTIVATIONS
 from moezoo.layers.norm import NormOfSum, is_hooked, normed
 from moezoo.layers.quant import QuantizedWeights
 
+BESIDE_COLUMNS = 8192
+"""The widest mlp that a kernel computes beside routed experts: a program holds a row of `down`."""
+
 
 class GatedMLP(nn.Module):
     """down(activation(gate(x)) * up(x)), x [.., H] -> [.., H]; `gate_up` has gate rows, then up.
@@ -63,6 +66,17 @@ class GatedMLP(nn.Module):
             addend = addend.reshape(-1, addend.shape[-1])
         return gated_linear(gate_up, weight, bias, activation=self.activation, addend=addend)
 
+    def beside_experts(self, x: torch.Tensor) -> dict[str, torch.Tensor] | None:
+        """What the kernel for routed experts takes to add this of x [T, H]; None if it cannot."""
+        w13, w2 = self.gate_up.weight, self.down.weight
+        if isinstance(w13, QuantizedWeights) or isinstance(w2, QuantizedWeights):
+            return None
+        if not 0 < w2.shape[1] <= BESIDE_COLUMNS or any(
+            part.bias is not None or is_hooked(part) for part in (self.gate_up, self.down)
+        ):
+            return None
+        return {"shared13": w13, "shared2": w2}
+
 
 class SigmoidGatedMLP(GatedMLP):
     """A shared expert with its own gate: sigmoid(x @ gate.T) * mlp(x), as in Qwen2-MoE."""
@@ -77,3 +91,7 @@ class SigmoidGatedMLP(GatedMLP):
         x = normed(x)
         y = torch.sigmoid(self.gate(x)) * super().forward(x)
         return y if addend is None else y + addend
+
+    def beside_experts(self, x: torch.Tensor) -> dict[str, torch.Tensor] | None:
+        found = super().beside_experts(x)
+        return None if found is None else found | {"shared_logits": self.gate(x).flatten()}

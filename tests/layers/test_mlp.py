@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from moezoo.layers.kernels import few_tokens
 from moezoo.layers.mlp import GatedMLP, SigmoidGatedMLP
 from moezoo.layers.moe import FusedMoE
+from moezoo.layers.quant import Int8
 
 
 def layer(kind: type[GatedMLP], device: str = "cpu") -> GatedMLP:
@@ -36,14 +38,56 @@ def test_width_0(device: str) -> None:
         assert mlp(x, addend).equal(mlp.down.bias + addend)
 
 
+def of_one_expert(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    weights, ids = logits.topk(1)
+    return weights.softmax(-1), ids.int()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("kind", "change", "together"),
+    [
+        (GatedMLP, "none", True),
+        (SigmoidGatedMLP, "none", True),
+        (GatedMLP, "a hook within", False),
+        (GatedMLP, "another activation", False),
+        (GatedMLP, "a bias", False),
+        (GatedMLP, "int8", False),
+        (GatedMLP, "two tokens", False),
+    ],
+)
+@torch.inference_mode()
+def test_beside_the_experts_of_one_token(
+    kind: type[GatedMLP], change: str, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on the CPU; in the launches of the routed experts only where nothing is lost by it."""
+    shared = layer(kind)
+    if change == "another activation":
+        shared.activation = "gelu"
+    elif change == "a bias":
+        shared.down.bias = torch.nn.Parameter(torch.randn(24))
+    elif change == "int8":
+        shared.down.quantize_(Int8.quantize(shared.down.weight))
+    moe = FusedMoE(24, 8, 4, of_one_expert, shared=shared)
+    moe.reset_parameters()
+    x = torch.randn(2 if change == "two tokens" else 1, 24)
+    expected = moe(x)
+    seen = []
+    if change == "a hook within":
+        shared.down.register_forward_hook(lambda *call: seen.append(call))
+    calls = []
+    monkeypatch.setattr(
+        few_tokens, "_check_shared", lambda x, shared13, *others: calls.append(shared13 is not None)
+    )
+    torch.testing.assert_close(moe.cuda()(x.cuda()).cpu(), expected, rtol=1e-4, atol=1e-5)
+    assert any(calls) == together
+    assert len(seen) == (change == "a hook within")
+
+
 @torch.inference_mode()
 def test_a_hook_sees_what_the_shared_expert_computes() -> None:
-    def route(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, ids = logits.topk(1)
-        return weights.softmax(-1), ids.int()
-
     shared = layer(GatedMLP)
-    moe = FusedMoE(24, 8, 4, route, shared=shared)
+    moe = FusedMoE(24, 8, 4, of_one_expert, shared=shared)
     moe.reset_parameters()
     x = torch.randn(5, 24)
     whole = moe(x)

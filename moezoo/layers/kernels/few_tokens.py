@@ -4,6 +4,10 @@
     out[t]  = sum over k with topk_ids[t, k] in 0..E-1 of
               topk_weights[t, k] * (w2[e] @ h[t, k] + bias)
 
+An expert that all tokens share may go beside them, of a width I' of its own: out[t] is then the sum
+with that expert's output, times the sigmoid of its logit for the token if it has one. Its first
+product does not depend on what was chosen, and is made while the router's last kernel runs.
+
 Nothing is permuted, and with one row an expert the matrix units have nothing to share: products are
 made and summed in ordinary registers, and the second kernel sums over K as well. Tokens that share
 an expert read its weights at the same time, so that one of them finds them in L2. A program asks
@@ -11,7 +15,8 @@ for a whole row of weights at once; those of the second kernel do so while the f
 Products accumulate in fp32; h, and each expert's row of the sum, are rounded once, as is the sum.
 What a token gets does not depend on the others.
 
-Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per token.
+Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per token; I' intermediate
+of the shared expert.
 """
 
 from collections.abc import Sequence
@@ -37,10 +42,18 @@ def few_tokens_ref(
     activation: str | Gating = "silu",
     bias13: Tensor | None = None,
     bias2: Tensor | None = None,
+    shared13: Tensor | None = None,
+    shared2: Tensor | None = None,
+    shared_logits: Tensor | None = None,
 ) -> Tensor:
     gating = Gating.of(activation)
     w13, bias13 = in_parts(w13, bias13)
     out = x.new_zeros(x.shape, dtype=torch.float32)
+    if shared13 is not None:
+        h = gating(*(x.float() @ shared13.float().T).chunk(2, -1)).to(x.dtype).float()
+        out += (h @ shared2.float().T).to(x.dtype)
+        if shared_logits is not None:
+            out *= shared_logits.float().sigmoid().unsqueeze(1)
     for t, k in torch.cartesian_prod(*map(torch.arange, topk_ids.shape)).tolist():
         e = int(topk_ids[t, k])
         if not 0 <= e < len(w2):
@@ -75,17 +88,58 @@ def _add_products(products, w, p_h, mask, inner, size, PIECES: tl.constexpr, BLO
     return products
 
 
-@triton.jit(do_not_specialize=["k"])
+@triton.jit
+def _gate_and_up(
+    p_gate,
+    up_offset,
+    p_x,
+    hidden_size,
+    stride_wh,
+    stride_xh,
+    PARTS: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A row of gates times x, and if there are 2 PARTS that of ups, `up_offset` further on."""
+    inner = tl.arange(0, BLOCK_K)
+    here = inner >= 0
+    p_gate += inner * stride_wh
+    p_x += inner * stride_xh
+    gates = tl.zeros([BLOCK_K], tl.float32)
+    ups = tl.zeros([BLOCK_K], tl.float32)
+    for start in range(0, hidden_size, PIECES * BLOCK_K):
+        left = hidden_size - start
+        b_gate = _load_row(p_gate, here, inner, left, stride_wh, PIECES, BLOCK_K)
+        if PARTS == 2:
+            p_up = p_gate + up_offset
+            b_up = _load_row(p_up, here, inner, left, stride_wh, PIECES, BLOCK_K)
+        for i in tl.static_range(PIECES):
+            m_x = i * BLOCK_K + inner < left
+            b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
+            gates += b_gate[i].to(tl.float32) * b_x
+            if PARTS == 2:
+                ups += b_up[i].to(tl.float32) * b_x
+            p_x += BLOCK_K * stride_xh
+        p_gate += PIECES * BLOCK_K * stride_wh
+    return tl.sum(gates, 0), tl.sum(ups, 0)
+
+
+@triton.jit(do_not_specialize=["k", "num_shared", "shared_rows"])
 def _few_tokens_gated_up_kernel(
     x_ptr,
     w_ptr,
     bias_ptr,
     ids_ptr,
     h_ptr,
+    shared_ptr,
+    shared_h_ptr,
     num_experts,
     hidden_size,
     intermediate_size,
     k,
+    num_shared,
+    shared_rows,
+    shared_size,
     stride_xt,
     stride_xh,
     stride_we,
@@ -95,42 +149,49 @@ def _few_tokens_gated_up_kernel(
     stride_be,
     stride_bg,
     stride_bn,
+    stride_sn,
     PARTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     UP_OFFSET: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SHARED: tl.constexpr,
     PIECES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    wait(OVERLAP)
+    """A program computes one column of one slot; the first `shared_rows` rows of programs compute
+    those of the shared expert, one token after the other."""
     slot = tl.program_id(0)
+    col = tl.program_id(1).to(tl.int64)
+    if HAS_SHARED:
+        if tl.program_id(1) < shared_rows:
+            index = tl.program_id(1) * tl.num_programs(0) + slot
+            if index < num_shared:
+                row = (index % shared_size).to(tl.int64)
+                # What computed x had finished before the router's last kernel let this one start.
+                gate, up = _gate_and_up(
+                    shared_ptr + row * stride_sn,
+                    shared_size.to(tl.int64) * stride_sn,
+                    x_ptr + index // shared_size * stride_xt,
+                    *(hidden_size, 1, stride_xh),
+                    *(2, PIECES, BLOCK_K),
+                )
+                wait(OVERLAP)
+                h = activate_gated(gate, up, ACTIVATION, LIMIT, UP_OFFSET)
+                tl.store(shared_h_ptr + index, h.to(shared_h_ptr.dtype.element_ty))
+            return
+        col -= shared_rows
+    wait(OVERLAP)
     expert = tl.load(ids_ptr + slot).to(tl.int64)
     if (expert >= 0) & (expert < num_experts):
-        col = tl.program_id(1).to(tl.int64)
-        inner = tl.arange(0, BLOCK_K)
-        here = inner >= 0
-        p_gate = w_ptr + expert * stride_we + col * stride_wn + inner * stride_wh
-        p_x = x_ptr + (slot // k) * stride_xt + inner * stride_xh
-        gates = tl.zeros([BLOCK_K], tl.float32)
-        ups = tl.zeros([BLOCK_K], tl.float32)
-        for start in range(0, hidden_size, PIECES * BLOCK_K):
-            left = hidden_size - start
-            b_gate = _load_row(p_gate, here, inner, left, stride_wh, PIECES, BLOCK_K)
-            if PARTS == 2:
-                p_up = p_gate + stride_wg
-                b_up = _load_row(p_up, here, inner, left, stride_wh, PIECES, BLOCK_K)
-            for i in tl.static_range(PIECES):
-                m_x = i * BLOCK_K + inner < left
-                b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
-                gates += b_gate[i].to(tl.float32) * b_x
-                if PARTS == 2:
-                    ups += b_up[i].to(tl.float32) * b_x
-                p_x += BLOCK_K * stride_xh
-            p_gate += PIECES * BLOCK_K * stride_wh
-        gate = tl.sum(gates, 0)
-        up = tl.sum(ups, 0)
+        gate, up = _gate_and_up(
+            w_ptr + expert * stride_we + col * stride_wn,
+            stride_wg,
+            x_ptr + slot // k * stride_xt,
+            *(hidden_size, stride_wh, stride_xh),
+            *(PARTS, PIECES, BLOCK_K),
+        )
         if HAS_BIAS:
             p_bias = bias_ptr + expert * stride_be + col * stride_bn
             gate += tl.load(p_bias).to(tl.float32)
@@ -151,22 +212,30 @@ def _few_tokens_down_kernel(
     ids_ptr,
     weights_ptr,
     out_ptr,
+    shared_h_ptr,
+    shared_ptr,
+    shared_logits_ptr,
     num_experts,
     intermediate_size,
     hidden_size,
+    shared_size,
     stride_we,
     stride_wn,
     stride_wi,
     stride_be,
     stride_bn,
+    stride_sn,
     K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
     PIECES: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SHARED_PIECES: tl.constexpr,
+    SHARED_BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """A program computes one column: the rows of its blocks are those of the slots' experts."""
+    """A program computes one column: the rows of its blocks are those of the slots' experts. The
+    shared expert's row, in SHARED_PIECES, is held in full; 0 if there is none."""
     start_next(OVERLAP)
     token = tl.program_id(0)
     col = tl.program_id(1).to(tl.int64)
@@ -180,6 +249,13 @@ def _few_tokens_down_kernel(
     mask = m_slots[:, None]
     p_w = w_ptr + experts[:, None] * stride_we + col * stride_wn + inner * stride_wi
     p_h = h_ptr + (token * K + slots)[:, None] * intermediate_size + inner
+    if SHARED_PIECES:
+        shared_inner = tl.arange(0, SHARED_BLOCK)
+        here = shared_inner >= 0
+        p_shared = shared_ptr + col * stride_sn + shared_inner
+        b_shared = _load_row(
+            p_shared, here, shared_inner, shared_size, 1, SHARED_PIECES, SHARED_BLOCK
+        )
     b_w = _load_row(p_w, mask, inner, intermediate_size, stride_wi, PIECES, BLOCK_K)
     wait_for_previous(OVERLAP)
     products = tl.zeros([BLOCK_SLOTS, BLOCK_K], tl.float32)
@@ -194,6 +270,16 @@ def _few_tokens_down_kernel(
         y += tl.load(p_bias, mask=m_slots, other=0.0).to(tl.float32)
     y = y.to(out_ptr.dtype.element_ty).to(tl.float32)
     out = tl.sum(tl.where(m_slots, y * weights, 0.0), 0)
+    if SHARED_PIECES:
+        products = tl.zeros([SHARED_BLOCK], tl.float32)
+        p_h = shared_h_ptr + token * shared_size + shared_inner
+        products = _add_products(
+            products, b_shared, p_h, here, shared_inner, shared_size, SHARED_PIECES, SHARED_BLOCK
+        )
+        y = tl.sum(products, 0).to(out_ptr.dtype.element_ty).to(tl.float32)
+        if shared_logits_ptr is not None:
+            y *= tl.sigmoid(tl.load(shared_logits_ptr + token).to(tl.float32))
+        out += y
     tl.store(out_ptr + token * hidden_size + col, out.to(out_ptr.dtype.element_ty))
 
 
@@ -229,6 +315,30 @@ def check_shapes(
         )
 
 
+def _check_shared(
+    x: Tensor, shared13: Tensor | None, shared2: Tensor | None, shared_logits: Tensor | None
+) -> None:
+    if shared13 is None or shared2 is None:
+        if shared13 is not shared2 or shared_logits is not None:
+            raise ValueError("shared13 and shared2 go together, and shared_logits with them")
+        return
+    num_tokens, hidden_size = x.shape
+    expected = (hidden_size, len(shared13) // 2)
+    if (
+        shared13.ndim != 2
+        or shared13.shape != (2 * expected[1], hidden_size)
+        or shared2.shape != expected
+        or shared13.stride(1) != 1
+        or shared2.stride(1) != 1
+    ):
+        raise ValueError(
+            f"shared13 must be [2I', {hidden_size}] and shared2 [{hidden_size}, I'] of dense rows, "
+            f"got {list(shared13.shape)} and {list(shared2.shape)}"
+        )
+    if shared_logits is not None and shared_logits.shape != (num_tokens,):
+        raise ValueError(f"shared_logits must be [{num_tokens}], got {list(shared_logits.shape)}")
+
+
 def few_tokens(
     x: Tensor,
     w13: Tensor,
@@ -239,10 +349,16 @@ def few_tokens(
     activation: str | Gating = "silu",
     bias13: Tensor | None = None,
     bias2: Tensor | None = None,
+    shared13: Tensor | None = None,
+    shared2: Tensor | None = None,
+    shared_logits: Tensor | None = None,
 ) -> Tensor:
     """x [T, H], topk_weights [T, K] fp32, topk_ids [T, K] int32 or int64 -> [T, H] in x's dtype.
 
     Weights and biases as `gated_up` and `down` take them. An id outside 0..E-1 contributes nothing.
+    The expert that all tokens share has shared13 [2I', H], gate rows, then up rows, and shared2
+    [H, I'], of x's dtype, the activation of the others, and shared_logits [T] of any float dtype.
+    Neither its weights nor x may be written by the kernel launched just before.
 
     Raises ValueError for shapes that do not fit.
     """
@@ -250,42 +366,57 @@ def few_tokens(
     w13, bias13 = in_parts(w13, bias13)
     num_experts, num_parts, intermediate_size, hidden_size = w13.shape
     check_shapes(x, w13.shape, w2.shape, topk_weights, topk_ids)
+    _check_shared(x, shared13, shared2, shared_logits)
     num_tokens, k = topk_ids.shape
     topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
-    h = torch.empty(num_tokens * k, intermediate_size, dtype=x.dtype, device=x.device)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if topk_ids.numel() == 0:
         return out.zero_()
+    shared_size = 0 if shared2 is None else shared2.shape[1]
+    num_slots, num_shared = num_tokens * k, num_tokens * shared_size
+    shared_rows = cdiv(num_shared, num_slots)
+    h = torch.empty(num_slots, intermediate_size, dtype=x.dtype, device=x.device)
+    shared_h = torch.empty(num_shared, dtype=x.dtype, device=x.device) if shared_size else None
     options = launch_options(x.device)
     # Two warps hold a column of 2048 numbers of gate and up, a longer one has not room there.
     block_k = min(2048, next_power_of_2(hidden_size))
     pieces = _pieces(hidden_size, block_k, 2)
-    _few_tokens_gated_up_kernel[(num_tokens * k, intermediate_size)](
+    _few_tokens_gated_up_kernel[(num_slots, shared_rows + intermediate_size)](
         x,
         w13,
         bias13,
         topk_ids,
         h,
+        shared13,
+        shared_h,
         num_experts,
         hidden_size,
         intermediate_size,
         k,
+        num_shared,
+        shared_rows,
+        shared_size,
         *x.stride(),
         *w13.stride(),
         *((0, 0, 0) if bias13 is None else bias13.stride()),
+        0 if shared13 is None else shared13.stride(0),
         PARTS=num_parts,
         ACTIVATION=ACTIVATIONS[gating.activation].__name__,
         LIMIT=gating.limit,
         UP_OFFSET=gating.up_offset,
         HAS_BIAS=bias13 is not None,
+        HAS_SHARED=shared_size > 0,
         PIECES=pieces,
         BLOCK_K=block_k,
         num_warps=2 * pieces,
+        # So that as many programs as without a shared expert fit on a multiprocessor.
+        **({"maxnreg": 128} if shared_size and options["OVERLAP"] else {}),
         **options,
     )
     block_slots = next_power_of_2(k)
     # Eight warps a column, 16 bytes a thread and piece.
     block_k = max(1, min(2048 // block_slots, next_power_of_2(intermediate_size)))
+    shared_block = min(2048, next_power_of_2(shared_size))
     _few_tokens_down_kernel[(num_tokens, hidden_size)](
         h,
         w2,
@@ -293,16 +424,23 @@ def few_tokens(
         topk_ids,
         topk_weights,
         out,
+        shared_h,
+        shared2,
+        shared_logits,
         num_experts,
         intermediate_size,
         hidden_size,
+        shared_size,
         *w2.stride(),
         *((0, 0) if bias2 is None else bias2.stride()),
+        0 if shared2 is None else shared2.stride(0),
         K=k,
         HAS_BIAS=bias2 is not None,
         BLOCK_SLOTS=block_slots,
         PIECES=_pieces(intermediate_size, block_k, 4),
         BLOCK_K=block_k,
+        SHARED_PIECES=cdiv(shared_size, shared_block),
+        SHARED_BLOCK=shared_block,
         num_warps=8,
         **options,
     )

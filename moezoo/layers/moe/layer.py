@@ -6,7 +6,7 @@ Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per toke
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,10 @@ from moezoo.layers.quant import Format, QuantizedWeights
 
 NORM_TOKENS = 8
 """For up to this many tokens the router's kernel computes the norm of x as well."""
+
+SHARED_TOKENS = 1
+"""For up to this many tokens the shared experts are computed in the launches of the routed ones:
+for more, their weights would come from L2 once for each."""
 
 Route = Callable[[Tensor], tuple[Tensor, Tensor]]
 Record = Callable[[Tensor, Tensor], None]
@@ -112,7 +116,8 @@ class FusedMoE(nn.Module):
     `route` maps fp32 logits [T, E] to (topk_weights [T, K] fp32, topk_ids [T, K] int32): a partial
     of a function in `moezoo.layers.moe.routing`, or a module where the router has parameters.
     `shared` is a module [T, H] -> [T, H] whose output is added; one with a true attribute `adds`
-    takes what it is added to as its second argument.
+    takes what it is added to as its second argument, and has `activation` and `beside_experts` as
+    `GatedMLP` has them.
 
     Where experts are divided over ranks, w13 and w2 hold those of this rank, in its slots, and
     `dispatcher` carries the tokens; it is None where this process holds all the experts.
@@ -241,12 +246,47 @@ class FusedMoE(nn.Module):
             topk_ids = self.physical_ids(topk_ids)
         if self.dispatcher is not None:
             return self.dispatched(x, topk_weights, topk_ids, beside=self.shared)
-        y = self.experts(x, topk_weights, topk_ids)
         shared = self.shared  # a module looks it up anew each time
-        if shared is not None:
-            adds = getattr(shared, "adds", False) and not is_hooked(shared)
-            y = shared(x, y) if adds else y + shared(x)
-        return y
+        if shared is None:
+            return self.experts(x, topk_weights, topk_ids)
+        adds = getattr(shared, "adds", False) and not is_hooked(shared)
+        if adds and x.is_cuda:
+            y = self._in_one_product(x, topk_weights, topk_ids, shared)
+            if y is not None:
+                return y
+        y = self.experts(x, topk_weights, topk_ids)
+        return shared(x, y) if adds else y + shared(x)
+
+    def _in_one_product(
+        self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shared: Any
+    ) -> Tensor | None:
+        """Routed and shared experts by the same kernels, for so few tokens that each is to begin a
+        product once; None where they do not."""
+        w13, w2, bias13, bias2 = self.w13, self.w2, self.bias13, self.bias2
+        if (
+            len(x) > SHARED_TOKENS
+            or isinstance(w13, QuantizedWeights)
+            or isinstance(w2, QuantizedWeights)
+            or shared.activation != self.activation
+            or type(self).experts is not FusedMoE.experts
+            or not runs_kernels(x, topk_weights, w13, w2, bias13, bias2, *shared.parameters())
+        ):
+            return None
+        beside = shared.beside_experts(x)
+        if beside is None:
+            return None
+        from moezoo.layers.kernels.few_tokens import few_tokens
+
+        with verb("experts"), torch.cuda.device_of(x):
+            return few_tokens(
+                *(x, w13, w2),
+                topk_weights=topk_weights,
+                topk_ids=topk_ids,
+                activation=self.activation,
+                bias13=bias13,
+                bias2=bias2,
+                **beside,
+            )
 
     def router_logits(self, x: Tensor | NormOfSum) -> Tensor:
         """x [.., H] -> [T, E] fp32, computed in fp32: 16-bit logits would swap close experts."""

@@ -70,6 +70,50 @@ def test_a_token_gets_what_it_gets_alone(
         assert torch.equal(few_tokens(**(arguments | alone)), out[t : t + 1])
 
 
+def shared_expert(
+    hidden: int, width: int, num_tokens: int, *, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Rows that lie apart, of what is NaN between them."""
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*size: int) -> Tensor:
+        wide = torch.full((size[0], size[1] + 8), torch.nan)
+        wide[:, : size[1]] = torch.randn(*size, generator=generator) * size[1] ** -0.5
+        return wide.to(device, dtype)[:, : size[1]]
+
+    return {
+        "shared13": normal(2 * width, hidden),
+        "shared2": normal(hidden, width),
+        "shared_logits": torch.randn(num_tokens, generator=generator).to(device, dtype),
+    }
+
+
+@pytest.mark.parametrize("with_logits", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize(
+    ("shape", "width"),
+    [((4, 2, 40, 24), 24), ((6, 3, 20, 30), 7), ((8, 6, 520, 72), 2300), ((2, 1, 16, 16), 1)],
+    ids=str,
+)
+@pytest.mark.sampled(n=4)
+def test_with_a_shared_expert(
+    shape: tuple[int, int, int, int],
+    width: int,
+    num_tokens: int,
+    with_logits: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    if device.type == "cpu" and shape[2] > 100:
+        pytest.skip("half a minute in the interpreter")
+    arguments = inputs(shape, dtype, device, num_tokens)
+    arguments["topk_ids"][0, 0] = -1
+    arguments |= shared_expert(shape[2], width, num_tokens, device=device, dtype=dtype)
+    if not with_logits:
+        del arguments["shared_logits"]
+    assert_close(few_tokens(**arguments), few_tokens_ref(**arguments))
+
+
 def test_no_tokens(device: torch.device) -> None:
     arguments = inputs((4, 2, 40, 24), torch.float32, device, num_tokens=0)
     assert few_tokens(**arguments).shape == (0, 40)
@@ -115,6 +159,24 @@ def test_without_a_gate(device: torch.device) -> None:
         ({"w2": torch.zeros(4, 40, 23)}, "w2 [4, 40, 24] as w13 is"),
         ({"x": torch.zeros(2, 40)}, "topk_ids must be [2, K]"),
         ({"topk_ids": torch.zeros(1, 3).int()}, "topk_weights and topk_ids must be [1, K]"),
+        ({"shared2": torch.zeros(40, 7)}, "shared13 and shared2 go together"),
+        ({"shared_logits": torch.zeros(1)}, "shared13 and shared2 go together"),
+        (
+            {"shared13": torch.zeros(14, 41), "shared2": torch.zeros(40, 7)},
+            "shared13 must be [2I', 40] and shared2 [40, I'] of dense rows, got [14, 41]",
+        ),
+        (
+            {"shared13": torch.zeros(14, 40), "shared2": torch.zeros(7, 40).mT},
+            "of dense rows, got",
+        ),
+        (
+            {
+                "shared13": torch.zeros(14, 40),
+                "shared2": torch.zeros(40, 7),
+                "shared_logits": torch.zeros(2),
+            },
+            "shared_logits must be [1]",
+        ),
     ],
 )
 def test_refuses(change: dict[str, Tensor], message: str) -> None:
