@@ -414,8 +414,8 @@ def few_tokens(
         **options,
     )
     block_slots = next_power_of_2(k)
-    # Eight warps a column, 16 bytes a thread and piece; all that registers hold at once. Rows of 2048
-    # in eight pieces took 238 us on an H100 (DeepSeek-V3 of one token), and 244 in two times four.
+    # Eight warps a column, 16 bytes a thread and piece, as many as registers hold. Rows of 2048 in
+    # eight pieces took 238 us on an H100 (DeepSeek-V3, one token), and 244 in twice four.
     block_k = max(1, min(2048 // block_slots, next_power_of_2(intermediate_size)))
     shared_block = min(2048, next_power_of_2(shared_size))
     _few_tokens_down_kernel[(num_tokens, hidden_size)](
