@@ -88,14 +88,19 @@ def quantized_experts(
         for name, kind in kinds.items()
         if kind is not None and len(formats[owners[name]]) == 1
     }
-    refuse_others(asked, whole, {name: parts_shape(owners[name], name)[-1] for name in whole})
+    stored = {name: _stored(by_target[name], encoding) for name in whole}
+    refuse_others(
+        asked,
+        {stored[name]: kind for name, kind in whole.items()},
+        {stored[name]: parts_shape(owners[name], name)[-1] for name in whole},
+    )
     return whole
 
 
 def refuse_others(
     asked: Quantization | None, kinds: Mapping[str, Kind], columns: Mapping[str, int]
 ) -> None:
-    """Raise `QuantizationError` where experts that a checkpoint has quantised, parameters of these
+    """Raise `QuantizationError` where experts that a checkpoint has quantised, weights of these
     kinds and so many columns, are asked for otherwise."""
     if asked is None or asked.type is None:
         return
@@ -128,7 +133,7 @@ def _on_the_fly(
             continue  # of a rank without experts
         columns = parts_shape(layer, name)[-1]
         dtype = source_dtype(by_target[name], encoding)
-        kinds[name] = kind = asked.recipe(name, columns, dtype).kind
+        kinds[name] = kind = asked.recipe(_stored(by_target[name], encoding), columns, dtype).kind
         size = dict(kind.options).get("group_size", 0)
         chosen = asked.group_size or asked.block_size
         if asked.type == INT4 and chosen is None and 0 < size < GROUP_SIZES[0]:
@@ -139,6 +144,12 @@ def _on_the_fly(
             *(asked.type, size, len(names), names[0]),
         )
     return kinds
+
+
+def _stored(copies: Sequence[Copy], encoding: Encoding) -> str:
+    """The first tensor of a parameter in a message: its name, its file and the parameter."""
+    info = encoding.tensors[copies[0].source]
+    return f"{info.data or copies[0].source}{info.where} (for {copies[0].target})"
 
 
 def source_dtype(copies: Sequence[Copy], encoding: Encoding) -> torch.dtype:

@@ -7,6 +7,7 @@ GPTQ and AWQ are written and decoded by `hub_writers`, from the definitions of t
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -255,16 +256,18 @@ def test_groups_larger_than_ours(tmp_path):
         assert moe.w2().dequantize()[e].equal(dense[f"{e}.d"])
 
 
+AWQ: dict[str, Any] = {
+    "quant_method": "awq",
+    "bits": 4,
+    "group_size": 32,
+    "zero_point": True,
+    "version": "gemm",
+}
+
+
 @pytest.mark.parametrize("group_size", [32, 128, -1])
 def test_awq(tmp_path, group_size):
-    config = {
-        "quant_method": "awq",
-        "bits": 4,
-        "group_size": group_size,
-        "zero_point": True,
-        "version": "gemm",
-        "modules_to_not_convert": ["gate"],
-    }
+    config = AWQ | {"group_size": group_size, "modules_to_not_convert": ["gate"]}
     hub, dense = write(tmp_path, lambda w: awq(w, group_size=group_size), config)
     model = check(hub, dense, Int4)
     assert moe_layers(model)[0].w2().zeros is not None
@@ -621,11 +624,8 @@ def test_scales_of_bytes(tmp_path, method, dtype):
         (gptq_config() | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
         (gptq_config() | {"group_size": "x"}, "group_size is 'x'"),
         (gptq_config() | {"dynamic": {"+:.*": {"bits": 8}}}, "dynamic is "),
-        (
-            {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"},
-            "version is 'gemv'",
-        ),
-        ({"quant_method": "awq", "group_size": 32, "zero_point": False}, "zero_point is False"),
+        (AWQ | {"version": "gemv"}, "version is 'gemv'"),
+        (AWQ | {"zero_point": False}, "zero_point is False"),
         ({"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes'"),
         ({"quant_method": ["gptq"]}, "quant_method is ['gptq']"),
         (gptq_config() | {"dynamic": 3}, "dynamic is 3"),
@@ -683,6 +683,17 @@ def test_schemes_that_are_not_done(tmp_path, fields, message):
     assert where in str(caught.value) and message in str(caught.value)
 
 
+@pytest.mark.parametrize("config", [gptq_config(group_size=96), AWQ | {"group_size": 512}], ids=str)
+def test_a_config_alone_whose_groups_do_not_divide(config):
+    model = deepcopy(plain("qwen2_moe").config)
+    model.quantization_config = config
+    message = (
+        rf"0\.\S+_proj\.weight has \d+ columns, .* in groups of {config['group_size']}; .* change"
+    )
+    with pytest.raises(QuantizationError, match=message):
+        moezoo.from_config(model, dtype="float32", device="cpu")
+
+
 def test_what_the_scheme_says_is_not_there(tmp_path):
     weights = {"num_bits": 4, "type": "int", "group_size": 32, "strategy": "group"}
     encode = compressed_tensors("pack-quantized", **weights, symmetric=False)
@@ -734,8 +745,7 @@ def test_saved_as_they_were_loaded(tmp_path):
 @pytest.mark.parametrize("case", ["desc_act-asym", "8-bit", "awq", "int4-zeros", "fp8-tensor"])
 def test_on_a_gpu_the_same_bits(tmp_path, case):
     if case == "awq":
-        config = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
-        hub, _ = write(tmp_path, awq, config)
+        hub, _ = write(tmp_path, awq, AWQ)
     elif case in GPTQ_CASES:
         how = GPTQ_CASES[case]
         hub, _ = write(tmp_path, lambda w: gptq(w, **how), gptq_config(**how))

@@ -28,6 +28,7 @@ from moezoo.loaders.encodings.stored import (
     Headers,
     Scheme,
     StoredWeight,
+    divided,
 )
 from moezoo.loaders.encodings.tables import Table, entry_within
 from moezoo.loaders.kinds import Kind
@@ -51,7 +52,7 @@ class Awq(Scheme):
     def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:
         if entry_within(weight, self.not_converted):
             return None
-        return self._kind(columns, dtype)
+        return divided(self._kind(columns, dtype), weight, self.group_size, columns)
 
     def _kind(self, columns: int, dtype: torch.dtype) -> Kind | None:
         return integer_kind(4, columns, self.group_size, dtype, zeros=True, ordered=False)

@@ -48,6 +48,7 @@ from moezoo.loaders.encodings.stored import (
     Scheme,
     StoredWeight,
     as_it_is,
+    divided,
     dtype_of,
 )
 from moezoo.loaders.encodings.tables import Table
@@ -195,7 +196,10 @@ class CompressedTensors(Scheme):
         if self.ignores(module) is not None:
             return None
         group = self.group(module)
-        return None if group is None else replace(group, ordered=False).kind(columns, dtype)
+        if group is None:
+            return None
+        kind = replace(group, ordered=False).kind(columns, dtype)
+        return divided(kind, weight, group.group_size, columns)
 
     def encoding(self, tensors: Mapping[str, TensorInfo], name: str) -> Encoding:
         headers = Headers(tensors, name)

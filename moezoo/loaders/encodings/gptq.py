@@ -34,6 +34,7 @@ from moezoo.loaders.encodings.stored import (
     Headers,
     Scheme,
     StoredWeight,
+    divided,
 )
 from moezoo.loaders.encodings.tables import Table
 from moezoo.loaders.kinds import Kind
@@ -77,7 +78,8 @@ class Gptq(Scheme):
 
     def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:
         # No order: only checkpoints have one.
-        return self._kind(columns, dtype, ordered=False)
+        kind = self._kind(columns, dtype, ordered=False)
+        return divided(kind, weight, self.group_size, columns)
 
     def _kind(self, columns: int, dtype: torch.dtype, *, ordered: bool) -> Kind | None:
         zeros = not self.symmetric

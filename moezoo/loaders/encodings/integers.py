@@ -21,7 +21,8 @@ def integer_kind(
     if group_size in (PER_CHANNEL, columns):
         held: int | None = PER_CHANNEL
     else:
-        held = next((size for size in GROUP_SIZES if group_size % size == 0), None)
+        fits = columns % group_size == 0
+        held = next((size for size in GROUP_SIZES if fits and group_size % size == 0), None)
     if held is None or (bits == 4 and columns % 2):
         return None
     ordered = ordered and held != PER_CHANNEL

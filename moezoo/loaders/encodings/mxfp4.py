@@ -22,6 +22,7 @@ from moezoo.loaders.encodings.stored import (
     Scheme,
     StoredWeight,
     as_it_is,
+    divided,
 )
 from moezoo.loaders.encodings.tables import Table, entry_within
 from moezoo.loaders.kinds import Kind
@@ -48,7 +49,7 @@ class HubMxfp4(Scheme):
     def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:
         if entry_within(weight, self.not_converted):
             return None
-        return Kind.of(Mxfp4)
+        return divided(None if columns % GROUP else Kind.of(Mxfp4), weight, GROUP, columns)
 
     def encoding(self, tensors: Mapping[str, TensorInfo], name: str) -> Encoding:
         headers = Headers(tensors, name)

@@ -104,7 +104,10 @@ class Scheme(ABC):
     @abstractmethod
     def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:
         """What an expert's weight of this name with so many columns is held as, None if it is not
-        quantised; `dtype` is the model's."""
+        quantised; `dtype` is the model's.
+
+        Raises `QuantizationError` for columns that there are no such groups of.
+        """
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -164,10 +167,8 @@ class Headers:
     def indivisible(self, tensor: str, what: str, columns: int) -> QuantizationError:
         info = self.tensors[tensor]
         return self.error(
-            f"{tensor} {list(info.shape)}{info.where} has {columns} columns, which cannot be held "
-            f"in {what}; groups of 32, 64, 128 and multiples of them can be, if they divide them, "
-            "and a scale a row, of an even number where two share a byte; take another checkpoint "
-            "of the model"
+            f"{tensor} {list(info.shape)}{info.where} has {_indivisible(what, columns)}; take "
+            "another checkpoint of the model"
         )
 
     def beside(
@@ -226,6 +227,24 @@ class Headers:
 
     def encoding(self, scheme: Scheme) -> Encoding:
         return Encoding(scheme, self.plain, self.weights, self.left_out)
+
+
+def divided(kind: Kind | None, weight: str, group_size: int, columns: int) -> Kind:
+    """What `integer_kind` says of a weight; raises `QuantizationError` where that is nothing."""
+    if kind is None:
+        raise QuantizationError(
+            f"{weight} has {_indivisible(f'groups of {group_size}', columns)}; change group_size "
+            "in the quantization_config"
+        )
+    return kind
+
+
+def _indivisible(what: str, columns: int) -> str:
+    return (
+        f"{columns} columns, which cannot be held in {what}; groups of 32, 64, 128 and multiples "
+        "of them can be, if they divide them, and a scale a row, of an even number where two share "
+        "a byte"
+    )
 
 
 def dtype_of(info: TensorInfo) -> str:
