@@ -9,7 +9,7 @@ from time import sleep
 
 from moezoo.cli import bench, completion, convert, doctor, eplb, generate, inspect, routing, tune
 from moezoo.cli.options import EXIT_CODES, Parser
-from moezoo.cli.output import FAILED, INTERRUPTED, code_of, listen, rank, say
+from moezoo.cli.output import FAILED, INTERRUPTED, code_of, ended_by_signals, listen, rank, say
 from moezoo.cli.version import Version
 from moezoo.errors import ExpertMapError, MoEZooError, RankError, naming
 
@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.argv = sys.argv[1:] if argv is None else list(argv)
     listen(arguments)
     try:
-        code: int = arguments.run(arguments)
+        with ended_by_signals():
+            code: int = arguments.run(arguments)
         with naming("stdout"):
             sys.stdout.flush()
         return code

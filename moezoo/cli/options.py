@@ -19,24 +19,25 @@ exit codes:
   1    a failure while running (the model cannot be loaded, out of memory, disk full)
   2    wrong options or bad input; nothing was done
 """
+_ENDED = "  143  the same by SIGTERM (129 by SIGHUP)\n"
 EXIT_CODES = f"""\
 {_COMMON_CODES}  3    finished, but some prompts or input lines failed (each is named on stderr);
        inspect: moezoo cannot run the model (the report says why)
   130  interrupted; generate with --output: the same command without --overwrite
        goes on where it stopped
-"""
+{_ENDED}"""
 GENERATE_CODES = f"""\
 {_COMMON_CODES}  3    finished, but some prompts or input lines failed (each is named on stderr)
   130  interrupted; with --output, the same command without --overwrite goes on
        where it stopped
-"""
+{_ENDED}"""
 INSPECT_CODES = f"""\
 {_COMMON_CODES}  3    moezoo cannot run the model (the report says why)
   130  interrupted
-"""
+{_ENDED}"""
 OTHER_CODES = f"""\
 {_COMMON_CODES}  130  interrupted; what was not finished is not kept
-"""
+{_ENDED}"""
 
 
 class Parser(argparse.ArgumentParser):

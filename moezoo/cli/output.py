@@ -1,17 +1,22 @@
 """What all commands share on the way out: messages, files, and exit codes.
 
 0 all done; 1 a failure while running; 2 wrong options or bad input; 3 finished, but some prompts or
-input lines failed, or (inspect) moezoo cannot run the model; 130 interrupted.
+input lines failed, or (inspect) moezoo cannot run the model; 130 interrupted; 128 and the number of
+the signal that ended it: 143 for SIGTERM.
 """
 
 import argparse
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from threading import current_thread, main_thread
+from typing import Any, NoReturn
 
 from moezoo.errors import ExpertMapError, LoadImbalanceWarning, naming
 
@@ -27,6 +32,34 @@ def say(message: str) -> None:
 
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """In the block SIGTERM and SIGHUP raise `SystemExit`, so that nothing half-written is left.
+
+    Not where something else is done about them, as nohup does, and not in ranks, which torchrun
+    ends: they may wait for one another in calls that no signal interrupts.
+    """
+    names = (
+        ()
+        if "RANK" in os.environ or current_thread() is not main_thread()
+        else ("SIGTERM", "SIGHUP")
+    )
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    taken = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _end(number: int, _: object) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # `timeout` sends two, and one is to clean up in peace
+    sys.exit(128 + number)
 
 
 def code_of(error: Exception) -> int:

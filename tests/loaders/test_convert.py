@@ -2,6 +2,9 @@
 
 import gc
 import json
+import signal
+import subprocess
+import sys
 import weakref
 from contextlib import contextmanager
 from pathlib import Path
@@ -282,6 +285,45 @@ def test_interrupted(tmp_path, capsys, monkeypatch):
     assert run(*command) == 130
     assert capsys.readouterr().err.endswith("moezoo: interrupted\n")
     assert not list(tmp_path.iterdir())
+
+
+ENDED = """
+import os, signal, sys
+from moezoo.cli import main
+from moezoo.loaders import convert, save
+
+write, remove = convert.write_tensors, save.shutil.rmtree
+
+def ended(tensors, draft, **options):
+    write(tensors, draft, **options)
+    assert list(draft.iterdir())
+    os.kill(os.getpid(), number)
+
+def removed(draft):
+    os.kill(os.getpid(), number)  # once more
+    remove(draft)
+
+convert.write_tensors, save.shutil.rmtree = ended, removed
+for number in (signal.SIGTERM, signal.SIGHUP):
+    try:
+        main(sys.argv[1:])
+    except SystemExit as stop:
+        print(stop.code)
+    assert signal.getsignal(number) == signal.SIG_DFL
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+print(main([*sys.argv[1:], "--quiet"]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no signals")
+def test_ended_by_a_signal(tmp_path):
+    command = ("convert", str(ASSET), str(tmp_path / "a" / "to"), "--device", "cpu")
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDED, *command], capture_output=True, text=True, timeout=100
+    )
+    assert ended.stdout.split() == ["143", "129", "0"], ended.stderr
+    assert not ended.stderr
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["to"]
 
 
 @pytest.mark.parametrize("existed", [False, True], ids=["new", "empty"])
