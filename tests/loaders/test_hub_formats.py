@@ -172,6 +172,14 @@ def test_gptq(tmp_path, case):
         assert (w13.zeros is not None) == (not how.get("sym", True))
 
 
+def test_gptq_names_its_format_in_two_ways(tmp_path):
+    """Zero points are read by it."""
+    how = {"v2": True, "sym": False}
+    config = gptq_config(**how)
+    config["format"] = config.pop("checkpoint_format")
+    check(*write(tmp_path, lambda w: gptq(w, **how), config), Int4)
+
+
 def test_gptq_orders_of_none(tmp_path):
     """desc_act that moved no column has no order."""
     hub, dense = write(tmp_path, gptq, gptq_config(desc_act=True))
@@ -622,9 +630,13 @@ def test_scales_of_bytes(tmp_path, method, dtype):
         (gptq_config(bits=3), "bits is 3"),
         (gptq_config(bits=8, sym=False), "sym is False"),
         (gptq_config() | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
+        (gptq_config() | {"format": "marlin"}, "format is 'marlin'"),
+        (gptq_config() | {"is_marlin_format": True}, "is_marlin_format is True"),
         (gptq_config() | {"group_size": "x"}, "group_size is 'x'"),
         (gptq_config() | {"dynamic": {"+:.*": {"bits": 8}}}, "dynamic is "),
         (AWQ | {"version": "gemv"}, "version is 'gemv'"),
+        (AWQ | {"format": "gemv_fast"}, "format is 'gemv_fast'"),
+        (AWQ | {"desc_act": True}, "desc_act is True"),
         (AWQ | {"zero_point": False}, "zero_point is False"),
         ({"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes'"),
         ({"quant_method": ["gptq"]}, "quant_method is ['gptq']"),
@@ -659,6 +671,7 @@ def test_configs_that_are_not_done(tmp_path, config, message):
         ({"strategy": "tensor_group"}, "strategy is 'tensor_group'"),
         ({"dynamic": True}, "dynamic is True"),
         ({"group_size": 64.0}, "group_size is 64.0"),
+        ({"strategy": "channel"}, "group_size is 32; this release loads none with strategy 'chan"),
         ({"targets": ["re:(["]}, "'re:([' is no pattern"),
         ({"targets": {}}, "targets is {}; this release loads a list of names"),
         (
@@ -681,6 +694,35 @@ def test_schemes_that_are_not_done(tmp_path, fields, message):
         load(tmp_path)
     where = "quantization_config.config_groups.g."
     assert where in str(caught.value) and message in str(caught.value)
+
+
+def test_fields_that_nobody_knows_are_told_once(tmp_path, caplog):
+    known = {"lm_head": True, "meta": {"quantizer": ["gptqmodel:5.0.0"]}, "act_group_aware": True}
+    known |= {"format": "gptq", "dataset": "c4", "pack_dtype": "int32", "static_groups": True}
+    (tmp_path / "gptq").mkdir()
+    hub, _ = write(tmp_path / "gptq", gptq, gptq_config() | known)
+    load(hub)
+    assert "not known" not in caplog.text
+    set_config(hub, quantization_config=gptq_config() | {"new": {"a": 1}, "off": None})
+    load(hub)
+    assert caplog.text.count("quantization_config.new: not known to this release") == 1
+    assert "off" not in caplog.text
+    caplog.clear()
+
+    stored, weights, _ = COMPRESSED["int8"]
+    config = compressed_config(
+        stored,
+        ["lm_head", "re:.*gate$"],
+        g={"targets": ["Linear"], "weights": weights, "input_activations": {"num_bits": 8}},
+    )
+    known = {"version": "0.12.0", "global_compression_ratio": 1.5, "sparsity_config": {}}
+    hub, _ = write(tmp_path / "ct", compressed_tensors(stored, **weights), config | known)
+    load(hub)
+    assert "not known" not in caplog.text
+    config["config_groups"]["g"]["weights"]["new"] = 1
+    set_config(hub, quantization_config=config)
+    load(hub)
+    assert caplog.text.count("quantization_config.config_groups.g.weights.new: not known") == 1
 
 
 @pytest.mark.parametrize("config", [gptq_config(group_size=96), AWQ | {"group_size": 512}], ids=str)

@@ -41,7 +41,7 @@ def hub_scheme(quantization_config: object, name: str) -> Scheme | None:
             "belongs to these weights"
         )
     table = Table(given, name)
-    method = given.get("quant_method")
+    method = table.get("quant_method")
     if not isinstance(method, str) or method not in _METHODS:
         table.refuse("quant_method", ", ".join(map(repr, _METHODS)))
     return _METHODS[method](table)

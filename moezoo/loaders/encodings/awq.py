@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moezoo.layers.quant.groups import PER_CHANNEL, SCALE_DTYPES, pack
 from moezoo.loaders.encodings.integers import (
+    OF_THE_RUN,
     held_groups,
     integer_kind,
     repeated,
@@ -45,9 +46,14 @@ class Awq(Scheme):
     def of(cls, table: Table) -> "Awq":
         table.one_of("bits", 4, default=4)
         table.one_of("zero_point", True, default=True)
-        table.one_of("version", "gemm", "GEMM", default="gemm")
+        for field in ("version", "format", "checkpoint_format"):
+            table.one_of(field, "gemm", "GEMM", default="gemm")
+        table.one_of("pack_dtype", "int32", default="int32")
+        table.one_of("data_type", "int", default="int")
+        table.one_of("desc_act", False, default=False)
         skipped = table.names("modules_to_not_convert")
-        return cls(table.size("group_size"), tuple(skipped))
+        size = table.size("group_size")
+        return cls(size, tuple(skipped), unknown=table.unknown(*OF_THE_RUN))
 
     def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:
         if entry_within(weight, self.not_converted):

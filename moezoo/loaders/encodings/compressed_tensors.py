@@ -63,6 +63,11 @@ _FORMATS = (
     "mxfp4-pack-quantized",
 )
 _ENDS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+_HARMLESS = (
+    *("quantization_status", "global_compression_ratio", "version", "run_compressed"),
+    *("use_optimized_inference", "observer", "observer_kwargs", "scale_dtype", "zp_dtype", "is_mx"),
+    *("strategy", "symmetric", "group_size", "block_structure", "actorder"),  # of activations
+)
 _ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale")
 
 
@@ -88,7 +93,7 @@ class Group:
         weights = table.table("weights")
         weights.one_of("dynamic", False, default=False)
         table.one_of("output_activations", None)
-        if table.given.get("input_activations") is not None:
+        if table.get("input_activations") is not None:
             activations = table.table("input_activations")
             activations.one_of("num_bits", 8, default=8)
             activations.one_of("type", "int", "float", default="int")
@@ -98,11 +103,14 @@ class Group:
         symmetric = weights.one_of("symmetric", True, False, default=True)
         orders = (False, "weight", "static", "group", "dynamic")
         actorder = weights.one_of("actorder", *orders, default=False)
-        size = weights.given.get("group_size")
+        size = weights.get("group_size")
         inferred = "tensor" if size is None else "channel" if size == PER_CHANNEL else "group"
         strategies = ("tensor", "channel", "group", "block")
         strategy = weights.one_of("strategy", *strategies, default=inferred)
+        block = weights.get("block_structure")
         group_size = weights.size("group_size") if strategy == "group" else PER_CHANNEL
+        if strategy != "group" and size not in (None, 0, PER_CHANNEL):
+            weights.refuse("group_size", f"none with strategy {strategy!r}")
         kind: Literal["int", "fp8", "mxfp4"] = "int"
         if integers:
             if not symmetric and (bits == 8 or stored != "pack-quantized"):
@@ -119,7 +127,6 @@ class Group:
                 weights.refuse("type", f"'int' as {stored!r}")
             if strategy == "group":
                 weights.refuse("strategy", "a scale a tensor, channel or block of fp8")
-            block = weights.given.get("block_structure")
             if strategy == "block" and block not in ([BLOCK, BLOCK], (BLOCK, BLOCK)):
                 weights.refuse("block_structure", f"[{BLOCK}, {BLOCK}]")
         else:
@@ -137,7 +144,7 @@ class Group:
             group_size=group_size,
             symmetric=symmetric,
             ordered=actorder in ("group", "dynamic"),
-            weight_only=table.given.get("input_activations") is None,
+            weight_only=table.get("input_activations") is None,
         )
 
     def kind(self, columns: int, dtype: torch.dtype) -> Kind | None:
@@ -158,26 +165,27 @@ class CompressedTensors(Scheme):
     @classmethod
     def of(cls, table: Table) -> "CompressedTensors":
         stored = table.one_of("format", "mixed-precision", *_FORMATS)
-        for field in ("kv_cache_scheme", "transform_config", "moe_sparsity_config"):
-            if table.given.get(field):
-                table.refuse(field, "none")
-        sparsity = table.given.get("sparsity_config") or {}
+        table.one_of("dequantize", False, default=False)
+        table.nothing("kv_cache_scheme", "transform_config", "moe_sparsity_config")
+        sparsity = table.get("sparsity_config") or {}
         if not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense":
             table.refuse("sparsity_config", "none, or format 'dense'")
         groups = table.table("config_groups")
         found = [Group.of(groups.table(name), stored) for name in groups.given]
         if not found:
             table.refuse("config_groups", "at least one group")
-        return cls(tuple(found), tuple(table.patterns("ignore")))
+        ignored = tuple(table.patterns("ignore"))
+        return cls(tuple(found), ignored, unknown=table.unknown(*_HARMLESS))
 
     @property
     def notes(self) -> tuple[str, ...]:
         if any(group.weights == "fp8" and group.weight_only for group in self.groups):
             return (
+                *super().notes,
                 "fp8 weights beside which the config quantises no activations run as fp8_w8a8: "
                 "activations are rounded to fp8 too",
             )
-        return ()
+        return super().notes
 
     def ignores(self, module: str) -> str | None:
         return next((entry for entry in self.ignored if _names(entry, module)), None)

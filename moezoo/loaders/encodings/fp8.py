@@ -45,21 +45,17 @@ class HubFp8(Scheme):
     @classmethod
     def of(cls, table: Table) -> "HubFp8":
         table.one_of("activation_scheme", "dynamic", "static", default="dynamic")
-        table.one_of("fmt", "e4m3", default="e4m3")
+        table.one_of("fmt", "e4m3", "float8_e4m3fn", default="e4m3")
         table.one_of("scale_fmt", "float", "ue8m0", default="float")
         table.one_of("expert_dtype", "fp8", default="fp8")
         table.one_of("dequantize", False, default=False)
-        size = table.given.get("weight_block_size")
+        table.nothing("kv_cache_scheme")
+        size = table.get("weight_block_size")
         if size is not None and size not in ([BLOCK, BLOCK], (BLOCK, BLOCK)):
             table.refuse("weight_block_size", f"[{BLOCK}, {BLOCK}] or none, a scale a matrix")
         skipped = [*table.names("modules_to_not_convert"), *table.names("ignored_layers")]
-        table.only(
-            (
-                *("quant_method", "activation_scheme", "fmt", "scale_fmt", "expert_dtype"),
-                *("dequantize", "weight_block_size", "modules_to_not_convert", "ignored_layers"),
-            )
-        )
-        return cls(size is not None, frozenset(skipped))
+        unknown = table.unknown("modules_to_convert")
+        return cls(size is not None, frozenset(skipped), unknown=unknown)
 
     def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:
         if entry_above(weight, self.not_converted) is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moezoo.layers.quant.groups import PER_CHANNEL, SCALE_DTYPES
 from moezoo.loaders.encodings.integers import (
+    OF_THE_RUN,
     all_equal,
     held,
     held_groups,
@@ -61,19 +62,23 @@ class Gptq(Scheme):
         table.one_of("pack_dtype", "int32", default="int32")
         table.one_of("data_type", "int", default="int")
         table.one_of("rotation", None)
-        dynamic = table.given.get("dynamic") or {}
+        table.one_of("is_marlin_format", False, default=False)
+        dynamic = table.get("dynamic") or {}
         if not isinstance(dynamic, Mapping) or not all(str(n).startswith("-:") for n in dynamic):
             table.refuse("dynamic", "rules '-:..' of what is not quantised")
         symmetric = table.one_of("sym", True, False, default=True)
         if bits == 8 and not symmetric:
             table.refuse("sym", "True for 8 bits")
-        stored = table.one_of("checkpoint_format", "gptq", "gptq_v2", default="gptq")
+        stored = "gptq"
+        for field in ("format", "checkpoint_format"):  # the second, which is older, goes first
+            stored = table.one_of(field, "gptq", "gptq_v2", default=stored)
         return cls(
             bits=bits,
             group_size=table.size("group_size"),
             ordered=table.one_of("desc_act", True, False, default=False),
             symmetric=symmetric,
             subtracted=0 if stored == "gptq_v2" else 1,
+            unknown=table.unknown(*OF_THE_RUN),
         )
 
     def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:

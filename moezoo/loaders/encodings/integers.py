@@ -12,6 +12,23 @@ from moezoo.layers.quant.groups import GROUP_SIZES, PER_CHANNEL, pack, unpack
 from moezoo.loaders.encodings.stored import Check, Extra
 from moezoo.loaders.kinds import Kind
 
+OF_THE_RUN = (
+    *("dataset", "tokenizer", "nsamples", "seqlen", "model_seqlen", "batch_size", "pad_token_id"),
+    *("damp_percent", "damp_auto_increment", "mse", "true_sequential", "static_groups"),
+    *("act_group_aware", "hyb_act", "iters", "lr", "minmax_lr", "enable_minmax_tuning"),
+    *("enable_norm_bias_tuning", "enable_quanted_input", "gradient_accumulate_steps", "amp"),
+    *("low_gpu_mem_usage", "cache_block_outputs", "parallel_packing", "pack_impl"),
+    *("offload_to_disk", "offload_to_disk_path", "scale_dtype", "act_bits", "lm_head", "sym"),
+    *("block_name_to_quantize", "to_quant_block_names", "quant_block_list"),
+    *("module_name_preceding_first_block", "modules_in_block_to_quantize"),
+    *("modules_to_not_convert", "model_name_or_path", "model_file_base_name", "meta", "provider"),
+    *("autoround_version", "packing_format", "backend", "use_exllama", "disable_exllama"),
+    *("exllama_config", "use_cuda_fp16", "max_input_length", "do_fuse", "modules_to_fuse"),
+    "fuse_max_seq_len",
+)
+"""Fields of configs that say how a quantiser ran, how others run its result, or what the tensors
+say themselves."""
+
 
 def integer_kind(
     bits: int, columns: int, group_size: int, dtype: torch.dtype, *, zeros: bool, ordered: bool

@@ -43,8 +43,8 @@ class HubMxfp4(Scheme):
     @classmethod
     def of(cls, table: Table) -> "HubMxfp4":
         table.one_of("dequantize", False, default=False)
-        table.only(("quant_method", "dequantize", "modules_to_not_convert"))
-        return cls(tuple(table.names("modules_to_not_convert")))
+        skipped = tuple(table.names("modules_to_not_convert"))
+        return cls(skipped, unknown=table.unknown())
 
     def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:
         if entry_within(weight, self.not_converted):

@@ -90,8 +90,14 @@ class Encoding:
         return replace(self, weights=weights)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Scheme(ABC):
-    """What a quantization_config of the hub says, as far as it matters here."""
+    """What a quantization_config of the hub says, as far as it matters here.
+
+    `unknown` are the fields of it that no reader here knows.
+    """
+
+    unknown: tuple[str, ...] = ()
 
     @abstractmethod
     def encoding(self, tensors: Mapping[str, TensorInfo], name: str) -> Encoding:
@@ -111,8 +117,11 @@ class Scheme(ABC):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is computed otherwise than the config says, for the report of a load."""
-        return ()
+        """What may be computed otherwise than the config says, for the report of a load."""
+        if not self.unknown:
+            return ()
+        fields = ", ".join(f"quantization_config.{field}" for field in self.unknown)
+        return (f"{fields}: not known to this release, which loads the weights as if not there",)
 
 
 class Headers:

@@ -14,6 +14,22 @@ class Table:
         self.given = given
         self.name = name
         self.path = path
+        self._asked: set[str] = set()
+        self._tables: list[Table] = []
+
+    def get(self, field: str) -> Any:
+        self._asked.add(field)
+        return self.given.get(field)
+
+    def unknown(self, *harmless: str) -> tuple[str, ...]:
+        """The fields that say something, here and in tables below, that nobody has asked for and
+        whose names are none of these."""
+        own = (
+            f"{self.path}{field}"
+            for field, value in self.given.items()
+            if value and field not in self._asked and field not in harmless
+        )
+        return (*own, *(field for table in self._tables for field in table.unknown(*harmless)))
 
     def refuse(self, field: str, expected: str) -> NoReturn:
         """Raise `QuantizationError` that names the field, what it is and what is loaded."""
@@ -24,21 +40,20 @@ class Table:
 
     def one_of(self, field: str, *known: object, default: object = None) -> Any:
         """The value of a field, refused if it is none of these; None is the default."""
-        value = self.given.get(field)
+        value = self.get(field)
         value = default if value is None else value
         if value not in known:
             self.refuse(field, " or ".join(repr(k) for k in known))
         return known[known.index(value)]  # 4 for 4.0
 
-    def only(self, known: Iterable[str]) -> None:
-        """Refuse fields that are not known and say something."""
-        names = set(known)
-        for field, value in self.given.items():
-            if field not in names and value:
-                self.refuse(field, "none of that name")
+    def nothing(self, *fields: str) -> None:
+        """Refuse these fields where they say something."""
+        for field in fields:
+            if self.get(field):
+                self.refuse(field, "none")
 
     def names(self, field: str) -> list[str]:
-        names = self.given.get(field)
+        names = self.get(field)
         names = [] if names is None else names
         if not isinstance(names, (list, tuple, set)) or not all(
             isinstance(module, str) for module in names
@@ -57,14 +72,15 @@ class Table:
         return names
 
     def table(self, field: str) -> "Table":
-        value = self.given.get(field)
+        value = self.get(field)
         if not isinstance(value, Mapping):
             self.refuse(field, "a table there")
-        return Table(value, self.name, f"{self.path}{field}.")
+        self._tables.append(Table(value, self.name, f"{self.path}{field}."))
+        return self._tables[-1]
 
     def size(self, field: str) -> int:
         """A number of columns, -1 for all of them."""
-        value = self.given.get(field)
+        value = self.get(field)
         if type(value) is not int or value == 0 or value < -1:
             self.refuse(field, "a number of columns, or -1 for all")
         return value
