@@ -83,7 +83,7 @@ def kinds_of(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
     experts = experts_of(module)
     found: tuple[set[str], set[str]] = (set(), set())
     for name, weights in quantized_weights(module):
-        found[name not in experts].add(Kind.of_weights(weights()).described)
+        found[name not in experts].add(Kind.of_weights(weights).described)
     of_experts, of_others = (tuple(sorted(kinds)) for kinds in found)
     return of_experts, of_others
 

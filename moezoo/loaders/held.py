@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from moezoo.layers.moe import FusedMoE
+from moezoo.layers.quant import QuantizedWeights
 from moezoo.loaders.dense import linears_of
 from moezoo.loaders.experts import experts_of, parts_shape
 from moezoo.loaders.kinds import Kind
@@ -39,5 +40,9 @@ def quantize_on_meta(module: nn.Module, quantized: Mapping[str, Kind]) -> None:
     for name, layer in linears_of(module).items():
         if name in quantized:
             layer.quantize_(quantized[name].on_meta(*layer.weight.shape))
+    for name, kind in quantized.items():
+        held = module.get_submodule(name)
+        assert isinstance(held, QuantizedWeights)
+        held.grouped = kind.grouped
     if quantized:
         module.requires_grad_(False)

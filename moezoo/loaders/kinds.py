@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moezoo.layers.quant import BlockFp8, Format, Int4, Int8, Mxfp4
+from moezoo.layers.quant import BlockFp8, Format, Int4, Int8, Mxfp4, QuantizedWeights
 from moezoo.layers.quant.fp8 import BLOCK
 from moezoo.layers.quant.groups import PER_CHANNEL
 
@@ -35,10 +35,12 @@ class Kind:
         return cls.of(Int4, group_size=group_size, dtype=dtype, zeros=zeros, ordered=ordered)
 
     @classmethod
-    def of_weights(cls, weights: Format) -> "Kind":
+    def of_weights(cls, held: QuantizedWeights) -> "Kind":
+        weights = held()
         if not isinstance(weights, (Int4, Int8)):
-            return cls.of(type(weights))
-        size = PER_CHANNEL if weights.scales.shape[-1] == 1 else weights.group_size
+            return cls.of(held.format)
+        row = weights.scales.shape[-1] == 1 and not held.grouped
+        size = PER_CHANNEL if row else weights.group_size
         options = {"ordered": weights.order is not None}
         if isinstance(weights, Int4):
             return cls.int4(size, weights.scales.dtype, zeros=weights.zeros is not None, **options)
@@ -64,15 +66,20 @@ class Kind:
         options = dict(self.options)
         if self.format is BlockFp8:
             what = f"in blocks of {BLOCK} x {BLOCK}"
-        elif options.get("group_size", PER_CHANNEL) == PER_CHANNEL:
-            what = "in groups of 32" if self.format is Mxfp4 else "with a scale a row"
-        else:
+        elif self.grouped:
             what = f"in groups of {options['group_size']}"
+        else:
+            what = "in groups of 32" if self.format is Mxfp4 else "with a scale a row"
         return (
             f"{self.format.name} {what}"
             f"{', with zero points' * bool(options.get('zeros'))}"
             f"{', columns in an order of their own' * self.ordered}"
         )
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the size of groups is named, be it as wide as a row."""
+        return bool(dict(self.options).get("group_size", PER_CHANNEL) != PER_CHANNEL)
 
     @property
     def rows_per_scale(self) -> int:

@@ -25,6 +25,7 @@ from moezoo.layers.quant.mxfp4 import GROUP
 from moezoo.loaders.encodings import fp8, mxfp4
 from moezoo.loaders.encodings.integers import words_of
 from moezoo.loaders.experts import has_both, parts_index
+from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import (
     Copy,
     ParameterInfo,
@@ -357,9 +358,9 @@ def _compressed(
 ) -> dict[str, Any]:
     # A group of all columns is named as the others are: transformers wants one scheme for a layer.
     sizes = {
-        (type(weight), weight.group_size)
-        for weight in (held() for held in weights.values())
-        if isinstance(weight, (Int4, Int8)) and weight.scales.shape[-1] > 1
+        (kind.format, dict(kind.options)["group_size"])
+        for kind in map(Kind.of_weights, weights.values())
+        if kind.grouped
     }
     by_scheme: dict[str, tuple[dict[str, Any], set[str]]] = {}
     for copy in copies:
@@ -388,7 +389,7 @@ def _pattern(module: str) -> str:
 
 
 def _scheme(weights: Format, sizes: Collection[tuple[type, int]]) -> dict[str, Any]:
-    """What config_groups says of such weights; `sizes` are of groups that are not all columns."""
+    """What config_groups says of such weights; `sizes` are those of groups."""
     activations: dict[str, Any] | None = None
     if isinstance(weights, (BlockFp8, ChannelFp8)):
         stored = "float-quantized"

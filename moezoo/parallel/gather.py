@@ -58,7 +58,9 @@ def _whole(own: nn.Parameter | QuantizedWeights, num_experts: int) -> nn.Module 
         return torch.empty(num_experts, *tensor.shape[1:], dtype=tensor.dtype, device="meta")
 
     if isinstance(own, QuantizedWeights):
-        return QuantizedWeights(own().map(blank))
+        whole = QuantizedWeights(own().map(blank))
+        whole.grouped = own.grouped
+        return whole
     return nn.Parameter(blank(own), requires_grad=False)
 
 

@@ -17,6 +17,7 @@ from small_models import ASSET, assert_same, change, load, moe_layers, plain, se
 from test_hub_formats import gptq_config, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import moezoo
 from moezoo import cli
 from moezoo.errors import QuantizationError
 from moezoo.layers.quant import Int4
@@ -196,6 +197,27 @@ def test_a_card_has_one_section(tmp_path):
         card = (folder / "README.md").read_bytes()
         assert card.startswith(before + b"\n" + START.encode()) and card.count(b"## Quant") == 1
     assert str(once).encode() in card
+
+
+@pytest.mark.parametrize(
+    ("asked", "described"),
+    [
+        ({"group_size": 64}, ("int4_w4a16 in groups of 64",)),
+        ({}, ("int4_w4a16 in groups of 128", "int4_w4a16 in groups of 64")),
+        ({"per_channel": True}, ("int4_w4a16 with a scale a row",)),
+    ],
+    ids=str,
+)
+def test_groups_as_wide_as_a_row_are_called_as_they_were_asked_for(tmp_path, asked, described):
+    """The experts' down projections have 64 columns."""
+    to, again = tmp_path / "to", tmp_path / "again"
+    asked = {"type": "int4_w4a16"} | asked
+    done = convert(open_checkpoint(ASSET), to, quantization=asked, device="cpu")
+    assert done.experts == described
+    load(to).save_pretrained(again)
+    for folder in (to, again):
+        assert f"| experts | in {' and '.join(described)} |" in (folder / "README.md").read_text()
+        assert moezoo.inspect(folder).stored_as.startswith(f"{' and '.join(described)}: the exp")
 
 
 def test_a_save_tells_of_its_quantisation_in_the_card_that_is_there(tmp_path):

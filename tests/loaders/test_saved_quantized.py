@@ -238,11 +238,10 @@ def test_groups_of_several_sizes(tmp_path, caplog):
     assert "quantise to {'type': 'int4_w4a16', 'group_size': 64}" in caplog.text
     assert_same(load(tmp_path, dtype="float32"), model)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    targets = {
-        group["weights"]["strategy"]: group["targets"] for group in config["config_groups"].values()
-    }
-    assert targets.keys() == {"group", "channel"}
-    assert r"re:model\.layers\.5\.mlp\.experts\.\d+\.down_proj$" in targets["channel"]
+    groups = config["config_groups"].values()
+    targets = {group["weights"]["group_size"]: group["targets"] for group in groups}
+    assert targets.keys() == {128, 64}
+    assert r"re:model\.layers\.5\.mlp\.experts\.\d+\.down_proj$" in targets[64]
     assert len(by_package(tmp_path)) == 6 * 16 * 3
 
 

@@ -11,7 +11,8 @@ from moezoo.layers.quant.format import Format
 
 class QuantizedWeights(nn.Module):
     """A format's tensors as parameters of their names, which need no gradient; None where the
-    format has none. `forward()` is the format.
+    format has none. `forward()` is the format. `grouped` says of a scale a row that a group of its
+    columns is meant, for who describes it.
 
     A cast of the model to another dtype leaves them as they are.
     """
@@ -19,6 +20,7 @@ class QuantizedWeights(nn.Module):
     def __init__(self, weights: Format) -> None:
         super().__init__()
         self.format = type(weights)
+        self.grouped = False
         tensors = weights.tensors()
         self.keep_dtype = tuple(tensors)
         for name, tensor in tensors.items():

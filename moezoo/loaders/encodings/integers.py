@@ -36,13 +36,13 @@ def integer_kind(
     """What groups of this size are held as, a scale repeated where ours are smaller; None where
     there are no such groups."""
     if group_size in (PER_CHANNEL, columns):
-        held: int | None = PER_CHANNEL
+        held: int | None = group_size
     else:
         fits = columns % group_size == 0
         held = next((size for size in GROUP_SIZES if fits and group_size % size == 0), None)
     if held is None or (bits == 4 and columns % 2):
         return None
-    ordered = ordered and held != PER_CHANNEL
+    ordered = ordered and held not in (PER_CHANNEL, columns)
     if bits == 8:
         return Kind.int8(held, dtype, ordered=ordered)
     return Kind.int4(held, dtype, zeros=zeros, ordered=ordered)
