@@ -165,9 +165,9 @@ def test_checkpoints_in_fp8_are_inspected_and_run(capsys, tmp_path):
     ).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_model()).save_pretrained(tmp_path)
     code, out, _ = run(capsys, "inspect", tmp_path)
-    assert code == 0 and "the experts of 6 of 6 MoE layers" in " ".join(
-        out.replace("│", "").split()
-    )
+    table = " ".join(out.replace("│", "").split())
+    assert code == 0 and "the experts of 6 of 6 MoE layers" in table
+    assert "parameters 6,975,488, 3,436,544 active per token (before quantisation)" in table
     code, out, err = run(capsys, "generate", tmp_path, "--prompt", "The dog", *GREEDY)
     assert code == 0 and "as float32, experts in fp8_w8a8, on cpu" in err
     stored = run(capsys, "generate", "--prompt", "The dog", "--quantization", "fp8_w8a8", *GREEDY)

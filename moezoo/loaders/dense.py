@@ -57,3 +57,14 @@ def _kind(copies: Sequence[Copy], encoding: Encoding) -> Kind | str:
 
 def kept(found: Mapping[str, Kind | str]) -> dict[str, Kind]:
     return {name: kind for name, kind in found.items() if isinstance(kind, Kind)}
+
+
+def by_outcome(
+    copies: Sequence[Copy], encoding: Encoding, found: Mapping[str, Kind | str]
+) -> dict[Kind | str, list[str]]:
+    """The checkpoint's quantised weights in these parameters, by what becomes of them."""
+    outcomes: dict[Kind | str, list[str]] = {}
+    for copy in copies:
+        if copy.source in encoding.weights and copy.target in found:
+            outcomes.setdefault(found[copy.target], []).append(copy.source)
+    return outcomes

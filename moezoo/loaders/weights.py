@@ -10,7 +10,7 @@ from torch import nn
 
 from moezoo.layers.quant.fp8 import BLOCK_FP8, FOR_EXPERTS, FOR_LINEARS, require_fp8
 from moezoo.loaders.checkpoint import Checkpoint, Location
-from moezoo.loaders.dense import kept, quantized_linears
+from moezoo.loaders.dense import by_outcome, kept, quantized_linears
 from moezoo.loaders.devices import Places
 from moezoo.loaders.encodings import Encoding, encoding_of
 from moezoo.loaders.experts import experts_of, quantized_experts, source_dtype
@@ -228,7 +228,7 @@ def require_device(module: nn.Module, quantized: Mapping[str, Kind], device: tor
 
 
 def report(module: nn.Module, planned: Planned) -> None:
-    """Log what of the checkpoint is not held as it is stored."""
+    """Log what of the checkpoint is not held as it is stored, counted in its own weights."""
     encoding, copies = planned.encoding, planned.plan.copies
     for skip, names in planned.plan.skipped.items():
         _log.warning("%s: %d tensors not loaded: %s", skip.pattern, len(names), skip.reason)
@@ -238,9 +238,10 @@ def report(module: nn.Module, planned: Planned) -> None:
             "as they come, or not at all",
             *(encoding.left_out[0], len(encoding.left_out)),
         )
-    experts = experts_of(module)
-    targets = {copy.target for copy in copies if copy.source in encoding.weights}
-    dequantized = sorted(targets & experts.keys() - planned.quantized.keys())
+    dense_experts = experts_of(module).keys() - planned.quantized.keys()
+    dequantized = sorted(
+        {c.source for c in copies if c.source in encoding.weights and c.target in dense_experts}
+    )
     for pattern, alike in _by_pattern(dequantized).items():
         _log.warning(
             "%s: %d dequantised, since the checkpoint does not have all experts of these layers in "
@@ -249,11 +250,7 @@ def report(module: nn.Module, planned: Planned) -> None:
         )
     for note in () if encoding.scheme is None else encoding.scheme.notes:
         _log.warning("%s", note)
-    by_outcome: dict[Kind | str, list[str]] = {}
-    for copy in copies:
-        if copy.source in encoding.weights and copy.target in planned.dense:
-            by_outcome.setdefault(planned.dense[copy.target], []).append(copy.source)
-    for outcome, stored in by_outcome.items():
+    for outcome, stored in by_outcome(copies, encoding, planned.dense).items():
         shown = ", ".join(sorted(_by_pattern(stored)))
         if isinstance(outcome, Kind):
             _log.info(

@@ -28,7 +28,7 @@ from moezoo.layers.quant import Format
 from moezoo.layers.states import state_bytes
 from moezoo.loaders.checkpoint import Checkpoint, open_config
 from moezoo.loaders.config import own_dtype, own_generation_config, transformers_config
-from moezoo.loaders.dense import kept, quantized_linears
+from moezoo.loaders.dense import by_outcome, kept, quantized_linears
 from moezoo.loaders.encodings import Encoding
 from moezoo.loaders.experts import experts_of, quantized_experts
 from moezoo.loaders.held import quantized_infos
@@ -95,6 +95,7 @@ class Report:
     num_moe_layers: int | None = None
     experts: Experts | None = None
     parameters: int | None = None
+    """Numbers of the model as if none was quantised: scales and zero points do not count."""
     active_parameters: int | None = None
     """What a token passes through: all but the experts that it is not sent to."""
     kv_cache_bytes_per_token: int | None = None
@@ -184,12 +185,10 @@ def inspect(
             report = replace(report, experts=experts)
         if encoding.scheme is not None:
             stay = quantized.keys() | kept(dense).keys()
-            whole = all(
-                copy.target in stay for copy in chosen.copies if copy.source in encoding.weights
-            )
-            stored_as = _stored_as(decoder, quantized, dense)
-            if not whole:
-                stored_as += ", other quantised weights are dequantised when they are loaded"
+            lost = {copy.source for copy in chosen.copies if copy.target not in stay}
+            stored_as = _stored_as(decoder, quantized, by_outcome(chosen.copies, encoding, dense))
+            if dequantized := len(lost & encoding.weights.keys()):
+                stored_as += f", {dequantized} quantised weights are dequantised when they load"
             report = replace(report, stored_as=stored_as)
     except MoEZooError as error:
         return replace(report, reason=str(error))
@@ -214,17 +213,21 @@ def _encoding_if_known(checkpoint: Checkpoint) -> Encoding:
 
 
 def _stored_as(
-    decoder: Decoder, quantized: Mapping[str, Kind], dense: Mapping[str, Kind | str]
+    decoder: Decoder,
+    quantized: Mapping[str, Kind],
+    outcomes: Mapping[Kind | str, Sequence[str]],
 ) -> str:
+    """Weights of linear layers are counted as the checkpoint has them, as the report of a load
+    does."""
     layers = sum(name.endswith("w2") for name in experts_of(decoder))
     stay = sum(name.endswith("w2") for name in quantized)
     kinds = " and ".join(sorted({kind.described for kind in quantized.values()})) or "quantised"
-    linear = kept(dense)
-    described = ""
-    if linear:
-        of_linear = " and ".join(sorted({kind.described for kind in linear.values()}))
-        described = f", {len(linear)} linear layers in {of_linear} too"
-    return f"{kinds}: the experts of {stay} of {layers} MoE layers stay so{described}"
+    linear = "".join(
+        f", {len(names)} weights of linear layers in {kind.described}"
+        for kind, names in outcomes.items()
+        if isinstance(kind, Kind)
+    )
+    return f"{kinds}: the experts of {stay} of {layers} MoE layers stay so{linear}"
 
 
 def _on_disk(checkpoint: Checkpoint) -> Report:
@@ -415,7 +418,9 @@ def _facts(report: Report) -> Table:
         row("on disk", f"{_size(report.checkpoint_bytes)} in {files}: {dtypes}")
         row("of which experts", _size(report.expert_bytes_on_disk))
     if report.parameters is not None and report.active_parameters is not None:
-        row("parameters", f"{report.parameters:,}, {report.active_parameters:,} active per token")
+        active = f"{report.active_parameters:,} active per token"
+        before = "" if report.stored_as is None else " (before quantisation)"
+        row("parameters", f"{report.parameters:,}, {active}{before}")
         dense = (report.num_layers or 0) - (report.num_moe_layers or 0)
         row("layers", f"{report.num_layers}: {report.num_moe_layers} MoE, {dense} dense")
         row("hidden size", report.hidden_size)

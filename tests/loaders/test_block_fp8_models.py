@@ -420,7 +420,9 @@ def test_blocks_that_gate_and_up_share_are_dequantised(tmp_path, caplog):
     assert not moe.quantized
     name = "model.layers.3.mlp.experts.gate_up_proj"
     assert moe.w13.equal(decoded(stored, name).to(torch.bfloat16))
-    assert any(m.startswith("layers.*.mlp.w13: 6 dequantised") for m in caplog.messages)
+    start = "model.layers.*.mlp.experts.gate_up_proj: 6 dequantised"
+    assert any(message.startswith(start) for message in caplog.messages)
+    assert "12 quantised weights are dequantised when" in moezoo.inspect(tmp_path).stored_as
 
 
 def test_layers_that_are_not_quantised_stay_so(tmp_path):

@@ -6,6 +6,7 @@ GPTQ and AWQ are written and decoded by `hub_writers`, from the definitions of t
 """
 
 import json
+import logging
 from collections.abc import Callable
 from copy import deepcopy
 from math import prod
@@ -373,6 +374,7 @@ def test_a_head_and_latent_attention(tmp_path, caplog):
         "3 weights dequantised (their layer takes them apart): "
         "model.layers.*.self_attn.kv_b_proj.weight" in caplog.text
     )
+    assert ", 3 quantised weights are dequantised when" in moezoo.inspect(hub).stored_as
     convert(open_checkpoint(hub), tmp_path / "to", device="cpu", dtype="float32")
     assert_same(load(tmp_path / "to"), model)
     card = (tmp_path / "to" / "README.md").read_text()
@@ -436,9 +438,14 @@ def test_schemes_that_differ_by_module(tmp_path, caplog):
     report = moezoo.inspect(hub)
     assert report.supported and report.stored_as is not None
     assert report.stored_as == (
-        "int4_w4a16 in groups of 64: the experts of 1 of 2 MoE layers stay so, 8 linear layers in "
-        "fp8_w8a8 with a scale a row and int4_w4a16 in groups of 64 too"
+        "int4_w4a16 in groups of 64: the experts of 1 of 2 MoE layers stay so, 8 weights of linear "
+        "layers in fp8_w8a8 with a scale a row, 6 weights of linear layers in int4_w4a16 in groups "
+        "of 64"
     )
+    caplog.set_level(logging.INFO)
+    load(hub)
+    assert "8 weights of linear layers stay in fp8_w8a8 with a scale a row" in caplog.text
+    assert "6 weights of linear layers stay in int4_w4a16 in groups of 64" in caplog.text
     model.save_pretrained(tmp_path / "again")
     assert_same(load(tmp_path / "again", dtype="float32"), model)
 
