@@ -183,16 +183,16 @@ def test_resuming_after_a_kill_loses_and_repeats_nothing(capsys, tmp_path):
     assert run(capsys, "generate", "--input", lines, "--output", whole, *options)[0] == 0
 
     command = ["generate", "--input", str(lines), "--output", str(killed), *options]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "moezoo", *command],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.DEVNULL,
-    )
-    while not (killed.exists() and killed.read_bytes().count(b"\n") >= 5):
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    ) as process:
+        while not (killed.exists() and killed.read_bytes().count(b"\n") >= 5):
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.005)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
     written = killed.read_bytes()
     num_whole = written.count(b"\n") - 1
     assert 4 <= num_whole < len(texts)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 from hub_stand_in import Hub, serve
@@ -21,51 +22,54 @@ for line in sys.stdin:
 
 @pytest.mark.slow
 def test_inspect_reads_headers_and_generate_downloads_what_it_needs(tmp_path):
-    with serve(Hub("some/story-teller", tiny_model())) as hub:
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_HOME": str(tmp_path),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        said = tmp_path / "stderr"
-        with said.open("w") as stderr:
-            process = subprocess.Popen(
-                [sys.executable, "-c", COMMANDS],
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-            )
+    with ExitStack() as stack:
+        with serve(Hub("some/story-teller", tiny_model())) as hub:
+            environment = {
+                **os.environ,
+                "HF_ENDPOINT": hub.endpoint,
+                "HF_HOME": str(tmp_path),
+                "HF_HUB_OFFLINE": "0",
+                "HF_HUB_DISABLE_XET": "1",
+                "OMP_NUM_THREADS": "1",
+            }
+            said = tmp_path / "stderr"
+            with said.open("w") as stderr:
+                process = stack.enter_context(
+                    subprocess.Popen(
+                        [sys.executable, "-c", COMMANDS],
+                        env=environment,
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=stderr,
+                        text=True,
+                    )
+                )
 
-        def moezoo(command):
-            """What it writes to stdout."""
-            process.stdin.write(f"{command}\n")
-            process.stdin.flush()
-            written = "".join(iter(lambda: process.stdout.read(1) or "\0", "\0"))
-            assert written.endswith("exit code 0"), said.read_text()
-            return written.removesuffix("exit code 0")
+            def moezoo(command):
+                """What it writes to stdout."""
+                process.stdin.write(f"{command}\n")
+                process.stdin.flush()
+                written = "".join(iter(lambda: process.stdout.read(1) or "\0", "\0"))
+                assert written.endswith("exit code 0"), said.read_text()
+                return written.removesuffix("exit code 0")
 
-        inspected = moezoo("inspect some/story-teller --json")
-        assert json.loads(inspected)["parameters"] == 6_975_488
-        assert "model.safetensors" not in hub.downloads()
+            inspected = moezoo("inspect some/story-teller --json")
+            assert json.loads(inspected)["parameters"] == 6_975_488
+            assert "model.safetensors" not in hub.downloads()
 
-        hub.at_branch.clear()
-        prompt = "--prompt 'Once upon a time' --greedy --max-new-tokens 8"
-        generated = moezoo(f"generate some/story-teller {prompt}")
-        assert generated.startswith("Once upon a time")
-        assert "loaded some/story-teller" in said.read_text()
-        assert {"model.safetensors", "tokenizer.json"} <= hub.downloads()
-        assert "storybook_credits.tsv" not in hub.downloads()
-        # Model and tokenizer are of one commit, even if the branch moves meanwhile.
-        assert set(hub.at_branch) == {"/some/story-teller/resolve/main/config.json"}
+            hub.at_branch.clear()
+            prompt = "--prompt 'Once upon a time' --greedy --max-new-tokens 8"
+            generated = moezoo(f"generate some/story-teller {prompt}")
+            assert generated.startswith("Once upon a time")
+            assert "loaded some/story-teller" in said.read_text()
+            assert {"model.safetensors", "tokenizer.json"} <= hub.downloads()
+            assert "storybook_credits.tsv" not in hub.downloads()
+            # Model and tokenizer are of one commit, even if the branch moves meanwhile.
+            assert set(hub.at_branch) == {"/some/story-teller/resolve/main/config.json"}
 
-    # the stand-in is gone now
-    assert moezoo(f"generate some/story-teller --local-files-only {prompt}") == generated
-    process.communicate(timeout=60)
+        # the stand-in is gone now
+        assert moezoo(f"generate some/story-teller --local-files-only {prompt}") == generated
+        process.communicate(timeout=60)
 
 
 def test_a_hub_that_cannot_be_reached_is_one_message(tmp_path):
