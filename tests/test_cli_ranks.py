@@ -15,12 +15,15 @@ from typing import Any
 import pytest
 import torch
 from ranks import die, run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from moezoo import cli
+from moezoo.errors import RankError
 from moezoo.generation.engine import Engine
 from moezoo.generation.prompt_files import OutputFile
 from moezoo.generation.texts import Completion
 from moezoo.loaders import load
+from moezoo.parallel import launch
 from moezoo.tools.job import shares
 
 OPTIONS = ["--greedy", "--max-new-tokens", "6", "--dtype", "float32", "--device", "cpu", "--quiet"]
@@ -248,17 +251,19 @@ def test_the_disk_is_full(
 
 def test_a_process_is_killed(prompts: Path, tmp_path: Path, expected: list[str]) -> None:
     """One that this command has started itself: it says which, and none is left."""
-    prompts.write_text("".join(json.dumps({"prompt": t}) + "\n" for t in TEXTS * 40))
+    # More than can be completed before it is killed.
+    prompts.write_text("".join(json.dumps({"prompt": t}) + "\n" for t in TEXTS * 1000))
     output = tmp_path / "out.jsonl"
     asked = command(prompts, output, "--expert-parallel", "2", "--batch-size", "4")
     with subprocess.Popen(
         [sys.executable, "-m", "moezoo", *asked], stderr=subprocess.PIPE, text=True
     ) as process:
-        deadline = time.monotonic() + 100
-        while not lines(output) and time.monotonic() < deadline:
+        while not lines(output):
+            assert process.poll() is None, "it ended before a rank could be killed"
             time.sleep(0.1)
         children = _children(process.pid)
-        os.kill(children[1], signal.SIGKILL)
+        (second,) = (child for child in children if "RANK=1" in _environment(child))
+        os.kill(second, signal.SIGKILL)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "rank 1 was ended by SIGKILL" in said
@@ -269,6 +274,35 @@ def test_a_process_is_killed(prompts: Path, tmp_path: Path, expected: list[str])
 def _children(parent: int) -> list[int]:
     tasks = Path(f"/proc/{parent}/task").glob("*/children")
     return sorted(int(child) for task in tasks for child in task.read_text().split())
+
+
+def _environment(process: int) -> list[str]:
+    return Path(f"/proc/{process}/environ").read_text().split("\0")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [(1, -signal.SIGKILL, "rank 1"), (-signal.SIGKILL, -signal.SIGTERM, "rank 0"), (2, 1, None)],
+)
+def test_who_was_killed_is_said_whoever_else_ended_in_that_second(
+    first: int, second: int, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = {
+        rank: ProcessFailure(rank, 0, code, "") for rank, code in enumerate((first, second))
+    }
+    for failure in failures.values():
+        failure.timestamp = 5
+
+    def ended(*_: str) -> None:
+        raise ChildFailedError("moezoo", failures)
+
+    monkeypatch.setattr(launch, "elastic_launch", lambda *_: ended)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which launch sets where it is not
+    if said is None:
+        assert launch.launch(2, "moezoo", []) == first
+        return
+    with pytest.raises(RankError, match=f"{said} was ended by SIGKILL"):
+        launch.launch(2, "moezoo", [])
 
 
 def test_shares_are_even() -> None:

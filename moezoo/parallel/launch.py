@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from moezoo.errors import RankError
@@ -37,7 +37,7 @@ def launch(num_processes: int, module: str, arguments: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = min(error.failures.items(), key=lambda item: _order(item[1]))
         if failure.exitcode >= 0:
             return failure.exitcode
         name = signal.Signals(-failure.exitcode).name
@@ -47,3 +47,9 @@ def launch(num_processes: int, module: str, arguments: Sequence[str]) -> int:
             raise KeyboardInterrupt from error
         return 128 + error.sigval
     return 0
+
+
+def _order(failure: ProcessFailure) -> tuple[int, bool]:
+    """First what failed first. Of one second, a rank that a signal ended comes before those that
+    failed for want of it, but SIGTERM is how all that remain are ended."""
+    return failure.timestamp, failure.exitcode >= 0 or failure.exitcode == -signal.SIGTERM
