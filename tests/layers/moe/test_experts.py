@@ -441,3 +441,42 @@ def test_cuda_gradients_are_those_of_the_cpu() -> None:
         on_cuda = gradients(CUDA)
     for actual, expected in zip(on_cuda, gradients(args["x"].device), strict=True):
         assert_close(actual.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("num_tokens", "chosen", "products"),
+    [
+        (40, "any", 2),  # one batch of all
+        (40, "half", 2),  # some experts without rows, and absent ones
+        (40, "one", 0),  # nothing to put together
+        (3, "any", 0),  # so few that the weights of all would be too much to read
+        (40, "unlike", 0),  # mostly padding
+        (40, "parts", 4),  # one batch after the other
+    ],
+)
+def test_small_experts_in_one_batch_on_the_cpu(
+    num_tokens: int, chosen: str, products: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts_dense, "ONEDNN_DTYPES", (dtype,))
+    args = make(num_tokens, 2, (8, 24, 16), dtype, torch.device("cpu"))
+    if chosen == "half":
+        args["topk_ids"] = args["topk_ids"] % 4 - 1
+    elif chosen == "one":
+        args["topk_ids"][:] = 3
+    elif chosen == "unlike":
+        args["topk_ids"][2:] = 3
+        monkeypatch.setattr(experts_dense, "PADDED_PRODUCTS", 2**10)
+    elif chosen == "parts":
+        monkeypatch.setattr(experts_dense, "PADDED_ROWS", 41)
+    args |= {"bias13": torch.randn(8, 32).to(dtype), "bias2": torch.randn(8, 24).to(dtype)}
+    calls = []
+    batched = experts_dense._batched_linear
+    monkeypatch.setattr(
+        experts_dense, "_batched_linear", lambda *a: calls.append(a[0]) or batched(*a)
+    )
+    expected = naive(args)
+    assert_close(run(args), expected)
+    assert len(calls) == products
+    args["w13"], args["w2"] = (args[name].mT.contiguous().mT for name in ("w13", "w2"))
+    assert_close(run(args), expected)
