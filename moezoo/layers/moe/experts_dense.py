@@ -4,7 +4,7 @@ Legend: S chosen rows; otherwise as in `experts`.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import repeat
 from typing import Any
 
@@ -21,6 +21,7 @@ from moezoo.layers.linear import (
     one_row,
     without_onednn,
 )
+from moezoo.layers.moe.batches import Batch, batches_of, padded_slots, rows_of
 from moezoo.layers.moe.chunks import in_chunks, local_ids, operator
 from moezoo.layers.moe.permute import permute
 from moezoo.layers.moe.ranges import verb
@@ -32,17 +33,6 @@ share it: measured on one H100, that is faster while T*T*K <= E."""
 FEW_PRODUCTS = 2**18
 """With no more products than this for an expert, and with a single row of one that is not `LARGE`,
 oneDNN takes longer to begin a 16-bit product on CPU than torch's own routine takes to do it."""
-
-BATCH_ROWS = 512
-"""Rows that experts worked on together on CPU have at most, if they are more than one."""
-
-PADDED_ROWS = 1024
-"""The same where they are multiplied as one batch, each with as many rows as the one with most. One
-16-bit product of oneDNN takes 30 us to begin (Intel Xeon with AMX): 512 tokens through 4 of 32
-experts of 256 x 64 took 6.6 ms one by one, 2.7 ms in batches; with 512 rows an expert, no less."""
-
-PADDED_PRODUCTS = 2**25
-"""Products with rows that are only padding, for each expert that has rows, up to which it pays."""
 
 
 def dense_torch(
@@ -76,18 +66,18 @@ def dense_torch(
             rows = _products(w2, chosen, h.unbind(0), bias2)
         return torch.mm(topk_weights, torch.stack(rows).float()).type_as(x)
 
-    small = x.is_cpu and x.dtype in ONEDNN_DTYPES and w13.shape[0] > 1 and w13[0].numel() <= LARGE
-
-    def experts_of(x: Tensor, batch: range, sizes: list[int]) -> Tensor:
-        """Of the rows of x, sizes[i] go through expert batch[i]."""
-        if small and _pays_to_pad(sizes, w13[0].numel()):
-            slots = _padded_slots(sizes)
-            y = x.new_zeros(len(batch) * max(sizes), x.shape[1]).index_copy_(0, slots, x)
-            y = _batched_linear(y, batch, w13, bias13).float()
+    def experts_of(x: Tensor, tokens: Tensor, batch: Batch) -> Tensor:
+        """x[tokens], each through its expert of the batch."""
+        if batch.padded:
+            slots = padded_slots(batch)
+            padded = tokens.new_zeros(len(batch.experts) * batch.padded)
+            x = x.index_select(0, padded.index_copy_(0, slots, tokens))
+            y = _batched_linear(x, batch.experts, w13, bias13).float()
             h = act(*y.view(parts).unbind(dim)).to(x.dtype)
-            return _batched_linear(h, batch, w2, bias2).index_select(0, slots)
-        experts = [e for e, size in zip(batch, sizes, strict=True) if size]
-        sizes = [size for size in sizes if size]
+            return _batched_linear(h, batch.experts, w2, bias2).index_select(0, slots)
+        experts = [e for e, size in zip(batch.experts, batch.sizes, strict=True) if size]
+        sizes = [size for size in batch.sizes if size]
+        x = x.index_select(0, tokens)
         y = _grouped_linear(x, sizes, w13, experts=experts, bias=bias13).float()
         h = act(*y.view(parts).unbind(dim)).to(x.dtype)
         return _grouped_linear(h, sizes, w2, experts=experts, bias=bias2)
@@ -111,12 +101,12 @@ def dense_torch(
             y = F.grouped_mm(h, w2.mT, offs=ends)
             return out.index_add_(0, chosen, y * weights[: bounds[-1]]).to(x.dtype)
         # A batch of one expert has no token twice: on CUDA, index_add_ leaves their order open.
-        padded = small and 4 * bounds[-1] <= PADDED_ROWS * w13.shape[0]
-        for batch in _batches(bounds, 1 if x.is_cuda else PADDED_ROWS if padded else BATCH_ROWS):
-            sizes = [bounds[e + 1] - bounds[e] for e in batch]
-            rows = slice(bounds[batch.start], bounds[batch.stop])
-            y = experts_of(x.index_select(0, tokens[rows]), batch, sizes)
-            out.index_add_(0, tokens[rows], y * weights[rows])
+        pads = x.is_cpu and x.dtype in ONEDNN_DTYPES
+        for batch in batches_of(bounds, w13.shape[1] * w13.shape[2], alone=x.is_cuda, pads=pads):
+            rows = rows_of(batch, bounds)
+            chosen = tokens[rows]
+            y = experts_of(x, chosen, batch)
+            out.index_add_(0, chosen, y * weights[rows])
         return out.to(x.dtype)
 
     return in_chunks(chunk, x, topk_weights, local_ids(topk_ids, expert_map))
@@ -142,44 +132,10 @@ def _products(
     return [torch.addmv(bias[e], w[e], row) for e, row in rows]
 
 
-def _batches(bounds: list[int], max_rows: int) -> Iterator[range]:
-    """Neighbouring experts with max_rows together, or one alone; bounds[e] rows precede expert e.
-
-    Small experts then share their torch calls, and no buffer holds all the rows at once: memory
-    that is new to the process costs more than it takes to fill it.
-    """
-    first = 0
-    for last in range(1, len(bounds)):
-        if last + 1 == len(bounds) or bounds[last + 1] - bounds[first] > max_rows:
-            if bounds[first] < bounds[last]:
-                yield range(first, last)
-            first = last
-
-
-def _pays_to_pad(sizes: list[int], numel: int) -> bool:
-    """Whether experts of `numel` weights in the larger product are multiplied as one batch.
-
-    It reads the weights of all of them, so there are as many rows at least.
-    """
-    rows, hit = sum(sizes), sum(size > 0 for size in sizes)
-    waste = len(sizes) * max(sizes) - rows
-    return hit > 1 and rows >= len(sizes) and waste * numel <= hit * PADDED_PRODUCTS
-
-
-def _padded_slots(sizes: list[int]) -> Tensor:
-    """The rows [sum(sizes)] of a batch of max(sizes) rows each that hold what is not padding."""
-    longest, taken, shifts = max(sizes), 0, []
-    for i, size in enumerate(sizes):
-        shifts.append(i * longest - taken)
-        taken += size
-    shift = torch.tensor(shifts).repeat_interleave(torch.tensor(sizes), output_size=taken)
-    return shift + torch.arange(taken)
-
-
-def _batched_linear(x: Tensor, batch: range, w: Tensor, bias: Tensor | None) -> Tensor:
-    """x [B * R, N], R rows for each of a batch of experts, w [E, M, N] -> [B * R, M]."""
-    chosen = slice(batch.start, batch.stop)
-    rows, w = x.view(len(batch), -1, x.shape[1]), w[chosen].mT
+def _batched_linear(x: Tensor, experts: range, w: Tensor, bias: Tensor | None) -> Tensor:
+    """x [B * R, N], R rows for each of B experts, w [E, M, N], bias [E, M] -> [B * R, M]."""
+    chosen = slice(experts.start, experts.stop)
+    rows, w = x.view(len(experts), -1, x.shape[1]), w[chosen].mT
     if bias is None:
         return torch.bmm(rows, w).flatten(0, 1)
     return torch.baddbmm(bias[chosen].unsqueeze(1), rows, w).flatten(0, 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from moezoo.layers.moe import (
     ACTIVATIONS,
     Gating,
+    batches,
     chunks,
     experts_dense,
     fused_experts,
@@ -228,7 +229,7 @@ def test_works_in_chunks(device: torch.device, monkeypatch: pytest.MonkeyPatch) 
     expected = naive(args)
     monkeypatch.setattr(chunks, "CHUNK_TOKENS", 20)
     assert_close(run(args), expected)
-    monkeypatch.setattr(experts_dense, "BATCH_ROWS", 1)
+    monkeypatch.setattr(batches, "BATCH_ROWS", 1)
     assert_close(run(args), expected)
 
 
@@ -447,29 +448,34 @@ def test_cuda_gradients_are_those_of_the_cpu() -> None:
 @pytest.mark.parametrize(
     ("num_tokens", "chosen", "products"),
     [
-        (40, "any", 2),  # one batch of all
+        (40, "any", 4),  # one batch after the other
         (40, "half", 2),  # some experts without rows, and absent ones
+        (40, "popular", 2),  # one expert alone, and a batch without it
         (40, "one", 0),  # nothing to put together
         (3, "any", 0),  # so few that the weights of all would be too much to read
         (40, "unlike", 0),  # mostly padding
-        (40, "parts", 4),  # one batch after the other
     ],
 )
 def test_small_experts_in_one_batch_on_the_cpu(
     num_tokens: int, chosen: str, products: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(experts_dense, "ONEDNN_DTYPES", (dtype,))
-    args = make(num_tokens, 2, (8, 24, 16), dtype, torch.device("cpu"))
+    monkeypatch.setattr(batches, "PADDED_ROWS", 40)
+    args = make(num_tokens, 2, (16, 24, 16), dtype, torch.device("cpu"))
     if chosen == "half":
-        args["topk_ids"] = args["topk_ids"] % 4 - 1
+        args["topk_ids"] = args["topk_ids"] % 8 - 1
+        args["topk_ids"][::2] = -1
+    elif chosen == "popular":
+        args["topk_ids"][:, 1] = 3
+        monkeypatch.setattr(batches, "PADDED_ROWS", 80)
+        monkeypatch.setattr(batches, "PADDED_PRODUCTS", 2**14)
     elif chosen == "one":
         args["topk_ids"][:] = 3
     elif chosen == "unlike":
-        args["topk_ids"][2:] = 3
-        monkeypatch.setattr(experts_dense, "PADDED_PRODUCTS", 2**10)
-    elif chosen == "parts":
-        monkeypatch.setattr(experts_dense, "PADDED_ROWS", 41)
-    args |= {"bias13": torch.randn(8, 32).to(dtype), "bias2": torch.randn(8, 24).to(dtype)}
+        args["topk_ids"][:] = torch.tensor([3, 4])
+        args["topk_ids"][:4] = 5
+        monkeypatch.setattr(batches, "PADDED_PRODUCTS", 2**10)
+    args |= {"bias13": torch.randn(16, 32).to(dtype), "bias2": torch.randn(16, 24).to(dtype)}
     calls = []
     batched = experts_dense._batched_linear
     monkeypatch.setattr(
