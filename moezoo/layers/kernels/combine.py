@@ -34,23 +34,30 @@ def _combine_kernel(
     BLOCK_H: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    wait(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     m_cols = cols < hidden_size
+    # Router and `permute` had finished before the first product let the second one start.
+    positions = ()
+    weights = ()
+    for k in tl.static_range(K):
+        positions += (tl.load(positions_ptr + token * K + k).to(tl.int64),)
+        weights += (tl.load(weights_ptr + token * K + k),)
+    wait(OVERLAP)
     out = tl.zeros([BLOCK_H], tl.float32)
     for k in tl.static_range(K):
-        position = tl.load(positions_ptr + token * K + k).to(tl.int64)
         # Nobody wrote a row for an absent expert.
-        m_y = m_cols & (position >= 0)
-        y = tl.load(y_ptr + position * hidden_size + cols, mask=m_y, other=0.0).to(tl.float32)
-        weight = tl.load(weights_ptr + token * K + k)
-        out += tl.where(position >= 0, weight * y, 0.0)
+        present = positions[k] >= 0
+        p_y = y_ptr + positions[k] * hidden_size + cols
+        y = tl.load(p_y, mask=m_cols & present, other=0.0).to(tl.float32)
+        out += tl.where(present, weights[k] * y, 0.0)
     tl.store(out_ptr + token * hidden_size + cols, out.to(out_ptr.dtype.element_ty), mask=m_cols)
 
 
 def combine(y: Tensor, topk_weights: Tensor, positions: Tensor) -> Tensor:
     """y [S, H] contiguous, topk_weights [T, K] fp32, positions [T, K] int32 -> [T, H] in y's dtype.
+
+    The kernel launched just before may write y, but neither weights nor positions.
 
     Raises ValueError for shapes or dtypes that do not fit.
     """

@@ -1,0 +1,135 @@
+"""The tables of what benchmarks/layer.py measured.
+
+    python benchmarks/layer_tables.py README.md
+
+In each page what lies between `<!-- benchmarks/layer_tables.py NAME -->` and `<!-- end -->` becomes
+the table of that name anew, from the results of an H100.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from expert_parallel_tables import table
+
+MARKED = re.compile(r"(<!-- benchmarks/layer_tables.py (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+RESULTS = Path(__file__).parent / "results"
+DEVICE = "nvidia_h100_80gb_hbm3"
+
+SHORT = {"int4_w4a16": "int4", "int8_w8a16": "int8", "mxfp4": "mxfp4", "fp8_w8a8": "block fp8"}
+
+Cell = dict[str, Any]
+
+
+def result(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}_{DEVICE}.json").read_text())
+    return found
+
+
+def cells(document: dict[str, Any], layer: str = "qwen3-30b-a3b") -> list[Cell]:
+    return [cell for cell in document["cells"] if cell["layer"] == layer]
+
+
+def microseconds(us: float | None) -> str:
+    return "" if us is None else f"{us:,.{0 if us >= 100 else 1}f}"
+
+
+def time_of(cell: Cell, name: str) -> float | None:
+    """Measured in this run, or kept from earlier."""
+    timing = cell["timings"].get(name)
+    us: float | None = timing["median_us"] if timing else cell["references_us"].get(name)
+    return us
+
+
+def times(found: list[Cell], rows: dict[str, str]) -> list[list[str]]:
+    """A row for each implementation by its title, the fastest of each number of tokens in bold."""
+    lines = []
+    best = [min(us for n in rows if (us := time_of(cell, n)) is not None) for cell in found]
+    for name, title in rows.items():
+        line = [title]
+        for cell, least in zip(found, best, strict=True):
+            us = time_of(cell, name)
+            line.append(f"**{microseconds(us)}**" if us == least else microseconds(us))
+        lines.append(line)
+    return lines
+
+
+def head(found: Iterable[Cell]) -> list[str]:
+    return ["tokens", *(f"{cell['num_tokens']:,}" for cell in found)]
+
+
+def bf16() -> list[str]:
+    document = result("layer")
+    found = cells(document)
+    ceilings = document["ceilings"]
+    rows = times(
+        found,
+        {
+            "moezoo": "moezoo",
+            "triton_kernels": "triton_kernels",
+            "torch_grouped_mm": "torch `grouped_mm`",
+            "hf_grouped_mm": "transformers `grouped_mm`",
+            "vllm_tuned": "vLLM 0.33, tuned tiles (measured earlier)",
+        },
+    )
+    bandwidth, peak = ceilings["read_bytes_per_second"], ceilings["flop_per_second"]
+    floor = f"floor: bytes over {bandwidth / 1e12:.2f} TB/s, FLOP over {peak / 1e12:.0f} TFLOP/s"
+    rows.append([floor, *(microseconds(cell["floor_us"]) for cell in found)])
+    return table(head(found), rows)
+
+
+def block_fp8() -> list[str]:
+    found = cells(result("layer_fp8_w8a8"))
+    rows = times(
+        found,
+        {
+            "moezoo": "moezoo, block fp8",
+            "moezoo_bf16": "moezoo, bf16, same run",
+            "vllm_fp8_tuned": "vLLM 0.33, tuned tiles (measured earlier)",
+            "deepgemm_fp8": "DeepGEMM (measured earlier)",
+        },
+    )
+    return table(head(found), rows)
+
+
+def quantized() -> list[str]:
+    """Times bf16's speed, and up to 256 tokens the share of the floor."""
+    rows, first = [], cells(result("layer_int4_w4a16_partial"))
+    for layer, title, formats in (
+        ("qwen3-30b-a3b", "Qwen3-30B-A3B", ("int4_w4a16", "mxfp4", "int8_w8a16")),
+        ("mixtral-8x7b", "Mixtral-8x7B", ("int4_w4a16", "mxfp4", "int8_w8a16", "fp8_w8a8")),
+        ("gpt-oss-20b", "gpt-oss-20b", ("mxfp4",)),
+    ):
+        for quantization in formats:
+            by_tokens = {
+                cell["num_tokens"]: cell
+                for cell in cells(result(f"layer_{quantization}_partial"), layer)
+            }
+            line = [f"{title}, {SHORT[quantization]}"]
+            for tokens in (cell["num_tokens"] for cell in first):
+                cell = by_tokens[tokens]
+                ratio = f"{cell['best_peer']['times_moezoo']:.2f}"
+                line.append(f"{ratio} ({cell['floor_share']:.0%})" if tokens <= 256 else ratio)
+            rows.append(line)
+    return table(head(first), rows)
+
+
+TABLES = {"bf16": bf16, "block_fp8": block_fp8, "quantized": quantized}
+
+
+def anew(match: re.Match[str]) -> str:
+    return match[1] + "\n".join(TABLES[match[2]]()) + "\n" + match[3]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("pages", nargs="+", type=Path, metavar="PAGE")
+    for page in parser.parse_args().pages:
+        page.write_text(MARKED.sub(anew, page.read_text()))
+
+
+if __name__ == "__main__":
+    main()
