@@ -107,24 +107,29 @@ def plan(
     buffers = max(1, min(4, room // (block_keys * row_bytes)))
     programs = batch * num_key_heads * cdiv(groups, block_heads)
     num_splits = per_sm * multiprocessors(q.device) // programs  # that run at once
-    if per_sm == 2 and programs > 16:
+    if per_sm == 2 and (programs > 16 or (value_width == 0 and programs > 4)):
         # Half of them: one a multiprocessor. Measured on an H100 with a page table of 16384
         # keys, us with all of them and with half, at lengths of 512, 2048 and 8192:
         #     32 programs (Qwen3-MoE, B 8)   9.1 and 7.7, 19.8 and 18.0, 55.8 and 53.9
         #     128 programs (its B 32)        19.7 and 16.3, 55.7 and 51.9, 188.4 and 185.6
         #     128 programs (OLMoE, B 8)      17.3 and 15.3, 52.4 and 49.9
         # With fewer programs half was better once in three lengths: 16 (OLMoE, B 1) took 30.2 and
-        # 29.6 at 8192, 4 (Qwen3-MoE, B 1) 7.3 and 6.4 at 2048.
+        # 29.6 at 8192, 4 (Qwen3-MoE, B 1) 7.3 and 6.4 at 2048. Sums of latents are wide: 8 programs
+        # (DeepSeek-V2-Lite, B 8) took 40.2 and 38.6 at 8192.
         num_splits = cdiv(num_splits, 2)
     # A share of a single block where that makes few programs: 4 (Qwen3-MoE, B 1) of a step at 512
     # tokens took 2,909 us, and 2,940 with two blocks; 16 (OLMoE, B 1) 1,144 and 1,137.
     num_splits = min(num_splits, max_keys // (block_keys if programs <= 8 else 2 * block_keys))
+    num_splits = max(1, min(num_splits, MAX_SPLITS))
+    # What a share never fills only keeps the next kernel's programs out: a share of one block took
+    # 4.9 us with four stages, 4.6 with two (Qwen3-MoE, B 1).
+    blocks = cdiv(max_keys, block_keys * num_splits)
     return Plan(
         block_heads=block_heads,
         block_keys=block_keys,
-        num_splits=max(1, min(num_splits, MAX_SPLITS)),
+        num_splits=num_splits,
         num_warps=8 if many or itemsize == 4 else 4,
-        num_stages=max(2, buffers if many else buffers + 1),
+        num_stages=max(2, min(buffers if many else buffers + 1, blocks + 1)),
     )
 
 
