@@ -111,7 +111,8 @@ def quantized() -> list[str]:
             line = [f"{title}, {SHORT[quantization]}"]
             for tokens in (cell["num_tokens"] for cell in first):
                 cell = by_tokens[tokens]
-                ratio = f"{cell['best_peer']['times_moezoo']:.2f}"
+                us = {n: timing["median_us"] for n, timing in cell["timings"].items()}
+                ratio = f"{us['moezoo_bf16'] / us['moezoo']:.2f}"
                 line.append(f"{ratio} ({cell['floor_share']:.0%})" if tokens <= 256 else ratio)
             rows.append(line)
     return table(head(first), rows)

@@ -4,12 +4,13 @@ import torch
 from torch import nn
 
 from moezoo.device import runs_kernels
+from moezoo.layers.kernels.shared_expert import SharedExpert
 from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.moe import ACTIVATIONS
 from moezoo.layers.norm import NormOfSum, is_hooked, normed
 from moezoo.layers.quant import QuantizedWeights
 
-BESIDE_COLUMNS = 8192
+SHARED_COLUMNS = 8192
 """The widest mlp that a kernel computes beside routed experts: a program holds a row of `down`."""
 
 
@@ -66,16 +67,19 @@ class GatedMLP(nn.Module):
             addend = addend.reshape(-1, addend.shape[-1])
         return gated_linear(gate_up, weight, bias, activation=self.activation, addend=addend)
 
-    def beside_experts(self, x: torch.Tensor) -> dict[str, torch.Tensor] | None:
+    def as_shared_expert(self, x: torch.Tensor) -> SharedExpert | None:
         """What the kernel for routed experts takes to add this of x [T, H]; None if it cannot."""
-        w13, w2 = self.gate_up.weight, self.down.weight
+        gate_up, down = self.gate_up, self.down
+        kinds = (type(self), type(gate_up), type(down))
+        if kinds not in ((GatedMLP, FusedLinear, Linear), (SigmoidGatedMLP, FusedLinear, Linear)):
+            return None
+        w13, w2 = gate_up.weight, down.weight
         if isinstance(w13, QuantizedWeights) or isinstance(w2, QuantizedWeights):
             return None
-        if not 0 < w2.shape[1] <= BESIDE_COLUMNS or any(
-            part.bias is not None or is_hooked(part) for part in (self.gate_up, self.down)
-        ):
-            return None
-        return {"shared13": w13, "shared2": w2}
+        plain = all(part.bias is None and not is_hooked(part) for part in (gate_up, down))
+        dense = w13.stride(1) == w2.stride(1) == 1
+        fits = 0 < w2.shape[1] <= SHARED_COLUMNS
+        return SharedExpert(w13, w2) if plain and dense and fits else None
 
 
 class SigmoidGatedMLP(GatedMLP):
@@ -92,6 +96,6 @@ class SigmoidGatedMLP(GatedMLP):
         y = torch.sigmoid(self.gate(x)) * super().forward(x)
         return y if addend is None else y + addend
 
-    def beside_experts(self, x: torch.Tensor) -> dict[str, torch.Tensor] | None:
-        found = super().beside_experts(x)
-        return None if found is None else found | {"shared_logits": self.gate(x).flatten()}
+    def as_shared_expert(self, x: torch.Tensor) -> SharedExpert | None:
+        shared = super().as_shared_expert(x)
+        return None if shared is None else shared._replace(logits=self.gate(x).flatten())

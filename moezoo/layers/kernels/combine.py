@@ -30,6 +30,8 @@ def _combine_kernel(
     positions_ptr,
     out_ptr,
     hidden_size,
+    stride_wt,
+    stride_wk,
     K: tl.constexpr,
     BLOCK_H: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -42,7 +44,7 @@ def _combine_kernel(
     weights = ()
     for k in tl.static_range(K):
         positions += (tl.load(positions_ptr + token * K + k).to(tl.int64),)
-        weights += (tl.load(weights_ptr + token * K + k),)
+        weights += (tl.load(weights_ptr + token * stride_wt + k * stride_wk),)
     wait(OVERLAP)
     out = tl.zeros([BLOCK_H], tl.float32)
     for k in tl.static_range(K):
@@ -55,7 +57,8 @@ def _combine_kernel(
 
 
 def combine(y: Tensor, topk_weights: Tensor, positions: Tensor) -> Tensor:
-    """y [S, H] contiguous, topk_weights [T, K] fp32, positions [T, K] int32 -> [T, H] in y's dtype.
+    """y [S, H], topk_weights [T, K] fp32 of any strides, positions [T, K] int32 -> [T, H] in y's
+    dtype; y and positions are contiguous.
 
     The kernel launched just before may write y, but neither weights nor positions.
 
@@ -63,6 +66,8 @@ def combine(y: Tensor, topk_weights: Tensor, positions: Tensor) -> Tensor:
     """
     if y.ndim != 2 or not y.is_contiguous():
         raise ValueError(f"y must be [S, H] and contiguous, got {list(y.shape)}, {y.stride()}")
+    if not positions.is_contiguous():
+        raise ValueError(f"positions must be contiguous, got strides {positions.stride()}")
     num_tokens, k = positions.shape
     if topk_weights.shape != positions.shape or y.shape[0] != positions.numel():
         raise ValueError(
@@ -78,10 +83,11 @@ def combine(y: Tensor, topk_weights: Tensor, positions: Tensor) -> Tensor:
     block = min(1024, next_power_of_2(hidden_size))
     _combine_kernel[(num_tokens, cdiv(hidden_size, block))](
         y,
-        topk_weights.contiguous(),
-        positions.contiguous(),
+        topk_weights,
+        positions,
         out,
         hidden_size,
+        *topk_weights.stride(),
         K=k,
         BLOCK_H=block,
         **launch_options(y.device),

@@ -4,9 +4,8 @@
     out[t]  = sum over k with topk_ids[t, k] in 0..E-1 of
               topk_weights[t, k] * (w2[e] @ h[t, k] + bias)
 
-An expert that all tokens share may go beside them, of a width I' of its own: out[t] is then the sum
-with that expert's output, times the sigmoid of its logit for the token if it has one. Its first
-product does not depend on what was chosen, and is made while the router's last kernel runs.
+out[t] may be the sum with the output of a shared expert. The weights of its first product do not
+depend on what was chosen, and are asked for while the kernel before still runs.
 
 Nothing is permuted, and with one row an expert the matrix units have nothing to share: products are
 made and summed in ordinary registers, and the second kernel sums over K as well. Tokens that share
@@ -15,8 +14,7 @@ for a whole row of weights at once; those of the second kernel do so while the f
 Products accumulate in fp32; h, and each expert's row of the sum, are rounded once, as is the sum.
 What a token gets does not depend on the others.
 
-Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per token; I' intermediate
-of the shared expert.
+Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per token.
 """
 
 from collections.abc import Sequence
@@ -29,6 +27,7 @@ from torch import Tensor
 from moezoo.layers.kernels.activations import ACTIVATIONS, Gating, in_parts
 from moezoo.layers.kernels.gated_up import activate, activate_gated
 from moezoo.layers.kernels.overlap import launch_options, start_next, wait, wait_for_previous
+from moezoo.layers.kernels.shared_expert import SharedExpert
 from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 
 
@@ -42,18 +41,16 @@ def few_tokens_ref(
     activation: str | Gating = "silu",
     bias13: Tensor | None = None,
     bias2: Tensor | None = None,
-    shared13: Tensor | None = None,
-    shared2: Tensor | None = None,
-    shared_logits: Tensor | None = None,
+    shared: SharedExpert | None = None,
 ) -> Tensor:
     gating = Gating.of(activation)
     w13, bias13 = in_parts(w13, bias13)
     out = x.new_zeros(x.shape, dtype=torch.float32)
-    if shared13 is not None:
-        h = gating(*(x.float() @ shared13.float().T).chunk(2, -1)).to(x.dtype).float()
-        out += (h @ shared2.float().T).to(x.dtype)
-        if shared_logits is not None:
-            out *= shared_logits.float().sigmoid().unsqueeze(1)
+    if shared is not None:
+        h = gating(*(x.float() @ shared.w13.float().T).chunk(2, -1)).to(x.dtype).float()
+        out += (h @ shared.w2.float().T).to(x.dtype)
+        if shared.logits is not None:
+            out *= shared.logits.float().sigmoid().unsqueeze(1)
     for t, k in torch.cartesian_prod(*map(torch.arange, topk_ids.shape)).tolist():
         e = int(topk_ids[t, k])
         if not 0 <= e < len(w2):
@@ -99,29 +96,61 @@ def _gate_and_up(
     PARTS: tl.constexpr,
     PIECES: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """A row of gates times x, and if there are 2 PARTS that of ups, `up_offset` further on."""
+    """A row of gates times x, and if there are 2 PARTS that of ups, `up_offset` further on. With
+    OVERLAP, waits once it has asked for the first PIECES of the weights."""
     inner = tl.arange(0, BLOCK_K)
     here = inner >= 0
     p_gate += inner * stride_wh
     p_x += inner * stride_xh
+    b_gate = _load_row(p_gate, here, inner, hidden_size, stride_wh, PIECES, BLOCK_K)
+    b_up = b_gate
+    if PARTS == 2:
+        p_up = p_gate + up_offset
+        b_up = _load_row(p_up, here, inner, hidden_size, stride_wh, PIECES, BLOCK_K)
+    wait(OVERLAP)
     gates = tl.zeros([BLOCK_K], tl.float32)
     ups = tl.zeros([BLOCK_K], tl.float32)
-    for start in range(0, hidden_size, PIECES * BLOCK_K):
+    gates, ups = _add_gate_and_up(
+        gates, ups, b_gate, b_up, p_x, inner, hidden_size, stride_xh, PARTS, PIECES, BLOCK_K
+    )
+    for start in range(PIECES * BLOCK_K, hidden_size, PIECES * BLOCK_K):
         left = hidden_size - start
+        p_gate += PIECES * BLOCK_K * stride_wh
+        p_x += PIECES * BLOCK_K * stride_xh
         b_gate = _load_row(p_gate, here, inner, left, stride_wh, PIECES, BLOCK_K)
+        b_up = b_gate
         if PARTS == 2:
             p_up = p_gate + up_offset
             b_up = _load_row(p_up, here, inner, left, stride_wh, PIECES, BLOCK_K)
-        for i in tl.static_range(PIECES):
-            m_x = i * BLOCK_K + inner < left
-            b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
-            gates += b_gate[i].to(tl.float32) * b_x
-            if PARTS == 2:
-                ups += b_up[i].to(tl.float32) * b_x
-            p_x += BLOCK_K * stride_xh
-        p_gate += PIECES * BLOCK_K * stride_wh
+        gates, ups = _add_gate_and_up(
+            gates, ups, b_gate, b_up, p_x, inner, left, stride_xh, PARTS, PIECES, BLOCK_K
+        )
     return tl.sum(gates, 0), tl.sum(ups, 0)
+
+
+@triton.jit
+def _add_gate_and_up(
+    gates,
+    ups,
+    b_gate,
+    b_up,
+    p_x,
+    inner,
+    left,
+    stride_xh,
+    PARTS: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    for i in tl.static_range(PIECES):
+        m_x = i * BLOCK_K + inner < left
+        b_x = tl.load(p_x + i * BLOCK_K * stride_xh, mask=m_x, other=0.0).to(tl.float32)
+        gates += b_gate[i].to(tl.float32) * b_x
+        if PARTS == 2:
+            ups += b_up[i].to(tl.float32) * b_x
+    return gates, ups
 
 
 @triton.jit(do_not_specialize=["k", "num_shared", "shared_rows", "shared_size"])
@@ -169,15 +198,13 @@ def _few_tokens_gated_up_kernel(
             index = tl.program_id(1) * tl.num_programs(0) + slot
             if index < num_shared:
                 row = (index % shared_size).to(tl.int64)
-                # What computed x had finished before the router's last kernel let this one start.
                 gate, up = _gate_and_up(
                     shared_ptr + row * stride_sn,
                     shared_size.to(tl.int64) * stride_sn,
                     x_ptr + index // shared_size * stride_xt,
                     *(hidden_size, 1, stride_xh),
-                    *(2, PIECES, BLOCK_K),
+                    *(2, PIECES, BLOCK_K, OVERLAP),
                 )
-                wait(OVERLAP)
                 h = activate_gated(gate, up, ACTIVATION, LIMIT, UP_OFFSET)
                 tl.store(shared_h_ptr + index, h.to(shared_h_ptr.dtype.element_ty))
             return
@@ -190,7 +217,7 @@ def _few_tokens_gated_up_kernel(
             stride_wg,
             x_ptr + slot // k * stride_xt,
             *(hidden_size, stride_wh, stride_xh),
-            *(PARTS, PIECES, BLOCK_K),
+            *(PARTS, PIECES, BLOCK_K, False),
         )
         if HAS_BIAS:
             p_bias = bias_ptr + expert * stride_be + col * stride_bn
@@ -315,28 +342,22 @@ def check_shapes(
         )
 
 
-def _check_shared(
-    x: Tensor, shared13: Tensor | None, shared2: Tensor | None, shared_logits: Tensor | None
-) -> None:
-    if shared13 is None or shared2 is None:
-        if shared13 is not shared2 or shared_logits is not None:
-            raise ValueError("shared13 and shared2 go together, and shared_logits with them")
-        return
+def _check_shared(x: Tensor, shared: SharedExpert) -> None:
     num_tokens, hidden_size = x.shape
-    expected = (hidden_size, len(shared13) // 2)
-    if (
-        shared13.ndim != 2
-        or shared13.shape != (2 * expected[1], hidden_size)
-        or shared2.shape != expected
-        or shared13.stride(1) != 1
-        or shared2.stride(1) != 1
+    size = len(shared.w13) // 2
+    shapes = tuple(shared.w13.shape), tuple(shared.w2.shape)
+    if shapes != ((2 * size, hidden_size), (hidden_size, size)) or any(
+        w.stride(1) != 1 and w.shape[1] > 1 for w in shared[:2]
     ):
         raise ValueError(
-            f"shared13 must be [2I', {hidden_size}] and shared2 [{hidden_size}, I'] of dense rows, "
-            f"got {list(shared13.shape)} and {list(shared2.shape)}"
+            f"the shared expert's w13 must be [2I', {hidden_size}] and w2 [{hidden_size}, I'] of "
+            f"dense rows, got {list(shapes[0])}, {shared.w13.stride()} and {list(shapes[1])}, "
+            f"{shared.w2.stride()}"
         )
-    if shared_logits is not None and shared_logits.shape != (num_tokens,):
-        raise ValueError(f"shared_logits must be [{num_tokens}], got {list(shared_logits.shape)}")
+    if shared.logits is not None and shared.logits.shape != (num_tokens,):
+        raise ValueError(
+            f"the shared expert's logits must be [{num_tokens}], got {list(shared.logits.shape)}"
+        )
 
 
 def few_tokens(
@@ -349,16 +370,13 @@ def few_tokens(
     activation: str | Gating = "silu",
     bias13: Tensor | None = None,
     bias2: Tensor | None = None,
-    shared13: Tensor | None = None,
-    shared2: Tensor | None = None,
-    shared_logits: Tensor | None = None,
+    shared: SharedExpert | None = None,
 ) -> Tensor:
     """x [T, H], topk_weights [T, K] fp32, topk_ids [T, K] int32 or int64 -> [T, H] in x's dtype.
 
     Weights and biases as `gated_up` and `down` take them. An id outside 0..E-1 contributes nothing.
-    The expert that all tokens share has shared13 [2I', H], gate rows, then up rows, and shared2
-    [H, I'], of x's dtype, the activation of the others, and shared_logits [T] of any float dtype.
-    Neither its weights nor x may be written by the kernel launched just before.
+    A shared expert has x's dtype and the activation of the others; its weights must not be written
+    by the kernel launched just before.
 
     Raises ValueError for shapes that do not fit.
     """
@@ -366,12 +384,14 @@ def few_tokens(
     w13, bias13 = in_parts(w13, bias13)
     num_experts, num_parts, intermediate_size, hidden_size = w13.shape
     check_shapes(x, w13.shape, w2.shape, topk_weights, topk_ids)
-    _check_shared(x, shared13, shared2, shared_logits)
+    if shared is not None:
+        _check_shared(x, shared)
     num_tokens, k = topk_ids.shape
     topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if topk_ids.numel() == 0:
         return out.zero_()
+    shared13, shared2, logits = shared or (None, None, None)
     shared_size = 0 if shared2 is None else shared2.shape[1]
     num_slots, num_shared = num_tokens * k, num_tokens * shared_size
     shared_rows = cdiv(num_shared, num_slots)
@@ -409,8 +429,6 @@ def few_tokens(
         PIECES=pieces,
         BLOCK_K=block_k,
         num_warps=2 * pieces,
-        # So that as many programs as without a shared expert fit on a multiprocessor.
-        **({"maxnreg": 128} if shared_size and options["OVERLAP"] else {}),
         **options,
     )
     block_slots = next_power_of_2(k)
@@ -427,7 +445,7 @@ def few_tokens(
         out,
         shared_h,
         shared2,
-        shared_logits,
+        logits,
         num_experts,
         intermediate_size,
         hidden_size,

@@ -68,7 +68,7 @@ def _padded_batches(bounds: list[int], numel: int) -> Iterator[Batch]:
     for first in range(0, num_experts, length):
         experts = range(first, min(first + length, num_experts))
         sizes = [bounds[e + 1] - bounds[e] for e in experts]
-        free = PADDED_PRODUCTS // (numel * len(experts))
+        free = PADDED_PRODUCTS // (max(1, numel) * len(experts))
         limit = _padded_size(max(2 * sum(sizes) // len(experts), free, 1))
         for e, size in zip(experts, sizes, strict=True):
             if size > limit:

@@ -101,7 +101,8 @@ def dense_torch(
             y = F.grouped_mm(h, w2.mT, offs=ends)
             return out.index_add_(0, chosen, y * weights[: bounds[-1]]).to(x.dtype)
         # A batch of one expert has no token twice: on CUDA, index_add_ leaves their order open.
-        pads = x.is_cpu and x.dtype in ONEDNN_DTYPES
+        # Backward would see tokens where there is padding.
+        pads = x.is_cpu and x.dtype in ONEDNN_DTYPES and not torch.is_grad_enabled()
         for batch in batches_of(bounds, w13.shape[1] * w13.shape[2], alone=x.is_cuda, pads=pads):
             rows = rows_of(batch, bounds)
             chosen = tokens[rows]

@@ -116,7 +116,7 @@ class FusedMoE(nn.Module):
     `route` maps fp32 logits [T, E] to (topk_weights [T, K] fp32, topk_ids [T, K] int32): a partial
     of a function in `moezoo.layers.moe.routing`, or a module where the router has parameters.
     `shared` is a module [T, H] -> [T, H] whose output is added; one with a true attribute `adds`
-    takes what it is added to as its second argument, and has `activation` and `beside_experts` as
+    takes what it is added to as its second argument, and has `activation` and `as_shared_expert` as
     `GatedMLP` has them.
 
     Where experts are divided over ranks, w13 and w2 hold those of this rank, in its slots, and
@@ -251,13 +251,13 @@ class FusedMoE(nn.Module):
             return self.experts(x, topk_weights, topk_ids)
         adds = getattr(shared, "adds", False) and not is_hooked(shared)
         if adds and x.is_cuda:
-            y = self._in_one_product(x, topk_weights, topk_ids, shared)
+            y = self._with_shared(x, topk_weights, topk_ids, shared)
             if y is not None:
                 return y
         y = self.experts(x, topk_weights, topk_ids)
         return shared(x, y) if adds else y + shared(x)
 
-    def _in_one_product(
+    def _with_shared(
         self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shared: Any
     ) -> Tensor | None:
         """Routed and shared experts by the same kernels, for so few tokens that each is to begin a
@@ -272,8 +272,8 @@ class FusedMoE(nn.Module):
             or not runs_kernels(x, topk_weights, w13, w2, bias13, bias2, *shared.parameters())
         ):
             return None
-        beside = shared.beside_experts(x)
-        if beside is None:
+        expert = shared.as_shared_expert(x)
+        if expert is None:
             return None
         from moezoo.layers.kernels.few_tokens import few_tokens
 
@@ -285,7 +285,7 @@ class FusedMoE(nn.Module):
                 activation=self.activation,
                 bias13=bias13,
                 bias2=bias2,
-                **beside,
+                shared=expert,
             )
 
     def router_logits(self, x: Tensor | NormOfSum) -> Tensor:

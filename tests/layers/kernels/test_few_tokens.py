@@ -1,4 +1,5 @@
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.kernels.few_tokens import few_tokens, few_tokens_ref
+from moezoo.layers.kernels.shared_expert import SharedExpert
 
 
 def inputs(
@@ -72,8 +74,8 @@ def test_a_token_gets_what_it_gets_alone(
 
 def shared_expert(
     hidden: int, width: int, num_tokens: int, *, device: torch.device, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Rows that lie apart, of what is NaN between them."""
+) -> SharedExpert:
+    """Of rows that lie apart, with NaN between them."""
     generator = torch.Generator().manual_seed(3)
 
     def normal(*size: int) -> Tensor:
@@ -81,11 +83,8 @@ def shared_expert(
         wide[:, : size[1]] = torch.randn(*size, generator=generator) * size[1] ** -0.5
         return wide.to(device, dtype)[:, : size[1]]
 
-    return {
-        "shared13": normal(2 * width, hidden),
-        "shared2": normal(hidden, width),
-        "shared_logits": torch.randn(num_tokens, generator=generator).to(device, dtype),
-    }
+    logits = torch.randn(num_tokens, generator=generator).to(device, dtype)
+    return SharedExpert(normal(2 * width, hidden), normal(hidden, width), logits)
 
 
 @pytest.mark.parametrize("with_logits", [False, True])
@@ -108,10 +107,10 @@ def test_with_a_shared_expert(
         pytest.skip("half a minute in the interpreter")
     arguments = inputs(shape, dtype, device, num_tokens)
     arguments["topk_ids"][0, 0] = -1
-    arguments |= shared_expert(shape[2], width, num_tokens, device=device, dtype=dtype)
+    shared = shared_expert(shape[2], width, num_tokens, device=device, dtype=dtype)
     if not with_logits:
-        del arguments["shared_logits"]
-    assert_close(few_tokens(**arguments), few_tokens_ref(**arguments))
+        shared = shared._replace(logits=None)
+    assert_close(few_tokens(**arguments, shared=shared), few_tokens_ref(**arguments, shared=shared))
 
 
 def test_no_tokens(device: torch.device) -> None:
@@ -159,27 +158,21 @@ def test_without_a_gate(device: torch.device) -> None:
         ({"w2": torch.zeros(4, 40, 23)}, "w2 [4, 40, 24] as w13 is"),
         ({"x": torch.zeros(2, 40)}, "topk_ids must be [2, K]"),
         ({"topk_ids": torch.zeros(1, 3).int()}, "topk_weights and topk_ids must be [1, K]"),
-        ({"shared2": torch.zeros(40, 7)}, "shared13 and shared2 go together"),
-        ({"shared_logits": torch.zeros(1)}, "shared13 and shared2 go together"),
         (
-            {"shared13": torch.zeros(14, 41), "shared2": torch.zeros(40, 7)},
-            "shared13 must be [2I', 40] and shared2 [40, I'] of dense rows, got [14, 41]",
+            {"shared": SharedExpert(torch.zeros(14, 41), torch.zeros(40, 7))},
+            "w13 must be [2I', 40] and w2 [40, I'] of dense rows, got [14, 41]",
         ),
         (
-            {"shared13": torch.zeros(14, 40), "shared2": torch.zeros(7, 40).mT},
-            "of dense rows, got",
+            {"shared": SharedExpert(torch.zeros(14, 40), torch.zeros(7, 40).mT)},
+            "of dense rows, got [14, 40], (40, 1) and [40, 7], (1, 40)",
         ),
         (
-            {
-                "shared13": torch.zeros(14, 40),
-                "shared2": torch.zeros(40, 7),
-                "shared_logits": torch.zeros(2),
-            },
-            "shared_logits must be [1]",
+            {"shared": SharedExpert(torch.zeros(14, 40), torch.zeros(40, 7), torch.zeros(2))},
+            "logits must be [1], got [2]",
         ),
     ],
 )
-def test_refuses(change: dict[str, Tensor], message: str) -> None:
+def test_refuses(change: dict[str, Any], message: str) -> None:
     arguments = inputs((4, 2, 40, 24), torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match=re.escape(message)):
         few_tokens(**(arguments | change))

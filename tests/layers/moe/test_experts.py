@@ -456,6 +456,7 @@ def test_cuda_gradients_are_those_of_the_cpu() -> None:
         (40, "unlike", 0),  # mostly padding
     ],
 )
+@torch.no_grad()
 def test_small_experts_in_one_batch_on_the_cpu(
     num_tokens: int, chosen: str, products: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
