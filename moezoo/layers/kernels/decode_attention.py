@@ -116,7 +116,7 @@ def plan(
         # With fewer programs half was better once in three lengths: 16 (OLMoE, B 1) took 30.2 and
         # 29.6 at 8192, 4 (Qwen3-MoE, B 1) 7.3 and 6.4 at 2048. Sums of latents are wide: 8 programs
         # (DeepSeek-V2-Lite, B 8) took 40.2 and 38.6 at 8192.
-        num_splits = cdiv(num_splits, 2)
+        num_splits //= 2  # not one more, which would give some multiprocessors two
     # A share of a single block where that makes few programs: 4 (Qwen3-MoE, B 1) of a step at 512
     # tokens took 2,909 us, and 2,940 with two blocks; 16 (OLMoE, B 1) 1,144 and 1,137.
     num_splits = min(num_splits, max_keys // (block_keys if programs <= 8 else 2 * block_keys))
