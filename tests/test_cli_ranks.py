@@ -282,10 +282,18 @@ def _environment(process: int) -> list[str]:
 
 @pytest.mark.parametrize(
     ("first", "second", "said"),
-    [(1, -signal.SIGKILL, "rank 1"), (-signal.SIGKILL, -signal.SIGTERM, "rank 0"), (2, 1, None)],
+    [
+        (1, -signal.SIGKILL, "rank 1 was ended by SIGKILL"),
+        (-signal.SIGKILL, -signal.SIGTERM, "rank 0 was ended by SIGKILL"),
+        (-signal.SIGABRT, -signal.SIGSEGV, "rank 1 was ended by SIGSEGV"),
+        (-signal.SIGTERM, -signal.SIGABRT, "rank 1 was ended by SIGABRT"),
+        (2, 1, 2),
+        (-signal.SIGABRT, 1, 1),
+        (-signal.SIGTERM, 1, 1),
+    ],
 )
 def test_who_was_killed_is_said_whoever_else_ended_in_that_second(
-    first: int, second: int, said: str | None, monkeypatch: pytest.MonkeyPatch
+    first: int, second: int, said: str | int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failures = {
         rank: ProcessFailure(rank, 0, code, "") for rank, code in enumerate((first, second))
@@ -298,10 +306,10 @@ def test_who_was_killed_is_said_whoever_else_ended_in_that_second(
 
     monkeypatch.setattr(launch, "elastic_launch", lambda *_: ended)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which launch sets where it is not
-    if said is None:
-        assert launch.launch(2, "moezoo", []) == first
+    if isinstance(said, int):
+        assert launch.launch(2, "moezoo", []) == said
         return
-    with pytest.raises(RankError, match=f"{said} was ended by SIGKILL"):
+    with pytest.raises(RankError, match=said):
         launch.launch(2, "moezoo", [])
 
 

@@ -49,7 +49,9 @@ def launch(num_processes: int, module: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _order(failure: ProcessFailure) -> tuple[int, bool]:
+def _order(failure: ProcessFailure) -> tuple[int, int]:
     """First what failed first. Of one second, a rank that a signal ended comes before those that
-    failed for want of it, but SIGTERM is how all that remain are ended."""
-    return failure.timestamp, failure.exitcode >= 0 or failure.exitcode == -signal.SIGTERM
+    failed for want of it; but with SIGABRT NCCL and gloo end a rank that misses another, and with
+    SIGTERM all that remain are ended."""
+    late = {-signal.SIGABRT: 2, -signal.SIGTERM: 3}
+    return failure.timestamp, late.get(failure.exitcode, int(failure.exitcode >= 0))
