@@ -234,11 +234,13 @@ def moved_at_end(folder: Path) -> Iterator[Path]:
             _move(draft, folder)
         else:
             draft.rename(folder)
-    except BaseException as error:
-        # From here on the old files go, so the new ones are all that there is.
-        error.add_note(
-            f"{folder} holds only a part of what was saved; the rest is in {draft}: move its files "
-            f"into {folder}, {INDEX} last"
+    except BaseException:
+        # From here on the old files go, so the new ones are all that there is. A note to the error
+        # would be lost: nobody shows those of signals.
+        _log.warning(
+            "%s holds only a part of what was saved; the rest is in %s: move its files into %s, %s "
+            "last",
+            *(folder, draft, folder, INDEX),
         )
         raise
     if existed:
