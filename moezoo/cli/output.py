@@ -41,12 +41,10 @@ def ended_by_signals() -> Iterator[None]:
     Not where something else is done about them, as nohup does, and not in ranks, which torchrun
     ends: they may wait for one another in calls that no signal interrupts.
     """
-    names = (
-        ()
-        if "RANK" in os.environ or current_thread() is not main_thread()
-        else ("SIGTERM", "SIGHUP")
-    )
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if "RANK" in os.environ or current_thread() is not main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     taken = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
     for number in taken:
         signal.signal(number, _end)
