@@ -61,10 +61,16 @@ def kept(found: Mapping[str, Kind | str]) -> dict[str, Kind]:
 
 def by_outcome(
     copies: Sequence[Copy], encoding: Encoding, found: Mapping[str, Kind | str]
-) -> dict[Kind | str, list[str]]:
-    """The checkpoint's quantised weights in these parameters, by what becomes of them."""
-    outcomes: dict[Kind | str, list[str]] = {}
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The checkpoint's quantised weights in these parameters: those that stay, by how a report
+    describes them, and those that do not, by why."""
+    stay: dict[str, list[str]] = {}
+    dequantized: dict[str, list[str]] = {}
     for copy in copies:
         if copy.source in encoding.weights and copy.target in found:
-            outcomes.setdefault(found[copy.target], []).append(copy.source)
-    return outcomes
+            outcome = found[copy.target]
+            if isinstance(outcome, Kind):
+                stay.setdefault(outcome.described, []).append(copy.source)
+            else:
+                dequantized.setdefault(outcome, []).append(copy.source)
+    return stay, dequantized

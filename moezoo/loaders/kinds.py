@@ -1,10 +1,9 @@
 """A format of quantised weights with the choices that decide the shapes of its tensors."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moezoo.layers.quant import BlockFp8, Format, Int4, Int8, Mxfp4, QuantizedWeights
@@ -18,21 +17,21 @@ class Kind:
 
     format: type[Format]
     options: tuple[tuple[str, Any], ...] = ()
+    group_size: int | None = field(default=None, compare=False)
+    """The columns of a group for a report, where groups are meant, be one as wide as a row."""
 
     @classmethod
     def of(cls, format: type[Format], **options: Any) -> "Kind":
         return cls(format, tuple(sorted(options.items())))
 
     @classmethod
-    def int8(cls, group_size: int, dtype: torch.dtype, *, ordered: bool = False) -> "Kind":
-        """`dtype` is that of the scales."""
-        return cls.of(Int8, group_size=group_size, dtype=dtype, ordered=ordered)
-
-    @classmethod
-    def int4(
-        cls, group_size: int, dtype: torch.dtype, *, zeros: bool = False, ordered: bool = False
+    def integers(
+        cls, format: type[Int4 | Int8], group_size: int, columns: int, **options: Any
     ) -> "Kind":
-        return cls.of(Int4, group_size=group_size, dtype=dtype, zeros=zeros, ordered=ordered)
+        """Of rows of so many columns; one group of all of them is a scale a row."""
+        size = PER_CHANNEL if group_size == columns else group_size
+        named = None if group_size == PER_CHANNEL else group_size
+        return replace(cls.of(format, group_size=size, **options), group_size=named)
 
     @classmethod
     def of_weights(cls, held: QuantizedWeights) -> "Kind":
@@ -41,10 +40,10 @@ class Kind:
             return cls.of(held.format)
         row = weights.scales.shape[-1] == 1 and not held.grouped
         size = PER_CHANNEL if row else weights.group_size
-        options = {"ordered": weights.order is not None}
+        options = {"dtype": weights.scales.dtype, "ordered": weights.order is not None}
         if isinstance(weights, Int4):
-            return cls.int4(size, weights.scales.dtype, zeros=weights.zeros is not None, **options)
-        return cls.int8(size, weights.scales.dtype, **options)
+            options["zeros"] = weights.zeros is not None
+        return cls.integers(type(weights), size, weights.shape[-1], **options)
 
     def on_meta(self, *shape: int) -> Format:
         """A weight [.., N, K] of this kind, without memory or values."""
@@ -66,8 +65,8 @@ class Kind:
         options = dict(self.options)
         if self.format is BlockFp8:
             what = f"in blocks of {BLOCK} x {BLOCK}"
-        elif self.grouped:
-            what = f"in groups of {options['group_size']}"
+        elif self.group_size is not None:
+            what = f"in groups of {self.group_size}"
         else:
             what = "in groups of 32" if self.format is Mxfp4 else "with a scale a row"
         return (
@@ -75,11 +74,6 @@ class Kind:
             f"{', with zero points' * bool(options.get('zeros'))}"
             f"{', columns in an order of their own' * self.ordered}"
         )
-
-    @property
-    def grouped(self) -> bool:
-        """Whether the size of groups is named, be it as wide as a row."""
-        return bool(dict(self.options).get("group_size", PER_CHANNEL) != PER_CHANNEL)
 
     @property
     def rows_per_scale(self) -> int:
@@ -92,7 +86,8 @@ class Kind:
         return 2 if self.format in (Int4, Mxfp4) else 1
 
     def unordered(self) -> "Kind":
-        return Kind.of(self.format, **dict(self.options) | {"ordered": False})
+        options = Kind.of(self.format, **dict(self.options) | {"ordered": False}).options
+        return replace(self, options=options)
 
     @property
     def ordered(self) -> bool:

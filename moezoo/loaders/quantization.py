@@ -198,8 +198,9 @@ class Quantization:
             return _recipe(Kind.of(Mxfp4))
         group = self._group_size(name, columns)
         if self.type == INT8:
-            return _recipe(Kind.int8(group, scales))
-        kind = Kind.int4(group, scales, zeros=self.symmetric is False)
+            return _recipe(Kind.integers(Int8, group, columns, dtype=scales, ordered=False))
+        zeros = self.symmetric is False
+        kind = Kind.integers(Int4, group, columns, dtype=scales, zeros=zeros, ordered=False)
         if self.block_size is None:
             return _recipe(kind)
         n = self.block_size[0]

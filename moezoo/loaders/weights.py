@@ -250,14 +250,15 @@ def report(module: nn.Module, planned: Planned) -> None:
         )
     for note in () if encoding.scheme is None else encoding.scheme.notes:
         _log.warning("%s", note)
-    for outcome, stored in by_outcome(copies, encoding, planned.dense).items():
-        shown = ", ".join(sorted(_by_pattern(stored)))
-        if isinstance(outcome, Kind):
-            _log.info(
-                "%d weights of linear layers stay in %s: %s", len(stored), outcome.described, shown
-            )
-        else:
-            _log.warning("%d weights dequantised (%s): %s", len(stored), outcome, shown)
+    stay, others = by_outcome(copies, encoding, planned.dense)
+    for kind, some in stay.items():
+        _log.info("%d weights of linear layers stay in %s: %s", len(some), kind, _shown(some))
+    for reason, some in others.items():
+        _log.warning("%d weights dequantised (%s): %s", len(some), reason, _shown(some))
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(sorted(_by_pattern(names)))
 
 
 def _by_pattern(names: Sequence[str]) -> dict[str, list[str]]:

@@ -358,9 +358,9 @@ def _compressed(
 ) -> dict[str, Any]:
     # A group of all columns is named as the others are: transformers wants one scheme for a layer.
     sizes = {
-        (kind.format, dict(kind.options)["group_size"])
+        (kind.format, kind.group_size)
         for kind in map(Kind.of_weights, weights.values())
-        if kind.grouped
+        if kind.group_size is not None
     }
     by_scheme: dict[str, tuple[dict[str, Any], set[str]]] = {}
     for copy in copies:

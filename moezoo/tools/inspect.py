@@ -186,7 +186,8 @@ def inspect(
         if encoding.scheme is not None:
             stay = quantized.keys() | kept(dense).keys()
             lost = {copy.source for copy in chosen.copies if copy.target not in stay}
-            stored_as = _stored_as(decoder, quantized, by_outcome(chosen.copies, encoding, dense))
+            linear, _ = by_outcome(chosen.copies, encoding, dense)
+            stored_as = _stored_as(decoder, quantized, linear)
             if dequantized := len(lost & encoding.weights.keys()):
                 stored_as += f", {dequantized} quantised weights are dequantised when they load"
             report = replace(report, stored_as=stored_as)
@@ -215,19 +216,17 @@ def _encoding_if_known(checkpoint: Checkpoint) -> Encoding:
 def _stored_as(
     decoder: Decoder,
     quantized: Mapping[str, Kind],
-    outcomes: Mapping[Kind | str, Sequence[str]],
+    linear: Mapping[str, Sequence[str]],
 ) -> str:
-    """Weights of linear layers are counted as the checkpoint has them, as the report of a load
-    does."""
+    """`linear` are those of the checkpoint's weights that linear layers keep, by their kind; they
+    are counted as the report of a load does."""
     layers = sum(name.endswith("w2") for name in experts_of(decoder))
     stay = sum(name.endswith("w2") for name in quantized)
     kinds = " and ".join(sorted({kind.described for kind in quantized.values()})) or "quantised"
-    linear = "".join(
-        f", {len(names)} weights of linear layers in {kind.described}"
-        for kind, names in outcomes.items()
-        if isinstance(kind, Kind)
+    others = "".join(
+        f", {len(names)} weights of linear layers in {kind}" for kind, names in linear.items()
     )
-    return f"{kinds}: the experts of {stay} of {layers} MoE layers stay so{linear}"
+    return f"{kinds}: the experts of {stay} of {layers} MoE layers stay so{others}"
 
 
 def _on_disk(checkpoint: Checkpoint) -> Report:

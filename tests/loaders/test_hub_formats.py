@@ -168,6 +168,7 @@ def test_gptq(tmp_path, case):
     assert (w13.order is not None) == ordered
     assert w13.scales.dtype == torch.float16
     assert quantized_layers(model) == LAYERS
+    assert moezoo.inspect(hub).stored_as.count("weights of linear layers") == 1
     assert (model.decoder.layers[0].attn.qkv.weight().order is not None) == ordered
     if how.get("bits") != 8:
         assert (w13.zeros is not None) == (not how.get("sym", True))
@@ -741,6 +742,29 @@ def test_a_config_alone_whose_groups_do_not_divide(config):
     )
     with pytest.raises(QuantizationError, match=message):
         moezoo.from_config(model, dtype="float32", device="cpu")
+
+
+def test_a_scale_a_row_and_a_group_as_wide_as_a_row_are_one_kind(tmp_path, caplog):
+    """Parts of one layer in both are stacked as they are: q, k and v, and gate and up."""
+    row: dict[str, Any] = {"num_bits": 4, "strategy": "channel"}
+    group: dict[str, Any] = {"num_bits": 4, "strategy": "group", "group_size": 256}
+    names = r"re:.*\.(q_proj|v_proj|gate_proj)$"
+    config = compressed_config(
+        "pack-quantized",
+        ["lm_head", "re:.*gate$"],
+        a={"targets": [names], "weights": group},
+        b={"targets": ["Linear"], "weights": row},
+    )
+
+    def how(module: str) -> Encode:
+        of = group if module.endswith(("q_proj", "v_proj", "gate_proj")) else row
+        return compressed_tensors("pack-quantized", **of)
+
+    hub, dense = write(tmp_path, how, config, by_name=True)
+    model = check(hub, dense, Int4)
+    assert quantized_layers(model) == LAYERS
+    assert "dequantised (parts" not in caplog.text
+    assert moe_layers(model)[0].w13().scales.shape[-1] == 1
 
 
 def test_what_the_scheme_says_is_not_there(tmp_path):

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from moezoo.layers.quant import Int4, Int8
 from moezoo.layers.quant.groups import GROUP_SIZES, PER_CHANNEL, pack, unpack
 from moezoo.loaders.encodings.stored import Check, Extra
 from moezoo.loaders.kinds import Kind
@@ -42,10 +43,10 @@ def integer_kind(
         held = next((size for size in GROUP_SIZES if fits and group_size % size == 0), None)
     if held is None or (bits == 4 and columns % 2):
         return None
-    ordered = ordered and held not in (PER_CHANNEL, columns)
+    options = {"dtype": dtype, "ordered": ordered and held not in (PER_CHANNEL, columns)}
     if bits == 8:
-        return Kind.int8(held, dtype, ordered=ordered)
-    return Kind.int4(held, dtype, zeros=zeros, ordered=ordered)
+        return Kind.integers(Int8, held, columns, **options)
+    return Kind.integers(Int4, held, columns, zeros=zeros, **options)
 
 
 def held_groups(kind: Kind, columns: int) -> int:
