@@ -536,6 +536,7 @@ def test_scales_that_cannot_be(tmp_path, value, dense):
         ({"expert_dtype": "fp4"}, "expert_dtype is 'fp4'"),
         ({"kv_cache_scheme": {"bits": 8}}, "kv_cache_scheme is {'bits': 8}"),
         ({"modules_to_not_convert": "lm_head"}, "modules_to_not_convert is 'lm_head'"),
+        ({"weight_scale_transposed": True}, "weight_scale_transposed is True"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -54,8 +54,8 @@ class HubFp8(Scheme):
         if size is not None and size not in ([BLOCK, BLOCK], (BLOCK, BLOCK)):
             table.refuse("weight_block_size", f"[{BLOCK}, {BLOCK}] or none, a scale a matrix")
         skipped = [*table.names("modules_to_not_convert"), *table.names("ignored_layers")]
-        unknown = table.unknown("modules_to_convert")
-        return cls(size is not None, frozenset(skipped), unknown=unknown)
+        table.refuse_unknown("modules_to_convert")  # more of them, such as embeddings
+        return cls(size is not None, frozenset(skipped))
 
     def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:
         if entry_above(weight, self.not_converted) is not None:

@@ -44,7 +44,8 @@ class HubMxfp4(Scheme):
     def of(cls, table: Table) -> "HubMxfp4":
         table.one_of("dequantize", False, default=False)
         skipped = tuple(table.names("modules_to_not_convert"))
-        return cls(skipped, unknown=table.unknown())
+        table.refuse_unknown()
+        return cls(skipped)
 
     def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:
         if entry_within(weight, self.not_converted):

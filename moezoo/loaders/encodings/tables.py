@@ -31,6 +31,11 @@ class Table:
         )
         return (*own, *(field for table in self._tables for field in table.unknown(*harmless)))
 
+    def refuse_unknown(self, *harmless: str) -> None:
+        """Refuse what `unknown` finds."""
+        for field in self.unknown(*harmless):
+            self.refuse(field, "none of that name")
+
     def refuse(self, field: str, expected: str) -> NoReturn:
         """Raise `QuantizationError` that names the field, what it is and what is loaded."""
         raise QuantizationError(
@@ -53,13 +58,15 @@ class Table:
                 self.refuse(field, "none")
 
     def names(self, field: str) -> list[str]:
+        """Names, and those in lists of names, as GPTQ has them."""
         names = self.get(field)
         names = [] if names is None else names
-        if not isinstance(names, (list, tuple, set)) or not all(
-            isinstance(module, str) for module in names
-        ):
+        if not isinstance(names, (list, tuple, set)):
             self.refuse(field, "a list of names")
-        return list(names)
+        each = [name for part in names for name in (part if isinstance(part, list) else [part])]
+        if not all(isinstance(name, str) for name in each):
+            self.refuse(field, "a list of names")
+        return each
 
     def patterns(self, field: str) -> list[str]:
         """Names, and regular expressions after "re:"."""
