@@ -18,6 +18,7 @@ import torch
 from hub_writers import Encoded, awq, compressed_tensors, gptq, ordered_compressed_tensors
 from safetensors.torch import load_file, save_file
 from small_models import (
+    ASSET,
     EXACT,
     assert_same,
     change,
@@ -31,6 +32,7 @@ from small_models import (
 )
 from test_saved_quantized import by_package
 from torch import Tensor
+from transformers import AutoConfig
 
 import moezoo
 from moezoo.errors import CheckpointError, QuantizationError
@@ -42,6 +44,9 @@ from moezoo.layers.quant.fp8 import FOR_EXPERTS, FOR_LINEARS
 from moezoo.loaders.checkpoint import open_checkpoint
 from moezoo.loaders.convert import convert
 from moezoo.loaders.dense import linears_of
+from moezoo.loaders.encodings import encoding_of, hub_scheme
+from moezoo.loaders.headers import StoredTensor
+from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import Rule
 from moezoo.loaders.weights import load_weights
 
@@ -642,6 +647,8 @@ def test_scales_of_bytes(tmp_path, method, dtype):
         (gptq_config() | {"is_marlin_format": True}, "is_marlin_format is True"),
         (gptq_config() | {"group_size": "x"}, "group_size is 'x'"),
         (gptq_config() | {"dynamic": {"+:.*": {"bits": 8}}}, "dynamic is "),
+        (gptq_config() | {"act_bits": 8}, "act_bits is 8"),
+        (AWQ | {"act_bits": 8}, "act_bits is 8"),
         (AWQ | {"version": "gemv"}, "version is 'gemv'"),
         (AWQ | {"format": "gemv_fast"}, "format is 'gemv_fast'"),
         (AWQ | {"desc_act": True}, "desc_act is True"),
@@ -651,6 +658,7 @@ def test_scales_of_bytes(tmp_path, method, dtype):
         (gptq_config() | {"dynamic": 3}, "dynamic is 3"),
         ({"quant_method": "fp8", "modules_to_not_convert": 5}, "modules_to_not_convert is 5"),
         ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size is 128"),
+        ({"quant_method": "mxfp4", "scale_format": "e4m3"}, "scale_format is 'e4m3'"),
         (
             {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
             "format is 'nvfp4",
@@ -707,6 +715,7 @@ def test_schemes_that_are_not_done(tmp_path, fields, message):
 def test_fields_that_nobody_knows_are_told_once(tmp_path, caplog):
     known = {"lm_head": True, "meta": {"quantizer": ["gptqmodel:5.0.0"]}, "act_group_aware": True}
     known |= {"format": "gptq", "dataset": "c4", "pack_dtype": "int32", "static_groups": True}
+    known |= {"act_bits": 16, "modules_in_block_to_quantize": [["self_attn.q_proj"]]}
     (tmp_path / "gptq").mkdir()
     hub, _ = write(tmp_path / "gptq", gptq, gptq_config() | known)
     load(hub)
@@ -742,6 +751,65 @@ def test_a_config_alone_whose_groups_do_not_divide(config):
     )
     with pytest.raises(QuantizationError, match=message):
         moezoo.from_config(model, dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        AWQ,
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {
+                "g": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "channel"}}
+            },
+        },
+    ],
+    ids=lambda config: config["quant_method"],
+)
+def test_an_odd_number_of_columns_with_a_scale_a_row(config):
+    scheme = hub_scheme(config if "config_groups" in config else config | {"group_size": -1}, "m")
+    assert scheme.kind("down.weight", 8, torch.bfloat16) == Kind.integers(
+        *(Int4, -1, 8),
+        **{"dtype": torch.bfloat16, "ordered": False, "zeros": config is AWQ},
+    )
+    message = r"down.weight has 7 columns, which is odd, and a scale a row; .* int8 takes any numb"
+    with pytest.raises(QuantizationError, match=message) as caught:
+        scheme.kind("down.weight", 7, torch.bfloat16)
+    assert "group" not in str(caught.value)
+
+
+def test_an_odd_number_of_stored_columns():
+    stored = {"m.qweight": ((7, 2), torch.int32), "m.scales": ((1, 16), torch.float16)}
+    stored["m.qzeros"] = ((1, 2), torch.int32)
+    tensors = {
+        name: StoredTensor(*of, file="a.safetensors", start=0) for name, of in stored.items()
+    }
+    message = r"m: m.qweight \[7, 2\] in a.safetensors has 7 columns, which is odd, and a scale a r"
+    with pytest.raises(QuantizationError, match=message):
+        encoding_of(AWQ | {"group_size": -1}, tensors, "m")
+
+
+@pytest.mark.parametrize(
+    ("fields", "quantised"),
+    [
+        ({"modules_to_not_convert": ["layers.1.mlp.experts"]}, [True, False]),
+        ({"modules_to_not_convert": ["mlp.gate"]}, [True, True]),
+        (
+            {"modules_in_block_to_quantize": [["self_attn.q_proj"], ["self_attn.o_proj"]]},
+            [False] * 2,
+        ),
+        ({"modules_in_block_to_quantize": [["self_attn.q_proj"], ["mlp.experts"]]}, [True, True]),
+        ({"modules_in_block_to_quantize": None}, [True, True]),
+    ],
+    ids=str,
+)
+def test_a_gptq_config_alone_says_what_is_not_quantised(fields, quantised):
+    config = AutoConfig.from_pretrained(ASSET, num_hidden_layers=2)
+    config.quantization_config = gptq_config() | fields
+    model = moezoo.from_config(config, device="cpu")
+    assert [moe.quantized is Int4 for moe in moe_layers(model)] == quantised
 
 
 def test_a_scale_a_row_and_a_group_as_wide_as_a_row_are_one_kind(tmp_path, caplog):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moezoo.layers.quant.groups import PER_CHANNEL, SCALE_DTYPES, pack
 from moezoo.loaders.encodings.integers import (
+    NO_ACTIVATIONS,
     OF_THE_RUN,
     held_groups,
     integer_kind,
@@ -51,6 +52,7 @@ class Awq(Scheme):
         table.one_of("pack_dtype", "int32", default="int32")
         table.one_of("data_type", "int", default="int")
         table.one_of("desc_act", False, default=False)
+        table.one_of("act_bits", *NO_ACTIVATIONS, default=16)
         skipped = table.names("modules_to_not_convert")
         size = table.size("group_size")
         return cls(size, tuple(skipped), unknown=table.unknown(*OF_THE_RUN))
@@ -77,12 +79,12 @@ class Awq(Scheme):
         group = k if self.group_size == PER_CHANNEL else self.group_size
         scales, zeros = f"{module}scales", f"{module}qzeros"
         if k % group:
-            raise headers.indivisible(data, f"groups of {group}", k)
+            raise headers.indivisible(data, group, k)
         found = headers.beside(scales, data, [(k // group, n)], SCALE_DTYPES)
         headers.beside(zeros, data, [(k // group, words)], (torch.int32,))
         kind = self._kind(k, found.dtype)
         if kind is None:
-            raise headers.indivisible(data, f"groups of {group}", k)
+            raise headers.indivisible(data, group, k)
         groups = held_groups(kind, k)
         extras = (
             Extra(scales, "scales", lambda stored: repeated(stored.T, groups), INTEGER_SCALE),

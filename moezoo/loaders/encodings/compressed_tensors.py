@@ -265,7 +265,7 @@ def _weight(headers: Headers, module: str, data: str, group: Group) -> StoredWei
         n, half = headers.matrix(data, torch.uint8)
         k = 2 * half
         if k % GROUP:
-            raise headers.indivisible(data, f"groups of {GROUP}", k)
+            raise headers.indivisible(data, GROUP, k)
         headers.beside(scales, data, [(n, k // GROUP)], (torch.uint8, torch.float8_e8m0fnu))
         extra = Extra(scales, "scales", as_it_is, NOT_NAN, torch.uint8)
         return StoredWeight((n, k), Kind.of(Mxfp4), data, as_it_is, (extra,))
@@ -292,7 +292,7 @@ def _of_columns(
 ) -> StoredWeight:
     size = k if group.group_size == PER_CHANNEL else group.group_size
     if k % size:
-        raise headers.indivisible(data, f"groups of {size}", k)
+        raise headers.indivisible(data, size, k)
     shapes: list[tuple[int, ...]] = [(n, k // size)]
     if group.strategy == "tensor":
         shapes = [(1,), (), (1, 1)]
@@ -301,7 +301,7 @@ def _of_columns(
     found = headers.beside(scales, data, shapes, SCALE_DTYPES)
     kind = group.kind(k, found.dtype)
     if kind is None:
-        raise headers.indivisible(data, f"groups of {size}", k)
+        raise headers.indivisible(data, size, k)
     read = partial(_scales, groups=held_groups(kind, k))
     extras = [Extra(scales, "scales", read, INTEGER_SCALE)]
     shape = f"{module}.weight_shape"

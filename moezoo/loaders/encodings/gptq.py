@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moezoo.layers.quant.groups import PER_CHANNEL, SCALE_DTYPES
 from moezoo.loaders.encodings.integers import (
+    NO_ACTIVATIONS,
     OF_THE_RUN,
     all_equal,
     held,
@@ -37,7 +38,7 @@ from moezoo.loaders.encodings.stored import (
     StoredWeight,
     divided,
 )
-from moezoo.loaders.encodings.tables import Table
+from moezoo.loaders.encodings.tables import Table, entry_within
 from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import TensorInfo
 
@@ -55,12 +56,17 @@ class Gptq(Scheme):
     symmetric: bool
     subtracted: int
     """How much less than the zero points is stored: 1, in "gptq_v2" 0."""
+    converted: tuple[str, ...]
+    """Modules that are quantised, all but `not_converted` where none is named. Where there are
+    weights, these tell."""
+    not_converted: tuple[str, ...]
 
     @classmethod
     def of(cls, table: Table) -> "Gptq":
         bits = table.one_of("bits", 4, 8)
         table.one_of("pack_dtype", "int32", default="int32")
         table.one_of("data_type", "int", default="int")
+        table.one_of("act_bits", *NO_ACTIVATIONS, default=16)
         table.one_of("rotation", None)
         table.one_of("is_marlin_format", False, default=False)
         dynamic = table.get("dynamic") or {}
@@ -78,10 +84,16 @@ class Gptq(Scheme):
             ordered=table.one_of("desc_act", True, False, default=False),
             symmetric=symmetric,
             subtracted=0 if stored == "gptq_v2" else 1,
+            converted=tuple(table.names("modules_in_block_to_quantize")),
+            not_converted=tuple(table.names("modules_to_not_convert")),
             unknown=table.unknown(*OF_THE_RUN),
         )
 
     def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:
+        if entry_within(weight, self.not_converted):
+            return None
+        if self.converted and not entry_within(weight, self.converted):
+            return None
         # No order: only checkpoints have one.
         kind = self._kind(columns, dtype, ordered=False)
         return divided(kind, weight, self.group_size, columns)
@@ -104,14 +116,17 @@ class Gptq(Scheme):
         words, n = headers.matrix(data, torch.int32)
         k = words * 32 // self.bits
         group = k if self.group_size == PER_CHANNEL else self.group_size
-        if k % group or n * self.bits % 32:
-            raise headers.indivisible(data, f"groups of {group}", k)
+        each = 32 // self.bits
+        if n % each:
+            raise headers.unexpected(data, f"[K / {each}, N] with N a multiple of {each}")
+        if k % group:
+            raise headers.indivisible(data, group, k)
         scales, zeros, g_idx = (f"{module}{end}" for end in ("scales", "qzeros", "g_idx"))
         found = headers.beside(scales, data, [(k // group, n)], SCALE_DTYPES)
         headers.beside(zeros, data, [(k // group, n * self.bits // 32)], (torch.int32,))
         kind = self._kind(k, found.dtype, ordered=self.ordered)
         if kind is None:
-            raise headers.indivisible(data, f"groups of {group}", k)
+            raise headers.indivisible(data, group, k)
         groups = held_groups(kind, k)
         extras = [Extra(scales, "scales", partial(_scales, groups=groups), INTEGER_SCALE)]
         if self.symmetric:

@@ -19,16 +19,18 @@ OF_THE_RUN = (
     *("act_group_aware", "hyb_act", "iters", "lr", "minmax_lr", "enable_minmax_tuning"),
     *("enable_norm_bias_tuning", "enable_quanted_input", "gradient_accumulate_steps", "amp"),
     *("low_gpu_mem_usage", "cache_block_outputs", "parallel_packing", "pack_impl"),
-    *("offload_to_disk", "offload_to_disk_path", "scale_dtype", "act_bits", "lm_head", "sym"),
+    *("offload_to_disk", "offload_to_disk_path", "scale_dtype", "lm_head", "sym"),
     *("block_name_to_quantize", "to_quant_block_names", "quant_block_list"),
-    *("module_name_preceding_first_block", "modules_in_block_to_quantize"),
-    *("modules_to_not_convert", "model_name_or_path", "model_file_base_name", "meta", "provider"),
-    *("autoround_version", "packing_format", "backend", "use_exllama", "disable_exllama"),
-    *("exllama_config", "use_cuda_fp16", "max_input_length", "do_fuse", "modules_to_fuse"),
-    "fuse_max_seq_len",
+    *("module_name_preceding_first_block", "model_name_or_path", "model_file_base_name"),
+    *("meta", "provider", "autoround_version", "packing_format", "backend", "use_exllama"),
+    *("disable_exllama", "exllama_config", "use_cuda_fp16", "max_input_length", "do_fuse"),
+    *("modules_to_fuse", "fuse_max_seq_len"),
 )
 """Fields of configs that say how a quantiser ran, how others run its result, or what the tensors
 say themselves."""
+
+NO_ACTIVATIONS = (16, 32)
+"""What AutoRound calls the bits of activations that are not quantised."""
 
 
 def integer_kind(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moezoo.errors import QuantizationError
+from moezoo.layers.quant.groups import PER_CHANNEL
 from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import TensorInfo
 
@@ -173,11 +174,11 @@ class Headers:
             f"{AGAIN}"
         )
 
-    def indivisible(self, tensor: str, what: str, columns: int) -> QuantizationError:
+    def indivisible(self, tensor: str, group_size: int, columns: int) -> QuantizationError:
         info = self.tensors[tensor]
         return self.error(
-            f"{tensor} {list(info.shape)}{info.where} has {_indivisible(what, columns)}; take "
-            "another checkpoint of the model"
+            f"{tensor} {list(info.shape)}{info.where} has {_indivisible(group_size, columns)}; "
+            "take another checkpoint of the model"
         )
 
     def beside(
@@ -242,17 +243,27 @@ def divided(kind: Kind | None, weight: str, group_size: int, columns: int) -> Ki
     """What `integer_kind` says of a weight; raises `QuantizationError` where that is nothing."""
     if kind is None:
         raise QuantizationError(
-            f"{weight} has {_indivisible(f'groups of {group_size}', columns)}; change group_size "
-            "in the quantization_config"
+            f"{weight} has {_indivisible(group_size, columns)}; change "
+            f"{'bits' if _a_row(group_size, columns) else 'group_size'} in the quantization_config"
         )
     return kind
 
 
-def _indivisible(what: str, columns: int) -> str:
+def _a_row(group_size: int, columns: int) -> bool:
+    """Whether it is all of the columns, which only those of int4 cannot be, if they are odd."""
+    return group_size in (PER_CHANNEL, columns)
+
+
+def _indivisible(group_size: int, columns: int) -> str:
+    if _a_row(group_size, columns):
+        return (
+            f"{columns} columns, which is odd, and a scale a row; int4 has two columns in a byte, "
+            "int8 takes any number of them"
+        )
     return (
-        f"{columns} columns, which cannot be held in {what}; groups of 32, 64, 128 and multiples "
-        "of them can be, if they divide them, and a scale a row, of an even number where two share "
-        "a byte"
+        f"{columns} columns, which cannot be held in groups of {group_size}; groups of 32, 64, 128 "
+        "and multiples of them can be, if they divide them, and a scale a row, of an even number "
+        "where two share a byte"
     )
 
 
