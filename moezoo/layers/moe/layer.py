@@ -260,8 +260,8 @@ class FusedMoE(nn.Module):
     def _with_shared(
         self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shared: Any
     ) -> Tensor | None:
-        """Routed and shared experts by the same kernels, for so few tokens that each is to begin a
-        product once; None where they do not."""
+        """Routed and shared experts in the same launches, where tokens are so few that launches
+        count; None where this does not go."""
         w13, w2, bias13, bias2 = self.w13, self.w2, self.bias13, self.bias2
         if (
             len(x) > SHARED_TOKENS
