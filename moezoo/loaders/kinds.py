@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moezoo.layers.quant import BlockFp8, Format, Int4, Int8, Mxfp4, QuantizedWeights
+from moezoo.layers.quant import FORMATS, BlockFp8, Format, Int4, Int8, Mxfp4, QuantizedWeights
 from moezoo.layers.quant.fp8 import BLOCK
 from moezoo.layers.quant.groups import PER_CHANNEL
 
@@ -26,7 +26,7 @@ class Kind:
 
     @classmethod
     def integers(
-        cls, format: type[Int4 | Int8], group_size: int, columns: int, **options: Any
+        cls, format: type[Format], group_size: int, columns: int, **options: Any
     ) -> "Kind":
         """Of rows of so many columns; one group of all of them is a scale a row."""
         size = PER_CHANNEL if group_size == columns else group_size
@@ -58,6 +58,15 @@ class Kind:
         options.pop("ordered", None)
         weight: Format = self.format.quantize_unchecked(w.to(dtype), **options)
         return weight
+
+    @property
+    def held(self) -> bool:
+        """Whether layers compute with such weights; others are dequantised."""
+        return self.format in FORMATS.values()
+
+    @property
+    def if_held(self) -> "Kind | None":
+        return self if self.held else None
 
     @property
     def described(self) -> str:

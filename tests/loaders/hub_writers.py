@@ -94,17 +94,22 @@ def awq(w: Tensor, *, group_size: int = 32) -> Encoded:
     }, decoded(codes, scales, zeros, groups)
 
 
-def ordered_compressed_tensors(w: Tensor, *, group_size: int) -> Encoded:
-    """Packed int4 whose groups are of columns anywhere, which the package does not write now."""
+def ordered_compressed_tensors(
+    w: Tensor, *, group_size: int, bits: int = 4, symmetric: bool = True
+) -> Encoded:
+    """Packed, with groups of columns anywhere, which the package does not write now."""
     k = w.shape[1]
     groups = torch.arange(k)[torch.randperm(k, generator=torch.Generator().manual_seed(k))]
     groups = groups // group_size
-    codes, scales, zeros = grouped_codes(w, groups, bits=4, symmetric=True, dtype=torch.bfloat16)
+    how = {"bits": bits, "symmetric": symmetric, "dtype": torch.bfloat16}
+    codes, scales, zeros = grouped_codes(w, groups, **how)
+    points = {} if symmetric else {"weight_zero_point": words(zeros.T.contiguous(), bits).T}
     return {
-        "weight_packed": words(codes, 4),
+        "weight_packed": words(codes, bits),
         "weight_scale": scales,
         "weight_shape": torch.tensor(w.shape),
         "weight_g_idx": groups.to(torch.int32),
+        **{end: tensor.contiguous() for end, tensor in points.items()},
     }, decoded(codes, scales, zeros, groups)
 
 

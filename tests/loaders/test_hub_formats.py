@@ -402,6 +402,58 @@ def test_compressed_tensors_with_an_order(tmp_path):
     assert moe_layers(model)[0].w2().order is not None
 
 
+ZEROS_8: dict[str, tuple[str, dict[str, Any]]] = {
+    "gptq": ("gptq", {}),
+    "gptq-v2-order": ("gptq", {"v2": True, "desc_act": True, "group_size": 64}),
+    "gptq-row": ("gptq", {"group_size": -1}),
+    "package-group": ("package", {"group_size": 64, "strategy": "group"}),
+    "package-row": ("package", {"strategy": "channel"}),
+    "order": ("order", {"group_size": 32, "strategy": "group"}),
+}
+
+
+def zeros_8(folder: Path, case: str) -> tuple[Path, Path]:
+    """Checkpoints of 8 bits with zero points, and what they decode to."""
+    method, how = ZEROS_8[case]
+    if method == "gptq":
+        how = how | {"bits": 8, "sym": False}
+        return write(folder, lambda w: gptq(w, **how), gptq_config(**how))
+    weights = how | {"num_bits": 8, "symmetric": False}
+    stored = "pack-quantized"
+    group = {"targets": ["Linear"], "weights": weights}
+    config = compressed_config(stored, ["lm_head", "re:.*gate$"], g=group)
+    if method == "package":
+        return write(folder, compressed_tensors(stored, **weights), config)
+    config["config_groups"]["g"]["weights"]["actorder"] = "group"
+    own = {"group_size": how["group_size"], "bits": 8, "symmetric": False}
+    return write(folder, lambda w: ordered_compressed_tensors(w, **own), config)
+
+
+@pytest.mark.parametrize("case", ZEROS_8)
+def test_8_bits_with_zero_points_are_dequantised(tmp_path, caplog, case):
+    hub, dense = zeros_8(tmp_path, case)
+    for dtype in ("float32", "bfloat16"):
+        caplog.clear()
+        model = load(hub, dtype=dtype)
+        assert all(moe.quantized is None for moe in moe_layers(model))
+        assert not quantized_layers(model)
+        assert_same(model, load(dense, dtype=dtype))
+        why = "dequantised, since no kernel takes int8 with zero points: in 16 bits they take twice"
+        assert f" weights of experts {why}" in caplog.text
+        why = "weights dequantised (int8 with zero points, which no kernel takes: in 16 bits twice"
+        assert why in caplog.text
+    assert "the experts of 0 of 2 MoE layers stay so, " in moezoo.inspect(hub).stored_as
+    with pytest.raises(QuantizationError, match="in int8 with zero points .* asked for in int8_w8"):
+        load(hub, quantization="int8_w8a16")
+
+
+def test_a_config_alone_of_8_bits_with_zero_points():
+    config = AutoConfig.from_pretrained(ASSET)
+    config.quantization_config = gptq_config(bits=8, sym=False)
+    model = moezoo.from_config(config, dtype="float32", device="cpu")
+    assert all(moe.quantized is None for moe in moe_layers(model))
+
+
 def test_schemes_that_differ_by_module(tmp_path, caplog):
     """fp8 attention with static activations, int4 experts, one layer not quantised."""
     fp8 = {"num_bits": 8, "type": "float", "strategy": "tensor"}
@@ -641,7 +693,6 @@ def test_scales_of_bytes(tmp_path, method, dtype):
     ("config", "message"),
     [
         (gptq_config(bits=3), "bits is 3"),
-        (gptq_config(bits=8, sym=False), "sym is False"),
         (gptq_config() | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
         (gptq_config() | {"format": "marlin"}, "format is 'marlin'"),
         (gptq_config() | {"is_marlin_format": True}, "is_marlin_format is True"),
@@ -679,7 +730,7 @@ def test_configs_that_are_not_done(tmp_path, config, message):
     ("fields", "message"),
     [
         ({"num_bits": 3}, "num_bits is 3"),
-        ({"num_bits": 8, "symmetric": False}, "symmetric is False"),
+        ({"symmetric": False, "num_bits": 8, "format": "int-quantized"}, "symmetric is False"),
         (
             {"type": "float"},
             "type is 'float'; this release loads 'int' of 4 bits as 'pack-quantized'",
@@ -702,7 +753,8 @@ def test_configs_that_are_not_done(tmp_path, config, message):
 def test_schemes_that_are_not_done(tmp_path, fields, message):
     plain("qwen2_moe").save_pretrained(tmp_path)
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32} | fields
-    others = {name: weights.pop(name) for name in {"targets", "input_activations"} & weights.keys()}
+    of_the_group = {"targets", "input_activations", "format"}
+    others = {name: weights.pop(name) for name in of_the_group & weights.keys()}
     group = {"targets": ["Linear"], "weights": weights} | others
     config = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
     set_config(tmp_path, quantization_config=config | {"config_groups": {"g": group}})

@@ -3,7 +3,8 @@
     pack-quantized         `M.weight_packed` int32 [N, K * bits / 32], the lowest bits first, codes
                            with 8 or 128 added; `M.weight_scale` [N, G]; `M.weight_shape` int64 [2];
                            `M.weight_zero_point` int32 [N * bits / 32, G], packed along the rows;
-                           `M.weight_g_idx` int32 [K], the group of each column
+                           `M.weight_g_idx` int32 [K], the group of each column. Weights of 8 bits
+                           with zero points are dequantised
     float-quantized        `M.weight` float8_e4m3fn; `M.weight_scale` [N, 1], [1], or of blocks
     int-quantized          `M.weight` int8; `M.weight_scale` [N, G] or [1]
     mxfp4-pack-quantized   `M.weight_packed` uint8 [N, K / 2]; `M.weight_scale` uint8 [N, K / 32]
@@ -113,8 +114,8 @@ class Group:
             weights.refuse("group_size", f"none with strategy {strategy!r}")
         kind: Literal["int", "fp8", "mxfp4"] = "int"
         if integers:
-            if not symmetric and (bits == 8 or stored != "pack-quantized"):
-                weights.refuse("symmetric", "zero points of packed int4")
+            if not symmetric and stored != "pack-quantized":
+                weights.refuse("symmetric", "zero points of integers that are packed")
             if strategy == "block":
                 weights.refuse("strategy", "a scale a tensor, channel or group of integers")
             if stored not in ("pack-quantized", "int-quantized", "naive-quantized"):
@@ -207,7 +208,7 @@ class CompressedTensors(Scheme):
         if group is None:
             return None
         kind = replace(group, ordered=False).kind(columns, dtype)
-        return divided(kind, weight, group.group_size, columns)
+        return divided(kind, weight, group.group_size, columns).if_held
 
     def encoding(self, tensors: Mapping[str, TensorInfo], name: str) -> Encoding:
         headers = Headers(tensors, name)
@@ -312,7 +313,8 @@ def _of_columns(
         zeros = f"{module}.weight_zero_point"
         words = -(-n * group.bits // 32)
         headers.beside(zeros, data, [(words, k // size)], (torch.int32,))
-        extras.append(Extra(zeros, "zeros", partial(_zeros, n=n, groups=held_groups(kind, k))))
+        read = partial(_zeros, bits=group.bits, n=n, groups=held_groups(kind, k))
+        extras.append(Extra(zeros, "zeros", read))
     g_idx = f"{module}.weight_g_idx"
     if g_idx in headers.plain and size == k:
         headers.drop(g_idx)  # all columns are in one group
@@ -339,5 +341,5 @@ def _scales(stored: Tensor, *, groups: int) -> Tensor:
     return repeated(stored.reshape(-1, 1) if stored.ndim < 2 else stored, groups)
 
 
-def _zeros(stored: Tensor, *, n: int, groups: int) -> Tensor:
-    return repeated(unpacked(stored.T, 4)[:, :n].T, groups)
+def _zeros(stored: Tensor, *, bits: int, n: int, groups: int) -> Tensor:
+    return repeated(unpacked(stored.T, bits)[:, :n].T, groups)

@@ -5,7 +5,8 @@
     `M.scales`   [K / g, N]
     `M.g_idx`    int32 [K], the group of each column: not in order with `desc_act`
 
-W = (q - zero) * scale. Where `sym` says so, zero is 8 or 128 everywhere and not kept.
+W = (q - zero) * scale. Where `sym` says so, zero is 8 or 128 everywhere and not kept. Of 8 bits with
+other zero points weights are dequantised.
 """
 
 from collections.abc import Mapping
@@ -73,8 +74,6 @@ class Gptq(Scheme):
         if not isinstance(dynamic, Mapping) or not all(str(n).startswith("-:") for n in dynamic):
             table.refuse("dynamic", "rules '-:..' of what is not quantised")
         symmetric = table.one_of("sym", True, False, default=True)
-        if bits == 8 and not symmetric:
-            table.refuse("sym", "True for 8 bits")
         stored = "gptq"
         for field in ("format", "checkpoint_format"):  # the second, which is older, goes first
             stored = table.one_of(field, "gptq", "gptq_v2", default=stored)
@@ -96,7 +95,7 @@ class Gptq(Scheme):
             return None
         # No order: only checkpoints have one.
         kind = self._kind(columns, dtype, ordered=False)
-        return divided(kind, weight, self.group_size, columns)
+        return divided(kind, weight, self.group_size, columns).if_held
 
     def _kind(self, columns: int, dtype: torch.dtype, *, ordered: bool) -> Kind | None:
         zeros = not self.symmetric
@@ -136,7 +135,7 @@ class Gptq(Scheme):
             )
             extras.append(Extra(zeros, None, _scales, check))
         else:
-            read = partial(_zeros, added=self.subtracted, groups=groups)
+            read = partial(_zeros, bits=self.bits, added=self.subtracted, groups=groups)
             extras.append(Extra(zeros, "zeros", read))
         if kind.ordered or g_idx in headers.tensors:
             headers.beside(g_idx, data, [(k,)], (torch.int32,))
@@ -161,6 +160,6 @@ def _scales(stored: Tensor, groups: int = 1) -> Tensor:
     return repeated(stored.T, groups)
 
 
-def _zeros(stored: Tensor, *, added: int, groups: int) -> Tensor:
+def _zeros(stored: Tensor, *, bits: int, added: int, groups: int) -> Tensor:
     # What is stored for zero less one wraps around.
-    return repeated(((unpacked(stored, 4) + added) & 15).T, groups)
+    return repeated(((unpacked(stored, bits) + added) & (2**bits - 1)).T, groups)
