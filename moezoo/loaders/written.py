@@ -146,6 +146,17 @@ def warn_of_schemes(
             "format: moezoo loads it, but transformers does not"
         )
         return
+    if described["quant_method"] == "fp8":
+        cut = sorted(_cut_blocks(module, rules))
+        if cut:
+            _log.warning(
+                "blocks of %d are cut off in weights of %s columns or rows: moezoo loads them, but "
+                "transformers does not where it dequantises: it takes all blocks for equal, and "
+                "reads other numbers without an error; {'type': 'fp8_w8a8', 'granularity': "
+                "'channel'} gives a model that both load",
+                *(BLOCK, " and ".join(map(str, cut))),
+            )
+        return
     if described["quant_method"] != "compressed-tensors":
         return
     weights = [held() for _, held in quantized_weights(module)]
@@ -170,6 +181,21 @@ def warn_of_schemes(
             "some experts are not" if some else "formats, or sizes of groups",
             "" if some else _cure(module),
         )
+
+
+def _cut_blocks(module: nn.Module, rules: Sequence[Rule | Skip]) -> set[int]:
+    """The rows and columns of matrices, as they are written, whose last block of several is cut
+    off."""
+    weights, infos = dict(quantized_weights(module)), _infos(module)
+    sizes = set()
+    for copy in _layout(module, rules):
+        if copy.target in weights:
+            *lead, n, k = infos[copy.target].shape
+            rows = copy.target_index[len(lead) :]
+            part = rows[0] if rows else slice(None)
+            assert isinstance(part, slice)
+            sizes |= {len(range(n)[part]), k}
+    return {size for size in sizes if size > BLOCK and size % BLOCK}
 
 
 def _cure(module: nn.Module) -> str:

@@ -211,6 +211,28 @@ def test_weight_only_fp8_is_reported(folder, tmp_path, caplog):
     assert stored_as.endswith("the experts of 2 of 2 MoE layers stay so")
 
 
+@pytest.mark.parametrize(("width", "hidden"), [(192, 128), (128, 192), (64, 100), (256, 128)])
+def test_blocks_that_transformers_cuts_otherwise(tmp_path, caplog, width, hidden):
+    sizes = {"intermediate_size": width, "hidden_size": hidden}
+    model = from_config(
+        MixtralConfig(**ODD | sizes, head_dim=32), device="cpu", quantization="fp8_w8a8"
+    )
+    model.save_pretrained(tmp_path)
+    assert_same(load(tmp_path), model)
+    from transformers import FineGrainedFP8Config
+
+    how = FineGrainedFP8Config(dequantize=True, modules_to_not_convert=["lm_head"])
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, quantization_config=how
+    ).state_dict()
+    w2 = theirs["model.layers.0.mlp.experts.down_proj"]
+    w13 = theirs["model.layers.0.mlp.experts.gate_up_proj"]
+    moe = moe_layers(model)[0]
+    same = w2.equal(moe.w2().dequantize()) and w13.equal(moe.w13().dequantize().flatten(1, 2))
+    warned = "in weights of 192 columns or rows: moezoo loads them, but transformers does not"
+    assert (warned in caplog.text) == (not same) == (192 in (width, hidden))
+
+
 def test_int8_that_is_not_packed_has_any_columns(tmp_path):
     """What the package writes as int-quantized."""
     config = MixtralConfig(**ODD | {"intermediate_size": 33}, head_dim=32)
