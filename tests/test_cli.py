@@ -414,6 +414,12 @@ def test_seed_and_sampling_options_reach_generation(capsys):
         (("--prompt", "a", "--greedy", "--top-p", "0.5"), 2, "does not use top_p"),
         (("--prompt", "a", "--dtype", "int8"), 2, "invalid choice: 'int8'"),
         (("--prompt", "a", "--quantization", "int3"), 2, "quantization type is 'int3', expected"),
+        (
+            ("--prompt", "a", "--quantization", "{type:int4}"),
+            2,
+            "'{type:int4}' is not JSON (Expecting property name enclosed in double quotes: line 1 "
+            "column 2 (char 1)): expected one of fp8_w8a8, int8_w8a16, int4_w4a16, mxfp4, or JSON",
+        ),
         (("--prompt", "a", "--device", "tpu"), 2, "'tpu'"),
         (("--prompt", "a", "--overwrite"), 2, "--overwrite needs --output"),
         (("--input", "nowhere.jsonl"), 2, "--input cannot be read: [Errno 2]"),

@@ -103,6 +103,11 @@ def quantization(text: str) -> Any:
     try:
         value = json.loads(text) if text.lstrip().startswith("{") else text
         Quantization.of(value)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not JSON ({error}): expected one of {', '.join(QUANTIZATIONS)}, or JSON "
+            """such as '{"type": "int4_w4a16"}'"""
+        ) from error
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return value
