@@ -90,7 +90,7 @@ def quantized_experts(
     }
     stored = {name: _stored(by_target[name], encoding) for name in whole}
     if asked is not None and asked.type is not None:
-        for name, copies in by_target.items():
+        for copies in by_target.values():
             if (kind := without_kernels(copies, encoding)) is not None:
                 raise QuantizationError(
                     f"the checkpoint has {_stored(copies, encoding)} in {kind.described}, so that "
@@ -139,11 +139,12 @@ def _on_the_fly(
     for name, layer in owners.items():
         if not by_target[name]:
             continue  # of a rank without experts
-        columns = parts_shape(layer, name)[-1]
+        *_, rows, columns = parts_shape(layer, name)
+        asked.require_rows(_stored(by_target[name], encoding), rows)
         dtype = source_dtype(by_target[name], encoding)
         kinds[name] = kind = asked.recipe(_stored(by_target[name], encoding), columns, dtype).kind
         size = kind.group_size or 0
-        chosen = asked.group_size or asked.block_size
+        chosen = asked.group_size or asked.block_shape
         if asked.type == INT4 and chosen is None and 0 < size < GROUP_SIZES[0]:
             smaller.setdefault(size, []).append(name)
     for size, names in smaller.items():

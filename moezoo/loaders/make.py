@@ -103,6 +103,8 @@ def _kinds_of_config(
     if scheme is None:
         if asked is None or asked.type is None:
             return {}
+        for name, layer in owners.items():
+            asked.require_rows(name, parts_shape(layer, name)[-2])
         return {name: asked.recipe(name, k, config.dtype).kind for name, k in columns.items()}
     found: dict[str, set[Kind | None]] = {name: set() for name in owners}
     for copy in layout(registry.architecture(config.model_type).CHECKPOINT, plain):

@@ -443,7 +443,9 @@ def test_8_bits_with_zero_points_are_dequantised(tmp_path, caplog, case):
         why = "weights dequantised (int8 with zero points, which no kernel takes: in 16 bits twice"
         assert why in caplog.text
     assert "the experts of 0 of 2 MoE layers stay so, " in moezoo.inspect(hub).stored_as
-    with pytest.raises(QuantizationError, match="in int8 with zero points .* asked for in int8_w8"):
+    with pytest.raises(
+        QuantizationError, match=r"in int8 with zero points .* asked for in int8_w8"
+    ):
         load(hub, quantization="int8_w8a16")
 
 

@@ -136,14 +136,14 @@ def test_on_a_gpu(name):
 
 def test_scales_for_several_rows():
     """[n, g]: the scales of g columns of n rows are those of their n * g weights together."""
-    w = normal(10, 256).to(torch.bfloat16)
+    w = normal(12, 256).to(torch.bfloat16)
     for zeros in (False, True):
-        asked = Quantization("int4_w4a16", block_size=(4, 64), symmetric=not zeros)
+        asked = Quantization("int4_w4a16", block_shape=(4, 64), symmetric=not zeros)
         recipe = asked.recipe("w", 256, torch.bfloat16)
         assert recipe.rows == 4
         found = recipe.quantize(w)
-        assert found.scales.shape == (10, 4) and (found.zeros is not None) == zeros
-        for rows in (slice(0, 4), slice(4, 8), slice(8, 10)):
+        assert found.scales.shape == (12, 4) and (found.zeros is not None) == zeros
+        for rows in (slice(0, 4), slice(4, 8), slice(8, 12)):
             for group in range(4):
                 block = w[rows, group * 64 : (group + 1) * 64]
                 alone = Int4.quantize(block.reshape(1, -1), group_size=-1, zeros=zeros)
@@ -285,12 +285,14 @@ def test_weights_that_are_not_finite_are_named(tmp_path, name):
         ({"type": "int8_w8a16", "symmetric": False}, "symmetric=False is not for int8"),
         ({"dense": "bf16"}, "dense is 'bf16', expected 'keep' or 'dequantize'"),
         ({"dense": "dequantize", "group_size": 32}, "group_size=32 needs a type, such as 'int4_"),
+        ({"type": None}, "quantization {'type': None} has no 'type', such as"),
+        ({"type": "int4_w4a16", "block_size": [8]}, "block_shape is [8], expected two sizes"),
         ({"type": ["a"]}, "quantization type is ['a'], expected one of"),
         ({"type": "int4_w4a16", "group_size": 64.0}, "group_size is 64.0, expected one of"),
         ({"type": "int4_w4a16", "symmetric": 1}, "symmetric is 1, expected True or False"),
         (
             {"type": "fp8_w8a8", "granularity": "channel", "block_size": [128, 128]},
-            "'channel' and block_size contradict",
+            "'channel' and block_shape contradict",
         ),
     ],
     ids=str,
@@ -372,6 +374,15 @@ def test_groups_that_were_asked_for_are_not_reported(tmp_path, caplog):
     assert "largest that divide" not in caplog.text
 
 
+def test_rows_that_blocks_do_not_divide():
+    asked = {"type": "int4_w4a16", "block_shape": [7, 64]}
+    message = r"layers\.0\.mlp\.w13\S*: blocks of 7 x 64 do not divide its \d+ rows; give a block_s"
+    with pytest.raises(QuantizationError, match=message):
+        load(ASSET, quantization=asked)
+    with pytest.raises(QuantizationError, match=message):
+        from_config(AutoConfig.from_pretrained(ASSET), device="cpu", quantization=asked)
+
+
 def test_an_odd_number_of_columns():
     for type, message in (
         ("int4_w4a16", "two columns in a byte, and there are 33, which is odd; 'int8_w8a16' takes"),
@@ -386,13 +397,13 @@ def test_an_odd_number_of_columns():
     ("stored", "asked", "message"),
     [
         ("fp8_w8a8", {"granularity": "channel"}, "granularity='channel' .* in blocks of 128 x 128"),
-        ({"type": "fp8_w8a8", "granularity": "tensor"}, {"block_size": [128, 128]}, "block_size="),
+        ({"type": "fp8_w8a8", "granularity": "tensor"}, {"block_size": [128, 128]}, "block_shape="),
         ("int8_w8a16", {"group_size": 32}, "group_size=32 .*w13.* with a scale a row already"),
         ("int4_w4a16", {"group_size": 32}, "group_size=32 .* groups of 128 already"),
         ("int4_w4a16", {"per_channel": True}, "per_channel=True .*w13.* in int4_w4a16 in groups"),
         ("int4_w4a16", {"symmetric": False}, "symmetric=False is asked for, but the checkpoint"),
         ({"type": "int4_w4a16", "symmetric": False}, {"symmetric": True}, "with zero points"),
-        ("int4_w4a16", {"block_size": [8, 64]}, r"block_size=\(8, 64\)"),
+        ("int4_w4a16", {"block_size": [8, 64]}, r"block_shape=\(8, 64\)"),
     ],
     ids=str,
 )

@@ -5,8 +5,8 @@
     `M.scales`   [K / g, N]
     `M.g_idx`    int32 [K], the group of each column: not in order with `desc_act`
 
-W = (q - zero) * scale. Where `sym` says so, zero is 8 or 128 everywhere and not kept. Of 8 bits with
-other zero points weights are dequantised.
+W = (q - zero) * scale. Where `sym` says so, zero is 8 or 128 everywhere and not kept. Weights of 8
+bits with other zero points are dequantised.
 """
 
 from collections.abc import Mapping

@@ -46,8 +46,8 @@ NO_ACTIVATIONS = (16, 32)
 
 @dataclass(frozen=True, eq=False)
 class Int8Zeros(Format):
-    """`Int8` with zero points [.., N, G] uint8, of codes with 128 added. No kernel takes it, so that
-    it is there only while weights are dequantised.
+    """`Int8` with zero points [.., N, G] uint8, of codes with 128 added. No kernel takes it, so
+    that it is there only while weights are dequantised.
     """
 
     name: ClassVar[str] = "int8 with zero points"
