@@ -221,11 +221,13 @@ def moved_at_end(folder: Path) -> Iterator[Path]:
         )
     # Not `tempfile.mkdtemp`, whose folders only their owner can read.
     draft = place / f"{start}{secrets.token_hex(4)}"
-    draft.mkdir()
     try:
-        yield draft
+        with _named_as_asked(draft, folder):
+            draft.mkdir()
+            yield draft
     except BaseException:
-        shutil.rmtree(draft)
+        if draft.exists():
+            shutil.rmtree(draft)
         for path in parents:
             path.rmdir()
         raise
@@ -245,6 +247,20 @@ def moved_at_end(folder: Path) -> Iterator[Path]:
         raise
     if existed:
         shutil.rmtree(draft)
+
+
+@contextmanager
+def _named_as_asked(draft: Path, folder: Path) -> Iterator[None]:
+    """An `OSError` of the block that names a file in `draft`, which nobody has asked for and which
+    goes, names the one that it was to be in `folder`."""
+    try:
+        yield
+    except OSError as error:
+        for which in ("filename", "filename2"):
+            file = getattr(error, which)
+            if isinstance(file, str | os.PathLike) and Path(file).is_relative_to(draft):
+                setattr(error, which, os.fspath(folder / Path(file).relative_to(draft)))
+        raise
 
 
 def _move(draft: Path, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Saving: the hub's layout, read back bit for bit, and folders that are never half written."""
 
 import json
+import os
 import resource
 from pathlib import Path
 
@@ -215,10 +216,28 @@ def test_a_write_that_fails_names_the_file(tmp_path):
             save_pretrained(saved, tmp_path / "new", max_shard_size="2MB")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    written = Path(caught.value.filename)
-    assert written.name == "model-00001-of-00007.safetensors"
-    assert written.parent.parent == tmp_path and written.parent.name.startswith(".saving-new-")
+    assert Path(caught.value.filename) == tmp_path / "new" / "model-00001-of-00007.safetensors"
+    assert ".saving" not in str(caught.value)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, existed):
+    saved, make = Saved(), Path.mkdir
+    folder = tmp_path / "a" / "new"
+    if existed:
+        folder.mkdir(parents=True)
+
+    def refused(path, *how, **more):
+        if ".saving" in path.name:
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        make(path, *how, **more)
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(PermissionError) as caught:
+        save_pretrained(saved, folder)
+    assert str(caught.value) == f"[Errno 13] Permission denied: '{folder}'"
+    assert (tmp_path / "a").exists() == existed
 
 
 def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch):
