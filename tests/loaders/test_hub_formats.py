@@ -591,7 +591,7 @@ GATE = "model.layers.1.mlp.experts.3.gate_proj"
         ),
         (
             lambda s: s.update({f"{GATE}.qweight": s[f"{GATE}.qweight"][:30].clone()}),
-            f"{GATE}.qweight [30, 128] in {{f}} has 240 columns, which cannot be held in groups of",
+            f"{GATE}.g_idx is [256] in {{f}}, {GATE}.qweight [30, 128] takes [240] with the bits",
         ),
     ],
     ids=["nan", "zero", "zeros", "order", "no-scales", "alone", "scales-shape", "data-shape"],
@@ -613,6 +613,19 @@ def test_orders_with_groups_that_are_not_full(tmp_path):
         load(hub)
 
 
+@pytest.mark.parametrize("ordered", [True, False], ids=["g_idx", "no g_idx"])
+def test_gptq_that_says_awq(tmp_path, ordered):
+    hub, _ = write(tmp_path, gptq, AWQ)
+    message = "g_idx in model.safetensors is beside model.*qweight, as quant_method 'gptq' has them"
+    if not ordered:
+        for name in [name for name in load_file(hub / FILE) if name.endswith(".g_idx")]:
+            change(hub, lambda stored, name=name: stored.pop(name))
+        message = r"\.scales is \[\d+, \d+\] in model.safetensors, model.*qweight .* takes \["
+        message += r"|qweight is \[\d+, \d+\] in model.safetensors, which is \d+ columns, but model"
+    with pytest.raises(QuantizationError, match=message):
+        load(hub)
+
+
 def test_packed_weights_that_are_wrong(tmp_path):
     stored, weights, _ = COMPRESSED["int4"]
     scheme = {"targets": ["Linear"], "weights": weights}
@@ -627,6 +640,14 @@ def test_packed_weights_that_are_wrong(tmp_path):
                 {f"{GATE}.weight_packed": s[f"{GATE}.weight_packed"].to(torch.int64)}
             ),
             "weight_packed is [128, 32] int64 in model.safetensors, expected a matrix of int32",
+        ),
+        (
+            lambda s: s.update(
+                {f"{GATE}.weight_packed": s[f"{GATE}.weight_packed"][:, 1:].clone()}
+            ),
+            f"{GATE}.weight_packed is [128, 31] in {FILE}, which is 248 columns, but "
+            f"{GATE}.weight_scale [128, 8] in {FILE} has the scales of 8 groups of 32, which are "
+            "256: one of them is cut off",
         ),
         (
             lambda s: s.update({f"{GATE}.weight_scale": s[f"{GATE}.weight_scale"][:, :3].clone()}),

@@ -78,8 +78,15 @@ class Awq(Scheme):
         n = 8 * words
         group = k if self.group_size == PER_CHANNEL else self.group_size
         scales, zeros = f"{module}scales", f"{module}qzeros"
+        g_idx = f"{module}g_idx"
+        if g_idx in headers.tensors:
+            raise headers.error(
+                f"{g_idx}{headers.tensors[g_idx].where} is beside {data}, as quant_method 'gptq' "
+                "has them, but the quantization_config says 'awq'; get the config.json that "
+                "belongs to these weights"
+            )
         if k % group:
-            raise headers.indivisible(data, group, k)
+            raise headers.not_full(data, scales, 0, group, k)
         found = headers.beside(scales, data, [(k // group, n)], SCALE_DTYPES)
         headers.beside(zeros, data, [(k // group, words)], (torch.int32,))
         kind = self._kind(k, found.dtype)

@@ -293,7 +293,7 @@ def _of_columns(
 ) -> StoredWeight:
     size = k if group.group_size == PER_CHANNEL else group.group_size
     if k % size:
-        raise headers.indivisible(data, size, k)
+        raise headers.not_full(data, scales, 1, size, k)
     shapes: list[tuple[int, ...]] = [(n, k // size)]
     if group.strategy == "tensor":
         shapes = [(1,), (), (1, 1)]

@@ -118,9 +118,11 @@ class Gptq(Scheme):
         each = 32 // self.bits
         if n % each:
             raise headers.unexpected(data, f"[K / {each}, N] with N a multiple of {each}")
-        if k % group:
-            raise headers.indivisible(data, group, k)
         scales, zeros, g_idx = (f"{module}{end}" for end in ("scales", "qzeros", "g_idx"))
+        if g_idx in headers.tensors:
+            headers.beside(g_idx, data, [(k,)], (torch.int32,))
+        if k % group:
+            raise headers.not_full(data, scales, 0, group, k)
         found = headers.beside(scales, data, [(k // group, n)], SCALE_DTYPES)
         headers.beside(zeros, data, [(k // group, n * self.bits // 32)], (torch.int32,))
         kind = self._kind(k, found.dtype, ordered=self.ordered)

@@ -181,6 +181,22 @@ class Headers:
             "take another checkpoint of the model"
         )
 
+    def not_full(
+        self, data: str, scales: str, axis: int, group_size: int, columns: int
+    ) -> QuantizationError:
+        """For columns that groups do not divide: the scales, whose groups are on this axis, say
+        that there are others."""
+        info, found = self.tensors[data], self.tensors.get(scales)
+        if found is None or len(found.shape) != 2:
+            return self.indivisible(data, group_size, columns)
+        groups = found.shape[axis]
+        return self.error(
+            f"{data} is {list(info.shape)}{info.where}, which is {columns} columns, but {scales} "
+            f"{list(found.shape)}{found.where} has the scales of {groups} groups of {group_size}, "
+            f"which are {groups * group_size}: one of them is cut off, or the last group is "
+            f"smaller than the others, which this release does not load; {AGAIN}"
+        )
+
     def beside(
         self,
         tensor: str,
