@@ -43,6 +43,6 @@ def quantize_on_meta(module: nn.Module, quantized: Mapping[str, Kind]) -> None:
     for name, kind in quantized.items():
         held = module.get_submodule(name)
         assert isinstance(held, QuantizedWeights)
-        held.grouped = kind.group_size is not None
+        held.grouped, held.scaled = kind.group_size is not None, kind.scaled
     if quantized:
         module.requires_grad_(False)

@@ -20,6 +20,9 @@ class Kind:
     group_size: int | None = field(default=None, compare=False)
     """The columns of a group for a report, where groups are meant, be one as wide as a row."""
 
+    scaled: str | None = field(default=None, compare=False)
+    """What has a scale, for a report, where the tensors do not say: several rows share one."""
+
     @classmethod
     def of(cls, format: type[Format], **options: Any) -> "Kind":
         return cls(format, tuple(sorted(options.items())))
@@ -37,13 +40,14 @@ class Kind:
     def of_weights(cls, held: QuantizedWeights) -> "Kind":
         weights = held()
         if not isinstance(weights, (Int4, Int8)):
-            return cls.of(held.format)
+            return replace(cls.of(held.format), scaled=held.scaled)
         row = weights.scales.shape[-1] == 1 and not held.grouped
         size = PER_CHANNEL if row else weights.group_size
         options = {"dtype": weights.scales.dtype, "ordered": weights.order is not None}
         if isinstance(weights, Int4):
             options["zeros"] = weights.zeros is not None
-        return cls.integers(type(weights), size, weights.shape[-1], **options)
+        kind = cls.integers(type(weights), size, weights.shape[-1], **options)
+        return replace(kind, scaled=held.scaled)
 
     def on_meta(self, *shape: int) -> Format:
         """A weight [.., N, K] of this kind, without memory or values."""
@@ -72,7 +76,9 @@ class Kind:
     def described(self) -> str:
         """The format and what has a scale, for a report."""
         options = dict(self.options)
-        if self.format is BlockFp8:
+        if self.scaled is not None:
+            what = self.scaled
+        elif self.format is BlockFp8:
             what = f"in blocks of {BLOCK} x {BLOCK}"
         elif self.group_size is not None:
             what = f"in groups of {self.group_size}"

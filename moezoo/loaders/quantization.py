@@ -2,7 +2,7 @@
 layers that it has quantised."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -192,7 +192,8 @@ class Quantization:
             if self.granularity == "channel":
                 return _recipe(Kind.of(ChannelFp8))
             quantize = partial(ChannelFp8.quantize_unchecked, granularity="tensor")
-            return Recipe(Kind.of(ChannelFp8), quantize, None)
+            kind = replace(Kind.of(ChannelFp8), scaled="with a scale a matrix")
+            return Recipe(kind, quantize, None)
         if self.type == MXFP4:
             self._require(name, columns, GROUP)
             return _recipe(Kind.of(Mxfp4))
@@ -204,6 +205,7 @@ class Quantization:
         if self.block_shape is None:
             return _recipe(kind)
         n = self.block_shape[0]
+        kind = replace(kind, scaled=f"in blocks of {n} x {group}")
         return Recipe(kind, partial(_in_blocks, kind=kind, rows=n, group=group), n)
 
     def require_rows(self, name: str, rows: int) -> None:

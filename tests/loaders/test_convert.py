@@ -220,6 +220,26 @@ def test_groups_as_wide_as_a_row_are_called_as_they_were_asked_for(tmp_path, ask
         assert moezoo.inspect(folder).stored_as.startswith(f"{' and '.join(described)}: the exp")
 
 
+@pytest.mark.parametrize(
+    ("asked", "described"),
+    [
+        (
+            {"type": "int4_w4a16", "block_shape": [8, 64]},
+            "int4_w4a16 in blocks of 8 x 64",
+        ),
+        ({"type": "fp8_w8a8", "granularity": "tensor"}, "fp8_w8a8 with a scale a matrix"),
+    ],
+    ids=str,
+)
+def test_scales_of_several_rows_are_called_as_they_were_asked_for(tmp_path, asked, described):
+    to, again = tmp_path / "to", tmp_path / "again"
+    done = convert(open_checkpoint(ASSET), to, quantization=asked, device="cpu")
+    assert done.experts == (described,)
+    load(ASSET, quantization=asked).save_pretrained(again)
+    for folder in (to, again):
+        assert f"| experts | in {described} |" in (folder / "README.md").read_text()
+
+
 def test_a_save_tells_of_its_quantisation_in_the_card_that_is_there(tmp_path):
     model = load(ASSET, quantization="int8_w8a16")
     model.save_pretrained(tmp_path)

@@ -179,6 +179,20 @@ def test_gptq(tmp_path, case):
         assert (w13.zeros is not None) == (not how.get("sym", True))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptq_with_negative_scales(tmp_path, bits):
+    """As AutoRound writes symmetric groups whose largest weight is above zero."""
+
+    def encode(w: Tensor) -> Encoded:
+        encoded, back = gptq(w, bits=bits)
+        encoded["scales"][1::2] *= -1
+        sign = 1 - 2 * (torch.arange(w.shape[1]) // 32 % 2)
+        return encoded, back * sign
+
+    hub, dense = write(tmp_path, encode, gptq_config(bits=bits))
+    check(hub, dense, Int4 if bits == 4 else Int8)
+
+
 def test_gptq_names_its_format_in_two_ways(tmp_path):
     """Zero points are read by it."""
     how = {"v2": True, "sym": False}
@@ -511,7 +525,7 @@ def test_schemes_that_differ_by_module(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-def test_fp8_with_a_scale_a_matrix(tmp_path, static):
+def test_fp8_with_a_scale_a_matrix(tmp_path, static, caplog):
     config = {"quant_method": "fp8", "activation_scheme": "static" if static else "dynamic"}
 
     def encode(w: Tensor) -> Encoded:
@@ -524,6 +538,14 @@ def test_fp8_with_a_scale_a_matrix(tmp_path, static):
 
     hub, dense = write(tmp_path, encode, config)
     assert quantized_layers(check(hub, dense, ChannelFp8, exact=False)) == LAYERS
+    missing = "activation_scheme is 'static', but the checkpoint has no scales of activations"
+    assert missing not in caplog.text
+    if static:
+        ends = (".activation_scale",)
+        for name in [name for name in load_file(hub / FILE) if name.endswith(ends)]:
+            change(hub, lambda stored, name=name: stored.pop(name))
+        load(hub)
+        assert caplog.text.count(missing) == 1
 
 
 def test_mxfp4_as_gpt_oss_has_it(tmp_path):

@@ -12,7 +12,7 @@ from moezoo.layers.quant.format import Format
 class QuantizedWeights(nn.Module):
     """A format's tensors as parameters of their names, which need no gradient; None where the
     format has none. `forward()` is the format. `grouped` says of a scale a row that a group of its
-    columns is meant, for who describes it.
+    columns is meant, for who describes it; `scaled` what has a scale, where several rows share it.
 
     A cast of the model to another dtype leaves them as they are.
     """
@@ -21,6 +21,7 @@ class QuantizedWeights(nn.Module):
         super().__init__()
         self.format = type(weights)
         self.grouped = False
+        self.scaled: str | None = None
         tensors = weights.tensors()
         self.keep_dtype = tuple(tensors)
         for name, tensor in tensors.items():

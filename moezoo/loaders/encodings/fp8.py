@@ -8,7 +8,7 @@ blocks; transformers also writes stacked experts so, in the same names.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,10 +41,12 @@ class HubFp8(Scheme):
     """Whether a scale is for a block; else for a matrix, or for a row."""
     not_converted: frozenset[str] = frozenset()
     """Modules that are not quantised, nor what is below them."""
+    static: bool = False
+    """Whether scales of activations are to be there, and are not."""
 
     @classmethod
     def of(cls, table: Table) -> "HubFp8":
-        table.one_of("activation_scheme", "dynamic", "static", default="dynamic")
+        scheme = table.one_of("activation_scheme", "dynamic", "static", default="dynamic")
         table.one_of("fmt", "e4m3", "float8_e4m3fn", default="e4m3")
         table.one_of("scale_fmt", "float", "ue8m0", default="float")
         table.one_of("expert_dtype", "fp8", default="fp8")
@@ -55,7 +57,17 @@ class HubFp8(Scheme):
             table.refuse("weight_block_size", f"[{BLOCK}, {BLOCK}] or none, a scale a matrix")
         skipped = [*table.names("modules_to_not_convert"), *table.names("ignored_layers")]
         table.refuse_unknown("modules_to_convert")  # more of them, such as embeddings
-        return cls(size is not None, frozenset(skipped))
+        return cls(size is not None, frozenset(skipped), static=scheme == "static")
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if not self.static:
+            return super().notes
+        return (
+            *super().notes,
+            "quantization_config.activation_scheme is 'static', but the checkpoint has no scales "
+            "of activations: they are quantised as they come, as they are where it has some",
+        )
 
     def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:
         if entry_above(weight, self.not_converted) is not None:
@@ -77,7 +89,7 @@ class HubFp8(Scheme):
                 headers.leave_out(module + end if module != weight else f"{weight}_{end}")
         for end in (SCALES, "weight_scale"):
             headers.refuse_alone(end, "weight" if end[0] == "w" else "", "float8_e4m3fn")
-        return headers.encoding(self)
+        return headers.encoding(replace(self, static=self.static and not headers.left_out))
 
 
 def fp8_weight(headers: Headers, weight: str, scales: str, *, blocks: bool) -> StoredWeight:

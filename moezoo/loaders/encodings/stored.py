@@ -288,7 +288,9 @@ def dtype_of(info: TensorInfo) -> str:
 
 
 def not_a_scale(scales: Tensor) -> Tensor:
-    """True for what integers cannot be multiplied by."""
+    """True for what integers cannot be multiplied by. A negative one is as AutoRound has it: of an
+    even number of codes there is one more below zero, which it turns to where weights are largest.
+    """
     return ~(scales.isfinite() & (scales != 0))
 
 
