@@ -144,7 +144,7 @@ def _on_the_fly(
         dtype = source_dtype(by_target[name], encoding)
         kinds[name] = kind = asked.recipe(_stored(by_target[name], encoding), columns, dtype).kind
         size = kind.group_size or 0
-        chosen = asked.group_size or asked.block_shape
+        chosen = asked.group_size or asked.block_size
         if asked.type == INT4 and chosen is None and 0 < size < GROUP_SIZES[0]:
             smaller.setdefault(size, []).append(name)
     for size, names in smaller.items():

@@ -24,9 +24,9 @@ from moezoo.loaders.kinds import Kind
 FP8, INT8, INT4, MXFP4 = BlockFp8.name, Int8.name, Int4.name, Mxfp4.name
 
 _FIELDS = {
-    FP8: ("granularity", "block_shape"),
+    FP8: ("granularity", "block_size"),
     INT8: ("group_size", "per_channel"),
-    INT4: ("group_size", "per_channel", "block_shape", "symmetric"),
+    INT4: ("group_size", "per_channel", "block_size", "symmetric"),
     MXFP4: (),
 }
 _DENSE = ("keep", "dequantize")
@@ -48,10 +48,10 @@ class Quantization:
     what may be chosen with it:
 
     * "fp8_w8a8": `granularity` "block" (the default: a scale for 128 x 128 weights, which is
-      `block_shape`), "channel" or "tensor".
+      `block_size`), "channel" or "tensor".
     * "int8_w8a16": a scale per output channel, or per `group_size` columns.
     * "int4_w4a16": a scale per `group_size` columns, by default the largest of 128, 64 and 32 that
-      divides them; or `per_channel`; or `block_shape` [n, g], a scale for g columns of n rows.
+      divides them; or `per_channel`; or `block_size` [n, g], a scale for g columns of n rows.
       `symmetric=False` gives each a zero point; None is True.
     * "mxfp4": nothing.
 
@@ -66,7 +66,7 @@ class Quantization:
 
     type: str | None = None
     granularity: str | None = None
-    block_shape: Sequence[int] | None = None
+    block_size: Sequence[int] | None = None
     group_size: int | None = None
     per_channel: bool = False
     symmetric: bool | None = None
@@ -96,12 +96,12 @@ class Quantization:
         self._check_sizes()
         if self.type == FP8:
             self._check_fp8()
-        given = [n for n in ("group_size", "per_channel", "block_shape") if getattr(self, n)]
+        given = [n for n in ("group_size", "per_channel", "block_size") if getattr(self, n)]
         if self.type != FP8 and len(given) > 1:
             raise ValueError(f"{' and '.join(given)} contradict each other: give one")
 
     def _check_sizes(self) -> None:
-        block, group = self.block_shape, self.group_size
+        block, group = self.block_size, self.group_size
         if group is not None and (type(group) is not int or group not in GROUP_SIZES):
             raise ValueError(
                 f"group_size is {group!r}, expected one of {list(GROUP_SIZES)}, or per_channel=True"
@@ -113,12 +113,12 @@ class Quantization:
             or len(block) != 2
             or not all(type(n) is int and n > 0 for n in block)
         ):
-            raise ValueError(f"block_shape is {block!r}, expected two sizes such as [128, 128]")
+            raise ValueError(f"block_size is {block!r}, expected two sizes such as [128, 128]")
         if self.type == INT4 and block[1] not in GROUP_SIZES:
             raise ValueError(
-                f"block_shape is {list(block)}, expected [n, g] with g one of {list(GROUP_SIZES)}"
+                f"block_size is {list(block)}, expected [n, g] with g one of {list(GROUP_SIZES)}"
             )
-        object.__setattr__(self, "block_shape", tuple(block))
+        object.__setattr__(self, "block_size", tuple(block))
 
     def _check_fp8(self) -> None:
         chosen = self.granularity or "block"
@@ -126,11 +126,11 @@ class Quantization:
             raise ValueError(
                 f"granularity is {self.granularity!r}, expected 'block', 'channel' or 'tensor'"
             )
-        if chosen != "block" and self.block_shape is not None:
-            raise ValueError(f"granularity {chosen!r} and block_shape contradict each other")
-        if self.block_shape not in (None, (BLOCK, BLOCK)):
+        if chosen != "block" and self.block_size is not None:
+            raise ValueError(f"granularity {chosen!r} and block_size contradict each other")
+        if self.block_size not in (None, (BLOCK, BLOCK)):
             raise ValueError(
-                f"block_shape is {list(self.block_shape)}, expected [{BLOCK}, {BLOCK}] for {FP8}"
+                f"block_size is {list(self.block_size)}, expected [{BLOCK}, {BLOCK}] for {FP8}"
             )
 
     @classmethod
@@ -148,10 +148,10 @@ class Quantization:
         given = dict(value)
         if given.get("type") is None and "dense" not in given:
             raise ValueError(f"quantization {value!r} has no 'type', such as {FP8!r}")
-        if "block_size" in given:  # as configs of the hub name it
-            if "block_shape" in given:
-                raise ValueError(f"quantization {value!r} has block_size and block_shape: give one")
-            given["block_shape"] = given.pop("block_size")
+        if "block_shape" in given:
+            if "block_size" in given:
+                raise ValueError(f"quantization {value!r} has block_shape and block_size: give one")
+            given["block_size"] = given.pop("block_shape")
         known = [field.name for field in fields(cls)]
         for key in given:
             if key not in known:
@@ -168,10 +168,10 @@ class Quantization:
         blocks = kind.format is BlockFp8
         if self.granularity is not None and (self.granularity == "block") != blocks:
             return "granularity"
-        if self.block_shape is not None and (
-            not blocks if self.type == FP8 else self.block_shape[1] != group
+        if self.block_size is not None and (
+            not blocks if self.type == FP8 else self.block_size[1] != group
         ):
-            return "block_shape"
+            return "block_size"
         if self.group_size not in (None, group):
             return "group_size"
         if self.per_channel and group != columns:
@@ -202,18 +202,18 @@ class Quantization:
             return _recipe(Kind.integers(Int8, group, columns, dtype=scales, ordered=False))
         zeros = self.symmetric is False
         kind = Kind.integers(Int4, group, columns, dtype=scales, zeros=zeros, ordered=False)
-        if self.block_shape is None:
+        if self.block_size is None:
             return _recipe(kind)
-        n = self.block_shape[0]
+        n = self.block_size[0]
         kind = replace(kind, scaled=f"in blocks of {n} x {group}")
         return Recipe(kind, partial(_in_blocks, kind=kind, rows=n, group=group), n)
 
     def require_rows(self, name: str, rows: int) -> None:
         """Raise `QuantizationError` where blocks of int4 do not divide the rows of a matrix."""
-        if self.type == INT4 and self.block_shape is not None and rows % self.block_shape[0]:
+        if self.type == INT4 and self.block_size is not None and rows % self.block_size[0]:
             raise QuantizationError(
-                f"{name}: blocks of {' x '.join(map(str, self.block_shape))} do not divide its "
-                f"{rows} rows; give a block_shape [n, g] with n a divisor of them"
+                f"{name}: blocks of {' x '.join(map(str, self.block_size))} do not divide its "
+                f"{rows} rows; give a block_size [n, g] with n a divisor of them"
             )
 
     def _group_size(self, name: str, columns: int) -> int:
@@ -222,7 +222,7 @@ class Quantization:
                 f"{name}: {self.type} has two columns in a byte, and there are {columns}, which is "
                 f"odd; {INT8!r} takes any number of them"
             )
-        chosen = self.block_shape[1] if self.block_shape is not None else self.group_size
+        chosen = self.block_size[1] if self.block_size is not None else self.group_size
         if chosen is not None:
             self._require(name, columns, chosen)
             return chosen

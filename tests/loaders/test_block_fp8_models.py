@@ -575,8 +575,8 @@ def test_fp8_that_the_config_does_not_tell(tmp_path):
     [
         ("fp8", ValueError, "quantization type is 'fp8', expected one of 'fp8_w8a8'"),
         ({"type": "fp8_w8a8", "granularity": "row"}, ValueError, "granularity is 'row'"),
-        ({"type": "fp8_w8a8", "block_size": 128}, ValueError, "block_shape is 128"),
-        ({"type": "fp8_w8a8", "block_size": [64, 64]}, ValueError, "block_shape is [64, 64]"),
+        ({"type": "fp8_w8a8", "block_size": 128}, ValueError, "block_size is 128"),
+        ({"type": "fp8_w8a8", "block_size": [64, 64]}, ValueError, "block_size is [64, 64]"),
         ({"type": "fp8_w8a8", "group_size": 128}, ValueError, "group_size=128 is not for fp8"),
         ({"type": "fp8_w8a8", "blocks": 1}, ValueError, "unknown key 'blocks'"),
         ({"block_size": [128, 128]}, ValueError, "has no 'type'"),

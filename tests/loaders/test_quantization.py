@@ -138,7 +138,7 @@ def test_scales_for_several_rows():
     """[n, g]: the scales of g columns of n rows are those of their n * g weights together."""
     w = normal(12, 256).to(torch.bfloat16)
     for zeros in (False, True):
-        asked = Quantization("int4_w4a16", block_shape=(4, 64), symmetric=not zeros)
+        asked = Quantization("int4_w4a16", block_size=(4, 64), symmetric=not zeros)
         recipe = asked.recipe("w", 256, torch.bfloat16)
         assert recipe.rows == 4
         found = recipe.quantize(w)
@@ -286,13 +286,13 @@ def test_weights_that_are_not_finite_are_named(tmp_path, name):
         ({"dense": "bf16"}, "dense is 'bf16', expected 'keep' or 'dequantize'"),
         ({"dense": "dequantize", "group_size": 32}, "group_size=32 needs a type, such as 'int4_"),
         ({"type": None}, "quantization {'type': None} has no 'type', such as"),
-        ({"type": "int4_w4a16", "block_size": [8]}, "block_shape is [8], expected two sizes"),
+        ({"type": "int4_w4a16", "block_size": [8]}, "block_size is [8], expected two sizes"),
         ({"type": ["a"]}, "quantization type is ['a'], expected one of"),
         ({"type": "int4_w4a16", "group_size": 64.0}, "group_size is 64.0, expected one of"),
         ({"type": "int4_w4a16", "symmetric": 1}, "symmetric is 1, expected True or False"),
         (
             {"type": "fp8_w8a8", "granularity": "channel", "block_size": [128, 128]},
-            "'channel' and block_shape contradict",
+            "'channel' and block_size contradict",
         ),
     ],
     ids=str,
@@ -397,13 +397,13 @@ def test_an_odd_number_of_columns():
     ("stored", "asked", "message"),
     [
         ("fp8_w8a8", {"granularity": "channel"}, "granularity='channel' .* in blocks of 128 x 128"),
-        ({"type": "fp8_w8a8", "granularity": "tensor"}, {"block_size": [128, 128]}, "block_shape="),
+        ({"type": "fp8_w8a8", "granularity": "tensor"}, {"block_size": [128, 128]}, "block_size="),
         ("int8_w8a16", {"group_size": 32}, "group_size=32 .*w13.* with a scale a row already"),
         ("int4_w4a16", {"group_size": 32}, "group_size=32 .* groups of 128 already"),
         ("int4_w4a16", {"per_channel": True}, "per_channel=True .*w13.* in int4_w4a16 in groups"),
         ("int4_w4a16", {"symmetric": False}, "symmetric=False is asked for, but the checkpoint"),
         ({"type": "int4_w4a16", "symmetric": False}, {"symmetric": True}, "with zero points"),
-        ("int4_w4a16", {"block_size": [8, 64]}, r"block_shape=\(8, 64\)"),
+        ("int4_w4a16", {"block_size": [8, 64]}, r"block_size=\(8, 64\)"),
     ],
     ids=str,
 )
