@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tolerances import assert_close
 from torch import nn
 from transformers import DynamicCache, GptOssConfig
@@ -83,7 +84,7 @@ def test_sinks_in_chunks(window: int | None, padded: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("length", [1, 7])
+@pytest.mark.parametrize("length", [1, 7, 9])
 @pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], ids=["cpu", "cuda"]
 )
@@ -119,3 +120,33 @@ def test_sinks_learn() -> None:
     assert sinks.grad is not None
     slope = (losses[0] - losses[1]) / 2e-3
     torch.testing.assert_close(sinks.grad[0], slope, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("visible", [False, True], ids=["causal", "masked"])
+@pytest.mark.parametrize("length", [1, 7, 9])
+@pytest.mark.parametrize(("width", "value_width"), [(12, 8), (8, 12), (8, 8)])
+@torch.inference_mode()
+def test_values_of_another_width(
+    width: int, value_width: int, length: int, visible: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU torch gets heads of one width for a prompt: that it then takes one kernel."""
+    q, k = torch.randn(2, 4, length, width), torch.randn(2, 2, 9, width)
+    v = torch.randn(2, 2, 9, value_width)
+    past = 9 - length
+    shown = torch.ones(2, 9, dtype=torch.bool)
+    shown[0, 0] = not (visible and past)
+    mask = CausalMask(past, length, q.device, shown if visible else None)
+    scores = 0.3 * q @ k.repeat_interleave(2, 1).mT
+    allowed = torch.ones(length, 9, dtype=torch.bool).tril(past) & shown[:, None, None]
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    expected = scores.softmax(-1) @ v.repeat_interleave(2, 1)
+    widths = []
+    attention = F.scaled_dot_product_attention
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
+        widths.append({x.shape[-1] for x in (q, k, v)})
+        return attention(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    assert_close(attend(q, k, v, mask, scale=0.3), expected)
+    assert widths == [{max(width, value_width)} if length > 1 else {width, value_width}]
