@@ -8,20 +8,13 @@ Prints them; with --write each page gets, between `<!-- benchmarks/expert_parall
 
 import argparse
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from marked_tables import renew, table
+
 Row = dict[str, Any]
-MARKED = re.compile(
-    r"(<!-- benchmarks/expert_parallel_tables.py (\w+) -->\n).*?(<!-- end -->)", re.DOTALL
-)
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    head = list(head)
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *map(list, rows))]
 
 
 def microseconds(seconds: float | None) -> str:
@@ -208,12 +201,12 @@ def main() -> None:
     args = parser.parse_args()
     result = json.loads(args.result.read_text())
 
-    def anew(match: re.Match[str]) -> str:
-        section, made = TABLES[match[2]]
-        return "\n".join([match[1].rstrip("\n"), *made(result[section]), match[3]])
+    def made(name: str) -> list[str]:
+        section, of_rows = TABLES[name]
+        return of_rows(result[section])
 
     for page in args.write:
-        page.write_text(MARKED.sub(anew, page.read_text()))
+        renew(page, "expert_parallel_tables.py", made)
     if not args.write:
         for section in dict.fromkeys(section for section, _ in TABLES.values()):
             print("\n".join(lines(section, result.get(section, []))))

@@ -8,14 +8,14 @@ the table of that name anew, from the results of an H100.
 
 import argparse
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from expert_parallel_tables import table
+from marked_tables import renew, table
 
-MARKED = re.compile(r"(<!-- benchmarks/layer_tables.py (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+from moezoo.tools.layer import us
+
 RESULTS = Path(__file__).parent / "results"
 DEVICE = "nvidia_h100_80gb_hbm3"
 
@@ -33,26 +33,23 @@ def cells(document: dict[str, Any], layer: str = "qwen3-30b-a3b") -> list[Cell]:
     return [cell for cell in document["cells"] if cell["layer"] == layer]
 
 
-def microseconds(us: float | None) -> str:
-    return "" if us is None else f"{us:,.{0 if us >= 100 else 1}f}"
-
-
 def time_of(cell: Cell, name: str) -> float | None:
     """Measured in this run, or kept from earlier."""
     timing = cell["timings"].get(name)
-    us: float | None = timing["median_us"] if timing else cell["references_us"].get(name)
-    return us
+    found: float | None = timing["median_us"] if timing else cell["references_us"].get(name)
+    return found
 
 
 def times(found: list[Cell], rows: dict[str, str]) -> list[list[str]]:
     """A row for each implementation by its title, the fastest of each number of tokens in bold."""
     lines = []
-    best = [min(us for n in rows if (us := time_of(cell, n)) is not None) for cell in found]
+    best = [min(t for n in rows if (t := time_of(cell, n)) is not None) for cell in found]
     for name, title in rows.items():
         line = [title]
         for cell, least in zip(found, best, strict=True):
-            us = time_of(cell, name)
-            line.append(f"**{microseconds(us)}**" if us == least else microseconds(us))
+            time = time_of(cell, name)
+            shown = "" if time is None else us(time)
+            line.append(f"**{shown}**" if time == least else shown)
         lines.append(line)
     return lines
 
@@ -77,7 +74,7 @@ def bf16() -> list[str]:
     )
     bandwidth, peak = ceilings["read_bytes_per_second"], ceilings["flop_per_second"]
     floor = f"floor: bytes over {bandwidth / 1e12:.2f} TB/s, FLOP over {peak / 1e12:.0f} TFLOP/s"
-    rows.append([floor, *(microseconds(cell["floor_us"]) for cell in found)])
+    rows.append([floor, *(us(cell["floor_us"]) for cell in found)])
     return table(head(found), rows)
 
 
@@ -111,8 +108,8 @@ def quantized() -> list[str]:
             line = [f"{title}, {SHORT[quantization]}"]
             for tokens in (cell["num_tokens"] for cell in first):
                 cell = by_tokens[tokens]
-                us = {n: timing["median_us"] for n, timing in cell["timings"].items()}
-                ratio = f"{us['moezoo_bf16'] / us['moezoo']:.2f}"
+                time = {n: timing["median_us"] for n, timing in cell["timings"].items()}
+                ratio = f"{time['moezoo_bf16'] / time['moezoo']:.2f}"
                 line.append(f"{ratio} ({cell['floor_share']:.0%})" if tokens <= 256 else ratio)
             rows.append(line)
     return table(head(first), rows)
@@ -121,15 +118,11 @@ def quantized() -> list[str]:
 TABLES = {"bf16": bf16, "block_fp8": block_fp8, "quantized": quantized}
 
 
-def anew(match: re.Match[str]) -> str:
-    return match[1] + "\n".join(TABLES[match[2]]()) + "\n" + match[3]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("pages", nargs="+", type=Path, metavar="PAGE")
     for page in parser.parse_args().pages:
-        page.write_text(MARKED.sub(anew, page.read_text()))
+        renew(page, "layer_tables.py", lambda name: TABLES[name]())
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from layer_tables import time_of
 from matplotlib.figure import Figure
 from plots import save, short
 
@@ -29,12 +30,11 @@ def ratios(cells: list[dict[str, Any]], name: str) -> tuple[list[int], list[floa
     """Tokens, time over floor, and whether all of the times are figures kept from earlier."""
     tokens, over, kept = [], [], True
     for cell in cells:
-        timing = cell["timings"].get(name)
-        us = timing["median_us"] if timing else cell["references_us"].get(name)
+        us = time_of(cell, name)
         if us is not None:
             tokens.append(cell["num_tokens"])
             over.append(us / cell["floor_us"])
-            kept = kept and timing is None
+            kept = kept and name not in cell["timings"]
     return tokens, over, kept
 
 
