@@ -24,6 +24,8 @@ KINDS: dict[str, tuple[type[Format], dict[str, Any]]] = {
     "channel-fp8": (ChannelFp8, {}),
     "int8": (Int8, {}),
     "int8-groups": (Int8, {"group_size": 32}),
+    "int8-zeros": (Int8, {"group_size": 64, "zeros": True}),
+    "int8-rows": (Int8, {"zeros": True}),
     "int4": (Int4, {}),
     "int4-zeros": (Int4, {"zeros": True}),
     "int4-rows": (Int4, {"group_size": -1, "zeros": True}),

@@ -31,7 +31,7 @@ from moezoo.layers.kernels.overlap import launch_options, start_next, wait, wait
 from moezoo.layers.kernels.packed_operand import FORMATS
 from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 from moezoo.layers.kernels.unpack import factors
-from moezoo.layers.quant import Int4, Mxfp4, WeightOnly
+from moezoo.layers.quant import Mxfp4, WeightOnly
 from moezoo.layers.quant.mxfp4 import GROUP
 
 WORD = 4
@@ -166,10 +166,8 @@ def _scaled(
     scales = tl.load(p_scales, mask=mask, other=0)
     if FORMAT == "mxfp4":
         return sums * factors(scales, tl.float32, False)
-    if FORMAT == "int8":
-        sums -= 128.0 * x_sums
-    elif p_zeros is None:
-        sums -= 8.0 * x_sums
+    if p_zeros is None:
+        sums -= (128.0 if FORMAT == "int8" else 8.0) * x_sums
     else:
         sums -= tl.load(p_zeros, mask=mask, other=0).to(tl.float32) * x_sums
     return sums * scales.to(tl.float32)
@@ -390,7 +388,7 @@ def _words_of_group(w: WeightOnly, ways: int) -> int:
 def in_words(w: WeightOnly) -> bool:
     """Whether the kernels can read w: rows of whole words, groups of a power of two of them."""
     ways = WORD * 8 // w.bits
-    zeros = w.zeros if isinstance(w, Int4) else None
+    zeros = None if isinstance(w, Mxfp4) else w.zeros
     if w.order is not None or w.shape[-1] % ways or w.data.stride(-1) != 1:
         return False
     if (w.data.data_ptr() | gcd(*w.data.stride()[:-1])) % WORD:
@@ -429,7 +427,7 @@ def _words(w: WeightOnly, block: tuple[int, int, int]) -> _Words:
         "num_warps": num_warps,
         **launch_options(words.device),
     }
-    return _Words(words, w.scales, w.zeros if isinstance(w, Int4) else None, options)
+    return _Words(words, w.scales, None if isinstance(w, Mxfp4) else w.zeros, options)
 
 
 def _in_quads(x: Tensor) -> Tensor:

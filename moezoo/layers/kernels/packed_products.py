@@ -277,16 +277,19 @@ def products(
                     # fmt: on
                 factor = _spread(factor, SLICE_W)
             if HAS_ZEROS:
-                zero = zero_points(zeros[s * GROUPS // SLICES], dtype, PAIRS)
+                zero = zero_points(zeros[s * GROUPS // SLICES], FORMAT, dtype, PAIRS)
                 zero = tl.broadcast_to(zero[:, None], [R, SLICE_W])
             else:
                 zero = no_zero_points([R, SLICE_W], dtype, PAIRS)
             if CHAIN and GROUP > 0 and not SCALED:
                 factor = scales[s * GROUPS // SLICES].to(dtype if PAIRS else tl.float32)
                 factor = tl.broadcast_to(factor[:, None], [R, SLICE_W])
+            # fmt: off
             b_w = unpack(
-                slices[s], zero, factor, FORMAT, WAYS, SCALED or (CHAIN and GROUP > 0), dtype, PAIRS
+                slices[s], zero, factor, FORMAT, WAYS, HAS_ZEROS, SCALED or (CHAIN and GROUP > 0),
+                dtype, PAIRS,
             )
+            # fmt: on
             if CHAIN:
                 total = tl.dot(b_w, xs[s].T, total, input_precision="ieee")
             else:

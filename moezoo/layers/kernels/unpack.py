@@ -4,10 +4,12 @@ A word has WAYS columns, the first in its lowest bits. A value can stay in the t
 word if the product takes columns in another order: in each CHUNK words the first way of all, then
 the next. The other operand must have its columns in that order too, see `interleave`.
 
-Integers of up to 8 bits are exact in bf16 and fp16. Their bits become the lowest of a number from
-128 in bf16, or from 1024 in fp16, and what stands for zero there is subtracted. A number of E2M1 is
-put where its exponent begins; a multiplication by a power of two, its scale's included, makes it
-right, subnormal or not. In bf16 that is part of the same instructions.
+Integers of up to 8 bits are exact in bf16 and fp16, and so are their differences. Their bits become
+the lowest of a number from 128 in bf16, or from 1024 in fp16, and what stands for zero there is
+subtracted; zero points of 8 bits, for which there is no room from 128 on, are subtracted in bf16
+after that. A number of E2M1 is put where its exponent begins; a multiplication by a power of two,
+its scale's included, makes it right, subnormal or not. In bf16 that is part of the same
+instructions.
 
 PAIRS is for NVIDIA GPUs (in bf16 from Hopper on) and words of 16 bits: an instruction works on two
 values in a register. Elsewhere, in fp32 and for words of 8 bits plain operations do the same.
@@ -50,21 +52,23 @@ def _int4(dtype: str) -> tl.constexpr:
     )
 
 
-def _int8_bf16() -> tl.constexpr:
-    """$0, $1 = signed bytes of $2: 128 and seven bits, less 128, or 256 if they are negative."""
+def _int8_bf16(zeros: str = "") -> tl.constexpr:
+    """$0, $1 = signed bytes of $2: 128 and seven bits, less 128, or 256 if they are negative; less
+    the zero points in `zeros`."""
     return _asm(
         *(
             f"shr.u32 s, $2, {8 * way}; lop3.b32 t, s, 0x007F007F, 0x43004300, 0xEA; "
             f"lop3.b32 u, s, 0x00800080, 0x43004300, 0xEA; sub.bf16x2 ${way}, t, u;"
+            + (f" sub.bf16x2 ${way}, ${way}, {zeros};" if zeros else "")
             for way in range(2)
         )
     )
 
 
-def _int8_fp16() -> tl.constexpr:
-    """$0, $1 = signed bytes of $2: with the sign turned they are 128 more."""
+def _int8_fp16(zeros: str = "0x64806480") -> tl.constexpr:
+    """$0, $1 = signed bytes of $2, less the zero points: with the sign turned they are 128 more."""
     return _asm(
-        "mov.b32 u, 0x64806480;",
+        f"mov.b32 u, {zeros};",
         *(
             f"shr.u32 s, $2, {8 * way}; lop3.b32 t, s, 0x00FF00FF, 0x64806480, 0x6A; "
             f"sub.f16x2 ${way}, t, u;"
@@ -114,10 +118,12 @@ def _e2m1_fp16() -> tl.constexpr:
 
 INT4_BF16, INT4_FP16 = _int4("bf16"), _int4("fp16")
 INT8_BF16, INT8_FP16 = _int8_bf16(), _int8_fp16()
+INT8_ZEROS_BF16, INT8_ZEROS_FP16 = _int8_bf16("$3"), _int8_fp16("$3")
 E2M1_BF16, E2M1_FP16 = _e2m1_bf16(), _e2m1_fp16()
 POWER_BF16 = _power_bf16()
 INT4_OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r,r,r")
 INT8_OPERANDS = tl.constexpr("=&r,=&r,r")
+INT8_ZEROS_OPERANDS = tl.constexpr("=&r,=&r,r,r")
 E2M1_OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r,r")
 SCALED_E2M1_OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r,r,r,r")
 POWER_OPERANDS = tl.constexpr("=r,r")
@@ -126,9 +132,12 @@ TIMES_FP16 = tl.constexpr("mul.f16x2 $0, $1, $2;")
 
 
 @triton.jit
-def zero_points(zeros, dtype: tl.constexpr, PAIRS: tl.constexpr):
+def zero_points(zeros, FORMAT: tl.constexpr, dtype: tl.constexpr, PAIRS: tl.constexpr):
     """uint8 zero points as `unpack` subtracts them."""
-    if not PAIRS:
+    if FORMAT == "int8" and not (PAIRS and dtype == tl.float16):
+        # Of signed codes.
+        return (zeros.to(tl.float32) - 128.0).to(dtype if PAIRS else tl.float32)
+    elif not PAIRS:
         return zeros.to(tl.float32)
     elif dtype == tl.bfloat16:
         return (zeros.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
@@ -138,7 +147,7 @@ def zero_points(zeros, dtype: tl.constexpr, PAIRS: tl.constexpr):
 
 @triton.jit
 def no_zero_points(shape: tl.constexpr, dtype: tl.constexpr, PAIRS: tl.constexpr):
-    """Those of 8: a constant, of which the compiler knows that it costs nothing in any layout."""
+    """int4's of 8: a constant, of which the compiler knows that it costs nothing in any layout."""
     if not PAIRS:
         return tl.full(shape, 8.0, tl.float32)
     elif dtype == tl.bfloat16:
@@ -148,11 +157,17 @@ def no_zero_points(shape: tl.constexpr, dtype: tl.constexpr, PAIRS: tl.constexpr
 
 
 @triton.jit
-def _unpack_pairs(words, zeros, factor, FORMAT: tl.constexpr, dtype: tl.constexpr):
+def _unpack_pairs(
+    words, zeros, factor, FORMAT: tl.constexpr, HAS_ZEROS: tl.constexpr, dtype: tl.constexpr
+):
     if dtype == tl.bfloat16:
         if FORMAT == "int4":
             return tl.inline_asm_elementwise(
                 INT4_BF16, INT4_OPERANDS, [words, zeros], (tl.bfloat16,) * 4, True, 2
+            )
+        elif FORMAT == "int8" and HAS_ZEROS:
+            return tl.inline_asm_elementwise(
+                INT8_ZEROS_BF16, INT8_ZEROS_OPERANDS, [words, zeros], (tl.bfloat16,) * 2, True, 2
             )
         elif FORMAT == "int8":
             return tl.inline_asm_elementwise(
@@ -167,6 +182,10 @@ def _unpack_pairs(words, zeros, factor, FORMAT: tl.constexpr, dtype: tl.constexp
             return tl.inline_asm_elementwise(
                 INT4_FP16, INT4_OPERANDS, [words, zeros], (tl.float16,) * 4, True, 2
             )
+        elif FORMAT == "int8" and HAS_ZEROS:
+            return tl.inline_asm_elementwise(
+                INT8_ZEROS_FP16, INT8_ZEROS_OPERANDS, [words, zeros], (tl.float16,) * 2, True, 2
+            )
         elif FORMAT == "int8":
             return tl.inline_asm_elementwise(
                 INT8_FP16, INT8_OPERANDS, [words], (tl.float16,) * 2, True, 2
@@ -178,11 +197,12 @@ def _unpack_pairs(words, zeros, factor, FORMAT: tl.constexpr, dtype: tl.constexp
 
 
 @triton.jit
-def _unpack_plain(words, zeros, way: tl.constexpr, FORMAT: tl.constexpr):
+def _unpack_plain(words, zeros, way: tl.constexpr, FORMAT: tl.constexpr, HAS_ZEROS: tl.constexpr):
     """In fp32."""
     bits = words.to(tl.int32)
     if FORMAT == "int8":
-        return ((bits << (24 - 8 * way)) >> 24).to(tl.float32)
+        value = ((bits << (24 - 8 * way)) >> 24).to(tl.float32)
+        return value - zeros if HAS_ZEROS else value
     elif FORMAT == "int4":
         return ((bits >> (4 * way)) & 15).to(tl.float32) - zeros
     else:
@@ -237,6 +257,7 @@ def unpack(
     factor,
     FORMAT: tl.constexpr,
     WAYS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
     SCALED: tl.constexpr,
     dtype: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -248,7 +269,7 @@ def unpack(
     """
     if PAIRS:
         tl.static_assert(SCALED or FORMAT != "mxfp4")
-        ways = _unpack_pairs(words, zeros, factor, FORMAT, dtype)
+        ways = _unpack_pairs(words, zeros, factor, FORMAT, HAS_ZEROS, dtype)
         if SCALED and not (FORMAT == "mxfp4" and dtype == tl.bfloat16):
             scaled = ()
             for way in tl.static_range(WAYS):
@@ -264,7 +285,7 @@ def unpack(
     else:
         ways = ()
         for way in tl.static_range(WAYS):
-            value = _unpack_plain(words, zeros, way, FORMAT)
+            value = _unpack_plain(words, zeros, way, FORMAT, HAS_ZEROS)
             if SCALED:
                 value *= factor
             ways += (value.to(dtype),)

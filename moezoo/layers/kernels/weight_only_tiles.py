@@ -1,7 +1,7 @@
 """Tiles of `gated_up_weight_only` and `down_weight_only`, from the tables of `tiles` or by rule.
 
 A block's k is in columns, of which 4-bit formats have two in a byte. Rules and tables are measured
-on one H100, those of int4 without zero points.
+on one H100, those of integers without zero points, but for `_zeros_plan`.
 """
 
 from dataclasses import replace
@@ -17,7 +17,7 @@ from moezoo.layers.kernels.tiles import (
     remembered,
     tuned,
 )
-from moezoo.layers.quant import Int4, Mxfp4, WeightOnly
+from moezoo.layers.quant import Mxfp4, WeightOnly
 
 FAR = 2.0
 """Tables have few numbers of rows: beyond this ratio the rule says more."""
@@ -40,7 +40,7 @@ def plan_weight_only(
     # The kernels read 16 bits at a time.
     described = described and all(w.shape[-1] % (16 // w.bits) == 0 for w in (w13, w2))
     rows_per_expert = num_rows / (num_experts or w13.shape[0])
-    has_zeros = any(isinstance(w, Int4) and w.zeros is not None for w in (w13, w2))
+    has_zeros = any(not isinstance(w, Mxfp4) and w.zeros is not None for w in (w13, w2))
     return _plan(
         *(x.device, x.dtype, w13.name, w13.bits, tuple(w13.shape)),
         has_zeros,
@@ -69,12 +69,14 @@ def _plan(
         known = described and not has_zeros
         plan = tuned(device, sizes, rows_per_expert, far=FAR) if known else None
         if plan is None:
-            if has_zeros:
+            if bits == 8:
+                plan = _int8_plan(rows_per_expert)
+            elif has_zeros:
                 plan = _zeros_plan(rows_per_expert, described)
             elif name == Mxfp4.name:
                 plan = _mxfp4_plan(rows_per_expert, described)
             else:
-                plan = _int8_plan(rows_per_expert) if bits == 8 else _int4_plan(rows_per_expert)
+                plan = _int4_plan(rows_per_expert)
         chosen = Plan(*(replace(t, descriptors=described) for t in (plan.gated_up, plan.down)))
     return Plan(
         chosen.gated_up.fitted(num_parts, dtype.itemsize, device, bits=bits),
@@ -125,6 +127,7 @@ def _zeros_plan(rows_per_expert: float, described: bool) -> Plan:
 
 
 def _int8_plan(rows_per_expert: float) -> Plan:
+    """With zero points too, whose subtraction takes the registers that there are."""
     if rows_per_expert <= 10:
         return Plan(_tile(16, 32, 128, 4, 3), _tile(16, 64, 256, 4, 3))
     if rows_per_expert <= 24:

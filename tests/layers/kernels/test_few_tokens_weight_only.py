@@ -57,13 +57,13 @@ def test_matches_reference(
     assert_close(few_tokens_weight_only(**arguments), few_tokens_weight_only_ref(**arguments))
 
 
-@pytest.mark.parametrize("name", ["int4-channel", "int8-channel"])
+@pytest.mark.parametrize("name", ["int4-channel", "int8-channel", "int8-channel-zeros"])
 def test_rows_of_few_words(name: str, device: torch.device) -> None:
     arguments = inputs(name, (2, 4, 1, 24, 8), device)
     assert_close(few_tokens_weight_only(**arguments), few_tokens_weight_only_ref(**arguments))
 
 
-@pytest.mark.parametrize("name", ["int4-64-zeros", "mxfp4"])
+@pytest.mark.parametrize("name", ["int4-64-zeros", "int8-64-zeros", "mxfp4"])
 def test_absent_experts_and_nan(name: str, device: torch.device) -> None:
     arguments = inputs(name, (2, 6, 3, 64, 64), device)
     arguments["topk_ids"][0, 2] = -1
@@ -74,7 +74,7 @@ def test_absent_experts_and_nan(name: str, device: torch.device) -> None:
     assert not few_tokens_weight_only(**arguments).any()
 
 
-@pytest.mark.parametrize("name", ["int4-64-zeros", "int8-channel", "mxfp4"])
+@pytest.mark.parametrize("name", ["int4-64-zeros", "int8-channel", "int8-64-zeros", "mxfp4"])
 def test_biases_gates_and_strides(name: str, device: torch.device) -> None:
     arguments = inputs(name, (1, 4, 2, 64, 64), device)
     generator = torch.Generator().manual_seed(3)

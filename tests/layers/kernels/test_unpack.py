@@ -118,8 +118,24 @@ def test_int8(words: list[int], dtype: torch.dtype) -> None:
     for word in words:
         found = values(run(asm, 2, word), dtype)
         for way in range(2):
-            data = [(half >> 8 * way & 255).to_bytes() for half in halves(word)]
-            assert found[way] == [int.from_bytes(byte, signed=True) for byte in data]
+            assert found[way] == [signed(half >> 8 * way & 255) for half in halves(word)]
+
+
+def test_int8_with_zero_points(words: list[int], dtype: torch.dtype) -> None:
+    bf16 = dtype == torch.bfloat16
+    asm = (unpack.INT8_ZEROS_BF16 if bf16 else unpack.INT8_ZEROS_FP16).value
+    for i, word in enumerate(words * 10):
+        zeros = (i % 256, (i * 77 + 5) % 256)
+        subtracted = torch.tensor(zeros) + (-128 if bf16 else 1024)
+        low, high = (int(bits) & 0xFFFF for bits in subtracted.to(dtype).view(torch.int16))
+        found = values(run(asm, 2, word, low | high << 16), dtype)
+        for way in range(2):
+            codes = [signed(half >> 8 * way & 255) + 128 for half in halves(word)]
+            assert found[way] == [code - zero for code, zero in zip(codes, zeros, strict=True)]
+
+
+def signed(byte: int) -> int:
+    return byte - (byte >> 7 << 8)
 
 
 def test_e2m1_bf16(words: list[int]) -> None:

@@ -40,6 +40,8 @@ FORMATS = {
     "int4-channel": (Int4, {"group_size": -1}),
     "int8-channel": (Int8, {}),
     "int8-64": (Int8, {"group_size": 64}),
+    "int8-64-zeros": (Int8, {"group_size": 64, "zeros": True}),
+    "int8-channel-zeros": (Int8, {"zeros": True}),
     "mxfp4": (Mxfp4, {}),
 }
 
@@ -111,7 +113,7 @@ def test_matches_reference(
     if dtype == torch.float32 and tile.m > 32:
         pytest.skip("fp32 tiles have at most 32 rows")
     num_tokens, _, num_experts = SHAPES[ROUTINGS[name]]
-    hidden, intermediate = (64, 128) if format_ in ("int4-64-zeros", "int8-64") else (96, 64)
+    hidden, intermediate = (64, 128) if "-64" in format_ else (96, 64)
     w13 = weights(format_, num_experts, 2, intermediate, hidden, device=device)
     w2 = weights(format_, num_experts, hidden, intermediate, device=device, seed=2)
     x = tokens(num_tokens, hidden, device, dtype)
@@ -130,7 +132,10 @@ def test_a_group_longer_than_a_block(name: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     ("format_", "hidden", "intermediate"),
-    [("int4-channel", 130, 54), ("int4-channel", 52, 44), ("int8-channel", 131, 53)],
+    [
+        *(("int4-channel", 130, 54), ("int4-channel", 52, 44)),
+        *(("int8-channel", 131, 53), ("int8-channel-zeros", 131, 53)),
+    ],
 )
 @pytest.mark.sampled(n=2)
 def test_sizes_that_fill_no_words(

@@ -16,6 +16,7 @@ from moezoo.layers.quant.mxfp4 import Mxfp4
 
 FORMATS = {
     "int8": (Int8, {}),
+    "int8-zeros": (Int8, {"zeros": True}),
     "int4": (Int4, {"group_size": 32}),
     "int4-zeros": (Int4, {"group_size": 32, "zeros": True}),
     "mxfp4": (Mxfp4, {}),
@@ -62,7 +63,7 @@ def test_plans_have_tiles_that_the_kernels_take(
                 assert tile.k % 64 == 0
                 assert tile.descriptors == (dtype != torch.float32 and not padding)
                 assert tile.descriptors or tile.m <= 128
-                bits = 8 if name == "int8" else 4
+                bits = FORMATS[name][0].bits
                 column_bits = 8 * dtype.itemsize * tile.m + bits * num_parts * tile.n
                 assert column_bits * tile.k * tile.num_stages <= 8 * 1024 * kilobytes
 
@@ -81,14 +82,14 @@ def test_tables_are_used_near_what_was_measured(
         assert measured is not None
 
         def plan(ratio: float, rows: float = rows) -> Plan:
-            zeros = name == "int4-zeros"
+            zeros = name.endswith("-zeros")
             return weight_only_tiles._plan(
                 *(cuda, torch.bfloat16, format_.name, format_.bits, shape),
                 *(zeros, True, ratio * rows),
             )
 
         for ratio in (0.6, 1.0, 1.9):
-            # They are of int4 without zero points.
-            if name != "int4-zeros":
+            # They are of integers without zero points.
+            if not name.endswith("-zeros"):
                 assert plan(ratio) == measured
         assert plan(3.0).gated_up.m >= measured.gated_up.m

@@ -72,11 +72,12 @@ def ordered(w: torch.Tensor) -> Int4:
     "quantize",
     [
         Int8.quantize,
+        partial(Int8.quantize, zeros=True),
         partial(Int4.quantize, zeros=True),
         Mxfp4.quantize,
         ordered,
     ],
-    ids=["int8", "int4", "mxfp4", "int4-ordered"],
+    ids=["int8", "int8-zeros", "int4", "mxfp4", "int4-ordered"],
 )
 @pytest.mark.sampled(n=5)
 def test_weight_only_equals_the_torch_path(

@@ -20,6 +20,8 @@ KINDS: dict[str, tuple[type[Format], dict[str, Any]]] = {
     "channel-fp8": (ChannelFp8, {}),
     "int8": (Int8, {}),
     "int8-groups": (Int8, {"group_size": 32}),
+    "int8-zeros": (Int8, {"group_size": 32, "zeros": True}),
+    "int8-rows": (Int8, {"zeros": True}),
     "int4": (Int4, {}),
     "int4-zeros": (Int4, {"zeros": True}),
     "int4-rows": (Int4, {"group_size": -1, "zeros": True}),
@@ -285,6 +287,7 @@ def test_operator(kind: str, device: torch.device) -> None:
 def test_compiles_into_one_graph(kind: str, device: torch.device) -> None:
     args = make(kind, 5, device, shape=(4, 128, 128))
     args["w13"] = args["w13"].map(lambda tensor: tensor.flatten(1, 2))
+    torch.compiler.reset()  # or the formats of other tests count as many recompilations
     compiled = torch.compile(
         lambda **a: fused_experts(**a) + 1, fullgraph=True, backend="aot_eager"
     )

@@ -26,6 +26,8 @@ KINDS: dict[str, tuple[type[Format], dict[str, Any]]] = {
     "tensor-fp8": (ChannelFp8, {"granularity": "tensor"}),
     "int8": (Int8, {}),
     "int8-groups": (Int8, {"group_size": 32}),
+    "int8-zeros": (Int8, {"group_size": 64, "zeros": True}),
+    "int8-rows": (Int8, {"zeros": True}),
     "int4": (Int4, {}),
     "int4-zeros": (Int4, {"group_size": 64, "zeros": True}),
     "int4-rows": (Int4, {"group_size": -1}),
@@ -121,7 +123,6 @@ def test_on_meta(kind: str) -> None:
     options: dict[str, Any] = {}
     if isinstance(q, Int8 | Int4):
         options = {"group_size": q.group_size, "dtype": torch.float32, "ordered": True}
-    if isinstance(q, Int4):
         options["zeros"] = q.zeros is not None
     meta = type(q).on_meta(*q.shape, **options).tensors()
     for name, tensor in q.tensors().items():
@@ -151,6 +152,7 @@ def test_module(kind: str) -> None:
     [
         ("channel-fp8", {"scales": (3,)}),
         ("int8", {"scales": (4, 6)}),
+        ("int8", {"zeros": (4, 3)}),
         ("int8", {"order": (4, 96)}),
         ("int4", {"scales": (4, 6)}),
         ("int4", {"zeros": (4, 1)}),

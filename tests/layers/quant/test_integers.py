@@ -34,6 +34,7 @@ def decoded(q: Int8 | Int4) -> Tensor:
             group = j // q.group_size
             if isinstance(q, Int8):
                 code = int(q.data[n, j])
+                code += 0 if q.zeros is None else 128 - int(q.zeros[n, group])
             else:
                 code = int(q.data[n, j // 2]) >> (4 * (j % 2)) & 15
                 code -= 8 if q.zeros is None else int(q.zeros[n, group])
@@ -56,6 +57,33 @@ def test_int8(group_size: int, dtype: torch.dtype) -> None:
     # A scale that was rounded down clips by half a step of its dtype, 127 times.
     step = 0.5 + 127 * torch.finfo(dtype).eps / 2
     assert ((q.dequantize() - w).abs() <= step * scales * 1.0001).all()
+
+
+@pytest.mark.parametrize("group_size", [-1, 32, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_int8_with_zero_points(group_size: int, dtype: torch.dtype) -> None:
+    w = (weights("normal", 3, 192) + 2).to(dtype)
+    q = Int8.quantize(w, group_size=group_size, zeros=True)
+    assert q.zeros is not None and q.zeros.shape == q.scales.shape
+    assert torch.equal(q.dequantize(), decoded(q))
+    groups = w.float().unflatten(-1, (-1, q.group_size))
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    torch.testing.assert_close(q.scales, ((high - low) / 255).to(dtype))
+    assert torch.equal(q.zeros, (-low / q.scales.float()).round().to(torch.uint8))
+    scales = q.scales.float().repeat_interleave(q.group_size, -1)
+    # Half a step, of the largest one if the zero point was rounded up.
+    step = 1 + 255 * torch.finfo(dtype).eps / 2
+    assert ((q.dequantize() - w).abs() <= step * scales * 1.0001).all()
+    symmetric = Int8.quantize(w, group_size=group_size)
+    assert (q.dequantize() - w).norm() < (symmetric.dequantize() - w).norm()
+
+
+def test_int8_of_all_codes_and_zero_points() -> None:
+    data = torch.arange(-128, 128).to(torch.int8).expand(256, -1)
+    zeros = torch.arange(256, dtype=torch.uint8).unsqueeze(1)
+    found = Int8(data, torch.full((256, 1), 0.5), zeros).dequantize()
+    assert torch.equal(found, 0.5 * (torch.arange(256) - torch.arange(256).unsqueeze(1)))
+    assert Int8(data, torch.ones(256, 1), torch.full_like(zeros, 128)).dequantize().equal(data)
 
 
 @pytest.mark.parametrize("zeros", [False, True])
@@ -102,13 +130,14 @@ def test_search_beats_round_to_nearest(kind: str, zeros: bool, group_size: int) 
     assert found.norm() <= GAINS[kind][zeros] * nearest.norm()
 
 
+@pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("cls", [Int8, Int4])
-def test_order(cls: type[Int8] | type[Int4]) -> None:
+def test_order(cls: type[Int8] | type[Int4], zeros: bool) -> None:
     order = torch.stack([torch.randperm(64) for _ in range(3)]).int()
     w = weights("normal", 3, 5, 64)
     in_order = w.gather(-1, order.long().unsqueeze(1).expand(w.shape))
-    q = cls.quantize(in_order, group_size=32)
-    ordered = cls(q.data, q.scales, order=order)
+    q = cls.quantize(in_order, group_size=32, zeros=zeros)
+    ordered = cls(q.data, q.scales, q.zeros, order)
     assert torch.equal(ordered[1].dequantize(), decoded(ordered[1]))
     assert (ordered.dequantize() - w).norm() <= 0.12 * w.norm()
     parts = ordered[1].in_parts(5)
