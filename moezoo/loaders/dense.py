@@ -47,8 +47,6 @@ def _kind(copies: Sequence[Copy], encoding: Encoding) -> Kind | str:
     kind = kinds.pop()
     if kinds or kind is None:
         return "parts of one layer that are stored in several ways"
-    if not kind.held:
-        return f"{kind.format.name}, which no kernel takes: in 16 bits twice the memory"
     if any(copy.view for copy in copies) or any(weight and weight.transposed for weight in stored):
         return "rows that are stored in another order"
     starts = [index.start for copy in copies for index in copy.target_index[:1]]  # type: ignore[union-attr]

@@ -89,14 +89,6 @@ def quantized_experts(
         if kind is not None and len(formats[owners[name]]) == 1
     }
     stored = {name: _stored(by_target[name], encoding) for name in whole}
-    if asked is not None and asked.type is not None:
-        for copies in by_target.values():
-            if (kind := without_kernels(copies, encoding)) is not None:
-                raise QuantizationError(
-                    f"the checkpoint has {_stored(copies, encoding)} in {kind.described}, so that "
-                    f"experts cannot be asked for in {asked.type}; leave quantization None to have "
-                    "them dequantised, or take the 16-bit checkpoint"
-                )
     refuse_others(
         asked,
         {stored[name]: kind for name, kind in whole.items()},
@@ -161,12 +153,6 @@ def _stored(copies: Sequence[Copy], encoding: Encoding) -> str:
     return f"{info.data or copies[0].source}{info.where} (for {copies[0].target})"
 
 
-def without_kernels(copies: Sequence[Copy], encoding: Encoding) -> Kind | None:
-    """The kind of a tensor among these that no layer computes with."""
-    stored = (encoding.weights.get(copy.source) for copy in copies)
-    return next((weight.kind for weight in stored if weight and not weight.kind.held), None)
-
-
 def source_dtype(copies: Sequence[Copy], encoding: Encoding) -> torch.dtype:
     """That of the tensors that make a parameter, the finest if they differ."""
     return reduce(torch.promote_types, (encoding.tensors[copy.source].dtype for copy in copies))
@@ -186,4 +172,4 @@ def _stored_kind(copies: Sequence[Copy], encoding: Encoding, shape: Sequence[int
         if has_both(copy.target_index, shape) and (shape[2] % rows or (interleaved and rows > 1)):
             return None
         kinds.add(stored.kind)
-    return kinds.pop().if_held if len(kinds) == 1 else None
+    return kinds.pop() if len(kinds) == 1 else None

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moezoo.layers.quant import FORMATS, BlockFp8, Format, Int4, Int8, Mxfp4, QuantizedWeights
+from moezoo.layers.quant import BlockFp8, Format, Int4, Int8, Mxfp4, QuantizedWeights
 from moezoo.layers.quant.fp8 import BLOCK
 from moezoo.layers.quant.groups import PER_CHANNEL
 
@@ -43,9 +43,11 @@ class Kind:
             return replace(cls.of(held.format), scaled=held.scaled)
         row = weights.scales.shape[-1] == 1 and not held.grouped
         size = PER_CHANNEL if row else weights.group_size
-        options = {"dtype": weights.scales.dtype, "ordered": weights.order is not None}
-        if isinstance(weights, Int4):
-            options["zeros"] = weights.zeros is not None
+        options = {
+            "dtype": weights.scales.dtype,
+            "zeros": weights.zeros is not None,
+            "ordered": weights.order is not None,
+        }
         kind = cls.integers(type(weights), size, weights.shape[-1], **options)
         return replace(kind, scaled=held.scaled)
 
@@ -62,15 +64,6 @@ class Kind:
         options.pop("ordered", None)
         weight: Format = self.format.quantize_unchecked(w.to(dtype), **options)
         return weight
-
-    @property
-    def held(self) -> bool:
-        """Whether layers compute with such weights; others are dequantised."""
-        return self.format in FORMATS.values()
-
-    @property
-    def if_held(self) -> "Kind | None":
-        return self if self.held else None
 
     @property
     def described(self) -> str:

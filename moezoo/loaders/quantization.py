@@ -197,11 +197,9 @@ class Quantization:
         if self.type == MXFP4:
             self._require(name, columns, GROUP)
             return _recipe(Kind.of(Mxfp4))
-        group = self._group_size(name, columns)
-        if self.type == INT8:
-            return _recipe(Kind.integers(Int8, group, columns, dtype=scales, ordered=False))
-        zeros = self.symmetric is False
-        kind = Kind.integers(Int4, group, columns, dtype=scales, zeros=zeros, ordered=False)
+        group, zeros = self._group_size(name, columns), self.symmetric is False
+        integers = Int8 if self.type == INT8 else Int4
+        kind = Kind.integers(integers, group, columns, dtype=scales, zeros=zeros, ordered=False)
         if self.block_size is None:
             return _recipe(kind)
         n = self.block_size[0]

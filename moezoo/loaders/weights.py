@@ -242,15 +242,7 @@ def report(module: nn.Module, planned: Planned) -> None:
     dequantized = sorted(
         {c.source for c in copies if c.source in encoding.weights and c.target in dense_experts}
     )
-    without = [name for name in dequantized if not encoding.weights[name].kind.held]
-    if without:
-        _log.warning(
-            "%d weights of experts dequantised, since no kernel takes %s: in 16 bits they take "
-            "twice the memory, which the 16-bit checkpoint with quantization='int8_w8a16' does "
-            "not: %s",
-            *(len(without), encoding.weights[without[0]].kind.format.name, _shown(without)),
-        )
-    for pattern, alike in _by_pattern([n for n in dequantized if n not in without]).items():
+    for pattern, alike in _by_pattern(dequantized).items():
         _log.warning(
             "%s: %d dequantised, since the checkpoint does not have all experts of these layers in "
             "one format, or has blocks that gate and up share",

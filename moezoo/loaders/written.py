@@ -161,7 +161,9 @@ def warn_of_schemes(
         return
     weights = [held() for _, held in quantized_weights(module)]
     unread = {
-        "have zero points": any(isinstance(w, Int4) and w.zeros is not None for w in weights),
+        "have zero points": any(
+            isinstance(w, Int4 | Int8) and w.zeros is not None for w in weights
+        ),
         "have their columns in an order of their own": any(
             isinstance(w, Int4 | Int8) and w.order is not None for w in weights
         ),
@@ -340,9 +342,9 @@ def _compressed_tensors(copy: Copy, part: Format) -> Iterator[Written]:
     yield Written(
         f"{module}.weight_shape", copy.target, (2,), torch.int64, lambda: torch.tensor([n, k])
     )
-    if isinstance(part, Int4) and part.zeros is not None:
-        shape = (-(-n // 8), part.zeros.shape[1])
-        make = partial(_packed_along_rows, part.zeros)
+    if part.zeros is not None:
+        shape = (-(-n * part.bits // 32), part.zeros.shape[1])
+        make = partial(_packed_along_rows, part.zeros, part.bits)
         yield Written(f"{module}.weight_zero_point", copy.target, shape, torch.int32, make)
     if part.order is not None:
         make = partial(_groups, part.order, part.group_size)
@@ -371,12 +373,12 @@ def _groups(order: Tensor, group_size: int) -> Tensor:
     return torch.empty_like(order).index_copy_(0, order.long(), columns // group_size)
 
 
-def _packed_along_rows(zeros: Tensor) -> Tensor:
-    """uint8 [N, G] -> int32 [N / 8, G], the first row in the lowest bits."""
+def _packed_along_rows(zeros: Tensor, bits: int) -> Tensor:
+    """uint8 [N, G] -> int32 [N * bits / 32, G], the first row in the lowest bits."""
     n = len(zeros)
     # Rows that fill the last word are written as compressed-tensors does: as bits of zero.
-    filled = torch.cat([zeros, zeros.new_zeros(-n % 8, zeros.shape[1])])
-    return words_of(pack(filled.T)).T
+    filled = torch.cat([zeros, zeros.new_zeros(-n % (32 // bits), zeros.shape[1])])
+    return words_of(pack(filled.T) if bits == 4 else filled.T).T
 
 
 def _compressed(

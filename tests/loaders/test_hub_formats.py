@@ -146,6 +146,9 @@ GPTQ_CASES: dict[str, dict[str, Any]] = {
     "a-row": {"group_size": -1, "desc_act": True, "sym": False},
     "8-bit": {"bits": 8},
     "8-bit-desc_act": {"bits": 8, "desc_act": True, "v2": True},
+    "8-bit-asym": {"bits": 8, "sym": False},
+    "8-bit-desc_act-asym": {"bits": 8, "desc_act": True, "v2": True, "sym": False},
+    "8-bit-a-row": {"bits": 8, "group_size": -1, "sym": False},
 }
 
 
@@ -175,8 +178,7 @@ def test_gptq(tmp_path, case):
     assert quantized_layers(model) == LAYERS
     assert moezoo.inspect(hub).stored_as.count("weights of linear layers") == 1
     assert (model.decoder.layers[0].attn.qkv.weight().order is not None) == ordered
-    if how.get("bits") != 8:
-        assert (w13.zeros is not None) == (not how.get("sym", True))
+    assert (w13.zeros is not None) == (not how.get("sym", True))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -313,7 +315,37 @@ COMPRESSED: dict[str, tuple[str, dict[str, Any], type]] = {
     "int4-row": ("pack-quantized", {"num_bits": 4, "strategy": "channel"}, Int4),
     "int8-packed": ("pack-quantized", {"num_bits": 8, "strategy": "channel"}, Int8),
     "int8-group": ("pack-quantized", {"num_bits": 8, "group_size": 64, "strategy": "group"}, Int8),
+    "int8-zeros": (
+        "pack-quantized",
+        {"num_bits": 8, "group_size": 64, "strategy": "group", "symmetric": False},
+        Int8,
+    ),
+    "int8-row-zeros": (
+        "pack-quantized",
+        {"num_bits": 8, "strategy": "channel", "symmetric": False},
+        Int8,
+    ),
+    "int8-tensor-zeros": (
+        "pack-quantized",
+        {"num_bits": 8, "strategy": "tensor", "symmetric": False},
+        Int8,
+    ),
     "int8": ("int-quantized", {"num_bits": 8, "strategy": "channel"}, Int8),
+    "int8-unpacked-group-zeros": (
+        "int-quantized",
+        {"num_bits": 8, "group_size": 32, "strategy": "group", "symmetric": False},
+        Int8,
+    ),
+    "int8-unpacked-row-zeros": (
+        "int-quantized",
+        {"num_bits": 8, "strategy": "channel", "symmetric": False},
+        Int8,
+    ),
+    "int8-unpacked-tensor-zeros": (
+        "int-quantized",
+        {"num_bits": 8, "strategy": "tensor", "symmetric": False},
+        Int8,
+    ),
     "fp8-channel": (
         "float-quantized",
         {"num_bits": 8, "type": "float", "strategy": "channel"},
@@ -368,7 +400,8 @@ def test_compressed_tensors(tmp_path, case):
         written, stored = by_package(tmp_path / "again"), by_package(hub)
         assert written.keys() == stored.keys()
         assert all(w.equal(stored[module]) for module, w in written.items())
-    if case not in ("int4-zeros", "int8", "fp8-channel", "mxfp4"):
+    assert (moe_layers(model)[0].w13().tensors().get("zeros") is not None) == ("zeros" in case)
+    if case not in ("int4-zeros", "int8", "int8-zeros", "fp8-channel", "mxfp4"):
         return
     engine = Engine(model.decoder, num_rows=2, context=32, chunk=16)
     requests = [Request(i, prompt, 5) for i, prompt in enumerate(ids(3, 6).tolist())]
@@ -401,73 +434,42 @@ def test_a_head_and_latent_attention(tmp_path, caplog):
     assert "| linear layers | some in int8_w8a16 in groups of 64 |" in card
 
 
-def test_compressed_tensors_with_an_order(tmp_path):
-    config = compressed_config(
-        "pack-quantized",
-        ["lm_head"],
-        group_0={
-            "targets": ["Linear"],
-            "weights": {"num_bits": 4, "group_size": 32, "strategy": "group"},
-        },
-    )
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (8, False)])
+def test_compressed_tensors_with_an_order(tmp_path, bits, symmetric):
+    weights = {"num_bits": bits, "group_size": 32, "strategy": "group", "symmetric": symmetric}
+    scheme = {"targets": ["Linear"], "weights": weights}
+    config = compressed_config("pack-quantized", ["lm_head"], group_0=scheme)
     config["config_groups"]["group_0"]["weights"]["actorder"] = "group"
-    hub, dense = write(tmp_path, lambda w: ordered_compressed_tensors(w, group_size=32), config)
-    model = check(hub, dense, Int4)
-    assert moe_layers(model)[0].w2().order is not None
+    how: Any = {"group_size": 32, "bits": bits, "symmetric": symmetric}
+    hub, dense = write(tmp_path, lambda w: ordered_compressed_tensors(w, **how), config)
+    model = check(hub, dense, Int4 if bits == 4 else Int8)
+    w2 = moe_layers(model)[0].w2()
+    assert w2.order is not None and (w2.zeros is None) == symmetric
+    model.save_pretrained(tmp_path / "again")
+    assert_same(load(tmp_path / "again", dtype="float32"), model)
 
 
-ZEROS_8: dict[str, tuple[str, dict[str, Any]]] = {
-    "gptq": ("gptq", {}),
-    "gptq-v2-order": ("gptq", {"v2": True, "desc_act": True, "group_size": 64}),
-    "gptq-row": ("gptq", {"group_size": -1}),
-    "package-group": ("package", {"group_size": 64, "strategy": "group"}),
-    "package-row": ("package", {"strategy": "channel"}),
-    "order": ("order", {"group_size": 32, "strategy": "group"}),
-}
-
-
-def zeros_8(folder: Path, case: str) -> tuple[Path, Path]:
-    """Checkpoints of 8 bits with zero points, and what they decode to."""
-    method, how = ZEROS_8[case]
-    if method == "gptq":
-        how = how | {"bits": 8, "sym": False}
-        return write(folder, lambda w: gptq(w, **how), gptq_config(**how))
-    weights = how | {"num_bits": 8, "symmetric": False}
-    stored = "pack-quantized"
-    group = {"targets": ["Linear"], "weights": weights}
-    config = compressed_config(stored, ["lm_head", "re:.*gate$"], g=group)
-    if method == "package":
-        return write(folder, compressed_tensors(stored, **weights), config)
-    config["config_groups"]["g"]["weights"]["actorder"] = "group"
-    own = {"group_size": how["group_size"], "bits": 8, "symmetric": False}
-    return write(folder, lambda w: ordered_compressed_tensors(w, **own), config)
-
-
-@pytest.mark.parametrize("case", ZEROS_8)
-def test_8_bits_with_zero_points_are_dequantised(tmp_path, caplog, case):
-    hub, dense = zeros_8(tmp_path, case)
-    for dtype in ("float32", "bfloat16"):
-        caplog.clear()
-        model = load(hub, dtype=dtype)
-        assert all(moe.quantized is None for moe in moe_layers(model))
-        assert not quantized_layers(model)
-        assert_same(model, load(dense, dtype=dtype))
-        why = "dequantised, since no kernel takes int8 with zero points: in 16 bits they take twice"
-        assert f" weights of experts {why}" in caplog.text
-        why = "weights dequantised (int8 with zero points, which no kernel takes: in 16 bits twice"
-        assert why in caplog.text
-    assert "the experts of 0 of 2 MoE layers stay so, " in moezoo.inspect(hub).stored_as
-    with pytest.raises(
-        QuantizationError, match=r"in int8 with zero points .* asked for in int8_w8"
-    ):
-        load(hub, quantization="int8_w8a16")
+def test_8_bits_with_zero_points_are_reported(tmp_path, caplog):
+    how = {"bits": 8, "sym": False, "group_size": 64}
+    hub, _ = write(tmp_path, lambda w: gptq(w, **how), gptq_config(**how))
+    described = "int8_w8a16 in groups of 64, with zero points"
+    stays = f"{described}: the experts of 2 of 2 MoE layers stay so, 14 weights of linear layers in"
+    assert stays in moezoo.inspect(hub).stored_as
+    caplog.set_level(logging.INFO)
+    model = load(hub, quantization="int8_w8a16")
+    assert f"14 weights of linear layers stay in {described}" in caplog.text
+    assert "dequantised" not in caplog.text
+    convert(open_checkpoint(hub), tmp_path / "to", device="cpu")
+    assert_same(load(tmp_path / "to"), model)
+    assert f"| experts | in {described} |" in (tmp_path / "to" / "README.md").read_text()
 
 
 def test_a_config_alone_of_8_bits_with_zero_points():
     config = AutoConfig.from_pretrained(ASSET)
     config.quantization_config = gptq_config(bits=8, sym=False)
     model = moezoo.from_config(config, dtype="float32", device="cpu")
-    assert all(moe.quantized is None for moe in moe_layers(model))
+    for moe in moe_layers(model):
+        assert moe.quantized is Int8 and moe.w13().zeros is not None
 
 
 def test_schemes_that_differ_by_module(tmp_path, caplog):
@@ -775,7 +777,6 @@ def test_configs_that_are_not_done(tmp_path, config, message):
     ("fields", "message"),
     [
         ({"num_bits": 3}, "num_bits is 3"),
-        ({"symmetric": False, "num_bits": 8, "format": "int-quantized"}, "symmetric is False"),
         (
             {"type": "float"},
             "type is 'float'; this release loads 'int' of 4 bits as 'pack-quantized'",
@@ -969,9 +970,10 @@ def test_a_config_that_is_no_table(tmp_path, config):
         load(tmp_path)
 
 
-def test_saved_as_they_were_loaded(tmp_path):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_saved_as_they_were_loaded(tmp_path, bits):
     """GPTQ is written as compressed-tensors: the same bits come back."""
-    how = {"desc_act": True, "sym": False, "group_size": 64}
+    how = {"desc_act": True, "sym": False, "group_size": 64, "bits": bits}
     hub, _ = write(tmp_path, lambda w: gptq(w, **how), gptq_config(**how))
     model = load(hub)
     assert model.decoder.layers[0].attn.qkv.weight().order is not None
@@ -980,7 +982,13 @@ def test_saved_as_they_were_loaded(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", ["desc_act-asym", "8-bit", "awq", "int4-zeros", "fp8-tensor"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("desc_act-asym", "8-bit", "8-bit-desc_act-asym", "awq", "int4-zeros", "int8-zeros"),
+        *("int8-unpacked-row-zeros", "fp8-tensor"),
+    ],
+)
 def test_on_a_gpu_the_same_bits(tmp_path, case):
     if case == "awq":
         hub, _ = write(tmp_path, awq, AWQ)

@@ -233,6 +233,26 @@ def test_blocks_that_transformers_cuts_otherwise(tmp_path, caplog, width, hidden
     assert (warned in caplog.text) == (not same) == (192 in (width, hidden))
 
 
+@pytest.mark.parametrize("width", [33, 36, 130])
+def test_zero_points_of_rows_that_do_not_fill_words(tmp_path, width):
+    """A model quantised by hand."""
+    config = MixtralConfig(**ODD | {"intermediate_size": width}, head_dim=32)
+    model = from_config(config, device="cpu")
+    (moe,) = moe_layers(model)
+    w13, w2 = (Int8.quantize(w.detach(), zeros=True) for w in (moe.w13, moe.w2))
+    moe.quantize_(w13.in_parts(2), w2)
+    model.save_pretrained(tmp_path / "saved")
+    module = "model.layers.0.block_sparse_moe.experts.0.w1"
+    stored = load_file(tmp_path / "saved" / "model.safetensors")
+    assert stored[f"{module}.weight_zero_point"].shape == (-(-width // 4), 1)
+    assert_same(load(tmp_path / "saved"), model)
+    found = by_package(tmp_path / "saved")
+    assert found[module].equal(w13.dequantize()[0, :width])
+    assert found[module.replace("w1", "w2")].equal(w2.dequantize()[0])
+    convert(open_checkpoint(tmp_path / "saved"), tmp_path / "again", device="cpu")
+    assert_same(load(tmp_path / "again"), model)
+
+
 def test_int8_that_is_not_packed_has_any_columns(tmp_path):
     """What the package writes as int-quantized."""
     config = MixtralConfig(**ODD | {"intermediate_size": 33}, head_dim=32)

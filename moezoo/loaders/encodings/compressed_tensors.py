@@ -3,10 +3,10 @@
     pack-quantized         `M.weight_packed` int32 [N, K * bits / 32], the lowest bits first, codes
                            with 8 or 128 added; `M.weight_scale` [N, G]; `M.weight_shape` int64 [2];
                            `M.weight_zero_point` int32 [N * bits / 32, G], packed along the rows;
-                           `M.weight_g_idx` int32 [K], the group of each column. Weights of 8 bits
-                           with zero points are dequantised
+                           `M.weight_g_idx` int32 [K], the group of each column
     float-quantized        `M.weight` float8_e4m3fn; `M.weight_scale` [N, 1], [1], or of blocks
-    int-quantized          `M.weight` int8; `M.weight_scale` [N, G] or [1]
+    int-quantized          `M.weight` int8; `M.weight_scale` [N, G] or [1]; `M.weight_zero_point`
+                           int8 like the scales, 128 less
     mxfp4-pack-quantized   `M.weight_packed` uint8 [N, K / 2]; `M.weight_scale` uint8 [N, K / 32]
 
 Activations are quantised dynamically to 8 bits where the weights are fp8, whether the scheme says
@@ -114,8 +114,6 @@ class Group:
             weights.refuse("group_size", f"none with strategy {strategy!r}")
         kind: Literal["int", "fp8", "mxfp4"] = "int"
         if integers:
-            if not symmetric and stored != "pack-quantized":
-                weights.refuse("symmetric", "zero points of integers that are packed")
             if strategy == "block":
                 weights.refuse("strategy", "a scale a tensor, channel or group of integers")
             if stored not in ("pack-quantized", "int-quantized", "naive-quantized"):
@@ -208,7 +206,7 @@ class CompressedTensors(Scheme):
         if group is None:
             return None
         kind = replace(group, ordered=False).kind(columns, dtype)
-        return divided(kind, weight, group.group_size, columns).if_held
+        return divided(kind, weight, group.group_size, columns)
 
     def encoding(self, tensors: Mapping[str, TensorInfo], name: str) -> Encoding:
         headers = Headers(tensors, name)
@@ -311,9 +309,13 @@ def _of_columns(
         extras.append(_shape_extra(shape, n, k))
     if not group.symmetric:
         zeros = f"{module}.weight_zero_point"
-        words = -(-n * group.bits // 32)
-        headers.beside(zeros, data, [(words, k // size)], (torch.int32,))
-        read = partial(_zeros, bits=group.bits, n=n, groups=held_groups(kind, k))
+        if group.packed and group.strategy != "tensor":
+            words = -(-n * group.bits // 32)
+            headers.beside(zeros, data, [(words, k // size)], (torch.int32,))
+            read = partial(_packed_zeros, bits=group.bits, n=n, groups=held_groups(kind, k))
+        else:
+            headers.beside(zeros, data, shapes, (torch.int8,))
+            read = partial(_zeros, bits=group.bits, groups=held_groups(kind, k))
         extras.append(Extra(zeros, "zeros", read))
     g_idx = f"{module}.weight_g_idx"
     if g_idx in headers.plain and size == k:
@@ -341,5 +343,9 @@ def _scales(stored: Tensor, *, groups: int) -> Tensor:
     return repeated(stored.reshape(-1, 1) if stored.ndim < 2 else stored, groups)
 
 
-def _zeros(stored: Tensor, *, bits: int, n: int, groups: int) -> Tensor:
+def _zeros(stored: Tensor, *, bits: int, groups: int) -> Tensor:
+    return _scales((stored.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8), groups=groups)
+
+
+def _packed_zeros(stored: Tensor, *, bits: int, n: int, groups: int) -> Tensor:
     return repeated(unpacked(stored.T, bits)[:, :n].T, groups)

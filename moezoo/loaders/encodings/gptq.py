@@ -5,8 +5,7 @@
     `M.scales`   [K / g, N]
     `M.g_idx`    int32 [K], the group of each column: not in order with `desc_act`
 
-W = (q - zero) * scale. Where `sym` says so, zero is 8 or 128 everywhere and not kept. Weights of 8
-bits with other zero points are dequantised.
+W = (q - zero) * scale. Where `sym` says so, zero is 8 or 128 everywhere and not kept.
 """
 
 from collections.abc import Mapping
@@ -95,7 +94,7 @@ class Gptq(Scheme):
             return None
         # No order: only checkpoints have one.
         kind = self._kind(columns, dtype, ordered=False)
-        return divided(kind, weight, self.group_size, columns).if_held
+        return divided(kind, weight, self.group_size, columns)
 
     def _kind(self, columns: int, dtype: torch.dtype, *, ordered: bool) -> Kind | None:
         zeros = not self.symmetric

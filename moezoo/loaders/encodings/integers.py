@@ -3,24 +3,13 @@
 Codes are unsigned: what stands for zero is 8 or 128 where there are no zero points.
 """
 
-from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from moezoo.layers.quant import Format, Int4, Int8
-from moezoo.layers.quant.groups import (
-    GROUP_SIZES,
-    PER_CHANNEL,
-    grouped,
-    in_order,
-    num_groups,
-    order_on_meta,
-    pack,
-    unpack,
-)
+from moezoo.layers.quant import Int4, Int8
+from moezoo.layers.quant.groups import GROUP_SIZES, PER_CHANNEL, pack, unpack
 from moezoo.loaders.encodings.stored import Check, Extra
 from moezoo.loaders.kinds import Kind
 
@@ -44,38 +33,6 @@ NO_ACTIVATIONS = (16, 32)
 """What AutoRound calls the bits of activations that are not quantised."""
 
 
-@dataclass(frozen=True, eq=False)
-class Int8Zeros(Format):
-    """`Int8` with zero points [.., N, G] uint8, of codes with 128 added. No kernel takes it, so
-    that it is there only while weights are dequantised.
-    """
-
-    name: ClassVar[str] = "int8 with zero points"
-    unit: ClassVar[str] = "group"
-
-    zeros: Tensor
-    order: Tensor | None = None
-
-    @classmethod
-    def on_meta(
-        cls, *shape: int, group_size: int, dtype: torch.dtype, ordered: bool = False
-    ) -> "Int8Zeros":
-        """Of this shape [.., N, K], without memory or values; scales are of `dtype`."""
-        rows = (*shape[:-1], num_groups(shape[-1], group_size))
-        return cls(
-            torch.empty(shape, dtype=torch.int8, device="meta"),
-            torch.empty(rows, dtype=dtype, device="meta"),
-            torch.empty(rows, dtype=torch.uint8, device="meta"),
-            order_on_meta(shape) if ordered else None,
-        )
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        groups = self.scales.shape[-1]
-        codes = grouped(self.data.float(), groups) + (128 - self.zeros.float()).unsqueeze(-1)
-        x = codes * self.scales.float().unsqueeze(-1)
-        return in_order(x.flatten(-2), self.order).to(dtype)
-
-
 def integer_kind(
     bits: int, columns: int, group_size: int, dtype: torch.dtype, *, zeros: bool, ordered: bool
 ) -> Kind | None:
@@ -88,10 +45,9 @@ def integer_kind(
         held = next((size for size in GROUP_SIZES if fits and group_size % size == 0), None)
     if held is None or (bits == 4 and columns % 2):
         return None
-    options = {"dtype": dtype, "ordered": ordered and held not in (PER_CHANNEL, columns)}
-    if bits == 8:
-        return Kind.integers(Int8Zeros if zeros else Int8, held, columns, **options)
-    return Kind.integers(Int4, held, columns, zeros=zeros, **options)
+    ordered = ordered and held not in (PER_CHANNEL, columns)
+    options = {"dtype": dtype, "zeros": zeros, "ordered": ordered}
+    return Kind.integers(Int4 if bits == 4 else Int8, held, columns, **options)
 
 
 def held_groups(kind: Kind, columns: int) -> int:
