@@ -127,7 +127,7 @@ def _zeros_plan(rows_per_expert: float, described: bool) -> Plan:
 
 
 def _int8_plan(rows_per_expert: float) -> Plan:
-    """With zero points too, whose subtraction takes the registers that there are."""
+    """With zero points too, for which these tiles have the registers."""
     if rows_per_expert <= 10:
         return Plan(_tile(16, 32, 128, 4, 3), _tile(16, 64, 256, 4, 3))
     if rows_per_expert <= 24:

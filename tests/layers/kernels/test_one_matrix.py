@@ -22,6 +22,7 @@ from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4
 WEIGHT_ONLY: dict[str, tuple[type[Format], dict[str, Any]]] = {
     "int8": (Int8, {}),
     "int8-32": (Int8, {"group_size": 32}),
+    "int8-zeros": (Int8, {"group_size": 32, "zeros": True}),
     "int4-64": (Int4, {"group_size": 64}),
     "int4-zeros": (Int4, {"group_size": 32, "zeros": True}),
     "mxfp4": (Mxfp4, {}),
