@@ -231,7 +231,9 @@ class DecodeContext(PagedContext):
     def latents(self, keys: Keys) -> Tensor:
         raise AssertionError("one query a sequence attends to the latents themselves")
 
-    def attend_to(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    def attend_to(
+        self, q: Tensor, k: Tensor, shared_k: Tensor, v: Tensor, *, scale: float
+    ) -> Tensor:
         raise AssertionError("keys and values of decoding are in pages")
 
     def attend(

@@ -15,7 +15,7 @@ from torch import Tensor
 from moezoo.device import to_device
 from moezoo.generation.paged import PagedCache, PagedContext, Window, slots_of
 from moezoo.generation.pages import PAGE_SIZE
-from moezoo.layers.attention import CausalMask, Keys, attend
+from moezoo.layers.attention import CausalMask, Keys, attend, whole_keys
 from moezoo.layers.chosen_keys import Chooser, attend_to_chosen
 from moezoo.layers.kernels.windows import first_key
 from moezoo.layers.rope import Rotation
@@ -299,11 +299,13 @@ class PromptContext(ChunkContext):
         stored = [keys.keys[own].squeeze(1) for own in slots]
         return self._attend_to_chosen(q, stored, chooser, scale, value_dim)
 
-    def attend_to(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    def attend_to(
+        self, q: Tensor, k: Tensor, shared_k: Tensor, v: Tensor, *, scale: float
+    ) -> Tensor:
         from moezoo.layers.kernels.prompt_attention import prompt_attention
 
         k, v = k[0].transpose(0, 1), v[0].transpose(0, 1)
-        return prompt_attention(q[0], k, v, self.tiles, scale=scale)[None]
+        return prompt_attention(q[0], k, v, self.tiles, scale=scale, shared_keys=shared_k[0])[None]
 
 
 @dataclass(frozen=True)
@@ -355,7 +357,10 @@ class TorchPromptContext(ChunkContext):
         stored = [keys.keys[slots].squeeze(1) for slots in self.seen[None]]
         return self._attend_to_chosen(q, stored, chooser, scale, value_dim)
 
-    def attend_to(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    def attend_to(
+        self, q: Tensor, k: Tensor, shared_k: Tensor, v: Tensor, *, scale: float
+    ) -> Tensor:
+        k = whole_keys(k, shared_k)
         lengths = [len(slots) for slots in self.seen[None]]
         keys, values = (x[0].transpose(0, 1).split(lengths) for x in (k, v))
         return self._attend(q, keys, values, None, scale)

@@ -242,9 +242,16 @@ class Context(Protocol):
         ...
 
     def attend_to(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        shared_k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float,
     ) -> torch.Tensor:
-        """The same with keys [B, Hq, S, D] and values [B, Hq, S, Dv] of all tokens."""
+        """The same with keys and values [B, Hq, S, Dv] of all tokens: k [B, Hq, S, D - R], and
+        shared_k [B, S, R] the last numbers of all heads."""
         ...
 
     def attend_to_chosen(
@@ -266,6 +273,16 @@ class Context(Protocol):
     def real_tokens(self) -> torch.Tensor | None:
         """bool [B * T], False for a place that no token fills; None where tokens fill all."""
         ...
+
+
+def whole_keys(k: torch.Tensor, shared_k: torch.Tensor) -> torch.Tensor:
+    """k [B, N, S, D - R] with shared_k [B, S, R] behind the numbers of each head, [B, N, S, D]."""
+    dim = k.shape[-1]
+    # Two copies: torch's cat takes three times as long for these on CUDA.
+    whole = k.new_empty(*k.shape[:-1], dim + shared_k.shape[-1])
+    whole[..., :dim] = k
+    whole[..., dim:] = shared_k.unsqueeze(1)
+    return whole
 
 
 @dataclass(frozen=True)
@@ -335,8 +352,15 @@ class DenseContext:
         return (out if value_dim is None else out[..., :value_dim]).transpose(1, 2)
 
     def attend_to(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        shared_k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float,
     ) -> torch.Tensor:
+        k = whole_keys(k, shared_k)
         return attend(q.transpose(1, 2), k, v, self.mask, scale=scale).transpose(1, 2)
 
     def attend_to_chosen(

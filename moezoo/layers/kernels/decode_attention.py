@@ -76,13 +76,17 @@ def decode_attention_ref(
 
 @dataclass(frozen=True)
 class Plan:
-    """A program takes `block_heads` heads over one of `num_splits` shares, `block_keys` at once."""
+    """A program takes `block_heads` heads over one of `num_splits` shares, `block_keys` at once.
+
+    Keys whose first numbers are the values are read and multiplied in `num_parts` parts.
+    """
 
     block_heads: int
     block_keys: int
     num_splits: int
     num_warps: int
     num_stages: int
+    num_parts: int
 
 
 def plan(
@@ -124,12 +128,17 @@ def plan(
     # What a share never fills only keeps the next kernel's programs out: a share of one block took
     # 4.9 us with four stages, 4.6 with two (Qwen3-MoE, B 1).
     blocks = cdiv(max_keys, block_keys * num_splits)
+    # A product over 576 columns is a chain of 36 matrix instructions in each warp. In four chains
+    # one row of 512 tokens took 5.7 us instead of 6.2, one of 8192 9.9 and 10.9, 8 of 2048 15.7
+    # and 16.4, 32 of 8192 115.3 and 116.6 (DeepSeek-V2-Lite).
+    parts = 4 if value_width == 0 and key_width >= 512 and not many else 1
     return Plan(
         block_heads=block_heads,
         block_keys=block_keys,
         num_splits=num_splits,
         num_warps=8 if many or itemsize == 4 else 4,
         num_stages=max(2, min(buffers if many else buffers + 1, blocks + 1)),
+        num_parts=parts,
     )
 
 
@@ -172,6 +181,7 @@ def _decode_attention_kernel(
     HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     SPLIT: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -196,9 +206,11 @@ def _decode_attention_kernel(
         # Values that are a part of the keys: the keys in two parts, this one and the rest.
         FIRST_DIM: tl.constexpr = VALUE_DIM if SHARED else DIM
         cols = tl.arange(0, BLOCK_D)
-        m_cols = cols < FIRST_DIM
         p_q = q_ptr + row * stride_qb + heads[:, None] * stride_qh
-        b_q = tl.load(p_q + cols[None, :], mask=m_heads[:, None] & m_cols[None, :], other=0.0)
+        qs = ()
+        for p in tl.static_range(PARTS):
+            part = (p * BLOCK_D + cols)[None, :]
+            qs += (tl.load(p_q + part, mask=m_heads[:, None] & (part < FIRST_DIM), other=0.0),)
         o_keys = tokens[:, None] * stride_ks + cols[None, :]
         if BLOCK_REST:
             rest = FIRST_DIM + tl.arange(0, BLOCK_REST)
@@ -218,7 +230,9 @@ def _decode_attention_kernel(
             sinks = tl.load(sinks_ptr + heads, mask=m_sinks, other=float("-inf"))
             top = sinks.to(tl.float32) * 1.4426950408889634  # LOG2E
             total += tl.where(split == 0, 1.0, 0.0)
-        acc = tl.zeros([BLOCK_H, BLOCK_V], tl.float32)
+        sums = ()
+        for _ in tl.static_range(PARTS):
+            sums += (tl.zeros([BLOCK_H, BLOCK_V], tl.float32),)
         # One block ahead: pages read where they are used would take every other pipeline stage.
         p_pages = page_table_ptr + row * stride_pb
         page = tl.load(p_pages + begin * BLOCK_N // PAGE_SIZE, mask=begin < end, other=0)
@@ -229,13 +243,17 @@ def _decode_attention_kernel(
             slot = page.to(tl.int64) * PAGE_SIZE + start % PAGE_SIZE
             page = tl.load(p_pages + (start + BLOCK_N) // PAGE_SIZE, mask=block + 1 < end, other=0)
             p_keys = keys_ptr + (slot * stride_ks + key_head * stride_kh)
-            m_k = m_tokens[:, None] & m_cols[None, :]
-            b_k = tl.load(p_keys + o_keys, mask=m_k, other=0.0)
-            scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+            ks = ()
+            for p in tl.static_range(PARTS):
+                m_k = m_tokens[:, None] & (p * BLOCK_D + cols < FIRST_DIM)[None, :]
+                ks += (tl.load(p_keys + o_keys + p * BLOCK_D, mask=m_k, other=0.0),)
+            scores = tl.dot(qs[0], tl.trans(ks[0]), input_precision="ieee")
+            for p in tl.static_range(1, PARTS):
+                scores += tl.dot(qs[p], tl.trans(ks[p]), input_precision="ieee")
             if BLOCK_REST:
                 m_k = m_tokens[:, None] & m_rest[None, :]
                 b_rest = tl.load(p_keys + o_rest, mask=m_k, other=0.0)
-                scores = tl.dot(b_q_rest, tl.trans(b_rest), scores, input_precision="ieee")
+                scores += tl.dot(b_q_rest, tl.trans(b_rest), input_precision="ieee")
             if HAS_SOFTCAP:
                 # softcap * tanh(scores / softcap); `scale` and `softcap` come multiplied so.
                 scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * scale) + 1.0))
@@ -248,28 +266,34 @@ def _decode_attention_kernel(
             total = total * shrink + tl.sum(weights, 1)
             top = new_top
             if SHARED:
-                b_v = b_k
+                vs = ks
             else:
                 p_values = values_ptr + (slot * stride_vs + key_head * stride_vh)
                 m_v = m_tokens[:, None] & m_value_cols[None, :]
-                b_v = tl.load(p_values + o_values, mask=m_v, other=0.0)
-            weights = weights.to(b_v.dtype)
-            acc = tl.dot(weights, b_v, acc * shrink[:, None], input_precision="ieee")
+                vs = (tl.load(p_values + o_values, mask=m_v, other=0.0),)
+            weights = weights.to(vs[0].dtype)
+            new_sums = ()
+            for p in tl.static_range(PARTS):
+                acc = sums[p] * shrink[:, None]
+                new_sums += (tl.dot(weights, vs[p], acc, input_precision="ieee"),)
+            sums = new_sums
 
-        m_out = m_heads[:, None] & m_value_cols[None, :]
         num_heads = tl.num_programs(0) // head_blocks * GROUPS
         row_heads = row * num_heads + heads
+        slots = row_heads
         if SPLIT:
             slots = row_heads * num_splits + split
             p_normalizers = normalizers_ptr + slots * 2
             tl.store(p_normalizers, top, mask=m_heads)
             tl.store(p_normalizers + 1, total, mask=m_heads)
-            p_out = out_ptr + slots[:, None] * VALUE_DIM + value_cols[None, :]
-            tl.store(p_out, acc, mask=m_out)
-        else:
-            # An unused row has acc 0 and, without sinks, total 0.
-            acc /= tl.where(total > 0.0, total, 1.0)[:, None]
-            p_out = out_ptr + row_heads[:, None] * VALUE_DIM + value_cols[None, :]
+        for p in tl.static_range(PARTS):
+            acc = sums[p]
+            if not SPLIT:
+                # An unused row has sums of 0 and, without sinks, total 0.
+                acc /= tl.where(total > 0.0, total, 1.0)[:, None]
+            out_cols = (p * BLOCK_V + value_cols)[None, :]
+            m_out = m_heads[:, None] & (out_cols < VALUE_DIM)
+            p_out = out_ptr + slots[:, None] * VALUE_DIM + out_cols
             tl.store(p_out, acc.to(out_ptr.dtype.element_ty), mask=m_out)
 
 
@@ -422,11 +446,12 @@ def decode_attention(
         HAS_SINKS=sinks is not None,
         HAS_SOFTCAP=softcap is not None,
         SPLIT=split,
+        PARTS=p.num_parts,
         BLOCK_H=p.block_heads,
         BLOCK_N=p.block_keys,
-        BLOCK_D=block_d,
+        BLOCK_D=block_d // p.num_parts,
         BLOCK_REST=block_rest,
-        BLOCK_V=block_v,
+        BLOCK_V=block_v // p.num_parts,
         num_warps=p.num_warps,
         num_stages=p.num_stages,
         **options,

@@ -18,6 +18,7 @@ from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.permute import (
     Permutation,
     empty_permutation,
+    few_rows_options,
     permute,
     permute_expert,
     permute_ref,
@@ -110,6 +111,7 @@ def _permute_and_interleave_kernel(
     stride_xt,
     stride_xk,
     TILE_ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -123,7 +125,7 @@ def _permute_and_interleave_kernel(
         # fmt: off
         permute_expert(
             program, ids_ptr, order_ptr, positions_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
-            num_rows, num_experts, max_tiles, TILE_ROWS, BLOCK_S, BLOCK_E, BLOCK_N,
+            num_rows, num_experts, max_tiles, TILE_ROWS, BLOCKS, BLOCK_S, BLOCK_E, BLOCK_N,
         )
         # fmt: on
     else:
@@ -176,9 +178,9 @@ def permute_and_interleave(
     rows = empty_permutation(topk_ids, num_experts, tile_rows)
     out = torch.empty(num_tokens, padded(num_columns, ways), dtype=x.dtype, device=x.device)
     num_chunks = out.shape[1] // (CHUNK.value * ways)
-    block = min(32, next_power_of_2(num_chunks))
     # Smaller than `permute`'s: its registers would leave room for one program on a multiprocessor.
-    block_s = min(2048, max(128, next_power_of_2(num_rows)))
+    options = few_rows_options(num_rows, num_experts, most=2048)
+    block = min(32, next_power_of_2(num_chunks))
     _permute_and_interleave_kernel[(num_experts + num_tokens * cdiv(num_chunks, block),)](
         topk_ids.contiguous(),
         *rows,
@@ -191,12 +193,9 @@ def permute_and_interleave(
         num_chunks,
         *x.stride(),
         TILE_ROWS=tile_rows,
-        BLOCK_S=block_s,
-        BLOCK_E=next_power_of_2(num_experts),
-        BLOCK_N=32,
         WAYS=ways,
         BLOCK=block,
-        num_warps=8 if block_s > 1024 else 4,
+        **options,
         **launch_options(x.device),
     )
     return rows, out

@@ -6,8 +6,8 @@
     tiles     = every expert's rows in tiles of `tile_rows`: (expert, first row, end of its rows),
                 experts in order
 
-Few rows take one launch: a program per expert reads all the choices twice; it counts everybody's
-rows, which says where its own begin, then ranks its own. Many rows take two: blocks of rows are
+Few rows take one launch: a program per expert reads all the choices; it counts everybody's rows,
+which says where its own begin, then ranks its own. Many rows take two: blocks of rows are
 counted, then each is sorted and moved to where the blocks before it end. Nothing depends on which
 program is first, so the order is stable.
 
@@ -107,6 +107,7 @@ def permute_expert(
     num_experts,
     max_tiles,
     TILE_ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -114,10 +115,13 @@ def permute_expert(
     lanes = tl.arange(0, BLOCK_S)
     experts = tl.arange(0, BLOCK_E)
     counts = tl.zeros([BLOCK_E], tl.int32)
-    for start in range(0, num_rows, BLOCK_S):
-        ids = tl.load(ids_ptr + start + lanes, mask=start + lanes < num_rows, other=-1)
+    blocks = ()
+    for b in tl.static_range(BLOCKS):
+        rows = b * BLOCK_S + lanes
+        ids = tl.load(ids_ptr + rows, mask=rows < num_rows, other=-1)
         present = (ids >= 0) & (ids < num_experts)
         counts += tl.histogram(tl.where(present, ids, 0).to(tl.int32), BLOCK_E, mask=present)
+        blocks += (ids,)
     tiles = (counts + TILE_ROWS - 1) // TILE_ROWS
     offset = tl.sum(tl.where(experts < expert, counts, 0), 0)
     first_tile = tl.sum(tl.where(experts < expert, tiles, 0), 0)
@@ -130,17 +134,17 @@ def permute_expert(
 
     # The first program also marks the choices of nobody.
     if (own_rows > 0) | (expert == 0):
-        for start in range(0, num_rows, BLOCK_S):
-            rows = start + lanes
-            ids = tl.load(ids_ptr + rows, mask=rows < num_rows, other=-1)
-            own = (ids == expert).to(tl.int32)
+        for b in tl.static_range(BLOCKS):
+            rows = b * BLOCK_S + lanes
+            own = (blocks[b] == expert).to(tl.int32)
             places = offset + tl.cumsum(own, 0) - 1
             tl.store(order_ptr + places, rows, mask=own == 1)
             tl.store(positions_ptr + rows, places, mask=own == 1)
             if expert == 0:
-                nobodys = (ids < 0) | (ids >= num_experts)
+                nobodys = (blocks[b] < 0) | (blocks[b] >= num_experts)
                 tl.store(positions_ptr + rows, -1, mask=nobodys & (rows < num_rows))
-            offset += tl.sum(own, 0)
+            if b < BLOCKS - 1:
+                offset += tl.sum(own, 0)
 
 
 @triton.jit(do_not_specialize=["num_rows", "max_tiles"])
@@ -155,6 +159,7 @@ def _permute_kernel(
     num_experts,
     max_tiles,
     TILE_ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -164,7 +169,7 @@ def _permute_kernel(
     # fmt: off
     permute_expert(
         tl.program_id(0), ids_ptr, order_ptr, positions_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
-        num_rows, num_experts, max_tiles, TILE_ROWS, BLOCK_S, BLOCK_E, BLOCK_N,
+        num_rows, num_experts, max_tiles, TILE_ROWS, BLOCKS, BLOCK_S, BLOCK_E, BLOCK_N,
     )
     # fmt: on
 
@@ -279,6 +284,18 @@ def empty_permutation(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Per
     )
 
 
+def few_rows_options(num_rows: int, num_experts: int, *, most: int) -> dict[str, int]:
+    """How `permute_expert` takes up to FEW_ROWS rows: in blocks of no more than `most`."""
+    block = min(most, max(128, next_power_of_2(num_rows)))
+    return {
+        "BLOCKS": next_power_of_2(cdiv(num_rows, block)),
+        "BLOCK_S": block,
+        "BLOCK_E": next_power_of_2(num_experts),
+        "BLOCK_N": 32,
+        "num_warps": 8 if block > 1024 else 4,
+    }
+
+
 def permute(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutation:
     """topk_ids [T, K] int32 or int64 -> Permutation.
 
@@ -286,23 +303,16 @@ def permute(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutation:
     """
     out = empty_permutation(topk_ids, num_experts, tile_rows)
     num_rows, topk_ids = topk_ids.numel(), topk_ids.contiguous()
-    shared = {
-        "TILE_ROWS": tile_rows,
-        "BLOCK_E": next_power_of_2(num_experts),
-        "BLOCK_N": 32,
-        **launch_options(topk_ids.device),
-    }
     if num_rows <= FEW_ROWS:
-        block = min(4096, max(128, next_power_of_2(num_rows)))
         _permute_kernel[(num_experts,)](
             topk_ids,
             *out,
             num_rows,
             num_experts,
             out.tiles.shape[1],
-            BLOCK_S=block,
-            num_warps=8 if block > 1024 else 4,
-            **shared,
+            TILE_ROWS=tile_rows,
+            **few_rows_options(num_rows, num_experts, most=4096),
+            **launch_options(topk_ids.device),
         )
         return out
     counts = empty_counts(num_rows, num_experts, topk_ids.device)

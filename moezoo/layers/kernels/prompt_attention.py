@@ -5,8 +5,9 @@
     slot(b, s)      = page_table[b, s // page_size] * page_size + s % page_size
 
 where query t of sequence b sees the newest `window` of the positions s up to its own, or those of
-its chunk if that is `Chunked`. Without a
-page table keys and values lie packed, one sequence behind another.
+its chunk if that is `Chunked`. Without a page table keys and values lie packed, one sequence behind
+another. The last numbers of keys may be in a tensor of their own, where they are those of all heads
+(the rotated ones of MLA).
 
 A program takes one head of the queries of a tile over all keys that they see (flash attention:
 Dao, 2023): first the blocks of keys that all of its queries see, then those on the diagonal or at
@@ -20,6 +21,7 @@ width, S slots of the cache, P pages a sequence may have, N tiles.
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,8 +73,11 @@ def prompt_attention_ref(
     window: int | None = None,
     sinks: Tensor | None = None,
     softcap: float | None = None,
+    shared_keys: Tensor | None = None,
 ) -> Tensor:
     num_key_heads = keys.shape[1]
+    if shared_keys is not None:
+        keys = torch.cat((keys, shared_keys[:, None].expand(-1, num_key_heads, -1)), -1)
     out = q.new_zeros(*q.shape[:2], values.shape[2])
     for b, first_row, end, position, key_start in tiles.T.tolist():
         rows = slice(first_row, min(first_row + TILE, end))
@@ -114,10 +119,12 @@ class Plan:
     descriptors: bool
 
 
-def plan(q: Tensor, keys: Tensor, values: Tensor, *, page_size: int | None) -> Plan:
-    """q [T, Hq, D], keys [S, Hk, D], values [S, Hk, Dv]; a block of keys is inside one page."""
+def plan(
+    q: Tensor, keys: Sequence[Tensor], values: Tensor, *, key_width: int, page_size: int | None
+) -> Plan:
+    """q [T, Hq, D], keys in one or two tensors [S, .., D'], values [S, Hk, Dv]; `key_width` of both
+    blocks of keys. A block of keys is inside one page."""
     itemsize = q.element_size()
-    key_width = sum(_block_widths(q.shape[2]))
     value_width = _block_width(values.shape[2])
     row_bytes = (key_width + value_width) * itemsize
     room = shared_memory(q.device) - 4096
@@ -135,7 +142,7 @@ def plan(q: Tensor, keys: Tensor, values: Tensor, *, page_size: int | None) -> P
         block_keys * row_bytes
     ):
         block_queries //= 2
-    descriptors = itemsize == 2 and can_describe(keys) and can_describe(values)
+    descriptors = itemsize == 2 and all(can_describe(x) for x in (*keys, values))
     buffers = (room - block_queries * key_width * itemsize) // (block_keys * row_bytes)
     return Plan(
         block_queries=block_queries,
@@ -181,6 +188,7 @@ def _weights(scores, factor, top, total):
 def _prompt_attention_kernel(
     q_ptr,
     keys_ptr,
+    rest_ptr,
     values_ptr,
     keys_box,
     rest_box,
@@ -197,12 +205,16 @@ def _prompt_attention_kernel(
     stride_qh,
     stride_ks,
     stride_kh,
+    stride_rs,
+    stride_rh,
     stride_vs,
     stride_vh,
     stride_pb,
     NUM_HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
-    DIM: tl.constexpr,
+    FIRST_DIM: tl.constexpr,
+    REST_DIM: tl.constexpr,
+    REST_SHARED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -269,16 +281,18 @@ def _prompt_attention_kernel(
     positions = first_position + tl.arange(0, BLOCK_M)
     tokens = tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_D)
-    m_cols = cols < DIM
+    m_cols = cols < FIRST_DIM
     value_cols = tl.arange(0, BLOCK_V)
     m_value_cols = value_cols < VALUE_DIM
     p_q = q_ptr + rows.to(tl.int64)[:, None] * stride_qt + head * stride_qh
     b_q = tl.load(p_q + cols[None, :], mask=m_rows[:, None] & m_cols[None, :], other=0.0)
     if BLOCK_REST:
-        rest = BLOCK_D + tl.arange(0, BLOCK_REST)
-        m_rest = rest < DIM
+        rest = tl.arange(0, BLOCK_REST)
+        m_rest = rest < REST_DIM
         m_q = m_rows[:, None] & m_rest[None, :]
-        b_q_rest = tl.load(p_q + rest[None, :], mask=m_q, other=0.0)
+        b_q_rest = tl.load(p_q + FIRST_DIM + rest[None, :], mask=m_q, other=0.0)
+        rest_head = 0 if REST_SHARED else key_head
+        p_rest = rest_ptr + rest_head.to(tl.int64) * stride_rh
     p_keys = keys_ptr + key_head.to(tl.int64) * stride_kh
     p_values = values_ptr + key_head.to(tl.int64) * stride_vh
 
@@ -315,10 +329,10 @@ def _prompt_attention_kernel(
         scores = tl.dot(b_q, b_k.T, input_precision="ieee")
         if BLOCK_REST:
             if BOXES:
-                b_k = rest_box.load([key_head, slot, BLOCK_D])
-                b_k = tl.reshape(b_k, [BLOCK_N, BLOCK_REST])
+                b_k = tl.reshape(rest_box.load([rest_head, slot, 0]), [BLOCK_N, BLOCK_REST])
             else:
                 m_k = m_keys[:, None] & m_rest[None, :]
+                p_k = p_rest + slot.to(tl.int64) * stride_rs + tokens[:, None] * stride_rs
                 b_k = tl.load(p_k + rest[None, :], mask=m_k, other=0.0)
             scores = tl.dot(b_q_rest, b_k.T, scores, input_precision="ieee")
         if BOXES:
@@ -345,6 +359,7 @@ def _prompt_attention_kernel(
             b_k = tl.load(p_k + cols[None, :], mask=m_k, other=0.0)
             if BLOCK_REST:
                 m_k = m_keys[:, None] & m_rest[None, :]
+                p_k = p_rest + slots * stride_rs
                 b_k_rest = tl.load(p_k + rest[None, :], mask=m_k, other=0.0)
             p_v = p_values + slots * stride_vs
             m_v = m_keys[:, None] & m_value_cols[None, :]
@@ -390,13 +405,15 @@ def prompt_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
     softcap: float | None = None,
+    shared_keys: Tensor | None = None,
 ) -> Tensor:
     """q [T, Hq, D] -> [T, Hq, Dv] contiguous, in q's dtype; only rows of tiles are written.
 
-    keys [S, Hk, D] and values [S, Hk, Dv] of q's dtype; the new tokens' are among them. tiles
+    keys [S, Hk, D] and values [S, Hk, Dv] of q's dtype; the new tokens' are among them. With
+    `shared_keys` [S, R] keys are [S, Hk, D - R], and these the last numbers of all heads. tiles
     [5, N] int32, from `query_tiles`. page_table [B, P] int32 with pages of `page_size` slots, or
-    neither where the keys and values of the sequences lie one behind another. The last stride of
-    q, keys, values and page_table is 1. `sinks` [Hq] of any float dtype are one more score a head,
+    neither where the keys and values of the sequences lie one behind another. The last stride of q,
+    keys, values and page_table is 1. `sinks` [Hq] of any float dtype are one more score a head,
     of a key without a value. `softcap` makes scores softcap * tanh(scores / softcap).
 
     Slots past a sequence's keys are not read, nor are pages wholly outside the window of all
@@ -411,6 +428,7 @@ def prompt_attention(
         window=window,
         sinks=sinks,
         softcap=softcap,
+        shared_keys=shared_keys,
     )
     num_rows, num_heads, dim = q.shape
     num_key_heads = keys.shape[1]
@@ -429,20 +447,29 @@ def prompt_attention(
     num_tiles = tiles.shape[1]
     if out.numel() == 0 or num_tiles == 0:
         return out
-    p = plan(q, keys, values, page_size=page_size)
-    block_d, block_rest = _block_widths(dim)
+    if shared_keys is not None:
+        block_d, block_rest = _block_width(keys.shape[2]), _block_width(shared_keys.shape[1])
+        first, rest = keys, shared_keys[:, None]
+    else:
+        block_d, block_rest = _block_widths(dim)
+        first, rest = keys[..., :block_d], keys[..., block_d:]
+    p = plan(
+        *(q, (first, rest) if block_rest else (first,), values),
+        key_width=block_d + block_rest,
+        page_size=page_size,
+    )
     block_v = _block_width(value_width)
     keys_box = rest_box = values_box = None
     if p.descriptors:
-        heads_first = keys.transpose(0, 1)
-        keys_box = descriptor(heads_first, (1, p.block_keys, block_d))
+        keys_box = descriptor(first.transpose(0, 1), (1, p.block_keys, block_d))
         if block_rest:
-            rest_box = descriptor(heads_first, (1, p.block_keys, block_rest))
+            rest_box = descriptor(rest.transpose(0, 1), (1, p.block_keys, block_rest))
         values_box = descriptor(values.transpose(0, 1), (1, p.block_keys, block_v))
     grid = (num_tiles * (TILE // p.block_queries) * num_heads,)
     _prompt_attention_kernel[grid](
         q,
-        keys,
+        first,
+        rest,
         values,
         keys_box,
         rest_box,
@@ -457,14 +484,15 @@ def prompt_attention(
         softcap and softcap * LOG2E,
         q.stride(0),
         q.stride(1),
-        keys.stride(0),
-        keys.stride(1),
-        values.stride(0),
-        values.stride(1),
+        *first.stride()[:2],
+        *rest.stride()[:2],
+        *values.stride()[:2],
         page_table.stride(0) if page_table is not None else 0,
         NUM_HEADS=num_heads,
         GROUPS=num_heads // num_key_heads,
-        DIM=dim,
+        FIRST_DIM=first.shape[2],
+        REST_DIM=rest.shape[2],
+        REST_SHARED=shared_keys is not None,
         VALUE_DIM=value_width,
         PAGE_SIZE=page_size,
         HAS_WINDOW=window is not None,

@@ -24,11 +24,12 @@ from moezoo.layers.kernels.permute import (
     count_block,
     empty_counts,
     empty_permutation,
+    few_rows_options,
     permute_expert,
     permute_ref,
     place,
 )
-from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
+from moezoo.layers.kernels.sizes import cdiv
 from moezoo.layers.quant.format import TINY
 from moezoo.layers.quant.fp8 import BLOCK, LARGEST, Fp8Rows, blocks, quantize_rows
 
@@ -107,6 +108,7 @@ def _permute_and_quantize_kernel(
     stride_xt,
     stride_xh,
     TILE_ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -120,7 +122,7 @@ def _permute_and_quantize_kernel(
         # fmt: off
         permute_expert(
             program, ids_ptr, order_ptr, positions_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
-            num_rows, num_experts, max_tiles, TILE_ROWS, BLOCK_S, BLOCK_E, BLOCK_N,
+            num_rows, num_experts, max_tiles, TILE_ROWS, BLOCKS, BLOCK_S, BLOCK_E, BLOCK_N,
         )
         # fmt: on
     else:
@@ -212,8 +214,8 @@ def permute_and_quantize(
         place(topk_ids, counts, out, num_experts, tile_rows)
         return out, rows
     # Smaller than `permute`'s: its registers would leave room for one program on a multiprocessor.
-    block = min(2048, max(128, next_power_of_2(num_rows)))
-    groups = 8 if block <= 1024 else 32
+    few = few_rows_options(num_rows, num_experts, most=2048)
+    groups = 8 if few["num_warps"] == 4 else 32
     num_programs = num_experts + cdiv(num_tokens * num_groups, groups)
     _permute_and_quantize_kernel[(num_programs,)](
         topk_ids,
@@ -228,12 +230,9 @@ def permute_and_quantize(
         hidden_size,
         *x.stride(),
         TILE_ROWS=tile_rows,
-        BLOCK_S=block,
-        BLOCK_E=next_power_of_2(num_experts),
-        BLOCK_N=32,
         GROUPS=groups,
         GROUP=BLOCK,
-        num_warps=8 if block > 1024 else 4,
+        **few,
         **options,
     )
     return out, rows

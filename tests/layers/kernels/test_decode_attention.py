@@ -122,6 +122,19 @@ def test_matches_sdpa(shape: str, dtype: torch.dtype, device: torch.device, spli
     assert_close(decode_attention_ref(**arguments), sdpa(arguments))
 
 
+@pytest.mark.parametrize("shape", ["mla", "mla_odd"])
+def test_keys_in_parts(
+    shape: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    splits: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use(monkeypatch, num_parts=2)
+    arguments = inputs(shape, dtype, device)
+    assert_close(decode_attention(**arguments), sdpa(arguments))
+
+
 @pytest.mark.parametrize("window", [1, 16, 40, 500])
 @pytest.mark.parametrize("shape", ["gqa", "mla"])
 @pytest.mark.sampled(n=4)

@@ -310,6 +310,21 @@ def test_values_that_are_part_of_keys(device: torch.device, way: None) -> None:
     assert_close(prompt_attention(**arguments), sdpa(arguments))
 
 
+@pytest.mark.parametrize(("shape", "rest"), [("mla", 8), ("latents", 8), ("wide", 32)])
+@pytest.mark.parametrize("page_size", [None, 32])
+def test_last_numbers_of_keys_in_a_tensor_of_their_own(
+    shape: str, rest: int, page_size: int | None, device: torch.device, way: None
+) -> None:
+    arguments = inputs(shape, torch.float16, device, page_size=page_size)
+    keys = arguments["keys"]
+    keys[..., -rest:] = keys[:, :1, -rest:]
+    expected = sdpa(arguments)
+    latents = F.pad(keys[:, 0, -rest:], (8, 0), value=torch.nan)
+    apart = {"keys": keys[..., :-rest], "shared_keys": latents[:, 8:]}
+    assert_close(prompt_attention(**(arguments | apart)), expected)
+    assert_close(prompt_attention_ref(**(arguments | apart)), expected)
+
+
 def test_strides_that_boxes_cannot_take(device: torch.device) -> None:
     arguments = inputs("gqa", torch.float16, device)
     expected = prompt_attention(**arguments)
@@ -389,6 +404,7 @@ def test_captured_graph() -> None:
         ({"q": torch.zeros(5, 4, 31)}, "q must be [T, Hq, D] and keys [S, Hk, D]"),
         ({"q": torch.zeros(5, 5, 32)}, "5 query heads cannot share 2 key heads"),
         ({"values": torch.zeros(3, 2, 32)}, "values must be ["),
+        ({"shared_keys": torch.zeros(5, 4)}, "shared_keys must be ["),
         ({"q": torch.zeros(5, 32, 4).mT}, "the last stride of q must be 1"),
         ({"q": torch.zeros(5, 4, 32).half()}, "must be torch.float16 as q is"),
         ({"tiles": torch.zeros(4, 3).int()}, "tiles must be int32 [5, N]"),
