@@ -119,7 +119,7 @@ class Gptq(Scheme):
         if n % each:
             raise headers.unexpected(data, f"[K / {each}, N] with N a multiple of {each}")
         scales, zeros, g_idx = (f"{module}{end}" for end in ("scales", "qzeros", "g_idx"))
-        if g_idx in headers.tensors:
+        if g_idx in headers.tensors or (self.ordered and group != k):
             headers.beside(g_idx, data, [(k,)], (torch.int32,))
         if k % group:
             raise headers.not_full(data, scales, 0, group, k)
@@ -139,14 +139,12 @@ class Gptq(Scheme):
         else:
             read = partial(_zeros, bits=self.bits, added=self.subtracted, groups=groups)
             extras.append(Extra(zeros, "zeros", read))
-        if kind.ordered or g_idx in headers.tensors:
-            headers.beside(g_idx, data, [(k,)], (torch.int32,))
-            if kind.ordered:
-                extras.append(order_extra(g_idx, k, group))
-            elif group != k:
-                extras.append(in_order_extra(g_idx, group))
-            else:
-                headers.drop(g_idx)
+        if kind.ordered:
+            extras.append(order_extra(g_idx, k, group))
+        elif g_idx in headers.tensors and group != k:
+            extras.append(in_order_extra(g_idx, group))
+        elif g_idx in headers.tensors:
+            headers.drop(g_idx)
         unit = None if kind.ordered or group == k else group * self.bits // 32
         return StoredWeight(
             (n, k), kind, data, partial(_data, bits=self.bits), tuple(extras), True, unit
