@@ -174,7 +174,11 @@ def test_command_line(tmp_path, capsys):
             run("convert", ASSET, tmp_path / "other", "--quantization", wrong)
         assert caught.value.code == 2 and message in capsys.readouterr().err
     for asked, folder, message in (
-        ('{"type": "int4_w4a16", "group_size": 128}', ASSET, "group_size=128, and groups of 128 do"),
+        (
+            '{"type": "int4_w4a16", "group_size": 128}',
+            ASSET,
+            "group_size=128, and groups of 128 do",
+        ),
         ("mxfp4", tmp_path / "to", "has its experts in int4_w4a16 already"),
     ):
         assert run("convert", folder, tmp_path / "other", "--quantization", asked) == 2
