@@ -1,4 +1,4 @@
-"""`moezoo`, and `python -m moezoo`: the command line, which Ctrl-C ends from its first moment on."""
+"""`moezoo`, and `python -m moezoo`: the command line, which Ctrl-C ends while it starts too."""
 
 import os
 import signal

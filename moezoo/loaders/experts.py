@@ -108,8 +108,8 @@ def quantized_experts(
 def refuse_others(
     asked: Quantization | None, kinds: Mapping[str, Kind], columns: Mapping[str, int]
 ) -> None:
-    """Raise `AskedQuantizationError` where experts that a checkpoint has quantised, weights of these
-    kinds and so many columns, are asked for otherwise."""
+    """Raise `AskedQuantizationError` where experts that a checkpoint has quantised, weights of
+    these kinds and so many columns, are asked for otherwise."""
     if asked is None or asked.type is None:
         return
     found = sorted({kind.format.name for kind in kinds.values()})

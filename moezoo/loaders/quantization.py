@@ -209,7 +209,7 @@ class Quantization:
         return Recipe(kind, partial(_in_blocks, kind=kind, rows=n, group=group), n)
 
     def require_rows(self, name: str, rows: int) -> None:
-        """Raise `AskedQuantizationError` where blocks of int4 do not divide the rows of a matrix."""
+        """Raise `AskedQuantizationError` where blocks of int4 do not divide a matrix's rows."""
         if self.type == INT4 and self.block_size is not None and rows % self.block_size[0]:
             raise AskedQuantizationError(
                 f"{name}: blocks of {' x '.join(map(str, self.block_size))} do not divide its "

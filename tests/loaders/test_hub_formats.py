@@ -690,12 +690,32 @@ def test_packed_weights_that_are_wrong(tmp_path):
 @pytest.mark.parametrize(
     "activations", [{"num_bits": 8, "type": "float", "dynamic": True}, {"num_bits": 8}], ids=str
 )
-def test_activations_of_8_bits(tmp_path, activations):
-    stored, weights, kind = COMPRESSED["int8"]
+@pytest.mark.parametrize("case", ["int8", "fp8-tensor"])
+def test_activations_of_8_bits(tmp_path, case, activations):
+    """Static ones have a scale for every module, which is not loaded but must be there."""
+    stored, weights, kind = COMPRESSED[case]
     group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
     config = compressed_config(stored, ["lm_head", "re:.*gate$"], g=group)
-    hub, _ = write(tmp_path, compressed_tensors(stored, **weights), config)
+    encode = compressed_tensors(stored, **weights)
+    static = not activations.get("dynamic")
+
+    def with_scale(w: Tensor) -> Encoded:
+        encoded, back = encode(w)
+        return encoded | {"input_scale": torch.tensor([0.5])}, back
+
+    hub, _ = write(tmp_path / "a", with_scale if static else encode, config)
     assert moe_layers(load(hub))[0].quantized is kind
+    if static:
+        none, _ = write(tmp_path / "b", encode, config)
+        change(hub, lambda stored: stored.pop(f"{GATE}.input_scale"))
+        for folder, module in ((hub, GATE), (none, r"model\.layers\.\S+")):
+            message = rf"{module}\.weight is \w+ in {FILE} and there is no {module}\.input_scale, "
+            message += (
+                r"which its scheme .* input_activations\.dynamic is False; get the checkpoint"
+            )
+            with pytest.raises(QuantizationError, match=message):
+                load(folder)
+            assert ".input_scale" in moezoo.inspect(folder).reason
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu], ids=str)
@@ -824,10 +844,11 @@ def test_fields_that_nobody_knows_are_told_once(tmp_path, caplog):
     caplog.clear()
 
     stored, weights, _ = COMPRESSED["int8"]
+    dynamic = {"num_bits": 8, "dynamic": True}
     config = compressed_config(
         stored,
         ["lm_head", "re:.*gate$"],
-        g={"targets": ["Linear"], "weights": weights, "input_activations": {"num_bits": 8}},
+        g={"targets": ["Linear"], "weights": weights, "input_activations": dynamic},
     )
     known = {"version": "0.12.0", "global_compression_ratio": 1.5, "sparsity_config": {}}
     hub, _ = write(tmp_path / "ct", compressed_tensors(stored, **weights), config | known)
