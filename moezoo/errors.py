@@ -65,6 +65,10 @@ class QuantizationError(MoEZooError):
         super().__init__(f"Quantization error: {message}")
 
 
+class AskedQuantizationError(QuantizationError, ValueError):
+    """The `quantization` that was asked for does not fit the model or the checkpoint."""
+
+
 class MoEOutOfMemoryError(MoEZooError):
     """A device has too little memory; says what was asked, what is free and what would fit."""
 

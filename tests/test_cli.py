@@ -420,6 +420,12 @@ def test_seed_and_sampling_options_reach_generation(capsys):
             "'{type:int4}' is not JSON (Expecting property name enclosed in double quotes: line 1 "
             "column 2 (char 1)): expected one of fp8_w8a8, int8_w8a16, int4_w4a16, mxfp4, or JSON",
         ),
+        (
+            ("--prompt", "a", "--quantization", '{"type": "int4_w4a16", "group_size": 128}'),
+            2,
+            "experts.0.down_proj.weight in model.safetensors (for layers.0.mlp.w2): quantization "
+            "asks for group_size=128, and groups of 128 do not divide its 64 columns; groups of 64",
+        ),
         (("--prompt", "a", "--device", "tpu"), 2, "'tpu'"),
         (("--prompt", "a", "--overwrite"), 2, "--overwrite needs --output"),
         (("--input", "nowhere.jsonl"), 2, "--input cannot be read: [Errno 2]"),

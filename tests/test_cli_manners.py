@@ -4,7 +4,10 @@ import json
 import logging
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -142,3 +145,45 @@ def test_verbose_shows_what_is_logged(capsys):
         cli.main(["generate", "--prompt", "The dog", "-v", "-q"])
     assert stop.value.code == 2
     assert "not allowed with" in capsys.readouterr().err
+
+
+INTERRUPTED = """
+import signal, sys
+
+at = sys.argv.pop(1)
+
+class Finder:
+    def find_spec(self, name, path, target):
+        if name == "moezoo.cli":
+            print("begins", flush=True)
+        if name == at:
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except BaseException:
+                pass  # lost, as in some places of torch and transformers
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of xdist ignore it
+sys.meta_path.insert(0, Finder())
+from moezoo.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    "when",
+    ["moezoo.cli", "torch", "torch._C", "transformers.modeling_utils", 0, 0.1, 0.4, 1.2],
+)
+def test_ctrl_c_ends_a_command_while_it_starts(when):
+    """At the import of a module, or so many seconds after the first."""
+    command = [sys.executable, "-c", INTERRUPTED, str(when), "generate", "--quiet"]
+    # What reads stdin, once all is imported, goes on until that is closed.
+    command += ["--prompt", "The dog"] if isinstance(when, str) else ["--input", "-"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        assert process.stdout.readline() == "begins\n"
+        if not isinstance(when, str):
+            time.sleep(when)
+            process.send_signal(signal.SIGINT)
+        code = process.wait(60)
+        assert (code, process.stdout.read()) == (130, "")
+        assert process.stderr.read() in ("", "moezoo: interrupted\n")

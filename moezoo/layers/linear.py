@@ -98,9 +98,12 @@ def without_onednn() -> AbstractContextManager[None]:
 def one_row(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """weight [M, N] @ x [N] + bias [M], on the CPU, by the faster routine within
     `without_onednn`."""
-    large = weight.numel() >= LARGE and weight.dtype in ONEDNN_DTYPES
-    with _lifted if large else nullcontext():
+    with _lifted if _is_large(weight) else nullcontext():
         return torch.mv(weight, x) if bias is None else torch.addmv(bias, weight, x)
+
+
+def _is_large(weight: torch.Tensor) -> bool:
+    return weight.numel() >= LARGE and weight.dtype in ONEDNN_DTYPES
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -116,12 +119,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         from moezoo.layers.kernels.few_rows import few_rows_linear
 
         return few_rows_linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
-    if (
-        x.is_cpu
-        and x.numel() == x.shape[-1]
-        and weight.numel() >= LARGE
-        and x.dtype in ONEDNN_DTYPES
-    ):
+    if x.is_cpu and x.numel() == x.shape[-1] and _is_large(weight):
         return one_row(weight, x.reshape(-1), bias).view(*x.shape[:-1], -1)
     if (
         x.numel() < FP32_ROWS * x.shape[-1]

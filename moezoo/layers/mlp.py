@@ -58,28 +58,31 @@ class GatedMLP(nn.Module):
         """All that follows gate_up [T, 2I] in one launch, if that pays."""
         from moezoo.layers.kernels.few_rows import gated_linear, takes_gated
 
-        weight, bias = self.down.weight, self.down.bias
-        if type(self.down) is not Linear or is_hooked(self.down):
-            return None
-        if isinstance(weight, QuantizedWeights) or not takes_gated(gate_up, weight):
+        weight = _dense_weight(self.down, Linear)
+        if weight is None or not takes_gated(gate_up, weight):
             return None
         if addend is not None:
             addend = addend.reshape(-1, addend.shape[-1])
+        bias = self.down.bias
         return gated_linear(gate_up, weight, bias, activation=self.activation, addend=addend)
 
     def as_shared_expert(self, x: torch.Tensor) -> SharedExpert | None:
         """What the kernel for routed experts takes to add this of x [T, H]; None if it cannot."""
-        gate_up, down = self.gate_up, self.down
-        kinds = (type(self), type(gate_up), type(down))
-        if kinds not in ((GatedMLP, FusedLinear, Linear), (SigmoidGatedMLP, FusedLinear, Linear)):
+        w13, w2 = _dense_weight(self.gate_up, FusedLinear), _dense_weight(self.down, Linear)
+        if type(self) not in (GatedMLP, SigmoidGatedMLP) or w13 is None or w2 is None:
             return None
-        w13, w2 = gate_up.weight, down.weight
-        if isinstance(w13, QuantizedWeights) or isinstance(w2, QuantizedWeights):
-            return None
-        plain = all(part.bias is None and not is_hooked(part) for part in (gate_up, down))
+        no_bias = self.gate_up.bias is None and self.down.bias is None
         dense = w13.stride(1) == w2.stride(1) == 1
         fits = 0 < w2.shape[1] <= SHARED_COLUMNS
-        return SharedExpert(w13, w2) if plain and dense and fits else None
+        return SharedExpert(w13, w2) if no_bias and dense and fits else None
+
+
+def _dense_weight(layer: Linear, kind: type[Linear]) -> nn.Parameter | None:
+    """The weight [N, K] of a layer that is just of this kind; None if it is quantised or hooked."""
+    weight = layer.weight
+    if type(layer) is not kind or is_hooked(layer) or isinstance(weight, QuantizedWeights):
+        return None
+    return weight
 
 
 class SigmoidGatedMLP(GatedMLP):

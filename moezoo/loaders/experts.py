@@ -10,7 +10,7 @@ from functools import reduce
 import torch
 from torch import nn
 
-from moezoo.errors import QuantizationError
+from moezoo.errors import AskedQuantizationError
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant.groups import GROUP_SIZES
 from moezoo.loaders.encodings import Encoding
@@ -63,7 +63,7 @@ def quantized_experts(
 
     All of a model, where the checkpoint is not quantised and it is asked for; else those of the
     layers that the checkpoint has wholly in one format, all experts alike. Raises
-    `QuantizationError` for columns that a format does not have, and where a checkpoint that is
+    `AskedQuantizationError` for columns that a format does not have, and where a checkpoint that is
     quantised is asked for in another format.
     """
     owners = experts_of(module)
@@ -100,20 +100,20 @@ def quantized_experts(
 def refuse_others(
     asked: Quantization | None, kinds: Mapping[str, Kind], columns: Mapping[str, int]
 ) -> None:
-    """Raise `QuantizationError` where experts that a checkpoint has quantised, weights of these
-    kinds and so many columns, are asked for otherwise."""
+    """Raise `AskedQuantizationError` where experts that a checkpoint has quantised, weights of
+    these kinds and so many columns, are asked for otherwise."""
     if asked is None or asked.type is None:
         return
     found = sorted({kind.format.name for kind in kinds.values()})
     if set(found) - {asked.type}:
-        raise QuantizationError(
+        raise AskedQuantizationError(
             f"the checkpoint has its experts in {' and '.join(found)} already, so they cannot be "
             f"asked for in {asked.type}; leave quantization None, or take the 16-bit checkpoint"
         )
     for name, kind in kinds.items():
         field = asked.contradicted(kind, columns[name])
         if field is not None:
-            raise QuantizationError(
+            raise AskedQuantizationError(
                 f"{field}={getattr(asked, field)!r} is asked for, but the checkpoint has {name} in "
                 f"{kind.described} already; leave quantization None to take it as it is, or take "
                 "the 16-bit checkpoint of the model"

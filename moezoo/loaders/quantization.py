@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moezoo.errors import QuantizationError
+from moezoo.errors import AskedQuantizationError, QuantizationError
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4
 from moezoo.layers.quant.fp8 import BLOCK
 from moezoo.layers.quant.groups import (
@@ -183,7 +183,7 @@ class Quantization:
     def recipe(self, name: str, columns: int, dtype: torch.dtype) -> Recipe:
         """For matrices of `name` with so many columns, whose weights are of `dtype`.
 
-        Raises `QuantizationError` naming them where the format has no such columns.
+        Raises `AskedQuantizationError` naming them where the format has no such columns.
         """
         scales = dtype if dtype in SCALE_DTYPES else torch.float32
         if self.type == FP8 and self.granularity in (None, "block"):
@@ -207,16 +207,16 @@ class Quantization:
         return Recipe(kind, partial(_in_blocks, kind=kind, rows=n, group=group), n)
 
     def require_rows(self, name: str, rows: int) -> None:
-        """Raise `QuantizationError` where blocks of int4 do not divide the rows of a matrix."""
+        """Raise `AskedQuantizationError` where blocks of int4 do not divide a matrix's rows."""
         if self.type == INT4 and self.block_size is not None and rows % self.block_size[0]:
-            raise QuantizationError(
+            raise AskedQuantizationError(
                 f"{name}: blocks of {' x '.join(map(str, self.block_size))} do not divide its "
                 f"{rows} rows; give a block_size [n, g] with n a divisor of them"
             )
 
     def _group_size(self, name: str, columns: int) -> int:
         if self.type == INT4 and columns % 2:
-            raise QuantizationError(
+            raise AskedQuantizationError(
                 f"{name}: {self.type} has two columns in a byte, and there are {columns}, which is "
                 f"odd; {INT8!r} takes any number of them"
             )
@@ -229,7 +229,7 @@ class Quantization:
         try:
             return default_group_size(columns)
         except QuantizationError:
-            raise QuantizationError(
+            raise AskedQuantizationError(
                 f"{name}: none of the group sizes {list(GROUP_SIZES)} divides its {columns} "
                 f"columns; {{'type': {self.type!r}, 'per_channel': True}} has one scale a row"
             ) from None
@@ -242,9 +242,13 @@ class Quantization:
                 advice = "without group_size there is a scale a row, of any number of them"
             if fits:
                 advice = f"groups of {fits[0]} do"
-            raise QuantizationError(
-                f"{name}: groups of {group}, as {self.type} has them, do not divide its {columns} "
-                f"columns; {advice}"
+            chosen = self.type
+            for field in ("group_size", "block_size"):
+                if getattr(self, field) is not None:
+                    chosen = f"{field}={getattr(self, field)!r}"
+            raise AskedQuantizationError(
+                f"{name}: quantization asks for {chosen}, and groups of {group} do not divide its "
+                f"{columns} columns; {advice}"
             )
 
 

@@ -173,6 +173,16 @@ def test_command_line(tmp_path, capsys):
         with pytest.raises(SystemExit) as caught:
             run("convert", ASSET, tmp_path / "other", "--quantization", wrong)
         assert caught.value.code == 2 and message in capsys.readouterr().err
+    for asked, folder, message in (
+        (
+            '{"type": "int4_w4a16", "group_size": 128}',
+            ASSET,
+            "group_size=128, and groups of 128 do",
+        ),
+        ("mxfp4", tmp_path / "to", "has its experts in int4_w4a16 already"),
+    ):
+        assert run("convert", folder, tmp_path / "other", "--quantization", asked) == 2
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 

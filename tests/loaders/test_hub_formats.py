@@ -181,18 +181,86 @@ def test_gptq(tmp_path, case):
     assert (w13.zeros is not None) == (not how.get("sym", True))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_gptq_with_negative_scales(tmp_path, bits):
-    """As AutoRound writes symmetric groups whose largest weight is above zero."""
+NEGATIVE: dict[str, tuple[dict[str, Any], Encode]] = {
+    "gptq": (gptq_config(), gptq),
+    "gptq-8": (gptq_config(bits=8), lambda w: gptq(w, bits=8)),
+    "gptq-asym-order": (
+        gptq_config(sym=False, desc_act=True),
+        lambda w: gptq(w, sym=False, desc_act=True),
+    ),
+    "awq": (
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True},
+        lambda w: awq(w, group_size=32),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NEGATIVE)
+def test_negative_scales(tmp_path, case):
+    """As AutoRound writes groups whose largest weight is above zero."""
+    config, of = NEGATIVE[case]
 
     def encode(w: Tensor) -> Encoded:
-        encoded, back = gptq(w, bits=bits)
+        encoded, back = of(w)
         encoded["scales"][1::2] *= -1
-        sign = 1 - 2 * (torch.arange(w.shape[1]) // 32 % 2)
-        return encoded, back * sign
+        groups = encoded.get("g_idx", torch.arange(w.shape[1]) // 32)
+        return encoded, back * (1 - 2 * (groups % 2))
 
-    hub, dense = write(tmp_path, encode, gptq_config(bits=bits))
-    check(hub, dense, Int4 if bits == 4 else Int8)
+    hub, dense = write(tmp_path, encode, config)
+    model = check(hub, dense, Int8 if case == "gptq-8" else Int4)
+    assert (moe_layers(model)[0].w2().scales < 0).any()
+    model.save_pretrained(tmp_path / "again")
+    assert_same(load(tmp_path / "again", dtype="float32"), model)
+    for wrong in (0.0, torch.nan, -torch.inf):
+        change(hub, lambda s, wrong=wrong: s[f"{GATE}.scales"][1, 2].fill_(wrong))
+        with pytest.raises(QuantizationError) as caught:
+            load(hub)
+        assert f"{GATE}.scales in {FILE}: the scale at [1, 2] is {wrong}" in str(caught.value)
+
+
+RULES: dict[str, dict[str, Any]] = {
+    r"-:model\.layers\.1\.self_attn\..*": {},
+    r"+:.*\.self_attn\.": {"bits": 8, "group_size": 64},
+    r".*\.layers\.1\.mlp\.experts\.": {"group_size": 128, "sym": False, "desc_act": True},
+    "+:lm_head": {"bits": 8},  # which is not quantised
+    "-:nowhere": {},
+    ".*": {"damp_percent": 0.1},
+    "+:.*shared.*": {"bits": 8},  # after one that matches too
+}
+
+
+def test_gptq_rules_of_modules(tmp_path):
+    """The first that matches counts."""
+
+    def how(module: str) -> Encode | None:
+        if "layers.1.self_attn" in module:
+            return None
+        if "self_attn" in module:
+            return lambda w: gptq(w, bits=8, group_size=64)
+        if "layers.1.mlp.experts" in module:
+            return lambda w: gptq(w, group_size=128, sym=False, desc_act=True)
+        return gptq
+
+    hub, dense = write(tmp_path, how, gptq_config() | {"dynamic": RULES}, by_name=True)
+    model, expected = (load(folder, dtype="float32") for folder in (hub, dense))
+    first, second = model.decoder.layers
+    assert isinstance(first.attn.qkv.weight(), Int8) and first.attn.qkv.weight().group_size == 64
+    assert not isinstance(second.attn.qkv.weight, QuantizedWeights)
+    assert second.mlp.shared.down.weight().zeros is None
+    assert [moe.w13().group_size for moe in moe_layers(model)] == [32, 128]
+    assert [moe.w13().order is None for moe in moe_layers(model)] == [True, False]
+    assert [moe.w13().zeros is None for moe in moe_layers(model)] == [True, False]
+    with torch.no_grad():
+        assert distance(model(ids(2, 9)).logits, expected(ids(2, 9)).logits) < EXACT
+    for moe, full in zip(moe_layers(model), moe_layers(expected), strict=True):
+        assert moe.w13().dequantize().flatten(1, 2).equal(full.w13)
+        assert moe.w2().dequantize().equal(full.w2)
+    without = gptq_config() | {"dynamic": {"-:nowhere": {}}}
+    set_config(hub, quantization_config=without)
+    with pytest.raises(
+        QuantizationError, match=r"layers\.0\.self_attn\.\S+ .*with the bits and gr"
+    ):
+        load(hub)
 
 
 def test_gptq_names_its_format_in_two_ways(tmp_path):
@@ -692,12 +760,32 @@ def test_packed_weights_that_are_wrong(tmp_path):
 @pytest.mark.parametrize(
     "activations", [{"num_bits": 8, "type": "float", "dynamic": True}, {"num_bits": 8}], ids=str
 )
-def test_activations_of_8_bits(tmp_path, activations):
-    stored, weights, kind = COMPRESSED["int8"]
+@pytest.mark.parametrize("case", ["int8", "fp8-tensor"])
+def test_activations_of_8_bits(tmp_path, case, activations):
+    """Static ones have a scale for every module, which is not loaded but must be there."""
+    stored, weights, kind = COMPRESSED[case]
     group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
     config = compressed_config(stored, ["lm_head", "re:.*gate$"], g=group)
-    hub, _ = write(tmp_path, compressed_tensors(stored, **weights), config)
+    encode = compressed_tensors(stored, **weights)
+    static = not activations.get("dynamic")
+
+    def with_scale(w: Tensor) -> Encoded:
+        encoded, back = encode(w)
+        return encoded | {"input_scale": torch.tensor([0.5])}, back
+
+    hub, _ = write(tmp_path / "a", with_scale if static else encode, config)
     assert moe_layers(load(hub))[0].quantized is kind
+    if static:
+        none, _ = write(tmp_path / "b", encode, config)
+        change(hub, lambda stored: stored.pop(f"{GATE}.input_scale"))
+        for folder, module in ((hub, GATE), (none, r"model\.layers\.\S+")):
+            message = rf"{module}\.weight is \w+ in {FILE} and there is no {module}\.input_scale, "
+            message += (
+                r"which its scheme .* input_activations\.dynamic is False; get the checkpoint"
+            )
+            with pytest.raises(QuantizationError, match=message):
+                load(folder)
+            assert ".input_scale" in moezoo.inspect(folder).reason
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu], ids=str)
@@ -744,7 +832,14 @@ def test_scales_of_bytes(tmp_path, method, dtype):
         (gptq_config() | {"format": "marlin"}, "format is 'marlin'"),
         (gptq_config() | {"is_marlin_format": True}, "is_marlin_format is True"),
         (gptq_config() | {"group_size": "x"}, "group_size is 'x'"),
-        (gptq_config() | {"dynamic": {"+:.*": {"bits": 8}}}, "dynamic is "),
+        (gptq_config() | {"dynamic": {"+:.*": {"bits": 3}}}, "dynamic.+:.*.bits is 3"),
+        (gptq_config() | {"dynamic": {".*": {"group_size": 0}}}, "dynamic..*.group_size is 0"),
+        (
+            gptq_config() | {"dynamic": {"a": {"adapter": {"r": 1}}}},
+            "dynamic.a.adapter is {'r': 1}",
+        ),
+        (gptq_config() | {"dynamic": {"+:a": 8}}, "dynamic.+:a is 8; this release loads a table"),
+        (gptq_config() | {"dynamic": {"-:([": {}}}, "dynamic.-:([ is {}; this release loads patt"),
         (gptq_config() | {"act_bits": 8}, "act_bits is 8"),
         (AWQ | {"act_bits": 8}, "act_bits is 8"),
         (AWQ | {"version": "gemv"}, "version is 'gemv'"),
@@ -825,10 +920,11 @@ def test_fields_that_nobody_knows_are_told_once(tmp_path, caplog):
     caplog.clear()
 
     stored, weights, _ = COMPRESSED["int8"]
+    dynamic = {"num_bits": 8, "dynamic": True}
     config = compressed_config(
         stored,
         ["lm_head", "re:.*gate$"],
-        g={"targets": ["Linear"], "weights": weights, "input_activations": {"num_bits": 8}},
+        g={"targets": ["Linear"], "weights": weights, "input_activations": dynamic},
     )
     known = {"version": "0.12.0", "global_compression_ratio": 1.5, "sparsity_config": {}}
     hub, _ = write(tmp_path / "ct", compressed_tensors(stored, **weights), config | known)
@@ -900,6 +996,8 @@ def test_an_odd_number_of_stored_columns():
         ),
         ({"modules_in_block_to_quantize": [["self_attn.q_proj"], ["mlp.experts"]]}, [True, True]),
         ({"modules_in_block_to_quantize": None}, [True, True]),
+        ({"dynamic": {r"-:.*layers\.1\..*": {}}}, [True, False]),
+        ({"dynamic": {"-:layers": {}, "+:nowhere": {"bits": 8}}}, [True, True]),
     ],
     ids=str,
 )

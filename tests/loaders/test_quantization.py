@@ -25,7 +25,7 @@ from small_models import (
 from torch import Tensor
 from transformers import AutoConfig
 
-from moezoo.errors import QuantizationError
+from moezoo.errors import AskedQuantizationError, QuantizationError
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4
 from moezoo.loaders.checkpoint import open_checkpoint
@@ -226,15 +226,15 @@ def test_default_groups_are_reported(caplog):
 
 def test_columns_that_do_not_divide(tmp_path):
     for asked, message in (
-        ({"type": "int4_w4a16", "group_size": 128}, "groups of 128, as int4_w4a16"),
-        ({"type": "int8_w8a16", "group_size": 128}, "groups of 128, as int8_w8a16"),
-        ({"type": "int4_w4a16", "block_size": [8, 128]}, "groups of 128, as int4_w4a16"),
+        ({"type": "int4_w4a16", "group_size": 128}, "group_size=128, and groups of 128"),
+        ({"type": "int8_w8a16", "group_size": 128}, "group_size=128, and groups of 128"),
+        ({"type": "int4_w4a16", "block_size": [8, 128]}, "block_size=(8, 128), and groups of 128"),
     ):
-        with pytest.raises(QuantizationError) as caught:
+        with pytest.raises(AskedQuantizationError) as caught:
             load(ASSET, quantization=asked)
         assert (
             "model.layers.0.mlp.experts.0.down_proj.weight in model.safetensors (for "
-            f"layers.0.mlp.w2): {message}"
+            f"layers.0.mlp.w2): quantization asks for {message}"
         ) in str(caught.value)
         assert "its 64 columns; groups of 64 do" in str(caught.value)
     w2 = {f"{e}.d": torch.zeros(128, 48) for e in range(2)}
@@ -250,7 +250,7 @@ def test_columns_that_do_not_divide(tmp_path):
     for asked, message in (("int4_w4a16", "'per_channel': True"), ("mxfp4", "'int8_w8a16' takes")):
         with torch.device("meta"):
             moe = FusedMoE(128, 48, 2, None)
-        with pytest.raises(QuantizationError, match=r"0\.d in .*w2\): .* 48 columns") as caught:
+        with pytest.raises(AskedQuantizationError, match=r"0\.d .*w2\): .* 48 columns") as caught:
             load_weights(
                 moe, open_checkpoint(tmp_path), rules, quantization=Quantization(asked), **options
             )
@@ -412,7 +412,8 @@ def test_a_request_that_contradicts_the_checkpoint(tmp_path, stored, asked, mess
     model = load(tmp_path / "plain", quantization=stored)
     model.save_pretrained(tmp_path / "stored")
     named = Quantization.of(stored).type
-    with pytest.raises(QuantizationError, match=f"{message}.*leave quantization None") as caught:
+    stops = pytest.raises(AskedQuantizationError, match=f"{message}.*leave quantization None")
+    with stops as caught:
         load(tmp_path / "stored", quantization={"type": named} | asked)
     stored = r"has model\.layers\.0\.\S+\.experts\.0\.\S+ in model\.safetensors \(for layers\.0"
     assert re.search(stored, str(caught.value))

@@ -12,7 +12,7 @@
 Activations are quantised dynamically to 8 bits where the weights are fp8, whether the scheme says
 so, says static or has none, and not at all with other weights. That is at least as exact as what a
 scheme with activations of 8 bits asks for, and less so than one of fp8 weights alone.
-`M.input_scale`, of static ones, is left out.
+`M.input_scale`, of static ones, must be there and is left out.
 """
 
 import re
@@ -87,6 +87,8 @@ class Group:
     ordered: bool
     weight_only: bool
     """Whether activations are not to be quantised."""
+    static: bool
+    """Whether they are to be with scales that the checkpoint has."""
 
     @classmethod
     def of(cls, table: Table, format_of_all: str) -> "Group":
@@ -94,11 +96,12 @@ class Group:
         weights = table.table("weights")
         weights.one_of("dynamic", False, default=False)
         table.one_of("output_activations", None)
+        static = False
         if table.get("input_activations") is not None:
             activations = table.table("input_activations")
             activations.one_of("num_bits", 8, default=8)
             activations.one_of("type", "int", "float", default="int")
-            activations.one_of("dynamic", True, False, default=False)
+            static = not activations.one_of("dynamic", True, False, default=False)
         bits = weights.one_of("num_bits", 4, 8)
         integers = weights.one_of("type", "int", "float", default="int") == "int"
         symmetric = weights.one_of("symmetric", True, False, default=True)
@@ -144,6 +147,7 @@ class Group:
             symmetric=symmetric,
             ordered=actorder in ("group", "dynamic"),
             weight_only=table.get("input_activations") is None,
+            static=static,
         )
 
     def kind(self, columns: int, dtype: torch.dtype) -> Kind | None:
@@ -227,6 +231,13 @@ class CompressedTensors(Scheme):
             stored = _weight(headers, module, data, group)
             headers.add(f"{module}.weight", stored)
             _refuse_unsaid(headers, module, group)
+            if group.static and f"{module}.input_scale" not in tensors:
+                raise headers.error(
+                    f"{data} is {dtype_of(info)}{info.where} and there is no {module}.input_scale, "
+                    "which its scheme in quantization_config.config_groups expects, as its "
+                    f"input_activations.dynamic is False; {AGAIN}, or make dynamic true there, as "
+                    "activations are here"
+                )
             for end in _ACTIVATIONS:
                 headers.leave_out(f"{module}.{end}")
         for end in _ENDS[1:]:

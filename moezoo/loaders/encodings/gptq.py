@@ -5,11 +5,14 @@
     `M.scales`   [K / g, N]
     `M.g_idx`    int32 [K], the group of each column: not in order with `desc_act`
 
-W = (q - zero) * scale. Where `sym` says so, zero is 8 or 128 everywhere and not kept.
+W = (q - zero) * scale. Where `sym` says so, zero is 8 or 128 everywhere and not kept. The first
+rule of `dynamic` whose pattern matches the beginning of a module's name says how it is quantised
+instead, or after "-:" that it is not.
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -60,6 +63,8 @@ class Gptq(Scheme):
     """Modules that are quantised, all but `not_converted` where none is named. Where there are
     weights, these tell."""
     not_converted: tuple[str, ...]
+    rules: "tuple[tuple[re.Pattern[str], Gptq | None], ...]" = ()
+    """Those of `dynamic`."""
 
     @classmethod
     def of(cls, table: Table) -> "Gptq":
@@ -69,14 +74,11 @@ class Gptq(Scheme):
         table.one_of("act_bits", *NO_ACTIVATIONS, default=16)
         table.one_of("rotation", None)
         table.one_of("is_marlin_format", False, default=False)
-        dynamic = table.get("dynamic") or {}
-        if not isinstance(dynamic, Mapping) or not all(str(n).startswith("-:") for n in dynamic):
-            table.refuse("dynamic", "rules '-:..' of what is not quantised")
         symmetric = table.one_of("sym", True, False, default=True)
         stored = "gptq"
         for field in ("format", "checkpoint_format"):  # the second, which is older, goes first
             stored = table.one_of(field, "gptq", "gptq_v2", default=stored)
-        return cls(
+        scheme = cls(
             bits=bits,
             group_size=table.size("group_size"),
             ordered=table.one_of("desc_act", True, False, default=False),
@@ -84,17 +86,44 @@ class Gptq(Scheme):
             subtracted=0 if stored == "gptq_v2" else 1,
             converted=tuple(table.names("modules_in_block_to_quantize")),
             not_converted=tuple(table.names("modules_to_not_convert")),
-            unknown=table.unknown(*OF_THE_RUN),
         )
+        dynamic = table.table("dynamic") if table.get("dynamic") else None
+        rules = [] if dynamic is None else [scheme._rule(dynamic, rule) for rule in dynamic.given]
+        return replace(scheme, rules=tuple(rules), unknown=table.unknown(*OF_THE_RUN))
+
+    def _rule(self, dynamic: Table, rule: str) -> "tuple[re.Pattern[str], Gptq | None]":
+        try:
+            pattern = re.compile(re.sub(r"^[-+]:", "", rule))
+        except re.error as error:
+            dynamic.refuse(rule, f"patterns, and this is none ({error})")
+        if rule.startswith("-:"):
+            return pattern, None
+        table = dynamic.table(rule)
+        size = self.group_size if table.get("group_size") is None else table.size("group_size")
+        how = replace(
+            self,
+            bits=table.one_of("bits", 4, 8, default=self.bits),
+            group_size=size,
+            ordered=table.one_of("desc_act", True, False, default=self.ordered),
+            symmetric=table.one_of("sym", True, False, default=self.symmetric),
+        )
+        table.refuse_unknown(*OF_THE_RUN)
+        return pattern, how
+
+    def _of(self, module: str) -> "Gptq | None":
+        return next((how for pattern, how in self.rules if pattern.match(module)), self)
 
     def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:
         if entry_within(weight, self.not_converted):
             return None
         if self.converted and not entry_within(weight, self.converted):
             return None
+        how = self._of(weight.removesuffix(".weight"))
+        if how is None:
+            return None
         # No order: only checkpoints have one.
-        kind = self._kind(columns, dtype, ordered=False)
-        return divided(kind, weight, self.group_size, columns)
+        kind = how._kind(columns, dtype, ordered=False)
+        return divided(kind, weight, how.group_size, columns)
 
     def _kind(self, columns: int, dtype: torch.dtype, *, ordered: bool) -> Kind | None:
         zeros = not self.symmetric
@@ -105,7 +134,8 @@ class Gptq(Scheme):
         headers = Headers(tensors, name)
         for data in [tensor for tensor in tensors if tensor.endswith(".qweight")]:
             module = data.removesuffix("qweight")
-            headers.add(f"{module}weight", self._weight(headers, data, module))
+            how = self._of(module.removesuffix(".")) or self
+            headers.add(f"{module}weight", how._weight(headers, data, module))
         for end in (".qzeros", ".g_idx"):
             headers.refuse_alone(end, ".qweight", "int32")
         return headers.encoding(self)
@@ -118,7 +148,7 @@ class Gptq(Scheme):
         if n % each:
             raise headers.unexpected(data, f"[K / {each}, N] with N a multiple of {each}")
         scales, zeros, g_idx = (f"{module}{end}" for end in ("scales", "qzeros", "g_idx"))
-        if g_idx in headers.tensors:
+        if g_idx in headers.tensors or (self.ordered and group != k):
             headers.beside(g_idx, data, [(k,)], (torch.int32,))
         if k % group:
             raise headers.not_full(data, scales, 0, group, k)
@@ -138,14 +168,12 @@ class Gptq(Scheme):
         else:
             read = partial(_zeros, bits=self.bits, added=self.subtracted, groups=groups)
             extras.append(Extra(zeros, "zeros", read))
-        if kind.ordered or g_idx in headers.tensors:
-            headers.beside(g_idx, data, [(k,)], (torch.int32,))
-            if kind.ordered:
-                extras.append(order_extra(g_idx, k, group))
-            elif group != k:
-                extras.append(in_order_extra(g_idx, group))
-            else:
-                headers.drop(g_idx)
+        if kind.ordered:
+            extras.append(order_extra(g_idx, k, group))
+        elif g_idx in headers.tensors and group != k:
+            extras.append(in_order_extra(g_idx, group))
+        elif g_idx in headers.tensors:
+            headers.drop(g_idx)
         unit = None if kind.ordered or group == k else group * self.bits // 32
         return StoredWeight(
             (n, k), kind, data, partial(_data, bits=self.bits), tuple(extras), True, unit

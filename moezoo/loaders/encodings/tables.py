@@ -34,7 +34,7 @@ class Table:
     def refuse_unknown(self, *harmless: str) -> None:
         """Refuse what `unknown` finds."""
         for field in self.unknown(*harmless):
-            self.refuse(field, "none of that name")
+            self.refuse(field.removeprefix(self.path), "none of that name")
 
     def refuse(self, field: str, expected: str) -> NoReturn:
         """Raise `QuantizationError` that names the field, what it is and what is loaded."""

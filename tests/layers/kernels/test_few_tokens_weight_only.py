@@ -5,7 +5,7 @@ import torch
 from tolerances import RELATIVE, relative_difference
 from torch import Tensor
 
-from kernels.test_weight_only import FORMATS, weights
+from kernels.test_weight_only import FORMATS, weights, with_signs
 from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.kernels.few_tokens_weight_only import (
     few_tokens_weight_only,
@@ -54,6 +54,13 @@ def test_matches_reference(
         pytest.skip("minutes in the interpreter, or nothing new")
     arguments = inputs(name, shape, device, dtype)
     assert in_words(arguments["w13"]) and in_words(arguments["w2"])
+    assert_close(few_tokens_weight_only(**arguments), few_tokens_weight_only_ref(**arguments))
+
+
+@pytest.mark.parametrize("name", ["int4-32", "int4-64-zeros", "int8-channel", "int8-64"])
+def test_negative_scales(name: str, device: torch.device) -> None:
+    arguments = inputs(name, (2, 3, 2, 64, 64), device)
+    arguments |= {matrix: with_signs(arguments[matrix]) for matrix in ("w13", "w2")}
     assert_close(few_tokens_weight_only(**arguments), few_tokens_weight_only_ref(**arguments))
 
 

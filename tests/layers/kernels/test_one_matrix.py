@@ -8,6 +8,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from kernels import fp8_cases
+from kernels.test_weight_only import with_signs
 from kernels.tile_cases import bulk_copies
 from moezoo.layers.kernels import one_matrix
 from moezoo.layers.kernels.one_matrix import (
@@ -50,6 +51,23 @@ def test_weight_only_matches_reference(
     y = linear_weight_only(*args)
     assert_close(y, linear_weight_only_ref(*args))
     assert torch.equal(y, linear_weight_only(*args))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8-32", "int4-64", "int4-zeros"])
+def test_negative_scales(kind: str, device: torch.device) -> None:
+    """The reference is what each code and scale stand for, without `dequantize`."""
+    x, w, _ = operands(5, 33, 192, device)
+    cls, options = WEIGHT_ONLY[kind]
+    w = with_signs(cls.quantize(w, **options))
+    codes = w.data.double()
+    zeros = 0 if cls is Int8 else 8 if w.zeros is None else w.zeros.repeat_interleave(32, 1)
+    if cls is Int4:
+        codes = torch.stack((w.data % 16, w.data // 16), -1).flatten(1).double()
+    scales = w.scales.double().repeat_interleave(192 // w.scales.shape[1], 1)
+    weight = (codes - zeros) * scales
+    assert w.dequantize(torch.float64).equal(weight.float().double())
+    x = x.half()
+    assert_close(linear_weight_only(x, w), (x.double() @ weight.T).half())
 
 
 @pytest.mark.parametrize("cls", [Int4, Int8])

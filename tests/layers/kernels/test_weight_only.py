@@ -66,6 +66,12 @@ def weights(name: str, *shape: int, device: torch.device, seed: int = 0) -> Weig
     return format_.quantize(w, **options).map(lambda tensor: tensor.to(device))
 
 
+def with_signs(w: Int4 | Int8) -> Int4 | Int8:
+    """With some scales below zero, as AutoRound writes them."""
+    signs = 1 - 2 * (torch.arange(w.scales.numel(), device=w.device) % 3 % 2)
+    return replace(w, scales=w.scales * signs.view(w.scales.shape))
+
+
 def tokens(num_tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     x = torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(1))
     return x.to(device, dtype)
@@ -118,6 +124,17 @@ def test_matches_reference(
     w2 = weights(format_, num_experts, hidden, intermediate, device=device, seed=2)
     x = tokens(num_tokens, hidden, device, dtype)
     check(x, w13, w2, topk_ids(ROUTINGS[name]).to(device), (tile, tile))
+
+
+@pytest.mark.parametrize("name", ["plain", "many"])
+@pytest.mark.parametrize("format_", ["int4-32", "int4-64-zeros", "int8-channel", "int8-64"])
+def test_negative_scales(format_: str, name: str, device: torch.device) -> None:
+    tile = bulk_copies(TILES[name], device)
+    num_tokens, _, num_experts = SHAPES["odd"]
+    w13 = with_signs(weights(format_, num_experts, 2, 64, 128, device=device))
+    w2 = with_signs(weights(format_, num_experts, 128, 64, device=device, seed=2))
+    x = tokens(num_tokens, 128, device, torch.float16)
+    check(x, w13, w2, topk_ids("odd").to(device), (tile, tile))
 
 
 @pytest.mark.parametrize("name", ["plain", "many"])
