@@ -17,8 +17,8 @@ SHARED_COLUMNS = 8192
 class GatedMLP(nn.Module):
     """down(activation(gate(x)) * up(x)), x [.., H] -> [.., H]; `gate_up` has gate rows, then up.
 
-    Called with an `addend` [.., H], it returns the sum with that. I may be 0, as it is of shared
-    experts of which a config has none.
+    Called with an `addend` [.., H], it returns the sum with that, which may be in its place. I may
+    be 0, as it is of shared experts of which a config has none.
     """
 
     adds = True
@@ -47,7 +47,11 @@ class GatedMLP(nn.Module):
                 return y.view(x.shape)
             from moezoo.layers.kernels.gated import gate
 
-            h = gate(rows, self.activation).view(*x.shape[:-1], -1)
+            h = gate(rows, self.activation)
+            weight = _dense_weight(self.down, Linear)
+            if addend is not None and weight is not None and self.down.bias is None:
+                return addend.view(-1, x.shape[-1]).addmm_(h, weight.T).view(x.shape)
+            h = h.view(*x.shape[:-1], -1)
         else:
             gates, ups = gate_up.chunk(2, -1)
             h = ACTIVATIONS[self.activation](gates) * ups

@@ -14,7 +14,7 @@ def layer(kind: type[GatedMLP], device: str = "cpu") -> GatedMLP:
 
 @pytest.mark.parametrize("kind", [GatedMLP, SigmoidGatedMLP])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("tokens", [1, 3, 7])
+@pytest.mark.parametrize("tokens", [1, 3, 7, 90])
 @torch.inference_mode()
 def test_addend(kind: type[GatedMLP], device: str, tokens: int) -> None:
     mlp = layer(kind, device)
@@ -25,7 +25,8 @@ def test_addend(kind: type[GatedMLP], device: str, tokens: int) -> None:
     if isinstance(mlp, SigmoidGatedMLP):
         expected = expected * torch.sigmoid(x @ mlp.gate.weight.T)
     torch.testing.assert_close(mlp(x), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(mlp(x, addend), expected + addend, rtol=1e-4, atol=1e-5)
+    total = expected + addend
+    torch.testing.assert_close(mlp(x, addend), total, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
