@@ -19,8 +19,8 @@ from torch import Tensor
 from moezoo.layers.kernels import permute as permuting
 from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.permute import (
-    BLOCK_ROWS,
     Permutation,
+    block_rows,
     count_block,
     empty_counts,
     empty_permutation,
@@ -204,7 +204,7 @@ def permute_and_quantize(
             num_groups,
             hidden_size,
             *x.stride(),
-            BLOCK_S=BLOCK_ROWS,
+            BLOCK_S=block_rows(num_rows),
             BLOCK_E=counts.shape[1],
             GROUPS=32,
             GROUP=BLOCK,
