@@ -27,7 +27,6 @@ from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 FEW_ROWS = 8192
 """Up to here one launch is the faster way (H100, 128 experts)."""
 
-
 COUNTS = 2**14
 """Of blocks by experts, those that a program asks for at once: 32 blocks at a time took 14.5 us for
 65,536 rows of 128 experts, 128 take 9.9 (H100)."""

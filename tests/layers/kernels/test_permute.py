@@ -63,6 +63,7 @@ def test_rows_for_two_launches(
         num_rows = 270
         monkeypatch.setattr("moezoo.layers.kernels.permute.FEW_ROWS", 256)
         monkeypatch.setattr("moezoo.layers.kernels.permute.block_rows", lambda _: 64)
+        monkeypatch.setattr("moezoo.layers.kernels.permute.COUNTS", 512)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(-1, num_experts, (num_rows, 1), generator=generator)
     ids[: num_rows // 2] = ids[: num_rows // 2].clamp(max=num_experts // 2)
