@@ -189,15 +189,19 @@ def _decode_attention_kernel(
     BLOCK_V: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    wait(OVERLAP)
     head_blocks: tl.constexpr = (GROUPS + BLOCK_H - 1) // BLOCK_H
     key_head = tl.program_id(0) // head_blocks
     split = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
+    # Read before the wait, as nothing before writes them: see `decode_attention`.
     length = tl.load(lengths_ptr + row)
     first_seen, first_block, num_blocks = _shares(length, window, num_splits, CHUNKED, BLOCK_N)
     begin = first_block + split * num_blocks
     end = tl.minimum(begin + num_blocks, tl.cdiv(length, BLOCK_N))
+    # One block ahead: pages read where they are used would take every other pipeline stage.
+    p_pages = page_table_ptr + row * stride_pb
+    page = tl.load(p_pages + begin * BLOCK_N // PAGE_SIZE, mask=begin < end, other=0)
+    wait(OVERLAP)
     if (begin < end) | (not SPLIT):
         groups = tl.program_id(0) % head_blocks * BLOCK_H + tl.arange(0, BLOCK_H)
         m_heads = groups < GROUPS
@@ -233,9 +237,6 @@ def _decode_attention_kernel(
         sums = ()
         for _ in tl.static_range(PARTS):
             sums += (tl.zeros([BLOCK_H, BLOCK_V], tl.float32),)
-        # One block ahead: pages read where they are used would take every other pipeline stage.
-        p_pages = page_table_ptr + row * stride_pb
-        page = tl.load(p_pages + begin * BLOCK_N // PAGE_SIZE, mask=begin < end, other=0)
         for block in range(begin, end):
             start = block * BLOCK_N
             positions = start + tokens
@@ -312,9 +313,9 @@ def _merge_kernel(
     BLOCK_V: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    wait(OVERLAP)
     row = tl.program_id(2).to(tl.int64)
     length = tl.load(lengths_ptr + row)
+    wait(OVERLAP)
     _, first_block, num_blocks = _shares(length, window, num_splits, CHUNKED, BLOCK_N)
     splits = tl.arange(0, BLOCK_SPLITS)
     # Nobody wrote the shares without blocks.
@@ -360,7 +361,8 @@ def decode_attention(
     without a value. `softcap` makes scores softcap * tanh(scores / softcap).
 
     Entries of the page table past a sequence's pages, and slots past its keys, are not read, nor
-    are pages wholly outside the window.
+    are pages wholly outside the window. The kernel launched just before may write q, keys and
+    values, but neither page_table nor lengths.
 
     Raises ValueError for shapes, dtypes or strides that do not fit.
     """
