@@ -1,0 +1,103 @@
+"""The tables of what benchmarks/generate.py measured.
+
+    python benchmarks/generate_tables.py README.md
+
+In each page what lies between `<!-- benchmarks/generate_tables.py NAME -->` and `<!-- end -->`
+becomes the table of that name anew, from the whole run on an H100.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from marked_tables import renew, table
+
+RESULT = Path(__file__).parent / "results" / "generate_nvidia_h100_80gb_hbm3.json"
+TITLES = {
+    "qwen3-30b-a3b": "Qwen3-30B-A3B",
+    "olmoe-1b-7b": "OLMoE-1B-7B",
+    "deepseek-v2-lite": "DeepSeek-V2-Lite",
+}
+CONTEXTS = (512, 8192)
+
+Row = dict[str, Any]
+
+
+def rows(section: str, case: str) -> list[Row]:
+    found: list[Row] = json.loads(RESULT.read_text())["rows"]
+    return [row for row in found if (row["section"], row["case"]) == (section, case)]
+
+
+def decoding() -> list[str]:
+    head = ("model, rows x tokens before", "moezoo", "of the limit", "transformers")
+    return table(head, (line for case in TITLES for line in _decoding(case)))
+
+
+def _decoding(case: str) -> Iterator[list[str]]:
+    for row in sorted(rows("decode", case), key=lambda row: (row["context"], row["batch"])):
+        pace = row["tokens_per_second"]
+        if row["context"] in CONTEXTS and "moezoo" in pace:
+            yield [
+                f"{TITLES[case]}, {row['batch']} x {row['context']:,}",
+                f"{pace['moezoo']:,.0f}",
+                f"{row['of_roofline']:.0%}".replace("%", " %"),
+                f"{pace['transformers']:,.0f}" if "transformers" in pace else "",
+            ]
+
+
+def prompts() -> list[str]:
+    lines, head = [], ["tokens"]
+    for case, title in TITLES.items():
+        found = sorted(rows("prefill", case), key=lambda row: row["prompt_tokens"])
+        head[1:] = [f"{row['prompt_tokens']:,}" for row in found]
+        ours = (f"{_ms(row, 'moezoo')} ({100 * row['of_peak']['moezoo']:.0f} %)" for row in found)
+        lines.append([f"{title}, moezoo", *ours])
+        lines.append([f"{title}, transformers", *(_ms(row, "transformers") for row in found)])
+    return table(head, lines)
+
+
+def _ms(row: Row, name: str) -> str:
+    if name not in row["seconds"]:
+        return ""
+    ms = 1e3 * row["seconds"][name]["median"]
+    return f"{ms:,.1f}" if ms < 100 else f"{ms:,.0f}"
+
+
+def many_prompts() -> list[str]:
+    head = (
+        *("", "seconds", "new tokens a second", "with the prompts'"),
+        *("transformers' `generate` would take", "its `generate_batch`, with the prompts'"),
+    )
+    lines = []
+    for case, title in TITLES.items():
+        (row,) = rows("offline", case)
+        ours, beside = (
+            row["contenders"].get(name) for name in ("moezoo", "transformers_generate_batch")
+        )
+        lines.append(
+            [
+                title,
+                f"{ours['seconds']:.0f}",
+                f"{ours['output_tokens_per_second']:,.0f}",
+                f"{ours['total_tokens_per_second']:,.0f}",
+                f"{row['times_static']:.0f} times as long",
+                "" if beside is None else f"{beside['total_tokens_per_second']:,.0f}",
+            ]
+        )
+    return table(head, lines)
+
+
+TABLES = {"decoding": decoding, "prompts": prompts, "many_prompts": many_prompts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("pages", nargs="+", type=Path, metavar="PAGE")
+    for page in parser.parse_args().pages:
+        renew(page, "generate_tables.py", lambda name: TABLES[name]())
+
+
+if __name__ == "__main__":
+    main()
