@@ -187,3 +187,12 @@ def test_ctrl_c_ends_a_command_while_it_starts(when):
         code = process.wait(60)
         assert (code, process.stdout.read()) == (130, "")
         assert process.stderr.read() in ("", "moezoo: interrupted\n")
+
+
+def test_ctrl_c_at_a_late_import_leaves_nothing(tmp_path):
+    command = [sys.executable, "-c", INTERRUPTED, "moezoo.models.mixtures", "convert"]
+    command += [str(tiny_model()), str(tmp_path / "out"), "--quantization", "int8_w8a16"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "begins\n")
+    assert "moezoo: interrupted" in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -232,7 +232,7 @@ class DecodeContext(PagedContext):
         raise AssertionError("one query a sequence attends to the latents themselves")
 
     def attend_to(
-        self, q: Tensor, k: Tensor, shared_k: Tensor, v: Tensor, *, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, *, shared_keys: Tensor, scale: float
     ) -> Tensor:
         raise AssertionError("keys and values of decoding are in pages")
 

@@ -300,12 +300,14 @@ class PromptContext(ChunkContext):
         return self._attend_to_chosen(q, stored, chooser, scale, value_dim)
 
     def attend_to(
-        self, q: Tensor, k: Tensor, shared_k: Tensor, v: Tensor, *, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, *, shared_keys: Tensor, scale: float
     ) -> Tensor:
         from moezoo.layers.kernels.prompt_attention import prompt_attention
 
         k, v = k[0].transpose(0, 1), v[0].transpose(0, 1)
-        return prompt_attention(q[0], k, v, self.tiles, scale=scale, shared_keys=shared_k[0])[None]
+        return prompt_attention(q[0], k, v, self.tiles, scale=scale, shared_keys=shared_keys[0])[
+            None
+        ]
 
 
 @dataclass(frozen=True)
@@ -358,9 +360,9 @@ class TorchPromptContext(ChunkContext):
         return self._attend_to_chosen(q, stored, chooser, scale, value_dim)
 
     def attend_to(
-        self, q: Tensor, k: Tensor, shared_k: Tensor, v: Tensor, *, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, *, shared_keys: Tensor, scale: float
     ) -> Tensor:
-        k = whole_keys(k, shared_k)
+        k = whole_keys(k, shared_keys)
         lengths = [len(slots) for slots in self.seen[None]]
         keys, values = (x[0].transpose(0, 1).split(lengths) for x in (k, v))
         return self._attend(q, keys, values, None, scale)

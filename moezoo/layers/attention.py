@@ -245,13 +245,13 @@ class Context(Protocol):
         self,
         q: torch.Tensor,
         k: torch.Tensor,
-        shared_k: torch.Tensor,
         v: torch.Tensor,
         *,
+        shared_keys: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
         """The same with keys and values [B, Hq, S, Dv] of all tokens: k [B, Hq, S, D - R], and
-        shared_k [B, S, R] the last numbers of all heads."""
+        shared_keys [B, S, R] the last numbers of all heads."""
         ...
 
     def attend_to_chosen(
@@ -275,13 +275,14 @@ class Context(Protocol):
         ...
 
 
-def whole_keys(k: torch.Tensor, shared_k: torch.Tensor) -> torch.Tensor:
-    """k [B, N, S, D - R] with shared_k [B, S, R] behind the numbers of each head, [B, N, S, D]."""
+def whole_keys(k: torch.Tensor, shared_keys: torch.Tensor) -> torch.Tensor:
+    """k [B, N, S, D - R] with shared_keys [B, S, R] behind the numbers of each head,
+    [B, N, S, D]."""
     dim = k.shape[-1]
     # Two copies: torch's cat takes three times as long for these on CUDA.
-    whole = k.new_empty(*k.shape[:-1], dim + shared_k.shape[-1])
+    whole = k.new_empty(*k.shape[:-1], dim + shared_keys.shape[-1])
     whole[..., :dim] = k
-    whole[..., dim:] = shared_k.unsqueeze(1)
+    whole[..., dim:] = shared_keys.unsqueeze(1)
     return whole
 
 
@@ -355,12 +356,12 @@ class DenseContext:
         self,
         q: torch.Tensor,
         k: torch.Tensor,
-        shared_k: torch.Tensor,
         v: torch.Tensor,
         *,
+        shared_keys: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        k = whole_keys(k, shared_k)
+        k = whole_keys(k, shared_keys)
         return attend(q.transpose(1, 2), k, v, self.mask, scale=scale).transpose(1, 2)
 
     def attend_to_chosen(

@@ -175,4 +175,4 @@ class MultiHeadLatentAttention(nn.Module):
         latent, k_rope = latents.split_with_sizes((self.latent_dim, self.rope_dim), -1)
         kv = self.kv_b(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = kv.split_with_sizes((self.nope_dim, self.v_dim), -1)
-        return context.attend_to(q, k, k_rope, v, scale=self.scale)
+        return context.attend_to(q, k, v, shared_keys=k_rope, scale=self.scale)

@@ -17,7 +17,8 @@ SHARED_COLUMNS = 8192
 class GatedMLP(nn.Module):
     """down(activation(gate(x)) * up(x)), x [.., H] -> [.., H]; `gate_up` has gate rows, then up.
 
-    Called with an `addend` [.., H], it returns the sum with that, which may be in its place. I may
+    Called with an `addend_` [.., H], contiguous, it returns the sum with that, and may write it
+    there. On CUDA many rows are then rounded once, few and those of a CPU before the sum too. I may
     be 0, as it is of shared experts of which a config has none.
     """
 
@@ -32,31 +33,31 @@ class GatedMLP(nn.Module):
         self.activation = activation
 
     def forward(
-        self, x: torch.Tensor | NormOfSum, addend: torch.Tensor | None = None
+        self, x: torch.Tensor | NormOfSum, addend_: torch.Tensor | None = None
     ) -> torch.Tensor:
         x = normed(x)
         gate_up = self.gate_up(x)
         if (
             gate_up.is_cuda  # asked first: to list parameters takes 3 us
             and gate_up.numel()
-            and runs_kernels(gate_up, addend, *self.down.parameters())
+            and runs_kernels(gate_up, addend_, *self.down.parameters())
         ):
             rows = gate_up.reshape(-1, gate_up.shape[-1])
-            y = self._few_rows(rows, addend)
+            y = self._few_rows(rows, addend_)
             if y is not None:
                 return y.view(x.shape)
             from moezoo.layers.kernels.gated import gate
 
             h = gate(rows, self.activation)
             weight = _dense_weight(self.down, Linear)
-            if addend is not None and weight is not None and self.down.bias is None:
-                return addend.view(-1, x.shape[-1]).addmm_(h, weight.T).view(x.shape)
+            if addend_ is not None and weight is not None and self.down.bias is None:
+                return addend_.view(-1, x.shape[-1]).addmm_(h, weight.T).view(x.shape)
             h = h.view(*x.shape[:-1], -1)
         else:
             gates, ups = gate_up.chunk(2, -1)
             h = ACTIVATIONS[self.activation](gates) * ups
         y = self.down(h)
-        return y if addend is None else y + addend
+        return y if addend_ is None else y + addend_
 
     def _few_rows(self, gate_up: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor | None:
         """All that follows gate_up [T, 2I] in one launch, if that pays."""
@@ -81,12 +82,11 @@ class GatedMLP(nn.Module):
         return SharedExpert(w13, w2) if no_bias and dense and fits else None
 
 
-def _dense_weight(layer: Linear, kind: type[Linear]) -> nn.Parameter | None:
+def _dense_weight(layer: nn.Module, kind: type[Linear]) -> nn.Parameter | None:
     """The weight [N, K] of a layer that is just of this kind; None if it is quantised or hooked."""
-    weight = layer.weight
-    if type(layer) is not kind or is_hooked(layer) or isinstance(weight, QuantizedWeights):
+    if type(layer) is not kind or is_hooked(layer) or isinstance(layer.weight, QuantizedWeights):
         return None
-    return weight
+    return layer.weight
 
 
 class SigmoidGatedMLP(GatedMLP):
@@ -97,11 +97,11 @@ class SigmoidGatedMLP(GatedMLP):
         self.gate = Linear(hidden_size, 1, bias=False)
 
     def forward(
-        self, x: torch.Tensor | NormOfSum, addend: torch.Tensor | None = None
+        self, x: torch.Tensor | NormOfSum, addend_: torch.Tensor | None = None
     ) -> torch.Tensor:
         x = normed(x)
         y = torch.sigmoid(self.gate(x)) * super().forward(x)
-        return y if addend is None else y + addend
+        return y if addend_ is None else y + addend_
 
     def as_shared_expert(self, x: torch.Tensor) -> SharedExpert | None:
         shared = super().as_shared_expert(x)

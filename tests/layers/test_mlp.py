@@ -26,6 +26,21 @@ def test_addend(kind: type[GatedMLP], device: str, tokens: int) -> None:
         expected = expected * torch.sigmoid(x @ mlp.gate.weight.T)
     torch.testing.assert_close(mlp(x), expected, rtol=1e-4, atol=1e-5)
     total = expected + addend
+    y = mlp(x, addend)
+    torch.testing.assert_close(y, total, rtol=1e-4, atol=1e-5)
+    if device == "cpu" or tokens == 90:
+        in_place = device == "cuda" and kind is GatedMLP
+        assert (y.data_ptr() == addend.data_ptr()) == in_place
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@torch.inference_mode()
+def test_addend_of_many_rows_and_a_bias(device: str) -> None:
+    mlp = GatedMLP(24, 40, activation="silu", bias=True).to(device)
+    for part in (mlp.gate_up, mlp.down):
+        torch.nn.init.normal_(part.bias)
+    x, addend = torch.randn(2, 90, 24, device=device)
+    total = mlp(x) + addend
     torch.testing.assert_close(mlp(x, addend), total, rtol=1e-4, atol=1e-5)
 
 

@@ -229,7 +229,7 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_gptq_rules_of_modules(tmp_path):
+def test_gptq_rules_of_modules(tmp_path, caplog):
     """The first that matches counts."""
 
     def how(module: str) -> Encode | None:
@@ -255,10 +255,17 @@ def test_gptq_rules_of_modules(tmp_path):
     for moe, full in zip(moe_layers(model), moe_layers(expected), strict=True):
         assert moe.w13().dequantize().flatten(1, 2).equal(full.w13)
         assert moe.w2().dequantize().equal(full.w2)
-    without = gptq_config() | {"dynamic": {"-:nowhere": {}}}
+    without = gptq_config() | {"dynamic": {"-:nowhere": {"bits": 8}}}
     set_config(hub, quantization_config=without)
     with pytest.raises(
         QuantizationError, match=r"layers\.0\.self_attn\.\S+ .*with the bits and gr"
+    ):
+        load(hub)
+    assert "nowhere" not in caplog.text
+    contradicted = gptq_config() | {"dynamic": {r"-:model\.layers\.0\.mlp": {}}}
+    set_config(hub, quantization_config=contradicted)
+    with pytest.raises(
+        QuantizationError, match=r"says that model\.layers\.0\.mlp\S+ is not q"
     ):
         load(hub)
 

@@ -5,9 +5,9 @@
     slot(b, s)      = page_table[b, s // page_size] * page_size + s % page_size
 
 Of every sequence the newest `window` of its `lengths[b]` keys are seen, or the last chunk of them
-if that is `Chunked`. A program takes the heads
-that share a key head, or some of them, over a share of the keys; where there are several shares,
-their sums go through memory and a second kernel adds them up. The launch does not depend on
+if that is `Chunked`. A program takes the heads that share a key head, or some of them, over a share
+of the keys; where there are several shares, their sums go through memory and a second kernel adds
+them up. Wide keys that hold the values too are read in parts. The launch does not depend on
 `lengths`, so it can be captured in a CUDA graph.
 
 Scores, softmax and sums are fp32; its numerators are rounded to the cache's dtype before they
@@ -90,12 +90,20 @@ class Plan:
 
 
 def plan(
-    q: Tensor, keys: Tensor, *, key_width: int, value_width: int, page_size: int, max_keys: int
+    q: Tensor,
+    keys: Tensor,
+    *,
+    key_widths: tuple[int, int],
+    value_width: int,
+    page_size: int,
+    max_keys: int,
 ) -> Plan:
-    """q [B, Hq, D], keys [S, Hk, D]; the widths of a key's and a value's row in shared memory.
+    """q [B, Hq, D], keys [S, Hk, D]; the widths of a key's row, in its two parts, and of a value's
+    in shared memory.
 
     No query sees more than `max_keys`.
     """
+    key_width = sum(key_widths)
     batch, num_heads, _ = q.shape
     num_key_heads = keys.shape[1]
     groups = num_heads // num_key_heads
@@ -131,7 +139,7 @@ def plan(
     # A product over 576 columns is a chain of 36 matrix instructions in each warp. In four chains
     # one row of 512 tokens took 5.7 us instead of 6.2, one of 8192 9.9 and 10.9, 8 of 2048 15.7
     # and 16.4, 32 of 8192 115.3 and 116.6 (DeepSeek-V2-Lite).
-    parts = 4 if value_width == 0 and key_width >= 512 and not many else 1
+    parts = 4 if value_width == 0 and key_widths[0] >= 512 and not many else 1
     return Plan(
         block_heads=block_heads,
         block_keys=block_keys,
@@ -193,7 +201,7 @@ def _decode_attention_kernel(
     key_head = tl.program_id(0) // head_blocks
     split = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
-    # Read before the wait, as nothing before writes them: see `decode_attention`.
+    # What `latent_store` or `rotate_and_store` waited for has ended: the lengths of this step.
     length = tl.load(lengths_ptr + row)
     first_seen, first_block, num_blocks = _shares(length, window, num_splits, CHUNKED, BLOCK_N)
     begin = first_block + split * num_blocks
@@ -361,8 +369,8 @@ def decode_attention(
     without a value. `softcap` makes scores softcap * tanh(scores / softcap).
 
     Entries of the page table past a sequence's pages, and slots past its keys, are not read, nor
-    are pages wholly outside the window. The kernel launched just before may write q, keys and
-    values, but neither page_table nor lengths.
+    are pages wholly outside the window. page_table and lengths are read before the wait, for which
+    see `overlap`: the kernels just before, as far as they may still run then, do not write them.
 
     Raises ValueError for shapes, dtypes or strides that do not fit.
     """
@@ -389,6 +397,8 @@ def decode_attention(
             f"page_table must be [{batch}, P] and lengths [{batch}], "
             f"got {list(page_table.shape)} and {list(lengths.shape)}"
         )
+    if not lengths.is_contiguous():
+        raise ValueError(f"lengths must be contiguous, got strides {lengths.stride()}")
     if page_table.dtype != torch.int32 or lengths.dtype != torch.int32:
         raise ValueError(
             f"page_table and lengths must be int32, got {page_table.dtype} and {lengths.dtype}"
@@ -396,7 +406,6 @@ def decode_attention(
     out = torch.empty(batch, num_heads, value_width, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    lengths = lengths.contiguous()
     max_keys = page_table.shape[1] * page_size
     chunked = isinstance(window, Chunked)
     window = max_keys if window is None else int(window)
@@ -406,7 +415,7 @@ def decode_attention(
     p = plan(
         q,
         keys,
-        key_width=block_d + block_rest,
+        key_widths=(block_d, block_rest),
         value_width=0 if values is None else block_v,
         page_size=page_size,
         max_keys=min(max_keys, window),

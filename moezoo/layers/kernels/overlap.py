@@ -2,11 +2,12 @@
 
 Between the small kernels of a layer the GPU would otherwise idle for a few microseconds each. On
 Hopper and later a launch may ask for that (programmatic dependent launch); it then has to wait for
-its predecessor before it touches memory. Every kernel here begins with `wait`, so each finishes
-after all before it have, and memory that they share may be used again in stream order.
+its predecessor before it touches memory. Every kernel here waits, most begin with it, so each
+finishes after all before it have, and memory that they share may be used again in stream order.
 
-Two things may be read earlier, between `start_next` and `wait_for_previous`: weights, which no
-kernel writes, and what was written before the kernel before this one passed its `wait`.
+Two things may be read before the wait: weights, which no kernel writes, and what was there when the
+kernel before this one let it start. If that one had waited by then, as `wait` does, all before it
+have ended; if not, what it may read before its own wait was there.
 """
 
 from functools import cache

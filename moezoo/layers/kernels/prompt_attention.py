@@ -453,11 +453,8 @@ def prompt_attention(
     else:
         block_d, block_rest = _block_widths(dim)
         first, rest = keys[..., :block_d], keys[..., block_d:]
-    p = plan(
-        *(q, (first, rest) if block_rest else (first,), values),
-        key_width=block_d + block_rest,
-        page_size=page_size,
-    )
+    parts = (first, rest) if block_rest else (first,)
+    p = plan(q, parts, values, key_width=block_d + block_rest, page_size=page_size)
     block_v = _block_width(value_width)
     keys_box = rest_box = values_box = None
     if p.descriptors:

@@ -116,8 +116,8 @@ class FusedMoE(nn.Module):
     `route` maps fp32 logits [T, E] to (topk_weights [T, K] fp32, topk_ids [T, K] int32): a partial
     of a function in `moezoo.layers.moe.routing`, or a module where the router has parameters.
     `shared` is a module [T, H] -> [T, H] whose output is added; one with a true attribute `adds`
-    takes what it is added to as its second argument, and has `activation` and `as_shared_expert` as
-    `GatedMLP` has them.
+    takes what it is added to as its second argument, which it may overwrite, and has `activation`
+    and `as_shared_expert` as `GatedMLP` has them.
 
     Where experts are divided over ranks, w13 and w2 hold those of this rank, in its slots, and
     `dispatcher` carries the tokens; it is None where this process holds all the experts.

@@ -97,6 +97,7 @@ class Gptq(Scheme):
         except re.error as error:
             dynamic.refuse(rule, f"patterns, and this is none ({error})")
         if rule.startswith("-:"):
+            dynamic.get(rule)  # it is known
             return pattern, None
         table = dynamic.table(rule)
         size = self.group_size if table.get("group_size") is None else table.size("group_size")
@@ -134,7 +135,11 @@ class Gptq(Scheme):
         headers = Headers(tensors, name)
         for data in [tensor for tensor in tensors if tensor.endswith(".qweight")]:
             module = data.removesuffix("qweight")
-            how = self._of(module.removesuffix(".")) or self
+            name_ = module.removesuffix(".")
+            how = self._of(name_)
+            if how is None:
+                headers.refuse_kept(data, name_)
+            assert how is not None
             headers.add(f"{module}weight", how._weight(headers, data, module))
         for end in (".qzeros", ".g_idx"):
             headers.refuse_alone(end, ".qweight", "int32")
