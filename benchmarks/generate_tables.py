@@ -6,13 +6,12 @@ In each page what lies between `<!-- benchmarks/generate_tables.py NAME -->` and
 becomes the table of that name anew, from the whole run on an H100.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from marked_tables import renew, table
+from marked_tables import renew_pages, table
 
 RESULT = Path(__file__).parent / "results" / "generate_nvidia_h100_80gb_hbm3.json"
 TITLES = {
@@ -93,10 +92,7 @@ TABLES = {"decoding": decoding, "prompts": prompts, "many_prompts": many_prompts
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("pages", nargs="+", type=Path, metavar="PAGE")
-    for page in parser.parse_args().pages:
-        renew(page, "generate_tables.py", lambda name: TABLES[name]())
+    renew_pages(__doc__, "generate_tables.py", TABLES)
 
 
 if __name__ == "__main__":

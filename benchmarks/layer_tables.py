@@ -6,13 +6,12 @@ In each page what lies between `<!-- benchmarks/layer_tables.py NAME -->` and `<
 the table of that name anew, from the results of an H100.
 """
 
-import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from marked_tables import renew, table
+from marked_tables import renew_pages, table
 
 from moezoo.tools.layer import us
 
@@ -119,10 +118,7 @@ TABLES = {"bf16": bf16, "block_fp8": block_fp8, "quantized": quantized}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("pages", nargs="+", type=Path, metavar="PAGE")
-    for page in parser.parse_args().pages:
-        renew(page, "layer_tables.py", lambda name: TABLES[name]())
+    renew_pages(__doc__, "layer_tables.py", TABLES)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Tables of Markdown, and pages that have them between marks."""
 
+import argparse
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 
@@ -20,3 +21,11 @@ def renew(page: Path, script: str, made: Callable[[str], Iterable[str]]) -> None
         return "\n".join([match[1].rstrip("\n"), *made(match[2]), match[3]])
 
     page.write_text(marked.sub(anew, page.read_text()))
+
+
+def renew_pages(about: str, script: str, tables: Mapping[str, Callable[[], Iterable[str]]]) -> None:
+    """What such a script does: `renew` the pages on its command line."""
+    parser = argparse.ArgumentParser(description=about.split("\n")[0])
+    parser.add_argument("pages", nargs="+", type=Path, metavar="PAGE")
+    for page in parser.parse_args().pages:
+        renew(page, script, lambda name: tables[name]())

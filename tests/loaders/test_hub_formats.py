@@ -264,9 +264,7 @@ def test_gptq_rules_of_modules(tmp_path, caplog):
     assert "nowhere" not in caplog.text
     contradicted = gptq_config() | {"dynamic": {r"-:model\.layers\.0\.mlp": {}}}
     set_config(hub, quantization_config=contradicted)
-    with pytest.raises(
-        QuantizationError, match=r"says that model\.layers\.0\.mlp\S+ is not q"
-    ):
+    with pytest.raises(QuantizationError, match=r"says that model\.layers\.0\.mlp\S+ is not q"):
         load(hub)
 
 
