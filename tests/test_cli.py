@@ -21,6 +21,7 @@ from moezoo import cli
 from moezoo.assets import tiny_model
 from moezoo.generation import offline
 from moezoo.layers.decoder import Decoder
+from moezoo.layers.quant import Int8
 from moezoo.tools import progress
 from moezoo.tools.layer_weights import Layer
 
@@ -140,6 +141,18 @@ def test_a_failing_prompt_does_not_stop_the_others(capsys, tmp_path):
     again = run(capsys, "generate", "--input", lines, "--output", output, *GREEDY)
     assert again[0] == 3
     assert "4 completions, 2 of them failed, 4 were there before" in again[2]
+
+
+def test_quantised_linear_layers_are_counted(capsys, tmp_path):
+    model = moezoo.from_pretrained(tiny_model(), quantization="int8_w8a16")
+    qkv = model.decoder.layers[0].attn.qkv
+    qkv.quantize_(Int8.quantize(qkv.weight.detach()))
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model()).save_pretrained(tmp_path)
+    command = ("generate", tmp_path, "--prompt", "The dog", "--max-new-tokens", "1")
+    code, _, err = run(capsys, *command)
+    said = "experts in int8_w8a16, 1 of its linear layers in int8_w8a16, on"
+    assert code == 0 and said in err
 
 
 def test_quantised_experts(capsys, tmp_path):

@@ -68,8 +68,9 @@ def loaded(
     """Load the model, or this rank's part of it, and its tokenizer."""
     from transformers.utils import logging
 
-    from moezoo.layers.moe import FusedMoE
+    from moezoo.loaders.experts import experts_of
     from moezoo.loaders.load import from_checkpoint
+    from moezoo.loaders.written import quantized_weights
 
     if not (arguments.debug or arguments.verbose):
         logging.set_verbosity_error()
@@ -89,13 +90,17 @@ def loaded(
         )
     if not arguments.quiet:
         dtype = str(model.dtype).removeprefix("torch.")
-        formats = {
-            moe.quantized.name
-            for moe in model.modules()
-            if isinstance(moe, FusedMoE) and moe.quantized is not None
-        }
-        if formats:
-            dtype += f", experts in {' and '.join(sorted(formats))},"
+        experts = experts_of(model)
+        held = [
+            (name in experts, weights.format.name) for name, weights in quantized_weights(model)
+        ]
+        for of_experts in (True, False):
+            formats = [form for own, form in held if own == of_experts]
+            if formats:
+                what = "experts" if of_experts else f"{len(formats)} of its linear layers"
+                dtype += f", {what} in {' and '.join(sorted(set(formats)))}"
+        if held:
+            dtype += ","
         seconds = time.perf_counter() - started
         place = str(model.device)
         if mesh is not None and mesh.world_size > 1:
