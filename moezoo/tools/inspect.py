@@ -33,17 +33,20 @@ from moezoo.loaders.encodings import Encoding
 from moezoo.loaders.experts import experts_of, quantized_experts
 from moezoo.loaders.held import quantized_infos
 from moezoo.loaders.kinds import Kind
-from moezoo.loaders.mapping import parameter_infos
+from moezoo.loaders.mapping import ParameterInfo, parameter_infos
 from moezoo.loaders.plan import dtype_name, plan
 from moezoo.loaders.tied import tied_rules
 from moezoo.loaders.weights import own_encoding, unpadded
 from moezoo.parallel.placement import Strategy
 from moezoo.parallel.sharding import moe_layers
 from moezoo.parallel.slots import Slots
-from moezoo.tools.shares import RankShare, rank_shares
+from moezoo.tools.shares import RankShare, held_bytes, rank_shares
 
 EXPERT_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Sizes that memory is reported for, as far as there are experts for every rank."""
+
+AS_STORED = "as stored"
+"""What `weight_bytes` calls a quantised checkpoint as it is held."""
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -104,7 +107,8 @@ class Report:
     sliding_windows: Mapping[int, int] = field(default_factory=dict)
     """Window -> number of layers whose cache stops growing there."""
     weight_bytes: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
-    """Quantisation -> expert-parallel size -> bytes of the weights on the fullest rank."""
+    """Quantisation -> expert-parallel size -> bytes of the weights on the fullest rank. The first
+    of a quantised checkpoint is AS_STORED."""
     ranks: Sequence[RankShare] = ()
     """Of the expert-parallel size that was asked for, each rank's."""
 
@@ -132,7 +136,8 @@ def inspect(
     A model that moezoo cannot run is reported too: `supported` is False and `reason` says why. If
     its weights are pickled or their headers cannot be read, the config alone is reported.
     `weight_bytes` counts experts in the format with its scales, and everything else in the model's
-    dtype and on every rank. A format that does not fit the experts' shapes is left out.
+    dtype and on every rank; of a quantised checkpoint also what is held "as stored", linear layers
+    included. A format that does not fit the experts' shapes is left out.
     With an expert-parallel size, `ranks` says what each rank would read and hold of the checkpoint
     as it is stored, under a placement as `Parallel` takes it.
 
@@ -191,6 +196,11 @@ def inspect(
             if dequantized := len(lost & encoding.weights.keys()):
                 stored_as += f", {dequantized} quantised weights are dequantised when they load"
             report = replace(report, stored_as=stored_as)
+        wanted = quantized_infos(decoder, infos, quantized | kept(dense))
+        if report.experts is not None and wanted.keys() != infos.keys():
+            as_stored = _bytes_held(decoder, wanted, report.experts.num_experts)
+            weight_bytes = {AS_STORED: as_stored, **report.weight_bytes}
+            report = replace(report, weight_bytes=weight_bytes)
     except MoEZooError as error:
         return replace(report, reason=str(error))
     report = replace(report, supported=True)
@@ -199,7 +209,6 @@ def inspect(
     layers = moe_layers(decoder)
     if report.experts is None:
         raise ExpertMapError(f"{checkpoint.name} has no MoE layers to divide")
-    wanted = quantized_infos(decoder, infos, quantized | kept(dense))
     slots = Slots.of(placement, report.experts.num_experts, list(layers), expert_parallel_size)
     shares = rank_shares(decoder, checkpoint, chosen, encoding, wanted=wanted, slots=slots)
     return replace(report, ranks=shares)
@@ -358,6 +367,18 @@ def _weight_bytes(
             if size <= num_experts
         }
     return table
+
+
+def _bytes_held(
+    decoder: Decoder, wanted: Mapping[str, ParameterInfo], num_experts: int
+) -> dict[int, int]:
+    rest, held = held_bytes(decoder, wanted)
+    expert = sum(held.values()) // num_experts
+    return {
+        size: rest + ceil(num_experts / size) * expert
+        for size in EXPERT_PARALLEL_SIZES
+        if size <= num_experts
+    }
 
 
 def _bf16(rows: int, columns: int) -> int:

@@ -43,16 +43,8 @@ def rank_shares(
     slots: Slots,
 ) -> tuple[RankShare, ...]:
     """`chosen` and `wanted` are those of the whole model on one device."""
-    layer_of = {moe: layer for layer, moe in moe_layers(decoder).items()}
-    owners = {name: layer_of[moe] for name, moe in experts_of(decoder).items()}
-    rest, held = 0, defaultdict[int, int](int)
-    for name, info in wanted.items():
-        nbytes = prod(info.shape) * info.dtype.itemsize
-        layer = owners.get(name, owners.get(name.rpartition(".")[0]))
-        if layer is None:
-            rest += nbytes
-        else:
-            held[layer] += nbytes // slots.num_experts
+    owners = _owners(decoder)
+    rest, held = held_bytes(decoder, wanted)
 
     shared_bytes, shared_files = 0, set[str]()
     reads = defaultdict[tuple[int, int], int](int)
@@ -82,12 +74,34 @@ def rank_shares(
             RankShare(
                 rank,
                 len(own),
-                weight_bytes=rest + sum(held[layer] for layer, _ in own),
+                weight_bytes=rest + sum(held[layer] // slots.num_experts for layer, _ in own),
                 read_bytes=shared_bytes + sum(reads[place] for place in own),
                 download_bytes=sum(sizes[file] for file in opened),
             )
         )
     return tuple(shares)
+
+
+def held_bytes(
+    decoder: Decoder, wanted: Mapping[str, ParameterInfo]
+) -> tuple[int, Mapping[int, int]]:
+    """Bytes of the parameters that every rank holds, and of each layer's experts."""
+    owners = _owners(decoder)
+    rest, held = 0, defaultdict[int, int](int)
+    for name, info in wanted.items():
+        nbytes = prod(info.shape) * info.dtype.itemsize
+        layer = owners.get(name, owners.get(name.rpartition(".")[0]))
+        if layer is None:
+            rest += nbytes
+        else:
+            held[layer] += nbytes
+    return rest, held
+
+
+def _owners(decoder: Decoder) -> dict[str, int]:
+    """The parameters of experts, each with the layer that has it."""
+    layer_of = {moe: layer for layer, moe in moe_layers(decoder).items()}
+    return {name: layer_of[moe] for name, moe in experts_of(decoder).items()}
 
 
 def _tensors(copy: Copy, encoding: Encoding) -> Iterator[str]:

@@ -324,8 +324,12 @@ class TestFromTheHub:
         plain(report.model_type).save_pretrained(tmp_path)
         unquantised = moezoo.inspect(tmp_path)
         assert unquantised.stored_as is None
-        for name in ("parameters", "active_parameters", "weight_bytes", "dtype"):
+        for name in ("parameters", "active_parameters", "dtype"):
             assert getattr(report, name) == getattr(unquantised, name), name
+        as_stored, *others = report.weight_bytes.items()
+        assert others == list(unquantised.weight_bytes.items())
+        held = sum(tensor.nbytes for tensor in load(folder).decoder.parameters())
+        assert as_stored[0] == "as stored" and as_stored[1][1] == held
         experts = report.experts
         sizes = {"intermediate_size": experts.intermediate_size, "element_size": 4}
         needed = workspace_bytes(
