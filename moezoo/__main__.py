@@ -21,17 +21,37 @@ def main() -> int:
         return run()
     except KeyboardInterrupt:
         return INTERRUPTED
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, once nothing is being imported: torch and transformers lose that
-    exception there, or make another of it."""
+    """Raise KeyboardInterrupt; while something is imported, later, as torch and transformers lose
+    it there, or make another exception of it. What is raised later is raised until it is handled.
+    """
+    later = number == signal.SIGALRM
+    importing = _imports(frame)
+    if later or importing:
+        signal.setitimer(signal.ITIMER_REAL, SOON)
+    if not importing and not (later and _interrupted(sys.exception())):
+        raise KeyboardInterrupt
+
+
+def _imports(frame: FrameType | None) -> bool:
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            signal.setitimer(signal.ITIMER_REAL, SOON)
-            return
+            return True
         frame = frame.f_back
-    raise KeyboardInterrupt
+    return False
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether what is being handled is KeyboardInterrupt, or came of it: somebody cleans up."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
 
 
 if __name__ == "__main__":
