@@ -41,7 +41,7 @@ def _decoding(case: str) -> Iterator[list[str]]:
             yield [
                 f"{TITLES[case]}, {row['batch']} x {row['context']:,}",
                 f"{pace['moezoo']:,.0f}",
-                f"{row['of_roofline']:.0%}".replace("%", " %"),
+                f"{100 * row['of_roofline']:.0f} %",
                 f"{pace['transformers']:,.0f}" if "transformers" in pace else "",
             ]
 

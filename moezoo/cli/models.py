@@ -68,9 +68,8 @@ def loaded(
     """Load the model, or this rank's part of it, and its tokenizer."""
     from transformers.utils import logging
 
-    from moezoo.loaders.experts import experts_of
     from moezoo.loaders.load import from_checkpoint
-    from moezoo.loaders.written import quantized_weights
+    from moezoo.loaders.written import experts_and_linears
 
     if not (arguments.debug or arguments.verbose):
         logging.set_verbosity_error()
@@ -90,16 +89,12 @@ def loaded(
         )
     if not arguments.quiet:
         dtype = str(model.dtype).removeprefix("torch.")
-        experts = experts_of(model)
-        held = [
-            (name in experts, weights.format.name) for name, weights in quantized_weights(model)
-        ]
-        for of_experts in (True, False):
-            formats = [form for own, form in held if own == of_experts]
-            if formats:
-                what = "experts" if of_experts else f"{len(formats)} of its linear layers"
-                dtype += f", {what} in {' and '.join(sorted(set(formats)))}"
-        if held:
+        experts, linears = experts_and_linears(model)
+        for what, held in (("experts", experts), (f"{len(linears)} of its linear layers", linears)):
+            if held:
+                formats = sorted({weights.format.name for weights in held})
+                dtype += f", {what} in {' and '.join(formats)}"
+        if experts or linears:
             dtype += ","
         seconds = time.perf_counter() - started
         place = str(model.device)

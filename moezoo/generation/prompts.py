@@ -305,9 +305,8 @@ class PromptContext(ChunkContext):
         from moezoo.layers.kernels.prompt_attention import prompt_attention
 
         k, v = k[0].transpose(0, 1), v[0].transpose(0, 1)
-        return prompt_attention(q[0], k, v, self.tiles, scale=scale, shared_keys=shared_keys[0])[
-            None
-        ]
+        (shared_keys,) = shared_keys
+        return prompt_attention(q[0], k, v, self.tiles, scale=scale, shared_keys=shared_keys)[None]
 
 
 @dataclass(frozen=True)

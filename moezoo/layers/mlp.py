@@ -43,13 +43,13 @@ class GatedMLP(nn.Module):
             and runs_kernels(gate_up, addend_, *self.down.parameters())
         ):
             rows = gate_up.reshape(-1, gate_up.shape[-1])
-            y = self._few_rows(rows, addend_)
+            weight = _dense_weight(self.down, Linear)
+            y = None if weight is None else self._few_rows(rows, weight, addend_)
             if y is not None:
                 return y.view(x.shape)
             from moezoo.layers.kernels.gated import gate
 
             h = gate(rows, self.activation)
-            weight = _dense_weight(self.down, Linear)
             if addend_ is not None and weight is not None and self.down.bias is None:
                 return addend_.view(-1, x.shape[-1]).addmm_(h, weight.T).view(x.shape)
             h = h.view(*x.shape[:-1], -1)
@@ -59,12 +59,13 @@ class GatedMLP(nn.Module):
         y = self.down(h)
         return y if addend_ is None else y + addend_
 
-    def _few_rows(self, gate_up: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor | None:
-        """All that follows gate_up [T, 2I] in one launch, if that pays."""
+    def _few_rows(
+        self, gate_up: torch.Tensor, weight: torch.Tensor, addend: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """All that follows gate_up [T, 2I] in one launch, if that pays; `weight` is of `down`."""
         from moezoo.layers.kernels.few_rows import gated_linear, takes_gated
 
-        weight = _dense_weight(self.down, Linear)
-        if weight is None or not takes_gated(gate_up, weight):
+        if not takes_gated(gate_up, weight):
             return None
         if addend is not None:
             addend = addend.reshape(-1, addend.shape[-1])

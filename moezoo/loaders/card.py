@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from moezoo.errors import naming
-from moezoo.loaders.experts import experts_of
 from moezoo.loaders.kinds import Kind
 from moezoo.loaders.plan import dtype_name
-from moezoo.loaders.written import quantized_weights
+from moezoo.loaders.written import experts_and_linears
 from moezoo.version import __version__
 
 CARD = "README.md"
@@ -80,11 +79,10 @@ class Section:
 
 def kinds_of(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Descriptions of the kinds of a module's quantised experts, and of its linear layers."""
-    experts = experts_of(module)
-    found: tuple[set[str], set[str]] = (set(), set())
-    for name, weights in quantized_weights(module):
-        found[name not in experts].add(Kind.of_weights(weights).described)
-    of_experts, of_others = (tuple(sorted(kinds)) for kinds in found)
+    of_experts, of_others = (
+        tuple(sorted({Kind.of_weights(weights).described for weights in some}))
+        for some in experts_and_linears(module)
+    )
     return of_experts, of_others
 
 

@@ -24,7 +24,7 @@ from moezoo.layers.quant.groups import GROUP_SIZES, pack, unpack
 from moezoo.layers.quant.mxfp4 import GROUP
 from moezoo.loaders.encodings import fp8, mxfp4
 from moezoo.loaders.encodings.integers import words_of
-from moezoo.loaders.experts import has_both, parts_index
+from moezoo.loaders.experts import experts_of, has_both, parts_index
 from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import (
     Copy,
@@ -221,6 +221,17 @@ def quantized_weights(module: nn.Module) -> Iterator[tuple[str, QuantizedWeights
     for name, child in module.named_modules():
         if isinstance(child, QuantizedWeights):
             yield name, child
+
+
+def experts_and_linears(
+    module: nn.Module,
+) -> tuple[list[QuantizedWeights], list[QuantizedWeights]]:
+    """A module's quantised weights: those of experts, and those of linear layers."""
+    owners = experts_of(module)
+    found: tuple[list[QuantizedWeights], list[QuantizedWeights]] = ([], [])
+    for name, weights in quantized_weights(module):
+        found[name not in owners].append(weights)
+    return found
 
 
 def _infos(module: nn.Module) -> dict[str, ParameterInfo]:

@@ -188,15 +188,15 @@ def inspect(
             names = sorted({format_.name for format_ in formats if format_ is not None})
             experts = replace(report.experts, workspace_bytes=needed, formats=tuple(names))
             report = replace(report, experts=experts)
+        stay = quantized | kept(dense)
         if encoding.scheme is not None:
-            stay = quantized.keys() | kept(dense).keys()
             lost = {copy.source for copy in chosen.copies if copy.target not in stay}
             linear, _ = by_outcome(chosen.copies, encoding, dense)
             stored_as = _stored_as(decoder, quantized, linear)
             if dequantized := len(lost & encoding.weights.keys()):
                 stored_as += f", {dequantized} quantised weights are dequantised when they load"
             report = replace(report, stored_as=stored_as)
-        wanted = quantized_infos(decoder, infos, quantized | kept(dense))
+        wanted = quantized_infos(decoder, infos, stay)
         if report.experts is not None and wanted.keys() != infos.keys():
             as_stored = _bytes_held(decoder, wanted, report.experts.num_experts)
             weight_bytes = {AS_STORED: as_stored, **report.weight_bytes}
@@ -361,11 +361,7 @@ def _weight_bytes(
         if gate_or_up is None or down is None:
             continue
         expert = (2 * gate_or_up + down + biases) * len(moe_layers)
-        table[name] = {
-            size: rest + ceil(num_experts / size) * expert
-            for size in EXPERT_PARALLEL_SIZES
-            if size <= num_experts
-        }
+        table[name] = _by_size(rest, expert, num_experts)
     return table
 
 
@@ -373,7 +369,11 @@ def _bytes_held(
     decoder: Decoder, wanted: Mapping[str, ParameterInfo], num_experts: int
 ) -> dict[int, int]:
     rest, held = held_bytes(decoder, wanted)
-    expert = sum(held.values()) // num_experts
+    return _by_size(rest, sum(held.values()) // num_experts, num_experts)
+
+
+def _by_size(rest: int, expert: int, num_experts: int) -> dict[int, int]:
+    """Expert-parallel size -> bytes on the fullest rank; `expert` are those of one, all layers."""
     return {
         size: rest + ceil(num_experts / size) * expert
         for size in EXPERT_PARALLEL_SIZES

@@ -1,11 +1,6 @@
 import json
-import shutil
-import sys
-from pathlib import Path
 
 import generate_tables
-
-README = Path(__file__).parents[2] / "README.md"
 
 
 def row(section, case="qwen3-30b-a3b", **fields):
@@ -44,13 +39,3 @@ def test_tables_have_the_figures(tmp_path, monkeypatch):
         "| Qwen3, moezoo | 29.4 (56 %) |",
         "| Qwen3, transformers | 124 |",
     ]
-
-
-def test_readme_has_the_results(tmp_path, monkeypatch):
-    page = tmp_path / "README.md"
-    shutil.copy(README, page)
-    monkeypatch.setattr(sys, "argv", ["", str(page)])
-    generate_tables.main()
-    assert page.read_text() == README.read_text()
-    for name in generate_tables.TABLES:
-        assert f"generate_tables.py {name} -->" in page.read_text()

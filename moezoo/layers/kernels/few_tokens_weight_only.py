@@ -388,7 +388,7 @@ def _words_of_group(w: WeightOnly, ways: int) -> int:
 def in_words(w: WeightOnly) -> bool:
     """Whether the kernels can read w: rows of whole words, groups of a power of two of them."""
     ways = WORD * 8 // w.bits
-    zeros = None if isinstance(w, Mxfp4) else w.zeros
+    zeros = w.zeros
     if w.order is not None or w.shape[-1] % ways or w.data.stride(-1) != 1:
         return False
     if (w.data.data_ptr() | gcd(*w.data.stride()[:-1])) % WORD:
@@ -427,7 +427,7 @@ def _words(w: WeightOnly, block: tuple[int, int, int]) -> _Words:
         "num_warps": num_warps,
         **launch_options(words.device),
     }
-    return _Words(words, w.scales, None if isinstance(w, Mxfp4) else w.zeros, options)
+    return _Words(words, w.scales, w.zeros, options)
 
 
 def _in_quads(x: Tensor) -> Tensor:

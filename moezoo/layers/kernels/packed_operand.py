@@ -59,7 +59,7 @@ def packed_operand(name: str, w: WeightOnly, x: Tensor, tile: Tile) -> Packed:
     """
     if w.order is not None:
         raise ValueError(f"{name} has its columns in an order of its own: dequantize() it")
-    zeros = None if isinstance(w, Mxfp4) else w.zeros
+    zeros = w.zeros
     num_columns = w.shape[-1]
     num_ways = ways(type(w), num_columns)
     words = w.data

@@ -40,7 +40,7 @@ def plan_weight_only(
     # The kernels read 16 bits at a time.
     described = described and all(w.shape[-1] % (16 // w.bits) == 0 for w in (w13, w2))
     rows_per_expert = num_rows / (num_experts or w13.shape[0])
-    has_zeros = any(not isinstance(w, Mxfp4) and w.zeros is not None for w in (w13, w2))
+    has_zeros = any(w.zeros is not None for w in (w13, w2))
     return _plan(
         *(x.device, x.dtype, w13.name, w13.bits, tuple(w13.shape)),
         has_zeros,

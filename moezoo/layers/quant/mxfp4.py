@@ -40,6 +40,7 @@ class Mxfp4(Format):
     name: ClassVar[str] = "mxfp4"
     bits: ClassVar[int] = 4
     unit: ClassVar[str] = "group"
+    zeros: ClassVar[None] = None
     order: ClassVar[None] = None
     """Columns are where they belong, see `Int4.order`."""
 

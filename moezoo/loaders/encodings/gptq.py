@@ -135,10 +135,9 @@ class Gptq(Scheme):
         headers = Headers(tensors, name)
         for data in [tensor for tensor in tensors if tensor.endswith(".qweight")]:
             module = data.removesuffix("qweight")
-            name_ = module.removesuffix(".")
-            how = self._of(name_)
-            if how is None:
-                headers.refuse_kept(data, name_)
+            owner = module.removesuffix(".")
+            how = self._of(owner)
+            headers.refuse_kept(data, owner if how is None else None)
             assert how is not None
             headers.add(f"{module}weight", how._weight(headers, data, module))
         for end in (".qzeros", ".g_idx"):
