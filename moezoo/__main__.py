@@ -15,6 +15,7 @@ def main() -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
         signal.signal(signal.SIGALRM, _interrupt)
+        sys.unraisablehook = _unraisable
     try:
         from moezoo.cli import main as run
 
@@ -35,6 +36,14 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         signal.setitimer(signal.ITIMER_REAL, SOON)
     if not importing and not (later and _interrupted(sys.exception())):
         raise KeyboardInterrupt
+
+
+def _unraisable(lost: "sys.UnraisableHookArgs") -> None:
+    """What a finalizer raises: KeyboardInterrupt that came in one is raised again soon."""
+    if isinstance(lost.exc_value, KeyboardInterrupt):
+        signal.setitimer(signal.ITIMER_REAL, SOON)
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _imports(frame: FrameType | None) -> bool:

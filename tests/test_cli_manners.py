@@ -189,6 +189,41 @@ def test_ctrl_c_ends_a_command_while_it_starts(when):
         assert process.stderr.read() in ("", "moezoo: interrupted\n")
 
 
+IN_A_FINALIZER = """
+import signal, time
+
+import moezoo.cli
+from moezoo.__main__ import main
+
+class Late:
+    def __del__(self):
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+
+class Broken:
+    def __del__(self):
+        raise ValueError("of a finalizer")
+
+def run():
+    Broken()
+    Late()
+    time.sleep(60)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+moezoo.cli.main = run
+raise SystemExit(main())
+"""
+
+
+def test_ctrl_c_in_a_finalizer_is_not_lost():
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_FINALIZER], capture_output=True, text=True, timeout=50
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.startswith("Exception ignored in")
+    assert done.stderr.endswith("ValueError: of a finalizer\n")
+
+
 def test_ctrl_c_at_a_late_import_leaves_nothing(tmp_path):
     command = [sys.executable, "-c", INTERRUPTED, "moezoo.models.mixtures", "convert"]
     command += [str(tiny_model()), str(tmp_path / "out"), "--quantization", "int8_w8a16"]
