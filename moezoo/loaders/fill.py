@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moezoo.errors import QuantizationError
-from moezoo.layers.quant import Int4, Int8, Mxfp4
+from moezoo.layers.quant import Integers, Mxfp4
 from moezoo.layers.quant.mxfp4 import NAN
 from moezoo.loaders.checkpoint import Checkpoint, Location
 from moezoo.loaders.encodings import Encoding, Extra, StoredWeight
@@ -272,7 +272,7 @@ def _owner(recipe: Recipe, scales: Tensor, index: list[int]) -> str:
     """Whose scale is at this place of those of a tensor."""
     if recipe.rows is None:
         return "the matrix"
-    groups = recipe.kind.format in (Int4, Int8) and scales.shape[-1] == 1
+    groups = issubclass(recipe.kind.format, Integers) and scales.shape[-1] == 1
     return f"row {index[:-1]}" if groups else f"{recipe.kind.format.unit} {index}"
 
 

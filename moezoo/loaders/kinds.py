@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moezoo.layers.quant import BlockFp8, Format, Int4, Int8, Mxfp4, QuantizedWeights
+from moezoo.layers.quant import BlockFp8, Format, Int4, Integers, Mxfp4, QuantizedWeights
 from moezoo.layers.quant.fp8 import BLOCK
 from moezoo.layers.quant.groups import PER_CHANNEL
 
@@ -39,7 +39,7 @@ class Kind:
     @classmethod
     def of_weights(cls, held: QuantizedWeights) -> "Kind":
         weights = held()
-        if not isinstance(weights, (Int4, Int8)):
+        if not isinstance(weights, Integers):
             return replace(cls.of(held.format), scaled=held.scaled)
         row = weights.scales.shape[-1] == 1 and not held.grouped
         size = PER_CHANNEL if row else weights.group_size

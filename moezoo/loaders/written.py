@@ -18,9 +18,17 @@ from torch import Tensor, nn
 
 from moezoo.errors import QuantizationError
 from moezoo.layers.moe import FusedMoE
-from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4, QuantizedWeights
+from moezoo.layers.quant import (
+    BlockFp8,
+    ChannelFp8,
+    Format,
+    Int4,
+    Integers,
+    Mxfp4,
+    QuantizedWeights,
+)
 from moezoo.layers.quant.fp8 import BLOCK
-from moezoo.layers.quant.groups import GROUP_SIZES, pack, unpack
+from moezoo.layers.quant.groups import GROUP_SIZES, pack
 from moezoo.layers.quant.mxfp4 import GROUP
 from moezoo.loaders.encodings import fp8, mxfp4
 from moezoo.loaders.encodings.integers import words_of
@@ -160,13 +168,10 @@ def warn_of_schemes(
     if described["quant_method"] != "compressed-tensors":
         return
     weights = [held() for _, held in quantized_weights(module)]
+    integers = [weight for weight in weights if isinstance(weight, Integers)]
     unread = {
-        "have zero points": any(
-            isinstance(w, Int4 | Int8) and w.zeros is not None for w in weights
-        ),
-        "have their columns in an order of their own": any(
-            isinstance(w, Int4 | Int8) and w.order is not None for w in weights
-        ),
+        "have zero points": any(w.zeros is not None for w in integers),
+        "have their columns in an order of their own": any(w.order is not None for w in integers),
     }
     if any(unread.values()):
         _log.warning(
@@ -345,7 +350,7 @@ def _compressed_tensors(copy: Copy, part: Format) -> Iterator[Written]:
         yield _as_it_is(copy, f"{module}.weight_packed", part.data)
         yield _as_it_is(copy, f"{module}.weight_scale", part.scales)
         return
-    assert isinstance(part, (Int4, Int8))
+    assert isinstance(part, Integers)
     n, k = part.shape
     words = (n, -(-k * part.bits // 32))
     yield Written(f"{module}.weight_packed", copy.target, words, torch.int32, partial(_words, part))
@@ -362,21 +367,13 @@ def _compressed_tensors(copy: Copy, part: Format) -> Iterator[Written]:
         yield Written(f"{module}.weight_g_idx", copy.target, (k,), torch.int32, make)
 
 
-def _words(part: Int4 | Int8) -> Tensor:
-    """Unsigned codes in int32, columns where they belong, the last word filled with zeros."""
-    if isinstance(part, Int8):
-        octets = _back(part.data.view(torch.uint8) ^ 128, part.order)
-    elif part.order is None:
-        octets = part.data
-    else:
-        octets = pack(_back(unpack(part.data), part.order))
+def _words(part: Integers) -> Tensor:
+    """Codes in int32, columns where they belong, the last word filled with zeros."""
+    codes = part.codes()
+    if part.order is not None:
+        codes = torch.empty_like(codes).index_copy_(1, part.order.long(), codes)
+    octets = pack(codes) if part.bits == 4 else codes
     return words_of(F.pad(octets, (0, -octets.shape[1] % 4)))
-
-
-def _back(codes: Tensor, order: Tensor | None) -> Tensor:
-    if order is None:
-        return codes
-    return torch.empty_like(codes).index_copy_(1, order.long(), codes)
 
 
 def _groups(order: Tensor, group_size: int) -> Tensor:
@@ -443,7 +440,7 @@ def _scheme(weights: Format, sizes: Collection[tuple[type, int]]) -> dict[str, A
         described = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": GROUP}
         described["scale_dtype"] = "torch.uint8"
     else:
-        assert isinstance(weights, (Int4, Int8))
+        assert isinstance(weights, Integers)
         stored = "pack-quantized"
         described = {"num_bits": weights.bits, "type": "int"}
         size = weights.group_size

@@ -5,6 +5,7 @@ from moezoo.layers.quant.format import Format
 from moezoo.layers.quant.fp8 import BlockFp8
 from moezoo.layers.quant.int4 import Int4
 from moezoo.layers.quant.int8 import Int8
+from moezoo.layers.quant.integers import Integers
 from moezoo.layers.quant.mxfp4 import Mxfp4
 from moezoo.layers.quant.weights import QuantizedWeights
 
@@ -15,6 +16,7 @@ __all__ = [
     "Format",
     "Int4",
     "Int8",
+    "Integers",
     "Mxfp4",
     "QuantizedWeights",
     "WeightOnly",

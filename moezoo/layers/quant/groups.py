@@ -1,7 +1,5 @@
 """Groups of columns that share a scale, and two codes of 4 bits in a byte."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -75,19 +73,3 @@ def pack(codes: Tensor) -> Tensor:
 def unpack(data: Tensor) -> Tensor:
     """The inverse of `pack`: uint8 [.., K / 2] -> [.., K]."""
     return torch.stack((data & 15, data >> 4), -1).flatten(-2)
-
-
-def order_on_meta(shape: Sequence[int]) -> Tensor:
-    """The order of the columns of weights [.., N, K]."""
-    return torch.empty(*shape[:-2], shape[-1], dtype=torch.int32, device="meta")
-
-
-def in_order(w: Tensor, order: Tensor | None) -> Tensor:
-    """w [.., N, K] of columns sorted by group -> columns where they belong.
-
-    order [.., K]: column j of w is column order[j] of the result.
-    """
-    if order is None:
-        return w
-    index = order.long().unsqueeze(-2).expand(w.shape)
-    return torch.empty_like(w).scatter_(-1, index, w)
