@@ -35,8 +35,16 @@ class RMSNorm(nn.Module):
 
     def _scaled(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         many = x.dtype.itemsize == 2 and x.numel() > max(FEW_NUMBERS, self.dim)
-        if not x.is_cpu or many:
+        if not x.is_cpu or (many and torch.is_grad_enabled()):
             return F.rms_norm(x, (self.dim,), weight, self.eps)
+        if many:
+            # torch's rms_norm takes new memory in each of its operations: 512 rows of 256 numbers
+            # in 0.5 ms, where this takes 0.2 (Intel Xeon).
+            wide = x.float()
+            norms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+            wide *= norms.square_().div_(self.dim).add_(self.eps).rsqrt_()
+            wide *= weight
+            return wide.to(x.dtype)
         # On a CPU torch's rms_norm is ten operations, its layer_norm is one. The numbers of (x, -x)
         # have mean 0 and variance mean(x^2). In a small model that is 27 us a token instead of 50.
         twice = torch.cat((weight, weight))
