@@ -1,6 +1,6 @@
 """The tables of what benchmarks/generate.py measured.
 
-    python benchmarks/generate_tables.py README.md
+    python benchmarks/generate_tables.py README.md docs/performance.md
 
 In each page what lies between `<!-- benchmarks/generate_tables.py NAME -->` and `<!-- end -->`
 becomes the table of that name anew, from the whole run on an H100.
@@ -27,6 +27,36 @@ Row = dict[str, Any]
 def rows(section: str, case: str) -> list[Row]:
     found: list[Row] = json.loads(RESULT.read_text())["rows"]
     return [row for row in found if (row["section"], row["case"]) == (section, case)]
+
+
+def summary() -> list[str]:
+    """moezoo's figures beside transformers', one column for each model."""
+    lines = []
+    for batch in (1, 8, 32):
+        found = [_row("decode", case, batch=batch, context=CONTEXTS[0]) for case in TITLES]
+        paces = (row["tokens_per_second"] for row in found)
+        label = f"tokens per second, {batch} text{'s at once' if batch > 1 else ''}"
+        lines.append([label, *(_pair(p["moezoo"], p["transformers"]) for p in paces)])
+        if batch == 1:
+            shares = (f"{100 * row['of_roofline']:.0f} %" for row in found)
+            lines.append(["share of what the memory bandwidth allows, 1 text", *shares])
+    found = [_row("prefill", case, prompt_tokens=2048) for case in TITLES]
+    pairs = (f"**{_ms(row, 'moezoo')}** / {_ms(row, 'transformers')}" for row in found)
+    lines.append(["a prompt of 2,048 tokens, ms", *pairs])
+    found = [_row("offline", case) for case in TITLES]
+    paces = (row["contenders"]["moezoo"]["output_tokens_per_second"] for row in found)
+    pairs = (_pair(p, p / row["times_static"]) for p, row in zip(paces, found, strict=True))
+    lines.append(["512 prompts of mixed lengths, new tokens per second", *pairs])
+    return table(["moezoo / transformers", *TITLES.values()], lines)
+
+
+def _row(section: str, case: str, **where: int) -> Row:
+    (row,) = (r for r in rows(section, case) if where.items() <= r.items())
+    return row
+
+
+def _pair(ours: float, theirs: float) -> str:
+    return f"**{ours:,.0f}** / {theirs:,.0f}"
 
 
 def decoding() -> list[str]:
@@ -71,7 +101,7 @@ def many_prompts() -> list[str]:
     )
     lines = []
     for case, title in TITLES.items():
-        (row,) = rows("offline", case)
+        row = _row("offline", case)
         ours, beside = (
             row["contenders"].get(name) for name in ("moezoo", "transformers_generate_batch")
         )
@@ -88,7 +118,12 @@ def many_prompts() -> list[str]:
     return table(head, lines)
 
 
-TABLES = {"decoding": decoding, "prompts": prompts, "many_prompts": many_prompts}
+TABLES = {
+    "summary": summary,
+    "decoding": decoding,
+    "prompts": prompts,
+    "many_prompts": many_prompts,
+}
 
 
 def main() -> None:

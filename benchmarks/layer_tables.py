@@ -1,6 +1,6 @@
 """The tables of what benchmarks/layer.py measured.
 
-    python benchmarks/layer_tables.py README.md
+    python benchmarks/layer_tables.py README.md docs/performance.md
 
 In each page what lies between `<!-- benchmarks/layer_tables.py NAME -->` and `<!-- end -->` becomes
 the table of that name anew, from the results of an H100.
