@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 
 from moezoo.errors import IN_TRANSFORMERS, UnsupportedArchitectureError
 from moezoo.layers.decoder import Decoder
-from moezoo.models.fields import check_sizes
+from moezoo.models.common.fields import check_fields
 
 ARCHITECTURES = {
     "afmoe": "afmoe",
@@ -81,12 +81,6 @@ def build(config: PreTrainedConfig) -> Decoder:
     does not do.
     """
     module = architecture(config.model_type)
-    check_sizes(config)
-    for field, supported in module.ASSUMES.items():
-        value = getattr(config, field, supported[0])
-        if value not in supported:
-            raise UnsupportedArchitectureError.of_field(
-                config, field, " or ".join(map(repr, supported))
-            )
+    check_fields(config, module.ASSUMES)
     decoder: Decoder = module.build(config)
     return decoder

@@ -14,10 +14,15 @@ from moezoo.layers.linear import Linear
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.rope import rotate_half, unrotated
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import attention_biases, grouped_queries, norm_of_each_head, window_of
-from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.mixtures import dense_or_mixture, ungrouped_sigmoid_route
-from moezoo.models.names import (
+from moezoo.models.common.attention import (
+    attention_biases,
+    grouped_queries,
+    norm_of_each_head,
+    window_of,
+)
+from moezoo.models.common.feed_forward import dense_or_moe, ungrouped_sigmoid_route
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE, AtLeast
+from moezoo.models.common.names import (
     AROUND_LAYERS,
     ATTENTION,
     CORRECTION_BIAS,
@@ -28,6 +33,7 @@ from moezoo.models.names import (
 )
 
 ASSUMES = ASSUMED_EVERYWHERE | {
+    "num_dense_layers": AtLeast(0),
     # Of the releases, not read by transformers.
     "score_func": ("sigmoid",),
     "route_norm": (True,),
@@ -82,9 +88,9 @@ def build(config: AfmoeConfig) -> Decoder:
             **norm_of_each_head(config),
         )
 
-    feed_forward = dense_or_mixture(
+    feed_forward = dense_or_moe(
         config,
-        ungrouped_sigmoid_route(config, config.route_scale),
+        partial(ungrouped_sigmoid_route, scaling=config.route_scale),
         dense=range(config.num_dense_layers),
         num_shared=config.num_shared_experts,
     )

@@ -12,8 +12,8 @@ from moezoo.layers.moe.routing import softmax_topk
 from moezoo.layers.norm import LayerNorm
 from moezoo.layers.rope import RotaryEmbedding, whole_heads
 from moezoo.loaders.mapping import Rule, Skip
-from moezoo.models.attentions import grouped_queries, with_rope
-from moezoo.models.fields import ASSUMED_EVERYWHERE
+from moezoo.models.common.attention import grouped_queries, with_rope
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE
 
 ASSUMES = ASSUMED_EVERYWHERE
 

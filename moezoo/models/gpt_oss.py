@@ -13,10 +13,10 @@ from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.moe import BiasedLogits, FusedMoE, Gating
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import attention_biases, grouped_queries, window_of
-from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.mixtures import softmax_route
-from moezoo.models.names import ATTENTION, DECODER
+from moezoo.models.common.attention import attention_biases, grouped_queries, window_of
+from moezoo.models.common.feed_forward import softmax_route
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE
+from moezoo.models.common.names import ATTENTION, DECODER
 
 ASSUMES = ASSUMED_EVERYWHERE | {"hidden_act": ("silu",), "swiglu_alpha": (1.702,)}
 

@@ -14,12 +14,12 @@ from moezoo.layers.decoder import Decoder, DecoderLayer, ScaledDecoder, pre_norm
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.norm import handed_to
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import attention_biases, grouped_queries
-from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.mixtures import mixture, mlp, softmax_route
-from moezoo.models.names import ATTENTION, DECODER, each_expert
+from moezoo.models.common.attention import attention_biases, grouped_queries
+from moezoo.models.common.feed_forward import mlp, moe_layer, softmax_route
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE, AtLeast
+from moezoo.models.common.names import ATTENTION, DECODER, each_expert
 
-ASSUMES = ASSUMED_EVERYWHERE
+ASSUMES = ASSUMED_EVERYWHERE | {"shared_intermediate_size": AtLeast(0)}
 
 MULTIPLIERS = (
     "embedding_multiplier",
@@ -59,7 +59,7 @@ def granite_decoder(
     def feed_forward(layer_idx: int) -> FusedMoE:
         route = softmax_route(config, renormalize=True)
         shared = None if shared_size is None else mlp(config, shared_size)
-        return mixture(config, config.intermediate_size, route, shared=shared)
+        return moe_layer(config, config.intermediate_size, route, shared=shared)
 
     return pre_norm_decoder(
         config,

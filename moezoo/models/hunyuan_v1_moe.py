@@ -14,10 +14,10 @@ from moezoo.layers.moe.routing import softmax_topk
 from moezoo.layers.norm import RMSNorm
 from moezoo.layers.rope import RotaryEmbedding, Rotation, whole_heads
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import attention_biases, grouped_queries, head_width, with_rope
-from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.mixtures import mixture, mlp
-from moezoo.models.names import ATTENTION, DECODER, EXPERTS, gated_mlp
+from moezoo.models.common.attention import attention_biases, grouped_queries, head_width, with_rope
+from moezoo.models.common.feed_forward import mlp, moe_layer
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE
+from moezoo.models.common.names import ATTENTION, DECODER, EXPERTS, gated_mlp
 
 ASSUMES = ASSUMED_EVERYWHERE | {
     "use_qk_norm": (True,),
@@ -80,7 +80,7 @@ def build(config: HunYuanMoEV1Config) -> Decoder:
     def feed_forward(layer_idx: int) -> FusedMoE:
         width = config.intermediate_size
         route = partial(softmax_topk, k=chosen[layer_idx], renormalize=True)
-        return mixture(config, width, route, shared=mlp(config, width))
+        return moe_layer(config, width, route, shared=mlp(config, width))
 
     return pre_norm_decoder(config, attention, feed_forward, rope=rotary_embedding(config))
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from moezoo.loaders.mapping import Rule, Skip
 from moezoo.models import deepseek_v3
-from moezoo.models.fields import text_part
-from moezoo.models.names import inside, of_text_model
+from moezoo.models.common.fields import text_part
+from moezoo.models.common.names import inside, of_text_model
 
 ASSUMES = deepseek_v3.ASSUMES
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from moezoo.loaders.mapping import Skip
 from moezoo.models import llama4_text
-from moezoo.models.fields import text_part
-from moezoo.models.names import inside
+from moezoo.models.common.fields import text_part
+from moezoo.models.common.names import inside
 
 ASSUMES = llama4_text.ASSUMES
 

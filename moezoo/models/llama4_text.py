@@ -16,10 +16,10 @@ from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import topk_sigmoid
 from moezoo.layers.rope import Rotation, rotate_interleaved, unrotated
 from moezoo.loaders.mapping import Rule, Skip
-from moezoo.models.attentions import attention_biases, grouped_queries
-from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
-from moezoo.models.mixtures import mixture, mlp
-from moezoo.models.names import ATTENTION, DECODER, each_expert, gated_mlp
+from moezoo.models.common.attention import attention_biases, grouped_queries
+from moezoo.models.common.feed_forward import mlp, moe_layer
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE, experts_per_token
+from moezoo.models.common.names import ATTENTION, DECODER, each_expert, gated_mlp
 
 ASSUMES = ASSUMED_EVERYWHERE
 
@@ -102,7 +102,7 @@ def build(config: Llama4TextConfig) -> Decoder:
         if layer_idx not in config.moe_layers:
             return mlp(config, config.intermediate_size_mlp)
         width = config.intermediate_size
-        return mixture(config, width, route, layer=ScaledInputMoE, shared=mlp(config, width))
+        return moe_layer(config, width, route, layer=ScaledInputMoE, shared=mlp(config, width))
 
     return pre_norm_decoder(config, attention, feed_forward)
 

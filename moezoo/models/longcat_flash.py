@@ -18,12 +18,14 @@ from moezoo.layers.moe.routing import grouped_topk
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.rope import rotate_interleaved, whole_heads
 from moezoo.loaders.mapping import Rule
-from moezoo.models.deepseek_v2 import latent_attention
-from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
-from moezoo.models.mixtures import mlp
-from moezoo.models.names import AROUND_LAYERS, EXPERTS, MLA, TOKEN_PREDICTION, gated_mlp
+from moezoo.models.common.feed_forward import mlp
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE, AtLeast, experts_per_token
+from moezoo.models.common.latent_attention import LATENT_SIZES, latent_attention
+from moezoo.models.common.names import AROUND_LAYERS, EXPERTS, MLA, TOKEN_PREDICTION, gated_mlp
 
 ASSUMES = ASSUMED_EVERYWHERE | {
+    **LATENT_SIZES,
+    "num_layers": AtLeast(1),
     "layer_types": (None,),
     "sliding_window": (None,),
     "router_bias": (False,),
@@ -61,7 +63,7 @@ class ScaledLatentAttention(MultiHeadLatentAttention):
 
 
 class ZeroExpertMoE(FusedMoE):
-    """A mixture that can choose `num_zero` experts more, which give back what they get."""
+    """An MoE layer with `num_zero` more experts to choose from, each of which returns its input."""
 
     def __init__(self, *arguments: Any, num_zero: int, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -136,8 +138,6 @@ def build(config: LongcatFlashConfig) -> Decoder:
     route = partial(
         grouped_topk,
         k=experts_per_token(config, num_choices),
-        num_groups=1,
-        topk_groups=1,
         scoring="softmax",
         renormalize=False,
         scaling=config.routed_scaling_factor,

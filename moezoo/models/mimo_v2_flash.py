@@ -12,12 +12,13 @@ from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.norm import NormOfSum
 from moezoo.layers.rope import RotaryEmbedding
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import rotary_embeddings, window_of
-from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.mixtures import dense_or_mixture, listed_layers, sigmoid_route
-from moezoo.models.names import ATTENTION, BIASED_MIXTURES, DECODER, TOKEN_PREDICTION
+from moezoo.models.common.attention import rotary_embeddings, window_of
+from moezoo.models.common.feed_forward import dense_by_list, dense_or_moe, sigmoid_route
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE, AtLeast
+from moezoo.models.common.names import ATTENTION, DECODER, DEEPSEEK_MOE, TOKEN_PREDICTION
 
 ASSUMES = ASSUMED_EVERYWHERE | {
+    "v_head_dim": AtLeast(1),
     "scoring_func": ("sigmoid",),
     "topk_method": ("noaux_tc",),
     "n_shared_experts": (None, 0),
@@ -97,9 +98,7 @@ def build(config: MiMoV2FlashConfig) -> Decoder:
             else config.attention_value_scale,
         )
 
-    feed_forward = dense_or_mixture(
-        config, sigmoid_route(config), dense=listed_layers(config), num_shared=None
-    )
+    feed_forward = dense_or_moe(config, sigmoid_route, dense=dense_by_list(config), num_shared=None)
     return pre_norm_decoder(config, attention, feed_forward, rope=rope)
 
 
@@ -108,6 +107,6 @@ CHECKPOINT = (
     *ATTENTION,
     Rule("layers.{L}.attn.sinks", "model.layers.{L}.self_attn.attention_sink_bias"),
     Rule("layers.{L}.attn.sinks", "model.layers.{L}.self_attn.sinks"),
-    *BIASED_MIXTURES,
+    *DEEPSEEK_MOE,
     *TOKEN_PREDICTION,
 )

@@ -11,10 +11,10 @@ from moezoo.layers.moe import BiasedRoute, FusedMoE
 from moezoo.layers.moe.routing import biased_topk
 from moezoo.layers.rope import RotaryEmbedding
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import grouped_queries, norm_of_all_heads, with_rope
-from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
-from moezoo.models.mixtures import mixture
-from moezoo.models.names import (
+from moezoo.models.common.attention import grouped_queries, norm_of_all_heads, with_rope
+from moezoo.models.common.feed_forward import moe_layer
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE, experts_per_token
+from moezoo.models.common.names import (
     ATTENTION,
     BLOCK_SPARSE_MOE,
     CORRECTION_BIAS,
@@ -55,7 +55,7 @@ def build(config: MiniMaxM2Config) -> Decoder:
 
     def feed_forward(layer_idx: int) -> FusedMoE:
         biased = BiasedRoute(config.num_local_experts, route)
-        return mixture(config, config.intermediate_size, biased)
+        return moe_layer(config, config.intermediate_size, biased)
 
     return pre_norm_decoder(config, attention, feed_forward, rope=rotary_embedding(config))
 

@@ -11,8 +11,15 @@ from transformers import Qwen3VLMoeTextConfig
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.loaders.mapping import Rule, Skip, View
 from moezoo.models import qwen3_moe
-from moezoo.models.fields import text_part
-from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, QK_NORM, each_expert, of_text_model
+from moezoo.models.common.fields import text_part
+from moezoo.models.common.names import (
+    ATTENTION,
+    DECODER,
+    DENSE_MLP,
+    QK_NORM,
+    each_expert,
+    of_text_model,
+)
 
 ASSUMES = qwen3_moe.ASSUMES
 

@@ -117,7 +117,7 @@ CORRECTION_BIAS = Rule(
     "layers.{L}.mlp.route.correction_bias", "model.layers.{L}.mlp.gate.e_score_correction_bias"
 )
 
-BIASED_MIXTURES = (*DENSE_MLP, *EXPERTS, CORRECTION_BIAS, *SHARED_EXPERTS)
+DEEPSEEK_MOE = (*DENSE_MLP, *EXPERTS, CORRECTION_BIAS, *SHARED_EXPERTS)
 """Feed-forward layers as DeepSeek-V3 has them, dense ones among them."""
 
 TOKEN_PREDICTION = tuple(
