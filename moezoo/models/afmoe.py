@@ -44,8 +44,8 @@ ASSUMES = ASSUMED_EVERYWHERE | {
 }
 
 
-class GatedAttention(GroupedQueryAttention):
-    """o(attention * sigmoid(gate(x)))."""
+class SeparatelyGatedAttention(GroupedQueryAttention):
+    """o(attention * sigmoid(gate(x))), where the gate is a projection of its own."""
 
     def __init__(self, hidden_size: int, *num_heads: int, **options: Any) -> None:
         super().__init__(hidden_size, *num_heads, **options)
@@ -59,21 +59,10 @@ class GatedAttention(GroupedQueryAttention):
         return self.o(self.attended(qkv, context, layer_idx).flatten(2) * gate)
 
 
-class SandwichLayer(DecoderLayer):
-    """x + norm(attn(norm(x))), then x + norm(mlp(norm(x)))."""
-
-    def __init__(self, norm: RMSNorm, attn: nn.Module, **modules: Any) -> None:
-        super().__init__(norm, attn, **modules)
-        self.after_attn = RMSNorm(norm.dim, norm.eps)
-        self.after_mlp = RMSNorm(norm.dim, norm.eps)
-
-    def forward(
-        self, x: torch.Tensor, update: torch.Tensor | None, context: Context, layer_idx: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        normed = self.attn_norm.of_sum(x, update)
-        update = self.after_attn(self.attn(handed_to(self.attn, normed), context, layer_idx))
-        normed = self.mlp_norm.of_sum(normed.sum, update)
-        return normed.sum, self.after_mlp(self.mlp(handed_to(self.mlp, normed)))
+def sandwich_layer(norm: RMSNorm, attn: nn.Module, **modules: Any) -> DecoderLayer:
+    """Return x + norm(attn(norm(x))), then x + norm(mlp(norm(x))), as a layer."""
+    after = {name: RMSNorm(norm.dim, norm.eps) for name in ("after_attn", "after_mlp")}
+    return DecoderLayer(norm, attn, **modules, **after)
 
 
 def build(config: AfmoeConfig) -> Decoder:
@@ -81,7 +70,7 @@ def build(config: AfmoeConfig) -> Decoder:
         window = window_of(config, layer_idx)
         return grouped_queries(
             config,
-            layer=GatedAttention,
+            layer=SeparatelyGatedAttention,
             **attention_biases(config),
             window=window,
             rotate=unrotated if window is None else rotate_half,
@@ -99,7 +88,7 @@ def build(config: AfmoeConfig) -> Decoder:
         config,
         attention,
         feed_forward,
-        layer=SandwichLayer,
+        layer=sandwich_layer,
         decoder=partial(ScaledDecoder, embedding_scale=scale),
     )
 

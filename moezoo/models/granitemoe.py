@@ -2,17 +2,16 @@
 
 from collections.abc import Callable
 from functools import partial
+from operator import mul
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import GraniteMoeConfig, GraniteMoeSharedConfig, PreTrainedConfig
 
 from moezoo.errors import UnsupportedArchitectureError
-from moezoo.layers.attention import Context, GroupedQueryAttention
+from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, DecoderLayer, ScaledDecoder, pre_norm_decoder
 from moezoo.layers.moe import FusedMoE
-from moezoo.layers.norm import handed_to
 from moezoo.loaders.mapping import Rule
 from moezoo.models.common.attention import attention_biases, grouped_queries
 from moezoo.models.common.feed_forward import mlp, moe_layer, softmax_route
@@ -27,23 +26,6 @@ MULTIPLIERS = (
     "residual_multiplier",
     "logits_scaling",
 )
-
-
-class ScaledLayer(DecoderLayer):
-    """x + factor * attn(norm(x)), then x + factor * mlp(norm(x))."""
-
-    def __init__(self, *args: Any, factor: float, **modules: Any) -> None:
-        super().__init__(*args, **modules)
-        self.factor = factor
-
-    def forward(
-        self, x: torch.Tensor, update: torch.Tensor | None, context: Context, layer_idx: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        normed = self.attn_norm.of_sum(x, update)
-        update = self.factor * self.attn(handed_to(self.attn, normed), context, layer_idx)
-        normed = self.mlp_norm.of_sum(normed.sum, update)
-        update = self.factor * self.mlp(handed_to(self.mlp, normed))
-        return normed.sum, update
 
 
 def granite_decoder(
@@ -61,11 +43,12 @@ def granite_decoder(
         shared = None if shared_size is None else mlp(config, shared_size)
         return moe_layer(config, config.intermediate_size, route, shared=shared)
 
+    scale = partial(mul, config.residual_multiplier)
     return pre_norm_decoder(
         config,
         attention,
         feed_forward,
-        layer=partial(ScaledLayer, factor=config.residual_multiplier),
+        layer=partial(DecoderLayer, after_attn=scale, after_mlp=scale),
         decoder=partial(
             ScaledDecoder,
             embedding_scale=config.embedding_multiplier,

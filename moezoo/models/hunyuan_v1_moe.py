@@ -1,9 +1,7 @@
 """Hunyuan-A13B (Tencent, 2025): queries and keys are normalised after their rotation."""
 
 from functools import partial
-from typing import Any
 
-import torch
 from transformers import HunYuanMoEV1Config
 
 from moezoo.errors import UnsupportedArchitectureError
@@ -12,9 +10,15 @@ from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import softmax_topk
 from moezoo.layers.norm import RMSNorm
-from moezoo.layers.rope import RotaryEmbedding, Rotation, whole_heads
+from moezoo.layers.rope import RotaryEmbedding, whole_heads
 from moezoo.loaders.mapping import Rule
-from moezoo.models.common.attention import attention_biases, grouped_queries, head_width, with_rope
+from moezoo.models.common.attention import (
+    NormAfterRotation,
+    attention_biases,
+    grouped_queries,
+    head_width,
+    with_rope,
+)
 from moezoo.models.common.feed_forward import mlp, moe_layer
 from moezoo.models.common.fields import ASSUMED_EVERYWHERE
 from moezoo.models.common.names import ATTENTION, DECODER, EXPERTS, gated_mlp
@@ -26,19 +30,6 @@ ASSUMES = ASSUMED_EVERYWHERE | {
     "mlp_bias": (False,),
     "moe_layer_num_skipped": (0,),
 }
-
-
-class NormAfterRotation(GroupedQueryAttention):
-    def __init__(self, *sizes: int, head_dim: int, eps: float, **options: Any) -> None:
-        super().__init__(*sizes, head_dim=head_dim, **options)
-        self.query_norm = RMSNorm(head_dim, eps)
-        self.key_norm = RMSNorm(head_dim, eps)
-
-    def heads(
-        self, qkv: torch.Tensor, rotation: Rotation
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v = super().heads(qkv, rotation)
-        return self.query_norm(q), self.key_norm(k), v
 
 
 def rotary_embedding(config: HunYuanMoEV1Config) -> RotaryEmbedding:
@@ -74,8 +65,14 @@ def build(config: HunYuanMoEV1Config) -> Decoder:
             raise UnsupportedArchitectureError.of_field(config, field, f"{only} in every layer")
 
     def attention(layer_idx: int) -> GroupedQueryAttention:
-        layer = partial(NormAfterRotation, eps=config.rms_norm_eps)
-        return grouped_queries(config, layer=layer, **attention_biases(config))
+        width = head_width(config)
+        return grouped_queries(
+            config,
+            layer=NormAfterRotation,
+            query_norm=RMSNorm(width, config.rms_norm_eps),
+            key_norm=RMSNorm(width, config.rms_norm_eps),
+            **attention_biases(config),
+        )
 
     def feed_forward(layer_idx: int) -> FusedMoE:
         width = config.intermediate_size

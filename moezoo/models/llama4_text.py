@@ -14,27 +14,19 @@ from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.kernels.windows import Chunked
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import topk_sigmoid
-from moezoo.layers.rope import Rotation, rotate_interleaved, unrotated
+from moezoo.layers.rope import rotate_interleaved, unrotated
 from moezoo.loaders.mapping import Rule, Skip
-from moezoo.models.common.attention import attention_biases, grouped_queries
+from moezoo.models.common.attention import (
+    NormAfterRotation,
+    attention_biases,
+    grouped_queries,
+    head_width,
+)
 from moezoo.models.common.feed_forward import mlp, moe_layer
 from moezoo.models.common.fields import ASSUMED_EVERYWHERE, experts_per_token
 from moezoo.models.common.names import ATTENTION, DECODER, each_expert, gated_mlp
 
 ASSUMES = ASSUMED_EVERYWHERE
-
-
-class NormAfterRotation(GroupedQueryAttention):
-    """Each head of queries and keys is normalised, without weights."""
-
-    def __init__(self, *sizes: int, eps: float, **options: Any) -> None:
-        super().__init__(*sizes, **options)
-        self.eps = eps
-
-    def heads(self, qkv: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().heads(qkv, rotation)
-        width = (self.head_dim,)
-        return F.rms_norm(q, width, eps=self.eps), F.rms_norm(k, width, eps=self.eps), v
 
 
 class TemperedAttention(GroupedQueryAttention):
@@ -84,7 +76,10 @@ def build(config: Llama4TextConfig) -> Decoder:
         rotates = bool(config.no_rope_layers[layer_idx])
         layer: Any = GroupedQueryAttention
         if rotates and config.use_qk_norm:
-            layer = partial(NormAfterRotation, eps=config.rms_norm_eps)
+            norm = partial(
+                F.rms_norm, normalized_shape=(head_width(config),), eps=config.rms_norm_eps
+            )
+            layer = partial(NormAfterRotation, query_norm=norm, key_norm=norm)
         elif not rotates and config.attn_temperature_tuning:
             layer = partial(TemperedAttention, floor=config.floor_scale, strength=config.attn_scale)
         return grouped_queries(
