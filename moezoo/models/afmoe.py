@@ -34,7 +34,7 @@ from moezoo.models.common.names import (
 
 ASSUMES = ASSUMED_EVERYWHERE | {
     "num_dense_layers": AtLeast(0),
-    # Of the releases, not read by transformers.
+    # Fields of the released configs that transformers does not read.
     "score_func": ("sigmoid",),
     "route_norm": (True,),
     "n_group": (1, None),
@@ -60,7 +60,7 @@ class SeparatelyGatedAttention(GroupedQueryAttention):
 
 
 def sandwich_layer(norm: RMSNorm, attn: nn.Module, **modules: Any) -> DecoderLayer:
-    """Return x + norm(attn(norm(x))), then x + norm(mlp(norm(x))), as a layer."""
+    """Return a layer with norms on both sides: x + norm(attn(norm(x))), the same with the mlp."""
     after = {name: RMSNorm(norm.dim, norm.eps) for name in ("after_attn", "after_mlp")}
     return DecoderLayer(norm, attn, **modules, **after)
 

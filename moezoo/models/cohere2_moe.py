@@ -1,4 +1,4 @@
-"""Command A+ (Cohere, 2026): attention and experts beside each other, after one norm."""
+"""Command A+ (Cohere, 2026): attention and experts in parallel, both after the same norm."""
 
 from functools import partial
 from typing import Any
@@ -43,7 +43,7 @@ class ParallelLayer(DecoderLayer):
 
 
 class AveragedMoE(FusedMoE):
-    """The mean of what the routed experts and the shared ones give."""
+    """An MoE layer that returns the mean of its routed output and its shared experts' output."""
 
     def forward(self, x: torch.Tensor | NormOfSum) -> torch.Tensor:
         return super().forward(x) / 2

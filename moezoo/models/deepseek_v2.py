@@ -1,4 +1,4 @@
-"""DeepSeek-V2 (DeepSeek-AI, 2024): latent attention, shared experts, groups chosen by maximum."""
+"""DeepSeek-V2 (DeepSeek-AI, 2024): latent attention, shared experts, groups ranked by maximum."""
 
 from functools import partial
 

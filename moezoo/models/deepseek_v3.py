@@ -1,4 +1,4 @@
-"""DeepSeek-V3 (DeepSeek-AI, 2024) and Kimi K2: sigmoid scores, a bias that steers the choice."""
+"""DeepSeek-V3 (DeepSeek-AI, 2024) and Kimi K2: sigmoid scores with a correction bias."""
 
 from collections.abc import Container
 
@@ -22,7 +22,7 @@ ASSUMES = ASSUMED_EVERYWHERE | {
 
 
 def decoder_of(config: DeepseekV3Config | Glm4MoeLiteConfig, dense: Container[int]) -> Decoder:
-    """With these layers dense."""
+    """Return the decoder whose layers in `dense` are dense."""
 
     def attention(layer_idx: int) -> MultiHeadLatentAttention:
         rotate = rotate_interleaved if config.rope_interleave else rotate_half

@@ -23,11 +23,14 @@ ASSUMES = deepseek_v3.ASSUMES | {
 }
 
 KINDS = ("indexed_attention", "deepseek_sparse_attention")
-"""What newer and older versions of transformers call such layers."""
+"""Names of these layers in `config.layer_types`, in newer and older versions of transformers."""
 
 
 def sparse_decoder(config: DeepseekV32Config | GlmMoeDsaConfig, rotate_index: Rotate) -> Decoder:
-    """`rotate_index` is what positions do to the indexer's queries and keys."""
+    """Return a decoder whose attention is sparse in every layer.
+
+    `rotate_index` rotates the indexer's queries and keys.
+    """
     if set(config.layer_types) - set(KINDS):
         raise UnsupportedArchitectureError.of_field(config, "layer_types", " or ".join(KINDS))
     if config.q_lora_rank is None:

@@ -1,4 +1,4 @@
-"""ERNIE 4.5 (Baidu, 2025): a router in fp32, softmax scores with a bias that steers the choice."""
+"""ERNIE 4.5 (Baidu, 2025): an fp32 router, softmax scores with a correction bias."""
 
 from functools import partial
 from typing import Any, ClassVar
@@ -42,7 +42,7 @@ ASSUMES = ASSUMED_EVERYWHERE | {
 
 
 class Fp32GateMoE(FusedMoE):
-    """An MoE layer whose gate stays fp32 whatever the model's dtype."""
+    """An MoE layer whose gate stays in fp32 whatever the model's dtype."""
 
     keep_dtype: ClassVar[tuple[str, ...]] = ("gate",)
 
@@ -56,7 +56,7 @@ class Fp32GateMoE(FusedMoE):
 
 
 class RowBias(BiasedRoute):
-    """The bias is [1, E], as checkpoints have it."""
+    """A router with a correction bias of shape [1, E], as in the checkpoints."""
 
     def __init__(self, num_experts: int, fn: Any) -> None:
         super().__init__(num_experts, fn)

@@ -1,4 +1,4 @@
-"""K-EXAONE (LG AI Research, 2025): sliding layers are rotated, full ones are not."""
+"""K-EXAONE (LG AI Research, 2025): rotary embeddings in the sliding-window layers only."""
 
 from transformers import ExaoneMoeConfig
 

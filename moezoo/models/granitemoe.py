@@ -31,7 +31,11 @@ MULTIPLIERS = (
 def granite_decoder(
     config: PreTrainedConfig, attention: Callable[[int], nn.Module], shared_size: int | None
 ) -> Decoder:
-    """Of `attention(layer_idx)` and mixtures, with a shared expert unless `shared_size` is None."""
+    """Return a decoder of `attention(layer_idx)` and MoE layers.
+
+    Each has a shared expert of an intermediate size of `shared_size`, or none if that is None.
+    Raises `UnsupportedArchitectureError` for multipliers that are not numbers.
+    """
     for field in MULTIPLIERS:
         if not isinstance(getattr(config, field), int | float):
             raise UnsupportedArchitectureError.of_field(config, field, "a number")
@@ -87,7 +91,7 @@ CHECKPOINT = (
     Rule("layers.{L}.mlp.w13", f"{MOE}.experts.gate_up_proj", shard="expert"),
     Rule("layers.{L}.mlp.w2", f"{MOE}.output_linear.weight", shard="expert"),
     Rule("layers.{L}.mlp.w2", f"{MOE}.experts.down_proj", shard="expert"),
-    # For formats that have matrices only.
+    # Names in quantised checkpoints, which have a matrix for each expert.
     *each_expert(f"{MOE}.experts"),
     Rule("layers.{L}.mlp.shared.gate_up.weight", "model.layers.{L}.shared_mlp.input_linear.weight"),
     Rule("layers.{L}.mlp.shared.down.weight", "model.layers.{L}.shared_mlp.output_linear.weight"),

@@ -1,4 +1,4 @@
-"""Granite 4 hybrid (IBM, 2025): Granite MoE whose layers are state spaces, but for some."""
+"""Granite 4 hybrid (IBM, 2025): Granite MoE with state-space layers, some of them attention."""
 
 from torch import nn
 from transformers import GraniteMoeHybridConfig
@@ -18,9 +18,9 @@ ASSUMES = granitemoe.ASSUMES | {
     "mamba_d_head": AtLeast(1),
     "mamba_d_state": AtLeast(1),
     "mamba_d_conv": AtLeast(1),
-    "mamba_proj_bias": (False,),  # in transformers the convolution would see that of padding
-    "mamba_n_groups": (1,),  # for more of them releases of transformers compute different norms
-    "time_step_limit": ((0.0, float("inf")),),  # which it forgets after the prompt
+    "mamba_proj_bias": (False,),  # in transformers the convolution would see the bias of padding
+    "mamba_n_groups": (1,),  # with more groups, versions of transformers norm differently
+    "time_step_limit": ((0.0, float("inf")),),  # transformers ignores it after the prompt
 }
 
 

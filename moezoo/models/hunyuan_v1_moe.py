@@ -33,7 +33,7 @@ ASSUMES = ASSUMED_EVERYWHERE | {
 
 
 def rotary_embedding(config: HunYuanMoEV1Config) -> RotaryEmbedding:
-    """ "dynamic" with an `alpha` is no dynamic scaling, but a larger theta."""
+    """Return the rotation. "dynamic" scaling with an `alpha` is a larger theta at any length."""
     alpha = config.rope_parameters.get("alpha")
     if config.rope_parameters.get("rope_type") == "dynamic" and alpha:
         width = head_width(config)
@@ -43,7 +43,10 @@ def rotary_embedding(config: HunYuanMoEV1Config) -> RotaryEmbedding:
 
 
 def for_each_layer(config: HunYuanMoEV1Config, field: str, default: int) -> list[int]:
-    """A field that is one number for all layers, or a list of them."""
+    """Return each layer's value of a field that is one number or a list, `default` without any.
+
+    Raises `UnsupportedArchitectureError` for a list that is too short or has other than integers.
+    """
     value = getattr(config, field, None)
     value = default if value is None else value
     numbers = value if isinstance(value, list) else [value] * config.num_hidden_layers

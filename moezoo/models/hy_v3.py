@@ -1,4 +1,4 @@
-"""Hy3 (Tencent, 2026): Qwen3's attention, sigmoid scores with a bias, always renormalised."""
+"""Hy3 (Tencent, 2026): Qwen3's attention, sigmoid scores with a correction bias, renormalised."""
 
 from functools import partial
 
@@ -27,7 +27,7 @@ from moezoo.models.common.names import (
 )
 
 ASSUMES = ASSUMED_EVERYWHERE | {
-    # The release asks for them, which changes no logits.
+    # The released config sets it; the logits are the same.
     "output_router_logits": (False, True),
     "moe_router_use_sigmoid": (True,),
     "moe_router_enable_expert_bias": (True,),

@@ -14,13 +14,16 @@ build = deepseek_v3.build
 
 
 def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json of DeepSeek-V3. Unless it says otherwise, the head is the embedding."""
+    """Return the text model's config.json, which is one of DeepSeek-V3.
+
+    The head is tied to the embedding unless the config says otherwise.
+    """
     return text_part({"tie_word_embeddings": True, **raw}) | {"model_type": "deepseek_v3"}
 
 
 CHECKPOINT = (
     *inside("language_model", deepseek_v3.CHECKPOINT),
-    # As transformers holds it.
+    # Names in what transformers saves.
     *of_text_model(deepseek_v3.CHECKPOINT),
     Rule("lm_head.weight", "lm_head.weight"),
     *(

@@ -1,5 +1,5 @@
-"""Kimi Linear (Moonshot AI, 2025): delta attention, and in every fourth layer latent attention
-without positions; DeepSeek-V3's mixtures."""
+"""Kimi Linear (Moonshot AI, 2025): delta attention, latent attention without positions in every
+fourth layer, DeepSeek-V3's MoE layers."""
 
 from torch import nn
 from transformers import KimiLinearConfig
@@ -53,7 +53,7 @@ def build(config: KimiLinearConfig) -> Decoder:
         dense=dense_by_list_and_count(config),
         num_shared=config.n_shared_experts,
     )
-    # What other models rotate is there, and all heads share it.
+    # The part of a key that other models rotate exists, shared by all heads, and is not rotated.
     return pre_norm_decoder(
         config, attention, feed_forward, rope=NoRotation(config.qk_rope_head_dim)
     )
@@ -93,5 +93,7 @@ CHECKPOINT = (
     *DEEPSEEK_MOE,
     *gated_mlp("layers.{L}.mlp", MOE),
 )
-"""Names of the hub and those that a model has in transformers, which writes dense layers as no one
-else names them: the last rules."""
+"""Names in checkpoints of the hub and in those that transformers writes.
+
+The last rules are dense layers as only transformers names them.
+"""

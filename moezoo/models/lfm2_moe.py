@@ -19,7 +19,7 @@ from moezoo.models.common.fields import ASSUMED_EVERYWHERE, AtLeast, experts_per
 
 ASSUMES = ASSUMED_EVERYWHERE | {
     "hidden_act": ("silu",),
-    "conv_bias": (False,),  # in transformers the convolution would see that of padding
+    "conv_bias": (False,),  # in transformers the convolution would see the bias of padding
     "conv_L_cache": AtLeast(1),
     "num_dense_layers": AtLeast(0),
 }

@@ -14,6 +14,7 @@ build = llama4_text.build
 
 
 def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the text model's config.json, of type `llama4_text`."""
     return text_part(raw) | {"model_type": "llama4_text"}
 
 

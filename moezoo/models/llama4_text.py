@@ -1,4 +1,4 @@
-"""Llama 4 (Meta, 2025), its text model: attention in chunks, experts of a scaled input."""
+"""The text model of Llama 4 (Meta, 2025): chunked attention, experts with a scaled input."""
 
 from functools import partial
 from typing import Any, ClassVar
@@ -30,9 +30,10 @@ ASSUMES = ASSUMED_EVERYWHERE
 
 
 class TemperedAttention(GroupedQueryAttention):
-    """Queries grow with the logarithm of their position, in steps of `floor` tokens.
+    """Attention whose queries are scaled up with the logarithm of their position.
 
-    As in transformers, padding before a sequence counts where there is some.
+    The factor rises in steps of `floor` tokens. As in transformers, padding before a sequence is
+    counted.
     """
 
     counts_padding: ClassVar[bool] = True
@@ -51,7 +52,7 @@ class TemperedAttention(GroupedQueryAttention):
 
 
 class ScaledInputMoE(FusedMoE):
-    """An expert's weight multiplies what goes into it, not what comes out."""
+    """An MoE layer whose routing weights multiply the experts' inputs, not their outputs."""
 
     def experts(self, x: Tensor, topk_weights: Tensor, rows: Tensor) -> Tensor:
         num_tokens, k = rows.shape
@@ -112,7 +113,7 @@ CHECKPOINT: tuple[Rule | Skip, ...] = (
     Rule("layers.{L}.mlp.gate", f"{MLP}.router.weight"),
     Rule("layers.{L}.mlp.w13", f"{EXPERTS}.gate_up_proj", shard="expert", view="transpose"),
     Rule("layers.{L}.mlp.w2", f"{EXPERTS}.down_proj", shard="expert", view="transpose"),
-    # As those have it who quantise linear layers, and make some of the experts first.
+    # Names in quantised checkpoints whose experts were turned into linear layers first.
     *each_expert(EXPERTS),
     *gated_mlp("layers.{L}.mlp.shared", f"{MLP}.shared_expert"),
 )

@@ -1,4 +1,4 @@
-"""Mellum 2 (JetBrains, 2026): Qwen3-MoE whose sliding layers have a rotation of their own."""
+"""Mellum 2 (JetBrains, 2026): Qwen3-MoE with a separate rotation in sliding-window layers."""
 
 from functools import partial
 

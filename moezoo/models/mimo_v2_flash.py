@@ -1,4 +1,4 @@
-"""MiMo-V2-Flash (Xiaomi, 2025): sliding layers have sinks, and a rotation of their own."""
+"""MiMo-V2-Flash (Xiaomi, 2025): sliding-window layers have sinks and a separate rotation."""
 
 from typing import Any
 
@@ -27,11 +27,11 @@ ASSUMES = ASSUMED_EVERYWHERE | {
 }
 
 ROTARY = {"rope_theta": 5_000_000.0, "swa_rope_theta": 10_000.0, "partial_rotary_factor": 0.334}
-"""What the released config says, and transformers takes for granted."""
+"""Fields of the released config whose values are constants in transformers."""
 
 
 class ScaledAttention(GroupedQueryAttention):
-    """Values, and so what comes of them, are multiplied by `value_scale`."""
+    """Attention whose values are multiplied by `value_scale`; it is applied to the output."""
 
     def __init__(self, *sizes: int, value_scale: float, **options: Any) -> None:
         super().__init__(*sizes, **options)
@@ -44,8 +44,10 @@ class ScaledAttention(GroupedQueryAttention):
 
 
 def check_released_fields(config: MiMoV2FlashConfig) -> None:
-    """Raise `UnsupportedArchitectureError` where the hub's config has a field that transformers
-    does not read, and it says other than transformers does."""
+    """Check the fields of the released config that transformers does not read.
+
+    Raises `UnsupportedArchitectureError` where one contradicts what transformers computes.
+    """
     slides = [int(kind == "sliding_attention") for kind in config.layer_types]
     assumed = {
         "layernorm_epsilon": config.rms_norm_eps,
@@ -73,7 +75,7 @@ def rotary_embedding(config: MiMoV2FlashConfig) -> RotaryEmbedding:
 def build(config: MiMoV2FlashConfig) -> Decoder:
     check_released_fields(config)
     if getattr(config, "sliding_window_size", None) is not None:
-        # The query's own token is not counted in it, which not every transformers knows.
+        # This field does not count the query's own token; not every transformers reads it.
         config.sliding_window = config.sliding_window_size + 1
     if config.num_attention_heads % (2 * config.num_key_value_heads):
         raise UnsupportedArchitectureError.of_field(

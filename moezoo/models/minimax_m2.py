@@ -1,4 +1,4 @@
-"""MiniMax-M2 (MiniMax, 2025): part of each head is rotated, sigmoid scores with a bias."""
+"""MiniMax-M2 (MiniMax, 2025): part of each head is rotated, sigmoid scores, correction bias."""
 
 from functools import partial
 
@@ -33,7 +33,10 @@ ASSUMES = ASSUMED_EVERYWHERE | {
 
 
 def rotary_embedding(config: MiniMaxM2Config) -> RotaryEmbedding:
-    """The releases' `rotary_dim`, which not every transformers reads, is a partial factor."""
+    """Return the rotation of the first `rotary_dim` numbers of each head.
+
+    The releases have that field, which not every version of transformers reads.
+    """
     rotary_dim = getattr(config, "rotary_dim", None)
     if rotary_dim is not None:
         share = {"partial_rotary_factor": rotary_dim / config.head_dim}

@@ -22,9 +22,9 @@ ASSUMES = ASSUMED_EVERYWHERE | {"num_experts_per_tok": (2,)}
 
 
 class ScaledRotaryEmbedding(RotaryEmbedding):
-    """Short factors at any length, as in transformers; the config has what multiplies the result.
+    """LongRoPE with the short factors at any length, as in transformers, and a scale of its own.
 
-    It is `long_mscale` where a sequence is longer than the original context, else `short_mscale`.
+    The scale is `long_mscale` for a sequence longer than the original context, else `short_mscale`.
     """
 
     def __init__(self, config: PhimoeConfig) -> None:

@@ -1,4 +1,4 @@
-"""The text model of Qwen3.5-MoE (Alibaba, 2026): Qwen3-Next with its projections apart."""
+"""The text model of Qwen3.5-MoE (Alibaba, 2026): Qwen3-Next with separate projections."""
 
 from functools import partial
 
@@ -31,7 +31,7 @@ def build(config: Qwen3_5MoeTextConfig) -> Decoder:
     def feed_forward(layer_idx: int) -> FusedMoE:
         return moe_with_shared_expert(config, renormalize=True)
 
-    # Text has the same position in all three axes of the rotation, so that it is the usual one.
+    # Text has the same position on all three axes, so the rotation is the usual one.
     return pre_norm_decoder(
         config,
         partial(hybrid_attention, config, by_kind),
@@ -54,4 +54,4 @@ TEXT: tuple[Rule | Skip, ...] = (
 )
 
 CHECKPOINT = (*TEXT, *of_text_model(TEXT))
-"""A text model alone, as transformers and moezoo write it, or in its place in the whole."""
+"""Names of the text model alone, as transformers and moezoo save it, and inside the whole model."""

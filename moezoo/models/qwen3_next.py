@@ -1,4 +1,4 @@
-"""Qwen3-Next (Alibaba, 2025): gated delta nets, and in every fourth layer gated attention."""
+"""Qwen3-Next (Alibaba, 2025): gated delta nets, gated attention in every fourth layer."""
 
 from collections.abc import Callable
 from functools import partial
@@ -44,8 +44,10 @@ ASSUMES = ASSUMED_EVERYWHERE | SHARED_SIZES | DELTA_SIZES
 def hybrid_attention(
     config: PreTrainedConfig, parts: Callable[..., Any], layer_idx: int
 ) -> nn.Module:
-    """The layer that `config.layer_types` asks for, a delta net with its rows in the order `parts`
-    or attention."""
+    """Return the attention or delta net that `config.layer_types` names for this layer.
+
+    `parts` tells the order of rows in the delta net's projections.
+    """
     if config.layer_types[layer_idx] == "full_attention":
         return grouped_queries(
             config,
@@ -95,7 +97,7 @@ DELTA_NET = tuple(
         ("out.weight", "out_proj.weight"),
     )
 )
-"""All but the projections of the input."""
+"""Names of a delta net's parameters except its input projections."""
 
 CHECKPOINT = (
     *DECODER,

@@ -1,1 +1,1 @@
-"""What the pages of `moezoo.models` are made of; nothing here knows an architecture's page."""
+"""Parts that the pages of `moezoo.models` share. Nothing here imports a page."""

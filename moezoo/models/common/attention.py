@@ -38,7 +38,7 @@ class NormAfterRotation(GroupedQueryAttention):
 def head_width(config: PreTrainedConfig) -> int:
     """Return `config.head_dim`, by default the hidden size divided by the number of query heads.
 
-    Raises `UnsupportedArchitectureError` where there are more heads than numbers.
+    Raises `UnsupportedArchitectureError` where there are more heads than hidden_size.
     """
     width: int = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
@@ -56,7 +56,7 @@ def grouped_queries(
     layer: Callable[..., GroupedQueryAttention] = GroupedQueryAttention,
     **options: Any,
 ) -> GroupedQueryAttention:
-    """Return a `layer` of the config's sizes, made with these `options` of its own."""
+    """Return a `layer` of the config's sizes; `options` are passed on to it."""
     return layer(
         config.hidden_size,
         config.num_attention_heads,

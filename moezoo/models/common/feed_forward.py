@@ -46,8 +46,11 @@ def moe_layer(
 
 
 def check_groups(config: PreTrainedConfig) -> None:
-    """Raise `UnsupportedArchitectureError` unless the groups divide the experts, and the kept
-    groups hold as many experts as a token chooses."""
+    """Check `n_group`, `topk_group` and `num_experts_per_tok` against each other.
+
+    Raises `UnsupportedArchitectureError` where groups do not divide the experts, or the groups that
+    a token keeps have fewer experts than it chooses.
+    """
     experts, groups, kept = num_experts(config), config.n_group, config.topk_group
     if (groups or 0) < 1 or experts % groups:
         raise UnsupportedArchitectureError.of_field(config, "n_group", f"a divisor of {experts}")

@@ -1,4 +1,4 @@
-"""Config fields that several architectures read, checked."""
+"""Checks of config fields, and the fields that several architectures read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from moezoo.layers.moe import ACTIVATIONS
 
 @dataclass(frozen=True)
 class AtLeast:
-    """The whole numbers from `low` on, for a page's `ASSUMES`, or a list of such numbers.
+    """Values of a size field in `ASSUMES`: an integer of `low` or more, or a list of such integers.
 
-    A list has one number for each layer. `or_none` allows None too.
+    A list has one integer for each layer. `or_none` allows None too.
     """
 
     low: int
@@ -31,7 +31,7 @@ class AtLeast:
 
 
 Assumptions = Mapping[str, tuple[Any, ...] | AtLeast]
-"""Field of a config -> the values that a page does."""
+"""Field of a config -> the values that a page supports."""
 
 ASSUMED_EVERYWHERE: dict[str, tuple[Any, ...] | AtLeast] = {
     "hidden_act": tuple(ACTIVATIONS),
@@ -52,7 +52,7 @@ ASSUMED_EVERYWHERE: dict[str, tuple[Any, ...] | AtLeast] = {
         AtLeast(1),
     ),
     "head_dim": AtLeast(1, or_none=True),
-    # What may be 0 is a part that is then not there.
+    # A model without the part has a size of 0.
     **dict.fromkeys(
         ("intermediate_size", "num_experts", "num_shared_experts", "first_k_dense_replace"),
         AtLeast(0),

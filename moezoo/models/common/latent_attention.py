@@ -31,8 +31,8 @@ def latent_attention(
 ) -> MultiHeadLatentAttention:
     """Return a `layer` of the config's sizes, its softmax scaled by YaRN's factor.
 
-    Raises `UnsupportedArchitectureError` where `head_dim` is not the rotated width or the factor's
-    numbers in `rope_parameters` are none.
+    Raises `UnsupportedArchitectureError` where `head_dim` is not the rotated width, or a field of
+    `rope_parameters` is not a number.
     """
     if config.head_dim != config.qk_rope_head_dim:
         raise UnsupportedArchitectureError.of_field(
