@@ -41,8 +41,8 @@ from moezoo.tools.layer import (
     Cell,
     Implementation,
     Report,
+    checked_names,
     default_layers,
-    known,
     measure,
     moezoo_layer,
     new_cell,
@@ -268,7 +268,7 @@ def main() -> None:
     start = time.perf_counter()
     device = torch.device(args.device)
     default = default_layers(device, args.quantization)
-    layers = known(args.layer or default)
+    layers = checked_names(args.layer or default)
     all_peers = [OWN_BF16] if args.quantization else list(PEERS)
     peers = all_peers if args.peers is None else args.peers
     if others := sorted(set(peers) - set(all_peers)):

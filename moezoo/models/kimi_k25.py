@@ -6,7 +6,7 @@ from typing import Any
 from moezoo.loaders.mapping import Rule, Skip
 from moezoo.models import deepseek_v3
 from moezoo.models.common.fields import text_part
-from moezoo.models.common.names import inside, of_text_model
+from moezoo.models.common.names import of_text_model, with_prefix
 
 ASSUMES = deepseek_v3.ASSUMES
 
@@ -22,7 +22,7 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 CHECKPOINT = (
-    *inside("language_model", deepseek_v3.CHECKPOINT),
+    *with_prefix("language_model", deepseek_v3.CHECKPOINT),
     # Names in what transformers saves.
     *of_text_model(deepseek_v3.CHECKPOINT),
     Rule("lm_head.weight", "lm_head.weight"),

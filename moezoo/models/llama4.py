@@ -6,7 +6,7 @@ from typing import Any
 from moezoo.loaders.mapping import Skip
 from moezoo.models import llama4_text
 from moezoo.models.common.fields import text_part
-from moezoo.models.common.names import inside
+from moezoo.models.common.names import with_prefix
 
 ASSUMES = llama4_text.ASSUMES
 
@@ -19,7 +19,7 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 CHECKPOINT = (
-    *inside("language_model", llama4_text.CHECKPOINT),
+    *with_prefix("language_model", llama4_text.CHECKPOINT),
     Skip("vision_model.{*}", "the model of images"),
     Skip("multi_modal_projector.{*}", "the model of images"),
 )

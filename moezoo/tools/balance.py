@@ -204,7 +204,7 @@ def compare(
     return Comparison(tuple(simulations), tuple(skipped), expert_bytes)
 
 
-def history(path: str | os.PathLike[str]) -> tuple[Tensor, RoutingTrace]:
+def read_history(path: str | os.PathLike[str]) -> tuple[Tensor, RoutingTrace]:
     """Return the loads [S, L, E] of a trace's forward passes, and the trace.
 
     Raises ValueError for a file that is not a trace, or has a single pass.

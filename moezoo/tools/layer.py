@@ -276,7 +276,7 @@ def bench(
     layer that is not in `LAYERS`, and for a device that is not there.
     """
     kind = device_of(device)
-    names = known(layers or default_layers(kind, quantization))
+    names = checked_names(layers or default_layers(kind, quantization))
     report = new_report(dtype=dtype, device=device, skewed=skewed, quantization=quantization)
     for name in names:
         layer = LAYERS[name]
@@ -343,7 +343,7 @@ def new_report(
     )
 
 
-def known(names: Iterable[str]) -> list[str]:
+def checked_names(names: Iterable[str]) -> list[str]:
     """Return the names; raise ValueError if one of them is not in `LAYERS`."""
     names = list(names)
     for name in names:

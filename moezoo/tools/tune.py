@@ -37,10 +37,10 @@ from moezoo.tools.tune_case import (
     Call,
     Candidate,
     Case,
-    first_product,
+    down_product,
+    gated_up_product,
     rows_of_h,
     rows_of_x,
-    second_product,
 )
 
 TOKENS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -138,35 +138,36 @@ def tune(
 
 
 def _fastest(case: Case) -> tuple[float, Plan]:
-    """Return the least microseconds of both products and the sum, and the tiles, for one m.
+    """Return the least microseconds of both products and the sum, and their tiles, of one m.
 
     The tiles that are close to the fastest of a product are measured again together, in turns: what
     a kernel takes alone is not always what it takes before another one that already waits.
     """
     alone: dict[Plan, float] = {}
     for m in case.permutations:
-        firsts, seconds = _alone(case.firsts(m)), _alone(case.seconds(m))
-        for first, us1 in _close(firsts).items():
-            for second, us2 in _close(seconds).items():
+        gated_up = _times_alone(case.gated_up_candidates(m))
+        down = _times_alone(case.down_candidates(m))
+        for first, us1 in _finalists(gated_up).items():
+            for second, us2 in _finalists(down).items():
                 alone[Plan(first, second)] = us1 + us2
     if not alone:
         raise MoEZooError(
             f"at {len(case.topk_weights)} tokens no candidate runs on this GPU: none of them fits "
             f"it, or none compiles with Triton {triton.__version__}; layers get their tiles by rule"
         )
-    times = _together((plan, case.calls(plan)) for plan in _close(alone))
+    times = _times_in_turns((plan, case.calls(plan)) for plan in _finalists(alone))
     fastest = min(times, key=times.__getitem__)
     return times[fastest], fastest
 
 
-def _close(times: dict[Key, float]) -> dict[Key, float]:
+def _finalists(times: dict[Key, float]) -> dict[Key, float]:
     """Return up to FINALISTS tiles, fastest first, that take at most CLOSE times the least time."""
     least = min(times.values(), default=0.0)
     fastest = sorted(times, key=times.__getitem__)[:FINALISTS]
     return {key: times[key] for key in fastest if times[key] <= CLOSE * least}
 
 
-def _alone(candidates: Iterable[Candidate]) -> dict[Tile, float]:
+def _times_alone(candidates: Iterable[Candidate]) -> dict[Tile, float]:
     """Return the median microseconds of a call, for each candidate that runs."""
     times: dict[Tile, float] = {}
     for tile, calls in candidates:
@@ -176,7 +177,7 @@ def _alone(candidates: Iterable[Candidate]) -> dict[Tile, float]:
     return times
 
 
-def _together(pairs: Iterable[tuple[Plan, list[Call]]]) -> dict[Plan, float]:
+def _times_in_turns(pairs: Iterable[tuple[Plan, list[Call]]]) -> dict[Plan, float]:
     """Return the median microseconds of both products and the sum, for each pair of tiles."""
     pool = torch.cuda.graph_pool_handle()
     return _medians({plan: Graph(calls, pool) for plan, calls in pairs})
@@ -222,9 +223,9 @@ def _compile(job: tuple[str, Tile], layer: Layer, quantization: str | None) -> N
     # The search meets the same error, and goes on without the tile.
     with unless_unusable():
         if operation == "gated_up":
-            first_product(rows_of_x(64, weights.w13, generator), weights.w13, 1, tile)(rows)
+            gated_up_product(rows_of_x(64, weights.w13, generator), weights.w13, 1, tile)(rows)
         else:
-            second_product(rows_of_h(64, weights.w2, generator), weights.w2, tile)(rows)
+            down_product(rows_of_h(64, weights.w2, generator), weights.w2, tile)(rows)
     torch.cuda.synchronize()
 
 

@@ -72,21 +72,21 @@ class Case:
         }
         return cls(x, h, weights, topk_weights, permutations)
 
-    def first(self, tile: Tile) -> Product:
-        return first_product(self.x, self.weights.w13, self.topk_weights.shape[1], tile)
+    def gated_up_product(self, tile: Tile) -> Product:
+        return gated_up_product(self.x, self.weights.w13, self.topk_weights.shape[1], tile)
 
-    def second(self, tile: Tile) -> Product:
-        return second_product(self.h, self.weights.w2, tile)
+    def down_product(self, tile: Tile) -> Product:
+        return down_product(self.h, self.weights.w2, tile)
 
-    def firsts(self, m: int) -> Iterator[Candidate]:
+    def gated_up_candidates(self, m: int) -> Iterator[Candidate]:
         """Return calls of the first product with each candidate of `m` rows, for each choice."""
         tiles = self.search.gated_up(self.rows_per_expert)
-        return self._candidates(m, tiles, self.weights.w13.shape[-1], self.first)
+        return self._candidates(m, tiles, self.weights.w13.shape[-1], self.gated_up_product)
 
-    def seconds(self, m: int) -> Iterator[Candidate]:
+    def down_candidates(self, m: int) -> Iterator[Candidate]:
         """Return calls of the second product with each candidate of `m` rows, for each choice."""
         tiles = self.search.down(self.rows_per_expert)
-        return self._candidates(m, tiles, self.weights.w2.shape[-1], self.second)
+        return self._candidates(m, tiles, self.weights.w2.shape[-1], self.down_product)
 
     def _candidates(
         self, m: int, tiles: Iterator[Tile], length: int, product: Callable[[Tile], Product]
@@ -97,7 +97,7 @@ class Case:
 
     def calls(self, plan: Plan) -> list[Call]:
         """Return calls of both products and the sum, one for each choice of experts."""
-        first, second = self.first(plan.gated_up), self.second(plan.down)
+        first, second = self.gated_up_product(plan.gated_up), self.down_product(plan.down)
 
         def call(rows: Permutation) -> Tensor:
             first(rows)
@@ -141,7 +141,7 @@ def _random_rows(num_rows: int, w: Tensor | Format, generator: torch.Generator) 
     return torch.randn(num_rows, width, device=device, dtype=torch.bfloat16, generator=generator)
 
 
-def first_product(x: Tensor | Fp8Rows, w13: Tensor | Format, k: int, tile: Tile) -> Product:
+def gated_up_product(x: Tensor | Fp8Rows, w13: Tensor | Format, k: int, tile: Tile) -> Product:
     if isinstance(w13, BlockFp8):
         assert isinstance(x, Fp8Rows)
         fitted = tile.fitted(2, 1, w13.device)
@@ -155,7 +155,7 @@ def first_product(x: Tensor | Fp8Rows, w13: Tensor | Format, k: int, tile: Tile)
     return lambda rows: gated_up(x, w13, rows, k=k, tile=fitted)
 
 
-def second_product(h: Tensor | Fp8Rows, w2: Tensor | Format, tile: Tile) -> Product:
+def down_product(h: Tensor | Fp8Rows, w2: Tensor | Format, tile: Tile) -> Product:
     if isinstance(w2, BlockFp8):
         assert isinstance(h, Fp8Rows)
         fitted = tile.fitted(1, 1, w2.device)

@@ -149,7 +149,7 @@ def of_text_model(rules: Sequence[Rule | Skip]) -> tuple[Rule | Skip, ...]:
     return (*inner, Skip("model.visual.{*}", "the model of images"))
 
 
-def inside(prefix: str, rules: Sequence[Rule | Skip]) -> tuple[Rule | Skip, ...]:
+def with_prefix(prefix: str, rules: Sequence[Rule | Skip]) -> tuple[Rule | Skip, ...]:
     """Return the rules with `prefix` and a dot before every name of the checkpoint."""
     return tuple(
         Rule(
