@@ -60,7 +60,10 @@ class SeparatelyGatedAttention(GroupedQueryAttention):
 
 
 def sandwich_layer(norm: RMSNorm, attn: nn.Module, **modules: Any) -> DecoderLayer:
-    """Return a layer with norms on both sides: x + norm(attn(norm(x))), the same with the mlp."""
+    """Return a layer with norms before and after both parts.
+
+    x + norm(attn(norm(x))), then x + norm(mlp(norm(x))).
+    """
     after = {name: RMSNorm(norm.dim, norm.eps) for name in ("after_attn", "after_mlp")}
     return DecoderLayer(norm, attn, **modules, **after)
 

@@ -32,7 +32,7 @@ class ParallelLayer(DecoderLayer):
 
     def __init__(self, *args: Any, **modules: Any) -> None:
         super().__init__(*args, **modules)
-        del self.mlp_norm
+        del self.mlp_norm  # pre_norm_decoder makes two norms, this layer has one
 
     def forward(
         self, x: torch.Tensor, update: torch.Tensor | None, context: Context, layer_idx: int

@@ -124,7 +124,7 @@ class RoutingTrace:
         pairs = []
         for ids in chosen:
             went = torch.zeros(len(ids), num_experts + 1, dtype=torch.float64)
-            # An id of no expert, -1, falls into a column of its own.
+            # -1, the id of no expert, is counted in a column of its own.
             went.scatter_(1, torch.where(ids < 0, num_experts, ids).long(), 1.0)
             pairs.append((went.T @ went)[:-1, :-1].long())
         return torch.stack(pairs)
