@@ -28,17 +28,17 @@ from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.tools.timing import Graph, in_turns
 
 DECODED = ((1, 8192), (8, 2048), (8, 8192), (32, 2048), (32, 8192))
-"""Rows and their tokens."""
+"""Numbers of rows, and of tokens in each row."""
 PROMPTS = (2048, 8192)
 L2_BYTES = 50 * 2**20
 TOLERANCE = 2e-2
-"""Of the largest difference to the reference, relative to its largest number, in 16 bits."""
+"""Largest allowed difference to the reference, relative to its largest number, in 16 bits."""
 PEERS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Of a layer's attention over its cache: numbers of heads, widths of keys and values."""
+    """Numbers of heads of a layer's attention, and widths of its keys and values in the cache."""
 
     queries: int
     keys: int
@@ -93,7 +93,7 @@ Calls = list[Callable[[], Tensor]]
 
 
 def fill(subject: Subject, row: Row, contenders: Iterator[tuple[str, Calls, Tensor]]) -> None:
-    """Seconds of each; the first call of each is compared with what it should give."""
+    """Fill in the seconds of each call, after comparing its first result with the reference."""
 
     def measure(calls: Calls, expected: Tensor) -> dict[str, float]:
         found = calls[0]().float().view(expected.shape)
@@ -191,7 +191,7 @@ def prompts(subject: Subject, heads: Heads, num_tokens: int) -> Iterator[tuple[s
 
 
 def figures(row: Row) -> list[str]:
-    """Cells of the table: see COLUMNS."""
+    """Return the cells of a row of the table, in the order of COLUMNS."""
     shares = row.get("of_bandwidth") or row.get("of_peak") or {}
     names = itertools.chain(("moezoo",), ("sdpa",), PEERS)
     return [

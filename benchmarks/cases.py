@@ -129,12 +129,12 @@ DEFAULT_CASES = {
 }
 
 TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.1}
-"""Relative, of the logits. In 16 bits, near ties in the routers go either way, in every layer;
-experts that are computed wrongly are off by about 1."""
+"""Largest allowed relative difference of logits. In 16 bits, near ties in the routers go either way
+in every layer; experts that are computed wrongly are off by about 1."""
 
 
 def in_transformers(model: MoECausalLM) -> nn.Module:
-    """transformers' model over the same memory: every parameter a view of one of moezoo's."""
+    """Return transformers' model over the same memory: every parameter is a view of one of ours."""
     # A fresh config: moezoo's names the attention and the experts that moezoo's model is given,
     # and those that transformers chooses for its own are faster.
     config = type(model.config).from_dict(model.config.to_dict())

@@ -23,7 +23,7 @@ MAX_WORKERS = 12
 
 
 def borrowed(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """A tensor on the GPU, of any size, over a few bytes: only its address is good."""
+    """Return a GPU tensor of any size over a few bytes of memory: only its address is valid."""
     memory = torch.empty(4096, dtype=torch.uint8, device="cuda")
     kind = {1: "|u1", 2: "<f2", 4: "<f4"}[dtype.itemsize]
     array = {"shape": shape, "typestr": kind, "data": (memory.data_ptr(), False), "version": 2}
@@ -32,7 +32,7 @@ def borrowed(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def compile_layer(name: str, num_tokens: int, quantization: str | None = None) -> list[str]:
-    """What went wrong, if anything; for a process in which nothing has to be launched."""
+    """Compile a layer's kernels in a process that launches nothing; return the error, if any."""
     import triton
 
     launch = triton.JITFunction.run
@@ -87,7 +87,7 @@ def _triton_kernels(w13: Tensor, w2: Tensor, k: int) -> Callable[[Tensor, Tensor
 def compile_ahead(
     layers: list[str], tokens: list[int], seconds: float, quantization: str | None = None
 ) -> list[str]:
-    """Compile for all cells, for so many seconds at most; returns the problems."""
+    """Compile for all cells, within the given seconds; return the errors."""
     deadline = time.monotonic() + seconds
     jobs = [(name, num_tokens, quantization) for num_tokens in tokens for name in layers]
     workers = min(len(jobs), os.cpu_count() or 1, MAX_WORKERS)

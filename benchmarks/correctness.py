@@ -1,4 +1,4 @@
-"""Before anything is timed: moezoo's logits and greedy tokens beside transformers' logits.
+"""Comparison of moezoo's logits and greedy tokens with transformers' logits, before any timing.
 
 Legend: T tokens, V vocabulary.
 """
@@ -19,25 +19,25 @@ PROMPT = 128
 LENGTHS = {"cuda": (5, PAGE_SIZE, 130, 300), "cpu": (5, 17, 30)}
 STEPS = 16
 NOISE = 6
-"""A token other than transformers' first choice may be this many times the logits' root mean square
-difference below it: six standard deviations, and a little, of what rounding does to two logits."""
+"""Largest allowed gap between transformers' first choice and another token, in root mean square
+differences of the logits: six standard deviations, and a little, of what rounding does to two."""
 
 
 @dataclass(frozen=True)
 class Greedy:
-    """Tokens of one way to generate, judged by transformers' logits at the same places."""
+    """Result of comparing generated tokens with transformers' logits at the same positions."""
 
     tokens: int
     others: int
-    """Those that are not transformers' first choice."""
+    """Number of tokens that are not transformers' first choice."""
     largest_gap: float
-    """Between the logit of its first choice and of the token, in units of the logits' root mean
-    square."""
+    """Largest difference between the logits of its first choice and of the token, in units of the
+    logits' root mean square."""
     allowed_gap: float
 
 
 def check(subject: Subject) -> dict[str, Any]:
-    """What was compared; raises `WrongResultError`."""
+    """Compare both models; return the figures, or raise `WrongResultError`."""
     tolerance = TOLERANCE[subject.dtype]
     ids = subject.draw(1, PROMPT)
     with torch.inference_mode():
@@ -67,7 +67,7 @@ def check(subject: Subject) -> dict[str, Any]:
 
 
 def judged(written: list[list[int]], expected: list[Tensor], allowed: float) -> dict[str, Any]:
-    """Of sequences that end with STEPS new tokens, and the logits [STEPS, V] that they come of."""
+    """Judge sequences that end with STEPS new tokens, chosen from these logits [STEPS, V]."""
     others, largest = 0, 0.0
     for sequence, logits in zip(written, expected, strict=True):
         chosen = torch.tensor(sequence[-STEPS:], device=logits.device)[:, None]
@@ -84,20 +84,20 @@ def judged(written: list[list[int]], expected: list[Tensor], allowed: float) -> 
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    """Norm of the difference over the norm."""
+    """Return the norm of the difference over the norm."""
     return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
 
 
 @torch.inference_mode()
 def last_logits(model: nn.Module, sequence: list[int], steps: int) -> Tensor:
-    """fp32 [steps, V], of which the last `steps` tokens of the sequence come."""
+    """Return the logits, fp32 [steps, V], that predict the sequence's last `steps` tokens."""
     ids = torch.tensor([sequence[:-1]], device=model.device)
     return model(ids, use_cache=False, logits_to_keep=steps).logits[0].float()
 
 
 @torch.inference_mode()
 def in_engine(model: nn.Module, prompts: list[list[int]]) -> tuple[list[list[int]], list[Tensor]]:
-    """The prompts with STEPS greedy tokens, all in one batch, and the logits [STEPS, V] of each."""
+    """Return the prompts with STEPS greedy tokens, in one batch, and their logits [STEPS, V]."""
     batch = len(prompts)
     engine = Engine(model.decoder, num_rows=batch, context=max(map(len, prompts)) + STEPS)
     each = engine.pages // batch

@@ -40,21 +40,21 @@ from moezoo.layers.moe.layer import Record
 
 COMPUTED_TOKENS = 16384
 LEAD = 16
-"""Tokens before the steps that are timed."""
+"""Number of untimed steps before those that are timed."""
 COUNTED_STEPS = 4
 SPARE_BYTES = 2 * 2**30
-"""Kept free beside the cache, for graphs and activations."""
+"""Bytes kept free beside the cache, for graphs and activations."""
 FIRST_KERNEL = "_step_inputs_kernel"
 PEER_CONTEXT = 512
 PEER_TOKENS = 8
 
 
 class NoRoomError(Exception):
-    """The cache does not fit the device."""
+    """Raised where the cache does not fit the device."""
 
 
 class WatchedEngine(Engine):
-    """Leaves a CUDA event at the start of each step; may take prompts as computed."""
+    """An engine that records a CUDA event at each step's start, and can skip computing prompts."""
 
     skips_prompts = False
 
@@ -80,14 +80,14 @@ class WatchedEngine(Engine):
                     stored.normal_()
 
     def pace(self, steps: int) -> float:
-        """Seconds a step, from one to the next, of the last `steps`."""
+        """Return the seconds per step, from start to start, of the last `steps`."""
         first, last = self.events[-1 - steps], self.events[-1]
         last.synchronize()
         return 1e-3 * first.elapsed_time(last) / steps
 
 
 class OneEngine(EngineKeeper):
-    """Hands out this engine whatever is asked for."""
+    """An engine keeper that returns this engine for every request."""
 
     def __init__(self, only: Engine) -> None:
         super().__init__()
@@ -134,13 +134,13 @@ def section(subject: Subject, args: argparse.Namespace) -> Iterator[Row]:
 
 
 def _add(row: Row, name: str, seconds: dict[str, float]) -> None:
-    """Seconds of a step."""
+    """Add the seconds of a step to a cell."""
     row["seconds"][name] = seconds
     row["tokens_per_second"][name] = row["batch"] / seconds["median"]
 
 
 def in_engine(subject: Subject, row: Row) -> dict[str, Any]:
-    """The fields of a cell on a GPU; "pace" has moezoo's seconds a step."""
+    """Return the fields of a cell on a GPU; "pace" has moezoo's seconds per step."""
     model, batch, context, steps = subject.model, row["batch"], row["context"], row["new_tokens"]
     require_room(model.decoder, batch_size(batch), context)
     prompt = context - LEAD - steps
@@ -178,7 +178,7 @@ def in_engine(subject: Subject, row: Row) -> dict[str, Any]:
 
 
 def gaps(generate: Run, steps: int) -> dict[str, float]:
-    """Seconds without a kernel or copy before each of the last `steps` steps, by the profiler."""
+    """Return the idle seconds of the GPU before each of the last `steps`, by the profiler."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         generate()
         torch.cuda.synchronize()
@@ -196,7 +196,7 @@ def gaps(generate: Run, steps: int) -> dict[str, float]:
 def bounds(
     subject: Subject, batch: int, context: float, experts: float, num_hit: float
 ) -> dict[str, Any]:
-    """The roofline of a step of rows with `context` tokens that reads `experts` bytes of them."""
+    """Return the roofline of a step with `context` tokens a row and `experts` bytes of experts."""
     weights = dense_bytes(subject.model.decoder) + experts
     keys = batch * kv_bytes(subject.model.decoder, context)
     seconds = (weights + keys) / subject.ceilings.read_bytes_per_second
@@ -209,7 +209,7 @@ def bounds(
 
 
 def require_room(decoder: Decoder, rows: int, context: int) -> None:
-    """Raises `NoRoomError`, by numbers, where the cache of an engine does not fit."""
+    """Raise `NoRoomError`, with the bytes, if an engine's cache does not fit."""
     needed = rows * num_pages(context) * PAGE_SIZE * token_bytes(decoder)
     device = decoder.embed.weight.device
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
@@ -222,12 +222,12 @@ def require_room(decoder: Decoder, rows: int, context: int) -> None:
 
 
 def restart(engine: Engine, batch: int, length: int) -> None:
-    """Let the rows go on from `length` tokens, each with its last token."""
+    """Reset the rows to `length` tokens, each to go on from its last token."""
     engine.start(range(batch), [length] * batch, engine.ids[:batch].clone())
 
 
 def replay_seconds(engine: Engine, batch: int, length: int, steps: int) -> float:
-    """Seconds a step of greedy decoding from `length` tokens on, nobody looking at the tokens."""
+    """Return the seconds per step of greedy decoding from `length` tokens on; no token is read."""
     restart(engine, batch, length)
     begin = _event()
     for _ in range(steps):
@@ -245,9 +245,9 @@ def _event() -> torch.cuda.Event:
 
 @torch.inference_mode()
 def hit(engine: Engine, batch: int) -> tuple[float, float]:
-    """Bytes of the experts that a step of the running rows reads, and how many a layer has of them.
+    """Return the bytes of experts that a step of the rows reads, and their number per layer.
 
-    The means over a few steps, which are run without a graph.
+    Both are means over a few steps, which are run without a graph.
     """
     nbytes = counted = 0
     layers = expert_layers(engine.decoder)
@@ -277,7 +277,7 @@ def warm(subject: Subject) -> None:
 
 
 def in_transformers(subject: Subject, row: Row) -> dict[str, float]:
-    """Seconds a step of its `generate`, as it comes."""
+    """Return the seconds per step of transformers' `generate` as it is."""
     ids = subject.draw(row["batch"], row["context"] - PEER_TOKENS)
     clock = Clock()
     greedy(subject.twin, ids, PEER_TOKENS, streamer=clock)()
@@ -286,7 +286,7 @@ def in_transformers(subject: Subject, row: Row) -> dict[str, float]:
 
 
 def whole_calls(subject: Subject, row: Row) -> None:
-    """Fills in a cell on a CPU."""
+    """Fill in a cell on a CPU, from whole calls of `generate`."""
     batch, new_tokens = row["batch"], row["new_tokens"]
     ids = subject.draw(batch, row["context"] - new_tokens)
     contenders: dict[str, Run] = {
@@ -310,7 +310,7 @@ def whole_calls(subject: Subject, row: Row) -> None:
 
 
 def figures(row: Row) -> list[str]:
-    """Cells of the table: see COLUMNS."""
+    """Return the cells of a row of the table, in the order of COLUMNS."""
     speed, skipped = row["tokens_per_second"], row["skipped"]
     shown = [
         f"{speed[name]:,.1f}" if name in speed else "skipped" if name in skipped else ""

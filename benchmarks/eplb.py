@@ -1,4 +1,4 @@
-"""How long a rebalance is thought about, how balanced it leaves the ranks, and what it moves.
+"""How long a rebalance takes to compute, how balanced it leaves the ranks, and what it moves.
 
     python benchmarks/eplb.py [--steps 1000] [--layers 58] [--repeats 5]
 
@@ -26,9 +26,9 @@ from moezoo.tools.simulate import zipf_loads
 
 INTERVAL = 100
 HALF_LIVES = (None, 1000, 300, 100)
-"""In intervals."""
+"""Steps, in intervals, in which popularity halves its correlation; None for no drift."""
 EXPERT_BYTES = 3 * 7168 * 2048 + 4 * 3 * (7168 // 128) * (2048 // 128)
-"""Of DeepSeek-V3, in block fp8."""
+"""Bytes of an expert of DeepSeek-V3 in block fp8."""
 
 
 def seconds(run: Callable[[], object], repeats: int) -> dict[str, float]:

@@ -47,7 +47,7 @@ SHARES = {
     "load": 30,
     "pack": 5,
 }
-"""Sections, and their shares of the time: about the seconds that each takes on 4 GPUs."""
+"""Section -> its share of the time: about the seconds that it takes on 4 GPUs."""
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ def microseconds(seconds: float | None) -> str:
 
 
 def correctness(rows: list[Row]) -> list[str]:
-    """The largest difference of logits, of each way over all models and placements."""
+    """Return the largest difference of logits of each way, over all models and placements."""
     found: dict[tuple[str, int], dict[str, float]] = {}
     for row in rows:
         of_format = found.setdefault((row["format"], row["ranks"]), {})
@@ -97,7 +97,7 @@ def _lines_of_layer(row: Row, sizes: list[str]) -> Iterator[list[str]]:
 
 
 def overlap(rows: list[Row]) -> list[str]:
-    """What chunks hide of travelling behind experts, over the most that they could."""
+    """Return the time of travel that chunks hide behind experts, over the most that they could."""
 
     def cells(row: Row, size: str, found: Row) -> list[str]:
         travel, compute = found["travel_seconds"], found["compute_seconds"]
@@ -184,11 +184,11 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], list[str]]]] = {
     "load": ("load", load),
     "pack": ("pack", pack),
 }
-"""Name of a table -> the section that it is of."""
+"""Name of a table -> its section, and the function that makes it."""
 
 
 def lines(section: str, rows: list[Row]) -> Iterator[str]:
-    """All tables of a section."""
+    """Yield the lines of all tables of a section."""
     for name, (of, made) in TABLES.items():
         if of == section and rows:
             yield from [f"{name}:", *made(rows)]

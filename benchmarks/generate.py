@@ -52,7 +52,7 @@ PREFILL = {"cpu": [512], "cuda": [512, 2048, 8192, 32768]}
 REPEATS = {"cpu": 5, "cuda": 3}
 TIME_BUDGET = {"cpu": math.inf, "cuda": 225.0}
 START_SECONDS = 25.0
-"""Kept back of a case's time for the process of its section start."""
+"""Seconds of a case's time that are kept back for the process of its section start."""
 
 
 def subject_of(case: str, args: argparse.Namespace, ceilings: Ceilings, deadline: float) -> Subject:
@@ -67,7 +67,7 @@ def subject_of(case: str, args: argparse.Namespace, ceilings: Ceilings, deadline
 def measure(
     case: str, args: argparse.Namespace, ceilings: Ceilings, seconds: float
 ) -> Iterator[Row]:
-    """A case's rows; those of the comparison first, with "failed" where nothing else follows."""
+    """Yield a case's rows, those of the comparison first; "failed" where it ends with that."""
     end = time.perf_counter() + seconds
     sections = [name for name in SECTIONS if name in args.section]
     inside = [name for name in sections if name != "start"]
@@ -124,7 +124,7 @@ def skipped(rows: list[Row]) -> Iterator[str]:
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Options, what is not given by device."""
+    """Parse the options, with the device's defaults."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--section", nargs="+", choices=SECTIONS, help="default: by device")
@@ -172,7 +172,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def is_whole(args: argparse.Namespace) -> bool:
-    """Whether nothing was left out that the device's default has."""
+    """Whether the run has all cases and sections of the device's defaults."""
     kind = torch.device(args.device).type
     defaults = (
         (args.section, DEFAULT_SECTIONS),

@@ -29,7 +29,7 @@ COLUMNS = ("", "dtype", "tokens", "prompts that differ", "largest gap", "allowed
 
 
 def completions(model: Any, prompts: list[torch.Tensor], new_tokens: int) -> list[list[int]]:
-    """All tokens of each prompt [T] and what follows it, one after the other."""
+    """Return the tokens of each prompt [T] and its completion, each computed alone."""
     return [
         model.generate(
             ids[None],
@@ -43,7 +43,7 @@ def completions(model: Any, prompts: list[torch.Tensor], new_tokens: int) -> lis
 
 
 def together(model: Any, prompts: list[torch.Tensor], new_tokens: int) -> list[list[int]]:
-    """The same in one batch, padded on the left."""
+    """Return the tokens of each prompt and its completion, all in one batch, padded on the left."""
     width = max(map(len, prompts))
     ids = torch.stack([torch.nn.functional.pad(one, (width - len(one), 0)) for one in prompts])
     mask = torch.stack(

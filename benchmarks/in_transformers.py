@@ -1,4 +1,4 @@
-"""transformers' own model with experts_implementation="moezoo" and with those that it comes with.
+"""transformers' own model with experts_implementation="moezoo" and with its own implementations.
 
     python benchmarks/in_transformers.py [--case qwen3-30b-a3b] [--layers 48] [--compile]
 
@@ -49,7 +49,7 @@ CONTENDERS = {
 }
 KEPT = "grouped_mm_kept"
 IMPLEMENTATION = {"default": "grouped_mm", "grouped_mm": KEPT}
-"""What is set in transformers, where it is not the contender's name."""
+"""Contender -> the implementation set in transformers, where it has another name."""
 WARM_UP = 3
 
 Run = Callable[[], object]
@@ -65,12 +65,12 @@ def use(model: nn.Module, contender: str) -> None:
 
 @torch.no_grad()
 def last_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """[B, V], of the tokens after `ids` [B, T]."""
+    """Return the logits [B, V] of the tokens after `ids` [B, T]."""
     return model(ids, use_cache=False, logits_to_keep=1).logits[:, -1]
 
 
 def step_bytes(model: nn.Module, ids: Tensor) -> int:
-    """Bytes of the weights that one decode step of the batch `ids` [B, T] reads.
+    """Return the bytes of weights that one decode step of the batch `ids` [B, T] reads.
 
     `model` is transformers', whose decorator marks the modules that hold stacked experts.
     """
@@ -94,7 +94,7 @@ def step_bytes(model: nn.Module, ids: Tensor) -> int:
 
 
 class Check:
-    """Compares logits [B, V] with those of eager experts, in the model's own dtype."""
+    """A check of logits [B, V] against those of eager experts, in the model's own dtype."""
 
     def __init__(self, model: nn.Module, ids: Tensor, tolerance: float) -> None:
         use(model, "eager")
@@ -128,13 +128,13 @@ class StaticDecoder:
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """Logits [B, V]; the next token is chosen."""
+        """Run a step: return its logits [B, V] and choose the next token."""
         logits = self.forward(self.token, past_key_values=self.cache).logits[:, -1]
         self.token.copy_(logits.argmax(-1, keepdim=True))
         return logits
 
     def captured(self) -> Callable[[], Tensor]:
-        """The step as one CUDA graph."""
+        """Return the step as one CUDA graph."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = self.step()
@@ -181,7 +181,7 @@ def generation(model: nn.Module, ids: Tensor, check: Check, args: argparse.Names
 
 
 def timings(run: Run, device: torch.device, args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of at most args.repeats runs; no further one once they have taken args.cell."""
+    """Return the seconds of up to args.repeats runs, until they have taken args.cell seconds."""
     seconds: list[float] = []
     while len(seconds) < args.repeats and sum(seconds) < args.cell:
         synchronize(device)
@@ -200,7 +200,7 @@ def timings(run: Run, device: torch.device, args: argparse.Namespace) -> dict[st
 def prepare(
     phase: str, model: nn.Module, ids: Tensor, check: Check, args: argparse.Namespace
 ) -> Run:
-    """What is to be timed, warmed up, its logits checked."""
+    """Return the call to time, warmed up and with its logits checked."""
     if phase == "prefill":
         return prompt(model, ids, check)
     if phase == "generate":
@@ -209,7 +209,7 @@ def prepare(
 
 
 def measure(phase: str, model: nn.Module, ids: Tensor, args: argparse.Namespace) -> dict[str, Any]:
-    """The row of a batch `ids` [B, T]."""
+    """Return the row of a batch `ids` [B, T]."""
     row: dict[str, Any] = {"phase": phase, "batch": len(ids), "prompt_tokens": ids.shape[1]}
     row |= {"seconds": {}, "tokens_per_second": {}, "logit_difference": {}, "skipped": {}}
     tokens = ids.numel() if phase == "prefill" else len(ids) * args.new_tokens
@@ -247,7 +247,7 @@ def shape(row: dict[str, Any]) -> str:
 
 
 def rows(model: nn.Module, args: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, Any]]:
-    """Those that take longest come last."""
+    """Yield the rows, those that take longest last."""
 
     def draw(batch: int, num_tokens: int) -> Tensor:
         shape = (batch, num_tokens)

@@ -41,8 +41,8 @@ from moezoo.tools.layer import (
     Cell,
     Implementation,
     Report,
+    checked_names,
     default_layers,
-    known,
     measure,
     moezoo_layer,
     new_cell,
@@ -59,7 +59,7 @@ PACKAGES = ("transformers", "triton", "triton_kernels")
 
 
 def references(report: Report) -> dict[str, dict[str, dict[int, float]]]:
-    """Layer -> implementation -> tokens -> microseconds, measured earlier on this kind of GPU."""
+    """Return layer -> implementation -> tokens -> microseconds, from earlier runs on such a GPU."""
     kept = json.loads(REFERENCES.read_text())
     if (report.device, report.dtype, report.routing) != (kept["gpu"], kept["dtype"], "uniform"):
         return {}
@@ -80,13 +80,13 @@ def references(report: Report) -> dict[str, dict[str, dict[int, float]]]:
 
 
 def best(times: dict[str, float]) -> tuple[str, float] | None:
-    """The fastest peer and its microseconds."""
+    """Return the fastest peer and its microseconds."""
     peers = {name: microseconds for name, microseconds in times.items() if name != "moezoo"}
     return min(peers.items(), key=lambda item: item[1]) if peers else None
 
 
 def compare(cell: Cell, kept: dict[str, dict[str, dict[int, float]]]) -> dict[str, Any]:
-    """The cell as JSON: times, the best peer of this run, the best with the figures kept."""
+    """Return the cell as JSON: times, the best peer of this run, the best with the figures kept."""
     measured = {name: timing.median_us for name, timing in cell.timings.items()}
     earlier = {
         name: row[cell.num_tokens]
@@ -112,7 +112,7 @@ def geometric_mean(values: Iterable[float]) -> float | None:
 
 
 def summary(cells: list[Cell], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How many times moezoo's time the peers take: over all cells, and where it is least."""
+    """Return the ratio of the peers' time to moezoo's: over all cells, and where it is least."""
 
     def ratios(key: str) -> dict[str, float]:
         return {
@@ -184,7 +184,7 @@ def peer(name: str, weights: Weights | QuantizedWeights, k: int) -> Implementati
 def implementations(
     weights: Weights | QuantizedWeights, k: int, peers: list[str]
 ) -> tuple[dict[str, Implementation], dict[str, str]]:
-    """Those that can be built, and for the others why not."""
+    """Return the implementations that can be built, and the reasons why others cannot."""
     built: dict[str, Implementation] = {"moezoo": moezoo_layer(weights, k)}
     failed: dict[str, str] = {}
     for name in peers:
@@ -268,7 +268,7 @@ def main() -> None:
     start = time.perf_counter()
     device = torch.device(args.device)
     default = default_layers(device, args.quantization)
-    layers = known(args.layer or default)
+    layers = checked_names(args.layer or default)
     all_peers = [OWN_BF16] if args.quantization else list(PEERS)
     peers = all_peers if args.peers is None else args.peers
     if others := sorted(set(peers) - set(all_peers)):

@@ -33,14 +33,14 @@ def cells(document: dict[str, Any], layer: str = "qwen3-30b-a3b") -> list[Cell]:
 
 
 def time_of(cell: Cell, name: str) -> float | None:
-    """Measured in this run, or kept from earlier."""
+    """Return a time of this run, or the one kept from an earlier run."""
     timing = cell["timings"].get(name)
     found: float | None = timing["median_us"] if timing else cell["references_us"].get(name)
     return found
 
 
 def times(found: list[Cell], rows: dict[str, str]) -> list[list[str]]:
-    """A row for each implementation by its title, the fastest of each number of tokens in bold."""
+    """Return a row for each implementation, the fastest at each number of tokens in bold."""
     lines = []
     best = [min(t for n in rows if (t := time_of(cell, n)) is not None) for cell in found]
     for name, title in rows.items():
@@ -92,7 +92,7 @@ def block_fp8() -> list[str]:
 
 
 def quantized() -> list[str]:
-    """Times bf16's speed, and up to 256 tokens the share of the floor."""
+    """Return speeds relative to bf16 and, up to 256 tokens, shares of the floor."""
     rows, first = [], cells(result("layer_int4_w4a16_partial"))
     for layer, title, formats in (
         ("qwen3-30b-a3b", "Qwen3-30B-A3B", ("int4_w4a16", "mxfp4", "int8_w8a16")),

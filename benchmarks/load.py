@@ -33,9 +33,10 @@ CONTENDERS = ("copy", "copy, fresh memory", "moezoo", "transformers")
 def write_checkpoint(
     folder: Path, layers: int, *, num_experts: int = 128, part: tuple[int, int] = (0, 1)
 ) -> None:
-    """One shard a layer; weights are random, since a page of zeros may cost nothing to copy.
+    """Write the checkpoint, one shard per layer.
 
-    Of n processes each writes a part (i, n) of the shards; the first one also what is not weights.
+    Weights are random, since a page of zeros may cost nothing to copy. Of n processes, process i
+    writes part (i, n) of the shards; the first also writes all that is not weights.
     """
     from safetensors.torch import save_file
     from transformers import Qwen3MoeConfig
@@ -94,7 +95,7 @@ def write_checkpoint(
 
 
 def random_weight(shape: tuple[int, ...]) -> torch.Tensor:
-    """bf16 with random signs and mantissas and one exponent: quicker than a normal draw."""
+    """Return bf16 of random signs and mantissas and one exponent: quicker than a normal draw."""
     bits = torch.randint(-(2**63), 2**63 - 1, (math.prod(shape) // 4,))
     bits &= 0x807F807F807F807F - 2**64
     bits |= 0x3C803C803C803C80
@@ -102,7 +103,7 @@ def random_weight(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def read_files(files: list[Path], buffer: torch.Tensor) -> None:
-    """Every byte of the files into `buffer`, one after another."""
+    """Read every byte of the files into `buffer`, one file after another."""
     jobs = []
     start = 0
     for path in files:
@@ -120,7 +121,7 @@ def read_files(files: list[Path], buffer: torch.Tensor) -> None:
 
 
 def prepare(contender: str, folder: Path, device: str) -> Callable[[], object]:
-    """What is timed; imports and the buffer that the copy has beforehand are not."""
+    """Return the call to time, after untimed imports and the allocation of the copy's buffer."""
     files = sorted(folder.glob("*.safetensors"))
     size = sum(path.stat().st_size for path in files)
     if contender == "moezoo":
@@ -156,7 +157,7 @@ def anonymous_memory() -> int:
 
 
 def measure(contender: str, folder: Path, device: str) -> dict[str, float]:
-    """Run in a process of its own."""
+    """Measure once; this runs in a process of its own."""
     call = prepare(contender, folder, device)
     if device != "cpu":
         torch.ones(1, device=device)

@@ -1,4 +1,4 @@
-"""What every benchmark says of the machine it ran on, and where its results go."""
+"""Facts about the machine that every benchmark reports, and the paths of results."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def describe(device: torch.device | str) -> dict[str, Any]:
 
 
 def read_bandwidth(device: torch.device | str, nbytes: int = 1 << 29) -> float:
-    """Bytes a second at which `device` reads memory that no cache holds: the best of ten sums."""
+    """Return the bytes per second at which `device` reads uncached memory: the best of ten sums."""
     data = torch.randn(nbytes // 4, device=device)
     best = float("inf")
     for _ in range(10):
@@ -56,13 +56,13 @@ def synchronize(device: torch.device | str) -> None:
 
 
 def result_path(benchmark: str, device: torch.device | str) -> Path:
-    """results/<benchmark>_<device>.json"""
+    """Return the path results/<benchmark>_<device>.json."""
     name = "".join(c if c.isalnum() else "_" for c in device_name(device)).strip("_").lower()
     return RESULTS / f"{benchmark}_{name}.json"
 
 
 def write_result(benchmark: str, device: torch.device | str, content: dict[str, Any]) -> Path:
-    """Keep `content` at `result_path`, which is returned."""
+    """Write `content` to `result_path` and return the path."""
     path = result_path(benchmark, device)
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {"benchmark": benchmark, **describe(device), **content}

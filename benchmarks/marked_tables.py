@@ -1,4 +1,4 @@
-"""Tables of Markdown, and pages that have them between marks."""
+"""Markdown tables, and pages that contain them between marks."""
 
 import argparse
 import re
@@ -12,7 +12,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def renew(page: Path, script: str, made: Callable[[str], Iterable[str]]) -> None:
-    """What lies between `<!-- benchmarks/script NAME -->` and `<!-- end -->` becomes made(NAME)."""
+    """Put made(NAME) between `<!-- benchmarks/script NAME -->` and `<!-- end -->`."""
     marked = re.compile(
         rf"(<!-- benchmarks/{re.escape(script)} (\w+) -->\n).*?(<!-- end -->)", re.DOTALL
     )
@@ -24,7 +24,7 @@ def renew(page: Path, script: str, made: Callable[[str], Iterable[str]]) -> None
 
 
 def renew_pages(about: str, script: str, tables: Mapping[str, Callable[[], Iterable[str]]]) -> None:
-    """What such a script does: `renew` the pages on its command line."""
+    """Renew the pages that the command line names; the main function of such scripts."""
     parser = argparse.ArgumentParser(description=about.split("\n")[0])
     parser.add_argument("pages", nargs="+", type=Path, metavar="PAGE")
     for page in parser.parse_args().pages:

@@ -42,7 +42,7 @@ PROMPTS = {"cuda": 512, "cpu": 12}
 PROMPT_TOKENS = {"cuda": (64, 2048), "cpu": (8, 48)}
 NEW_TOKENS = {"cuda": (16, 512), "cpu": (4, 16)}
 ROWS = {"cuda": 256, "cpu": 8}
-"""Prompts at once, at most: the defaults of `moezoo.generate`."""
+"""Most prompts at once: the defaults of `moezoo.generate`."""
 STATIC_BATCHES = {"cuda": (32, 64), "cpu": (4,)}
 PEER_STEPS = 8
 PEER_PROMPTS = 64
@@ -51,7 +51,7 @@ COMPILED_CHUNKS = (64, 256, 1024, 4096, CHUNK_TOKENS)
 
 @dataclass(frozen=True)
 class Workload:
-    """Prompts, and how many tokens are to follow each."""
+    """Prompts, and the number of new tokens for each."""
 
     prompts: list[list[int]]
     limits: list[int]
@@ -64,7 +64,7 @@ class Workload:
         new_tokens: tuple[int, int],
         vocabulary: int,
     ) -> "Workload":
-        """The same ones each time; the first ones of a larger `number`."""
+        """Draw the same prompts each time; a smaller `number` gives the first of them."""
         lengths, limits, tokens = (random.Random(f"{SEED} {what}") for what in ("n", "m", "ids"))
         return cls(
             [
@@ -83,7 +83,7 @@ class Workload:
 
 
 class CountedEngine(Engine):
-    """Knows how long captures have taken."""
+    """An engine that adds up how long captures take."""
 
     capture_seconds = 0.0
 
@@ -135,7 +135,7 @@ def speeds(input_tokens: int, output_tokens: int, seconds: float) -> dict[str, f
 
 @torch.inference_mode()
 def compile_ahead(subject: Subject) -> None:
-    """Run steps of all sizes, and prompts of several, once, on an engine of its own."""
+    """Run steps of all sizes and prompts of several sizes once, on a separate engine."""
     engine = Engine(
         subject.model.decoder,
         num_rows=ROWS["cuda"],
@@ -152,7 +152,7 @@ def compile_ahead(subject: Subject) -> None:
 
 
 def continuous(subject: Subject, workload: Workload, rows: int) -> dict[str, Any]:
-    """moezoo's continuous batching."""
+    """Measure moezoo's continuous batching."""
     model = subject.model
     context = context_length(model) or MAX_CONTEXT
     synchronize(subject.device)
@@ -191,7 +191,7 @@ def continuous(subject: Subject, workload: Workload, rows: int) -> dict[str, Any
 
 
 def static_batches(twin: nn.Module, workload: Workload, batch: int) -> dict[str, Any]:
-    """transformers' `generate`: a few steps of one batch, and what all of them come to."""
+    """Measure a few steps of a batch in transformers' `generate`; extrapolate to all batches."""
     lengths = workload.lengths
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     middle = (len(order) - batch) // 2
@@ -222,7 +222,7 @@ def static_batches(twin: nn.Module, workload: Workload, batch: int) -> dict[str,
 
 
 def their_batching(subject: Subject, workload: Workload, limit: float) -> dict[str, Any]:
-    """What `generate_batch` runs, with each prompt's own limit, stopped after `limit` seconds."""
+    """Measure what `generate_batch` runs, with each prompt's own limit, up to `limit` seconds."""
     from transformers.generation.continuous_batching.utils import WorkloadHints
 
     if subject.left() < limit:
@@ -262,7 +262,7 @@ def their_batching(subject: Subject, workload: Workload, limit: float) -> dict[s
 
 
 def collected(manager: Any, workload: Workload, end: float) -> tuple[dict[str, int], int]:
-    """Tokens of each request that have come until `end`, and how many requests have ended."""
+    """Return the tokens that each request has by `end`, and how many requests have ended."""
     come: dict[str, int] = {}
     finished = 0
     for i, (prompt, limit) in enumerate(zip(workload.prompts, workload.limits, strict=True)):
@@ -281,7 +281,7 @@ def collected(manager: Any, workload: Workload, end: float) -> tuple[dict[str, i
 
 
 def figures(row: Row) -> list[str]:
-    """Cells of the table: see COLUMNS."""
+    """Return the cells of a row of the table, in the order of COLUMNS."""
     found = row["contenders"]
     static = [c for name, c in found.items() if "_static_" in name]
     best = max(static, key=lambda c: c["output_tokens_per_second"], default=None)

@@ -34,7 +34,7 @@ ACTIVATION = FusedActivation(FnSpecs("silu_and_mul", silu_and_mul, ()), (), 2)
 
 
 def triton_kernels_layer(w13: Tensor, w2: Tensor, k: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """The layer on w13 [E, 2I, H], which is copied with gate and up rows alternating, and w2."""
+    """Return the layer on w13 [E, 2I, H], copied with alternating gate and up rows, and w2."""
     num_experts, rows, hidden_size = w13.shape
     alternating = torch.empty_like(w13).view(num_experts, rows // 2, 2, hidden_size)
     alternating[:, :, 0].copy_(w13[:, : rows // 2])
@@ -43,7 +43,7 @@ def triton_kernels_layer(w13: Tensor, w2: Tensor, k: int) -> Callable[[Tensor, T
 
 
 def layer(b13: Tensor, b2: Tensor, k: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """The layer on b13 [E, H, 2I], columns of gate and up alternating, and b2 [E, I, H]."""
+    """Return the layer on b13 [E, H, 2I], gate and up columns alternating, and b2 [E, I, H]."""
     route = routing if k & (k - 1) == 0 else _routing_in_torch
 
     def run(x: Tensor, logits: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def layer(b13: Tensor, b2: Tensor, k: int) -> Callable[[Tensor, Tensor], Tensor]
 
 
 def _routing_in_torch(logits: Tensor, k: int) -> tuple[Any, Any, Any]:
-    """`routing` for a k that is no power of two, which the package's top-k does not take."""
+    """Compute `routing` for a k that is no power of two, which the package cannot."""
     num_experts = logits.shape[1]
     chosen, ids = logits.topk(k)
     ids = ids.flatten().int()

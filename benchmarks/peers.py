@@ -19,7 +19,10 @@ MAX_BATCHED_BYTES = 12e9
 
 
 def torch_grouped_mm(w13: Tensor, w2: Tensor, k: int) -> Implementation:
-    """torch's grouped product between a sort and a gather; weights and sum are one product."""
+    """Return the layer on torch's grouped product between a sort and a gather.
+
+    Weights and sum are one product.
+    """
     num_experts = w13.shape[0]
     grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
@@ -39,7 +42,7 @@ def torch_grouped_mm(w13: Tensor, w2: Tensor, k: int) -> Implementation:
 
 
 def in_transformers(implementation: str) -> Callable[[Tensor, Tensor, int], Implementation]:
-    """transformers' own experts, behind the router of its Qwen3-MoE."""
+    """Return the layer on transformers' own experts, after the router of its Qwen3-MoE."""
 
     def build(w13: Tensor, w2: Tensor, k: int) -> Implementation:
         from transformers.integrations.moe import use_experts_implementation
@@ -83,7 +86,7 @@ PEERS: dict[str, Callable[[Tensor, Tensor, int], Implementation]] = {
 
 
 def unfit(peer: str, layer: Layer, num_tokens: int) -> str | None:
-    """Why a peer is not tried on so many tokens, if it is not."""
+    """Return why a peer is not tried on so many tokens; None if it is."""
     if peer != "hf_batched_mm":
         return None
     if num_tokens > MAX_BATCHED_TOKENS:

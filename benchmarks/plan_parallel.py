@@ -29,12 +29,12 @@ from moezoo.tools.inspect import FORMATS, Report, inspect
 
 DEEPSEEK_V3 = Path(__file__).parent / "data" / "deepseek-v3"
 BYTES_ON_THE_WIRE = {"bf16": 2.0, "fp8": 1 + 4 / 128}
-"""Of a number of a token, with the fp32 scale of its group of 128."""
+"""Bytes per number of a token, its share of the fp32 scale of a group of 128 included."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One GPU and its links; by default an H100 as measured here, and what its links are sold as.
+    """One GPU and its links; by default an H100 as measured here, with its links' nominal rates.
 
     3.03 TB/s is what copies reach, 690 TFLOP/s what moezoo's fp8 experts of DeepSeek-V3 reach at
     16,384 tokens (benchmarks/results/layer_fp8_w8a8_nvidia_h100_80gb_hbm3.json).
@@ -44,9 +44,9 @@ class Machine:
     read_rate: float = 3.03e12
     flop_rate: float = 690e12
     nvlink_rate: float = 450e9
-    """Bytes a second in one direction between the GPUs of a node."""
+    """Bytes per second in one direction between the GPUs of a node."""
     network_rate: float = 50e9
-    """The same between nodes, of one GPU: 400 Gbit/s."""
+    """Bytes per second in one direction between nodes, of one GPU: 400 Gbit/s."""
     node_gpus: int = 8
 
 
@@ -58,15 +58,15 @@ class Deployment:
     gpus: int
     redundant: int
     dense_bytes: int
-    """Of all that is not routed experts."""
+    """Bytes of all weights except routed experts."""
     experts: str = "fp8_w8a8"
     dispatched: str = "fp8"
-    """What tokens are sent to experts as; their outputs come back in bf16."""
+    """Format in which tokens are sent to experts; their outputs come back in bf16."""
     machine: Machine = Machine()
 
     @property
     def slots(self) -> int:
-        """Of a GPU and layer."""
+        """Return the number of slots per GPU and layer."""
         assert self.report.experts is not None
         return -(-(self.report.experts.num_experts + self.redundant) // self.gpus)
 
@@ -80,12 +80,12 @@ class Deployment:
 
     @property
     def cached_tokens(self) -> float:
-        """Tokens whose keys and values fit what the weights leave of a GPU."""
+        """Return how many tokens' keys and values fit in the memory that weights leave on a GPU."""
         left = self.machine.memory - self.rank_expert_bytes - self.dense_bytes
         return left / (self.report.kv_cache_bytes_per_token or 1)
 
     def ranks_of_token(self) -> tuple[float, float]:
-        """Other GPUs that a token is sent to: of its node, and of other nodes."""
+        """Return how many other GPUs a token is sent to: in its node, and in other nodes."""
         assert self.report.experts is not None
         total = self.slots * self.gpus
         k = self.report.experts.per_token
@@ -94,7 +94,7 @@ class Deployment:
         return (1 - missed) * (in_node - 1), (1 - missed) * (self.gpus - in_node)
 
     def wire_bytes(self, tokens: int) -> tuple[float, float]:
-        """What a GPU sends in a layer, within its node and to others: tokens and, later, outputs.
+        """Return the bytes that a GPU sends in a layer, with outputs: in its node and to others.
 
         A token is sent once to each GPU that has experts of it, with their ids and weights.
         """
@@ -105,13 +105,13 @@ class Deployment:
         return tokens * near * row, tokens * far * row
 
     def experts_hit(self, tokens: int) -> float:
-        """Of a GPU's slots in a layer, those that a token of any GPU goes to."""
+        """Return how many of a GPU's slots in a layer get a token of any GPU."""
         assert self.report.experts is not None
         share = self.report.experts.per_token / (self.slots * self.gpus)
         return self.slots * (1 - (1 - share) ** (tokens * self.gpus))
 
     def seconds(self, tokens: int) -> dict[str, float]:
-        """Of a MoE layer for T tokens of each GPU, were nothing else to do: what each part takes.
+        """Return the seconds of each part of an MoE layer by itself, for T tokens of each GPU.
 
         NVLink and network work at the same time.
         """
@@ -128,13 +128,13 @@ class Deployment:
         }
 
     def dense_seconds(self) -> float:
-        """To read, in a step, the weights that every GPU has."""
+        """Return the seconds to read, in a step, the weights that every GPU has."""
         embedding = 2 * (self.report.vocab_size or 0) * (self.report.hidden_size or 0)
         return (self.dense_bytes - embedding) / self.machine.read_rate
 
 
 def dense_bytes(model: str | Path, name: str) -> int:
-    """Of all weights that are not routed experts, linear layers in a format."""
+    """Return the bytes of all weights except routed experts, with linear layers in a format."""
     config = transformers_config(open_config(model))
     with torch.device("meta"):
         decoder = registry.build(config)
@@ -149,7 +149,7 @@ def dense_bytes(model: str | Path, name: str) -> int:
 
 
 def expert_bytes(report: Report, name: str) -> int:
-    """Of one expert of one layer in a format. Raises ValueError where it does not fit."""
+    """Return the bytes of one expert in a format; raise ValueError if the format cannot hold it."""
     assert report.experts is not None and report.hidden_size is not None
     sizes = report.experts.intermediate_size, report.hidden_size
     gate_or_up, down = FORMATS[name](*sizes), FORMATS[name](*sizes[::-1])
@@ -202,7 +202,7 @@ def _row(*cells: str) -> str:
 
 
 def page(deployments: list[Deployment], decode: int, prefill: int) -> str:
-    """The tables of docs/parallel.md."""
+    """Return the tables of docs/parallel.md."""
     memories = [80e9, 141e9]
     lines = [
         "Memory of a GPU:",

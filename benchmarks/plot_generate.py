@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 
 def decode(panel: Axes, rows: list[Row]) -> None:
-    """Share of the roofline by batch, one line a context."""
+    """Plot the share of the roofline over the batch, one line per context."""
     contexts = sorted({row["context"] for row in rows})
     batches = sorted({row["batch"] for row in rows})
     for name in ("moezoo", "transformers"):
@@ -53,7 +53,7 @@ def decode(panel: Axes, rows: list[Row]) -> None:
 
 
 def prefill(panel: Axes, rows: list[Row]) -> None:
-    """Share of the matmul peak by tokens."""
+    """Plot the share of the matmul peak over the tokens."""
     for name, color in COLORS.items():
         points = [
             (row["prompt_tokens"], 100 * row["of_peak"][name])
@@ -70,7 +70,7 @@ def prefill(panel: Axes, rows: list[Row]) -> None:
 
 
 def offline(panel: Axes, rows: list[Row]) -> None:
-    """Output tokens a second of many prompts."""
+    """Plot the output tokens per second of many prompts."""
     found = rows[0]["contenders"]
     names = list(found)
     speeds = [found[name]["output_tokens_per_second"] for name in names]

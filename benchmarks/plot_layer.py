@@ -22,12 +22,12 @@ COLORS = {
     "hf_batched_mm": "tab:pink",
     "deepgemm": "tab:purple",
 }
-"""What is drawn; others (untuned, or far slower) would hide it."""
+"""Implementations that are drawn; others (untuned, or far slower) would hide them."""
 CEILING = 5.0
 
 
 def ratios(cells: list[dict[str, Any]], name: str) -> tuple[list[int], list[float], bool]:
-    """Tokens, time over floor, and whether all of the times are figures kept from earlier."""
+    """Return tokens, times over the floor, and whether all times are kept from earlier runs."""
     tokens, over, kept = [], [], True
     for cell in cells:
         us = time_of(cell, name)

@@ -1,4 +1,4 @@
-"""What the scripts that plot results share."""
+"""Helpers of the scripts that plot results."""
 
 import argparse
 import json
@@ -12,15 +12,17 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def short(number: int) -> str:
-    """16384 as 16k."""
+    """Return 16384 as 16k."""
     return str(number) if number < 1024 else f"{number // 1024}k"
 
 
 def save(
     plot: Callable[[dict[str, Any]], Figure], description: str, name: str, *, rows: str
 ) -> None:
-    """The command line: files of results, the first of which names the device and whose lists
-    `rows` are put together, and where their picture goes, docs/`name` by default."""
+    """Parse the command line and save the plot, to docs/`name` by default.
+
+    It names files of results, whose lists `rows` are concatenated; the first names the device.
+    """
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, default=DOCS / name)

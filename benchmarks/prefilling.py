@@ -18,7 +18,7 @@ from moezoo.generation.engine import Engine
 
 GROUPED = "grouped_mm"
 PEER_TOKENS = 8192
-"""Longer prompts are moezoo's alone."""
+"""Most tokens of a prompt for transformers; moezoo runs longer ones too."""
 
 
 def section(subject: Subject, args: argparse.Namespace) -> Iterator[Row]:
@@ -60,7 +60,7 @@ def experts_per_token(subject: Subject) -> int:
 
 
 def repeated(subject: Subject, run: Run) -> dict[str, float]:
-    """Seconds, after a run that compiles kernels and one that captures them in a graph."""
+    """Return the seconds after a run that compiles kernels and one that captures a graph."""
     run()
     run()
     return spread(timed(run, subject.device) for _ in range(subject.repeats))
@@ -80,7 +80,7 @@ def theirs(subject: Subject, prompt: torch.Tensor) -> Run:
 
 
 def figures(row: Row) -> list[str]:
-    """Cells of the table: see COLUMNS."""
+    """Return the cells of a row of the table, in the order of COLUMNS."""
     cells = [
         f"{1e3 * row['seconds'][name]['median']:,.1f}" if name in row["seconds"] else ""
         for name in ("moezoo", "transformers", f"transformers_{GROUPED}")

@@ -39,14 +39,14 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to hold the experts; without a format, in `dtype`."""
+    """A way to store the experts: in a format, or without one in `dtype`."""
 
     label: str
     format: type[Format] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.bfloat16
     nearest: str | None = None
-    """The label of what it must be better than."""
+    """Label of the scheme that it must be better than."""
 
     def takes(self, *columns: int) -> bool:
         size = self.options.get("group_size", 32 if self.format is Mxfp4 else -1)
@@ -79,7 +79,7 @@ SCHEMES = [
 ]
 
 LIMITS = {"fp8": 0.01, "int8": 0.005, "int4": 0.08, "mxfp4": 0.12}
-"""Nats by which the loss may differ from bf16's, by the first word of a label."""
+"""First word of a label -> nats by which the loss may differ from bf16's."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,15 @@ class Quality:
     scheme: Scheme
     loss: float
     top1: Tensor
-    """The likeliest next token of each."""
+    """Most likely next token after each token."""
     weight_errors: list[float]
-    """Of each layer with experts."""
+    """Relative error of the experts' weights in each MoE layer."""
     bits: float
-    """A weight of the experts, scales and all."""
+    """Bits per weight of the experts, scales included."""
 
 
 def windows_of(text: str, folder: Path, length: int) -> Tensor:
-    """[windows, length] consecutive tokens."""
+    """Return windows of consecutive tokens, [windows, length]."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -105,7 +105,7 @@ def windows_of(text: str, folder: Path, length: int) -> Tensor:
 
 @contextmanager
 def held(model: nn.Module, scheme: Scheme) -> Iterator[tuple[list[float], float]]:
-    """The experts of `model` quantised for a while: the error of each layer, and bits a weight."""
+    """Quantise the experts of `model` in the block; yield layers' errors and bits per weight."""
     layers = [module for module in model.modules() if isinstance(module, FusedMoE)]
     plain = [(layer.w13, layer.w2) for layer in layers]
     if scheme.format is None:
@@ -127,7 +127,7 @@ def held(model: nn.Module, scheme: Scheme) -> Iterator[tuple[list[float], float]
 
 
 def error(weights: tuple[Tensor, ...], quantized: list[Format]) -> float:
-    """Norm of the difference over that of the weights; an expert at a time."""
+    """Return the norm of the difference over that of the weights, one expert at a time."""
     lost = size = 0.0
     for w, q in zip(weights, quantized, strict=True):
         for e in range(len(w)):
@@ -167,7 +167,7 @@ def measure(folder: Path, windows: Tensor, device: torch.device) -> list[Quality
 
 
 def failures(qualities: list[Quality]) -> list[str]:
-    """What is over a limit."""
+    """Return a message for each figure that is over its limit."""
     base = qualities[0]
     losses = {quality.scheme.label: quality.loss for quality in qualities}
     found = []
@@ -223,7 +223,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def result_name(args: argparse.Namespace, published: Path, models: Collection[str]) -> str:
-    """A partial one for a part of the text, another one, or fewer models than are published."""
+    """Return the result's name, a partial one for other text or fewer models than are published."""
     before = json.loads(published.read_text())["checkpoints"] if published.exists() else {}
     whole = args.windows is None and args.text == TEXT and args.length == LENGTH
     return "quality" if whole and set(before) <= set(models) else "quality_partial"

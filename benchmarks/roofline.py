@@ -1,4 +1,4 @@
-"""What a decoder has to read for a step and to compute for a prompt: arithmetic, no clock."""
+"""Bytes that a decoder reads for a step and FLOP that it computes for a prompt, by arithmetic."""
 
 from collections.abc import Sequence
 
@@ -15,20 +15,20 @@ def expert_layers(decoder: Decoder) -> list[FusedMoE]:
 
 
 def expert_bytes(layer: FusedMoE) -> int:
-    """Of one of its experts."""
+    """Return the bytes of one expert."""
     tensors = (layer.w13, layer.w2, layer.bias13, layer.bias2)
     return sum(tensor.nbytes for tensor in tensors if tensor is not None) // len(layer.w13)
 
 
 def dense_bytes(decoder: Decoder) -> int:
-    """Bytes of the weights that every step reads: all but the experts, and the embedding's rows."""
+    """Return the bytes of weights that every step reads: all but the experts and the embedding."""
     stacked = sum(expert_bytes(layer) * len(layer.w13) for layer in expert_layers(decoder))
     looked_up = 0 if decoder.lm_head is None else decoder.embed.weight.nbytes
     return _nbytes(decoder) - stacked - looked_up
 
 
 def kv_bytes(decoder: Decoder, context: float) -> float:
-    """Bytes of the cache that a row reads whose sequence has `context` tokens."""
+    """Return the bytes of the cache that a row with `context` tokens reads."""
     return sum(
         token_bytes(decoder, window) * (context if window is None else min(context, window))
         for window in set(windows(decoder))
@@ -36,7 +36,7 @@ def kv_bytes(decoder: Decoder, context: float) -> float:
 
 
 def active_parameters(decoder: Decoder, k: int) -> int:
-    """Parameters that each token of a prompt is multiplied with; the head, once a prompt, is not.
+    """Return the parameters that each token of a prompt is multiplied by, the head excluded.
 
     `k` is the number of experts of a token.
     """
@@ -50,13 +50,13 @@ def active_parameters(decoder: Decoder, k: int) -> int:
 
 
 def causal_pairs(num_tokens: int, window: int | None = None) -> int:
-    """How many pairs of a query and a key it sees a prompt has."""
+    """Return the number of pairs of a query and a key that it sees in a prompt."""
     seen = num_tokens if window is None else min(window, num_tokens)
     return seen * (seen + 1) // 2 + (num_tokens - seen) * seen
 
 
 def prefill_flop(decoder: Decoder, k: int, num_tokens: int) -> int:
-    """2 for each active parameter and token, the head for the last one, and the attention."""
+    """Return a prompt's FLOP: 2 per active parameter and token, the head once, and attention."""
     head = decoder.embed.weight.numel()
     attention = sum(
         2 * causal_pairs(num_tokens, window) * layer.num_heads * sum(_head_widths(layer))
@@ -66,7 +66,7 @@ def prefill_flop(decoder: Decoder, k: int, num_tokens: int) -> int:
 
 
 def _head_widths(attention: nn.Module) -> tuple[int, int]:
-    """Of a key and of a value, as a prompt's attention multiplies them."""
+    """Return the widths of a key and of a value that a prompt's attention multiplies."""
     if isinstance(attention, MultiHeadLatentAttention):
         return attention.nope_dim + attention.rope_dim, attention.v_dim
     return attention.head_dim, attention.head_dim
@@ -84,7 +84,7 @@ def static_batch_seconds(
     token_seconds: float,
     step_seconds: float,
 ) -> float:
-    """What static batches take of prompts with `lengths`, each to be followed by `limits` tokens.
+    """Return the seconds of static batches for prompts of `lengths` and `limits` new tokens.
 
     They are taken in order of their length. A batch is padded to its longest prompt, at
     `token_seconds` a token, padding included, and runs until its last row ends, at `step_seconds`

@@ -34,7 +34,7 @@ CONTEXT = 512
 
 
 def section(case: str, args: argparse.Namespace, seconds: float) -> Iterator[Row]:
-    """Rows of a case whose models are not in memory here; its processes get so many seconds."""
+    """Yield the rows of a case from processes that get the given seconds; no model is held here."""
     end = time.perf_counter() + seconds
     for cache in ("warm", "cold") if args.cold else ("warm",):
         row: Row = {"section": "start", "case": case, "dtype": args.dtype, "triton_cache": cache}
@@ -68,7 +68,7 @@ def fresh(
 
 
 def measure(case: str, dtype: str, device: torch.device) -> dict[str, Any]:
-    """In the fresh process."""
+    """Measure the start; this runs in the fresh process."""
     begin = time.perf_counter()
     model = moezoo.from_config(CASES[case](), dtype=getattr(torch, dtype), device=device)
     model.generation_config.eos_token_id = None
@@ -109,7 +109,7 @@ def capture_seconds(model: Any, rows: int, device: torch.device) -> float:
 
 
 def figures(row: Row) -> list[str]:
-    """Cells of the table: see COLUMNS."""
+    """Return the cells of a row of the table, in the order of COLUMNS."""
     captures = row.get("capture_seconds", {})
     return [
         *(row["case"], row["triton_cache"]),

@@ -1,4 +1,4 @@
-"""What the sections of benchmarks/generate.py share: the two models, the clock, the time left."""
+"""Parts that the sections of benchmarks/generate.py share: models, the clock, the time left."""
 
 import gc
 import statistics
@@ -24,7 +24,7 @@ Run = Callable[[], object]
 
 @dataclass
 class Subject:
-    """moezoo's model and transformers' over the same weights, and how long they may take.
+    """moezoo's model and transformers' over the same weights, and the time that they may take.
 
     `deadline` is in seconds of `time.perf_counter`.
     """
@@ -42,7 +42,7 @@ class Subject:
         return self.model.device
 
     def draw(self, *shape: int) -> Tensor:
-        """Random tokens."""
+        """Return random tokens."""
         return torch.randint(1, self.model.config.vocab_size, shape, device=self.device)
 
     def row(self, section: str, **fields: Any) -> Row:
@@ -52,7 +52,7 @@ class Subject:
         return self.deadline - time.perf_counter()
 
     def attempt(self, row: Row, name: str, run: Callable[[], T]) -> T | None:
-        """What `run` returns, or None and the reason under row["skipped"][name]."""
+        """Return the result of `run`, or None with the reason under row["skipped"][name]."""
         if self.left() <= 0:
             row["skipped"][name] = "time budget"
             return None
@@ -69,7 +69,7 @@ class Subject:
 
 
 class Clock(BaseStreamer):
-    """Notes when tokens reach the host: first the prompt's, before any work, then new ones."""
+    """A streamer that notes when tokens reach the host: first the prompt's, before any work."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -91,7 +91,7 @@ def reason(error: BaseException) -> str:
 
 
 def release(device: torch.device) -> None:
-    """Give back memory that nothing uses any more."""
+    """Free memory that nothing uses any more."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -103,7 +103,7 @@ def spread(seconds: Iterable[float]) -> dict[str, float]:
 
 
 def greedy(model: nn.Module, ids: Tensor, new_tokens: int, **more: Any) -> Callable[[], Tensor]:
-    """`generate` on the rows of ids [B, T]; `more` may have another attention_mask."""
+    """Run `generate` on the rows of ids [B, T]; `more` may have another attention_mask."""
     given = {"attention_mask": torch.ones_like(ids), **more}
     return lambda: model.generate(
         ids, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **given
@@ -111,7 +111,7 @@ def greedy(model: nn.Module, ids: Tensor, new_tokens: int, **more: Any) -> Calla
 
 
 def forward(model: nn.Module, ids: Tensor) -> Run:
-    """A prompt's forward pass to the logits of its last token."""
+    """Run a prompt's forward pass to the logits of its last token."""
 
     @torch.inference_mode()
     def run() -> object:
@@ -131,7 +131,7 @@ def timed(run: Run, device: torch.device) -> float:
 def alternate(
     contenders: dict[str, Run], repeats: int, device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """Seconds of each: one run unmeasured, then `repeats` rounds in turn."""
+    """Return the seconds of each call: one run unmeasured, then `repeats` rounds in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(repeats + 1):
         for name, run in contenders.items():

@@ -1,4 +1,4 @@
-"""Which module holds which architecture, by the `model_type` of its config."""
+"""The table of architectures: which module builds a config's `model_type`."""
 
 from importlib import import_module
 from types import ModuleType
@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 
 from moezoo.errors import IN_TRANSFORMERS, UnsupportedArchitectureError
 from moezoo.layers.decoder import Decoder
-from moezoo.models.fields import check_sizes
+from moezoo.models.common.fields import check_fields
 
 ARCHITECTURES = {
     "afmoe": "afmoe",
@@ -54,15 +54,15 @@ ARCHITECTURES = {
 
 
 def list_architectures() -> list[str]:
-    """The model types that moezoo runs, sorted."""
+    """Return the model types that moezoo runs, sorted."""
     return sorted(ARCHITECTURES)
 
 
 def architecture(model_type: str) -> ModuleType:
-    """The module of a model type: `build(config)`, `CHECKPOINT` and `ASSUMES`.
+    """Return the module of a model type, with `build(config)`, `CHECKPOINT` and `ASSUMES`.
 
-    Where the checkpoints are of a multimodal model, `text_config(raw)` is the config.json that its
-    text model alone would have.
+    Where checkpoints are multimodal it has `text_config(raw)` too, which returns the config.json
+    that the text model alone would have.
 
     Raises `UnsupportedArchitectureError` for a model type that is not in the table.
     """
@@ -75,18 +75,12 @@ def architecture(model_type: str) -> ModuleType:
 
 
 def build(config: PreTrainedConfig) -> Decoder:
-    """The decoder that `config` describes; under `torch.device("meta")` no memory is taken.
+    """Return the decoder that `config` describes; under `torch.device("meta")` it takes no memory.
 
-    Raises `UnsupportedArchitectureError` naming the model type, or the field whose value moezoo
-    does not do.
+    Raises `UnsupportedArchitectureError` naming the model type, or the field whose value is not
+    supported.
     """
     module = architecture(config.model_type)
-    check_sizes(config)
-    for field, supported in module.ASSUMES.items():
-        value = getattr(config, field, supported[0])
-        if value not in supported:
-            raise UnsupportedArchitectureError.of_field(
-                config, field, " or ".join(map(repr, supported))
-            )
+    check_fields(config, module.ASSUMES)
     decoder: Decoder = module.build(config)
     return decoder

@@ -225,7 +225,7 @@ def test_ctrl_c_in_a_finalizer_is_not_lost():
 
 
 def test_ctrl_c_at_a_late_import_leaves_nothing(tmp_path):
-    command = [sys.executable, "-c", INTERRUPTED, "moezoo.models.mixtures", "convert"]
+    command = [sys.executable, "-c", INTERRUPTED, "moezoo.models.common.feed_forward", "convert"]
     command += [str(tiny_model()), str(tmp_path / "out"), "--quantization", "int8_w8a16"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (130, "begins\n")

@@ -30,17 +30,17 @@ LAYERS = {"decode": 48, "prompts": 8}
 ROWS, CONTEXT = 64, 512
 PROMPT = 512
 INTERVAL = {"decode": 800, "prompts": 150}
-"""Steps. Long enough for all experts of all layers to travel in pieces that are a small share of a
-step; the default is 3000."""
+"""Interval of rebalances in steps: long enough for all experts of all layers to travel in pieces
+that are a small share of a step; the default is 3000."""
 FIXED_STEPS = 150
-"""Measured where nothing moves."""
+"""Steps that are measured where nothing moves."""
 REDUNDANT = 16
 RUNS = (
     *(("decode", "off"), ("decode", "dynamic"), ("prompts", "off"), ("prompts", "dynamic")),
     *(("decode", "static"), ("decode", "dynamic, least movement")),
     *(("prompts", "static"), ("decode", "dynamic, not async"), ("prompts", "dynamic, not async")),
 )
-"""Steps and ways, the most important first."""
+"""Kinds of steps and ways of balancing, the most important first."""
 
 
 def eplb(job: Job) -> Iterator[Row]:
@@ -77,7 +77,7 @@ def eplb(job: Job) -> Iterator[Row]:
 
 
 def options_of(job: Job, way: str, interval: int, config: PreTrainedConfig) -> Any:
-    """What `eplb` is."""
+    """Return the value of the option `eplb`."""
     if way == "off":
         return None
     if way == "static":
@@ -106,14 +106,14 @@ def static_placement(job: Job, num_experts: int, layers: int) -> Path:
 
 
 def popular(moe: FusedMoE) -> None:
-    """From now on the layer's choices follow Zipf's law, the first experts first."""
+    """Make the layer's choices follow Zipf's law from now on, the first experts most popular."""
     bias = -torch.log(torch.arange(1, moe.num_experts + 1, device=moe.gate.device)).float()
     route = moe.route
     moe.route = lambda logits: route(logits / logits.std().clamp(min=1e-6) * 0.5 + bias)
 
 
 class Ends:
-    """What a balancer did at the end of each step."""
+    """Record of what a balancer did at the end of each step."""
 
     def __init__(self, model: MoECausalLM) -> None:
         self.kinds: list[str] = []
@@ -133,7 +133,7 @@ class Ends:
 
 
 def decoding(job: Job, model: MoECausalLM, number: int) -> tuple[Tensor, list[str]]:
-    """Seconds of each step, [number], from the end of the one before on the GPU's clock."""
+    """Return the seconds of each step, [number], from end to end on the GPU's clock."""
     rows = 4 if job.small else ROWS
     steps = Steps(job, model, rows=rows, context=CONTEXT)
     steps.begin(rows, alike=False)
@@ -152,7 +152,7 @@ def decoding(job: Job, model: MoECausalLM, number: int) -> tuple[Tensor, list[st
 
 
 def computing(job: Job, model: MoECausalLM, number: int) -> tuple[Tensor, list[str]]:
-    """The same of forward passes, by the host's clock."""
+    """Return the seconds of each forward pass, by the host's clock."""
     generator = torch.Generator(job.device).manual_seed(job.rank)
     shape = 1, 16 if job.small else PROMPT
     ids = torch.randint(model.config.vocab_size, shape, device=job.device, generator=generator)
@@ -169,7 +169,7 @@ def computing(job: Job, model: MoECausalLM, number: int) -> tuple[Tensor, list[s
 
 
 def told_apart(times: Tensor, ends: list[str]) -> Row:
-    """Of times [n] of steps, those on the slowest rank."""
+    """Group the times [n] of steps on the slowest rank by what happened at their end."""
     found: Row = {
         "mean_seconds": times.mean().item(),
         "slowest_seconds": times.max().item(),
@@ -188,7 +188,7 @@ def told_apart(times: Tensor, ends: list[str]) -> Row:
 
 
 def balance(job: Job, model: MoECausalLM) -> float:
-    """Of the last steps."""
+    """Return the balancedness of the last steps."""
     load = model.decoder.balancer.state.rank_load()  # type: ignore[union-attr]
     assert model.mesh is not None
     return float(balancedness(model.mesh.all_reduce(load, "summing loads").wait()))

@@ -1,4 +1,4 @@
-"""Sections correctness and generation: what ranks compute together beside what one GPU computes.
+"""Sections correctness and generation: results of several ranks compared with those of one GPU.
 
 Logits: of each model, number of ranks, placement and format, by every way in which tokens travel,
 over the logits of one GPU with the same format. Placements go through the formats in turn, so that
@@ -33,7 +33,7 @@ from over_ranks.shapes import qwen3
 FORMATS = (None, "fp8_w8a8", "int8_w8a16", "int4_w4a16", "mxfp4")
 PLACEMENTS = ("linear", "round_robin", "list", "file with copies")
 TOLERANCE = 0.05
-"""Relative, of logits in bf16: near ties in routers go either way."""
+"""Largest allowed relative difference of bf16 logits: near ties in routers go either way."""
 TEXT = "Once upon a time there was a little girl who lived in a house near the woods. " * 4
 PROMPTS = (
     "Once upon a time there was a little girl who",
@@ -102,7 +102,7 @@ def of_model(job: Job, name: str, load: Load, ids: Tensor, number: int) -> Itera
 
 
 def pairs(size: int, number: int) -> list[tuple[str | None, str]]:
-    """Formats and placements for the n-th model."""
+    """Return the formats and placements for the n-th model."""
     if size == 1:
         return [(None, "linear")]
     return [
@@ -112,7 +112,7 @@ def pairs(size: int, number: int) -> list[tuple[str | None, str]]:
 
 
 def placed(job: Job, load: Load, placement: str, size: int) -> Any:
-    """What `Parallel` takes as this placement."""
+    """Return the argument of `Parallel` for this placement."""
     if placement in ("linear", "round_robin"):
         return placement
     num_experts, layers = shape(load)
@@ -128,7 +128,7 @@ def placed(job: Job, load: Load, placement: str, size: int) -> Any:
 
 
 def shape(load: Load) -> tuple[int, tuple[int, ...]]:
-    """How many experts, and the layers that have them."""
+    """Return the number of experts, and the layers that have them."""
     if load.func is loaded:
         folder = load.args[1]
         report = moezoo.inspect(folder)
@@ -163,7 +163,7 @@ def in_block_fp8(model: MoECausalLM) -> bool:
 
 
 def counting(model: MoECausalLM) -> AbstractContextManager[object]:
-    """In the block ranks count in each layer how many tokens travel, however few those are."""
+    """Make ranks count in each layer how many tokens travel, even few, within the block."""
     if not isinstance(model.decoder.dispatcher, AllToAll):
         return nullcontext()
     return patch.object(model.decoder.dispatcher, "capacity_for", lambda k: None)
@@ -201,8 +201,10 @@ def generation(job: Job, models: list[Path]) -> Iterator[Row]:
 def texts(
     job: Job, model: MoECausalLM, tokenizer: Any, dispatch: str | None = None
 ) -> Mapping[str, list[int]]:
-    """Tokens of `model.generate` and `moezoo.generate`: for ranks that have their own, of its own
-    prompts."""
+    """Return the tokens of `model.generate` and `moezoo.generate`.
+
+    Ranks that have tokens of their own take prompts of their own.
+    """
     new_tokens = 12 if job.small else 160
     if dispatch is None:
         assert model.mesh is not None
@@ -220,14 +222,14 @@ def texts(
 
 
 def share(job: Job, actual: Mapping[str, list[int]], expected: Mapping[str, list[int]]) -> float:
-    """Of the texts of all ranks that are the same to the last token."""
+    """Return the share of all ranks' texts that are the same to the last token."""
     assert actual.keys() == expected.keys()
     unequal = sum(actual[name] != tokens for name, tokens in expected.items())
     return 1 - job.largest(unequal / len(expected))
 
 
 def counted_switches(model: MoECausalLM) -> list[None]:
-    """Grows by one whenever layers go to another map."""
+    """Return a list that grows by one whenever layers switch to another map."""
     transfer = model.decoder.balancer._transfer  # type: ignore[union-attr]
     switches: list[None] = []
     commit_ = transfer.commit_

@@ -24,11 +24,11 @@ ROWS = (1, 8, 32, 128)
 CONTEXT = 512
 STACK = 4
 COMPARED, BESIDE = 8, 32
-"""Rows that are compared, and how many are in the step that shows what rounding does."""
+"""Rows that are compared, and rows in the step that shows the effect of rounding."""
 TOLERANCE, LEAST_TOLERANCE = 1.5, 0.05
-"""Times the difference that rounding makes, and what is right in any case."""
+"""Allowed difference as a multiple of that of rounding, and a difference that is always allowed."""
 SPARE_BYTES = 4 << 30
-"""Beside the cache, for graphs and activations."""
+"""Bytes kept free beside the cache, for graphs and activations."""
 CASES = {
     "qwen3-30b-a3b": (partial(qwen3, 48), None),
     f"deepseek-v3, {STACK} layers, fp8": (partial(deepseek_v3, STACK), "fp8_w8a8"),
@@ -59,7 +59,7 @@ def is_wrong(row: Row) -> bool:
 
 
 def of_model(job: Job, case: str, size: int, dispatch: str) -> tuple[Row, Tensor, Tensor]:
-    """Its row, and logits of the first COMPARED rows by themselves and among BESIDE."""
+    """Return a model's row, and logits of the first COMPARED rows, alone and among BESIDE rows."""
     make, quantization = CASES[case]
     options = {"dispatch": dispatch} if size else {}
     model = job.make(make(small=job.small), size, quantization=quantization, **options)
@@ -85,7 +85,7 @@ def of_model(job: Job, case: str, size: int, dispatch: str) -> tuple[Row, Tensor
 
 
 def rows_with_room(job: Job, bytes_of_token: int) -> list[int]:
-    """Of ROWS, those whose cache fits beside the model on every rank."""
+    """Return the ROWS whose cache fits beside the model on every rank."""
     if not job.on_gpu:
         return list(ROWS[:2])
     job.release()

@@ -1,4 +1,4 @@
-"""The processes of a benchmark: groups of them, what they agree on, and clocks that they share.
+"""The processes of a benchmark: their groups, agreements and shared clocks.
 
 One job of all GPUs measures every number of ranks: with 4 processes, Parallel(2) makes two groups
 of two, which work at the same time.
@@ -32,11 +32,11 @@ from moezoo.parallel.sharding import dispatcher_of, moe_layers, slots_of
 
 Row = dict[str, Any]
 PATIENCE = timedelta(seconds=60)
-"""Until ranks that do not come to the end of a section are given up."""
+"""Seconds until ranks that do not reach the end of a section are given up."""
 
 
 class Job:
-    """This process among the others.
+    """This process's view of the job.
 
     `left` are the seconds until the section at work has to end. `small` is for a CPU, where every
     section is gone through with models of a few kilobytes, to try it out.
@@ -55,7 +55,7 @@ class Job:
 
     @property
     def sizes(self) -> list[int]:
-        """Of expert groups: 1 and its multiples by two that divide the job."""
+        """Return the sizes of expert groups: 1, 2, 4, .. as far as they divide the job."""
         return [n for n in (1, 2, 4, 8) if self.world_size % n == 0]
 
     def mesh(self, size: int, **options: Any) -> Mesh:
@@ -75,7 +75,7 @@ class Job:
     def make(
         self, config: PreTrainedConfig, size: int = 0, *, eplb: Any = None, **options: Any
     ) -> MoECausalLM:
-        """Random weights, the same on all ranks, whole or divided over `size` of them."""
+        """Make a model with random weights, the same on all ranks, whole or over `size` ranks."""
         quantization = options.pop("quantization", None)
         dtype = options.pop("dtype", torch.bfloat16)
         torch.manual_seed(0)
@@ -89,7 +89,7 @@ class Job:
         )
 
     def redispatch(self, model: MoECausalLM, **options: Any) -> None:
-        """Let tokens of a divided model travel by other options of `Parallel`."""
+        """Change the options of `Parallel` by which tokens of a divided model travel."""
         assert model.mesh is not None
         mesh = copy(model.mesh)
         mesh.parallel = replace(mesh.parallel, **options)
@@ -99,7 +99,7 @@ class Job:
             moe.dispatcher = dispatcher
 
     def placement_file(self, name: str, placement: Placement) -> Path:
-        """One file for all ranks."""
+        """Return one placement file for all ranks."""
         file = Path(gettempdir()) / f"moezoo-placement-{name}.json"
         if self.rank == 0:
             placement.save(file)
@@ -108,7 +108,7 @@ class Job:
 
     @contextmanager
     def until(self, seconds: float) -> Iterator[None]:
-        """The block has so many seconds at most."""
+        """Limit the block to the given seconds."""
         whole = self._end
         self._end = min(whole, time.perf_counter() + seconds)
         try:
@@ -121,25 +121,25 @@ class Job:
         return self._end - time.perf_counter()
 
     def has(self, seconds: float) -> bool:
-        """Whether so much time is left on rank 0: all go on, or none."""
+        """Whether rank 0 has that much time left; all ranks get the same answer."""
         flag = torch.tensor([self.left >= seconds], dtype=torch.int32, device=self.device)
         dist.broadcast(flag, 0)
         return bool(flag.item())
 
     def succeeded(self, error: str | None) -> list[str]:
-        """What went wrong on some rank in a section that all have left."""
+        """Return the errors of all ranks in a section that every rank has left."""
         found: list[str | None] = [None] * self.world_size
         dist.all_gather_object(found, error, group=self._hosts)
         return [text for text in found if text is not None]
 
     def largest(self, number: float) -> float:
-        """Of all ranks."""
+        """Return the largest value of all ranks."""
         own = torch.tensor(number, dtype=torch.float64, device=self.device)
         dist.all_reduce(own, dist.ReduceOp.MAX)
         return own.item()
 
     def difference(self, actual: Tensor, expected: Tensor) -> float:
-        """Relative, the largest of all ranks."""
+        """Return the relative difference, the largest of all ranks."""
         return self.largest(((actual - expected).norm() / expected.norm()).item())
 
     def same(self, tensor: Tensor) -> Tensor:
@@ -154,13 +154,13 @@ class Job:
             torch.cuda.synchronize()
 
     def release(self) -> None:
-        """Give back memory that nothing uses any more."""
+        """Free memory that nothing uses any more."""
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()
 
     def seconds(self, run: Callable[[], object], calls: int = 1) -> float:
-        """Of one of several calls that follow each other, on this rank."""
+        """Return the seconds of one of several successive calls, on this rank."""
         if not self.on_gpu:
             begin = time.perf_counter()
             for _ in range(calls):
@@ -175,7 +175,7 @@ class Job:
         return 1e-3 * start.elapsed_time(end) / calls
 
     def mark(self) -> Any:
-        """A point in time: on a GPU, when it is through with what was launched."""
+        """Return a point in time: on a GPU, when all that was launched has ended."""
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -183,7 +183,7 @@ class Job:
         return event
 
     def between(self, marks: list[Any]) -> Tensor:
-        """Seconds from each mark to the next, fp64, on the slowest rank."""
+        """Return the seconds from each mark to the next, fp64, on the slowest rank."""
         self.synchronize()
         pairs = itertools.pairwise(marks)
         if self.on_gpu:
@@ -193,21 +193,23 @@ class Job:
         return self.slowest(torch.tensor(times, dtype=torch.float64))
 
     def slowest(self, times: Tensor) -> Tensor:
-        """times [n] of this rank -> the largest of all ranks, each."""
+        """Return for each of the times [n] the largest of all ranks."""
         times = times.to(self.device)
         dist.all_reduce(times, dist.ReduceOp.MAX)
         return times.cpu()
 
     def median(self, run: Callable[[], object], *, repeats: int = 3, calls: int = 4) -> float:
-        """Seconds of a call on the slowest rank."""
+        """Return the median seconds of a call on the slowest rank."""
         (seconds,) = self.alternately({"": run}, repeats=repeats, calls=calls).values()
         return seconds
 
     def alternately(
         self, runs: dict[str, Callable[[], object]], *, repeats: int = 5, calls: int = 4
     ) -> dict[str, float]:
-        """The same of several, one after the other in each round: a GPU that gets warm is then as
-        warm for all."""
+        """Return the median seconds of each call on the slowest rank.
+
+        The calls take turns in each round, so that a GPU that gets warm is as warm for all.
+        """
         repeats, calls = (1, 1) if self.small else (repeats, calls)
         for run in runs.values():
             run()
@@ -220,7 +222,7 @@ class Job:
         return {name: self.largest(statistics.median(taken)) for name, taken in times.items()}
 
     def recorded(self, run: Callable[[], object], launches: int) -> Callable[[], object]:
-        """As many launches in a CUDA graph; on a CPU they are called."""
+        """Return a CUDA graph of that many launches; on a CPU a function that makes the calls."""
         with torch.inference_mode():
             for _ in range(2):
                 run()
@@ -234,12 +236,12 @@ class Job:
         return graph.replay
 
     def replayed(self, run: Callable[[], object], launches: int = 20) -> float:
-        """Seconds of one of many launches in a CUDA graph."""
+        """Return the seconds of one of many launches in a CUDA graph."""
         launches = 1 if self.small else launches
         return self.median(self.recorded(run, launches), calls=1) / launches
 
     def wire_bytes_per_second(self, size: int, nbytes: int = 1 << 28) -> float:
-        """That a rank of a group sends to the others while it receives as many."""
+        """Return the bytes per second that a rank sends to its group while it receives as many."""
         nbytes = 1 << 16 if self.small else nbytes
         mesh = self.mesh(size)
         rows = torch.randn(size, nbytes // 4 // size, device=self.device)

@@ -31,11 +31,11 @@ from over_ranks.shapes import deepseek_v3, mixtral, qwen3
 
 TOKENS = (16, 64, 256, 1024, 4096, 16384)
 GRAPH_TOKENS = 256
-"""Tokens of a rank up to which the layer is captured."""
+"""Most tokens of a rank for which the layer is captured."""
 OVERLAP_TOKENS = 1024
-"""From here on chunks and their parts are measured."""
+"""Least tokens for which chunks and their parts are measured."""
 SMALL = (4, 16)
-"""Tokens on a CPU; chunks from the last on."""
+"""Numbers of tokens on a CPU; chunks are measured from the last on."""
 CASES: dict[str, tuple[Callable[..., PreTrainedConfig], str | None]] = {
     "qwen3-30b-a3b": (qwen3, None),
     "deepseek-v3 fp8": (deepseek_v3, "fp8_w8a8"),
@@ -130,7 +130,7 @@ def over_ranks(job: Job, case: str, size: int, wire: float, rows: dict[int, Row]
 
 
 def passing(moe: FusedMoE, num_tokens: int) -> AbstractContextManager[None]:
-    """As in a model, where ranks agree once for all layers."""
+    """Run the block as a model's forward pass, in which ranks agree once for all layers."""
     assert moe.dispatcher is not None
     return moe.dispatcher.passing(num_tokens)
 
@@ -142,7 +142,7 @@ def captured(job: Job, moe: FusedMoE, x: Tensor) -> float:
 
 
 def parts(job: Job, moe: FusedMoE, x: Tensor) -> dict[str, float]:
-    """Seconds of travelling without experts, and of experts without travelling."""
+    """Return the seconds of travelling without experts, and of experts without travelling."""
     arrived: list[Arrival] = []
 
     def keep(*arrival: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def parts(job: Job, moe: FusedMoE, x: Tensor) -> dict[str, float]:
 
 
 def sent_bytes(job: Job, moe: FusedMoE, x: Tensor) -> int:
-    """What a rank sends to others for x [T, H], there and back, on average."""
+    """Return the mean bytes that a rank sends to others for x [T, H], both ways."""
     _, topk_ids = moe.route(moe.router_logits(x))
     assert isinstance(moe.dispatcher, AllToAll)
     mesh = moe.dispatcher.mesh

@@ -54,7 +54,7 @@ def load(job: Job) -> Iterator[Row]:
 
 
 def timed(job: Job, folder: Path, ranks: int) -> tuple[float, int]:
-    """Seconds, and the bytes that this process read; nothing where another one does it alone."""
+    """Return the seconds and the bytes that this process read; none if another reads alone."""
     job.release()
     job.together()
     before, begin = bytes_read(), time.perf_counter()

@@ -1,4 +1,4 @@
-"""Section pack: what a rank does with tokens before and after they travel, over a copy's rate.
+"""Section pack: a rank's work on tokens before and after they travel, over the rate of a copy.
 
 Bytes a second that are read and written, for tokens that go to some of PACK_RANKS ranks.
 """
@@ -13,7 +13,7 @@ from moezoo.parallel.pack import destinations, pack_order, pack_rows, sum_answer
 from over_ranks.job import Job, Row
 
 SIZES = ((4096, 2048, 8), (16384, 2048, 8), (4096, 7168, 8), (16384, 7168, 8))
-"""Tokens, width of the model, experts a token."""
+"""Tokens, hidden size and experts per token."""
 SMALL = ((64, 128, 2),)
 PACK_RANKS = 8
 

@@ -31,7 +31,7 @@ def qwen3(num_layers: int, *, small: bool) -> PreTrainedConfig:
 
 
 def deepseek_v3(num_layers: int, *, small: bool, vocab_size: int = 16384) -> PreTrainedConfig:
-    """MoE layers alone."""
+    """Return a config of DeepSeek-V3 with MoE layers only."""
     if small:
         return DeepseekV3Config(
             **SMALL,

@@ -12,7 +12,7 @@ from moezoo.generation.pages import num_pages
 from over_ranks.job import Job
 
 DRAWN = 64
-"""Steps whose tokens are drawn beforehand; then they come again."""
+"""Number of steps whose tokens are drawn beforehand; later steps repeat them."""
 
 
 class Steps:
@@ -33,7 +33,7 @@ class Steps:
 
     @torch.no_grad()
     def begin(self, rows: int, *, alike: bool) -> None:
-        """Let so many rows go on; with the same tokens on all ranks, or others on each."""
+        """Start with a number of rows, with the same tokens on all ranks or different ones."""
         for i, layer in enumerate(self.engine.cache.layers):
             generator = torch.Generator(self.job.device).manual_seed(i)
             for stored in layer:
@@ -50,7 +50,7 @@ class Steps:
 
     @torch.inference_mode()
     def step(self) -> Tensor:
-        """The logits, valid until the next one. Rows stay as long as they are."""
+        """Run a step and return its logits, valid until the next step. Rows do not grow."""
         engine, rows = self.engine, self._rows
         logits = engine.step(rows, engine.greedy)
         self._taken += 1
@@ -59,8 +59,10 @@ class Steps:
         return logits
 
     def seconds(self, rows: int, *, alike: bool, steps: int = 32, repeats: int = 3) -> float:
-        """Of a step on the slowest rank, the host looking at each step's tokens while the next one
-        runs, as generation does."""
+        """Return the seconds of a step on the slowest rank.
+
+        The host reads each step's tokens while the next one runs, as generation does.
+        """
         steps, repeats = (2, 1) if self.job.small else (steps, repeats)
         self.begin(rows, alike=alike)
         self.step()  # captures it

@@ -116,12 +116,12 @@ def _eplb_plan(arguments: argparse.Namespace) -> int:
 
 
 def _eplb_simulate(arguments: argparse.Namespace) -> int:
-    from moezoo.tools.balance import compare, history
+    from moezoo.tools.balance import compare, read_history
     from moezoo.tools.simulate import zipf_loads
 
     require_folder(arguments, "plot")
     if arguments.trace is not None:
-        loads, trace = history(arguments.trace)
+        loads, trace = read_history(arguments.trace)
         expert_bytes = trace.about.get("expert_bytes")
         source = {"trace": str(arguments.trace), **trace.about}
     else:

@@ -29,35 +29,51 @@ from moezoo.layers.rope import (
 )
 
 
+def _unchanged(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
 class DecoderLayer(nn.Module):
-    """x + attn(norm(x)), then x + mlp(norm(x))."""
+    """x + after_attn(attn(norm(x))), then x + after_mlp(mlp(norm(x))).
+
+    `after_attn` and `after_mlp` are functions or modules, such as a second norm or a factor.
+    """
 
     def __init__(
-        self, attn_norm: RMSNorm, attn: nn.Module, *, mlp_norm: RMSNorm, mlp: nn.Module
+        self,
+        attn_norm: RMSNorm,
+        attn: nn.Module,
+        *,
+        mlp_norm: RMSNorm,
+        mlp: nn.Module,
+        after_attn: Callable[[torch.Tensor], torch.Tensor] = _unchanged,
+        after_mlp: Callable[[torch.Tensor], torch.Tensor] = _unchanged,
     ) -> None:
         super().__init__()
         self.attn_norm = attn_norm
         self.attn = attn
         self.mlp_norm = mlp_norm
         self.mlp = mlp
+        self.after_attn = after_attn
+        self.after_mlp = after_mlp
 
     def forward(
         self, x: torch.Tensor, update: torch.Tensor | None, context: Context, layer_idx: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The stream x [B, T, H] and what is still to be added to it -> the same two after it.
+        """Return the residual stream x [B, T, H] and the update, [B, T, H], that is still to be
+        added to it, from those of the layer before; the first layer's `update` is None.
 
-        Each sum is made together with the norm that follows, at the latest by the layer it is for;
-        without kernels there is nothing to be gained by waiting.
+        The next norm adds the update, in its own kernel on CUDA. On a CPU nothing is gained by
+        handing on a norm before it is computed.
         """
         if not x.is_cuda:
             rows, x = self.attn_norm.add(x, update)
-            rows, x = self.mlp_norm.add(x, self.attn(rows, context, layer_idx))
-            return x, self.mlp(rows)
+            rows, x = self.mlp_norm.add(x, self.after_attn(self.attn(rows, context, layer_idx)))
+            return x, self.after_mlp(self.mlp(rows))
         normed = self.attn_norm.of_sum(x, update)
-        update = self.attn(handed_to(self.attn, normed), context, layer_idx)
+        update = self.after_attn(self.attn(handed_to(self.attn, normed), context, layer_idx))
         normed = self.mlp_norm.of_sum(normed.sum, update)
-        update = self.mlp(handed_to(self.mlp, normed))
-        return normed.sum, update
+        return normed.sum, self.after_mlp(self.mlp(handed_to(self.mlp, normed)))
 
 
 class Balancer(Protocol):

@@ -14,10 +14,15 @@ from moezoo.layers.linear import Linear
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.rope import rotate_half, unrotated
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import attention_biases, grouped_queries, norm_of_each_head, window_of
-from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.mixtures import dense_or_mixture, ungrouped_sigmoid_route
-from moezoo.models.names import (
+from moezoo.models.common.attention import (
+    attention_biases,
+    grouped_queries,
+    norm_of_each_head,
+    window_of,
+)
+from moezoo.models.common.feed_forward import dense_or_moe, ungrouped_sigmoid_route
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE, AtLeast
+from moezoo.models.common.names import (
     AROUND_LAYERS,
     ATTENTION,
     CORRECTION_BIAS,
@@ -28,7 +33,8 @@ from moezoo.models.names import (
 )
 
 ASSUMES = ASSUMED_EVERYWHERE | {
-    # Of the releases, not read by transformers.
+    "num_dense_layers": AtLeast(0),
+    # Fields of the released configs that transformers does not read.
     "score_func": ("sigmoid",),
     "route_norm": (True,),
     "n_group": (1, None),
@@ -38,8 +44,8 @@ ASSUMES = ASSUMED_EVERYWHERE | {
 }
 
 
-class GatedAttention(GroupedQueryAttention):
-    """o(attention * sigmoid(gate(x)))."""
+class SeparatelyGatedAttention(GroupedQueryAttention):
+    """o(attention * sigmoid(gate(x))), where the gate is a projection of its own."""
 
     def __init__(self, hidden_size: int, *num_heads: int, **options: Any) -> None:
         super().__init__(hidden_size, *num_heads, **options)
@@ -53,21 +59,13 @@ class GatedAttention(GroupedQueryAttention):
         return self.o(self.attended(qkv, context, layer_idx).flatten(2) * gate)
 
 
-class SandwichLayer(DecoderLayer):
-    """x + norm(attn(norm(x))), then x + norm(mlp(norm(x)))."""
+def sandwich_layer(norm: RMSNorm, attn: nn.Module, **modules: Any) -> DecoderLayer:
+    """Return a layer with norms before and after both parts.
 
-    def __init__(self, norm: RMSNorm, attn: nn.Module, **modules: Any) -> None:
-        super().__init__(norm, attn, **modules)
-        self.after_attn = RMSNorm(norm.dim, norm.eps)
-        self.after_mlp = RMSNorm(norm.dim, norm.eps)
-
-    def forward(
-        self, x: torch.Tensor, update: torch.Tensor | None, context: Context, layer_idx: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        normed = self.attn_norm.of_sum(x, update)
-        update = self.after_attn(self.attn(handed_to(self.attn, normed), context, layer_idx))
-        normed = self.mlp_norm.of_sum(normed.sum, update)
-        return normed.sum, self.after_mlp(self.mlp(handed_to(self.mlp, normed)))
+    x + norm(attn(norm(x))), then x + norm(mlp(norm(x))).
+    """
+    after = {name: RMSNorm(norm.dim, norm.eps) for name in ("after_attn", "after_mlp")}
+    return DecoderLayer(norm, attn, **modules, **after)
 
 
 def build(config: AfmoeConfig) -> Decoder:
@@ -75,16 +73,16 @@ def build(config: AfmoeConfig) -> Decoder:
         window = window_of(config, layer_idx)
         return grouped_queries(
             config,
-            layer=GatedAttention,
+            layer=SeparatelyGatedAttention,
             **attention_biases(config),
             window=window,
             rotate=unrotated if window is None else rotate_half,
             **norm_of_each_head(config),
         )
 
-    feed_forward = dense_or_mixture(
+    feed_forward = dense_or_moe(
         config,
-        ungrouped_sigmoid_route(config, config.route_scale),
+        partial(ungrouped_sigmoid_route, scaling=config.route_scale),
         dense=range(config.num_dense_layers),
         num_shared=config.num_shared_experts,
     )
@@ -93,7 +91,7 @@ def build(config: AfmoeConfig) -> Decoder:
         config,
         attention,
         feed_forward,
-        layer=SandwichLayer,
+        layer=sandwich_layer,
         decoder=partial(ScaledDecoder, embedding_scale=scale),
     )
 

@@ -1,4 +1,4 @@
-"""Command A+ (Cohere, 2026): attention and experts beside each other, after one norm."""
+"""Command A+ (Cohere, 2026): attention and experts in parallel, both after the same norm."""
 
 from functools import partial
 from typing import Any
@@ -14,10 +14,10 @@ from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import softmax_topk, topk_sigmoid
 from moezoo.layers.norm import LayerNorm, NormOfSum, RMSNorm, handed_to
 from moezoo.layers.rope import rotate_interleaved, unrotated
-from moezoo.models.attentions import attention_biases, grouped_queries, window_of
-from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
-from moezoo.models.mixtures import listed_layers, mixture, mlp
-from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, EXPERTS, SHARED_EXPERTS
+from moezoo.models.common.attention import attention_biases, grouped_queries, window_of
+from moezoo.models.common.feed_forward import dense_by_list, mlp, moe_layer
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE, experts_per_token
+from moezoo.models.common.names import ATTENTION, DECODER, DENSE_MLP, EXPERTS, SHARED_EXPERTS
 
 ASSUMES = ASSUMED_EVERYWHERE | {
     "expert_selection_fn": ("softmax", "sigmoid"),
@@ -32,7 +32,7 @@ class ParallelLayer(DecoderLayer):
 
     def __init__(self, *args: Any, **modules: Any) -> None:
         super().__init__(*args, **modules)
-        del self.mlp_norm
+        del self.mlp_norm  # pre_norm_decoder makes two norms, this layer has one
 
     def forward(
         self, x: torch.Tensor, update: torch.Tensor | None, context: Context, layer_idx: int
@@ -43,14 +43,14 @@ class ParallelLayer(DecoderLayer):
 
 
 class AveragedMoE(FusedMoE):
-    """The mean of what the routed experts and the shared ones give."""
+    """An MoE layer that returns the mean of its routed output and its shared experts' output."""
 
     def forward(self, x: torch.Tensor | NormOfSum) -> torch.Tensor:
         return super().forward(x) / 2
 
 
 def build(config: Cohere2MoeConfig) -> Decoder:
-    dense = listed_layers(config)
+    dense = dense_by_list(config)
     k = experts_per_token(config, config.num_experts)
     route = partial(softmax_topk, k=k, renormalize=True)
     if config.expert_selection_fn == "sigmoid":
@@ -82,7 +82,7 @@ def build(config: Cohere2MoeConfig) -> Decoder:
         width, num_shared = config.intermediate_size, config.num_shared_experts
         shared = mlp(config, width * num_shared) if num_shared else None
         layer = AveragedMoE if averages else FusedMoE
-        return mixture(config, width, route, layer=layer, shared=shared)
+        return moe_layer(config, width, route, layer=layer, shared=shared)
 
     return pre_norm_decoder(
         config,

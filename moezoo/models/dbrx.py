@@ -1,4 +1,4 @@
-"""DBRX (Databricks, 2024): clipped attention, LayerNorm, matrices of experts in one tensor."""
+"""DBRX (Databricks, 2024): clipped attention, LayerNorm, all experts of a layer in one tensor."""
 
 from functools import partial
 
@@ -12,19 +12,20 @@ from moezoo.layers.moe.routing import softmax_topk
 from moezoo.layers.norm import LayerNorm
 from moezoo.layers.rope import RotaryEmbedding, whole_heads
 from moezoo.loaders.mapping import Rule, Skip
-from moezoo.models.attentions import grouped_queries, with_rope
-from moezoo.models.fields import ASSUMED_EVERYWHERE
+from moezoo.models.common.attention import grouped_queries, with_rope
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE
 
 ASSUMES = ASSUMED_EVERYWHERE
 
 UNNAMED = {"rope_type": "default", "rope_theta": 10_000.0}
-"""transformers' rotation of a config that does not name one."""
+"""`rope_parameters` that transformers gives a config without any."""
 
 
 def rotary_embedding(config: DbrxConfig) -> RotaryEmbedding:
-    """The releases have `rope_theta` in their `attn_config`, where transformers does not read it.
+    """Return the rotation, with the `rope_theta` in `attn_config` if the config has it there.
 
-    Raises `UnsupportedArchitectureError` where `rope_parameters` have another.
+    The releases do, and transformers does not read it there. Raises `UnsupportedArchitectureError`
+    where `rope_parameters` has a different one.
     """
     theta = getattr(config.attn_config, "rope_theta", None)
     if theta is not None and config.rope_parameters == UNNAMED:
@@ -98,7 +99,7 @@ CHECKPOINT = (
     Rule("layers.{L}.mlp.gate", f"{BLOCK}.ffn.router.layer.weight"),
     Rule("layers.{L}.mlp.w13", f"{EXPERTS}.w1", f"{EXPERTS}.v1", shard="expert", view="unflatten"),
     Rule("layers.{L}.mlp.w2", f"{EXPERTS}.w2", shard="expert", view=("unflatten", "transpose")),
-    # For formats that have matrices only.
+    # Names in quantised checkpoints, which have a matrix for each expert.
     Rule(
         "layers.{L}.mlp.w13",
         f"{EXPERTS}.{{E}}.w1.weight",

@@ -11,17 +11,26 @@ from moezoo.layers.rope import Rotate, rotate_half, rotate_interleaved
 from moezoo.layers.sparse_attention import SparseLatentAttention
 from moezoo.loaders.mapping import Rule
 from moezoo.models import deepseek_v3
-from moezoo.models.deepseek_v2 import latent_attention
-from moezoo.models.mixtures import dense_or_mixture, listed_layers, sigmoid_route
+from moezoo.models.common.feed_forward import dense_by_list, dense_or_moe, sigmoid_route
+from moezoo.models.common.fields import AtLeast
+from moezoo.models.common.latent_attention import latent_attention
 
-ASSUMES = deepseek_v3.ASSUMES | {"mlp_bias": (False,)}
+ASSUMES = deepseek_v3.ASSUMES | {
+    "mlp_bias": (False,),
+    "index_n_heads": AtLeast(1),
+    "index_head_dim": AtLeast(1),
+    "index_topk": AtLeast(1),
+}
 
 KINDS = ("indexed_attention", "deepseek_sparse_attention")
-"""What newer and older versions of transformers call such layers."""
+"""Names of these layers in `config.layer_types`, in newer and older versions of transformers."""
 
 
 def sparse_decoder(config: DeepseekV32Config | GlmMoeDsaConfig, rotate_index: Rotate) -> Decoder:
-    """`rotate_index` is what positions do to the indexer's queries and keys."""
+    """Return a decoder whose attention is sparse in every layer.
+
+    `rotate_index` rotates the indexer's queries and keys.
+    """
     if set(config.layer_types) - set(KINDS):
         raise UnsupportedArchitectureError.of_field(config, "layer_types", " or ".join(KINDS))
     if config.q_lora_rank is None:
@@ -42,10 +51,10 @@ def sparse_decoder(config: DeepseekV32Config | GlmMoeDsaConfig, rotate_index: Ro
         )
         return latent_attention(config, rotate_interleaved, layer=sparse)
 
-    feed_forward = dense_or_mixture(
+    feed_forward = dense_or_moe(
         config,
-        sigmoid_route(config),
-        dense=listed_layers(config),
+        sigmoid_route,
+        dense=dense_by_list(config),
         num_shared=config.n_shared_experts,
     )
     return pre_norm_decoder(config, attention, feed_forward)

@@ -4,10 +4,15 @@ from transformers import Dots1Config
 
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
-from moezoo.models.attentions import attention_biases, grouped_queries, norm_of_each_head, window_of
-from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.mixtures import dense_or_mixture, first_layers, sigmoid_route
-from moezoo.models.names import ATTENTION, BIASED_MIXTURES, DECODER, QK_NORM
+from moezoo.models.common.attention import (
+    attention_biases,
+    grouped_queries,
+    norm_of_each_head,
+    window_of,
+)
+from moezoo.models.common.feed_forward import dense_by_count, dense_or_moe, sigmoid_route
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE
+from moezoo.models.common.names import ATTENTION, DECODER, DEEPSEEK_MOE, QK_NORM
 
 ASSUMES = ASSUMED_EVERYWHERE | {
     "scoring_func": ("sigmoid", "noaux_tc"),
@@ -24,13 +29,13 @@ def build(config: Dots1Config) -> Decoder:
             **norm_of_each_head(config),
         )
 
-    feed_forward = dense_or_mixture(
+    feed_forward = dense_or_moe(
         config,
-        sigmoid_route(config),
-        dense=first_layers(config),
+        sigmoid_route,
+        dense=dense_by_count(config),
         num_shared=config.n_shared_experts,
     )
     return pre_norm_decoder(config, attention, feed_forward)
 
 
-CHECKPOINT = (*DECODER, *ATTENTION, *QK_NORM, *BIASED_MIXTURES)
+CHECKPOINT = (*DECODER, *ATTENTION, *QK_NORM, *DEEPSEEK_MOE)

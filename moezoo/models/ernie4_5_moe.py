@@ -1,4 +1,4 @@
-"""ERNIE 4.5 (Baidu, 2025): a router in fp32, softmax scores with a bias that steers the choice."""
+"""ERNIE 4.5 (Baidu, 2025): an fp32 router, softmax scores with a correction bias."""
 
 from functools import partial
 from typing import Any, ClassVar
@@ -16,10 +16,15 @@ from moezoo.layers.moe.routing import biased_topk
 from moezoo.layers.norm import NormOfSum, normed
 from moezoo.layers.rope import rotate_interleaved
 from moezoo.loaders.mapping import Rule, Skip
-from moezoo.models.attentions import grouped_queries
-from moezoo.models.fields import ASSUMED_EVERYWHERE, check_head_bias, experts_per_token
-from moezoo.models.mixtures import dense_or_mixture
-from moezoo.models.names import (
+from moezoo.models.common.attention import grouped_queries
+from moezoo.models.common.feed_forward import dense_or_moe
+from moezoo.models.common.fields import (
+    ASSUMED_EVERYWHERE,
+    AtLeast,
+    check_head_bias,
+    experts_per_token,
+)
+from moezoo.models.common.names import (
     ATTENTION,
     CORRECTION_BIAS,
     DECODER,
@@ -29,12 +34,15 @@ from moezoo.models.names import (
 )
 
 ASSUMES = ASSUMED_EVERYWHERE | {
+    "moe_layer_start_index": AtLeast(0),
+    "moe_layer_interval": AtLeast(1),
+    "moe_num_shared_experts": AtLeast(0),
     "moe_use_aux_free": (True, None),
 }
 
 
 class Fp32GateMoE(FusedMoE):
-    """A mixture whose gate stays fp32 whatever the model's dtype."""
+    """An MoE layer whose gate stays in fp32 whatever the model's dtype."""
 
     keep_dtype: ClassVar[tuple[str, ...]] = ("gate",)
 
@@ -48,11 +56,17 @@ class Fp32GateMoE(FusedMoE):
 
 
 class RowBias(BiasedRoute):
-    """The bias is [1, E], as checkpoints have it."""
+    """A router with a correction bias of shape [1, E], as in the checkpoints."""
 
     def __init__(self, num_experts: int, fn: Any) -> None:
         super().__init__(num_experts, fn)
         self.correction_bias = nn.Parameter(self.correction_bias[None], requires_grad=False)
+
+
+def route(config: Ernie4_5_MoeConfig) -> RowBias:
+    k = experts_per_token(config, config.num_experts)
+    topk = partial(biased_topk, k=k, scoring="softmax", min_sum=config.moe_norm_min)
+    return RowBias(config.num_experts, topk)
 
 
 def build(config: Ernie4_5_MoeConfig) -> Decoder:
@@ -70,15 +84,9 @@ def build(config: Ernie4_5_MoeConfig) -> Decoder:
             config, qkv_bias=config.use_bias, out_bias=config.use_bias, rotate=rotate_interleaved
         )
 
-    route = partial(
-        biased_topk,
-        k=experts_per_token(config, config.num_experts),
-        scoring="softmax",
-        min_sum=config.moe_norm_min,
-    )
-    feed_forward = dense_or_mixture(
+    feed_forward = dense_or_moe(
         config,
-        partial(RowBias, config.num_experts, route),
+        route,
         dense=dense,
         num_shared=config.moe_num_shared_experts or None,
         bias=config.use_bias,

@@ -1,4 +1,4 @@
-"""K-EXAONE (LG AI Research, 2025): sliding layers are rotated, full ones are not."""
+"""K-EXAONE (LG AI Research, 2025): rotary embeddings in the sliding-window layers only."""
 
 from transformers import ExaoneMoeConfig
 
@@ -7,14 +7,14 @@ from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.rope import rotate_half, unrotated
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import grouped_queries, norm_of_each_head, window_of
-from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.mixtures import dense_or_mixture, listed_layers, sigmoid_route
-from moezoo.models.names import (
+from moezoo.models.common.attention import grouped_queries, norm_of_each_head, window_of
+from moezoo.models.common.feed_forward import dense_by_list, dense_or_moe, sigmoid_route
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE
+from moezoo.models.common.names import (
     ATTENTION,
-    BIASED_MIXTURES,
     CORRECTION_BIAS,
     DECODER,
+    DEEPSEEK_MOE,
     QK_NORM,
     TOKEN_PREDICTION,
 )
@@ -32,13 +32,13 @@ def build(config: ExaoneMoeConfig) -> Decoder:
             **norm_of_each_head(config),
         )
 
-    dense = listed_layers(config)
+    dense = dense_by_list(config)
     sparse = [layer_idx not in dense for layer_idx in range(config.num_hidden_layers)]
     if getattr(config, "is_moe_layer", sparse) != sparse:
         raise UnsupportedArchitectureError.of_field(config, "is_moe_layer", str(sparse))
-    feed_forward = dense_or_mixture(
+    feed_forward = dense_or_moe(
         config,
-        sigmoid_route(config),
+        sigmoid_route,
         dense=dense,
         num_shared=config.num_shared_experts,
     )
@@ -50,6 +50,6 @@ CHECKPOINT = (
     *ATTENTION,
     *QK_NORM,
     Rule(CORRECTION_BIAS.target, "model.layers.{L}.mlp.e_score_correction_bias"),
-    *BIASED_MIXTURES,
+    *DEEPSEEK_MOE,
     *TOKEN_PREDICTION,
 )

@@ -8,9 +8,9 @@ from transformers import FlexOlmoConfig
 from moezoo.layers.attention import Context, GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, DecoderLayer, pre_norm_decoder
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import attention_biases, grouped_queries, norm_of_all_heads
-from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.names import AROUND_LAYERS, ATTENTION, EXPERTS, QK_NORM
+from moezoo.models.common.attention import attention_biases, grouped_queries, norm_of_all_heads
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE
+from moezoo.models.common.names import AROUND_LAYERS, ATTENTION, EXPERTS, QK_NORM
 from moezoo.models.olmoe import feed_forward
 
 ASSUMES = ASSUMED_EVERYWHERE

@@ -5,13 +5,13 @@ from transformers import Glm4MoeConfig
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.rope import RotaryEmbedding
-from moezoo.models.attentions import grouped_queries, norm_of_each_head
-from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.mixtures import dense_or_mixture, first_layers, sigmoid_route
-from moezoo.models.names import (
+from moezoo.models.common.attention import grouped_queries, norm_of_each_head
+from moezoo.models.common.feed_forward import dense_by_count, dense_or_moe, sigmoid_route
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE
+from moezoo.models.common.names import (
     ATTENTION,
-    BIASED_MIXTURES,
     DECODER,
+    DEEPSEEK_MOE,
     QK_NORM,
     TOKEN_PREDICTION_LAYERS,
 )
@@ -24,13 +24,13 @@ def build(config: Glm4MoeConfig) -> Decoder:
         norms = norm_of_each_head(config) if config.use_qk_norm else {}
         return grouped_queries(config, qkv_bias=config.attention_bias, **norms)
 
-    feed_forward = dense_or_mixture(
+    feed_forward = dense_or_moe(
         config,
-        sigmoid_route(config),
-        dense=first_layers(config),
+        sigmoid_route,
+        dense=dense_by_count(config),
         num_shared=config.n_shared_experts,
     )
     return pre_norm_decoder(config, attention, feed_forward, rope=RotaryEmbedding(config))
 
 
-CHECKPOINT = (*DECODER, *ATTENTION, *QK_NORM, *BIASED_MIXTURES, TOKEN_PREDICTION_LAYERS)
+CHECKPOINT = (*DECODER, *ATTENTION, *QK_NORM, *DEEPSEEK_MOE, TOKEN_PREDICTION_LAYERS)

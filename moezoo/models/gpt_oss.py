@@ -1,7 +1,7 @@
 """gpt-oss (OpenAI, 2025): a sink for each head, a window in every other layer, experts with biases.
 
-The releases have their experts in MXFP4. A gate's row and the up row that goes with it are
-neighbours there, and in 16-bit checkpoints, where matrices are also transposed.
+The releases store their experts in MXFP4. Gate and up rows alternate in them. So they do in 16-bit
+checkpoints, whose matrices are transposed as well.
 """
 
 import torch
@@ -13,10 +13,10 @@ from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.moe import BiasedLogits, FusedMoE, Gating
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import attention_biases, grouped_queries, window_of
-from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.mixtures import softmax_route
-from moezoo.models.names import ATTENTION, DECODER
+from moezoo.models.common.attention import attention_biases, grouped_queries, window_of
+from moezoo.models.common.feed_forward import softmax_route
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE
+from moezoo.models.common.names import ATTENTION, DECODER
 
 ASSUMES = ASSUMED_EVERYWHERE | {"hidden_act": ("silu",), "swiglu_alpha": (1.702,)}
 
@@ -71,7 +71,7 @@ CHECKPOINT = (
     ),
     Rule("layers.{L}.mlp.w2", f"{EXPERTS}.down_proj", shard="expert", view="transpose"),
     Rule("layers.{L}.mlp.bias2", f"{EXPERTS}.down_proj_bias", shard="expert"),
-    # As those have it who quantise linear layers, and make some of the experts first.
+    # Names in quantised checkpoints whose experts were turned into linear layers first.
     *(
         Rule(target, *(f"{EACH}.{part}_proj.{kind}" for part in parts), shard="expert")
         for target, kind, parts in (

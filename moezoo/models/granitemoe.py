@@ -2,24 +2,23 @@
 
 from collections.abc import Callable
 from functools import partial
+from operator import mul
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import GraniteMoeConfig, GraniteMoeSharedConfig, PreTrainedConfig
 
 from moezoo.errors import UnsupportedArchitectureError
-from moezoo.layers.attention import Context, GroupedQueryAttention
+from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, DecoderLayer, ScaledDecoder, pre_norm_decoder
 from moezoo.layers.moe import FusedMoE
-from moezoo.layers.norm import handed_to
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import attention_biases, grouped_queries
-from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.mixtures import mixture, mlp, softmax_route
-from moezoo.models.names import ATTENTION, DECODER, each_expert
+from moezoo.models.common.attention import attention_biases, grouped_queries
+from moezoo.models.common.feed_forward import mlp, moe_layer, softmax_route
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE, AtLeast
+from moezoo.models.common.names import ATTENTION, DECODER, each_expert
 
-ASSUMES = ASSUMED_EVERYWHERE
+ASSUMES = ASSUMED_EVERYWHERE | {"shared_intermediate_size": AtLeast(0)}
 
 MULTIPLIERS = (
     "embedding_multiplier",
@@ -29,27 +28,14 @@ MULTIPLIERS = (
 )
 
 
-class ScaledLayer(DecoderLayer):
-    """x + factor * attn(norm(x)), then x + factor * mlp(norm(x))."""
-
-    def __init__(self, *args: Any, factor: float, **modules: Any) -> None:
-        super().__init__(*args, **modules)
-        self.factor = factor
-
-    def forward(
-        self, x: torch.Tensor, update: torch.Tensor | None, context: Context, layer_idx: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        normed = self.attn_norm.of_sum(x, update)
-        update = self.factor * self.attn(handed_to(self.attn, normed), context, layer_idx)
-        normed = self.mlp_norm.of_sum(normed.sum, update)
-        update = self.factor * self.mlp(handed_to(self.mlp, normed))
-        return normed.sum, update
-
-
 def granite_decoder(
     config: PreTrainedConfig, attention: Callable[[int], nn.Module], shared_size: int | None
 ) -> Decoder:
-    """Of `attention(layer_idx)` and mixtures, with a shared expert unless `shared_size` is None."""
+    """Return a decoder of `attention(layer_idx)` and MoE layers.
+
+    Each has a shared expert of an intermediate size of `shared_size`, or none if that is None.
+    Raises `UnsupportedArchitectureError` for multipliers that are not numbers.
+    """
     for field in MULTIPLIERS:
         if not isinstance(getattr(config, field), int | float):
             raise UnsupportedArchitectureError.of_field(config, field, "a number")
@@ -59,13 +45,14 @@ def granite_decoder(
     def feed_forward(layer_idx: int) -> FusedMoE:
         route = softmax_route(config, renormalize=True)
         shared = None if shared_size is None else mlp(config, shared_size)
-        return mixture(config, config.intermediate_size, route, shared=shared)
+        return moe_layer(config, config.intermediate_size, route, shared=shared)
 
+    scale = partial(mul, config.residual_multiplier)
     return pre_norm_decoder(
         config,
         attention,
         feed_forward,
-        layer=partial(ScaledLayer, factor=config.residual_multiplier),
+        layer=partial(DecoderLayer, after_attn=scale, after_mlp=scale),
         decoder=partial(
             ScaledDecoder,
             embedding_scale=config.embedding_multiplier,
@@ -104,7 +91,7 @@ CHECKPOINT = (
     Rule("layers.{L}.mlp.w13", f"{MOE}.experts.gate_up_proj", shard="expert"),
     Rule("layers.{L}.mlp.w2", f"{MOE}.output_linear.weight", shard="expert"),
     Rule("layers.{L}.mlp.w2", f"{MOE}.experts.down_proj", shard="expert"),
-    # For formats that have matrices only.
+    # Names in quantised checkpoints, which have a matrix for each expert.
     *each_expert(f"{MOE}.experts"),
     Rule("layers.{L}.mlp.shared.gate_up.weight", "model.layers.{L}.shared_mlp.input_linear.weight"),
     Rule("layers.{L}.mlp.shared.down.weight", "model.layers.{L}.shared_mlp.output_linear.weight"),

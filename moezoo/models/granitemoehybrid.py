@@ -1,4 +1,4 @@
-"""Granite 4 hybrid (IBM, 2025): Granite MoE whose layers are state spaces, but for some."""
+"""Granite 4 hybrid (IBM, 2025): Granite MoE with state-space layers, some of them attention."""
 
 from torch import nn
 from transformers import GraniteMoeHybridConfig
@@ -10,12 +10,17 @@ from moezoo.layers.rope import rotate_half, unrotated
 from moezoo.layers.state_space import StateSpace
 from moezoo.loaders.mapping import Rule
 from moezoo.models import granitemoe
+from moezoo.models.common.fields import AtLeast
 from moezoo.models.granitemoe import granite_attention, granite_decoder
 
 ASSUMES = granitemoe.ASSUMES | {
-    "mamba_proj_bias": (False,),  # in transformers the convolution would see that of padding
-    "mamba_n_groups": (1,),  # for more of them releases of transformers compute different norms
-    "time_step_limit": ((0.0, float("inf")),),  # which it forgets after the prompt
+    "mamba_n_heads": AtLeast(1),
+    "mamba_d_head": AtLeast(1),
+    "mamba_d_state": AtLeast(1),
+    "mamba_d_conv": AtLeast(1),
+    "mamba_proj_bias": (False,),  # in transformers the convolution would see the bias of padding
+    "mamba_n_groups": (1,),  # with more groups, versions of transformers norm differently
+    "time_step_limit": ((0.0, float("inf")),),  # transformers ignores it after the prompt
 }
 
 

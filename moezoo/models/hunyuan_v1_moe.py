@@ -1,9 +1,7 @@
 """Hunyuan-A13B (Tencent, 2025): queries and keys are normalised after their rotation."""
 
 from functools import partial
-from typing import Any
 
-import torch
 from transformers import HunYuanMoEV1Config
 
 from moezoo.errors import UnsupportedArchitectureError
@@ -12,12 +10,18 @@ from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import softmax_topk
 from moezoo.layers.norm import RMSNorm
-from moezoo.layers.rope import RotaryEmbedding, Rotation, whole_heads
+from moezoo.layers.rope import RotaryEmbedding, whole_heads
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import attention_biases, grouped_queries, head_width, with_rope
-from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.mixtures import mixture, mlp
-from moezoo.models.names import ATTENTION, DECODER, EXPERTS, gated_mlp
+from moezoo.models.common.attention import (
+    NormAfterRotation,
+    attention_biases,
+    grouped_queries,
+    head_width,
+    with_rope,
+)
+from moezoo.models.common.feed_forward import mlp, moe_layer
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE
+from moezoo.models.common.names import ATTENTION, DECODER, EXPERTS, gated_mlp
 
 ASSUMES = ASSUMED_EVERYWHERE | {
     "use_qk_norm": (True,),
@@ -28,21 +32,8 @@ ASSUMES = ASSUMED_EVERYWHERE | {
 }
 
 
-class NormAfterRotation(GroupedQueryAttention):
-    def __init__(self, *sizes: int, head_dim: int, eps: float, **options: Any) -> None:
-        super().__init__(*sizes, head_dim=head_dim, **options)
-        self.query_norm = RMSNorm(head_dim, eps)
-        self.key_norm = RMSNorm(head_dim, eps)
-
-    def heads(
-        self, qkv: torch.Tensor, rotation: Rotation
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v = super().heads(qkv, rotation)
-        return self.query_norm(q), self.key_norm(k), v
-
-
 def rotary_embedding(config: HunYuanMoEV1Config) -> RotaryEmbedding:
-    """ "dynamic" with an `alpha` is no dynamic scaling, but a larger theta."""
+    """Return the rotation. "dynamic" scaling with an `alpha` is a larger theta at any length."""
     alpha = config.rope_parameters.get("alpha")
     if config.rope_parameters.get("rope_type") == "dynamic" and alpha:
         width = head_width(config)
@@ -52,7 +43,10 @@ def rotary_embedding(config: HunYuanMoEV1Config) -> RotaryEmbedding:
 
 
 def for_each_layer(config: HunYuanMoEV1Config, field: str, default: int) -> list[int]:
-    """A field that is one number for all layers, or a list of them."""
+    """Return each layer's value of a field that is one number or a list, `default` without any.
+
+    Raises `UnsupportedArchitectureError` for a list that is too short or has other than integers.
+    """
     value = getattr(config, field, None)
     value = default if value is None else value
     numbers = value if isinstance(value, list) else [value] * config.num_hidden_layers
@@ -74,13 +68,19 @@ def build(config: HunYuanMoEV1Config) -> Decoder:
             raise UnsupportedArchitectureError.of_field(config, field, f"{only} in every layer")
 
     def attention(layer_idx: int) -> GroupedQueryAttention:
-        layer = partial(NormAfterRotation, eps=config.rms_norm_eps)
-        return grouped_queries(config, layer=layer, **attention_biases(config))
+        width = head_width(config)
+        return grouped_queries(
+            config,
+            layer=NormAfterRotation,
+            query_norm=RMSNorm(width, config.rms_norm_eps),
+            key_norm=RMSNorm(width, config.rms_norm_eps),
+            **attention_biases(config),
+        )
 
     def feed_forward(layer_idx: int) -> FusedMoE:
         width = config.intermediate_size
         route = partial(softmax_topk, k=chosen[layer_idx], renormalize=True)
-        return mixture(config, width, route, shared=mlp(config, width))
+        return moe_layer(config, width, route, shared=mlp(config, width))
 
     return pre_norm_decoder(config, attention, feed_forward, rope=rotary_embedding(config))
 

@@ -1,14 +1,20 @@
-"""Hy3 (Tencent, 2026): Qwen3's attention, sigmoid scores with a bias, always renormalised."""
+"""Hy3 (Tencent, 2026): Qwen3's attention, sigmoid scores with a correction bias, renormalised."""
+
+from functools import partial
 
 from transformers import HYV3Config
 
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import attention_biases, grouped_queries, norm_of_each_head
-from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.mixtures import counted_layers, dense_or_mixture, ungrouped_sigmoid_route
-from moezoo.models.names import (
+from moezoo.models.common.attention import attention_biases, grouped_queries, norm_of_each_head
+from moezoo.models.common.feed_forward import (
+    dense_by_list_and_count,
+    dense_or_moe,
+    ungrouped_sigmoid_route,
+)
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE
+from moezoo.models.common.names import (
     ATTENTION,
     CORRECTION_BIAS,
     DECODER,
@@ -21,7 +27,7 @@ from moezoo.models.names import (
 )
 
 ASSUMES = ASSUMED_EVERYWHERE | {
-    # The release asks for them, which changes no logits.
+    # The released config sets it; the logits are the same.
     "output_router_logits": (False, True),
     "moe_router_use_sigmoid": (True,),
     "moe_router_enable_expert_bias": (True,),
@@ -38,10 +44,10 @@ def build(config: HYV3Config) -> Decoder:
             **norm_of_each_head(config),
         )
 
-    feed_forward = dense_or_mixture(
+    feed_forward = dense_or_moe(
         config,
-        ungrouped_sigmoid_route(config, config.router_scaling_factor),
-        dense=counted_layers(config),
+        partial(ungrouped_sigmoid_route, scaling=config.router_scaling_factor),
+        dense=dense_by_list_and_count(config),
         num_shared=config.num_shared_experts,
         bias=config.mlp_bias,
     )

@@ -5,8 +5,8 @@ from typing import Any
 
 from moezoo.loaders.mapping import Rule, Skip
 from moezoo.models import deepseek_v3
-from moezoo.models.fields import text_part
-from moezoo.models.names import inside, of_text_model
+from moezoo.models.common.fields import text_part
+from moezoo.models.common.names import of_text_model, with_prefix
 
 ASSUMES = deepseek_v3.ASSUMES
 
@@ -14,13 +14,16 @@ build = deepseek_v3.build
 
 
 def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json of DeepSeek-V3. Unless it says otherwise, the head is the embedding."""
+    """Return the text model's config.json, which is one of DeepSeek-V3.
+
+    The head is tied to the embedding unless the config says otherwise.
+    """
     return text_part({"tie_word_embeddings": True, **raw}) | {"model_type": "deepseek_v3"}
 
 
 CHECKPOINT = (
-    *inside("language_model", deepseek_v3.CHECKPOINT),
-    # As transformers holds it.
+    *with_prefix("language_model", deepseek_v3.CHECKPOINT),
+    # Names in what transformers saves.
     *of_text_model(deepseek_v3.CHECKPOINT),
     Rule("lm_head.weight", "lm_head.weight"),
     *(

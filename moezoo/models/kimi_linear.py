@@ -1,5 +1,5 @@
-"""Kimi Linear (Moonshot AI, 2025): delta attention, and in every fourth layer latent attention
-without positions; DeepSeek-V3's mixtures."""
+"""Kimi Linear (Moonshot AI, 2025): delta attention, latent attention without positions in every
+fourth layer, DeepSeek-V3's MoE layers."""
 
 from torch import nn
 from transformers import KimiLinearConfig
@@ -11,12 +11,16 @@ from moezoo.layers.kimi_delta_attention import KimiDeltaAttention
 from moezoo.layers.norm import RMSNorm
 from moezoo.layers.rope import NoRotation, rotate_half
 from moezoo.loaders.mapping import Rule
-from moezoo.models.deepseek_v2 import latent_attention_of_sizes
-from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.mixtures import counted_layers, dense_or_mixture, sigmoid_route
-from moezoo.models.names import BIASED_MIXTURES, BLOCK_SPARSE_MOE, DECODER, MLA, gated_mlp
+from moezoo.models.common.feed_forward import dense_by_list_and_count, dense_or_moe, sigmoid_route
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE, AtLeast
+from moezoo.models.common.latent_attention import LATENT_SIZES, unscaled_latent_attention
+from moezoo.models.common.names import BLOCK_SPARSE_MOE, DECODER, DEEPSEEK_MOE, MLA, gated_mlp
 
 ASSUMES = ASSUMED_EVERYWHERE | {
+    **LATENT_SIZES,
+    "linear_num_heads": AtLeast(1),
+    "linear_head_dim": AtLeast(1),
+    "linear_conv_kernel_dim": AtLeast(1),
     "mla_use_nope": (True,),
     "moe_layer_freq": (1,),
     "moe_router_activation_func": ("sigmoid",),
@@ -31,7 +35,7 @@ def build(config: KimiLinearConfig) -> Decoder:
 
     def attention(layer_idx: int) -> nn.Module:
         if config.layer_types[layer_idx] == "full_attention":
-            return latent_attention_of_sizes(config, rotate_half)
+            return unscaled_latent_attention(config, rotate_half)
         num_heads, head_dim = config.linear_num_heads, config.linear_head_dim
         return KimiDeltaAttention(
             config.hidden_size,
@@ -43,13 +47,13 @@ def build(config: KimiLinearConfig) -> Decoder:
             norm=RMSNorm(head_dim, config.rms_norm_eps),
         )
 
-    feed_forward = dense_or_mixture(
+    feed_forward = dense_or_moe(
         config,
-        sigmoid_route(config),
-        dense=counted_layers(config),
+        sigmoid_route,
+        dense=dense_by_list_and_count(config),
         num_shared=config.n_shared_experts,
     )
-    # What other models rotate is there, and all heads share it.
+    # The part of a key that other models rotate exists, shared by all heads, and is not rotated.
     return pre_norm_decoder(
         config, attention, feed_forward, rope=NoRotation(config.qk_rope_head_dim)
     )
@@ -86,8 +90,10 @@ CHECKPOINT = (
     *BLOCK_SPARSE_MOE,
     Rule("layers.{L}.mlp.route.correction_bias", f"{MOE}.gate.e_score_correction_bias"),
     *gated_mlp("layers.{L}.mlp.shared", f"{MOE}.shared_experts"),
-    *BIASED_MIXTURES,
+    *DEEPSEEK_MOE,
     *gated_mlp("layers.{L}.mlp", MOE),
 )
-"""Names of the hub and those that a model has in transformers, which writes dense layers as no one
-else names them: the last rules."""
+"""Names in checkpoints of the hub and in those that transformers writes.
+
+The last rules are dense layers as only transformers names them.
+"""

@@ -14,11 +14,15 @@ from moezoo.layers.moe.layer import Route
 from moezoo.layers.moe.routing import grouped_topk
 from moezoo.layers.short_convolution import ShortConvolution
 from moezoo.loaders.mapping import Rule, Skip
-from moezoo.models.attentions import grouped_queries, norm_of_each_head
-from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
+from moezoo.models.common.attention import grouped_queries, norm_of_each_head
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE, AtLeast, experts_per_token
 
-# A convolution with a bias would see that of padding too, in transformers.
-ASSUMES = ASSUMED_EVERYWHERE | {"hidden_act": ("silu",), "conv_bias": (False,)}
+ASSUMES = ASSUMED_EVERYWHERE | {
+    "hidden_act": ("silu",),
+    "conv_bias": (False,),  # in transformers the convolution would see the bias of padding
+    "conv_L_cache": AtLeast(1),
+    "num_dense_layers": AtLeast(0),
+}
 
 
 def build(config: Lfm2MoeConfig) -> Decoder:
@@ -29,8 +33,6 @@ def build(config: Lfm2MoeConfig) -> Decoder:
     route: Route = partial(
         grouped_topk,
         k=experts_per_token(config, config.num_experts),
-        num_groups=1,
-        topk_groups=1,
         scoring="sigmoid",
         renormalize=config.norm_topk_prob,
         epsilon=1e-6,

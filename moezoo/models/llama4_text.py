@@ -1,4 +1,4 @@
-"""Llama 4 (Meta, 2025), its text model: attention in chunks, experts of a scaled input."""
+"""The text model of Llama 4 (Meta, 2025): chunked attention, experts with a scaled input."""
 
 from functools import partial
 from typing import Any, ClassVar
@@ -14,33 +14,26 @@ from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.kernels.windows import Chunked
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import topk_sigmoid
-from moezoo.layers.rope import Rotation, rotate_interleaved, unrotated
+from moezoo.layers.rope import rotate_interleaved, unrotated
 from moezoo.loaders.mapping import Rule, Skip
-from moezoo.models.attentions import attention_biases, grouped_queries
-from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
-from moezoo.models.mixtures import mixture, mlp
-from moezoo.models.names import ATTENTION, DECODER, each_expert, gated_mlp
+from moezoo.models.common.attention import (
+    NormAfterRotation,
+    attention_biases,
+    grouped_queries,
+    head_width,
+)
+from moezoo.models.common.feed_forward import mlp, moe_layer
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE, experts_per_token
+from moezoo.models.common.names import ATTENTION, DECODER, each_expert, gated_mlp
 
 ASSUMES = ASSUMED_EVERYWHERE
 
 
-class NormAfterRotation(GroupedQueryAttention):
-    """Each head of queries and keys is normalised, without weights."""
-
-    def __init__(self, *sizes: int, eps: float, **options: Any) -> None:
-        super().__init__(*sizes, **options)
-        self.eps = eps
-
-    def heads(self, qkv: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().heads(qkv, rotation)
-        width = (self.head_dim,)
-        return F.rms_norm(q, width, eps=self.eps), F.rms_norm(k, width, eps=self.eps), v
-
-
 class TemperedAttention(GroupedQueryAttention):
-    """Queries grow with the logarithm of their position, in steps of `floor` tokens.
+    """Attention whose queries are scaled up with the logarithm of their position.
 
-    As in transformers, padding before a sequence counts where there is some.
+    The factor rises in steps of `floor` tokens. As in transformers, padding before a sequence is
+    counted.
     """
 
     counts_padding: ClassVar[bool] = True
@@ -59,7 +52,7 @@ class TemperedAttention(GroupedQueryAttention):
 
 
 class ScaledInputMoE(FusedMoE):
-    """An expert's weight multiplies what goes into it, not what comes out."""
+    """An MoE layer whose routing weights multiply the experts' inputs, not their outputs."""
 
     def experts(self, x: Tensor, topk_weights: Tensor, rows: Tensor) -> Tensor:
         num_tokens, k = rows.shape
@@ -84,7 +77,10 @@ def build(config: Llama4TextConfig) -> Decoder:
         rotates = bool(config.no_rope_layers[layer_idx])
         layer: Any = GroupedQueryAttention
         if rotates and config.use_qk_norm:
-            layer = partial(NormAfterRotation, eps=config.rms_norm_eps)
+            norm = partial(
+                F.rms_norm, normalized_shape=(head_width(config),), eps=config.rms_norm_eps
+            )
+            layer = partial(NormAfterRotation, query_norm=norm, key_norm=norm)
         elif not rotates and config.attn_temperature_tuning:
             layer = partial(TemperedAttention, floor=config.floor_scale, strength=config.attn_scale)
         return grouped_queries(
@@ -102,7 +98,7 @@ def build(config: Llama4TextConfig) -> Decoder:
         if layer_idx not in config.moe_layers:
             return mlp(config, config.intermediate_size_mlp)
         width = config.intermediate_size
-        return mixture(config, width, route, layer=ScaledInputMoE, shared=mlp(config, width))
+        return moe_layer(config, width, route, layer=ScaledInputMoE, shared=mlp(config, width))
 
     return pre_norm_decoder(config, attention, feed_forward)
 
@@ -117,7 +113,7 @@ CHECKPOINT: tuple[Rule | Skip, ...] = (
     Rule("layers.{L}.mlp.gate", f"{MLP}.router.weight"),
     Rule("layers.{L}.mlp.w13", f"{EXPERTS}.gate_up_proj", shard="expert", view="transpose"),
     Rule("layers.{L}.mlp.w2", f"{EXPERTS}.down_proj", shard="expert", view="transpose"),
-    # As those have it who quantise linear layers, and make some of the experts first.
+    # Names in quantised checkpoints whose experts were turned into linear layers first.
     *each_expert(EXPERTS),
     *gated_mlp("layers.{L}.mlp.shared", f"{MLP}.shared_expert"),
 )

@@ -1,4 +1,5 @@
-"""LongCat-Flash (Meituan, 2025): experts beside a second attention, and some that do nothing."""
+"""LongCat-Flash (Meituan, 2025): two attentions a layer with the experts in parallel to the second,
+and zero-computation experts."""
 
 import math
 from functools import partial
@@ -18,16 +19,18 @@ from moezoo.layers.moe.routing import grouped_topk
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.rope import rotate_interleaved, whole_heads
 from moezoo.loaders.mapping import Rule
-from moezoo.models.deepseek_v2 import latent_attention
-from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
-from moezoo.models.mixtures import mlp
-from moezoo.models.names import AROUND_LAYERS, EXPERTS, MLA, TOKEN_PREDICTION, gated_mlp
+from moezoo.models.common.feed_forward import mlp
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE, AtLeast, experts_per_token
+from moezoo.models.common.latent_attention import LATENT_SIZES, latent_attention
+from moezoo.models.common.names import AROUND_LAYERS, EXPERTS, MLA, TOKEN_PREDICTION, gated_mlp
 
 ASSUMES = ASSUMED_EVERYWHERE | {
+    **LATENT_SIZES,
+    "num_layers": AtLeast(1),
     "layer_types": (None,),
     "sliding_window": (None,),
     "router_bias": (False,),
-    # Of the release, not read by transformers.
+    # Fields of the released config that transformers does not read.
     "attention_method": ("MLA",),
     "mla_scale_q_lora": (True,),
     "mla_scale_kv_lora": (True,),
@@ -36,10 +39,10 @@ ASSUMES = ASSUMED_EVERYWHERE | {
 
 
 class ScaledLatentAttention(MultiHeadLatentAttention):
-    """Queries are multiplied by `q_factor`, and the normed latents by `latent_factor`.
+    """Latent attention with queries scaled by `q_factor` and normed latents by `latent_factor`.
 
-    Keys, but for what is rotated, and values are linear in latents: it is done to queries and
-    outputs, and the cache holds what others have.
+    Values, and the part of keys that is not rotated, are linear in the latents. So the latents'
+    factor is applied to queries and outputs, and the cache is as in any latent attention.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class ScaledLatentAttention(MultiHeadLatentAttention):
 
 
 class ZeroExpertMoE(FusedMoE):
-    """A mixture that can choose `num_zero` experts more, which give back what they get."""
+    """An MoE layer with `num_zero` more experts to choose from, each of which returns its input."""
 
     def __init__(self, *arguments: Any, num_zero: int, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -80,8 +83,11 @@ class ZeroExpertMoE(FusedMoE):
 
 
 class ShortcutLayer(nn.Module):
-    """Two layers of attention and a dense mlp. The experts see what the first mlp sees, and are
-    added behind the second, so that they may be computed beside all that is between."""
+    """A layer of two halves, each attention and a dense mlp, with experts across both.
+
+    The experts have the first mlp's input, and their output is added after the second mlp, so they
+    may be computed in parallel to all that is between.
+    """
 
     def __init__(
         self,
@@ -102,7 +108,7 @@ class ShortcutLayer(nn.Module):
     def forward(
         self, x: Tensor, update: Tensor | None, context: Context, layer_idx: int
     ) -> tuple[Tensor, Tensor]:
-        """As of a `DecoderLayer`."""
+        """Return the residual stream and the update, as `DecoderLayer.forward` does."""
         normed = self._attended(0, x, update, context, layer_idx)
         shortcut = self.mlp(handed_to(self.mlp, normed))
         update = self.dense[0](handed_to(self.dense[0], normed))
@@ -112,7 +118,7 @@ class ShortcutLayer(nn.Module):
     def _attended(
         self, half: int, x: Tensor, update: Tensor | None, context: Context, layer_idx: int
     ) -> NormOfSum:
-        """What the mlp of this half sees."""
+        """Return the input of this half's mlp: its norm after this half's attention."""
         attn_norm, mlp_norm = self.attn_norm[half], self.mlp_norm[half]
         assert isinstance(attn_norm, RMSNorm) and isinstance(mlp_norm, RMSNorm)
         normed = attn_norm.of_sum(x, update)
@@ -123,7 +129,7 @@ class ShortcutLayer(nn.Module):
 
 def build(config: LongcatFlashConfig) -> Decoder:
     hidden_size, num_zero = config.hidden_size, config.zero_expert_num or 0
-    # Which some versions of transformers only say once they have built the model.
+    # Some versions of transformers set this only when they build the model.
     config.num_hidden_layers = 2 * config.num_layers
     width = config.qk_nope_head_dim + config.qk_rope_head_dim
     if config.qk_head_dim != width:
@@ -136,8 +142,6 @@ def build(config: LongcatFlashConfig) -> Decoder:
     route = partial(
         grouped_topk,
         k=experts_per_token(config, num_choices),
-        num_groups=1,
-        topk_groups=1,
         scoring="softmax",
         renormalize=False,
         scaling=config.routed_scaling_factor,

@@ -1,20 +1,29 @@
-"""Mellum 2 (JetBrains, 2026): Qwen3-MoE whose sliding layers have a rotation of their own."""
+"""Mellum 2 (JetBrains, 2026): Qwen3-MoE with a separate rotation in sliding-window layers."""
+
+from functools import partial
 
 from transformers import MellumConfig
 
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.rope import whole_heads
-from moezoo.models.attentions import (
+from moezoo.models.common.attention import (
     attention_biases,
     grouped_queries,
     norm_of_each_head,
     rotary_embeddings,
     window_of,
 )
-from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.mixtures import dense_or_mixture, listed_layers, softmax_route
-from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, EXPERTS, QK_NORM, TOKEN_PREDICTION
+from moezoo.models.common.feed_forward import dense_by_list, dense_or_moe, softmax_route
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE
+from moezoo.models.common.names import (
+    ATTENTION,
+    DECODER,
+    DENSE_MLP,
+    EXPERTS,
+    QK_NORM,
+    TOKEN_PREDICTION,
+)
 
 ASSUMES = ASSUMED_EVERYWHERE
 
@@ -31,9 +40,11 @@ def build(config: MellumConfig) -> Decoder:
             **norm_of_each_head(config),
         )
 
-    route = softmax_route(config, renormalize=config.norm_topk_prob)
-    feed_forward = dense_or_mixture(
-        config, lambda: route, dense=listed_layers(config), num_shared=None
+    feed_forward = dense_or_moe(
+        config,
+        partial(softmax_route, renormalize=config.norm_topk_prob),
+        dense=dense_by_list(config),
+        num_shared=None,
     )
     return pre_norm_decoder(config, attention, feed_forward, rope=rope)
 

@@ -1,4 +1,4 @@
-"""MiMo-V2-Flash (Xiaomi, 2025): sliding layers have sinks, and a rotation of their own."""
+"""MiMo-V2-Flash (Xiaomi, 2025): sliding-window layers have sinks and a separate rotation."""
 
 from typing import Any
 
@@ -12,12 +12,13 @@ from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.norm import NormOfSum
 from moezoo.layers.rope import RotaryEmbedding
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import rotary_embeddings, window_of
-from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.mixtures import dense_or_mixture, listed_layers, sigmoid_route
-from moezoo.models.names import ATTENTION, BIASED_MIXTURES, DECODER, TOKEN_PREDICTION
+from moezoo.models.common.attention import rotary_embeddings, window_of
+from moezoo.models.common.feed_forward import dense_by_list, dense_or_moe, sigmoid_route
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE, AtLeast
+from moezoo.models.common.names import ATTENTION, DECODER, DEEPSEEK_MOE, TOKEN_PREDICTION
 
 ASSUMES = ASSUMED_EVERYWHERE | {
+    "v_head_dim": AtLeast(1),
     "scoring_func": ("sigmoid",),
     "topk_method": ("noaux_tc",),
     "n_shared_experts": (None, 0),
@@ -26,11 +27,11 @@ ASSUMES = ASSUMED_EVERYWHERE | {
 }
 
 ROTARY = {"rope_theta": 5_000_000.0, "swa_rope_theta": 10_000.0, "partial_rotary_factor": 0.334}
-"""What the released config says, and transformers takes for granted."""
+"""Fields of the released config whose values are constants in transformers."""
 
 
 class ScaledAttention(GroupedQueryAttention):
-    """Values, and so what comes of them, are multiplied by `value_scale`."""
+    """Attention whose values are multiplied by `value_scale`; it is applied to the output."""
 
     def __init__(self, *sizes: int, value_scale: float, **options: Any) -> None:
         super().__init__(*sizes, **options)
@@ -43,8 +44,10 @@ class ScaledAttention(GroupedQueryAttention):
 
 
 def check_released_fields(config: MiMoV2FlashConfig) -> None:
-    """Raise `UnsupportedArchitectureError` where the hub's config has a field that transformers
-    does not read, and it says other than transformers does."""
+    """Check the fields of the released config that transformers does not read.
+
+    Raises `UnsupportedArchitectureError` where one contradicts what transformers computes.
+    """
     slides = [int(kind == "sliding_attention") for kind in config.layer_types]
     assumed = {
         "layernorm_epsilon": config.rms_norm_eps,
@@ -72,7 +75,7 @@ def rotary_embedding(config: MiMoV2FlashConfig) -> RotaryEmbedding:
 def build(config: MiMoV2FlashConfig) -> Decoder:
     check_released_fields(config)
     if getattr(config, "sliding_window_size", None) is not None:
-        # The query's own token is not counted in it, which not every transformers knows.
+        # This field does not count the query's own token; not every transformers reads it.
         config.sliding_window = config.sliding_window_size + 1
     if config.num_attention_heads % (2 * config.num_key_value_heads):
         raise UnsupportedArchitectureError.of_field(
@@ -97,9 +100,7 @@ def build(config: MiMoV2FlashConfig) -> Decoder:
             else config.attention_value_scale,
         )
 
-    feed_forward = dense_or_mixture(
-        config, sigmoid_route(config), dense=listed_layers(config), num_shared=None
-    )
+    feed_forward = dense_or_moe(config, sigmoid_route, dense=dense_by_list(config), num_shared=None)
     return pre_norm_decoder(config, attention, feed_forward, rope=rope)
 
 
@@ -108,6 +109,6 @@ CHECKPOINT = (
     *ATTENTION,
     Rule("layers.{L}.attn.sinks", "model.layers.{L}.self_attn.attention_sink_bias"),
     Rule("layers.{L}.attn.sinks", "model.layers.{L}.self_attn.sinks"),
-    *BIASED_MIXTURES,
+    *DEEPSEEK_MOE,
     *TOKEN_PREDICTION,
 )

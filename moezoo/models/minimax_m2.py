@@ -1,4 +1,4 @@
-"""MiniMax-M2 (MiniMax, 2025): part of each head is rotated, sigmoid scores with a bias."""
+"""MiniMax-M2 (MiniMax, 2025): part of each head is rotated, sigmoid scores, correction bias."""
 
 from functools import partial
 
@@ -11,10 +11,10 @@ from moezoo.layers.moe import BiasedRoute, FusedMoE
 from moezoo.layers.moe.routing import biased_topk
 from moezoo.layers.rope import RotaryEmbedding
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import grouped_queries, norm_of_all_heads, with_rope
-from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
-from moezoo.models.mixtures import mixture
-from moezoo.models.names import (
+from moezoo.models.common.attention import grouped_queries, norm_of_all_heads, with_rope
+from moezoo.models.common.feed_forward import moe_layer
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE, experts_per_token
+from moezoo.models.common.names import (
     ATTENTION,
     BLOCK_SPARSE_MOE,
     CORRECTION_BIAS,
@@ -33,7 +33,10 @@ ASSUMES = ASSUMED_EVERYWHERE | {
 
 
 def rotary_embedding(config: MiniMaxM2Config) -> RotaryEmbedding:
-    """The releases' `rotary_dim`, which not every transformers reads, is a partial factor."""
+    """Return the rotation of the first `rotary_dim` numbers of each head.
+
+    The releases have that field, which not every version of transformers reads.
+    """
     rotary_dim = getattr(config, "rotary_dim", None)
     if rotary_dim is not None:
         share = {"partial_rotary_factor": rotary_dim / config.head_dim}
@@ -55,7 +58,7 @@ def build(config: MiniMaxM2Config) -> Decoder:
 
     def feed_forward(layer_idx: int) -> FusedMoE:
         biased = BiasedRoute(config.num_local_experts, route)
-        return mixture(config, config.intermediate_size, biased)
+        return moe_layer(config, config.intermediate_size, biased)
 
     return pre_norm_decoder(config, attention, feed_forward, rope=rotary_embedding(config))
 

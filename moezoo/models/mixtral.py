@@ -1,14 +1,14 @@
-"""Mixtral (Mistral AI, 2024): every layer a mixture, weights of the chosen experts renormalised."""
+"""Mixtral (Mistral AI, 2024): MoE layers throughout, weights of the chosen experts renormalised."""
 
 from transformers import MixtralConfig
 
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.moe import FusedMoE
-from moezoo.models.attentions import grouped_queries
-from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.mixtures import mixture, softmax_route
-from moezoo.models.names import ATTENTION, BLOCK_SPARSE_MOE, DECODER, EXPERTS
+from moezoo.models.common.attention import grouped_queries
+from moezoo.models.common.feed_forward import moe_layer, softmax_route
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE
+from moezoo.models.common.names import ATTENTION, BLOCK_SPARSE_MOE, DECODER, EXPERTS
 
 ASSUMES = ASSUMED_EVERYWHERE
 
@@ -18,7 +18,7 @@ def build(config: MixtralConfig) -> Decoder:
         return grouped_queries(config, window=config.sliding_window)
 
     def feed_forward(layer_idx: int) -> FusedMoE:
-        return mixture(config, config.intermediate_size, softmax_route(config, renormalize=True))
+        return moe_layer(config, config.intermediate_size, softmax_route(config, renormalize=True))
 
     return pre_norm_decoder(config, attention, feed_forward)
 

@@ -8,17 +8,17 @@ from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.moe import FusedMoE
-from moezoo.models.attentions import attention_biases, grouped_queries, norm_of_all_heads
-from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.mixtures import mixture, softmax_route
-from moezoo.models.names import ATTENTION, DECODER, EXPERTS, QK_NORM
+from moezoo.models.common.attention import attention_biases, grouped_queries, norm_of_all_heads
+from moezoo.models.common.feed_forward import moe_layer, softmax_route
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE
+from moezoo.models.common.names import ATTENTION, DECODER, EXPERTS, QK_NORM
 
 ASSUMES = ASSUMED_EVERYWHERE
 
 
 def feed_forward(config: OlmoeConfig | FlexOlmoConfig, layer_idx: int) -> FusedMoE:
     route = softmax_route(config, renormalize=config.norm_topk_prob)
-    return mixture(config, config.intermediate_size, route)
+    return moe_layer(config, config.intermediate_size, route)
 
 
 def build(config: OlmoeConfig) -> Decoder:

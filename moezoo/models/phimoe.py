@@ -13,18 +13,18 @@ from moezoo.layers.moe.routing import sparsemixer
 from moezoo.layers.norm import LayerNorm
 from moezoo.layers.rope import RotaryEmbedding, Rotation
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import attention_biases, grouped_queries
-from moezoo.models.fields import ASSUMED_EVERYWHERE, check_head_bias, experts_per_token
-from moezoo.models.mixtures import mixture
-from moezoo.models.names import ATTENTION, BLOCK_SPARSE_MOE, DECODER, EXPERTS
+from moezoo.models.common.attention import attention_biases, grouped_queries
+from moezoo.models.common.feed_forward import moe_layer
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE, check_head_bias, experts_per_token
+from moezoo.models.common.names import ATTENTION, BLOCK_SPARSE_MOE, DECODER, EXPERTS
 
 ASSUMES = ASSUMED_EVERYWHERE | {"num_experts_per_tok": (2,)}
 
 
 class ScaledRotaryEmbedding(RotaryEmbedding):
-    """Short factors at any length, as in transformers; the config has what multiplies the result.
+    """LongRoPE with the short factors at any length, as in transformers, and a scale of its own.
 
-    It is `long_mscale` where a sequence is longer than the original context, else `short_mscale`.
+    The scale is `long_mscale` for a sequence longer than the original context, else `short_mscale`.
     """
 
     def __init__(self, config: PhimoeConfig) -> None:
@@ -64,7 +64,7 @@ def build(config: PhimoeConfig) -> Decoder:
     route = partial(sparsemixer, k=k, jitter=config.router_jitter_noise)
 
     def feed_forward(layer_idx: int) -> FusedMoE:
-        return mixture(config, config.intermediate_size, route)
+        return moe_layer(config, config.intermediate_size, route)
 
     head_bias = check_head_bias(config, config.lm_head_bias)
     return pre_norm_decoder(

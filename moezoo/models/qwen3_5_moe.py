@@ -1,4 +1,4 @@
-"""The text model of Qwen3.5-MoE (Alibaba, 2026): Qwen3-Next with its projections apart."""
+"""The text model of Qwen3.5-MoE (Alibaba, 2026): Qwen3-Next with separate projections."""
 
 from functools import partial
 
@@ -10,9 +10,8 @@ from moezoo.layers.moe import FusedMoE
 from moezoo.layers.norm import ZeroCenteredRMSNorm
 from moezoo.layers.rope import RotaryEmbedding
 from moezoo.loaders.mapping import Rule, Skip
-from moezoo.models.fields import ASSUMED_EVERYWHERE, text_part
-from moezoo.models.mixtures import mixture, softmax_route
-from moezoo.models.names import (
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE, text_part
+from moezoo.models.common.names import (
     ATTENTION,
     DECODER,
     EXPERTS,
@@ -20,21 +19,19 @@ from moezoo.models.names import (
     TOKEN_PREDICTION,
     of_text_model,
 )
-from moezoo.models.qwen2_moe import SHARED_EXPERT, shared_expert
-from moezoo.models.qwen3_next import DELTA_NET, NET, hybrid_attention
+from moezoo.models.qwen2_moe import SHARED_EXPERT, SHARED_SIZES, moe_with_shared_expert
+from moezoo.models.qwen3_next import DELTA_NET, DELTA_SIZES, NET, hybrid_attention
 
-ASSUMES = ASSUMED_EVERYWHERE
+ASSUMES = ASSUMED_EVERYWHERE | SHARED_SIZES | DELTA_SIZES
 
 text_config = text_part
 
 
 def build(config: Qwen3_5MoeTextConfig) -> Decoder:
     def feed_forward(layer_idx: int) -> FusedMoE:
-        route = softmax_route(config, renormalize=True)
-        width = config.moe_intermediate_size
-        return mixture(config, width, route, shared=shared_expert(config))
+        return moe_with_shared_expert(config, renormalize=True)
 
-    # Text has the same position in all three axes of the rotation, so that it is the usual one.
+    # Text has the same position on all three axes, so the rotation is the usual one.
     return pre_norm_decoder(
         config,
         partial(hybrid_attention, config, by_kind),
@@ -57,4 +54,4 @@ TEXT: tuple[Rule | Skip, ...] = (
 )
 
 CHECKPOINT = (*TEXT, *of_text_model(TEXT))
-"""A text model alone, as transformers and moezoo write it, or in its place in the whole."""
+"""Names of the text model alone, as transformers and moezoo save it, and inside the whole model."""

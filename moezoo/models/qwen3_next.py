@@ -1,4 +1,4 @@
-"""Qwen3-Next (Alibaba, 2025): gated delta nets, and in every fourth layer gated attention."""
+"""Qwen3-Next (Alibaba, 2025): gated delta nets, gated attention in every fourth layer."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,19 +14,40 @@ from moezoo.layers.gated_delta_net import GatedDeltaNet, by_key_head
 from moezoo.layers.norm import RMSNorm, ZeroCenteredRMSNorm
 from moezoo.layers.rope import RotaryEmbedding
 from moezoo.loaders.mapping import Rule
-from moezoo.models.attentions import attention_biases, grouped_queries
-from moezoo.models.fields import ASSUMED_EVERYWHERE
-from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, EXPERTS, QK_NORM, TOKEN_PREDICTION
-from moezoo.models.qwen2_moe import SHARED_EXPERT, feed_forward, shared_expert
+from moezoo.models.common.attention import attention_biases, grouped_queries
+from moezoo.models.common.fields import ASSUMED_EVERYWHERE, AtLeast
+from moezoo.models.common.names import (
+    ATTENTION,
+    DECODER,
+    DENSE_MLP,
+    EXPERTS,
+    QK_NORM,
+    TOKEN_PREDICTION,
+)
+from moezoo.models.qwen2_moe import SHARED_EXPERT, SHARED_SIZES, feed_forward
 
-ASSUMES = ASSUMED_EVERYWHERE
+DELTA_SIZES = dict.fromkeys(
+    (
+        "linear_num_key_heads",
+        "linear_num_value_heads",
+        "linear_key_head_dim",
+        "linear_value_head_dim",
+        "linear_conv_kernel_dim",
+    ),
+    AtLeast(1),
+)
+"""The size fields of gated delta nets."""
+
+ASSUMES = ASSUMED_EVERYWHERE | SHARED_SIZES | DELTA_SIZES
 
 
 def hybrid_attention(
     config: PreTrainedConfig, parts: Callable[..., Any], layer_idx: int
 ) -> nn.Module:
-    """The layer that `config.layer_types` asks for, a delta net with its rows in the order `parts`
-    or attention."""
+    """Return the attention or delta net that `config.layer_types` names for this layer.
+
+    `parts` tells the order of rows in the delta net's projections.
+    """
     if config.layer_types[layer_idx] == "full_attention":
         return grouped_queries(
             config,
@@ -58,7 +79,7 @@ def build(config: Qwen3NextConfig) -> Decoder:
     return pre_norm_decoder(
         config,
         partial(hybrid_attention, config, by_key_head),
-        partial(feed_forward, config, partial(shared_expert, config)),
+        partial(feed_forward, config),
         rope=RotaryEmbedding(config),
         norm=ZeroCenteredRMSNorm,
     )
@@ -76,7 +97,7 @@ DELTA_NET = tuple(
         ("out.weight", "out_proj.weight"),
     )
 )
-"""All but the projections of the input."""
+"""Names of a delta net's parameters except its input projections."""
 
 CHECKPOINT = (
     *DECODER,

@@ -1,6 +1,6 @@
 """The text model of Qwen3-VL-MoE (Alibaba, 2025), which is Qwen3-MoE.
 
-It is loaded as such: transformers has no class for it without the model of images.
+It is loaded as Qwen3-MoE: transformers has no class for it without the vision model.
 """
 
 from collections.abc import Mapping
@@ -11,19 +11,30 @@ from transformers import Qwen3VLMoeTextConfig
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.loaders.mapping import Rule, Skip, View
 from moezoo.models import qwen3_moe
-from moezoo.models.fields import text_part
-from moezoo.models.names import ATTENTION, DECODER, DENSE_MLP, QK_NORM, each_expert, of_text_model
+from moezoo.models.common.fields import text_part
+from moezoo.models.common.names import (
+    ATTENTION,
+    DECODER,
+    DENSE_MLP,
+    QK_NORM,
+    each_expert,
+    of_text_model,
+)
 
 ASSUMES = qwen3_moe.ASSUMES
 
 build = qwen3_moe.build
 
 MROPE = ("mrope_section", "mrope_interleaved")
-"""How a head's numbers are divided among three axes, in all of which text has one position."""
+"""Fields that divide a head's numbers among three axes; text has the same position on all."""
 
 
 def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json of Qwen3-MoE, whose weights of the chosen experts are renormalised."""
+    """Return the text model's config.json: one of Qwen3-MoE, with renormalised routing weights.
+
+    Raises `UnsupportedArchitectureError` where the shapes of the stored experts cannot tell whether
+    they are transposed.
+    """
     config = Qwen3VLMoeTextConfig.from_dict(text_part(raw))
     if 2 * config.moe_intermediate_size == config.hidden_size:
         raise UnsupportedArchitectureError.of_field(

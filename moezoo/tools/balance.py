@@ -1,4 +1,4 @@
-"""Plans of where experts go, and what different ways to balance them would come to.
+"""Placements for recorded loads, and simulations that compare ways to balance experts.
 
 Legend: S steps, L MoE layers, E experts, R ranks.
 """
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """A placement, and the balancedness of the loads that it was made for."""
+    """A placement of experts, and how balanced it makes the loads it was computed from."""
 
     placement: Placement
     linear: float
-    """With all experts once and in order; NaN where they do not divide over the ranks."""
+    """Balancedness of each expert once, in order; NaN if experts do not divide over the ranks."""
     planned: float
 
 
@@ -42,7 +42,7 @@ def plan(
     num_groups: int = 1,
     num_nodes: int = 1,
 ) -> Plan:
-    """Place the experts of a recorded model for the loads that were recorded.
+    """Compute a placement of a recorded model's experts for its recorded loads.
 
     Raises ExpertMapError or ValueError for numbers that do not divide, and a trace without tokens.
     """
@@ -77,18 +77,18 @@ def plan(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Simulations over the same loads."""
+    """Results of simulations over the same loads."""
 
     simulations: tuple[Simulation, ...]
     skipped: tuple[str, ...]
-    """Why settings were left out."""
+    """Reasons why settings were left out."""
     expert_bytes: int | None = None
-    """Of one expert of one layer, where it is known."""
+    """Bytes of one expert in one layer; None if unknown."""
     loads: Mapping[str, Any] = field(default_factory=dict)
-    """Where the loads are from."""
+    """Description of where the loads come from."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures of the table in types that JSON knows."""
+        """Return the figures of the table as types that JSON has."""
         rows = []
         for simulation in self.simulations:
             settled = simulation.settled
@@ -140,7 +140,7 @@ class Comparison:
         return table
 
     def plot(self) -> "Figure":
-        """A matplotlib figure: the balancedness of each setting, step by step."""
+        """Return a matplotlib figure of the balancedness of each setting, step by step."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(10, 1 + 3 * len(self._panels())), layout="constrained")
@@ -177,11 +177,11 @@ def compare(
     policies: Iterable[str],
     expert_bytes: int | None = None,
 ) -> Comparison:
-    """Simulate every combination over loads [S, L, E], and each number of ranks and of redundant
-    experts without a rebalance. Windows are as long as the interval by default. What does not
-    divide over the ranks is left out.
+    """Simulate every combination of settings over loads [S, L, E].
 
-    Raises ValueError for settings that cannot be, or if none is left.
+    Each number of ranks and of redundant experts is simulated without rebalances too. Windows are
+    by default as long as the interval. Settings whose experts do not divide over the ranks are left
+    out. Raises ValueError for invalid settings, or if none is left.
     """
     ways: list[tuple[int, int, str] | None] = [None]
     for interval, policy in product(intervals, policies):
@@ -204,10 +204,10 @@ def compare(
     return Comparison(tuple(simulations), tuple(skipped), expert_bytes)
 
 
-def history(path: str | os.PathLike[str]) -> tuple[Tensor, RoutingTrace]:
-    """The loads [S, L, E] of a trace's passes, and the trace.
+def read_history(path: str | os.PathLike[str]) -> tuple[Tensor, RoutingTrace]:
+    """Return the loads [S, L, E] of a trace's forward passes, and the trace.
 
-    Raises ValueError for a file that is none, or has a single pass: that is no history.
+    Raises ValueError for a file that is not a trace, or has a single pass.
     """
     trace = RoutingTrace.load(path)
     loads = trace.load_history

@@ -23,7 +23,7 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Finding:
-    """`state` is "works", "missing" (some things do without) or "broken"."""
+    """Result of a check. `state` is "works", "missing" (not everything needs it) or "broken"."""
 
     subject: str
     state: str
@@ -54,7 +54,7 @@ class Diagnosis:
 
 
 def examine() -> Diagnosis:
-    """Looks at everything; a look that fails is a finding, not an error."""
+    """Run every check and return the findings; a check that fails is a finding, not an error."""
     findings: list[Finding] = []
     for look in (_software, _extras, _gpus, _triton, _memory, _cache, _model):
         try:

@@ -1,5 +1,5 @@
-"""One run of `moezoo generate` by many processes: prompts are dealt to ranks, and rank 0 gets all
-completions."""
+"""A run of `moezoo generate` by many processes: rank 0 deals the prompts to the ranks and collects
+all completions."""
 
 import dataclasses
 import heapq
@@ -13,11 +13,11 @@ from moezoo.parallel.mesh import Mesh
 from moezoo.parallel.post import Post
 
 _SECONDS = 0.2
-"""Between two looks for what other ranks have sent."""
+"""Seconds between two checks for messages of other ranks."""
 
 
 class Job:
-    """This process's part in it.
+    """This process's part in such a run.
 
     Ranks with the same tokens (dispatch="all_gather") get the same prompts; only the first of them
     hands its completions on.
@@ -35,11 +35,11 @@ class Job:
         return self.mesh.rank == 0
 
     def failing_together(self) -> AbstractContextManager[None]:
-        """Ranks that wait for this one are told of an error in the block."""
+        """Report an error in the block to the ranks that wait for this one."""
         return self.mesh.watch.telling()
 
     def deal(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Give every rank its share, as rank 0, and have its own."""
+        """Return this rank's share of the prompts; rank 0 deals them to all ranks."""
         sizes = [len(json.dumps(prompt.prompt)) for prompt in prompts]
         dealt = shares(sizes, len(set(self._parts)))
         texts = [
@@ -54,11 +54,11 @@ class Job:
         return [Prompt(*record) for record in json.loads(self._post.dealt())]
 
     def begin(self, code: int | None) -> int | None:
-        """All ranks are there; a code with which they should end instead, from rank 0."""
+        """Wait until all ranks are there; return rank 0's exit code if they should end instead."""
         return self._of_rank_0("reading prompts", code)
 
     def end(self, code: int | None) -> int | None:
-        """All is written; the exit code, from rank 0."""
+        """Wait until all is written; return the exit code, which is rank 0's."""
         return self._of_rank_0("writing completions", code)
 
     def _of_rank_0(self, doing: str, code: int | None) -> int | None:
@@ -68,7 +68,7 @@ class Job:
         return first
 
     def hand_on(self, completions: Iterable[Completion]) -> None:
-        """Send this rank's completions to rank 0 as they come."""
+        """Send this rank's completions to rank 0 as they are made."""
         for completion in completions:
             if self._speaks:
                 record = dataclasses.asdict(completion) | {"prompt": None}
@@ -76,7 +76,7 @@ class Job:
         self._num_sent()
 
     def _num_sent(self) -> int:
-        """Of all ranks, when all have sent everything."""
+        """Wait until all ranks have sent all completions; return how many they are."""
         own = str(self._post.num_sent)
         told = self.mesh.watch.exchange("completing prompts", own, patient=True)
         return sum(map(int, told))
@@ -87,8 +87,10 @@ class Job:
         prompts: Sequence[Prompt],
         take: Callable[[Completion], None],
     ) -> None:
-        """Have rank 0's completions taken, and those that others send, as they come; they are of
-        some of these prompts. One is taken at a time, in whatever thread."""
+        """Pass rank 0's completions, and those that others send, on as they come.
+
+        Each is of one of these prompts. They are passed on one at a time, from any thread.
+        """
         texts = {prompt.id: prompt.prompt for prompt in prompts}
         over, lock = False, threading.Lock()
 
@@ -128,8 +130,10 @@ class Job:
 
 @contextmanager
 def _repeated(look: Callable[[], None]) -> Iterator[Callable[[], None]]:
-    """`look` again and again in a thread, and once more at the end, whatever ends the block. The
-    function that is given raises what went wrong there."""
+    """Call `look` repeatedly in a thread while the block runs, and once more when it ends.
+
+    Yields a function that raises the error of the thread, if there was one.
+    """
     over = threading.Event()
     errors: list[Exception] = []
 
@@ -156,8 +160,10 @@ def _repeated(look: Callable[[], None]) -> Iterator[Callable[[], None]]:
 
 
 def shares(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """For each rank the numbers of its prompts, so that sizes are even: the longest first, each to
-    the rank that has least."""
+    """Return for each rank the indices of its prompts, such that the sums of sizes are even.
+
+    The longest prompts are dealt first, each to the rank with the smallest sum.
+    """
     dealt: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [(0, rank) for rank in range(num_ranks)]
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):

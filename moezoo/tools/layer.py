@@ -1,12 +1,12 @@
-"""How fast one MoE layer runs here, beside what the memory and the matrix units of this GPU allow.
+"""Benchmark of one MoE layer against the limits of this device's memory and matrix units.
 
 Measured from router logits [T, E] fp32 to the combined output [T, H], with random weights and
 tokens: on CUDA inside a graph, replayed after pauses (`timing.py` says why), on CPU by the clock.
-Nothing is timed before its result was compared with fp32.
+Every result is compared with fp32 before it is timed.
 
-A layer in a model finds its weights in memory, not in cache: the layers before it have been there.
-So the launches of a measurement go through several sets of logits, whose experts are not the same
-wherever few are hit.
+In a model, a layer reads its weights from memory, not from cache, which the layers before it have
+filled. So the launches of a measurement cycle through several sets of logits, which choose
+different experts wherever few experts are chosen.
 
 Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per token.
 """
@@ -40,34 +40,34 @@ from moezoo.tools.layer_weights import (
 from moezoo.tools.timing import Calls, Graph, in_turns, seconds_of
 
 Implementation = Callable[[Tensor, Tensor], Tensor]
-"""(x [T, H], logits [T, E]) -> [T, H], for weights that it holds."""
+"""A layer with its weights: (x [T, H], logits [T, E]) -> [T, H]."""
 
 DEFAULT_LAYERS = {"cuda": tuple(LAYERS), "cpu": ("olmoe-1b-7b",)}
 DEFAULT_TOKENS = {"cuda": (1, 4, 16, 64, 256, 1024, 4096, 16384), "cpu": (1, 4, 16, 64)}
 
 FP8_LAYERS = ("qwen3-30b-a3b", "deepseek-v3")
-"""Those that are published in block fp8."""
+"""Layers of models that are released in block fp8."""
 WEIGHT_ONLY_LAYERS = ("qwen3-30b-a3b", "mixtral-8x7b")
-"""Few rows of an expert and many, narrow experts and wide ones."""
+"""Layers with few and with many rows per expert, with narrow and with wide experts."""
 
 CPU_INFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this device reaches on the simplest code there is."""
+    """Bandwidth and FLOP/s that this device reaches in the simplest code."""
 
     read_bytes_per_second: float
     flop_per_second: float
 
     def floor_us(self, nbytes: int, flop: int) -> float:
-        """Microseconds below which nothing runs that reads nbytes and computes flop."""
+        """Return the least microseconds in which `nbytes` can be read and `flop` computed."""
         return 1e6 * max(nbytes / self.read_bytes_per_second, flop / self.flop_per_second)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds of one launch, over the replays of a graph of `launches`."""
+    """Statistics of one launch's microseconds, over replays of a graph of `launches`."""
 
     median_us: float
     min_us: float
@@ -75,24 +75,24 @@ class Timing:
     launches: int
     replays: int
     error: float
-    """Largest relative error of a token, see `layer_inputs.TOLERANCE`."""
+    """Largest relative error of a token; see `layer_inputs.TOLERANCE`."""
 
 
 @dataclass
 class Cell:
-    """One layer at one number of tokens."""
+    """Measurements of one layer at one number of tokens."""
 
     layer: str
     num_tokens: int
     experts_hit: float
-    """Distinct experts in a launch, the mean over the sets of logits."""
+    """Distinct experts per launch, mean over the sets of logits."""
     floor_us: float
     num_sets: int
     bytes_between_repeats: int
-    """Of weights read between two launches that may share experts; to compare with the cache."""
+    """Bytes of weights read between two launches that may share experts; compare with the cache."""
     timings: dict[str, Timing] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
-    """Implementation -> why it has no timing."""
+    """Implementation -> the reason why it has no timing."""
 
     def floor_share(self, name: str) -> float:
         return self.floor_us / self.timings[name].median_us
@@ -108,10 +108,10 @@ class Report:
     quantization: str | None = None
     cells: list[Cell] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
-    """Layer -> why it has no cells."""
+    """Layer -> the reason why it has no cells."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The report in types that JSON knows, with the shapes of its layers."""
+        """Return the report as types that JSON has, with the shapes of its layers."""
         shapes = {name: asdict(LAYERS[name]) for name in {cell.layer: None for cell in self.cells}}
         return {**asdict(self), "layers": shapes}
 
@@ -174,9 +174,10 @@ def measure(
     *,
     budget_ms: float,
 ) -> tuple[dict[str, Timing], dict[str, Exception]]:
-    """The times of `runs` on `inputs`, for about budget_ms each, and why others have none.
+    """Return the timings of `runs` on `inputs`, and the reasons why others have none.
 
-    Results are checked before timing and after it. The implementations take turns, see `in_turns`.
+    Each is timed for about budget_ms. Results are checked before and after timing. The
+    implementations take turns, see `in_turns`.
     """
     ready: dict[str, Graph | Calls] = {}
     errors: dict[str, float] = {}
@@ -216,9 +217,9 @@ def measure(
 def measure_ceilings(
     device: torch.device, dtype: torch.dtype, quantization: str | None = None
 ) -> Ceilings:
-    """A reduction over memory that no cache holds, and a large square matrix product.
+    """Measure a reduction over memory that no cache holds, and a large square matrix product.
 
-    The product is of fp8 with one scale a matrix, where `quantization` multiplies fp8: on CUDA.
+    The product is in fp8 with one scale per matrix if `quantization` multiplies fp8, on CUDA.
     """
     on_gpu = device.type == "cuda"
     data = torch.randn(2**29 if on_gpu else 2**26, device=device)
@@ -244,7 +245,7 @@ def _best(run: Callable[[], object], device: torch.device) -> float:
 def new_cell(
     name: str, inputs: Inputs, ceilings: Ceilings, *, quantization: str | None = None
 ) -> Cell:
-    """The cell of layer `name` for these inputs, its floor counted, nothing timed yet."""
+    """Return a cell of layer `name` for these inputs, with its floor and no timings yet."""
     layer = LAYERS[name]
     num_tokens, dtype = len(inputs.x), inputs.x.dtype
     nbytes = inputs.experts_hit * expert_bytes(layer, dtype, quantization)
@@ -268,14 +269,14 @@ def bench(
     budget_ms: float = 50.0,
     progress: Callable[[Cell], None] = lambda cell: None,
 ) -> Report:
-    """Measure moezoo's layer; every cell is also given to `progress` when it is done.
+    """Measure moezoo's layer and return the report; `progress` gets each cell when it is done.
 
-    `quantization` is one of `FORMATS`, or None for weights in `dtype`. A layer whose weights do not
-    fit, into memory or into the format, is skipped. Raises ValueError for one that is not in
-    `LAYERS`, and for a device that is not there.
+    `quantization` is one of `FORMATS`, or None for weights in `dtype`. A layer is skipped whose
+    weights do not fit into memory, or whose sizes the format cannot hold. Raises ValueError for a
+    layer that is not in `LAYERS`, and for a device that is not there.
     """
     kind = device_of(device)
-    names = known(layers or default_layers(kind, quantization))
+    names = checked_names(layers or default_layers(kind, quantization))
     report = new_report(dtype=dtype, device=device, skewed=skewed, quantization=quantization)
     for name in names:
         layer = LAYERS[name]
@@ -322,10 +323,10 @@ def multiplies_fp8(quantization: str | None) -> bool:
 def new_report(
     *, dtype: str, device: str | None, skewed: bool, quantization: str | None = None
 ) -> Report:
-    """A report without cells, its ceilings measured.
+    """Measure the ceilings and return a report without cells.
 
     Raises ValueError for a quantization that is not in `FORMATS`, and QuantizationError for fp8 on
-    a GPU that does not multiply it.
+    a GPU that cannot multiply it.
     """
     kind = device_of(device)
     if quantization is not None and quantization not in FORMATS:
@@ -342,8 +343,8 @@ def new_report(
     )
 
 
-def known(names: Iterable[str]) -> list[str]:
-    """The names, if all of them are layers; raises ValueError."""
+def checked_names(names: Iterable[str]) -> list[str]:
+    """Return the names; raise ValueError if one of them is not in `LAYERS`."""
     names = list(names)
     for name in names:
         if name not in LAYERS:

@@ -1,4 +1,4 @@
-"""What a measured layer is given, and what it has to compute.
+"""Inputs of a measured layer, and the reference for its output.
 
 Legend: T tokens, H hidden, E experts, K experts per token.
 """
@@ -12,8 +12,11 @@ from torch import Tensor
 from moezoo.tools.layer_weights import FP8, Layer, QuantizedWeights, Weights
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
-"""Norm of a token's error over the norm of its output, at most. 16 bit: some roundings on the way,
-each within half a unit in the last place; fp32: the order of the sums."""
+"""Largest allowed norm of a token's error over the norm of its output.
+
+16 bit: some roundings on the way, each within half a unit in the last place; fp32: the order of
+the sums.
+"""
 
 QUANTIZED_TOLERANCE = 8e-2
 """TOLERANCE for fp8_w8a8 against fp32 on the dequantised weights: x and h are rounded to 4 bits,
@@ -25,16 +28,16 @@ MAX_SETS = 8
 
 
 class WrongResultError(Exception):
-    """An implementation does not compute the layer."""
+    """Raised where an implementation's result is not the layer's."""
 
 
 def router_logits(
     num_experts: int, num_tokens: int, *, skewed: bool, generator: torch.Generator
 ) -> Tensor:
-    """[T, E] fp32, normal; or so that experts are chosen with the probabilities of Zipf's law.
+    """Return logits [T, E] fp32: normal, or such that Zipf's law gives the experts' probabilities.
 
-    Log-probabilities plus Gumbel noise: their k largest are k draws without replacement. Which
-    expert is how popular is random.
+    The latter are log-probabilities plus Gumbel noise, whose k largest are k draws without
+    replacement. The popularity ranks are assigned to experts at random.
     """
     shape, device = (num_tokens, num_experts), generator.device
     if not skewed:
@@ -45,7 +48,7 @@ def router_logits(
 
 
 def _renamed(logits: Tensor, hit: Tensor, names: Tensor) -> Tensor:
-    """logits with the experts `hit` called `names`, and the others what is left."""
+    """Return logits with the experts `hit` renumbered as `names`, the others as what is left."""
     every = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
     old = torch.cat([hit, every.index_fill(0, hit, False).nonzero().flatten()])
     new = torch.cat([names, every.index_fill(0, names, False).nonzero().flatten()])
@@ -54,13 +57,13 @@ def _renamed(logits: Tensor, hit: Tensor, names: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tokens of a cell, and sets of logits that the launches of a measurement go through."""
+    """Tokens of a cell, and the sets of logits that the launches of a measurement cycle through."""
 
     x: Tensor
     logits: tuple[Tensor, ...]
     experts_hit: float
     disjoint: bool
-    """Whether no two sets share an expert."""
+    """Whether no two sets of logits share an expert."""
 
     @classmethod
     def random(
@@ -94,7 +97,7 @@ class Inputs:
 
 
 def reference(weights: Weights | QuantizedWeights, k: int, x: Tensor, logits: Tensor) -> Tensor:
-    """The layer in fp32 and plain torch, [T, H] fp32; one expert at a time is converted."""
+    """Return the layer's output [T, H] in fp32, by plain torch, converting one expert at a time."""
     chosen, ids = logits.float().topk(k)
     topk_weights = chosen.softmax(-1)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
@@ -108,7 +111,7 @@ def reference(weights: Weights | QuantizedWeights, k: int, x: Tensor, logits: Te
 
 
 class Oracle:
-    """Compares results with fp32 on a sample of the tokens, for each set of logits."""
+    """Reference in fp32 for a sample of the tokens, for each set of logits."""
 
     def __init__(self, weights: Weights | QuantizedWeights, k: int, inputs: Inputs) -> None:
         num_tokens = len(inputs.x)
@@ -124,7 +127,10 @@ class Oracle:
         }
 
     def error(self, index: int, out: Tensor) -> float:
-        """The largest relative error of a token of set `index`; raises if it is too large."""
+        """Return the largest relative error of a token of set `index`.
+
+        Raises WrongResultError where it is above the tolerance.
+        """
         if out.shape != self.shape or out.dtype != self.dtype:
             raise WrongResultError(
                 f"result is {list(out.shape)} {out.dtype}, not {list(self.shape)} {self.dtype}"

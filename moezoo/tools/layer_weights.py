@@ -1,4 +1,4 @@
-"""The layers that are measured and tuned: their sizes, and random weights of them."""
+"""Layers that are measured and tuned: their sizes, and random weights for them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ LAYERS = {
     "deepseek-v2-lite": Layer(64, 6, 2048, 1408),
     "gpt-oss-20b": Layer(32, 4, 2880, 2880),
 }
-"""The experts of released models, all as plain SwiGLU."""
+"""Sizes of released models' MoE layers; all are measured with plain SwiGLU experts."""
 
 FORMATS: dict[str, tuple[Any, dict[str, Any]]] = {
     BLOCK_FP8: (BlockFp8, {}),
@@ -43,14 +43,14 @@ FORMATS: dict[str, tuple[Any, dict[str, Any]]] = {
     "int4_w4a16": (Int4, {"group_size": 128}),
     "mxfp4": (Mxfp4, {}),
 }
-"""How weights can be quantised, by the name of a measurement: a format and its choices."""
+"""Name of a quantisation in measurements -> its format and the format's options."""
 
 FP8 = (BlockFp8, ChannelFp8)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """w13 [E, 2I, H] (gate rows, then up rows) and w2 [E, H, I]."""
+    """Weights of a layer's experts: w13 [E, 2I, H] (gate rows, then up rows) and w2 [E, H, I]."""
 
     w13: Tensor
     w2: Tensor
@@ -59,7 +59,7 @@ class Weights:
     def random(
         cls, layer: Layer, dtype: torch.dtype, device: torch.device, *, seed: int = 0
     ) -> "Weights":
-        """Normal, and of a size that keeps activations near 1."""
+        """Return normal weights, scaled such that activations stay near 1."""
         generator = torch.Generator(device).manual_seed(seed)
         E, H, I = layer.num_experts, layer.hidden_size, layer.intermediate_size
         w13 = torch.empty(E, 2 * I, H, dtype=dtype, device=device)
@@ -74,13 +74,13 @@ class Weights:
         return None
 
     def expert(self, index: int) -> tuple[Tensor, Tensor]:
-        """w13 [2I, H] and w2 [H, I] of an expert, fp32."""
+        """Return w13 [2I, H] and w2 [H, I] of one expert in fp32."""
         return self.w13[index].float(), self.w2[index].float()
 
 
 @dataclass(frozen=True)
 class QuantizedWeights:
-    """w13 [E, 2, I, H] and w2 [E, H, I] of one format."""
+    """Quantised weights of a layer's experts in one format: w13 [E, 2, I, H] and w2 [E, H, I]."""
 
     w13: Format
     w2: Format
@@ -89,7 +89,7 @@ class QuantizedWeights:
     def random(
         cls, layer: Layer, device: torch.device, quantization: str = BLOCK_FP8
     ) -> "QuantizedWeights":
-        """As `Weights.random`, quantised expert by expert."""
+        """Return the weights of `Weights.random`, quantised expert by expert."""
         format_, options = FORMATS[quantization]
         one = Layer(1, 1, layer.hidden_size, layer.intermediate_size)
         parts = []
@@ -108,7 +108,7 @@ class QuantizedWeights:
         return self.w13[index].dequantize().flatten(0, 1), self.w2[index].dequantize()
 
     def dequantized(self, dtype: torch.dtype) -> Weights:
-        """The same weights in `dtype`, expert by expert."""
+        """Return these weights in `dtype`, dequantised expert by expert."""
         num_experts, hidden_size, intermediate_size = self.w2.shape
         device = self.w2.device
         sizes = (num_experts, 2 * intermediate_size, hidden_size)
@@ -127,7 +127,7 @@ def _joined(parts: Sequence[Format]) -> Format:
 
 
 def on_meta(layer: Layer, quantization: str) -> QuantizedWeights:
-    """Weights without memory or values."""
+    """Return weights on the meta device, without memory or values."""
     format_, options = FORMATS[quantization]
     E, H, I = layer.num_experts, layer.hidden_size, layer.intermediate_size
     return QuantizedWeights(
@@ -136,7 +136,7 @@ def on_meta(layer: Layer, quantization: str) -> QuantizedWeights:
 
 
 def expert_bytes(layer: Layer, dtype: torch.dtype, quantization: str | None) -> int:
-    """Of an expert's weights, scales included."""
+    """Return the bytes of one expert's weights, scales included."""
     if quantization is None:
         return layer.expert_elements * dtype.itemsize
     weights = on_meta(layer, quantization)
@@ -155,7 +155,7 @@ def random_weights(
 def empty_weights(
     layer: Layer, dtype: torch.dtype, device: torch.device, quantization: str | None
 ) -> Weights | QuantizedWeights:
-    """Weights of any values, which take no time to make."""
+    """Return weights of arbitrary values, which take no time to make."""
     if quantization is None:
         E, H, I = layer.num_experts, layer.hidden_size, layer.intermediate_size
         sizes = ((E, 2 * I, H), (E, H, I))

@@ -10,7 +10,8 @@ SECONDS_BETWEEN_LINES = 5.0
 
 @contextmanager
 def bar(total: int, finished: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; call what it gives with the number of new tokens for each prompt done."""
+    """Show a bar on stderr. Yields a function to call with each finished prompt's number of new
+    tokens."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -43,7 +44,7 @@ def bar(total: int, finished: int) -> Iterator[Callable[[int], None]]:
 
 
 class Lines:
-    """The same as lines of text, which go to `say`."""
+    """Progress as lines of text, passed to `say` now and then."""
 
     def __init__(self, total: int, finished: int, say: Callable[[str], None]) -> None:
         self.say = say

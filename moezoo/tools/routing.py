@@ -1,4 +1,4 @@
-"""Which experts a model's tokens go to: recording it, keeping it, showing it.
+"""Routing traces, which tell the experts that tokens go to: recording, saving and showing them.
 
 Legend: T tokens, K experts per token, L MoE layers, E experts, S forward passes.
 """
@@ -33,61 +33,61 @@ BINS = 50
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """How a layer's tokens were spread over its experts."""
+    """Statistics of how one layer's tokens were spread over its experts."""
 
     layer: int
     tokens: int
     busiest: int
-    """The expert with most tokens."""
+    """Index of the expert with most tokens."""
     imbalance: float
-    """Its tokens over the mean of all experts; NaN without tokens."""
+    """Tokens of the busiest expert over the mean of all experts; NaN without tokens."""
     entropy: float
-    """Of the distribution of tokens over experts, in bits; log2(E) where all get as many."""
+    """Entropy in bits of the distribution of tokens over experts; log2(E) where all get as many."""
     dead: tuple[int, ...]
-    """Experts without a token."""
+    """Number of experts without a token."""
 
     @property
     def effective_experts(self) -> float:
-        """So many experts with as many tokens each would have this entropy."""
+        """Number of evenly loaded experts that would have this entropy, 2^entropy."""
         return 2.0**self.entropy
 
 
 class RoutingTrace:
-    """What was recorded; within `record_routing`, so far.
+    """The routing that `record_routing` records; inside its block, what was recorded so far.
 
-    Reading from it while a GPU computes waits for the GPU.
+    Reading from it waits for the work that is queued on the GPU.
     """
 
     def __init__(
         self, layers: tuple[int, ...], tensors: Mapping[str, Tensor], **about: Any
     ) -> None:
         self.layers = layers
-        """The decoder's layers that have experts, [L]."""
+        """Indices of the decoder's MoE layers, [L]."""
         self.about: dict[str, Any] = about
-        """`model`, its name, `experts_per_token`, a list where layers differ, and `expert_bytes`,
-        what one of a layer takes."""
+        """Facts about the model: its name `model`, `experts_per_token` (a list where layers
+        differ) and `expert_bytes`, bytes of one expert in one layer."""
         self._tensors = tensors
         self._recorder: RoutingRecorder | None = None
 
     @property
     def model_name(self) -> str:
-        """A hub id as it is, of a folder its own name."""
+        """Return the model's hub id, or the last part of its folder's path."""
         name = str(self.about.get("model") or "a model")
         return os.path.basename(name.rstrip(os.sep)) if os.path.isabs(name) else name
 
     @property
     def expert_load(self) -> Tensor:
-        """int64 [L, E]: tokens that went to each expert."""
+        """Number of tokens that went to each expert, int64 [L, E]."""
         return self._read()["expert_load"]
 
     @property
     def load_history(self) -> Tensor:
-        """int32 [S, L, E]: the same of each of the last forward passes, in their order."""
+        """Tokens of each expert in each of the last forward passes, in order, int32 [S, L, E]."""
         return self._read()["load_history"]
 
     @property
     def score_histogram(self) -> Tensor:
-        """int64 [L, bins]: how many chosen experts had which share of their token's weight.
+        """Histogram of the chosen experts' shares of their token's weight, int64 [L, bins].
 
         The bins divide the range from 0 to 1 evenly.
         """
@@ -95,37 +95,42 @@ class RoutingTrace:
 
     @property
     def topk_ids(self) -> tuple[Tensor, ...] | None:
-        """For each MoE layer int32 [T, K], the tokens in the order of computing; if asked for."""
+        """Chosen experts, int32 [T, K] for each MoE layer, tokens in the order of computation.
+
+        Recorded only with `choices=True`.
+        """
         return self._choices("topk_ids")
 
     @property
     def topk_weights(self) -> tuple[Tensor, ...] | None:
-        """For each MoE layer fp32 [T, K]; if asked for."""
+        """Weights of chosen experts, fp32 [T, K] for each MoE layer; only with `choices=True`."""
         return self._choices("topk_weights")
 
     @property
     def imbalance(self) -> Tensor:
-        """fp64 [L]: tokens of the busiest expert over the mean; NaN without tokens."""
+        """Tokens of the busiest expert over the mean, fp64 [L]; NaN without tokens."""
         load = self.expert_load.double()
         return load.amax(1) / load.mean(1)
 
     @property
     def coactivation(self) -> Tensor | None:
-        """int64 [L, E, E]: tokens that went to both of two experts, on the diagonal to one; if
-        choices were asked for."""
+        """Number of tokens that chose both of two experts, int64 [L, E, E].
+
+        The diagonal has the tokens of each expert. Only with `choices=True`.
+        """
         if (chosen := self.topk_ids) is None:
             return None
         num_experts = self.expert_load.shape[1]
         pairs = []
         for ids in chosen:
             went = torch.zeros(len(ids), num_experts + 1, dtype=torch.float64)
-            # An id of no expert, -1, falls into a column of its own.
+            # -1, the id of no expert, is counted in a column of its own.
             went.scatter_(1, torch.where(ids < 0, num_experts, ids).long(), 1.0)
             pairs.append((went.T @ went)[:-1, :-1].long())
         return torch.stack(pairs)
 
     def summary(self) -> list[LayerSummary]:
-        """For each MoE layer: tokens, the busiest expert, imbalance, entropy and dead experts."""
+        """Return each MoE layer's tokens, busiest expert, imbalance, entropy and dead experts."""
         load, imbalance = self.expert_load, self.imbalance
         share = load.double() / load.sum(1, keepdim=True)
         entropy = -(share * share.clamp(min=1e-300).log2()).sum(1)
@@ -144,11 +149,11 @@ class RoutingTrace:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """What `moezoo routing --json` prints: about the model, and the summary of each layer."""
+        """Return what `moezoo routing --json` prints: facts about the model, layers' summaries."""
         return {**self.about, "layers": [asdict(layer) for layer in self.summary()]}
 
     def html(self) -> str:
-        """A page about it that needs no other file; see `moezoo.tools.routing_page`."""
+        """Return the trace as one self-contained page of HTML; see `moezoo.tools.routing_page`."""
         from moezoo.tools.routing_page import page
 
         return page(self)
@@ -163,14 +168,17 @@ class RoutingTrace:
         return self._tensors if self._recorder is None else _tensors(self._recorder)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as safetensors, which `load` reads."""
+        """Write the trace as safetensors, for `load`."""
         metadata = {"format": FORMAT, "version": VERSION}
         metadata |= {"layers": json.dumps(self.layers), "about": json.dumps(self.about)}
         save_file({k: v.contiguous() for k, v in self._read().items()}, path, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "RoutingTrace":
-        """Raises ValueError, naming the file, for what is no trace; OSError where there is none."""
+        """Read a trace that `save` wrote.
+
+        Raises ValueError, naming the file, if it is not a trace, and OSError if there is no file.
+        """
         with open(path, "rb"):
             pass  # safetensors tells less about a file that cannot be read
         try:
@@ -190,7 +198,7 @@ class RoutingTrace:
         return cls(tuple(json.loads(metadata["layers"])), tensors, **about)
 
     def plot(self) -> "Figure":
-        """A matplotlib figure: loads of layers and experts, and the imbalance of each layer."""
+        """Return a matplotlib figure of the experts' loads and the imbalance of each layer."""
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
 
@@ -250,10 +258,11 @@ def _tensors(recorder: RoutingRecorder) -> dict[str, Tensor]:
 def record_routing(
     model: PreTrainedModel, *, choices: bool = False, history: int = HISTORY
 ) -> Iterator[RoutingTrace]:
-    """Record where the tokens go that the model computes within the block; padding is not counted.
+    """Record the routing of the tokens that the model computes within the block, padding excluded.
 
-    What is counted is what runs: a prefix that prompts share once, and the token after a sequence's
-    last one where the engine is a step ahead. Generation has to begin and end within the block.
+    Computation is counted, not text: a prefix that prompts share counts once, and the token after a
+    sequence's last one counts where the engine is a step ahead. Generation has to begin and end
+    within the block.
 
     Args:
         model: what `moezoo.from_pretrained` or `moezoo.from_config` returned.
@@ -309,12 +318,12 @@ def record_routing(
 
 
 def _experts_per_token(layers: Iterable[FusedMoE]) -> int | list[int]:
-    """As the routers choose now; one number where all choose as many."""
+    """Return the layers' experts per token as routers are set now; one number if all agree."""
     numbers = [getattr(layer.reroute, "k", layer.router.keywords["k"]) for layer in layers]
     return numbers[0] if all(number == numbers[0] for number in numbers) else numbers
 
 
 def _nbytes(layers: Iterable[FusedMoE]) -> int:
-    """Of an expert of the first layer that has some in this process, as it is stored."""
+    """Return the stored bytes of an expert of the first layer with experts in this process."""
     held = (layer.expert_tensors() for layer in layers if layer.w2.shape[0])
     return sum(tensor[0].nbytes for tensor in next(held, []))

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from moezoo.tools.routing import RoutingTrace
 
 SIZE = 10
-"""Of a cell of a heat map, in its own units."""
+"""Size of a heat map's cell, in units of the map."""
 
 PAIRS = 10
 POINTS = 600
-"""More passes than that are drawn as means of neighbours."""
+"""Most columns of passes; more passes are drawn as means of neighbours."""
 
 STYLE = """
 :root { color-scheme: light dark; --fg: #1c2430; --bg: #fff; --soft: #667085; --line: #d8dee6;
@@ -55,11 +55,11 @@ th { white-space: normal; font-weight: 600; font-size: .85rem; color: var(--soft
 """
 
 COLD, EVEN, HOT = (33, 102, 172), (240, 240, 240), (202, 79, 27)
-"""Of a quarter of the mean or less, of the mean, and of four times the mean or more."""
+"""Colours of a quarter of the mean or less, of the mean, and of four times the mean or more."""
 
 
 def page(trace: "RoutingTrace") -> str:
-    """The page, complete from <!doctype html> on."""
+    """Return the whole page, from <!doctype html> on."""
     name = escape(trace.model_name)
     parts = [
         f"<h1>Routing of {name}</h1>",
@@ -240,7 +240,7 @@ def _map(
     *,
     last: str | None = None,
 ) -> str:
-    """Cells with the numbers of layers at the left and of the first and last column below."""
+    """Return a heat map with layer numbers on the left and the first and last column's below."""
     width, height = columns * SIZE, len(layers) * SIZE
     every = math.ceil(len(layers) / 30)
     marks = [
@@ -268,7 +268,7 @@ def _table(names: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _mix(at: float) -> tuple[int, int, int]:
-    """The colour at -1 (cold) to 0 (even) to 1 (hot)."""
+    """Return the colour of a value from -1 (cold) over 0 (even) to 1 (hot)."""
     end, part = (HOT if at > 0 else COLD), min(abs(at), 1.0)
     red, green, blue = (round(a + (b - a) * part) for a, b in zip(EVEN, end, strict=True))
     return red, green, blue

@@ -1,4 +1,4 @@
-"""What each rank of an expert-parallel job reads and holds, from headers alone.
+"""Bytes that each rank of an expert-parallel job reads and holds, computed from headers alone.
 
 Legend: E experts.
 """
@@ -20,17 +20,17 @@ from moezoo.parallel.slots import Slots
 
 @dataclass(frozen=True)
 class RankShare:
-    """Of one rank."""
+    """Experts and bytes of one rank."""
 
     rank: int
     experts: int
-    """Those of all its layers, replicas included."""
+    """Number of experts in all of its layers, replicas included."""
     weight_bytes: int
-    """In its memory."""
+    """Bytes of weights in its memory."""
     read_bytes: int
-    """From files: an expert twice where it has two replicas of it."""
+    """Bytes that it reads from files; an expert with two replicas on the rank is read twice."""
     download_bytes: int
-    """Of the files that hold what it reads."""
+    """Bytes of the files that contain what it reads."""
 
 
 def rank_shares(
@@ -42,7 +42,7 @@ def rank_shares(
     wanted: Mapping[str, ParameterInfo],
     slots: Slots,
 ) -> tuple[RankShare, ...]:
-    """`chosen` and `wanted` are those of the whole model on one device."""
+    """Return the share of each rank; `chosen` and `wanted` are those of the model on one device."""
     owners = _owners(decoder)
     rest, held = held_bytes(decoder, wanted)
 
@@ -85,7 +85,7 @@ def rank_shares(
 def held_bytes(
     decoder: Decoder, wanted: Mapping[str, ParameterInfo]
 ) -> tuple[int, Mapping[int, int]]:
-    """Bytes of the parameters that every rank holds, and of each layer's experts."""
+    """Return the bytes of the parameters that every rank holds, and of each layer's experts."""
     owners = _owners(decoder)
     rest, held = 0, defaultdict[int, int](int)
     for name, info in wanted.items():
@@ -99,13 +99,13 @@ def held_bytes(
 
 
 def _owners(decoder: Decoder) -> dict[str, int]:
-    """The parameters of experts, each with the layer that has it."""
+    """Map each expert parameter to the layer that has it."""
     layer_of = {moe: layer for layer, moe in moe_layers(decoder).items()}
     return {name: layer_of[moe] for name, moe in experts_of(decoder).items()}
 
 
 def _tensors(copy: Copy, encoding: Encoding) -> Iterator[str]:
-    """The stored tensors of a copy."""
+    """Return the stored tensors that a copy reads."""
     weight = encoding.weights.get(copy.source)
     if weight is None:
         yield copy.source

@@ -1,4 +1,4 @@
-"""How balanced expert-parallel ranks would have been under loads that were recorded or made up.
+"""Simulation of how balanced expert-parallel ranks are under recorded or synthetic loads.
 
 A step is a forward pass. Each expert's tokens are split evenly over its replicas, as replica choice
 does it, and a pass takes as long as its busiest rank, layer by layer.
@@ -21,7 +21,7 @@ from moezoo.parallel.placement import initial_map
 
 @dataclass(frozen=True)
 class Setting:
-    """What is tried. Without an interval the first map, which is linear, stays."""
+    """Setting of a simulation. Without an interval the first, linear map stays."""
 
     num_ranks: int
     num_redundant: int
@@ -32,35 +32,35 @@ class Setting:
 
 @dataclass(frozen=True)
 class Simulation:
-    """What a setting came to."""
+    """Result of simulating a setting."""
 
     setting: Setting
     steps: Tensor
-    """fp64 [S]: balancedness of each step."""
+    """Balancedness of each step, fp64 [S]."""
     rebalanced_at: tuple[int, ...]
-    """The steps before which the map changed."""
+    """Steps before which the map changed."""
     moved: tuple[float, ...]
-    """Of each rebalance, experts that ranks received over all slots: 1 would be all anew."""
+    """Share of slots whose expert had to be received from another rank, for each rebalance."""
     num_slots: int
-    """Of all layers together."""
+    """Slots of all layers together."""
 
     @property
     def first_map(self) -> Tensor:
-        """Balancedness before the first rebalance."""
+        """Return the balancedness before the first rebalance."""
         return self.steps[: self.rebalanced_at[0] if self.rebalanced_at else None]
 
     @property
     def settled(self) -> Tensor:
-        """Balancedness from the first rebalance on, or of all steps where there is none."""
+        """Return the balancedness from the first rebalance on, or of all steps if there is none."""
         return self.steps[self.rebalanced_at[0] if self.rebalanced_at else 0 :]
 
 
 def simulate(loads: Tensor, setting: Setting) -> Simulation:
-    """Loads [S, L, E], tokens of each expert in each step, through a setting.
+    """Simulate a setting over loads [S, L, E], the tokens of each expert in each step.
 
     Rebalances see the `window` steps before them; the first is due after a quarter of the interval,
     the others an interval apart. Raises `ExpertMapError` where the slots do not divide over the
-    ranks, ValueError for other settings that cannot be.
+    ranks, ValueError for other invalid settings.
     """
     if loads.ndim != 3 or 0 in loads.shape:
         raise ValueError(f"loads must be [S, L, E], none of them 0, got {list(loads.shape)}")
@@ -90,7 +90,10 @@ def _due(num_steps: int, interval: int | None) -> list[int]:
 
 
 def rank_loads(loads: Tensor, slots: Tensor, num_ranks: int) -> Tensor:
-    """fp64 [S, L, R] of loads [S, L, E] under one map [L, P], replicas of an expert alike."""
+    """Return the loads of ranks, fp64 [S, L, R], from loads [S, L, E] under one map [L, P].
+
+    An expert's tokens are split evenly over its replicas.
+    """
     counts = torch.zeros(loads.shape[1:], dtype=torch.float64)
     counts.scatter_add_(1, slots, torch.ones(slots.shape, dtype=torch.float64))
     of_slot = (loads / counts).gather(2, slots.expand(len(loads), -1, -1))
@@ -107,7 +110,7 @@ def zipf_loads(
     tokens: int = 32768,
     seed: int = 0,
 ) -> Tensor:
-    """fp64 [S, L, E]: made-up loads by Zipf's law, whose popular experts change over time.
+    """Return synthetic loads by Zipf's law, fp64 [S, L, E], whose popular experts change over time.
 
     An expert that a share u of all experts surpasses gets a load of (E u + 1/2) ** -exponent, about
     what the expert of that rank has. How popular it is follows a normal score that drifts without

@@ -1,4 +1,4 @@
-"""Timing of short launches: CUDA graphs, and several that take turns."""
+"""Timing of short launches by CUDA graphs whose replays take turns."""
 
 import math
 import time
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 MAX_LAUNCHES = 48
-"""In one graph; together they should take GRAPH_SECONDS, so that its own start does not count."""
+"""Most launches in one graph; they should take GRAPH_SECONDS, so that its start does not count."""
 GRAPH_SECONDS = 2e-3
 MIN_REPLAYS = 5
 PAUSE = 4.0
-"""Before a replay, as a multiple of its length or of the one before, whichever is longer."""
+"""Pause before a replay, as a multiple of the longer of that replay and the one before."""
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 class Graph:
-    """One CUDA graph that goes through `calls` in turn, once or several times.
+    """A CUDA graph of `calls` in turn, once or several times.
 
-    What they launch must have been compiled. What they read lives as long as the graph. Graphs of
-    one pool share memory: the result of one is there until another is replayed.
+    Their kernels must have been compiled. What they read is kept alive by the graph. Graphs of one
+    pool share memory: the result of one is valid until another is replayed.
     """
 
     def __init__(self, calls: Sequence[Callable[[], Tensor]], pool: Any = None) -> None:
@@ -45,12 +45,12 @@ class Graph:
         self.seconds = self.replay()
 
     def replay(self) -> float:
-        """Its seconds."""
+        """Replay the graph and return the seconds it took."""
         return seconds_of(self.graph.replay, on_gpu=True)
 
 
 class Calls:
-    """The same without a GPU."""
+    """`calls` in turn without a GPU, timed by the clock."""
 
     def __init__(self, calls: Sequence[Callable[[], Tensor]]) -> None:
         self.calls, self.launches = calls, len(calls)
@@ -65,7 +65,7 @@ class Calls:
 
 
 def seconds_of(run: Callable[[], object], *, on_gpu: bool) -> float:
-    """Between events around `run`, whose work has ended when this returns; or by the clock."""
+    """Return the seconds of `run` and the work that it queues: by CUDA events, or by the clock."""
     if not on_gpu:
         start = time.perf_counter()
         run()
@@ -79,7 +79,7 @@ def seconds_of(run: Callable[[], object], *, on_gpu: bool) -> float:
 
 
 def in_turns(timed: Mapping[Key, Graph | Calls], budget_ms: float) -> dict[Key, list[float]]:
-    """The seconds of replays, for about budget_ms each.
+    """Return the seconds of the replays of each graph, about budget_ms in all for each.
 
     A GPU lowers its clock where products draw more power than it may, and stays there for a while:
     on an H100 a kernel takes up to a fifth longer after one that drew much than after one that did
@@ -99,7 +99,7 @@ def in_turns(timed: Mapping[Key, Graph | Calls], budget_ms: float) -> dict[Key, 
 
 
 def _rounds(seconds: float, num_sets: int) -> int:
-    """How often the sets are gone through in a graph, for launches that take about `seconds`."""
+    """Return how often a graph cycles through the sets, for launches of about `seconds`."""
     return max(1, min(MAX_LAUNCHES // num_sets, math.ceil(GRAPH_SECONDS / (seconds * num_sets))))
 
 

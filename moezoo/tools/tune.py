@@ -1,8 +1,8 @@
-"""The search for a layer's tiles on the GPU at hand: what `moezoo tune` runs.
+"""The search for a layer's fastest tiles on this GPU, which `moezoo tune` runs.
 
 For each number of tokens, the two grouped products of the layer are timed with the tiles that can
-be best at that many rows an expert: a few dozen in all, compiled by several processes beforehand.
-The best of each product are then timed together. The plans go into a JSON file that `plan` of
+be fastest at that many rows per expert: a few dozen, compiled by several processes beforehand. The
+fastest of each product are then timed together. The plans go into a JSON file that `plan` of
 `moezoo.layers.kernels.tiles`, and `plan_weight_only`, find from then on.
 """
 
@@ -37,28 +37,28 @@ from moezoo.tools.tune_case import (
     Call,
     Candidate,
     Case,
-    first_product,
+    down_product,
+    gated_up_product,
     rows_of_h,
     rows_of_x,
-    second_product,
 )
 
 TOKENS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 BUDGET_MS = 12.0
-"""Of the replays that time a candidate."""
+"""Milliseconds of replays that time one candidate."""
 
 FINALISTS, CLOSE = 6, 1.1
-"""So many tiles of each product, no slower than so many times the fastest, and then so many pairs
-of them are tried together."""
+"""Number of tiles of each product, and of pairs of them, that are measured again together; and the
+most that they may take, as a multiple of the fastest one's time."""
 
 MAX_PROCESSES = 12
-"""That compile: each holds a CUDA context of some hundred megabytes."""
+"""Most processes that compile: each holds a CUDA context of some hundred megabytes."""
 
 
 @contextmanager
 def unless_unusable() -> Iterator[None]:
-    """Ends the block quietly at a tile that the GPU has no room for or Triton cannot compile."""
+    """Suppress the errors of a tile that the GPU has no room for or Triton cannot compile."""
     try:
         yield
     except (OutOfResources, CompilationError, PTXASError):
@@ -70,7 +70,7 @@ def unless_unusable() -> Iterator[None]:
 
 
 def check(layer: Layer, device: torch.device, quantization: str | None = None) -> None:
-    """Raises ValueError where there is nothing to search: candidates read through descriptors."""
+    """Raise ValueError where no tile can be tried: all candidates read through descriptors."""
     hidden, intermediate = layer.hidden_size, layer.intermediate_size
     by_rule = "such a layer gets its tiles by rule, without a table"
     if torch.version.hip is not None or capability(device) < (9, 0):
@@ -100,10 +100,10 @@ def tune(
     quantization: str | None = None,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Time the candidates on the current CUDA device; the entry of the layer for `save`.
+    """Time the candidates on the current CUDA device; return the layer's entry for `save`.
 
-    bf16, or weights in a quantisation of SEARCHES, int4 in groups of 128; random weights and
-    choices of experts. Raises what `check` does, MoEZooError where no candidate runs, and
+    Weights are bf16, or in a quantisation of SEARCHES (int4 in groups of 128). Weights and choices
+    of experts are random. Raises what `check` does, MoEZooError where no candidate runs, and
     torch.OutOfMemoryError where the layer's weights do not fit.
     """
     device = torch.device("cuda", torch.cuda.current_device())
@@ -138,36 +138,37 @@ def tune(
 
 
 def _fastest(case: Case) -> tuple[float, Plan]:
-    """The microseconds of both products and the sum after them, and their tiles, of one m.
+    """Return the least microseconds of both products and the sum, and their tiles, of one m.
 
     The tiles that are close to the fastest of a product are measured again together, in turns: what
     a kernel takes alone is not always what it takes before another one that already waits.
     """
     alone: dict[Plan, float] = {}
     for m in case.permutations:
-        firsts, seconds = _alone(case.firsts(m)), _alone(case.seconds(m))
-        for first, us1 in _close(firsts).items():
-            for second, us2 in _close(seconds).items():
+        gated_up = _times_alone(case.gated_up_candidates(m))
+        down = _times_alone(case.down_candidates(m))
+        for first, us1 in _finalists(gated_up).items():
+            for second, us2 in _finalists(down).items():
                 alone[Plan(first, second)] = us1 + us2
     if not alone:
         raise MoEZooError(
             f"at {len(case.topk_weights)} tokens no candidate runs on this GPU: none of them fits "
             f"it, or none compiles with Triton {triton.__version__}; layers get their tiles by rule"
         )
-    times = _together((plan, case.calls(plan)) for plan in _close(alone))
+    times = _times_in_turns((plan, case.calls(plan)) for plan in _finalists(alone))
     fastest = min(times, key=times.__getitem__)
     return times[fastest], fastest
 
 
-def _close(times: dict[Key, float]) -> dict[Key, float]:
-    """Those that take no longer than CLOSE times the least, the FINALISTS first of them."""
+def _finalists(times: dict[Key, float]) -> dict[Key, float]:
+    """Return up to FINALISTS tiles, fastest first, that take at most CLOSE times the least time."""
     least = min(times.values(), default=0.0)
     fastest = sorted(times, key=times.__getitem__)[:FINALISTS]
     return {key: times[key] for key in fastest if times[key] <= CLOSE * least}
 
 
-def _alone(candidates: Iterable[Candidate]) -> dict[Tile, float]:
-    """The median microseconds of a call, of the candidates that run."""
+def _times_alone(candidates: Iterable[Candidate]) -> dict[Tile, float]:
+    """Return the median microseconds of a call, for each candidate that runs."""
     times: dict[Tile, float] = {}
     for tile, calls in candidates:
         with unless_unusable():
@@ -176,8 +177,8 @@ def _alone(candidates: Iterable[Candidate]) -> dict[Tile, float]:
     return times
 
 
-def _together(pairs: Iterable[tuple[Plan, list[Call]]]) -> dict[Plan, float]:
-    """The same of both products, which take turns."""
+def _times_in_turns(pairs: Iterable[tuple[Plan, list[Call]]]) -> dict[Plan, float]:
+    """Return the median microseconds of both products and the sum, for each pair of tiles."""
     pool = torch.cuda.graph_pool_handle()
     return _medians({plan: Graph(calls, pool) for plan, calls in pairs})
 
@@ -222,9 +223,9 @@ def _compile(job: tuple[str, Tile], layer: Layer, quantization: str | None) -> N
     # The search meets the same error, and goes on without the tile.
     with unless_unusable():
         if operation == "gated_up":
-            first_product(rows_of_x(64, weights.w13, generator), weights.w13, 1, tile)(rows)
+            gated_up_product(rows_of_x(64, weights.w13, generator), weights.w13, 1, tile)(rows)
         else:
-            second_product(rows_of_h(64, weights.w2, generator), weights.w2, tile)(rows)
+            down_product(rows_of_h(64, weights.w2, generator), weights.w2, tile)(rows)
     torch.cuda.synchronize()
 
 
@@ -242,7 +243,7 @@ def _short(tile: Tile) -> str:
 
 
 def read_entries(path: Path) -> list[dict[str, Any]]:
-    """The layers of a table, none where there is no file; raises ValueError if it is malformed."""
+    """Return the layers of a table, none without a file; raise ValueError if it is malformed."""
     if not path.exists():
         return []
     tiles.read_table(path)
@@ -251,7 +252,7 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
 
 
 def save(entries: Iterable[dict[str, Any]], path: Path) -> Path:
-    """Add the layers to the table at `path`, which this process also uses from now on; returns it.
+    """Add layers to the table at `path` and return it; this process uses it from now on.
 
     A plan takes the place of an older one for the same sizes and rows an expert; others stay.
     Raises ValueError if the old file is malformed.

@@ -1,4 +1,4 @@
-"""Tiles that can be best for the products of a layer, by the rows of an expert, for `tune`."""
+"""Tiles that `tune` tries for the products of a layer, by the number of rows per expert."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from moezoo.layers.quant.fp8 import BLOCK, BLOCK_FP8
 
 
 def gated_up_tiles(rows_per_expert: float) -> Iterator[Tile]:
-    """Candidates for the first product."""
+    """Return candidates for the first product."""
     if rows_per_expert <= 40:
         for m in _few_rows(rows_per_expert):
             first = Tile(m, 64, 128, 4, 3, descriptors=True, weights_first=True)
@@ -35,7 +35,7 @@ def gated_up_tiles(rows_per_expert: float) -> Iterator[Tile]:
 
 
 def down_tiles(rows_per_expert: float) -> Iterator[Tile]:
-    """Candidates for the second product."""
+    """Return candidates for the second product."""
     if rows_per_expert <= 40:
         for m in _few_rows(rows_per_expert):
             first = Tile(m, 64, 128, 4, 4, descriptors=True, weights_first=True)
@@ -66,7 +66,7 @@ def down_tiles(rows_per_expert: float) -> Iterator[Tile]:
 
 
 def gated_up_fp8_tiles(rows_per_expert: float) -> Iterator[Tile]:
-    """Candidates for the first product in block fp8: n and k are 128."""
+    """Return candidates for the first product in block fp8: n and k are 128."""
     if rows_per_expert <= 40:
         for m in _few_rows(rows_per_expert):
             first = Tile(m, 128, 128, 8, 3, descriptors=True, weights_first=True)
@@ -91,7 +91,7 @@ def gated_up_fp8_tiles(rows_per_expert: float) -> Iterator[Tile]:
 
 
 def down_fp8_tiles(rows_per_expert: float) -> Iterator[Tile]:
-    """Candidates for the second product in block fp8: k is 128."""
+    """Return candidates for the second product in block fp8: k is 128."""
     if rows_per_expert <= 40:
         for m in _few_rows(rows_per_expert):
             first = Tile(m, 128, 128, 8, 4, descriptors=True, weights_first=True)
@@ -118,7 +118,7 @@ def down_fp8_tiles(rows_per_expert: float) -> Iterator[Tile]:
 
 
 def gated_up_weight_only_tiles(rows_per_expert: float, *, bits: int) -> Iterator[Tile]:
-    """Candidates for the first product with weights of 4 or 8 bits."""
+    """Return candidates for the first product with weights of 4 or 8 bits."""
     if rows_per_expert <= 40:
         for m in _few_rows(rows_per_expert):
             yield from _tiles(m, [(32, 256, 4, 3), (32, 256, 4, 4), (32, 128, 4, 5)], bits)
@@ -139,7 +139,7 @@ def gated_up_weight_only_tiles(rows_per_expert: float, *, bits: int) -> Iterator
 
 
 def down_weight_only_tiles(rows_per_expert: float, *, bits: int) -> Iterator[Tile]:
-    """Candidates for the second product with weights of 4 or 8 bits."""
+    """Return candidates for the second product with weights of 4 or 8 bits."""
     if rows_per_expert <= 40:
         for m in _few_rows(rows_per_expert):
             yield from _tiles(m, [(64, 128, 4, 4), (64, 256, 4, 3), (64, 512, 4, 3)], bits)
@@ -158,7 +158,7 @@ def down_weight_only_tiles(rows_per_expert: float, *, bits: int) -> Iterator[Til
 
 
 def _tiles(m: int, sizes: list[tuple[int, int, int, int]], bits: int) -> Iterator[Tile]:
-    """Tiles of n, k at 4 bits, warps and stages; at 8 bits they have half the k."""
+    """Return tiles from (n, k at 4 bits, warps, stages); at 8 bits k is halved."""
     for n, k, num_warps, num_stages in sizes:
         yield Tile(m, n, k * 4 // bits, num_warps, num_stages, descriptors=True, weights_first=True)
 
@@ -172,7 +172,7 @@ TilesByRows = Callable[[float], Iterator[Tile]]
 
 @dataclass(frozen=True)
 class Search:
-    """The tiles to try for both products, by the rows of an expert.
+    """Tiles to try for both products, by the number of rows per expert.
 
     Hidden and intermediate sizes must be multiples of `step` (what the bulk copy engine reads, or a
     group of int4) and no less than `smallest`, the least k that is tried at every number of rows.
@@ -200,4 +200,4 @@ SEARCHES: dict[str | None, Search] = {
     Int4.name: _weight_only(Int4.bits, step=128, smallest=128),
     Mxfp4.name: _weight_only(Mxfp4.bits, step=32, smallest=128),
 }
-"""For each quantisation, None for weights of 16 bits."""
+"""Quantisation -> its search; None is weights of 16 bits."""

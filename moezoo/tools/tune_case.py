@@ -1,4 +1,4 @@
-"""The products of a layer as `tune` times them: what they read, and a call for each tile to try."""
+"""Inputs of a layer's two products for `tune`, and a call of them for each tile to try."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,18 +26,18 @@ from moezoo.tools.tune_candidates import SEARCHES, Search
 Call = Callable[[], Tensor]
 Product = Callable[[Permutation], Tensor]
 Candidate = tuple[Tile, list[Call]]
-"""A tile, and the calls to time for it."""
+"""A tile and the calls to time for it."""
 
 SETS = 4
-"""Choices of experts that take turns, so that few rows do not find their weights in L2."""
+"""Number of choices of experts that take turns, so that few rows do not find weights in L2."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What the two products read at one number of tokens.
+    """Inputs of the two products at one number of tokens.
 
-    x [T, H] and h [S, I] as they read them, see `rows_of_x` and `rows_of_h`; topk_weights [T, K];
-    by the m of a tile, the permutations of each choice of experts.
+    x [T, H] and h [S, I] in the form that the products read, see `rows_of_x` and `rows_of_h`;
+    topk_weights [T, K]; for each m of a tile, a permutation for each choice of experts.
     """
 
     x: Tensor | Fp8Rows
@@ -72,21 +72,21 @@ class Case:
         }
         return cls(x, h, weights, topk_weights, permutations)
 
-    def first(self, tile: Tile) -> Product:
-        return first_product(self.x, self.weights.w13, self.topk_weights.shape[1], tile)
+    def gated_up_product(self, tile: Tile) -> Product:
+        return gated_up_product(self.x, self.weights.w13, self.topk_weights.shape[1], tile)
 
-    def second(self, tile: Tile) -> Product:
-        return second_product(self.h, self.weights.w2, tile)
+    def down_product(self, tile: Tile) -> Product:
+        return down_product(self.h, self.weights.w2, tile)
 
-    def firsts(self, m: int) -> Iterator[Candidate]:
-        """The first product with each candidate of so many rows, for each choice of experts."""
+    def gated_up_candidates(self, m: int) -> Iterator[Candidate]:
+        """Return calls of the first product with each candidate of `m` rows, for each choice."""
         tiles = self.search.gated_up(self.rows_per_expert)
-        return self._candidates(m, tiles, self.weights.w13.shape[-1], self.first)
+        return self._candidates(m, tiles, self.weights.w13.shape[-1], self.gated_up_product)
 
-    def seconds(self, m: int) -> Iterator[Candidate]:
-        """The same of the second product."""
+    def down_candidates(self, m: int) -> Iterator[Candidate]:
+        """Return calls of the second product with each candidate of `m` rows, for each choice."""
         tiles = self.search.down(self.rows_per_expert)
-        return self._candidates(m, tiles, self.weights.w2.shape[-1], self.second)
+        return self._candidates(m, tiles, self.weights.w2.shape[-1], self.down_product)
 
     def _candidates(
         self, m: int, tiles: Iterator[Tile], length: int, product: Callable[[Tile], Product]
@@ -96,8 +96,8 @@ class Case:
                 yield tile, [partial(product(tile), rows) for rows in self.permutations[m]]
 
     def calls(self, plan: Plan) -> list[Call]:
-        """Of both products and the sum, one for each choice of experts."""
-        first, second = self.first(plan.gated_up), self.second(plan.down)
+        """Return calls of both products and the sum, one for each choice of experts."""
+        first, second = self.gated_up_product(plan.gated_up), self.down_product(plan.down)
 
         def call(rows: Permutation) -> Tensor:
             first(rows)
@@ -115,14 +115,17 @@ class Case:
 
 
 def rows_of_x(num_rows: int, w13: Tensor | Format, generator: torch.Generator) -> Tensor | Fp8Rows:
-    """Random rows as the first product reads them: for weights of 4 and 8 bits as wide as
-    `interleave` makes them, for block fp8 quantised, otherwise bf16."""
+    """Return random rows in the form that the first product reads.
+
+    They are padded as `interleave` does for weights of 4 and 8 bits, quantised for block fp8,
+    otherwise bf16.
+    """
     rows = _random_rows(num_rows, w13, generator)
     return quantize_rows(rows) if isinstance(w13, BlockFp8) else rows
 
 
 def rows_of_h(num_rows: int, w2: Tensor | Format, generator: torch.Generator) -> Tensor | Fp8Rows:
-    """The same for the second product, which reads scales by column."""
+    """Return random rows in the form that the second product reads, with scales by column."""
     rows = _random_rows(num_rows, w2, generator)
     if not isinstance(w2, BlockFp8):
         return rows
@@ -138,7 +141,7 @@ def _random_rows(num_rows: int, w: Tensor | Format, generator: torch.Generator) 
     return torch.randn(num_rows, width, device=device, dtype=torch.bfloat16, generator=generator)
 
 
-def first_product(x: Tensor | Fp8Rows, w13: Tensor | Format, k: int, tile: Tile) -> Product:
+def gated_up_product(x: Tensor | Fp8Rows, w13: Tensor | Format, k: int, tile: Tile) -> Product:
     if isinstance(w13, BlockFp8):
         assert isinstance(x, Fp8Rows)
         fitted = tile.fitted(2, 1, w13.device)
@@ -152,7 +155,7 @@ def first_product(x: Tensor | Fp8Rows, w13: Tensor | Format, k: int, tile: Tile)
     return lambda rows: gated_up(x, w13, rows, k=k, tile=fitted)
 
 
-def second_product(h: Tensor | Fp8Rows, w2: Tensor | Format, tile: Tile) -> Product:
+def down_product(h: Tensor | Fp8Rows, w2: Tensor | Format, tile: Tile) -> Product:
     if isinstance(w2, BlockFp8):
         assert isinstance(h, Fp8Rows)
         fitted = tile.fitted(1, 1, w2.device)

@@ -143,10 +143,10 @@ def replays(monkeypatch):
 def test_only_the_fastest_of_those_that_run_are_tried_together(replays):
     times = {"slow": 9e-6, "fast": 3e-6, "close": 3.2e-6}
     candidates = [("large", [too_large]), *((n, [lambda t=t: t]) for n, t in times.items())]
-    assert list(tool._close(tool._alone(candidates))) == ["fast", "close"]
-    assert tool._close(tool._alone(candidates[:1])) == {}
+    assert list(tool._finalists(tool._times_alone(candidates))) == ["fast", "close"]
+    assert tool._finalists(tool._times_alone(candidates[:1])) == {}
     many = dict.fromkeys(range(2 * tool.FINALISTS), 3e-06)
-    assert list(tool._close(many)) == [*range(tool.FINALISTS)]
+    assert list(tool._finalists(many)) == [*range(tool.FINALISTS)]
 
 
 def test_products_are_chosen_by_what_they_take_together(replays, monkeypatch):
@@ -163,8 +163,8 @@ def test_products_are_chosen_by_what_they_take_together(replays, monkeypatch):
 
     x = torch.empty(4, 64)
     case = Case(x, x, Weights(x, x), x, {16: []})
-    monkeypatch.setattr(Case, "firsts", candidates("a", "b"))
-    monkeypatch.setattr(Case, "seconds", candidates("c", "d"))
+    monkeypatch.setattr(Case, "gated_up_candidates", candidates("a", "b"))
+    monkeypatch.setattr(Case, "down_candidates", candidates("c", "d"))
     monkeypatch.setattr(
         Case,
         "calls",
@@ -200,7 +200,7 @@ def test_an_error_of_the_device_is_not_taken_for_a_tile_that_does_not_compile():
 
 
 def test_no_candidate_at_all_is_an_error(monkeypatch):
-    monkeypatch.setattr(tool, "_alone", lambda candidates: {})
+    monkeypatch.setattr(tool, "_times_alone", lambda candidates: {})
     x = torch.empty(4, 64)
     case = Case(x, x, Weights(x, x), x, {16: [], 32: []})
     with pytest.raises(MoEZooError, match="at 4 tokens no candidate runs"):

@@ -43,9 +43,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Gating:
-    """activation(min(gate, limit)) * (clamp(up, -limit, limit) + up_offset)
+    """A gated activation: activation(min(gate, limit)) * (clamp(up, -limit, limit) + up_offset).
 
-    Where there is no gate, it is activation(up) alone. gpt-oss, for one, gates by
+    Without a gate it is activation(up). gpt-oss, for one, gates by
     Gating("quick_gelu", limit=7.0, up_offset=1.0).
 
     Raises ValueError for an activation that is not in `ACTIVATIONS`.
@@ -66,7 +66,7 @@ class Gating:
         return activation if isinstance(activation, Gating) else cls(activation)
 
     def __call__(self, *parts: Tensor) -> Tensor:
-        """Of gate and up, or of up alone."""
+        """Return the activation of gate and up, or of up alone if there is no gate."""
         if len(parts) == 1:
             return ACTIVATIONS[self.activation](parts[0])
         gate, up = parts
@@ -77,7 +77,10 @@ class Gating:
 
 
 def in_parts(w13: Tensor, bias13: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """w13 [E, 2I, H] as [E, 2, I, H], and bias13 [E, 2I] alike; a w13 that has parts as it is."""
+    """View w13 [E, 2I, H] as [E, 2, I, H] and bias13 [E, 2I] as [E, 2, I].
+
+    A w13 of four dimensions is returned as it is, with its bias.
+    """
     if w13.ndim != 3:
         return w13, bias13
     return w13.unflatten(1, (2, -1)), None if bias13 is None else bias13.unflatten(1, (2, -1))

@@ -18,7 +18,7 @@ from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.sizes import next_power_of_2
 
 LARGEST_BLOCK = 8192
-"""What a program keeps of a row. Longer rows are read twice."""
+"""Most numbers of a row that a program keeps in registers. Longer rows are read twice."""
 
 
 def add_rms_norm_ref(
@@ -94,7 +94,9 @@ def _add_rms_norm_kernel(
 def add_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """x and residual [N, H] of one dtype, weight [H] of any -> normed [N, H], sum [N, H].
+    """Return the norm and the sum: x and residual [N, H], weight [H] -> normed [N, H], sum [N, H].
+
+    x and residual have one dtype, weight may have another.
 
     Rows of x and residual may lie apart. Without a residual the sum is x itself, not a copy.
 

@@ -18,10 +18,10 @@ from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 from moezoo.layers.kernels.topk import sort_key
 
 PIECE = 4096
-"""Columns that a program of the first launch looks at, at least."""
+"""Least number of columns for a program of the first launch."""
 
 MAX_PIECES = 1024
-"""Pieces of a row, which one program of the second launch holds."""
+"""Most pieces of a row; one program of the second launch holds them all."""
 
 
 def argmax_ref(x: Tensor) -> Tensor:
@@ -81,7 +81,9 @@ def _whole_kernel(
 
 
 def argmax(x: Tensor) -> Tensor:
-    """x [R, C] of any float dtype, C not 0 -> int64 [R].
+    """Return the position of each row's largest number, int64 [R].
+
+    x [R, C] has any float dtype; C is not 0.
 
     Raises ValueError for a shape or strides that do not fit.
     """

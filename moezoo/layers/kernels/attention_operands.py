@@ -1,4 +1,4 @@
-"""What the two attention kernels over a cache ask of their operands alike.
+"""Checks of operands that both attention kernels over a cache share.
 
 Legend: N query rows, Hq query heads, Hk key heads, S slots of the cache, D key width, Dv value
 width, P pages of a sequence.
@@ -20,11 +20,10 @@ def require_operands(
     softcap: float | None,
     shared_keys: Tensor | None = None,
 ) -> None:
-    """q [N, Hq, D], keys [S, Hk, D], values [S, Hk, Dv], page_table [.., P], sinks [Hq]; with
-    shared_keys [S, R] keys are [S, Hk, D - R].
+    """Check q [N, Hq, D], keys [S, Hk, D], values [S, Hk, Dv], page_table [.., P] and sinks [Hq].
 
-    `rows` is what the caller calls N. Raises ValueError for shapes, dtypes, strides or settings
-    that do not fit.
+    With shared_keys [S, R] keys are [S, Hk, D - R]. `rows` is the caller's name of N. Raises
+    ValueError for shapes, dtypes, strides or settings that do not fit.
     """
     if shared_keys is not None and (shared_keys.ndim != 2 or len(shared_keys) != len(keys)):
         raise ValueError(f"shared_keys must be [{len(keys)}, R], got {list(shared_keys.shape)}")

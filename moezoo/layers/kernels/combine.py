@@ -57,8 +57,9 @@ def _combine_kernel(
 
 
 def combine(y: Tensor, topk_weights: Tensor, positions: Tensor) -> Tensor:
-    """y [S, H], topk_weights [T, K] fp32 of any strides, positions [T, K] int32 -> [T, H] in y's
-    dtype; y and positions are contiguous.
+    """Return each token's weighted sum of rows, [T, H] in y's dtype.
+
+    y [S, H] and positions [T, K] int32 are contiguous, topk_weights [T, K] fp32 has any strides.
 
     The kernel launched just before may write y, but neither weights nor positions.
 

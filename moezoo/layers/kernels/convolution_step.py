@@ -94,8 +94,9 @@ def convolution_step(
     activation: str | None = None,
     used: Tensor | None = None,
 ) -> Tensor:
-    """x [N, C] and window [N, C, W] of one dtype, weight [C, W], bias [C] -> y [N, C]; window is
-    changed.
+    """Return y [N, C] for the next inputs x [N, C], and change window [N, C, W] in place.
+
+    x and window have one dtype; weight is [C, W], bias [C].
 
     `used` bool [N] says which rows' windows change. Rows of x, and all of window, may lie apart;
     weight, bias and `used` are contiguous.
@@ -146,7 +147,7 @@ def convolution_step(
 
 
 def as_bytes(used: Tensor | None, num_rows: int) -> Tensor | None:
-    """`used` as the kernels of steps read it. Raises ValueError if it is not bool [num_rows]."""
+    """Return `used` as bytes for the kernels of steps; raise ValueError unless bool [num_rows]."""
     if used is None:
         return None
     if used.shape != (num_rows,) or used.dtype != torch.bool or not used.is_contiguous():

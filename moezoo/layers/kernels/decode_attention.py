@@ -35,7 +35,7 @@ from moezoo.layers.kernels.windows import Chunked, first_key
 
 LOG2E = math.log2(math.e)
 MAX_SPLITS = 128
-"""The merge holds a column of every share's sums in registers."""
+"""Most shares of a sequence's keys: the merge holds a column of every share's sums in registers."""
 
 
 def decode_attention_ref(
@@ -76,9 +76,10 @@ def decode_attention_ref(
 
 @dataclass(frozen=True)
 class Plan:
-    """A program takes `block_heads` heads over one of `num_splits` shares, `block_keys` at once.
+    """How the work is divided among programs.
 
-    Keys whose first numbers are the values are read and multiplied in `num_parts` parts.
+    A program takes `block_heads` heads over one of `num_splits` shares of the keys, `block_keys`
+    at a time. Keys whose first numbers are the values are read and multiplied in `num_parts` parts.
     """
 
     block_heads: int
@@ -98,10 +99,9 @@ def plan(
     page_size: int,
     max_keys: int,
 ) -> Plan:
-    """q [B, Hq, D], keys [S, Hk, D]; the widths of a key's row, in its two parts, and of a value's
-    in shared memory.
+    """Return the plan for q [B, Hq, D] and keys [S, Hk, D] if queries see at most `max_keys`.
 
-    No query sees more than `max_keys`.
+    The widths are those of a key's row, in its two parts, and of a value's row in shared memory.
     """
     key_width = sum(key_widths)
     batch, num_heads, _ = q.shape
@@ -360,7 +360,7 @@ def decode_attention(
     sinks: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """q [B, Hq, D] -> [B, Hq, Dv] contiguous, in q's dtype.
+    """Return the attention of queries q [B, Hq, D]: [B, Hq, Dv], contiguous, in q's dtype.
 
     keys [S, Hk, D] and values [S, Hk, Dv] of q's dtype; without values they are the first
     `value_dim` numbers of each key, as in MLA. page_table [B, P] and lengths [B] int32: the keys

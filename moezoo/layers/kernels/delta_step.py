@@ -145,11 +145,11 @@ def delta_step(
     eps: float,
     used: Tensor | None = None,
 ) -> Tensor:
-    """qkv [N, 2 Hk Dk + H Dv], z [N, H, Dv], b and a [N, H], state fp32 [N, H, Dk, Dv]
-    -> out [N, H Dv] in the dtype of qkv; state is changed.
+    """Return out [N, H Dv] in the dtype of qkv, and change state fp32 [N, H, Dk, Dv] in place.
 
-    A_log and dt_bias [H], norm_weight [Dv], all of any float dtype and contiguous. `used` bool [N]
-    says which rows' states change. Rows may lie apart, and so may heads of z, b and a.
+    qkv is [N, 2 Hk Dk + H Dv], z [N, H, Dv], b and a [N, H]. A_log and dt_bias [H], norm_weight
+    [Dv], all of any float dtype and contiguous. `used` bool [N] says which rows' states change.
+    Rows may lie apart, and so may heads of z, b and a.
 
     Raises ValueError for shapes, dtypes or strides that do not fit.
     """

@@ -184,7 +184,7 @@ def down(
     tile: Tile,
     bias2: Tensor | None = None,
 ) -> Tensor:
-    """-> y [S, H] in h's dtype, rows in expert order; those from offsets[E] on are not written.
+    """Return y [S, H] in h's dtype, rows in expert order; rows from offsets[E] on are not written.
 
     h [S, I] contiguous, rows in expert order; w2 [E, H, I] and bias2 [E, H] of h's dtype and any
     strides; `permutation` as `permute` made it with `tile.m` rows a tile.

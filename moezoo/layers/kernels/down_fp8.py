@@ -272,7 +272,7 @@ def down_fp8(
     tile: Tile,
     bias2: Tensor | None = None,
 ) -> Tensor:
-    """-> y [S, H] in `dtype`, rows in expert order; those from offsets[E] on are not written.
+    """Return y [S, H] in `dtype`, rows in expert order; rows from offsets[E] on are not written.
 
     h as `gated_up_fp8` made it, w2 [E, H, I] and bias2 [E, H] of any strides. `permutation` has
     `tile.m` rows a tile; `tile.k` is 128 and `tile.n` 64, 128 or 256.

@@ -196,7 +196,7 @@ def down_weight_only(
     tile: Tile,
     bias2: Tensor | None = None,
 ) -> Tensor:
-    """-> y [S, H] in h's dtype, rows in expert order; those from offsets[E] on are not written.
+    """Return y [S, H] in h's dtype, rows in expert order; rows from offsets[E] on are not written.
 
     h [S, P] as `gated_up_weight_only` made it, w2 [E, H, I] and bias2 [E, H]; `permutation` has
     `tile.m` rows a tile. Between the launch that counted the tiles and this one lies another, which

@@ -31,16 +31,16 @@ from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 from moezoo.layers.kernels.tiles import multiprocessors
 
 FEW_ROWS = 8
-"""The most rows of x."""
+"""Most rows of x."""
 
 REGISTER_ROWS = 4
-"""The most rows of 16-bit x whose products are made in ordinary registers.
+"""Most rows of 16-bit x whose products are made in ordinary registers.
 
-They lie there too, so all together have at most 16384 columns.
+The rows lie in registers too, so together they have at most 16384 columns.
 """
 
 GATED_COLUMNS = 4096
-"""The most inputs of a `gated_linear`: each program reads and gates them all."""
+"""Most inputs of a `gated_linear`: each program reads and gates them all."""
 
 
 def few_rows_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -244,11 +244,11 @@ def _few_rows_dot_kernel(
 
 @dataclass(frozen=True)
 class Launch:
-    """What one program works on: block_n rows of the weight.
+    """Launch options. A program works on block_n rows of the weight at a time.
 
-    With block_k 0 it holds them in registers, and programs_per_sm programs a multiprocessor share
-    out all the rows, or each has its own block_n if that is 0. Otherwise the matrix units get
-    block_k columns at a time, and num_stages times as many are on their way.
+    With block_k = 0 it holds them in registers: programs_per_sm programs per multiprocessor share
+    all the rows, or, if that is 0, each program has block_n rows of its own. Otherwise the matrix
+    units get block_k columns at a time, with num_stages blocks of columns in flight.
     """
 
     block_n: int
@@ -259,7 +259,10 @@ class Launch:
 
 
 def launch(x: Tensor, weight: Tensor) -> Launch:
-    """How to multiply x [T, K] by weight [N, K]. Figures are microseconds on one H100 in bf16."""
+    """Return the options to multiply x [T, K] by weight [N, K].
+
+    Figures are microseconds on one H100 in bf16.
+    """
     (num_rows, k), n, itemsize = x.shape, len(weight), x.dtype.itemsize
     block_k = next_power_of_2(k)
     if itemsize == 2 and num_rows > min(REGISTER_ROWS, 16384 // block_k):
@@ -283,8 +286,9 @@ def launch(x: Tensor, weight: Tensor) -> Launch:
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, K] with T <= FEW_ROWS, weight [N, K], bias [N] -> [T, N], all of x's dtype.
+    """Return x @ weight.T + bias: x [T, K], T <= FEW_ROWS, weight [N, K], bias [N] -> y [T, N].
 
+    All have x's dtype.
     Last strides are 1. Weights must not be written by the kernel launched just before.
 
     Raises ValueError for shapes, dtypes or strides that do not fit.
@@ -329,9 +333,10 @@ def add_norm_linear(
     eps: float,
     offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """x and update [T, K], weight [N, K], bias [N], norm_weight [K] -> y [T, N], sum [T, K].
+    """Return y [T, N] of the normed sum, and the sum [T, K] of x and update, both [T, K].
 
-    As `few_rows_linear`, in one launch where registers hold x. Without an update the sum is x
+    weight is [N, K], bias [N], norm_weight [K]. Arguments and errors are those of
+    `few_rows_linear`. It is one launch where registers hold x. Without an update the sum is x
     itself, not a copy. The norm's weight, to which `offset` is added, may have a dtype of its own.
     """
     _check(x, weight, bias)
@@ -352,7 +357,7 @@ def add_norm_linear(
 
 
 def takes_gated(gate_up: Tensor, weight: Tensor) -> bool:
-    """Whether `gated_linear` does, and is faster than a launch for the gated activation alone."""
+    """Whether `gated_linear` takes it, and faster than with a launch for the activation."""
     if len(gate_up) > REGISTER_ROWS or weight.shape[1] > GATED_COLUMNS:
         return False
     return not launch(gate_up[:, : weight.shape[1]], weight).block_k
@@ -366,10 +371,10 @@ def gated_linear(
     activation: str | Gating = "silu",
     addend: Tensor | None = None,
 ) -> Tensor:
-    """gate_up [T, 2K], in each row first gate, then up; weight [N, K], bias [N], addend [T, N] of
-    its dtype -> [T, N].
+    """Return y [T, N] of the gated activation of gate_up [T, 2K], each row gate before up.
 
-    For what `takes_gated` accepts. As `few_rows_linear`.
+    weight is [N, K], bias [N], addend [T, N], all of gate_up's dtype. `takes_gated` must hold;
+    arguments and errors are otherwise those of `few_rows_linear`.
     """
     k = weight.shape[1]
     if gate_up.ndim != 2 or gate_up.shape[1] != 2 * k:
@@ -424,7 +429,7 @@ def _in_registers(
     gating: Gating | None = None,
     addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """With `gating`, x are the gates of rows that go on with as many ups."""
+    """Launch the products in registers. With `gating`, x is the gate half of gate_up's rows."""
     (num_rows, k), n = x.shape, len(weight)
     y = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
     total = x

@@ -311,7 +311,7 @@ def _few_tokens_down_kernel(
 
 
 def _pieces(size: int, block: int, limit: int) -> int:
-    """Blocks of a row that are asked for at once: of as few rounds as `limit` allows."""
+    """Return how many blocks of a row are loaded at once: up to `limit`, for the fewest rounds."""
     blocks = cdiv(size, block)
     return cdiv(blocks, cdiv(blocks, limit))
 
@@ -372,11 +372,12 @@ def few_tokens(
     bias2: Tensor | None = None,
     shared: SharedExpert | None = None,
 ) -> Tensor:
-    """x [T, H], topk_weights [T, K] fp32, topk_ids [T, K] int32 or int64 -> [T, H] in x's dtype.
+    """Return the output of a layer's experts for x [T, H]: [T, H] in x's dtype.
 
-    Weights and biases as `gated_up` and `down` take them. An id outside 0..E-1 contributes nothing.
-    A shared expert has x's dtype and the activation of the others; its weights must not be written
-    by the kernel launched just before.
+    topk_weights is [T, K] fp32, topk_ids [T, K] int32 or int64. Weights and biases as `gated_up`
+    and `down` take them. An id outside 0..E-1 contributes nothing. A shared expert has x's dtype
+    and the activation of the others; its weights must not be written by the kernel launched just
+    before.
 
     Raises ValueError for shapes that do not fit.
     """

@@ -41,17 +41,17 @@ QUAD = 4
 """Columns of x that are read together, as 64 bits."""
 
 GROUP_WORDS = 16
-"""Words that are summed before they are scaled: of a group, or of a part of one."""
+"""Most words whose products are summed before they are scaled; a group may have more."""
 
 UP_BLOCK = (8, 256, 4)
 DOWN_BLOCK = (4, 32, 8)
-"""Columns, and words of a row, that a program works on at a time, and its warps."""
+"""Columns and words of a row that a program of either kernel works on at a time, and its warps."""
 
 MANY_WEIGHTS = 20_000_000
-"""Weights of w2 for a token from which the matrix units, for all their launches, are faster."""
+"""Number of a token's weights in w2 from which the matrix units win despite more launches."""
 
 PIECES = 4
-"""Blocks of a row that the second kernel asks for at once."""
+"""Blocks of a row that the second kernel loads at once."""
 
 
 def few_tokens_weight_only_ref(
@@ -379,14 +379,14 @@ class _Words(NamedTuple):
 
 
 def _words_of_group(w: WeightOnly, ways: int) -> int:
-    """Words with one scale; 0 for a whole row."""
+    """Return the number of words that share a scale; 0 for a scale per row."""
     if isinstance(w, Mxfp4):
         return GROUP // ways
     return 0 if w.scales.shape[-1] == 1 else w.group_size // ways
 
 
 def in_words(w: WeightOnly) -> bool:
-    """Whether the kernels can read w: rows of whole words, groups of a power of two of them."""
+    """Whether the kernels can read w: rows of whole words, groups of a power of two of words."""
     ways = WORD * 8 // w.bits
     zeros = w.zeros
     if w.order is not None or w.shape[-1] % ways or w.data.stride(-1) != 1:
@@ -402,10 +402,10 @@ def in_words(w: WeightOnly) -> bool:
 
 
 def is_faster(w13: WeightOnly, w2: WeightOnly, num_tokens: int, k: int) -> bool:
-    """Whether this takes less time than the two kernels for many tokens: measured on an H200.
+    """Whether this is faster than the two kernels for many tokens, as measured on an H200.
 
-    Unpacking and multiplying number by number takes longer than reading, so nothing is gained where
-    tokens are two or experts large.
+    Unpacking and multiplying number by number takes longer than reading, so nothing is gained for
+    two tokens or large experts.
     """
     few = num_tokens == 1 and k * w2.shape[1] * w2.shape[2] < MANY_WEIGHTS
     return few and in_words(w13) and in_words(w2)
@@ -431,7 +431,7 @@ def _words(w: WeightOnly, block: tuple[int, int, int]) -> _Words:
 
 
 def _in_quads(x: Tensor) -> Tensor:
-    """x [T, K] as [T, K / 4] int64."""
+    """View x [T, K] as [T, K / 4] int64."""
     x = x.contiguous()
     return (x.clone() if x.data_ptr() % 8 else x).view(torch.int64)
 
@@ -447,10 +447,11 @@ def few_tokens_weight_only(
     bias13: Tensor | None = None,
     bias2: Tensor | None = None,
 ) -> Tensor:
-    """x [T, H] bf16 or fp16, topk_weights [T, K] fp32, topk_ids [T, K] int32 or int64 -> [T, H].
+    """Return the output of a layer's experts for x [T, H] in bf16 or fp16: [T, H] in x's dtype.
 
-    w13 [E, 2, I, H] or [E, 1, I, H] and w2 [E, H, I] for which `in_words` holds, bias13 [E, 2 or 1,
-    I], bias2 [E, H]. An id outside 0..E-1 contributes nothing.
+    topk_weights is [T, K] fp32, topk_ids [T, K] int32 or int64. w13 [E, 2, I, H] or [E, 1, I, H]
+    and w2 [E, H, I] for which `in_words` holds, bias13 [E, 2 or 1, I], bias2 [E, H]. An id outside
+    0..E-1 contributes nothing.
 
     Raises ValueError for shapes that do not fit, and for weights that are not in words.
     """

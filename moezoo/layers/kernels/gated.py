@@ -47,7 +47,7 @@ def _gate_kernel(
 
 
 def gate(gate_up: Tensor, activation: str | Gating = "silu") -> Tensor:
-    """gate_up [N, 2I], in each row first gate, then up -> [N, I] in its dtype.
+    """Return the gated activation [N, I] of gate_up [N, 2I], each row gate before up.
 
     Rows may lie apart.
 

@@ -297,7 +297,7 @@ def gated_up(
     activation: str | Gating = "silu",
     bias13: Tensor | None = None,
 ) -> Tensor:
-    """-> h [S, I] in x's dtype, rows in expert order; those from offsets[E] on are not written.
+    """Return h [S, I] in x's dtype, rows in expert order; rows from offsets[E] on are not written.
 
     x [T, H] and w13 [E, 2I, H], bias13 [E, 2I], all fp32, bf16 or fp16, of any strides; or w13
     [E, 2, I, H] and bias13 [E, 2, I]; or without a gate w13 [E, 1, I, H] and bias13 [E, 1, I].

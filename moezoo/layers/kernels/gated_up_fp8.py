@@ -291,7 +291,7 @@ def gated_up_fp8(
     activation: str | Gating = "silu",
     bias13: Tensor | None = None,
 ) -> Fp8Rows:
-    """-> h of S rows of I, in expert order; those from offsets[E] on are not written.
+    """Return h, S rows of I in fp8 and in expert order; rows from offsets[E] on are not written.
 
     x as `permute_and_quantize` made it, w13 [E, 2, I, H], or without a gate [E, 1, I, H], of any
     strides; bias13 [E, 2 or 1, I]. `permutation` has `tile.m` rows a tile; `tile.n` and `tile.k`

@@ -228,8 +228,9 @@ def gated_up_weight_only(
     activation: str | Gating = "silu",
     bias13: Tensor | None = None,
 ) -> Tensor:
-    """-> h [S, P] in x's dtype, rows in expert order and columns as `interleave` has them, P of I;
-    rows from offsets[E] on are not written.
+    """Return h [S, P] in x's dtype, rows in expert order, columns in the order of `interleave`.
+
+    P is I padded as `interleave` does. Rows from offsets[E] on are not written.
 
     x as `interleave` made it for `ways` of w13, from [T, H] fp32, bf16 or fp16; w13 [E, 2, I, H],
     or without a gate [E, 1, I, H], and bias13 [E, 2 or 1, I]. `permutation` has `tile.m` rows a

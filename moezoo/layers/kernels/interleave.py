@@ -1,4 +1,4 @@
-"""interleave: the columns of x in the order in which `unpack` has those of the weights.
+"""interleave: puts the columns of x in the order in which `unpack` delivers those of the weights.
 
     out[t, (chunk * WAYS + way) * 8 + i] = x[t, (chunk * 8 + i) * WAYS + way], and 0 for K and more
 
@@ -28,7 +28,7 @@ from moezoo.layers.kernels.unpack import CHUNK
 
 
 def padded(num_columns: int, ways: int) -> int:
-    """P"""
+    """Return P, the number of columns after padding."""
     chunk: int = CHUNK.value * ways
     return cdiv(num_columns, chunk) * chunk
 
@@ -140,7 +140,7 @@ def _permute_and_interleave_kernel(
 
 
 def interleave(x: Tensor, ways: int) -> Tensor:
-    """x [T, K] of any strides -> [T, P]."""
+    """Return x [T, K], of any strides, with columns reordered and padded: [T, P]."""
     num_rows, num_columns = x.shape
     width = padded(num_columns, ways)
     out = torch.empty(num_rows, width, dtype=x.dtype, device=x.device)
@@ -165,7 +165,7 @@ def interleave(x: Tensor, ways: int) -> Tensor:
 def permute_and_interleave(
     x: Tensor, topk_ids: Tensor, num_experts: int, tile_rows: int, *, ways: int
 ) -> tuple[Permutation, Tensor]:
-    """x [T, K] of any strides and topk_ids [T, K'] -> Permutation, [T, P].
+    """Return `permute` of topk_ids [T, K'] and `interleave` of x [T, K]: a Permutation and [T, P].
 
     Raises ValueError as `permute` does, and for another number of tokens.
     """

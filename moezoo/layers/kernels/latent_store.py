@@ -1,4 +1,4 @@
-"""latent_store: what lies between MLA's first products and attention over the latents.
+"""latent_store: the operations between MLA's first products and attention over the latents.
 
     cache[slots[n], 0] = (norm(kv_a[n, :C]) * norm_weight, rotated(kv_a[n, C:]))
                                                     where slots[n] is not negative
@@ -165,12 +165,12 @@ def latent_store(
     interleaved: bool,
     out: Tensor,
 ) -> None:
-    """kv_a [N, C + R] to cache [S, 1, C + R]; of q [N, heads, .. + R] the last R to those of out.
+    """Store kv_a [N, C + R] in cache [S, 1, C + R], and write q's rotated part to out.
 
-    out is [N, heads, .. + R], its other numbers stay as they are; it may be q itself. `rotation` is
-    cosine and signed sine, [N, R] or [1, N, 1, R], and norm_weight [C], of any float dtype. slots
-    [N] int32 or int64, below S; a row whose slot is negative is stored nowhere. q, kv_a, cache and
-    out are of one dtype. Rows and heads may lie apart.
+    q and out are [N, heads, .. + R]. Only the last R numbers of out are written; it may be q
+    itself. `rotation` is cosine and signed sine, [N, R] or [1, N, 1, R], and norm_weight [C], of
+    any float dtype. slots [N] int32 or int64, below S; a row whose slot is negative is stored
+    nowhere. q, kv_a, cache and out are of one dtype. Rows and heads may lie apart.
 
     Raises ValueError for shapes, dtypes or strides that do not fit.
     """

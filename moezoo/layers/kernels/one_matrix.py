@@ -1,4 +1,4 @@
-"""linear_weight_only and linear_fp8: quantised weights of a linear layer, as one expert's.
+"""linear_weight_only and linear_fp8: a linear layer with quantised weights, as one expert.
 
     y = x @ w.T + bias
 
@@ -33,10 +33,10 @@ from moezoo.layers.quant.channel_fp8 import Fp8Weights
 from moezoo.layers.quant.fp8 import BLOCK, Fp8Rows, blocks, quantize_rows
 
 GROUPS = 8
-"""Groups of 128 that a program quantises."""
+"""Number of groups of 128 that a program quantises."""
 
 LEAST_COLUMNS = 64
-"""Columns of a tile that stay where the weights are too few for all multiprocessors."""
+"""Least columns of a tile where there are too few weights for all multiprocessors."""
 
 
 def linear_weight_only_ref(x: Tensor, w: WeightOnly, bias: Tensor | None = None) -> Tensor:
@@ -117,7 +117,9 @@ def _fp8_rows_kernel(
 def linear_weight_only(
     x: Tensor, w: WeightOnly, bias: Tensor | None = None, *, tile: Tile | None = None
 ) -> Tensor:
-    """x [R, K] fp32, bf16 or fp16, of any strides; w [N, K], bias [N] -> y [R, N] in x's dtype.
+    """Return x @ w.T + bias, [R, N] in x's dtype, for weights w [N, K] of 4 or 8 bits.
+
+    x [R, K] is fp32, bf16 or fp16, of any strides; bias is [N].
 
     Raises ValueError for shapes or strides that do not fit.
     """
@@ -161,7 +163,9 @@ def linear_weight_only(
 def linear_fp8(
     x: Tensor, w: Fp8Weights, bias: Tensor | None = None, *, tile: Tile | None = None
 ) -> Tensor:
-    """x [R, K] fp32, bf16 or fp16, of any strides; w [N, K], bias [N] -> y [R, N] in x's dtype.
+    """Return x @ w.T + bias, [R, N] in x's dtype, for weights w [N, K] in fp8.
+
+    x [R, K] is fp32, bf16 or fp16, of any strides; bias is [N].
 
     Raises ValueError for shapes that do not fit.
     """
@@ -206,8 +210,8 @@ def _check(x: Tensor, w: WeightOnly | Fp8Weights, bias: Tensor | None) -> None:
 
 
 def _narrow(tile: Tile, x: Tensor, num_columns: int) -> Tile:
-    """The tile with fewer columns, so that there are tiles for all multiprocessors: one matrix has
-    fewer than many experts."""
+    """Return the tile with fewer columns, where one matrix has too few tiles for all
+    multiprocessors."""
     n, row_tiles = tile.n, cdiv(len(x), tile.m)
     while n > LEAST_COLUMNS and row_tiles * cdiv(num_columns, n) < multiprocessors(x.device):
         n //= 2
@@ -215,7 +219,7 @@ def _narrow(tile: Tile, x: Tensor, num_columns: int) -> Tile:
 
 
 def _permutation(num_rows: int, tile_rows: int, device: torch.device) -> Permutation:
-    """Without an order, since rows are where they are; nobody has to count the tiles."""
+    """Return a permutation without an order: rows stay in place, all tiles are in use."""
 
     def int32(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)

@@ -29,8 +29,8 @@ from moezoo.layers.quant.fp8 import BLOCK, blocks, quantize_rows
 
 UP_BLOCK = (4, 8, 2)
 DOWN_BLOCK = (4, 16, 4)
-"""Columns and groups of 128 (over all slots in the second kernel) that a program works on at a
-time, and its warps."""
+"""Columns and groups of 128 that a program of either kernel works on at a time, and its warps. The
+second kernel's groups are over all slots."""
 
 
 def one_token_fp8_ref(
@@ -251,10 +251,11 @@ def one_token_fp8(
     bias13: Tensor | None = None,
     bias2: Tensor | None = None,
 ) -> Tensor:
-    """x [1, H], topk_weights [1, K] fp32, topk_ids [1, K] int32 or int64 -> [1, H] in x's dtype.
+    """Return the output of a layer's experts for one token x [1, H]: [1, H] in x's dtype.
 
-    w13 [E, 2, I, H] or [E, 1, I, H] and w2 [E, H, I], biases as `gated_up_fp8` and `down_fp8` take
-    them. An id outside 0..E-1 contributes nothing.
+    topk_weights is [1, K] fp32, topk_ids [1, K] int32 or int64. w13 [E, 2, I, H] or [E, 1, I, H]
+    and w2 [E, H, I], biases as `gated_up_fp8` and `down_fp8` take them. An id outside 0..E-1
+    contributes nothing.
 
     Raises ValueError for shapes that do not fit.
     """

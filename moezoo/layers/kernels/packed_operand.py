@@ -1,4 +1,4 @@
-"""Weights of 4 and 8 bits as `gated_up_weight_only` and `down_weight_only` take them.
+"""Weights of 4 and 8 bits in the layout that `gated_up_weight_only` and `down_weight_only` read.
 
 Rounding points of both: with tiles of up to FEW_ROWS rows integers are exact in the products, and
 their sums over a group of columns are scaled in fp32. With more rows scales are rounded to x's
@@ -20,24 +20,24 @@ from moezoo.layers.quant import Int4, Int8, Mxfp4, WeightOnly
 from moezoo.layers.quant.mxfp4 import GROUP
 
 FORMATS: dict[type, str] = {Int8: "int8", Int4: "int4", Mxfp4: "mxfp4"}
-"""By which the kernels know them."""
+"""Names by which the kernels know the formats."""
 
 
 def ways(weights: type[WeightOnly], num_columns: int) -> int:
-    """Columns in a word of the weights: as many as 16 bits hold, or 8 where those do not fit."""
+    """Return the columns in a word of weights: of 16 bits, or of 8 where those do not fit."""
     in_a_byte = 8 // weights.bits
     return in_a_byte if num_columns % (2 * in_a_byte) else 2 * in_a_byte
 
 
 def in_order(x: Tensor, weights: type[WeightOnly], num_columns: int) -> Tensor:
-    """The inverse of `interleave`."""
+    """Undo `interleave`: return the columns in their usual order, without padding."""
     return x.unflatten(-1, (-1, ways(weights, num_columns), CHUNK.value)).mT.flatten(-3)[
         :, :num_columns
     ]
 
 
 class Packed(NamedTuple):
-    """Weights as the kernels take them: words [E, P, N, W], scales and zeros [E, P, N, G]."""
+    """Weights in the kernels' layout: words [E, P, N, W], scales and zeros [E, P, N, G]."""
 
     words: Tensor
     scales: Tensor
@@ -46,16 +46,16 @@ class Packed(NamedTuple):
 
 
 def unpacks_pairs(x: Tensor) -> bool:
-    """Whether the GPU of x calculates with pairs of its dtype; before Hopper not in bf16."""
+    """Whether x's GPU has instructions on pairs of x's dtype; before Hopper not of bf16."""
     if not x.is_cuda or torch.version.hip is not None or x.dtype.itemsize != 2:
         return False
     return x.dtype == torch.float16 or capability(x.device) >= (9, 0)
 
 
 def packed_operand(name: str, w: WeightOnly, x: Tensor, tile: Tile) -> Packed:
-    """w of four dimensions, for x's dtype.
+    """Return w, which has four dimensions, in the kernels' layout for x's dtype.
 
-    Raises ValueError for what the kernels do not read.
+    Raises ValueError for weights that the kernels do not read.
     """
     if w.order is not None:
         raise ValueError(f"{name} has its columns in an order of its own: dequantize() it")

@@ -1,4 +1,4 @@
-"""The products of `gated_up_weight_only` and `down_weight_only`: packed weights by rows, a tile.
+"""The products of `gated_up_weight_only` and `down_weight_only`: packed weights times rows, a tile.
 
 Weights are the first operand, unpacked from shared memory to the registers that the matrix units
 read. They are multiplied as the small numbers they are stored as, which 16 bits hold exactly, and

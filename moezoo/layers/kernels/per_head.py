@@ -1,4 +1,4 @@
-"""Each head's own matrix on few rows, as MLA's absorbed projections are.
+"""absorb_query and expand_values: MLA's absorbed projections, a matrix per head, on few rows.
 
     absorb_query     out[t, n, :C] = q[t, n, :I] @ key[n],  out[t, n, C:] = q[t, n, I:]
     expand_values    out[t, n]     = value[n] @ x[t, n]
@@ -19,10 +19,10 @@ from moezoo.layers.kernels.overlap import launch_options, start_next, wait_for_p
 from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 
 FEW_ROWS = 8
-"""The most rows: each takes the weights once more from registers."""
+"""Most rows: each reads the weights from registers once more."""
 
 TILE = 8192
-"""Weights that a program holds: 64 numbers a thread."""
+"""Number of weights that a program holds: 64 per thread."""
 
 
 def absorb_query_ref(q: Tensor, key: Tensor) -> Tensor:
@@ -81,8 +81,9 @@ def _per_head_kernel(
 
 
 def absorb_query(q: Tensor, key: Tensor) -> Tensor:
-    """q [T, N, I + R] with T <= FEW_ROWS, key [N, I, C] of its dtype -> [T, N, C + R].
+    """Return absorbed queries: q [T, N, I + R], T <= FEW_ROWS, key [N, I, C] -> [T, N, C + R].
 
+    q and key have one dtype.
     Heads of q are dense; key has any strides, and must not be written by the kernel launched just
     before.
 
@@ -93,15 +94,15 @@ def absorb_query(q: Tensor, key: Tensor) -> Tensor:
 
 
 def expand_values(x: Tensor, value: Tensor) -> Tensor:
-    """x [T, N, C] with T <= FEW_ROWS, value [N, V, C] of its dtype -> [T, N, V].
+    """Return values of heads: x [T, N, C], T <= FEW_ROWS, value [N, V, C] -> [T, N, V].
 
-    As `absorb_query`.
+    Strides, dtypes and errors are those of `absorb_query`.
     """
     return _launch("x", x, "value", value, x.shape[-1] - value.shape[2])
 
 
 def _launch(x_name: str, x: Tensor, w_name: str, w: Tensor, rest: int) -> Tensor:
-    """w [N, O, I]."""
+    """Launch the kernel for weights w [N, O, I]."""
     num_heads, num_outer, num_inner = w.shape
     fits = x.ndim == 3 and x.shape[1] == num_heads and len(x) <= FEW_ROWS and x.dtype == w.dtype
     if not fits or rest < 0 or (rest and w_name == "value"):

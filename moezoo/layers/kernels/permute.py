@@ -1,4 +1,4 @@
-"""permute: the T*K chosen rows by expert, and the tiles that the matrix products work on.
+"""permute: sorts the T*K chosen rows by expert, and lists the tiles of the matrix products.
 
     order     = stable_argsort(topk_ids.flatten()), without the ids outside 0..E-1
     positions = where in that order each choice is, -1 for an id outside 0..E-1
@@ -25,21 +25,26 @@ from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 
 FEW_ROWS = 8192
-"""Up to here one launch is the faster way (H100, 128 experts)."""
+"""Most rows for which one launch is faster than two (H100, 128 experts)."""
 
 COUNTS = 2**14
-"""Of blocks by experts, those that a program asks for at once: 32 blocks at a time took 14.5 us for
-65,536 rows of 128 experts, 128 take 9.9 (H100)."""
+"""Number of counts, blocks times experts, that a program loads at once: 32 blocks at a time took
+14.5 us for 65,536 rows of 128 experts, 128 take 9.9 (H100)."""
 
 
 def block_rows(num_rows: int) -> int:
-    """Of many rows, those that one program sorts. 512 took 7.0 us for 12,288 rows of 64 experts,
-    1024 11.0 (H100); but each adds up the counts of all."""
+    """Return how many rows one program sorts, where there are many.
+
+    512 took 7.0 us for 12,288 rows of 64 experts, 1024 took 11.0 (H100); but with more programs,
+    each adds up more counts.
+    """
     return 512 if num_rows <= 2**16 else 1024
 
 
 class Permutation(NamedTuple):
-    """All int32: order [S], positions [T, K], offsets [E+1], tiles [3, N], num_tiles [1].
+    """Rows in expert order, all int32.
+
+    order [S], positions [T, K], offsets [E+1], tiles [3, N], num_tiles [1].
 
     tiles[:, i] is the expert of tile i, its first row in expert order, and the end of the expert's
     rows. Of order, offsets[E] elements are written, of each row of tiles num_tiles; `one_matrix`
@@ -54,7 +59,7 @@ class Permutation(NamedTuple):
 
 
 def max_tiles(num_rows: int, num_experts: int, tile_rows: int) -> int:
-    """N, known without looking at the ids: each expert may leave one tile part full."""
+    """Return N, a bound that does not depend on the ids: each expert may have a partial tile."""
     return min(num_rows, num_rows // tile_rows + min(num_rows, num_experts))
 
 
@@ -273,7 +278,7 @@ def _place_kernel(
 
 
 def empty_permutation(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutation:
-    """The tensors of the permutation of topk_ids; raises ValueError as `permute` does."""
+    """Return uninitialised tensors for the permutation of topk_ids; raises as `permute` does."""
     if topk_ids.ndim != 2 or topk_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"topk_ids must be [T, K] int32 or int64, got {list(topk_ids.shape)} {topk_ids.dtype}"
@@ -292,7 +297,7 @@ def empty_permutation(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Per
 
 
 def few_rows_options(num_rows: int, num_experts: int, *, most: int) -> dict[str, int]:
-    """How `permute_expert` takes up to FEW_ROWS rows: in blocks of no more than `most`."""
+    """Return the launch options of `permute_expert` for few rows, in blocks of up to `most`."""
     block = min(most, max(128, next_power_of_2(num_rows)))
     return {
         "BLOCKS": next_power_of_2(cdiv(num_rows, block)),
@@ -304,7 +309,7 @@ def few_rows_options(num_rows: int, num_experts: int, *, most: int) -> dict[str,
 
 
 def permute(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutation:
-    """topk_ids [T, K] int32 or int64 -> Permutation.
+    """Return the permutation of topk_ids [T, K] int32 or int64.
 
     Raises ValueError for other ids, or more than 2**31 - 1 rows.
     """
@@ -337,7 +342,7 @@ def permute(topk_ids: Tensor, num_experts: int, tile_rows: int) -> Permutation:
 
 
 def empty_counts(num_rows: int, num_experts: int, device: torch.device) -> Tensor:
-    """[blocks, E rounded up] int32: the rows of each expert in each block of many rows."""
+    """Return memory for the counts of rows by block and expert, int32 [blocks, E rounded up]."""
     shape = (cdiv(num_rows, block_rows(num_rows)), next_power_of_2(num_experts))
     return torch.empty(shape, dtype=torch.int32, device=device)
 
@@ -345,7 +350,7 @@ def empty_counts(num_rows: int, num_experts: int, device: torch.device) -> Tenso
 def place(
     topk_ids: Tensor, counts: Tensor, out: Permutation, num_experts: int, tile_rows: int
 ) -> None:
-    """The second launch for many rows: fills `out` from contiguous ids and their counts."""
+    """Launch the second kernel for many rows: fill `out` from contiguous ids and their counts."""
     num_blocks, block_e = counts.shape
     _place_kernel[(num_blocks,)](
         topk_ids,

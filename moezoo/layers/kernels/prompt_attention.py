@@ -37,15 +37,15 @@ from moezoo.layers.kernels.windows import Chunked, first_key
 
 LOG2E = math.log2(math.e)
 TILE = 128
-"""Most queries of a tile."""
+"""Most queries in a tile."""
 
 
 def query_tiles(num_new: list[int], num_keys: list[int]) -> Tensor:
-    """What `prompt_attention` shares out: int32 [5, N] on the host, those of most keys first.
+    """Return the tiles of `prompt_attention`, int32 [5, N] on the host, those with most keys first.
 
-    Sequence b has `num_new[b]` queries, the newest of its `num_keys[b]` keys' tokens. Of each tile:
-    its sequence, its first query among all of them, the end of the sequence's queries, the position
-    of that first query, and the first key of the sequence where keys lie packed.
+    Sequence b has `num_new[b]` queries, the newest of its `num_keys[b]` keys' tokens. A column has
+    the tile's sequence, its first query among all of them, the end of the sequence's queries, the
+    position of that first query, and the first key of the sequence where keys lie packed.
     """
     ends = itertools.accumulate(num_new)
     key_ends = itertools.accumulate(num_keys)
@@ -107,7 +107,7 @@ def prompt_attention_ref(
 
 @dataclass(frozen=True)
 class Plan:
-    """A program takes `block_queries` queries, and `block_keys` keys at once.
+    """How the work is divided: `block_queries` queries a program, `block_keys` keys at a time.
 
     `descriptors` reads keys and values through the bulk copy engine.
     """
@@ -122,8 +122,10 @@ class Plan:
 def plan(
     q: Tensor, keys: Sequence[Tensor], values: Tensor, *, key_width: int, page_size: int | None
 ) -> Plan:
-    """q [T, Hq, D], keys in one or two tensors [S, .., D'], values [S, Hk, Dv]; `key_width` of both
-    blocks of keys. A block of keys is inside one page."""
+    """Return the plan for q [T, Hq, D], keys in one or two tensors [S, .., D'], values [S, Hk, Dv].
+
+    `key_width` is of both blocks of keys together. A block of keys lies inside one page.
+    """
     itemsize = q.element_size()
     value_width = _block_width(values.shape[2])
     row_bytes = (key_width + value_width) * itemsize
@@ -385,7 +387,7 @@ def _block_width(width: int) -> int:
 
 
 def _block_widths(width: int) -> tuple[int, int]:
-    """A row of keys in two parts, whose widths are powers of two; the second may be 0."""
+    """Return the widths, powers of two, of the two parts of a row of keys; the second may be 0."""
     whole = _block_width(width)
     rest = _block_width(width - whole // 2)
     if width <= 16 or whole // 2 + rest == whole:
@@ -407,7 +409,9 @@ def prompt_attention(
     softcap: float | None = None,
     shared_keys: Tensor | None = None,
 ) -> Tensor:
-    """q [T, Hq, D] -> [T, Hq, Dv] contiguous, in q's dtype; only rows of tiles are written.
+    """Return the attention of queries q [T, Hq, D]: [T, Hq, Dv], contiguous, in q's dtype.
+
+    Only rows that are in a tile are written.
 
     keys [S, Hk, D] and values [S, Hk, Dv] of q's dtype; the new tokens' are among them. With
     `shared_keys` [S, R] keys are [S, Hk, D - R], and these the last numbers of all heads. tiles

@@ -1,4 +1,4 @@
-"""permute_and_quantize: `permute`, and in the same launch the tokens in fp8.
+"""permute_and_quantize: `permute`, and the tokens quantised to fp8 in the same launch.
 
     x8, scales = per token and 128 of H: x * (448 / max|x|) rounded to fp8, max|x| / 448
 
@@ -171,7 +171,9 @@ def _count_and_quantize_kernel(
 def permute_and_quantize(
     x: Tensor, topk_ids: Tensor, num_experts: int, tile_rows: int
 ) -> tuple[Permutation, Fp8Rows]:
-    """x [T, H] fp32, bf16 or fp16, topk_ids [T, K] int32 or int64 -> Permutation, Fp8Rows of x.
+    """Return the permutation of topk_ids [T, K] int32 or int64, and x [T, H] quantised to fp8.
+
+    x is fp32, bf16 or fp16.
 
     Raises ValueError for other ids or shapes, or more than 2**31 - 1 rows.
     """

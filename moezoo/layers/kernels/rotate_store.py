@@ -1,4 +1,4 @@
-"""rotate_and_store: what lies between the query, key and value product and attention.
+"""rotate_and_store: the operations between the query, key and value product and attention.
 
     q, k    = norm(q) * q_weight, norm(k) * k_weight    each head alone, or all at once
     q, k, v = q, k, v bounded to [-clip, clip]
@@ -23,7 +23,7 @@ from moezoo.layers.kernels.overlap import launch_options, wait
 from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 
 BLOCK = 512
-"""Numbers that one warp holds: 32 bytes a thread, of 16-bit numbers."""
+"""Numbers that one warp holds: 32 bytes of 16-bit numbers per thread."""
 
 
 def rotate_and_store_ref(
@@ -246,9 +246,9 @@ def _rotate_and_store_kernel(
 def rotation_rows(
     rotation: tuple[Tensor, Tensor], num_rows: int, dim: int
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and signed sine as [num_rows, dim], of one of any shape that has as many rows.
+    """View cosine and signed sine, of any shape with that many rows, as [num_rows, dim].
 
-    Raises ValueError where it has not, or where rows are not dense.
+    Raises ValueError for another number of rows, or rows that are not dense.
     """
     cos, sin = rotation
     for part in rotation:
@@ -268,8 +268,10 @@ def check_slots(slots: Tensor, num_rows: int) -> None:
 
 
 def _norm(q_weight: Tensor | None, k_weight: Tensor | None, widths: tuple[int, int, int]) -> str:
-    """What the weights' sizes say is normalised; `widths` of all query heads, all key heads, one
-    head."""
+    """Return which kind of norm the weights' sizes imply.
+
+    `widths` are those of all query heads, of all key heads and of one head.
+    """
     if q_weight is None and k_weight is None:
         return "none"
     sizes = tuple(None if w is None else tuple(w.shape) for w in (q_weight, k_weight))
@@ -300,8 +302,9 @@ def rotate_and_store(
     clip: float | None = None,
     interleaved: bool = False,
 ) -> Tensor:
-    """qkv [N, (Hq + Hk) D + Hk Dv] -> q [N, Hq, D]; the rows' keys and values go into keys
-    [S, Hk, D] and values [S, Hk, Dv].
+    """Return q [N, Hq, D] of qkv [N, (Hq + Hk) D + Hk Dv], and store keys and values in the cache.
+
+    The cache is keys [S, Hk, D] and values [S, Hk, Dv].
 
     `rotation` is cosine and signed sine, [N, R] or [1, N, 1, R], of any float dtype, R even and up
     to D; None leaves the heads unrotated. slots [N] int32 or int64, below S; a row whose slot is

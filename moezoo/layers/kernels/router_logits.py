@@ -22,7 +22,7 @@ from moezoo.layers.kernels.overlap import launch_options, start_next, wait_for_p
 from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 
 FEW_TOKENS = 64
-"""The most tokens: each reads the gate again. 64 take as long as a product of torch's (5 us)."""
+"""Most tokens: each reads the gate again. 64 take as long as torch's product (5 us)."""
 
 
 def router_logits_ref(x: Tensor, gate: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def _router_logits_kernel(
 
 
 def router_logits(x: Tensor, gate: Tensor) -> Tensor:
-    """x [T, H] with T <= FEW_TOKENS, gate [E, H] of x's dtype -> logits [T, E] fp32.
+    """Return logits [T, E] fp32 of x [T, H], T <= FEW_TOKENS, and gate [E, H] of x's dtype.
 
     Last strides are 1. The gate must not be written by the kernel launched just before.
 
@@ -110,11 +110,11 @@ def add_norm_router_logits(
     eps: float,
     offset: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x and update [T, H], gate [E, H] of one dtype, norm_weight [H] of any
-    -> logits [T, E] fp32, normed [T, H], sum [T, H].
+    """Return logits [T, E] fp32 of the normed sum, the normed sum and the sum, both [T, H].
 
-    As `router_logits`. Without an update the sum is x itself, not a copy. `offset` is added to
-    norm_weight.
+    x and update [T, H] and gate [E, H] have one dtype, norm_weight [H] may have another. Strides
+    and errors are those of `router_logits`. Without an update the sum is x itself, not a copy.
+    `offset` is added to norm_weight.
     """
     return _launch(x, update, gate, norm_weight=norm_weight, eps=eps, offset=offset)
 

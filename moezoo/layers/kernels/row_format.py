@@ -1,9 +1,9 @@
-"""A token and its choices in one row of bytes, as they travel between ranks, and torch's way to it.
+"""The row of bytes in which a token and its choices travel between ranks, and its packing in torch.
 
     row[t] = x[t] | topk_weights[t] fp32 | slots[t] int32
 
 or, in fp8, x8[t] and its scales as `quantize_rows` makes them in the place of x[t]. Rows beyond the
-tokens have slots of -1, and of x nothing that is defined.
+tokens have slots of -1 and undefined x.
 
 Legend: T tokens, H hidden, K experts per token, N rows, W bytes of a row.
 """
@@ -20,12 +20,12 @@ from moezoo.layers.quant.fp8 import BLOCK, Fp8Rows, blocks, quantize_rows
 
 @dataclass(frozen=True)
 class RowFormat:
-    """Where a row has what."""
+    """Layout of a row."""
 
     hidden_size: int
     k: int
     dtype: torch.dtype
-    """Of x, before and after it travels."""
+    """Dtype of x before and after it travels."""
     fp8: bool = False
 
     @cached_property
@@ -45,20 +45,20 @@ class RowFormat:
         return cdiv(self.choices + 8 * self.k, 128) * 128
 
     def numbers(self, rows: Tensor) -> Tensor:
-        """View of uint8 [N, W]: [N, H] in x's dtype."""
+        """View the numbers of x in rows uint8 [N, W]: [N, H] in x's dtype."""
         return rows[:, : self.hidden_size * self.dtype.itemsize].view(self.dtype)
 
     def octets(self, rows: Tensor) -> Fp8Rows:
-        """The same in fp8."""
+        """View the quantised numbers of x in rows uint8 [N, W]."""
         scales = rows[:, self.scales : self.scales + blocks(self.hidden_size) * 4]
         return Fp8Rows(rows[:, : self.scales].view(torch.float8_e4m3fn), scales.view(torch.float32))
 
     def weights(self, rows: Tensor) -> Tensor:
-        """fp32 [N, K]."""
+        """View the routing weights in rows uint8 [N, W]: fp32 [N, K]."""
         return rows[:, self.choices : self.choices + 4 * self.k].view(torch.float32)
 
     def slots(self, rows: Tensor) -> Tensor:
-        """int32 [N, K]."""
+        """View the slots of the choices in rows uint8 [N, W]: int32 [N, K]."""
         start = self.choices + 4 * self.k
         return rows[:, start : start + 4 * self.k].view(torch.int32)
 

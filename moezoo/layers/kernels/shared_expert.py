@@ -1,4 +1,4 @@
-"""The expert that all tokens go through beside those they choose, as kernels take it."""
+"""The operands of a shared expert, which all tokens go through, for kernels."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,10 @@ from torch import Tensor
 
 
 class SharedExpert(NamedTuple):
-    """w13 [2I', H], gate rows, then up rows, and w2 [H, I'], I' of its own; its output is
-    multiplied by the sigmoid of logits [T], if there are any."""
+    """Weights of a shared expert: w13 [2I', H], gate rows, then up rows, and w2 [H, I'].
+
+    I' is its own intermediate size. Its output is multiplied by the sigmoid of logits [T], if any.
+    """
 
     w13: Tensor
     w2: Tensor

@@ -1,4 +1,4 @@
-"""Arithmetic of launches. Triton's own functions of these names take the host 5 us a call."""
+"""Arithmetic for launches. Triton's functions of these names take the host 5 us a call."""
 
 
 def cdiv(a: int, b: int) -> int:

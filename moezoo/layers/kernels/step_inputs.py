@@ -1,4 +1,4 @@
-"""step_inputs: what a decode step begins with, in one launch.
+"""step_inputs: the inputs of a decode step, computed in one launch.
 
     lengths[b]    += 1                           where it is not 0, the mark of an unused row
     position       = lengths[b] - 1
@@ -95,8 +95,10 @@ def step_inputs(
     embedding: Tensor,
     rotation: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-    """ids [B] int64, lengths [B] int32, tables [W, B, P] int32, embedding [V, H], rotation [S, D]
-    twice -> x [B, H], rotation [B, D] twice, slots [W, B] int64; lengths are changed in place.
+    """Return x [B, H], the rotation [B, D] twice, and slots [W, B] int64; change lengths in place.
+
+    ids [B] are int64, lengths [B] int32, tables [W, B, P] int32, embedding [V, H], and the rotation
+    of all positions [S, D] twice.
 
     ids lie in 0..V-1; no length passes S, nor the pages of its table. The last stride of tables is
     1, all else is contiguous.

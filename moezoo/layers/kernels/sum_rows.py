@@ -1,4 +1,4 @@
-"""sum_rows: the sum of some rows for each token, such as what ranks answer to it.
+"""sum_rows: the sum of each token's rows, such as the answers of ranks.
 
     out[t] = sum over j with places[t, j] >= 0 of y[places[t, j]]
 
@@ -42,7 +42,9 @@ def _sum_rows_kernel(
 
 
 def sum_rows(y: Tensor, places: Tensor) -> Tensor:
-    """y [S, H] contiguous, places int [T, J] in 0..S-1 or -1 -> [T, H] in y's dtype.
+    """Return each token's sum of rows of y, [T, H] in y's dtype.
+
+    y [S, H] is contiguous; places int [T, J] are in 0..S-1, or -1 for none.
 
     Raises ValueError for shapes or dtypes that do not fit.
     """

@@ -1,8 +1,8 @@
-"""Tile sizes of the grouped matrix products: which there are, and which a layer gets.
+"""Tile sizes of the grouped matrix products, and the choice of them for a layer.
 
 `plan` looks a layer up in the tables that `moezoo tune` makes: the user's for this GPU, then the
-package's for its architecture (`tables/sm_90.json` was measured on one H100). What is in none gets
-tiles by the rows of an expert, with as many stages as shared memory holds.
+package's for its architecture (`tables/sm_90.json` was measured on one H100). A layer in neither
+gets tiles by the number of rows per expert, with as many stages as shared memory holds.
 
 Tiles decide the order in which a product is summed, so the last bit of a 16-bit result may differ
 between token counts; for one token count it never does.
@@ -29,10 +29,10 @@ P = ParamSpec("P")
 
 TABLES = Path(__file__).parent / "tables"
 FAR = 4.0
-"""Beyond this ratio of rows an expert, a measured plan says less than the rule does."""
+"""Largest ratio of rows per expert at which a measured plan is better than the rule."""
 
 FEW_ROWS = 64
-"""Up to so many rows a tile, see `Tile.direct` and, for packed weights, `products`."""
+"""Most rows of a tile that has few, see `Tile.direct` and, for packed weights, `products`."""
 
 INTERPRETER_SHARED_MEMORY = 99 * 1024
 
@@ -67,7 +67,7 @@ class Tile:
 
     @property
     def flattened(self) -> bool:
-        """Whether a program goes from tile to tile in one loop, and fetches across them."""
+        """Whether a program runs through its tiles in one flat loop, prefetching across them."""
         return self.persistent and not self.tail
 
     @property
@@ -82,8 +82,8 @@ class Tile:
         return self.m <= FEW_ROWS and not self.persistent and not self.tail
 
     def grid(self, max_tiles: int, num_columns: int, device: torch.device) -> tuple[int, ...]:
-        """`own_tile`'s three dimensions if `direct`, else a number of programs that share out all
-        tiles."""
+        """Return the launch grid: `own_tile`'s three dimensions if `direct`, else the number of
+        programs that share all tiles."""
         across = cdiv(num_columns, self.n)
         if self.direct:
             side_by_side = min(self.group_m, max_tiles)
@@ -96,9 +96,9 @@ class Tile:
     def fitted(
         self, num_parts: int, itemsize: int, device: torch.device, *, bits: int | None = None
     ) -> "Tile":
-        """This tile with the stages that shared memory holds; where it holds none, k shrinks.
+        """Return this tile with the stages that shared memory holds; k shrinks if it holds none.
 
-        itemsize is of rows, and of weights without `bits` of their own.
+        itemsize is the bytes of a number in rows, and in weights without `bits` of their own.
         """
         bits_per_column = 8 * itemsize * self.m + (bits or 8 * itemsize) * num_parts * self.n
         # A little stays free for barriers, for what the compiler itself puts there, and for scales.
@@ -115,7 +115,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """The tiles of a layer's two products, of one m."""
+    """Tiles of a layer's two products, which have the same m."""
 
     gated_up: Tile
     down: Tile
@@ -129,7 +129,7 @@ _remembering: list[Any] = []
 
 
 def remembered(plan_: Callable[P, Plan]) -> Callable[P, Plan]:
-    """A function that asks `tuned`, and what it answered until `reload_tables`."""
+    """Cache a function that asks `tuned`, until `reload_tables`."""
     cached = lru_cache(4096)(plan_)
     _remembering.append(cached)
     return cached
@@ -138,10 +138,10 @@ def remembered(plan_: Callable[P, Plan]) -> Callable[P, Plan]:
 def plan(
     x: Tensor, w13: Tensor, w2: Tensor, *, num_rows: int, num_experts: int | None = None
 ) -> Plan:
-    """The plan for num_rows rows of x [T, H] on w13 [E, 2 or 1, I, H] and w2 [E, H, I].
+    """Return the plan for num_rows rows of x [T, H], w13 [E, 2 or 1, I, H] and w2 [E, H, I].
 
-    Weights are of x's dtype, or the data of `BlockFp8`s. num_experts is how many the rows are
-    spread over, those of other ranks included; default E. The plan depends on shapes, strides,
+    Weights have x's dtype, or are the data of `BlockFp8`s. The rows are spread over num_experts
+    experts, those of other ranks included; by default E. The plan depends on shapes, strides,
     dtype and device, never on what the router chose.
     """
     described = w13.dtype != torch.float32 and can_describe(w13) and can_describe(w2)
@@ -177,7 +177,7 @@ def _plan(
 
 
 def _fp32_plan(rows_per_expert: float) -> Plan:
-    """fp32 products run on the ordinary cores, operands in registers: small tiles."""
+    """Return small tiles: fp32 products run on the ordinary cores, with operands in registers."""
     tile = Tile(16 if rows_per_expert <= 16 else 32, 32, 32, num_warps=4, num_stages=3)
     return Plan(replace(tile, n=16), tile)
 
@@ -193,7 +193,7 @@ def _pointer_plan(rows_per_expert: float) -> Plan:
 
 
 def _descriptor_plan(rows_per_expert: float) -> Plan:
-    """Measured on one H100 over the shapes of the tables."""
+    """Return the plan with descriptors; measured on one H100 over the shapes of the tables."""
     if rows_per_expert <= 24:
         m = 16 if rows_per_expert <= 12 else 32
         tile = Tile(m, 64, 128, 4, 3, descriptors=True, weights_first=True)
@@ -211,7 +211,7 @@ def _descriptor_plan(rows_per_expert: float) -> Plan:
 
 
 def _fp8_plan(rows_per_expert: float, described: bool) -> Plan:
-    """k is a group's 128, as is n of the first product, see `gated_up_fp8`."""
+    """Return the plan for fp8: k, and n of the first product, are 128, see `gated_up_fp8`."""
     if rows_per_expert <= 48:
         m = 16 if rows_per_expert <= 12 else 32 if rows_per_expert <= 24 else 64
         up = Tile(m, 128, 128, 8 if m == 64 else 4, 3, descriptors=described, weights_first=True)
@@ -224,20 +224,20 @@ def _fp8_plan(rows_per_expert: float, described: bool) -> Plan:
 
 
 Sizes = tuple[int, int, int] | tuple[int, int, int, str]
-"""(E, H, I), and how the weights are quantised where they are."""
+"""(E, H, I), and the quantisation of the weights, if any."""
 
 Table = dict[Sizes, dict[float, Plan]]
-"""Sizes -> rows an expert -> plan."""
+"""Sizes -> number of rows per expert -> plan."""
 
 
 def sizes_of(entry: dict[str, Any]) -> Sizes:
-    """Of an entry of a table's JSON."""
+    """Return the sizes of an entry in a table's JSON."""
     sizes = (entry["num_experts"], entry["hidden_size"], entry["intermediate_size"])
     return (*sizes, entry["quantization"]) if "quantization" in entry else sizes
 
 
 def read_table(path: Path) -> Table:
-    """Raises ValueError that names the file where it is not what `moezoo tune` writes."""
+    """Read a table; raise ValueError, naming the file, unless it is as `moezoo tune` writes it."""
     try:
         return {
             sizes_of(entry): {
@@ -253,7 +253,7 @@ def read_table(path: Path) -> Table:
 
 @cache
 def _table(device: torch.device) -> Table:
-    """The package's plans for an architecture, and over them the user's for the device."""
+    """Return the package's plans for an architecture, overridden by the user's for the device."""
     major, minor = capability(device)
     package = TABLES / f"sm_{major}{minor}.json"
     table = read_table(package) if package.exists() else {}
@@ -269,7 +269,7 @@ def _table(device: torch.device) -> Table:
 def tuned(
     device: torch.device, shape: Sizes, rows_per_expert: float, *, far: float = FAR
 ) -> Plan | None:
-    """The plan measured at the number of rows nearest by ratio, if there is one within `far`."""
+    """Return the plan measured at the nearest number of rows by ratio; None if beyond `far`."""
     plans = _table(device).get(shape, {}) if device.type == "cuda" else {}
 
     def distance(measured: float) -> float:
@@ -289,13 +289,13 @@ def reload_tables() -> None:
 
 
 def user_table(device: torch.device) -> Path:
-    """Where `moezoo tune` keeps the plans of a GPU."""
+    """Return the path where `moezoo tune` keeps the plans of a GPU."""
     name = torch.cuda.get_device_name(device).replace(" ", "_").replace("/", "_")
     return Path.home() / ".cache" / "moezoo" / "tiles" / f"{name}.json"
 
 
 def can_describe(w: Tensor) -> bool:
-    """Whether the bulk copy engine reads w: it takes 16-byte steps and a dense last dimension."""
+    """Whether the bulk copy engine can read w: strides of 16 bytes, a dense last dimension."""
     if w.is_cuda and (torch.version.hip is not None or capability(w.device) < (9, 0)):
         return False
     aligned = all(stride * w.dtype.itemsize % 16 == 0 for stride in w.stride()[:-1])
@@ -310,7 +310,7 @@ def descriptor(w: Tensor, block: tuple[int, ...]) -> Any:
 
 @cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one block may use."""
+    """Return the bytes of shared memory that one block may use."""
     if device.type != "cuda":
         return INTERPRETER_SHARED_MEMORY
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

@@ -158,11 +158,11 @@ def topk(
     min_sum: float = 0.0,
     scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """logits [T, E] of any float dtype and strides -> weights [T, K] fp32, ids [T, K] int32.
+    """Return weights [T, K] fp32 and ids [T, K] int32 of logits [T, E].
 
-    `scoring` is "softmax", "sigmoid", or with "_of_chosen" behind it that of the k largest logits.
-    bias [E] of any float dtype, correction_bias [E] fp32. Arguments as in
-    `moezoo.layers.moe.routing`, which checks them.
+    Logits have any float dtype and strides. `scoring` is "softmax" or "sigmoid"; with the
+    suffix "_of_chosen", of the k largest logits alone. bias [E] of any float dtype, correction_bias
+    [E] fp32. Arguments as in `moezoo.layers.moe.routing`, which checks them.
     """
     num_tokens, num_experts = logits.shape
     weights = torch.empty(num_tokens, k, dtype=torch.float32, device=logits.device)

@@ -21,14 +21,14 @@ import triton
 import triton.language as tl
 
 CHUNK = tl.constexpr(8)
-"""Words whose columns are reordered together: half of what a matrix instruction takes of them."""
+"""Words whose columns are reordered together: half the words that a matrix instruction takes."""
 
 E2M1_SHIFT = tl.constexpr(64)
 """With PAIRS in bf16, products with E2M1 are 2^-64 of what they should be: not every factor would
 fit otherwise. Scales from 2^-68 to 2^65 are exact; those beyond give 0, or Inf and NaN."""
 
 OFFSET = (126 - E2M1_SHIFT.value) << 7
-"""What is added to a scale's exponent, in the exponent field of bf16."""
+"""Number that is added to a scale's exponent, in the exponent field of bf16."""
 INFINITY = 0x7F80
 
 INTEGERS = {"bf16": ("0x43004300", "bf16x2"), "fp16": ("0x64006400", "f16x2")}

@@ -20,7 +20,7 @@ from moezoo.layers.kernels.tiles import (
 from moezoo.layers.quant import Mxfp4, WeightOnly
 
 FAR = 2.0
-"""Tables have few numbers of rows: beyond this ratio the rule says more."""
+"""Largest ratio of rows per expert at which one of the few measured plans beats the rule."""
 
 
 def plan_weight_only(
@@ -31,9 +31,9 @@ def plan_weight_only(
     num_rows: int,
     num_experts: int | None = None,
 ) -> Plan:
-    """The plan for num_rows rows of x [T, H] on w13 [E, 2 or 1, I, H] and w2 [E, H, I].
+    """Return the plan for num_rows rows of x [T, H], w13 [E, 2 or 1, I, H] and w2 [E, H, I].
 
-    num_experts is how many the rows are spread over, those of other ranks included; default E. The
+    The rows are spread over num_experts experts, those of other ranks included; by default E. The
     plan depends on shapes, strides, dtypes and device, never on what the router chose.
     """
     described = x.dtype.itemsize == 2 and can_describe(w13.data) and can_describe(w2.data)
@@ -85,7 +85,7 @@ def _plan(
 
 
 MANY = 200.0
-"""Rows of an expert from which its last tile is seldom so empty that a smaller one would pay."""
+"""Rows per expert from which the last tile is seldom so empty that a smaller one would pay."""
 
 
 def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int, tail: int = 0) -> Tile:
@@ -105,15 +105,17 @@ def _int4_plan(rows_per_expert: float) -> Plan:
 
 
 def _mxfp4_plan(rows_per_expert: float, described: bool) -> Plan:
-    """Large tiles share out the work of unpacking, which is more than int4's."""
+    """Return large tiles, over which the work of unpacking is shared; it is more than int4's."""
     if rows_per_expert <= MANY or not described:
         return _int4_plan(rows_per_expert)
     return Plan(_tile(256, 64, 128, 8, 3, tail=128), _tile(256, 128, 128, 8, 3, tail=128))
 
 
 def _zeros_plan(rows_per_expert: float, described: bool) -> Plan:
-    """For 4 bits with zero points, which take registers; with pointers beside them, tiles of 256
-    rows would not fit."""
+    """Return tiles for 4 bits with zero points.
+
+    They take registers; with pointers as well, tiles of 256 rows would not fit.
+    """
     if rows_per_expert <= 10:
         return Plan(_tile(16, 32, 128, 4, 6), _tile(16, 64, 128, 4, 6))
     if rows_per_expert <= 24:
@@ -127,7 +129,7 @@ def _zeros_plan(rows_per_expert: float, described: bool) -> Plan:
 
 
 def _int8_plan(rows_per_expert: float) -> Plan:
-    """With zero points too, for which these tiles have the registers."""
+    """Return tiles for 8 bits; they have the registers for zero points too."""
     if rows_per_expert <= 10:
         return Plan(_tile(16, 32, 128, 4, 3), _tile(16, 64, 256, 4, 3))
     if rows_per_expert <= 24:

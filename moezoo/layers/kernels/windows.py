@@ -1,4 +1,4 @@
-"""Windows: how far back a query sees."""
+"""Attention windows, which limit how far back a query sees."""
 
 from typing import TypeVar
 
@@ -8,9 +8,9 @@ Position = TypeVar("Position", int, Tensor)
 
 
 class Chunked(int):
-    """A window that begins anew at each multiple of it: a query sees the keys of its own chunk.
+    """A window in chunks of its size: a query sees the keys of its own chunk up to itself.
 
-    As many newest keys are all that a cache has to keep, as for any other window.
+    As for a sliding window of the same size, a cache has to keep only that many newest keys.
     """
 
     def __eq__(self, other: object) -> bool:
@@ -21,7 +21,7 @@ class Chunked(int):
 
 
 def first_key(position: Position, window: int) -> Position:
-    """The position of the first key that a query at `position` sees; below 0 where all are seen."""
+    """Return the first key's position that a query at `position` sees; below 0 if it sees all."""
     size = int(window)
     if isinstance(window, Chunked):
         return position // size * size

@@ -1,6 +1,6 @@
-"""pack_rows and unpack_rows: tokens with their choices in rows of bytes, see `row_format`.
+"""pack_rows and unpack_rows: tokens and their choices to and from rows of bytes, see `row_format`.
 
-Their references are there too, for the CPU runs them, which may have no Triton.
+Their references are in `row_format`, since a CPU runs them and may have no Triton.
 
 Legend: T tokens, H hidden, K experts per token, N rows, W bytes of a row.
 """
@@ -16,10 +16,10 @@ from moezoo.layers.kernels.sizes import cdiv, next_power_of_2
 from moezoo.layers.quant.fp8 import BLOCK
 
 GROUPS = 8
-"""Of 128 numbers, in a program."""
+"""Groups of 128 numbers that a program takes."""
 
 CHOICES = 256
-"""In a program that takes choices apart."""
+"""Number of choices that a program unpacks."""
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -117,7 +117,9 @@ def _choices_kernel(
 def pack_rows(
     form: RowFormat, x: Tensor, topk_weights: Tensor, slots: Tensor, num_rows: int
 ) -> Tensor:
-    """x [T, H], topk_weights fp32 and slots int [T, K] -> uint8 [num_rows, W], T or more rows.
+    """Return x [T, H], topk_weights fp32 and slots int [T, K] as rows uint8 [num_rows, W].
+
+    There may be more rows than tokens.
 
     Raises ValueError for more tokens than rows, or what does not fit the format.
     """
@@ -148,8 +150,11 @@ def pack_rows(
 def unpack_rows(
     form: RowFormat, rows: Tensor, first: int, stop: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """uint8 [N, W] -> x [N, H], a view unless it came in fp8, topk_weights fp32 [N, K], and int32
-    [N, K]: slots first to stop counted from `first`, and -1 for all others."""
+    """Return x [N, H], topk_weights fp32 [N, K] and local slots int32 [N, K] of rows uint8 [N, W].
+
+    x is a view unless it came in fp8. The slots `first` to `stop` are counted from `first`; all
+    others are -1.
+    """
     weights, slots = form.weights(rows), form.slots(rows)
     topk_weights = torch.empty(weights.shape, dtype=weights.dtype, device=rows.device)
     local = torch.empty(slots.shape, dtype=slots.dtype, device=rows.device)
@@ -169,7 +174,7 @@ def unpack_rows(
 
 
 def local_rows(slots: Tensor, first: int, stop: int) -> Tensor:
-    """slots int [T, K] -> int32 [T, K]: as `unpack_rows` does it."""
+    """Return slots int [T, K] as local slots int32 [T, K], as `unpack_rows` does."""
     local = torch.empty(slots.shape, dtype=torch.int32, device=slots.device)
     _take_choices(None, slots.contiguous(), None, local, first, stop)
     return local

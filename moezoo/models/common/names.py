@@ -1,4 +1,4 @@
-"""Checkpoint names that many architectures share; a model file's own table is made of them."""
+"""Tables of checkpoint names that many architectures share, for a page's `CHECKPOINT`."""
 
 from collections.abc import Sequence
 
@@ -57,7 +57,8 @@ MLA = (
 
 
 def gated_mlp(target: str, source: str) -> tuple[Rule, ...]:
-    """The rules of a dense gated feed-forward layer that is `target` here and `source` there."""
+    """Return rules for a dense gated feed-forward layer: our parameters `target`, the checkpoint's
+    names `source`."""
     return tuple(
         rule
         for kind in ("weight", "bias")
@@ -76,7 +77,7 @@ DENSE_MLP = gated_mlp("layers.{L}.mlp", "model.layers.{L}.mlp")
 
 
 def each_expert(source: str) -> tuple[Rule, ...]:
-    """The rules of experts that are `source`.0, `source`.1 and so on there."""
+    """Return rules for experts that the checkpoint names `source`.0, `source`.1 and so on."""
     return (
         Rule(
             "layers.{L}.mlp.w13",
@@ -109,7 +110,7 @@ BLOCK_SPARSE_MOE = (
         shard="expert",
     ),
 )
-"""Mixtral's names of what `EXPERTS` names otherwise."""
+"""Mixtral's names of gates and experts, in place of those in `EXPERTS`."""
 
 SHARED_EXPERTS = gated_mlp("layers.{L}.mlp.shared", "model.layers.{L}.mlp.shared_experts")
 
@@ -117,25 +118,24 @@ CORRECTION_BIAS = Rule(
     "layers.{L}.mlp.route.correction_bias", "model.layers.{L}.mlp.gate.e_score_correction_bias"
 )
 
-BIASED_MIXTURES = (*DENSE_MLP, *EXPERTS, CORRECTION_BIAS, *SHARED_EXPERTS)
-"""Feed-forward layers as DeepSeek-V3 has them, dense ones among them."""
+DEEPSEEK_MOE = (*DENSE_MLP, *EXPERTS, CORRECTION_BIAS, *SHARED_EXPERTS)
+"""DeepSeek-V3's dense layers and MoE layers."""
 
 TOKEN_PREDICTION = tuple(
     Skip(f"{prefix}mtp.{{*}}", "multi-token prediction") for prefix in ("", "model.")
 )
-"""What models that were trained to predict several tokens at once have beside their own layers."""
+"""Modules for multi-token prediction that stand beside the model; they are not loaded."""
 
 TOKEN_PREDICTION_LAYERS = Skip(
     "model.layers.{L}.{*}",
     "multi-token prediction",
     marks=tuple(f"model.layers.{{L}}.{name}.weight" for name in ("eh_proj", "enorm", "hnorm")),
 )
-"""The same, where it follows their last layer."""
+"""Layers for multi-token prediction that follow the model's last layer; they are not loaded."""
 
 
 def of_text_model(rules: Sequence[Rule | Skip]) -> tuple[Rule | Skip, ...]:
-    """The rules where the text model is a part of a multimodal one, whose other parts are left
-    out."""
+    """Return the rules for a text model inside a multimodal one, whose vision model is skipped."""
     inner = tuple(
         Rule(
             rule.target,
@@ -149,8 +149,8 @@ def of_text_model(rules: Sequence[Rule | Skip]) -> tuple[Rule | Skip, ...]:
     return (*inner, Skip("model.visual.{*}", "the model of images"))
 
 
-def inside(prefix: str, rules: Sequence[Rule | Skip]) -> tuple[Rule | Skip, ...]:
-    """The rules where every name of the checkpoint begins with `prefix` and a dot."""
+def with_prefix(prefix: str, rules: Sequence[Rule | Skip]) -> tuple[Rule | Skip, ...]:
+    """Return the rules with `prefix` and a dot before every name of the checkpoint."""
     return tuple(
         Rule(
             rule.target,

@@ -1,4 +1,4 @@
-"""Feed-forward layers of the sizes that a config names, dense ones and mixtures of experts."""
+"""Feed-forward layers of the sizes that a config names: dense layers and MoE layers."""
 
 from collections.abc import Callable, Container
 from functools import partial
@@ -11,21 +11,22 @@ from moezoo.layers.mlp import GatedMLP
 from moezoo.layers.moe import BiasedRoute, FusedMoE
 from moezoo.layers.moe.layer import Route
 from moezoo.layers.moe.routing import grouped_topk, softmax_topk
-from moezoo.models.fields import experts_per_token
+from moezoo.models.common.fields import experts_per_token
 
 
 def num_experts(config: PreTrainedConfig) -> int:
-    """Configs have different names for it."""
+    """Return the number of routed experts, for which configs have different names."""
     names = ("n_routed_experts", "num_experts", "num_local_experts")
     number: int = next(getattr(config, name) for name in names if hasattr(config, name))
     return number
 
 
 def mlp(config: PreTrainedConfig, width: int, *, bias: bool = False) -> GatedMLP:
+    """Return a dense gated feed-forward layer of an intermediate size of `width`."""
     return GatedMLP(config.hidden_size, width, activation=config.hidden_act, bias=bias)
 
 
-def mixture(
+def moe_layer(
     config: PreTrainedConfig,
     width: int,
     route: Route,
@@ -33,7 +34,7 @@ def mixture(
     layer: Callable[..., FusedMoE] = FusedMoE,
     shared: nn.Module | None = None,
 ) -> FusedMoE:
-    """A `layer` of as many experts as the config names, each `width` wide."""
+    """Return a `layer` of all the config's experts, each of an intermediate size of `width`."""
     return layer(
         config.hidden_size,
         width,
@@ -45,7 +46,11 @@ def mixture(
 
 
 def check_groups(config: PreTrainedConfig) -> None:
-    """Raise `UnsupportedArchitectureError` for numbers of experts and groups that do not fit."""
+    """Check `n_group`, `topk_group` and `num_experts_per_tok` against each other.
+
+    Raises `UnsupportedArchitectureError` where groups do not divide the experts, or the groups that
+    a token keeps have fewer experts than it chooses.
+    """
     experts, groups, kept = num_experts(config), config.n_group, config.topk_group
     if (groups or 0) < 1 or experts % groups:
         raise UnsupportedArchitectureError.of_field(config, "n_group", f"a divisor of {experts}")
@@ -55,14 +60,13 @@ def check_groups(config: PreTrainedConfig) -> None:
 
 
 def softmax_route(config: PreTrainedConfig, *, renormalize: bool) -> partial[tuple[Tensor, Tensor]]:
-    """`softmax_topk` of as many experts as the config says a token has."""
+    """Return the router `softmax_topk` with the config's number of experts per token."""
     k = experts_per_token(config, num_experts(config))
     return partial(softmax_topk, k=k, renormalize=renormalize)
 
 
-def sigmoid_route(config: PreTrainedConfig) -> Callable[[], BiasedRoute]:
-    """DeepSeek-V3's router, as often as it is asked for: sigmoid scores in groups, and a bias that
-    steers the choice."""
+def sigmoid_route(config: PreTrainedConfig) -> BiasedRoute:
+    """Return DeepSeek-V3's router: sigmoid scores, groups, and a correction bias of its own."""
     check_groups(config)
     if num_experts(config) // config.n_group < 2:
         raise UnsupportedArchitectureError.of_field(
@@ -77,30 +81,29 @@ def sigmoid_route(config: PreTrainedConfig) -> Callable[[], BiasedRoute]:
         renormalize=config.norm_topk_prob,
         scaling=config.routed_scaling_factor,
     )
-    return partial(BiasedRoute, num_experts(config), route)
+    return BiasedRoute(num_experts(config), route)
 
 
-def ungrouped_sigmoid_route(config: PreTrainedConfig, scaling: float) -> Callable[[], BiasedRoute]:
-    """The same without groups, always renormalised."""
+def ungrouped_sigmoid_route(config: PreTrainedConfig, *, scaling: float) -> BiasedRoute:
+    """Return a router of sigmoid scores with a correction bias of its own: without groups, always
+    renormalised, then multiplied by `scaling`."""
     route = partial(
         grouped_topk,
         k=experts_per_token(config, num_experts(config)),
-        num_groups=1,
-        topk_groups=1,
         scoring="sigmoid",
         renormalize=True,
         scaling=scaling,
     )
-    return partial(BiasedRoute, num_experts(config), route)
+    return BiasedRoute(num_experts(config), route)
 
 
-def first_layers(config: PreTrainedConfig) -> Container[int]:
-    """The dense layers where `config.first_k_dense_replace` counts them."""
+def dense_by_count(config: PreTrainedConfig) -> Container[int]:
+    """Return the dense layers where `config.first_k_dense_replace` counts them."""
     return range(config.first_k_dense_replace)
 
 
-def listed_layers(config: PreTrainedConfig) -> set[int]:
-    """The dense layers where `config.mlp_layer_types` lists all.
+def dense_by_list(config: PreTrainedConfig) -> set[int]:
+    """Return the dense layers where `config.mlp_layer_types` has "dense" or "sparse" for each.
 
     Raises `UnsupportedArchitectureError` for other kinds.
     """
@@ -112,12 +115,13 @@ def listed_layers(config: PreTrainedConfig) -> set[int]:
     return {layer_idx for layer_idx, kind in enumerate(kinds) if kind == "dense"}
 
 
-def counted_layers(config: PreTrainedConfig) -> set[int]:
-    """`listed_layers` where the hub's configs count them, and transformers does not read that.
+def dense_by_list_and_count(config: PreTrainedConfig) -> set[int]:
+    """Return `dense_by_list`, for architectures whose configs on the hub may count instead.
 
-    Raises `UnsupportedArchitectureError` where the two differ.
+    transformers does not read the count: `UnsupportedArchitectureError` is raised where the two
+    differ.
     """
-    dense = listed_layers(config)
+    dense = dense_by_list(config)
     count = getattr(config, "first_k_dense_replace", None)
     if count is not None and dense != set(range(count)):
         raise UnsupportedArchitectureError.of_field(
@@ -126,19 +130,34 @@ def counted_layers(config: PreTrainedConfig) -> set[int]:
     return dense
 
 
-def dense_or_mixture(
+def dense_by_step(config: PreTrainedConfig) -> set[int]:
+    """Return the dense layers where every `config.decoder_sparse_step`-th layer is an MoE layer.
+
+    The layers in `config.mlp_only_layers` are dense too, and all layers if there are no experts.
+    """
+    return {
+        layer_idx
+        for layer_idx in range(config.num_hidden_layers)
+        if layer_idx in config.mlp_only_layers
+        or (layer_idx + 1) % config.decoder_sparse_step
+        or config.num_experts == 0
+    }
+
+
+def dense_or_moe(
     config: PreTrainedConfig,
-    route: Callable[[], Route],
+    route: Callable[[PreTrainedConfig], Route],
     *,
     dense: Container[int],
     num_shared: int | None,
     bias: bool = False,
     layer: Callable[..., FusedMoE] = FusedMoE,
 ) -> Callable[[int], nn.Module]:
-    """For `pre_norm_decoder`: the layers in `dense` are dense, the others a mixture, a `layer`.
+    """Return the `feed_forward` of `pre_norm_decoder` for layers that are partly dense.
 
-    Their `num_shared` shared experts are one dense layer of as many times the width; `bias` is that
-    of dense layers.
+    The layers in `dense` are dense; each of the others is a `layer` with a router of its own,
+    `route(config)`. Its `num_shared` shared experts are one dense layer, `num_shared` times as wide
+    as an expert; None for a model without them. Dense layers have biases if `bias`.
     """
 
     def feed_forward(layer_idx: int) -> nn.Module:
@@ -146,6 +165,6 @@ def dense_or_mixture(
             return mlp(config, config.intermediate_size, bias=bias)
         width = config.moe_intermediate_size
         shared = None if num_shared is None else mlp(config, width * num_shared, bias=bias)
-        return mixture(config, width, route(), layer=layer, shared=shared)
+        return moe_layer(config, width, route(config), layer=layer, shared=shared)
 
     return feed_forward
