@@ -5,7 +5,7 @@ Legend: B batch, T new tokens, H hidden, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,11 +13,12 @@ from transformers import PreTrainedConfig
 
 from moezoo.device import device_made_current
 from moezoo.errors import UnsupportedArchitectureError
-from moezoo.layers.attention import Context, DenseContext
-from moezoo.layers.kernels.windows import Chunked
+from moezoo.layers.context import Context, DenseContext
 from moezoo.layers.linear import Linear, linear
+from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.moe import Dispatcher, RoutingRecorder
 from moezoo.layers.norm import RMSNorm, handed_to
+from moezoo.layers.peers import Balancer, Peers
 from moezoo.layers.quant import QuantizedWeights
 from moezoo.layers.quantized_linear import quantized_linear
 from moezoo.layers.rope import (
@@ -33,7 +34,7 @@ class DecoderLayer(nn.Module):
     """x + attn(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(
-        self, attn_norm: RMSNorm, attn: nn.Module, *, mlp_norm: RMSNorm, mlp: nn.Module
+        self, attn_norm: RMSNorm, attn: SequenceMixer, *, mlp_norm: RMSNorm, mlp: nn.Module
     ) -> None:
         super().__init__()
         self.attn_norm = attn_norm
@@ -58,76 +59,6 @@ class DecoderLayer(nn.Module):
         normed = self.mlp_norm.of_sum(normed.sum, update)
         update = self.mlp(handed_to(self.mlp, normed))
         return normed.sum, update
-
-
-class Balancer(Protocol):
-    """What keeps the ranks evenly loaded that a decoder's experts are divided over."""
-
-    def begin(self, real: torch.Tensor | None) -> None:
-        """A step begins; real is bool [T], False at padding, or None without any."""
-        ...
-
-    def end_step(self, *, dummy: bool = False) -> None:
-        """All that a step does is queued; `dummy` if this rank had no tokens in it."""
-        ...
-
-    def undone(self) -> AbstractContextManager[None]:
-        """Steps within do nobody's work, and are not counted."""
-        ...
-
-
-class Turn(NamedTuple):
-    """A forward pass that ranks make together."""
-
-    goes_on: bool
-    """False where none of them has anything to do: there is no such pass."""
-    capacity: int | None
-    """In a step of decoding the most tokens of a rank; None where one has a prompt."""
-    tokens: Sequence[int]
-    """Of each rank."""
-
-
-class Peers(Protocol):
-    """The other ranks that a decoder's experts are divided over, as generation sees them.
-
-    Ranks make forward passes together. Each begins every one of them, and one that has no tokens
-    goes through it without, until none has any.
-    """
-
-    alike: bool
-    """Whether all have the same tokens, and not each its own."""
-    limit: int | None
-    """The most tokens of a rank in a forward pass, where there is such a limit."""
-
-    def begin(self, rows: int, prompts: Sequence[Sequence[int]] = ()) -> Turn:
-        """Agree on the next pass: this rank has a token for each of so many rows, or pieces of
-        prompts, or neither.
-
-        Raises, on every rank, `ExpertMapError` where ranks that are alike have not the same, and
-        `ValueError` where one has more tokens than the limit; `RankError` where one does not come.
-        """
-        ...
-
-    def passing(self, turn: Turn) -> AbstractContextManager[None]:
-        """The block is that pass: layers need not agree again on what is known of it, and it can be
-        captured if there is a capacity."""
-        ...
-
-    def step_without_tokens(self, decoder: "Decoder") -> None:
-        """This rank's part in a pass for which it has nothing."""
-        ...
-
-    def chosen(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What was chosen for rows of this rank; that of the first one where all are alike."""
-        ...
-
-    def largest(self, *numbers: int) -> list[int]:
-        """Each of these numbers where it is largest."""
-        ...
-
-    def same(self, **numbers: int) -> None:
-        """Raise `ExpertMapError`, on every rank, unless all give the same numbers."""
-        ...
 
 
 class Stage(NamedTuple):
@@ -268,15 +199,9 @@ class ScaledDecoder(Decoder):
         return super().logits(x) * self.logit_scale
 
 
-def _kind(window: int | None) -> str:
-    if window is None:
-        return "full_attention"
-    return "chunked_attention" if isinstance(window, Chunked) else "sliding_attention"
-
-
 def pre_norm_decoder(
     config: PreTrainedConfig,
-    attention: Callable[[int], nn.Module],
+    attention: Callable[[int], SequenceMixer],
     feed_forward: Callable[[int], nn.Module],
     *,
     rope: RotaryEmbedding | RotaryEmbeddings | NoRotation | None = None,
@@ -302,13 +227,10 @@ def pre_norm_decoder(
         layer(new_norm(), attention(layer_idx), mlp_norm=new_norm(), mlp=feed_forward(layer_idx))
         for layer_idx in range(config.num_hidden_layers)
     ]
-    windows = [getattr(layer.attn, "window", None) for layer in layers]
+    windows = [layer.attn.window for layer in layers]
     if any(window is not None and window < 1 for window in windows):
         raise UnsupportedArchitectureError.of_field(config, "sliding_window", "1 or more")
-    kinds = [
-        getattr(layer.attn, "kind", _kind(window))
-        for layer, window in zip(layers, windows, strict=True)
-    ]
+    kinds = [layer.attn.kind for layer in layers]
     if getattr(config, "layer_types", None) is not None:
         if config.layer_types != kinds:
             raise UnsupportedArchitectureError.of_field(config, "layer_types", str(kinds))

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from moezoo.layers.attention import Context, GroupedQueryAttention
+from moezoo.layers.attention import GroupedQueryAttention
+from moezoo.layers.context import Context
 from moezoo.layers.linear import FusedLinear
 from moezoo.layers.norm import NormOfSum, handed_to
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moezoo.device import runs_kernels
-from moezoo.layers.attention import Context
+from moezoo.layers.context import Context
 from moezoo.layers.convolution import CausalConvolution
 from moezoo.layers.delta_rule import gated_delta_rule
 from moezoo.layers.linear import FusedLinear, Linear
+from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.states import States, StateShape
 
@@ -41,7 +42,7 @@ def by_key_head(net: "GatedDeltaNet", qkvz: Tensor, ba: Tensor) -> Parts:
     return mixed, z.reshape(*z.shape[:2], net.num_v_heads, -1), b.flatten(2), a.flatten(2)
 
 
-class GatedDeltaNet(nn.Module):
+class GatedDeltaNet(SequenceMixer):
     """out(norm(delta rule of (q, k, v) after a convolution) * silu(z)).
 
     `parts` says in which order the rows of the two input projections are: `by_kind` or
@@ -49,7 +50,6 @@ class GatedDeltaNet(nn.Module):
     """
 
     kind = "linear_attention"
-    cache_shapes: ClassVar[tuple[tuple[int, int], ...]] = ()
     initial_values: ClassVar[dict[str, float]] = {"A_log": 0.0, "dt_bias": 1.0}
 
     def __init__(

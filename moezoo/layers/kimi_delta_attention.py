@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moezoo.layers.attention import Context
+from moezoo.layers.context import Context
 from moezoo.layers.convolution import CausalConvolution
 from moezoo.layers.delta_rule import gated_delta_rule
 from moezoo.layers.linear import FusedLinear, Linear
+from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.states import States, StateShape
 
 
-class KimiDeltaAttention(nn.Module):
+class KimiDeltaAttention(SequenceMixer):
     """o(norm(delta rule of (q, k, v) after a convolution) * sigmoid(z)).
 
     `x_proj` makes all of the input in one product: q, k and v [N D] each, D numbers from which
@@ -27,7 +28,6 @@ class KimiDeltaAttention(nn.Module):
     """
 
     kind = "linear_attention"
-    cache_shapes: ClassVar[tuple[tuple[int, int], ...]] = ()
     initial_values: ClassVar[dict[str, float]] = {"A_log": 0.0, "dt_bias": 1.0}
 
     def __init__(

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from moezoo.device import runs_kernels
-from moezoo.layers.attention import Context, Keys
+from moezoo.layers.context import Context, Keys
 from moezoo.layers.linear import ONEDNN_DTYPES, FusedLinear, Linear
+from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.rope import Rotate, Rotation
 
@@ -73,7 +74,7 @@ def yarn_softmax_factor(rope_parameters: dict[str, Any]) -> float:
     return (0.1 * mscale * math.log(factor) + 1.0) ** 2
 
 
-class MultiHeadLatentAttention(nn.Module):
+class MultiHeadLatentAttention(SequenceMixer):
     """Attention whose keys and values of all heads are linear in one latent vector a token.
 
     The cache holds the latent and the rotated key that all heads share: C + R numbers a token.

@@ -3,22 +3,20 @@
 Legend: B sequences, T new tokens, H hidden.
 """
 
-from typing import ClassVar
+from torch import Tensor
 
-from torch import Tensor, nn
-
-from moezoo.layers.attention import Context
+from moezoo.layers.context import Context
 from moezoo.layers.convolution import CausalConvolution
 from moezoo.layers.linear import FusedLinear, Linear
+from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.norm import NormOfSum, handed_to
 from moezoo.layers.states import States, StateShape
 
 
-class ShortConvolution(nn.Module):
+class ShortConvolution(SequenceMixer):
     """out(c * convolution(b * x)), where b, c and x are projections of the input."""
 
     kind = "conv"
-    cache_shapes: ClassVar[tuple[tuple[int, int], ...]] = ()
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moezoo.layers.attention import Context
 from moezoo.layers.chosen_keys import Chooser
+from moezoo.layers.context import Context
 from moezoo.layers.linear import Linear
 from moezoo.layers.mla import LowRankLinear, MultiHeadLatentAttention, absorbed, expanded
 from moezoo.layers.norm import LayerNorm, NormOfSum, normed

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moezoo.layers.attention import Context
+from moezoo.layers.context import Context
 from moezoo.layers.convolution import CausalConvolution
 from moezoo.layers.linear import FusedLinear, Linear
+from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.states import States, StateShape
 
@@ -59,7 +60,7 @@ def state_space(
     return y.transpose(1, 2), state
 
 
-class StateSpace(nn.Module):
+class StateSpace(SequenceMixer):
     """out(norm((y + D x) * silu(z))), where y is what the state space makes of x, b and c.
 
     The rows of `zxbcdt` are z, then x, b and c, which the convolution takes, then dt. A token's
@@ -67,7 +68,6 @@ class StateSpace(nn.Module):
     """
 
     kind = "linear_attention"
-    cache_shapes: ClassVar[tuple[tuple[int, int], ...]] = ()
     initial_values: ClassVar[dict[str, float]] = {"A_log": 0.0, "dt_bias": 1.0, "D": 1.0}
 
     def __init__(
@@ -85,8 +85,8 @@ class StateSpace(nn.Module):
         self.head_dim = head_dim
         self.state_dim = state_dim
         dim = num_heads * head_dim
-        self.part_sizes = (dim, dim + 2 * state_dim, num_heads)
-        self.zxbcdt = FusedLinear(hidden_size, self.part_sizes)
+        self._sizes = (dim, dim + 2 * state_dim, num_heads)
+        self.zxbcdt = FusedLinear(hidden_size, self._sizes)
         self.conv = conv
         self.A_log = nn.Parameter(torch.empty(num_heads))
         self.dt_bias = nn.Parameter(torch.empty(num_heads))
@@ -109,7 +109,7 @@ class StateSpace(nn.Module):
         self, inputs: tuple[Tensor, ...], states: States, real: Tensor | None
     ) -> tuple[Tensor, States]:
         """The product [B, T, ..] -> [B, T, D]; see `StateLayer`."""
-        z, xbc, dt = inputs[0].split_with_sizes(self.part_sizes, -1)
+        z, xbc, dt = inputs[0].split_with_sizes(self._sizes, -1)
         xbc, window = self.conv(xbc, states[0], real)
         dim = self.num_heads * self.head_dim
         x, b, c = xbc.split_with_sizes((dim, self.state_dim, self.state_dim), -1)

@@ -1,21 +1,14 @@
 """Layers with a state: numbers of a sequence that do not grow with its length.
 
-Such a layer stands where attention does. It has
-
-    kind                             how transformers' `layer_types` and caches call it
-    cache_shapes = ()                a token adds nothing to a cache
-    state_shapes                     what there is of each sequence
-    mix(inputs, states, real)        the computation, on a rectangle of tokens
-
-and asks its `Context` to `recur`: the context knows which tokens are whose, hands `mix` the states
-of their sequences, and keeps those that come back. The first state is the end of the input of a
-causal convolution, a second one what a recurrence has made of all tokens.
+Such a layer is a `moezoo.layers.mixer.SequenceMixer` that also has `mix`, its computation on a
+rectangle of tokens. Its `forward` asks the `Context` to `recur`: the context knows which tokens
+belong to which sequence, hands `mix` the states of those sequences, and keeps the states that come
+back. The first state is the end of a causal convolution's input, a second one the recurrence's sum
+over all tokens.
 
 Legend: B sequences, T new tokens of each.
 """
 
-from collections.abc import Iterable
-from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -46,15 +39,6 @@ class StateLayer(Protocol):
         None where tokens fill all. The states may be those that were given, changed in place.
         """
         ...
-
-
-def state_bytes(layers: Iterable[Any], dtype: torch.dtype) -> int:
-    """Bytes of a sequence in those of the layers that have states, in a model of this dtype."""
-    return sum(
-        prod(shape) * (own or dtype).itemsize
-        for layer in layers
-        for shape, own in getattr(layer, "state_shapes", ())
-    )
 
 
 def no_states(layer: StateLayer, batch: int, like: Tensor) -> States:

@@ -5,12 +5,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AfmoeConfig
 
-from moezoo.layers.attention import Context, GroupedQueryAttention
+from moezoo.layers.attention import GroupedQueryAttention
+from moezoo.layers.context import Context
 from moezoo.layers.decoder import Decoder, DecoderLayer, ScaledDecoder, pre_norm_decoder
 from moezoo.layers.linear import Linear
+from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.rope import rotate_half, unrotated
 from moezoo.loaders.mapping import Rule
@@ -56,7 +57,7 @@ class GatedAttention(GroupedQueryAttention):
 class SandwichLayer(DecoderLayer):
     """x + norm(attn(norm(x))), then x + norm(mlp(norm(x)))."""
 
-    def __init__(self, norm: RMSNorm, attn: nn.Module, **modules: Any) -> None:
+    def __init__(self, norm: RMSNorm, attn: SequenceMixer, **modules: Any) -> None:
         super().__init__(norm, attn, **modules)
         self.after_attn = RMSNorm(norm.dim, norm.eps)
         self.after_mlp = RMSNorm(norm.dim, norm.eps)

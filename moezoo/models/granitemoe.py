@@ -5,12 +5,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GraniteMoeConfig, GraniteMoeSharedConfig, PreTrainedConfig
 
 from moezoo.errors import UnsupportedArchitectureError
-from moezoo.layers.attention import Context, GroupedQueryAttention
+from moezoo.layers.attention import GroupedQueryAttention
+from moezoo.layers.context import Context
 from moezoo.layers.decoder import Decoder, DecoderLayer, ScaledDecoder, pre_norm_decoder
+from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.norm import handed_to
 from moezoo.loaders.mapping import Rule
@@ -47,7 +48,7 @@ class ScaledLayer(DecoderLayer):
 
 
 def granite_decoder(
-    config: PreTrainedConfig, attention: Callable[[int], nn.Module], shared_size: int | None
+    config: PreTrainedConfig, attention: Callable[[int], SequenceMixer], shared_size: int | None
 ) -> Decoder:
     """Of `attention(layer_idx)` and mixtures, with a shared expert unless `shared_size` is None."""
     for field in MULTIPLIERS:

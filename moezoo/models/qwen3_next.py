@@ -4,13 +4,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedConfig, Qwen3NextConfig
 
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.gated_attention import GatedAttention
 from moezoo.layers.gated_delta_net import GatedDeltaNet, by_key_head
+from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.norm import RMSNorm, ZeroCenteredRMSNorm
 from moezoo.layers.rope import RotaryEmbedding
 from moezoo.loaders.mapping import Rule
@@ -24,7 +24,7 @@ ASSUMES = ASSUMED_EVERYWHERE
 
 def hybrid_attention(
     config: PreTrainedConfig, parts: Callable[..., Any], layer_idx: int
-) -> nn.Module:
+) -> SequenceMixer:
     """The layer that `config.layer_types` asks for, a delta net with its rows in the order `parts`
     or attention."""
     if config.layer_types[layer_idx] == "full_attention":

@@ -1,0 +1,92 @@
+"""Softmax attention in torch, with sinks where a layer has them.
+
+Legend: B batch, T new tokens, S keys (cached and new), Hq query heads, Hk key heads, D key width,
+Dv value width.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from moezoo.layers.mask import CausalMask
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: CausalMask,
+    *,
+    window: int | None = None,
+    scale: float,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Softmax attention: q [B, Hq, T, D], k [B, Hk, S, D], v [B, Hk, S, Dv] -> [B, Hq, T, Dv].
+
+    Query head h reads key head h // (Hq / Hk). A query sees the `window` newest keys up to its own.
+    `sinks` [Hq] are one more score a head, of a key without a value.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if sinks is not None:
+        allowed = mask(k.shape[2], window)
+        if allowed is not None:
+            allowed = F.pad(allowed, (0, 1), value=allowed.dtype == torch.bool)
+        out = _masked(*_with_sink_key(q, k, v, sinks / scale), allowed, scale)
+        return out[..., : v.shape[-1]]
+    if mask.is_plain(k.shape[2], window):
+        causal = False
+        if q.shape[2] > 1:  # while torch.compile traces, the comparison itself is no bool
+            causal = True
+        return _of_one_width(q, k, v, is_causal=causal, scale=scale, enable_gqa=groups > 1)
+    return _masked(q, k, v, mask(k.shape[2], window), scale)
+
+
+def _masked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """`attend` to the keys that `allowed` says, broadcastable to [B, heads, T, S]."""
+    groups = q.shape[1] // k.shape[1]
+    if q.shape[2] == 1:
+        # One query a head: the heads that share keys become the rows of one product.
+        rows = q.view(*k.shape[:2], groups, -1)
+        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=allowed, scale=scale)
+        return out.reshape(*q.shape[:3], -1)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return _of_one_width(q, k, v, attn_mask=allowed, scale=scale)
+
+
+def _of_one_width(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    """torch's attention. On a CPU it is one kernel only where keys are as wide as values; else it
+    keeps the scores of all, and takes twenty times as long for a prompt of 512 tokens."""
+    width = v.shape[-1]
+    more = k.shape[-1] - width
+    if more and q.is_cpu and q.shape[2] > 1:
+        q, k, v = (F.pad(x, (0, max(0, side))) for x, side in ((q, -more), (k, -more), (v, more)))
+    return F.scaled_dot_product_attention(q, k, v, **options)[..., :width]
+
+
+SINK_DIMS = 8
+"""Numbers that `_with_sink_key` adds to a head: as many as fused kernels want the width to be a
+multiple of."""
+
+
+def _with_sink_key(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v with SINK_DIMS numbers more a head, and one key more, of value 0: its product with
+    a query is the number of the query's head in `sinks` [Hq].
+
+    So any kernel of torch does attention with sinks. The other keys are 0 where the queries have
+    the sinks, which are the sum of two numbers there, since 16 bits may not hold a quotient.
+    """
+    high = sinks.to(q.dtype)
+    low = (sinks - high).to(q.dtype)
+    more = F.pad(torch.stack((high, low), -1), (0, SINK_DIMS - 2))
+    q = torch.cat((q, more[:, None].expand(*q.shape[:-1], SINK_DIMS)), -1)
+    k, v = F.pad(k, (0, SINK_DIMS, 0, 1)), F.pad(v, (0, SINK_DIMS, 0, 1))
+    k[..., -1, -SINK_DIMS : 2 - SINK_DIMS] = 1
+    return q, k, v
