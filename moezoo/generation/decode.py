@@ -16,8 +16,8 @@ from moezoo.generation.pages import num_pages
 from moezoo.generation.turns import chosen, in_turn, largest, take_part
 from moezoo.layers.context import DenseContext
 from moezoo.layers.decoder import Decoder
-from moezoo.layers.linear import without_onednn
 from moezoo.layers.mask import CausalMask, visible_tokens
+from moezoo.layers.onednn import without_onednn
 
 
 @dataclass

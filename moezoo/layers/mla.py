@@ -11,9 +11,10 @@ from torch import nn
 
 from moezoo.device import runs_kernels
 from moezoo.layers.context import Context, Keys
-from moezoo.layers.linear import ONEDNN_DTYPES, FusedLinear, Linear
+from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
+from moezoo.layers.onednn import ONEDNN_DTYPES
 from moezoo.layers.rope import Rotate, Rotation
 
 

@@ -13,18 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.layers.kernels.activations import Gating, in_parts
-from moezoo.layers.linear import (
-    FP32_ROWS,
-    LARGE,
-    ONEDNN_DTYPES,
-    linear,
-    one_row,
-    without_onednn,
-)
+from moezoo.layers.linear import linear
 from moezoo.layers.moe.batches import Batch, batches_of, padded_slots, rows_of
 from moezoo.layers.moe.chunks import in_chunks, local_ids, operator
 from moezoo.layers.moe.permute import permute
 from moezoo.layers.moe.ranges import verb
+from moezoo.layers.onednn import FP32_ROWS, LARGE, ONEDNN_DTYPES, one_row, without_onednn
 
 FEW_TOKENS = 4
 """Up to so many tokens, on a GPU, an expert is multiplied once for each of them, unless too many
