@@ -16,14 +16,15 @@ from moezoo.layers.rope import Rotate, Rotation, rotate_half
 
 
 class GroupedQueryAttention(SequenceMixer):
-    """Attention whose query heads share key and value heads, of width `head_dim` and `value_dim`.
+    """Attention in which several query heads share a key head, of width `head_dim`, and a value
+    head, of width `value_dim`.
 
-    `q_norm` and `k_norm` normalise each head (width `head_dim`) or all heads at once (width
-    heads * `head_dim`) before the rotation. `window` limits a query to that many newest keys, its
-    own included, or to those of its chunk if it is `Chunked`. `clip` bounds queries, keys and
-    values to [-clip, clip] before the rotation. `rotate` is a function of `moezoo.layers.rope`, and
-    `part` what it takes of the rotation, where that is of several kinds. `scale` multiplies the
-    scores, by default 1 / sqrt(`head_dim`). `sinks` [Hq], a parameter, are one more score a head,
+    `q_norm` and `k_norm` normalise each head (width `head_dim`) or all heads at once (width heads *
+    `head_dim`) before the rotation. `window` is the number of newest keys that a query sees, its
+    own included, or those of its chunk if it is `Chunked`. `clip` bounds queries, keys and values
+    to [-clip, clip] before the rotation. `rotate` is a function of `moezoo.layers.rope`, and `part`
+    selects its numbers where a decoder has `RotaryEmbeddings`. `scale` multiplies the scores, by
+    default 1 / sqrt(`head_dim`). `sinks` [Hq], a parameter, are an extra score for each head, that
     of a key without a value.
     """
 
@@ -69,11 +70,11 @@ class GroupedQueryAttention(SequenceMixer):
 
     @property
     def cache_shapes(self) -> tuple[tuple[int, int], ...]:
-        """What a cache keeps of a token: keys and values, each [heads, width]."""
+        """Shapes of a token's keys and values in the cache, each [heads, width]."""
         return (self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.value_dim)
 
     def own(self, rotation: Rotation) -> Rotation:
-        """What the layer takes of a rotation that may be of several kinds."""
+        """Return the part of the decoder's rotation that this layer uses."""
         if self.part is None:
             return rotation
         cos, sin = rotation
@@ -81,7 +82,8 @@ class GroupedQueryAttention(SequenceMixer):
 
     @property
     def has_usual_heads(self) -> bool:
-        """Whether the kernel that rotates and stores does what `heads` does."""
+        """Whether `heads` is not overridden, so that the kernel that rotates and stores replaces
+        it."""
         return type(self).heads is GroupedQueryAttention.heads
 
     def forward(
@@ -93,16 +95,17 @@ class GroupedQueryAttention(SequenceMixer):
         return self.o(self.attended(qkv, context, layer_idx).flatten(2))
 
     def attended(self, qkv: torch.Tensor, context: Context, layer_idx: int) -> torch.Tensor:
-        """qkv [B, T, ..] -> what its queries find, [B, T, Hq, Dv]; the cache gets its keys."""
+        """Store the keys and values of qkv [B, T, ..] and attend with its queries; return
+        [B, T, Hq, Dv]."""
         q, keys = context.append_heads(self, qkv, layer_idx)
         return context.attend(q, keys, window=self.window, scale=self.scale, sinks=self.sinks)
 
     def heads(
         self, qkv: torch.Tensor, rotation: Rotation
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """qkv [B, T, ..] -> q [B, T, Hq, D], k [B, T, Hk, D] and v [B, T, Hk, Dv]; normed, clipped
-        and rotated."""
-        # Queries and keys are rotated together: on a CPU a token's time is the number of calls.
+        """Split qkv [B, T, ..] into q [B, T, Hq, D], k [B, T, Hk, D] and v [B, T, Hk, Dv],
+        normalised, clipped and rotated."""
+        # Queries and keys are rotated together: on a CPU a token's time is that of the torch calls.
         if self.q_norm is None or self.k_norm is None:
             qk, v = qkv.split_with_sizes((sum(self.sizes[:2]), self.sizes[2]), -1)
             qk = qk.unflatten(-1, (-1, self.head_dim))

@@ -1,4 +1,4 @@
-"""What attention knows of the new tokens of a forward pass: positions, cache and mask.
+"""Contexts: the new tokens' positions, cache and mask in a forward pass, as attention sees them.
 
 Legend: B batch, T new tokens, S keys (cached and new), Hq query heads, Hk key heads, D key width,
 Dv value width, N heads, C latent width, R rotated width.
@@ -18,19 +18,20 @@ from moezoo.layers.states import StateLayer, cache_states, cached_states, no_sta
 
 
 class LayerCache(Protocol):
-    """What attention asks of a KV cache; every `transformers.Cache` has it."""
+    """The part of `transformers.Cache` that attention needs."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append [B, heads, T, D] keys and values; return those that the new queries may see."""
+        """Append keys and values [B, heads, T, D]; return those that the new queries may see."""
         ...
 
 
 class Keys(NamedTuple):
-    """What the queries of a layer look at, in the form of the `Context` that made it.
+    """The keys and values that a layer's queries attend to, as the `Context` that made them stores
+    them.
 
-    `values` is None where the values are among the numbers of the keys (latent attention).
+    `values` is None where the values are the first numbers of the keys (latent attention).
     """
 
     keys: torch.Tensor
@@ -40,17 +41,18 @@ class Keys(NamedTuple):
 class Context(Protocol):
     """The new tokens of a forward pass, as attention sees them: positions, cache and mask.
 
-    `DenseContext` is a rectangle of tokens with transformers' caches. In the paged one of
-    `moezoo.generation` B is 1, and the sequences lie one behind another along T.
+    `DenseContext` has a rectangle of tokens and transformers' caches. In the paged contexts of
+    `moezoo.generation` B is 1, and sequences lie one after the other along T.
     """
 
     rotation: Rotation
     num_queries: int
-    """New tokens of a sequence, at most."""
+    """Largest number of new tokens in a sequence."""
 
     @property
     def positions(self) -> torch.Tensor:
-        """int [1, T], which token of its sequence each new one is, padding before it counted."""
+        """Positions of the new tokens in their sequences, int [1, T], counting padding before
+        them."""
         ...
 
     def append_heads(
@@ -75,7 +77,7 @@ class Context(Protocol):
         ...
 
     def latents(self, keys: Keys) -> torch.Tensor:
-        """What `append_latents` has of all tokens, [B, S, C + R]."""
+        """Return the latents of all tokens that `append_latents` returned, [B, S, C + R]."""
         ...
 
     def attend(
@@ -88,11 +90,12 @@ class Context(Protocol):
         value_dim: int | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Softmax attention to what `append_..` returned, q [B, T, Hq, D] -> [B, T, Hq, Dv].
+        """Compute softmax attention to keys that an `append_..` returned, q [B, T, Hq, D]
+        -> [B, T, Hq, Dv].
 
         Query head h reads key head h // (Hq / Hk). A query sees the `window` newest keys up to its
-        own. Where keys have no values, their first `value_dim` numbers are. `sinks` [Hq] are one
-        more score a head, of a key without a value.
+        own. Where `keys.values` is None, the first `value_dim` numbers of each key are its value.
+        `sinks` [Hq] are an extra score for each head, that of a key without a value.
         """
         ...
 
@@ -105,36 +108,37 @@ class Context(Protocol):
         shared_keys: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        """The same with keys and values [B, Hq, S, Dv] of all tokens: k [B, Hq, S, D - R], and
-        shared_keys [B, S, R] the last numbers of all heads."""
+        """Compute softmax attention to the given keys and values of all tokens, q [B, T, Hq, D]
+        -> [B, T, Hq, Dv].
+
+        k [B, Hq, S, D - R] are the first numbers of the keys and shared_keys [B, S, R] the last
+        ones, which all heads share; v is [B, Hq, S, Dv].
+        """
         ...
 
     def attend_to_chosen(
         self, q: torch.Tensor, keys: Keys, chooser: Chooser, *, scale: float, value_dim: int
     ) -> torch.Tensor:
-        """`attend` to those keys alone that the `chooser` chooses, by what is behind the numbers
-        of keys that q is multiplied with."""
+        """Compute `attend` over the keys that the `chooser` chooses, by the numbers of each key
+        that follow those that q is multiplied with."""
         ...
 
     def recur(
         self, layer: StateLayer, inputs: tuple[torch.Tensor, ...], layer_idx: int
     ) -> torch.Tensor:
-        """What `layer.mix` makes of inputs [B, T, ..] -> [B, T, ..], going on from the states.
-
-        Afterwards the states are those of the sequences with their new tokens.
-        """
+        """Run `layer.mix` on inputs [B, T, ..] from the sequences' states, return its output
+        [B, T, ..], and store the states after the new tokens."""
         ...
 
     def real_tokens(self) -> torch.Tensor | None:
-        """bool [B * T], False for a place that no token fills; None where tokens fill all."""
+        """Return bool [B * T], False for places without a token, or None if all have one."""
         ...
 
 
 def whole_keys(k: torch.Tensor, shared_keys: torch.Tensor) -> torch.Tensor:
-    """k [B, N, S, D - R] with shared_keys [B, S, R] behind the numbers of each head,
-    [B, N, S, D]."""
+    """Append shared_keys [B, S, R] to each head of k [B, N, S, D - R]; return [B, N, S, D]."""
     dim = k.shape[-1]
-    # Two copies: torch's cat takes three times as long for these on CUDA.
+    # On CUDA torch's cat takes three times as long as two copies.
     whole = k.new_empty(*k.shape[:-1], dim + shared_keys.shape[-1])
     whole[..., :dim] = k
     whole[..., dim:] = shared_keys.unsqueeze(1)
@@ -150,7 +154,7 @@ class DenseContext:
     cache: LayerCache | None = None
 
     def to(self, device: torch.device) -> "DenseContext":
-        """The same for layers on another device, whose part of the cache is there."""
+        """Return the context for layers on another device, whose part of the cache is there."""
         cos, sin = self.rotation
         return DenseContext((cos.to(device), sin.to(device)), self.mask.to(device), self.cache)
 
@@ -184,8 +188,8 @@ class DenseContext:
             return k, v
         k, v = self.cache.update(k, v, layer_idx)
         if getattr(self.cache, "offloading", False):
-            # It copies to pageable memory and back without waiting, and reads what is not there yet
-            # where the layers between are fast.
+            # An offloading cache copies to pageable memory and back without waiting, and where the
+            # layers between are fast it reads what has not arrived yet.
             torch.cuda.synchronize(k.device)
         return k, v
 
@@ -202,7 +206,7 @@ class DenseContext:
         value_dim: int | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        # Fused kernels want equal widths: numbers that are no values come along as such.
+        # Fused kernels need values as wide as keys, so latents are values whole and cut afterwards.
         k, v = keys.keys, keys.keys if keys.values is None else keys.values
         out = attend(q.transpose(1, 2), k, v, self.mask, window=window, scale=scale, sinks=sinks)
         return (out if value_dim is None else out[..., :value_dim]).transpose(1, 2)
@@ -239,7 +243,7 @@ class DenseContext:
 
     @cached_property
     def _real(self) -> torch.Tensor | None:
-        """`real_tokens` as [B, T]."""
+        """`real_tokens` as [B, T], None if there is no padding."""
         real = self.real_tokens()
         if real is None or (not torch.compiler.is_compiling() and real.all()):
             return None

@@ -1,4 +1,4 @@
-"""The decoder that every architecture is: embedding, layers, norm and head.
+"""The decoder of every architecture: embedding, layers, norm and head.
 
 Legend: B batch, T new tokens, H hidden, V vocabulary.
 """
@@ -45,10 +45,11 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: torch.Tensor, update: torch.Tensor | None, context: Context, layer_idx: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The stream x [B, T, H] and what is still to be added to it -> the same two after it.
+        """Run the layer on the residual stream x [B, T, H] and `update`, which is not yet added to
+        it; return both as they are after the layer.
 
-        Each sum is made together with the norm that follows, at the latest by the layer it is for;
-        without kernels there is nothing to be gained by waiting.
+        A kernel computes each sum together with the norm that follows. Without kernels sums are
+        made at once.
         """
         if not x.is_cuda:
             rows, x = self.attn_norm.add(x, update)
@@ -94,18 +95,18 @@ class Decoder(nn.Module):
         if not tied:
             self.lm_head = Linear(hidden_size, vocab_size, bias=head_bias)
         self.recorder: RoutingRecorder | None = None
-        """What counts the choices of the MoE layers, while somebody wants to know them."""
+        """Counter of the MoE layers' choices while they are recorded, else None."""
         self.dispatcher: Dispatcher | None = None
-        """That of the MoE layers; None where this process has all the experts."""
+        """Dispatcher of the MoE layers; None where this process has all the experts."""
         self.balancer: Balancer | None = None
-        """None where there is nothing to balance."""
+        """Balancer of the ranks' load; None where there is nothing to balance."""
         self.peers: Peers | None = None
-        """None where this process has all the experts."""
+        """The other ranks; None where this process has all the experts."""
         self.stages: tuple[Stage, ...] = ()
-        """Where layers are on several devices; all else is on one. See `find_stages`."""
+        """The layers on each device, set by `find_stages`; empty where all are on one device."""
 
     def find_stages(self) -> None:
-        """Look again at which devices the layers are on."""
+        """Set `stages` by the devices that the layers are on now."""
         places = [next(layer.parameters()).device for layer in self.layers]
         starts = [i for i, place in enumerate(places) if i == 0 or place != places[i - 1]]
         ends = [*starts[1:], len(places)]
@@ -120,9 +121,9 @@ class Decoder(nn.Module):
         *,
         states: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Embeddings x [B, T, H] -> hidden states [B, T, H].
+        """Compute the hidden states [B, T, H] of embeddings x [B, T, H].
 
-        The input of each layer, and last the result, are appended to `states`.
+        The input of each layer, and last the result, are appended to `states`, if given.
         """
         update: torch.Tensor | None = None
         if self.recorder is not None:
@@ -148,23 +149,25 @@ class Decoder(nn.Module):
         return x
 
     def passing(self, num_tokens: int) -> AbstractContextManager[None]:
-        """A forward pass over so many tokens, which other ranks that have experts make too."""
+        """Return the context of a forward pass over `num_tokens` tokens, which other ranks that
+        hold experts make too."""
         return nullcontext() if self.dispatcher is None else self.dispatcher.passing(num_tokens)
 
     def end_step(self, *, dummy: bool = False) -> None:
-        """A forward pass is queued, or a replay of one that was captured: experts may move."""
+        """Let experts move after a forward pass is queued, or a replay of a captured one; `dummy`
+        if this rank had no tokens in it."""
         if self.balancer is None:
             return
         if not (self.embed.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.balancer.end_step(dummy=dummy)
 
     def rotation(self, positions: torch.Tensor) -> Rotation:
-        """Of tokens at positions int [B or 1, T], in the model's dtype."""
+        """Return the rotation of tokens at positions int [B or 1, T], in the model's dtype."""
         rotation: Rotation = self.rope(positions, self.embed.weight.dtype)
         return rotation
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Hidden states [.., H] -> logits [.., V] in the model's dtype."""
+        """Return the logits [.., V] of hidden states [.., H] in the model's dtype."""
         head = self.embed if self.lm_head is None else self.lm_head
         bias = getattr(head, "bias", None)  # an embedding has none
         with device_made_current(x):
@@ -176,12 +179,13 @@ class Decoder(nn.Module):
 def _moved(
     device: torch.device, x: torch.Tensor, update: torch.Tensor | None, context: Context
 ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+    """Move what a layer takes to its device."""
     assert isinstance(context, DenseContext), "an engine's cache is on one device"
     return x.to(device), None if update is None else update.to(device), context.to(device)
 
 
 class ScaledDecoder(Decoder):
-    """Embeddings are multiplied by `embedding_scale`, and logits by `logit_scale`."""
+    """A decoder that multiplies embeddings by `embedding_scale` and logits by `logit_scale`."""
 
     def __init__(
         self, *args: Any, embedding_scale: float = 1.0, logit_scale: float = 1.0, **modules: Any
@@ -209,15 +213,15 @@ def pre_norm_decoder(
     layer: Callable[..., DecoderLayer] = DecoderLayer,
     decoder: Callable[..., Decoder] = Decoder,
 ) -> Decoder:
-    """The usual decoder: an RMSNorm before `attention(layer_idx)` and `feed_forward(layer_idx)`.
+    """Build the usual decoder: an RMSNorm before `attention(layer_idx)` and before
+    `feed_forward(layer_idx)`.
 
     Without a `rope` all of each head is rotated, and a config that says otherwise is refused.
-    Architectures that are unusual bring another `norm`, of the width and what is in
-    `config.rms_norm_eps`, or classes derived from the `layer` and the
-    `decoder` here.
+    Unusual architectures pass another `norm`, which is called with the width and
+    `config.rms_norm_eps`, or classes derived from `layer` and `decoder`.
 
-    Raises `UnsupportedArchitectureError` where `config.layer_types` or `config.sliding_window` says
-    other than the layers do: a cache keeps what the config says.
+    Raises `UnsupportedArchitectureError` where `config.layer_types` or `config.sliding_window`
+    contradicts the layers: transformers' caches go by the config.
     """
 
     def new_norm() -> RMSNorm:
@@ -235,7 +239,7 @@ def pre_norm_decoder(
         if config.layer_types != kinds:
             raise UnsupportedArchitectureError.of_field(config, "layer_types", str(kinds))
         if not any("attention" in kind and kind != "linear_attention" for kind in kinds):
-            # Nothing would know how long a sequence is.
+            # transformers' cache would not know the length of a sequence.
             raise UnsupportedArchitectureError.of_field(
                 config, "layer_types", "a layer of attention or more"
             )

@@ -1,13 +1,13 @@
-"""The gated delta rule (Yang et al., 2024): a matrix S of each head that tokens read and rewrite.
+"""The gated delta rule (Yang et al., 2024): each head has a matrix S that tokens read and rewrite.
 
     S = S * exp(g[t])
     S = S + k[t] (v[t] - S^T k[t])^T * beta[t]
     y[t] = S^T q[t]
 
-with q and k of length 1, and q divided by sqrt(Dk). g is a number, or one of each row of S (Kimi
-Team, 2025). Many tokens are computed in chunks: within one the corrections v - S^T k of its tokens
-are the solution of a triangular system (the WY form), and only whole chunks follow each other. All
-in fp32.
+with q and k normalised to length 1, and q divided by sqrt(Dk). g is one number, or one for each row
+of S (Kimi Team, 2025). Many tokens are computed in chunks: within a chunk the corrections
+v - S^T k of its tokens are the solution of a triangular system (the WY form), and only from chunk
+to chunk is the computation sequential. All of it is in fp32.
 
 Legend: B sequences, T tokens, H heads, Dk key width, Dv value width, G 1 or Dk, N chunks of C
 tokens.
@@ -25,11 +25,11 @@ CHUNK = 64
 def gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """q and k [B, T, Hk, Dk], v [B, T, H, Dv], g fp32 [B, T, H, G], beta fp32 [B, T, H], state fp32
-    [B, H, Dk, Dv] -> y fp32 [B, T, H, Dv] and the state after the last token.
+    """Apply the rule to T tokens; return y fp32 [B, T, H, Dv] and the state after the last token.
 
-    Head h of v has head h // (H / Hk) of q and k. g is 0 or less. Where g and beta are both 0 a
-    token leaves the state as it is.
+    q and k are [B, T, Hk, Dk], v [B, T, H, Dv], g fp32 [B, T, H, G], beta fp32 [B, T, H], state
+    fp32 [B, H, Dk, Dv]. Head h of v uses head h // (H / Hk) of q and k. g is 0 or less. A token
+    whose g and beta are both 0 leaves the state as it is.
     """
     q = _unit(q) * q.shape[-1] ** -0.5
     k = _unit(k)
@@ -72,7 +72,8 @@ def _chunks(
     decay = g.cumsum(-2).exp()  # [B, H, N, C, G]
     products = _of_head if g.shape[-1] == 1 else _of_rows
     system, within = products(torch.stack((k * beta, q)), k, g)
-    # What each token adds, had there been nothing before the chunk, and what the state takes off.
+    # The correction of each token if the state before the chunk were 0, and the matrix whose
+    # product with that state is subtracted from it.
     scaled = torch.cat((v, k * decay), -1) * beta
     solved = torch.linalg.solve_triangular(system, scaled, upper=False, unitriangular=True)
     added, taken = solved.split_with_sizes((v.shape[-1], k.shape[-1]), -1)
@@ -89,16 +90,17 @@ def _chunks(
 
 
 def _rest(g: Tensor) -> Tensor:
-    """g [.., C, G] -> of each token the sum over those that follow it.
+    """Return for each token of g [.., C, G] the sum over the tokens that follow it.
 
-    As a difference of two sums it would lose the digits that a large one does not have.
+    A difference of two cumulative sums would lose digits.
     """
     return F.pad(g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
 
 
 def _of_head(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
-    """a and b [.., C, Dk], g [.., C, 1] -> [.., C, C], a[i] b[j] exp(g[j + 1] + .. + g[i]) where
-    j <= i, else 0.
+    """Return the decayed products a[i] b[j] exp(g[j + 1] + .. + g[i]) where j <= i, else 0.
+
+    a and b are [.., C, Dk], g [.., C, 1], one decay for the head; the result is [.., C, C].
     """
     decay = g.cumsum(-2)
     later = torch.ones(g.shape[-2], g.shape[-2], dtype=torch.bool, device=g.device).triu(1)
@@ -106,10 +108,12 @@ def _of_head(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
 
 
 def _of_rows(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
-    """The same for g [.., C, Dk], a decay of each summand of the products; C is a power of 2.
+    """Return the decayed products of `_of_head` for g [.., C, Dk], which has a decay for each
+    summand of a product; C is a power of 2.
 
-    Of a pair in two neighbouring blocks of 1, 2, 4, .. tokens it is that of a to where the blocks
-    meet and that of b from there. Neither exponential can overflow, and products are of matrices.
+    For i and j in neighbouring blocks of 1, 2, 4, .. tokens the decay is split where the blocks
+    meet: one factor goes to a, the other to b. So no exponential overflows, and all products are of
+    matrices.
     """
     found = (a * b).sum(-1)[..., None, None]  # [.., blocks, size, size]
     while found.shape[-3] > 1:

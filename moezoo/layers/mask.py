@@ -10,10 +10,10 @@ from moezoo.layers.kernels.windows import Chunked, first_key
 
 
 class CausalMask:
-    """Which keys the T newest tokens may see; one tensor a window, built when first asked for.
+    """Masks that say which keys the T newest tokens may see, built when a window first needs one.
 
-    `past` tokens came before. `visible` is bool [B, past + T], False where a token is padding, or
-    None; or a 4-D mask that is taken as it is: bool, or float to be added to the scores.
+    `past` is the number of tokens before them. `visible` is bool [B, past + T], False at padding,
+    or None; or a 4-D mask that is used as it is, bool or a float to be added to the scores.
     """
 
     def __init__(
@@ -26,6 +26,7 @@ class CausalMask:
         self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
 
     def to(self, device: torch.device) -> "CausalMask":
+        """Return the mask for layers on another device."""
         visible = None if self.visible is None else self.visible.to(device)
         return CausalMask(self.past, self.length, device, visible)
 
@@ -35,7 +36,7 @@ class CausalMask:
         return self.visible is None and num_keys == self.length and fits
 
     def __call__(self, num_keys: int, window: int | None) -> torch.Tensor | None:
-        """Mask broadcastable to [B, heads, T, S], or None where every query may see every key."""
+        """Return a mask broadcastable to [B, heads, T, S], or None if no key is hidden."""
         key = (num_keys, window)
         if key not in self._masks:
             self._masks[key] = self._build(num_keys, window)
@@ -43,7 +44,7 @@ class CausalMask:
 
     def _build(self, num_keys: int, window: int | None) -> torch.Tensor | None:
         total = self.past + self.length
-        # A cache hands out the newest keys (sliding window) or room for more than it has (static).
+        # A cache returns the newest keys alone (sliding window), or more than it has (static).
         first = max(total - num_keys, 0)
         if self.visible is not None and self.visible.dim() == 4:
             return self.visible[..., first : first + num_keys]
@@ -69,9 +70,10 @@ class CausalMask:
 
 
 def visible_tokens(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """A mask as `CausalMask` takes it: 2-D as bool, or None if it hides nothing; 4-D as it is."""
+    """Convert a mask to what `CausalMask` takes: a 2-D one to bool, or to None if it hides nothing;
+    a 4-D one stays as it is."""
     if attention_mask is None or attention_mask.dim() == 4:
         return attention_mask
     visible = attention_mask.bool()
-    # A graph that torch.compile traces is for any mask.
+    # A graph that torch.compile traces has to work for any mask.
     return visible if torch.compiler.is_compiling() or not visible.all() else None

@@ -1,6 +1,7 @@
-"""The other ranks that a decoder's experts are divided over, as a decoder and generation see them.
+"""Interfaces of the ranks that a decoder's experts are divided over, as a decoder and generation
+use them.
 
-`moezoo.parallel` has the classes that do it.
+`moezoo.parallel` has the classes.
 """
 
 from collections.abc import Sequence
@@ -11,68 +12,70 @@ import torch
 
 
 class Balancer(Protocol):
-    """What keeps the ranks evenly loaded that a decoder's experts are divided over."""
+    """Keeps the load of the ranks even that a decoder's experts are divided over."""
 
     def begin(self, real: torch.Tensor | None) -> None:
-        """A step begins; real is bool [T], False at padding, or None without any."""
+        """Begin a step; `real` is bool [T], False at padding, or None without padding."""
         ...
 
     def end_step(self, *, dummy: bool = False) -> None:
-        """All that a step does is queued; `dummy` if this rank had no tokens in it."""
+        """End a step, all of which is queued; `dummy` if this rank had no tokens in it."""
         ...
 
     def undone(self) -> AbstractContextManager[None]:
-        """Steps within do nobody's work, and are not counted."""
+        """Return a context whose steps are not counted, as their results are not used."""
         ...
 
 
 class Turn(NamedTuple):
-    """A forward pass that ranks make together."""
+    """What the ranks have agreed on for a forward pass."""
 
     goes_on: bool
-    """False where none of them has anything to do: there is no such pass."""
+    """Whether there is a pass; False where no rank has anything to do."""
     capacity: int | None
-    """In a step of decoding the most tokens of a rank; None where one has a prompt."""
+    """Largest number of tokens of a rank if all are decoding; None where one has a prompt."""
     tokens: Sequence[int]
-    """Of each rank."""
+    """Number of tokens of each rank."""
 
 
 class Peers(Protocol):
-    """The other ranks that a decoder's experts are divided over, as generation sees them.
+    """The other ranks that a decoder's experts are divided over.
 
-    Ranks make forward passes together. Each begins every one of them, and one that has no tokens
-    goes through it without, until none has any.
+    Ranks make forward passes together: a rank without tokens takes part in each pass too, until no
+    rank has any.
     """
 
     alike: bool
-    """Whether all have the same tokens, and not each its own."""
+    """Whether all ranks have the same tokens; otherwise each has its own."""
     limit: int | None
-    """The most tokens of a rank in a forward pass, where there is such a limit."""
+    """Largest number of tokens of a rank in a forward pass; None for no limit."""
 
     def begin(self, rows: int, prompts: Sequence[Sequence[int]] = ()) -> Turn:
-        """Agree on the next pass: this rank has a token for each of so many rows, or pieces of
-        prompts, or neither.
+        """Agree on the next pass, in which this rank has a token for each of `rows` rows, or pieces
+        of prompts, or neither.
 
-        Raises, on every rank, `ExpertMapError` where ranks that are alike have not the same, and
-        `ValueError` where one has more tokens than the limit; `RankError` where one does not come.
+        Raises, on every rank, `ExpertMapError` where ranks that are alike do not have the same
+        tokens, and `ValueError` where one has more tokens than the limit; `RankError` where a rank
+        does not answer.
         """
         ...
 
     def passing(self, turn: Turn) -> AbstractContextManager[None]:
-        """The block is that pass: layers need not agree again on what is known of it, and it can be
-        captured if there is a capacity."""
+        """Return the context of that pass: layers need not agree again on what the turn says, and
+        it can be captured if there is a capacity."""
         ...
 
     def step_without_tokens(self, decoder: Any) -> None:
-        """This rank's part in a pass for which it has nothing."""
+        """Take part in a pass of `decoder` in which this rank has no tokens."""
         ...
 
     def chosen(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What was chosen for rows of this rank; that of the first one where all are alike."""
+        """Return the tokens chosen for this rank's rows, those of the first rank if all are
+        alike."""
         ...
 
     def largest(self, *numbers: int) -> list[int]:
-        """Each of these numbers where it is largest."""
+        """Return the maximum of each number over all ranks."""
         ...
 
     def same(self, **numbers: int) -> None:

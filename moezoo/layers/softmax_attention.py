@@ -22,10 +22,11 @@ def attend(
     scale: float,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Softmax attention: q [B, Hq, T, D], k [B, Hk, S, D], v [B, Hk, S, Dv] -> [B, Hq, T, Dv].
+    """Compute softmax attention, q [B, Hq, T, D], k [B, Hk, S, D], v [B, Hk, S, Dv]
+    -> [B, Hq, T, Dv].
 
     Query head h reads key head h // (Hq / Hk). A query sees the `window` newest keys up to its own.
-    `sinks` [Hq] are one more score a head, of a key without a value.
+    `sinks` [Hq] are an extra score for each head, that of a key without a value.
     """
     groups = q.shape[1] // k.shape[1]
     if sinks is not None:
@@ -36,7 +37,7 @@ def attend(
         return out[..., : v.shape[-1]]
     if mask.is_plain(k.shape[2], window):
         causal = False
-        if q.shape[2] > 1:  # while torch.compile traces, the comparison itself is no bool
+        if q.shape[2] > 1:  # under torch.compile the comparison itself is not a bool
             causal = True
         return _of_one_width(q, k, v, is_causal=causal, scale=scale, enable_gqa=groups > 1)
     return _masked(q, k, v, mask(k.shape[2], window), scale)
@@ -45,10 +46,10 @@ def attend(
 def _masked(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """`attend` to the keys that `allowed` says, broadcastable to [B, heads, T, S]."""
+    """Attend to the keys where `allowed`, broadcastable to [B, heads, T, S], says so."""
     groups = q.shape[1] // k.shape[1]
     if q.shape[2] == 1:
-        # One query a head: the heads that share keys become the rows of one product.
+        # With one query, the heads that share keys become the rows of one product.
         rows = q.view(*k.shape[:2], groups, -1)
         out = F.scaled_dot_product_attention(rows, k, v, attn_mask=allowed, scale=scale)
         return out.reshape(*q.shape[:3], -1)
@@ -60,8 +61,11 @@ def _masked(
 def _of_one_width(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
 ) -> torch.Tensor:
-    """torch's attention. On a CPU it is one kernel only where keys are as wide as values; else it
-    keeps the scores of all, and takes twenty times as long for a prompt of 512 tokens."""
+    """Call torch's attention with keys and values padded to one width on a CPU.
+
+    With different widths torch has no fused kernel there: it stores all scores, and takes twenty
+    times as long for a prompt of 512 tokens.
+    """
     width = v.shape[-1]
     more = k.shape[-1] - width
     if more and q.is_cpu and q.shape[2] > 1:
@@ -70,18 +74,17 @@ def _of_one_width(
 
 
 SINK_DIMS = 8
-"""Numbers that `_with_sink_key` adds to a head: as many as fused kernels want the width to be a
-multiple of."""
+"""Columns that `_with_sink_key` adds to a head: fused kernels need a width that 8 divides."""
 
 
 def _with_sink_key(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k and v with SINK_DIMS numbers more a head, and one key more, of value 0: its product with
-    a query is the number of the query's head in `sinks` [Hq].
+    """Add SINK_DIMS columns to q, k and v, and a key of value 0 whose product with a query is the
+    sink of its head, `sinks` [Hq].
 
-    So any kernel of torch does attention with sinks. The other keys are 0 where the queries have
-    the sinks, which are the sum of two numbers there, since 16 bits may not hold a quotient.
+    With it any attention kernel of torch has sinks. In the added columns queries have the sink, as
+    a sum of two numbers since it may need more than 16 bits, and all other keys are 0.
     """
     high = sinks.to(q.dtype)
     low = (sinks - high).to(q.dtype)

@@ -1,11 +1,11 @@
-"""The state space of Mamba-2 (Dao and Gu, 2024): a matrix of each head that decays and is added to.
+"""The state space model of Mamba-2 (Dao and Gu, 2024): each head has a matrix S that decays and is
+added to.
 
     S = S * exp(dt[t] * rate) + dt[t] * x[t] b[t]^T
     y[t] = S c[t]
 
-Many tokens are computed in chunks, of which only the states follow each other. All in fp32.
-
-All heads share b and c.
+All heads share b and c. Many tokens are computed in chunks, and only the states of successive
+chunks depend on each other. All of it is in fp32.
 
 Legend: B sequences, T new tokens, H hidden, D inner width, Hs heads of width P, N state width.
 """
@@ -29,10 +29,11 @@ CHUNK = 64
 def state_space(
     x: Tensor, b: Tensor, c: Tensor, *, dt: Tensor, rate: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """x [B, T, Hs, P], b and c [B, T, N], dt fp32 [B, T, Hs], rate fp32 [Hs], state fp32
-    [B, Hs, P, N] -> y fp32 [B, T, Hs, P] and the state after the last token.
+    """Apply the recurrence to T tokens; return y fp32 [B, T, Hs, P] and the state after the last
+    token.
 
-    rate is negative. Where dt is 0 a token leaves the state as it is.
+    x is [B, T, Hs, P], b and c [B, T, N], dt fp32 [B, T, Hs], rate fp32 [Hs] and negative, state
+    fp32 [B, Hs, P, N]. A token whose dt is 0 leaves the state as it is.
     """
     b, c = b.float()[:, :, None], c.float()[:, :, None]
     x = x.float() * dt[..., None]
@@ -61,10 +62,11 @@ def state_space(
 
 
 class StateSpace(SequenceMixer):
-    """out(norm((y + D x) * silu(z))), where y is what the state space makes of x, b and c.
+    """Layer with the output out(norm((y + D x) * silu(z))), where y is the `state_space` of x, b
+    and c.
 
-    The rows of `zxbcdt` are z, then x, b and c, which the convolution takes, then dt. A token's
-    time step is softplus(dt + dt_bias), the rate of decay -exp(A_log).
+    The rows of `zxbcdt` are z, then x, b and c, which go through the convolution, then dt. A
+    token's time step is softplus(dt + dt_bias), the rate of decay -exp(A_log).
     """
 
     kind = "linear_attention"
@@ -96,19 +98,19 @@ class StateSpace(SequenceMixer):
 
     @property
     def state_shapes(self) -> tuple[StateShape, ...]:
-        """The convolution's, and the matrices of the heads."""
+        """Shapes of the convolution's state and of the heads' matrices."""
         matrices = StateShape((self.num_heads, self.head_dim, self.state_dim), torch.float32)
         return self.conv.state_shape, matrices
 
     def forward(self, x: Tensor | NormOfSum, context: Context, layer_idx: int) -> Tensor:
-        """x [B, T, H] -> [B, T, H]; the states are those of `layer_idx`."""
+        """Map x [B, T, H] to [B, T, H], with the states of `layer_idx`."""
         inputs = (self.zxbcdt(handed_to(self.zxbcdt, x)),)
         return self.out(context.recur(self, inputs, layer_idx))
 
     def mix(
         self, inputs: tuple[Tensor, ...], states: States, real: Tensor | None
     ) -> tuple[Tensor, States]:
-        """The product [B, T, ..] -> [B, T, D]; see `StateLayer`."""
+        """Map the projections [B, T, ..] to [B, T, D]; see `StateLayer.mix`."""
         z, xbc, dt = inputs[0].split_with_sizes(self._sizes, -1)
         xbc, window = self.conv(xbc, states[0], real)
         dim = self.num_heads * self.head_dim
@@ -126,6 +128,6 @@ class StateSpace(SequenceMixer):
             state=states[1],
         )
         y = (y + x.float() * self.D.float()[:, None]).flatten(2) * F.silu(z.float())
-        # In fp32 to the end, whatever the dtype of the norm's weight.
+        # The norm is computed in fp32, whatever the dtype of its weight.
         y = F.rms_norm(y, (self.norm.dim,), self.norm.weight.float(), self.norm.eps)
         return y.to(z.dtype), (window, matrices)
