@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SCORES = 2**27
+MAX_SCORES = 2**27
 """Largest number of an indexer's fp32 scores in memory at a time: 512 MB."""
 
 
@@ -59,7 +59,7 @@ def attend_to_chosen(
         allowed = allowed > torch.finfo(allowed.dtype).min / 2
     if allowed is not None:
         allowed = allowed.expand(batch, 1, length, keys.shape[1])
-    step = max(1, SCORES // (batch * chooser.queries.shape[2] * keys.shape[1]))
+    step = max(1, MAX_SCORES // (batch * chooser.queries.shape[2] * keys.shape[1]))
     out = []
     for start in range(0, length, step):
         tokens = slice(start, start + step)

@@ -134,14 +134,14 @@ class Decoder(nn.Module):
         with self.passing(x.shape[0] * x.shape[1]), device_made_current(x):
             for device, layers in self.stages or (Stage(home, range(len(modules))),):
                 if device != x.device:
-                    x, update, context = _moved(device, x, update, context)
+                    x, update, context = _to_device(device, x, update, context)
                 with device_made_current(x):
                     for layer_idx in layers:
                         if states is not None:
                             states.append(x if update is None else x + update)
                         x, update = modules[layer_idx](x, update, context, layer_idx)
             if home != x.device:
-                x, update, _ = _moved(home, x, update, context)
+                x, update, _ = _to_device(home, x, update, context)
             x, _ = self.norm.add(x, update)
         if states is not None:
             states.append(x)
@@ -176,7 +176,7 @@ class Decoder(nn.Module):
             return linear(x, head.weight, bias)
 
 
-def _moved(
+def _to_device(
     device: torch.device, x: torch.Tensor, update: torch.Tensor | None, context: Context
 ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
     """Move what a layer takes to its device."""

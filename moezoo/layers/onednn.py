@@ -28,7 +28,7 @@ FP32_ROWS = 4
 """Number of rows from which a product in fp32 is faster than torch's own 16-bit routine."""
 
 
-class _Switch:
+class _SwitchedOff:
     """Context manager that turns oneDNN off, by torch's process-wide switch, while any thread is in
     it."""
 
@@ -53,22 +53,22 @@ class _Switch:
                 onednn.enabled = self.before
 
 
-class _Lifted:
-    """Context manager that turns oneDNN on again for one product within `_Switch`."""
+class _Restored:
+    """Context manager that turns oneDNN on again for one product within `_SwitchedOff`."""
 
     def __enter__(self) -> None:
-        if _switch.holders:
+        if _switched_off.holders:
             onednn: Any = torch.backends.mkldnn
-            onednn.enabled = _switch.before
+            onednn.enabled = _switched_off.before
 
     def __exit__(self, *_: object) -> None:
-        if _switch.holders:
+        if _switched_off.holders:
             onednn: Any = torch.backends.mkldnn
             onednn.enabled = False
 
 
-_switch = _Switch()
-_lifted = _Lifted()
+_switched_off = _SwitchedOff()
+_restored = _Restored()
 
 
 def without_onednn() -> AbstractContextManager[None]:
@@ -79,13 +79,13 @@ def without_onednn() -> AbstractContextManager[None]:
     `LARGE` matrix, for which `one_row` turns it on again. torch's switch is one for the process: it
     stays off until the last thread has left the context.
     """
-    return _switch if ONEDNN_DTYPES else nullcontext()
+    return _switched_off if ONEDNN_DTYPES else nullcontext()
 
 
 def one_row(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return weight [M, N] @ x [N] + bias [M] by the faster routine on a CPU, also within
     `without_onednn`."""
-    with _lifted if is_large(weight) else nullcontext():
+    with _restored if is_large(weight) else nullcontext():
         return torch.mv(weight, x) if bias is None else torch.addmv(bias, weight, x)
 
 

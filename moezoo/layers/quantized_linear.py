@@ -67,12 +67,12 @@ def _in_pieces(x: Tensor, weight: Format, bias: Tensor | None) -> Tensor:
     )
 
 
-def _operator(name: str, restored: Any) -> Any:
-    """Make the operator of a format; `restored` is the format, called with its tensors in the order
-    of its fields."""
+def _operator(name: str, from_tensors: Any) -> Any:
+    """Make the operator of a format; `from_tensors` is the format, called with its tensors in the
+    order of its fields."""
 
     def linear(x: Tensor, weight: Sequence[Tensor | None], bias: Tensor | None) -> Tensor:
-        return _product(x, restored(*weight), bias)
+        return _product(x, from_tensors(*weight), bias)
 
     op = torch.library.custom_op(f"moezoo::linear_{name}", linear, mutates_args=())
     op.register_fake(lambda x, weight, bias: x.new_empty(len(x), len(weight[0])))

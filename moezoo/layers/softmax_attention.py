@@ -33,17 +33,17 @@ def attend(
         allowed = mask(k.shape[2], window)
         if allowed is not None:
             allowed = F.pad(allowed, (0, 1), value=allowed.dtype == torch.bool)
-        out = _masked(*_with_sink_key(q, k, v, sinks / scale), allowed, scale)
+        out = _masked_attention(*_with_sink_key(q, k, v, sinks / scale), allowed, scale)
         return out[..., : v.shape[-1]]
     if mask.is_plain(k.shape[2], window):
         causal = False
         if q.shape[2] > 1:  # under torch.compile the comparison itself is not a bool
             causal = True
-        return _of_one_width(q, k, v, is_causal=causal, scale=scale, enable_gqa=groups > 1)
-    return _masked(q, k, v, mask(k.shape[2], window), scale)
+        return _fused_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=groups > 1)
+    return _masked_attention(q, k, v, mask(k.shape[2], window), scale)
 
 
-def _masked(
+def _masked_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
     """Attend to the keys where `allowed`, broadcastable to [B, heads, T, S], says so."""
@@ -55,10 +55,10 @@ def _masked(
         return out.reshape(*q.shape[:3], -1)
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    return _of_one_width(q, k, v, attn_mask=allowed, scale=scale)
+    return _fused_attention(q, k, v, attn_mask=allowed, scale=scale)
 
 
-def _of_one_width(
+def _fused_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
 ) -> torch.Tensor:
     """Call torch's attention with keys and values padded to one width on a CPU.
@@ -73,23 +73,23 @@ def _of_one_width(
     return F.scaled_dot_product_attention(q, k, v, **options)[..., :width]
 
 
-SINK_DIMS = 8
+SINK_COLUMNS = 8
 """Columns that `_with_sink_key` adds to a head: fused kernels need a width that 8 divides."""
 
 
 def _with_sink_key(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Add SINK_DIMS columns to q, k and v, and a key of value 0 whose product with a query is the
-    sink of its head, `sinks` [Hq].
+    """Add SINK_COLUMNS columns to q, k and v, and a key of value 0 whose product with a query is
+    the sink of its head, `sinks` [Hq].
 
     With it any attention kernel of torch has sinks. In the added columns queries have the sink, as
     a sum of two numbers since it may need more than 16 bits, and all other keys are 0.
     """
     high = sinks.to(q.dtype)
     low = (sinks - high).to(q.dtype)
-    more = F.pad(torch.stack((high, low), -1), (0, SINK_DIMS - 2))
-    q = torch.cat((q, more[:, None].expand(*q.shape[:-1], SINK_DIMS)), -1)
-    k, v = F.pad(k, (0, SINK_DIMS, 0, 1)), F.pad(v, (0, SINK_DIMS, 0, 1))
-    k[..., -1, -SINK_DIMS : 2 - SINK_DIMS] = 1
+    columns = F.pad(torch.stack((high, low), -1), (0, SINK_COLUMNS - 2))
+    q = torch.cat((q, columns[:, None].expand(*q.shape[:-1], SINK_COLUMNS)), -1)
+    k, v = F.pad(k, (0, SINK_COLUMNS, 0, 1)), F.pad(v, (0, SINK_COLUMNS, 0, 1))
+    k[..., -1, -SINK_COLUMNS : 2 - SINK_COLUMNS] = 1
     return q, k, v

@@ -39,10 +39,10 @@ def state_space(
     x = x.float() * dt[..., None]
     length = x.shape[1]
     size = min(CHUNK, length)
-    rest = -length % size
+    padding = -length % size
 
     def in_chunks(z: Tensor) -> Tensor:
-        z = F.pad(z, (*(0,) * (2 * (z.dim() - 2)), 0, rest))
+        z = F.pad(z, (*(0,) * (2 * (z.dim() - 2)), 0, padding))
         return z.transpose(1, 2).unflatten(2, (-1, size))
 
     decay = in_chunks(dt * rate).cumsum(-1)  # [B, Hs, chunks, C]

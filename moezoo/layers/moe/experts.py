@@ -195,8 +195,8 @@ def _validate(
             or tensor.device != device
         ):
             raise ValueError(
-                f"{name} must be {list(shape) if shape else '[E]'} {_named(kind)} on {device} to "
-                f"go with x {_describe(x)} and w2 {_describe(w2)}, got {_describe(tensor)}"
+                f"{name} must be {list(shape) if shape else '[E]'} {_kind_name(kind)} on {device} "
+                f"to go with x {_describe(x)} and w2 {_describe(w2)}, got {_describe(tensor)}"
             )
 
 
@@ -204,9 +204,9 @@ def _kind(weights: Tensor | Format) -> torch.dtype | type[Format]:
     return type(weights) if isinstance(weights, Format) else weights.dtype
 
 
-def _named(kind: torch.dtype | type[Format]) -> str:
+def _kind_name(kind: torch.dtype | type[Format]) -> str:
     return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def _describe(weights: Tensor | Format) -> str:
-    return f"{list(weights.shape)} {_named(_kind(weights))} on {weights.device}"
+    return f"{list(weights.shape)} {_kind_name(_kind(weights))} on {weights.device}"

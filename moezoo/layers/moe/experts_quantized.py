@@ -43,8 +43,8 @@ def quantized_experts(
     return in_chunks(chunk, x, topk_weights, local_ids(topk_ids, expert_map))
 
 
-def _operator(name: str, restored: Any) -> Any:
-    """Make the operator of a format; `restored` is the format, called with its tensors."""
+def _operator(name: str, from_tensors: Any) -> Any:
+    """Make the operator of a format; `from_tensors` is the format, called with its tensors."""
 
     def fused_experts(
         x: Tensor,
@@ -60,7 +60,7 @@ def _operator(name: str, restored: Any) -> Any:
         up_offset: float = 0.0,
     ) -> Tensor:
         return quantized_experts(
-            *(x, restored(*w13), restored(*w2), topk_weights, topk_ids),
+            *(x, from_tensors(*w13), from_tensors(*w2), topk_weights, topk_ids),
             gating=Gating(activation, limit, up_offset),
             bias13=bias13,
             bias2=bias2,

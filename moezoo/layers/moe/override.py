@@ -51,7 +51,7 @@ class RoutingOverride:
         self._fn = partial(layer.router, k=self.k)
         num_groups, topk_groups = keywords.get("num_groups", 1), keywords.get("topk_groups", 1)
         num_choices = len(layer.gate)
-        _check(num_choices, force, ban, bias, self.k, num_groups, topk_groups)
+        _validate(num_choices, force, ban, bias, self.k, num_groups, topk_groups)
         device = layer.gate.device
 
         def marked(experts: Collection[int]) -> Tensor:
@@ -135,7 +135,7 @@ class OverriddenRouting:
         self.undo()
 
 
-def _check(
+def _validate(
     num_experts: int,
     force: Collection[int],
     ban: Collection[int],
