@@ -28,8 +28,9 @@ from moezoo.generation.engine import supports
 from moezoo.generation.keeper import EngineKeeper
 from moezoo.generation.paged import counts_padding, row_state_bytes, windows
 from moezoo.generation.turns import largest, take_part
-from moezoo.layers.attention import CausalMask, DenseContext, visible_tokens
+from moezoo.layers.context import DenseContext
 from moezoo.layers.decoder import Decoder
+from moezoo.layers.mask import CausalMask, visible_tokens
 from moezoo.layers.moe import FusedMoE, OverriddenRouting, routing_overrides
 from moezoo.loaders.save import save_pretrained
 from moezoo.parallel.gather import SAVING

@@ -14,9 +14,10 @@ from moezoo.device import HostCopies
 from moezoo.generation.engine import Engine
 from moezoo.generation.pages import num_pages
 from moezoo.generation.turns import chosen, in_turn, largest, take_part
-from moezoo.layers.attention import CausalMask, DenseContext, visible_tokens
+from moezoo.layers.context import DenseContext
 from moezoo.layers.decoder import Decoder
-from moezoo.layers.linear import without_onednn
+from moezoo.layers.mask import CausalMask, visible_tokens
+from moezoo.layers.onednn import without_onednn
 
 
 @dataclass

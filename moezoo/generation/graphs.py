@@ -10,6 +10,8 @@ from torch import nn
 
 from moezoo.generation.turns import smallest
 from moezoo.layers.decoder import Decoder
+from moezoo.layers.mixer import SequenceMixer
+from moezoo.layers.moe import RoutingRecorder
 from moezoo.layers.norm import is_hooked
 
 BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -27,7 +29,9 @@ def batch_size(rows: int) -> int:
 def capturable(decoder: nn.Module) -> bool:
     """Whether a recorded step would do what the modules do when they are called."""
     return not any(
-        is_hooked(module) or getattr(module, "runs_on_host", False) for module in decoder.modules()
+        is_hooked(module)
+        or (isinstance(module, SequenceMixer | RoutingRecorder) and module.runs_on_host)
+        for module in decoder.modules()
     )
 
 

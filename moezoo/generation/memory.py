@@ -7,8 +7,9 @@ from moezoo.generation.graphs import unrecorded
 from moezoo.generation.paged import ring_pages, row_state_bytes, token_bytes, windows
 from moezoo.generation.pages import PAGE_SIZE, num_pages
 from moezoo.generation.turns import smallest
-from moezoo.layers.attention import CausalMask, DenseContext
+from moezoo.layers.context import DenseContext
 from moezoo.layers.decoder import Decoder
+from moezoo.layers.mask import CausalMask
 
 CPU_CACHE_BYTES = 4 * 2**30
 """The largest KV cache on a CPU by default."""

@@ -21,31 +21,38 @@ from transformers import DynamicCache, PreTrainedConfig
 from moezoo.device import runs_kernels
 from moezoo.generation.cache import growing_cache
 from moezoo.generation.pages import PAGE_SIZE, num_pages
-from moezoo.layers.attention import CausalMask, GroupedQueryAttention, Keys, attend
+from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.chosen_keys import Chooser, attend_to_chosen
+from moezoo.layers.context import Keys
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.kernels.windows import first_key
+from moezoo.layers.mask import CausalMask
+from moezoo.layers.mixer import SequenceMixer, state_bytes
 from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.rope import Rotation, rotate_interleaved, unrotated
-from moezoo.layers.states import StateLayer, States, state_bytes
+from moezoo.layers.softmax_attention import attend
+from moezoo.layers.states import StateLayer, States
 
 Window = int | None
 
 
-def attentions(decoder: Decoder) -> list[Any]:
-    """In the order of their caches; a layer may have several."""
-    layers = (layer.attn for layer in decoder.layers)
-    return [one for own in layers for one in (own if isinstance(own, nn.ModuleList) else [own])]
+def attentions(decoder: Decoder) -> list[SequenceMixer]:
+    """Return what stands in the layers' attention places, in the order of their caches; a layer may
+    have several."""
+    found: list[Any] = []
+    for layer in decoder.layers:
+        found.extend(layer.attn if isinstance(layer.attn, nn.ModuleList) else [layer.attn])
+    return found
 
 
 def counts_padding(decoder: Decoder) -> bool:
     """Whether what a layer computes depends on the padding before a sequence."""
-    return any(getattr(attention, "counts_padding", False) for attention in attentions(decoder))
+    return any(attention.counts_padding for attention in attentions(decoder))
 
 
 def windows(decoder: Decoder) -> list[Window]:
     """The sliding window of each layer, None where there is none."""
-    return [getattr(attention, "window", None) for attention in attentions(decoder)]
+    return [attention.window for attention in attentions(decoder)]
 
 
 def token_bytes(decoder: Decoder, window: Window = None) -> int:
@@ -86,7 +93,7 @@ class PagedCache:
         for attention, window in zip(attentions(decoder), windows(decoder), strict=True):
             states = (
                 weight.new_empty(num_rows, *shape, dtype=dtype or weight.dtype)
-                for shape, dtype in getattr(attention, "state_shapes", ())
+                for shape, dtype in attention.state_shapes
             )
             self.states.append(tuple(states))
             total = pages

@@ -15,10 +15,12 @@ from torch import Tensor
 from moezoo.device import to_device
 from moezoo.generation.paged import PagedCache, PagedContext, Window, slots_of
 from moezoo.generation.pages import PAGE_SIZE
-from moezoo.layers.attention import CausalMask, Keys, attend, whole_keys
 from moezoo.layers.chosen_keys import Chooser, attend_to_chosen
+from moezoo.layers.context import Keys, whole_keys
 from moezoo.layers.kernels.windows import first_key
+from moezoo.layers.mask import CausalMask
 from moezoo.layers.rope import Rotation
+from moezoo.layers.softmax_attention import attend
 from moezoo.layers.states import StateLayer, States
 
 PROMPT_SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048)

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moezoo.generation.texts import Completion, Prompt, context_length, encode
 from moezoo.generation.turns import in_turn, take_part
-from moezoo.layers.attention import CausalMask, DenseContext
+from moezoo.layers.context import DenseContext
+from moezoo.layers.mask import CausalMask
 
 CHUNK_LOGITS = 2**26
 """Logits held at a time: in fp32 256 MB."""

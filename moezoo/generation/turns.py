@@ -5,7 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from moezoo.layers.decoder import Decoder, Turn
+from moezoo.layers.decoder import Decoder
+from moezoo.layers.peers import Turn
 
 
 def in_turn(decoder: Decoder, new_ids: Tensor) -> AbstractContextManager[None]:

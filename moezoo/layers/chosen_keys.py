@@ -10,28 +10,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SCORES = 2**27
-"""Of an indexer's heads at a time, 512 MB."""
+MAX_SCORES = 2**27
+"""Largest number of an indexer's fp32 scores in memory at a time: 512 MB."""
 
 
 class Chooser(NamedTuple):
-    """What the indexer asks of keys: queries [B, T, M, I], and what each head counts, fp32
-    [B, T, M]. A query sees the `topk` keys of the largest sum of positive scores."""
+    """An indexer's queries [B, T, M, I] and the weights of its heads, fp32 [B, T, M].
+
+    A token sees the `topk` keys with the largest weighted sum of the heads' positive scores.
+    """
 
     queries: Tensor
     weights: Tensor
     topk: int
 
     def of(self, tokens: slice) -> "Chooser":
+        """Return the chooser of some of the T tokens."""
         return Chooser(self.queries[:, tokens], self.weights[:, tokens], self.topk)
 
     def transposed(self) -> "Chooser":
-        """T as B, and B as T."""
+        """Return the chooser with the dimensions B and T exchanged."""
         return Chooser(self.queries.transpose(0, 1), self.weights.transpose(0, 1), self.topk)
 
     def chosen(self, keys: Tensor, allowed: Tensor | None) -> Tensor:
-        """keys [B, S, I] and those allowed, bool broadcastable to [B, 1, T, S] -> bool of this
-        shape."""
+        """Return which of the keys [B, S, I] are chosen, bool [B, 1, T, S], among those that are
+        `allowed`, bool broadcastable to that shape."""
         scores = torch.einsum("btmi,bsi->btms", self.queries.float(), keys.float()).relu()
         scores = torch.einsum("btm,btms->bts", self.weights, scores)[:, None]
         if allowed is not None:
@@ -44,10 +47,11 @@ class Chooser(NamedTuple):
 def attend_to_chosen(
     q: Tensor, stored: Tensor, allowed: Tensor | None, chooser: Chooser, *, scale: float, dim: int
 ) -> Tensor:
-    """q [B, T, N, D], stored [B, S, D + I], the keys of attention and those of the indexer; the
-    first `dim` numbers of the former are the values -> [B, T, N, dim].
+    """Attend with q [B, T, N, D] to the chosen keys; return [B, T, N, dim].
 
-    `allowed` is bool or, to be added to scores, float, broadcastable to [B, 1, T, S].
+    stored [B, S, D + I] has each token's key for attention, whose first `dim` numbers are its
+    value, and then its key for the indexer. `allowed` is broadcastable to [B, 1, T, S], bool or a
+    float to be added to scores.
     """
     batch, length = q.shape[:2]
     keys, index_keys = stored.split_with_sizes((q.shape[-1], stored.shape[-1] - q.shape[-1]), -1)
@@ -55,7 +59,7 @@ def attend_to_chosen(
         allowed = allowed > torch.finfo(allowed.dtype).min / 2
     if allowed is not None:
         allowed = allowed.expand(batch, 1, length, keys.shape[1])
-    step = max(1, SCORES // (batch * chooser.queries.shape[2] * keys.shape[1]))
+    step = max(1, MAX_SCORES // (batch * chooser.queries.shape[2] * keys.shape[1]))
     out = []
     for start in range(0, length, step):
         tokens = slice(start, start + step)

@@ -1,6 +1,6 @@
-"""A causal convolution of each channel for itself, which goes on from the inputs before.
+"""A depthwise causal convolution that continues from the previous inputs.
 
-Legend: B sequences, T new tokens, C channels, W width: the inputs that an output is made of.
+Legend: B sequences, T new tokens, C channels, W width of the kernel.
 """
 
 import torch
@@ -14,7 +14,7 @@ from moezoo.layers.states import StateShape
 class CausalConvolution(nn.Module):
     """y[t] = activation(sum_w weight[w] * x[t - W + 1 + w] + bias), channel by channel.
 
-    weight is [C, 1, W], bias [C] or None. Without an activation y is the sum. It is fp32, and y
+    weight is [C, 1, W], bias [C] or None. Without an activation y is the sum, which is fp32; y is
     rounded once.
     """
 
@@ -28,15 +28,16 @@ class CausalConvolution(nn.Module):
 
     @property
     def state_shape(self) -> StateShape:
-        """The newest W inputs of a sequence, as transformers keeps them."""
+        """Shape of a sequence's state: its newest W inputs, as transformers keeps them."""
         channels, _, width = self.weight.shape
         return StateShape((channels, width))
 
     def forward(self, x: Tensor, state: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [B, T, C] after the inputs in state [B, C, W] -> y [B, T, C], the state after.
+        """Convolve x [B, T, C], which follows the inputs in state [B, C, W]; return y [B, T, C] and
+        the new state.
 
-        Where `real` [B, T] is False x counts as 0, and the state ends with the last real token. A
-        single token on CUDA changes the state in place.
+        Where `real` [B, T] is False x counts as 0, and the new state ends with the last real token.
+        A single token on CUDA changes the state in place.
         """
         if x.shape[1] == 1 and runs_kernels(x, self.weight, self.bias):
             from moezoo.layers.kernels.convolution_step import convolution_step
@@ -56,7 +57,7 @@ class CausalConvolution(nn.Module):
         ), state
 
     def _in_torch(self, x: Tensor, state: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The sums, in fp32."""
+        """Return the fp32 sums [B, T, C], before the activation, and the new state."""
         width = state.shape[2]
         if real is not None:
             x = x.masked_fill(~real[..., None], 0)

@@ -1,11 +1,11 @@
-"""The decoder that every architecture is: embedding, layers, norm and head.
+"""The decoder of every architecture: embedding, layers, norm and head.
 
 Legend: B batch, T new tokens, H hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,11 +13,12 @@ from transformers import PreTrainedConfig
 
 from moezoo.device import device_made_current
 from moezoo.errors import UnsupportedArchitectureError
-from moezoo.layers.attention import Context, DenseContext
-from moezoo.layers.kernels.windows import Chunked
+from moezoo.layers.context import Context, DenseContext
 from moezoo.layers.linear import Linear, linear
+from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.moe import Dispatcher, RoutingRecorder
 from moezoo.layers.norm import RMSNorm, handed_to
+from moezoo.layers.peers import Balancer, Peers
 from moezoo.layers.quant import QuantizedWeights
 from moezoo.layers.quantized_linear import quantized_linear
 from moezoo.layers.rope import (
@@ -42,7 +43,7 @@ class DecoderLayer(nn.Module):
     def __init__(
         self,
         attn_norm: RMSNorm,
-        attn: nn.Module,
+        attn: SequenceMixer,
         *,
         mlp_norm: RMSNorm,
         mlp: nn.Module,
@@ -74,76 +75,6 @@ class DecoderLayer(nn.Module):
         update = self.after_attn(self.attn(handed_to(self.attn, normed), context, layer_idx))
         normed = self.mlp_norm.of_sum(normed.sum, update)
         return normed.sum, self.after_mlp(self.mlp(handed_to(self.mlp, normed)))
-
-
-class Balancer(Protocol):
-    """What keeps the ranks evenly loaded that a decoder's experts are divided over."""
-
-    def begin(self, real: torch.Tensor | None) -> None:
-        """A step begins; real is bool [T], False at padding, or None without any."""
-        ...
-
-    def end_step(self, *, dummy: bool = False) -> None:
-        """All that a step does is queued; `dummy` if this rank had no tokens in it."""
-        ...
-
-    def undone(self) -> AbstractContextManager[None]:
-        """Steps within do nobody's work, and are not counted."""
-        ...
-
-
-class Turn(NamedTuple):
-    """A forward pass that ranks make together."""
-
-    goes_on: bool
-    """False where none of them has anything to do: there is no such pass."""
-    capacity: int | None
-    """In a step of decoding the most tokens of a rank; None where one has a prompt."""
-    tokens: Sequence[int]
-    """Of each rank."""
-
-
-class Peers(Protocol):
-    """The other ranks that a decoder's experts are divided over, as generation sees them.
-
-    Ranks make forward passes together. Each begins every one of them, and one that has no tokens
-    goes through it without, until none has any.
-    """
-
-    alike: bool
-    """Whether all have the same tokens, and not each its own."""
-    limit: int | None
-    """The most tokens of a rank in a forward pass, where there is such a limit."""
-
-    def begin(self, rows: int, prompts: Sequence[Sequence[int]] = ()) -> Turn:
-        """Agree on the next pass: this rank has a token for each of so many rows, or pieces of
-        prompts, or neither.
-
-        Raises, on every rank, `ExpertMapError` where ranks that are alike have not the same, and
-        `ValueError` where one has more tokens than the limit; `RankError` where one does not come.
-        """
-        ...
-
-    def passing(self, turn: Turn) -> AbstractContextManager[None]:
-        """The block is that pass: layers need not agree again on what is known of it, and it can be
-        captured if there is a capacity."""
-        ...
-
-    def step_without_tokens(self, decoder: "Decoder") -> None:
-        """This rank's part in a pass for which it has nothing."""
-        ...
-
-    def chosen(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What was chosen for rows of this rank; that of the first one where all are alike."""
-        ...
-
-    def largest(self, *numbers: int) -> list[int]:
-        """Each of these numbers where it is largest."""
-        ...
-
-    def same(self, **numbers: int) -> None:
-        """Raise `ExpertMapError`, on every rank, unless all give the same numbers."""
-        ...
 
 
 class Stage(NamedTuple):
@@ -179,18 +110,18 @@ class Decoder(nn.Module):
         if not tied:
             self.lm_head = Linear(hidden_size, vocab_size, bias=head_bias)
         self.recorder: RoutingRecorder | None = None
-        """What counts the choices of the MoE layers, while somebody wants to know them."""
+        """Counter of the MoE layers' choices while they are recorded, else None."""
         self.dispatcher: Dispatcher | None = None
-        """That of the MoE layers; None where this process has all the experts."""
+        """Dispatcher of the MoE layers; None where this process has all the experts."""
         self.balancer: Balancer | None = None
-        """None where there is nothing to balance."""
+        """Balancer of the ranks' load; None where there is nothing to balance."""
         self.peers: Peers | None = None
-        """None where this process has all the experts."""
+        """The other ranks; None where this process has all the experts."""
         self.stages: tuple[Stage, ...] = ()
-        """Where layers are on several devices; all else is on one. See `find_stages`."""
+        """The layers on each device, set by `find_stages`; empty where all are on one device."""
 
     def find_stages(self) -> None:
-        """Look again at which devices the layers are on."""
+        """Set `stages` by the devices that the layers are on now."""
         places = [next(layer.parameters()).device for layer in self.layers]
         starts = [i for i, place in enumerate(places) if i == 0 or place != places[i - 1]]
         ends = [*starts[1:], len(places)]
@@ -205,9 +136,9 @@ class Decoder(nn.Module):
         *,
         states: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Embeddings x [B, T, H] -> hidden states [B, T, H].
+        """Compute the hidden states [B, T, H] of embeddings x [B, T, H].
 
-        The input of each layer, and last the result, are appended to `states`.
+        The input of each layer, and last the result, are appended to `states`, if given.
         """
         update: torch.Tensor | None = None
         if self.recorder is not None:
@@ -218,14 +149,14 @@ class Decoder(nn.Module):
         with self.passing(x.shape[0] * x.shape[1]), device_made_current(x):
             for device, layers in self.stages or (Stage(home, range(len(modules))),):
                 if device != x.device:
-                    x, update, context = _moved(device, x, update, context)
+                    x, update, context = _to_device(device, x, update, context)
                 with device_made_current(x):
                     for layer_idx in layers:
                         if states is not None:
                             states.append(x if update is None else x + update)
                         x, update = modules[layer_idx](x, update, context, layer_idx)
             if home != x.device:
-                x, update, _ = _moved(home, x, update, context)
+                x, update, _ = _to_device(home, x, update, context)
             x, _ = self.norm.add(x, update)
         if states is not None:
             states.append(x)
@@ -233,23 +164,25 @@ class Decoder(nn.Module):
         return x
 
     def passing(self, num_tokens: int) -> AbstractContextManager[None]:
-        """A forward pass over so many tokens, which other ranks that have experts make too."""
+        """Return the context of a forward pass over `num_tokens` tokens, which other ranks that
+        hold experts make too."""
         return nullcontext() if self.dispatcher is None else self.dispatcher.passing(num_tokens)
 
     def end_step(self, *, dummy: bool = False) -> None:
-        """A forward pass is queued, or a replay of one that was captured: experts may move."""
+        """Let experts move after a forward pass is queued, or a replay of a captured one; `dummy`
+        if this rank had no tokens in it."""
         if self.balancer is None:
             return
         if not (self.embed.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.balancer.end_step(dummy=dummy)
 
     def rotation(self, positions: torch.Tensor) -> Rotation:
-        """Of tokens at positions int [B or 1, T], in the model's dtype."""
+        """Return the rotation of tokens at positions int [B or 1, T], in the model's dtype."""
         rotation: Rotation = self.rope(positions, self.embed.weight.dtype)
         return rotation
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Hidden states [.., H] -> logits [.., V] in the model's dtype."""
+        """Return the logits [.., V] of hidden states [.., H] in the model's dtype."""
         head = self.embed if self.lm_head is None else self.lm_head
         bias = getattr(head, "bias", None)  # an embedding has none
         with device_made_current(x):
@@ -258,15 +191,16 @@ class Decoder(nn.Module):
             return linear(x, head.weight, bias)
 
 
-def _moved(
+def _to_device(
     device: torch.device, x: torch.Tensor, update: torch.Tensor | None, context: Context
 ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+    """Move what a layer takes to its device."""
     assert isinstance(context, DenseContext), "an engine's cache is on one device"
     return x.to(device), None if update is None else update.to(device), context.to(device)
 
 
 class ScaledDecoder(Decoder):
-    """Embeddings are multiplied by `embedding_scale`, and logits by `logit_scale`."""
+    """A decoder that multiplies embeddings by `embedding_scale` and logits by `logit_scale`."""
 
     def __init__(
         self, *args: Any, embedding_scale: float = 1.0, logit_scale: float = 1.0, **modules: Any
@@ -284,15 +218,9 @@ class ScaledDecoder(Decoder):
         return super().logits(x) * self.logit_scale
 
 
-def _kind(window: int | None) -> str:
-    if window is None:
-        return "full_attention"
-    return "chunked_attention" if isinstance(window, Chunked) else "sliding_attention"
-
-
 def pre_norm_decoder(
     config: PreTrainedConfig,
-    attention: Callable[[int], nn.Module],
+    attention: Callable[[int], SequenceMixer],
     feed_forward: Callable[[int], nn.Module],
     *,
     rope: RotaryEmbedding | RotaryEmbeddings | NoRotation | None = None,
@@ -300,15 +228,15 @@ def pre_norm_decoder(
     layer: Callable[..., DecoderLayer] = DecoderLayer,
     decoder: Callable[..., Decoder] = Decoder,
 ) -> Decoder:
-    """The usual decoder: an RMSNorm before `attention(layer_idx)` and `feed_forward(layer_idx)`.
+    """Build the usual decoder: an RMSNorm before `attention(layer_idx)` and before
+    `feed_forward(layer_idx)`.
 
     Without a `rope` all of each head is rotated, and a config that says otherwise is refused.
-    Architectures that are unusual bring another `norm`, of the width and what is in
-    `config.rms_norm_eps`, or classes derived from the `layer` and the
-    `decoder` here.
+    Unusual architectures pass another `norm`, which is called with the width and
+    `config.rms_norm_eps`, or classes derived from `layer` and `decoder`.
 
-    Raises `UnsupportedArchitectureError` where `config.layer_types` or `config.sliding_window` says
-    other than the layers do: a cache keeps what the config says.
+    Raises `UnsupportedArchitectureError` where `config.layer_types` or `config.sliding_window`
+    contradicts the layers: transformers' caches go by the config.
     """
 
     def new_norm() -> RMSNorm:
@@ -318,18 +246,15 @@ def pre_norm_decoder(
         layer(new_norm(), attention(layer_idx), mlp_norm=new_norm(), mlp=feed_forward(layer_idx))
         for layer_idx in range(config.num_hidden_layers)
     ]
-    windows = [getattr(layer.attn, "window", None) for layer in layers]
+    windows = [layer.attn.window for layer in layers]
     if any(window is not None and window < 1 for window in windows):
         raise UnsupportedArchitectureError.of_field(config, "sliding_window", "1 or more")
-    kinds = [
-        getattr(layer.attn, "kind", _kind(window))
-        for layer, window in zip(layers, windows, strict=True)
-    ]
+    kinds = [layer.attn.kind for layer in layers]
     if getattr(config, "layer_types", None) is not None:
         if config.layer_types != kinds:
             raise UnsupportedArchitectureError.of_field(config, "layer_types", str(kinds))
         if not any("attention" in kind and kind != "linear_attention" for kind in kinds):
-            # Nothing would know how long a sequence is.
+            # transformers' cache would not know the length of a sequence.
             raise UnsupportedArchitectureError.of_field(
                 config, "layer_types", "a layer of attention or more"
             )

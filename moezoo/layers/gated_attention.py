@@ -1,4 +1,4 @@
-"""Grouped-query attention whose output has a gate (Qiu et al., 2025).
+"""Grouped-query attention with an output gate (Qiu et al., 2025).
 
 Legend: B batch, T new tokens, H hidden, Hq query heads, Hk key heads, D head width.
 """
@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 
-from moezoo.layers.attention import Context, GroupedQueryAttention
+from moezoo.layers.attention import GroupedQueryAttention
+from moezoo.layers.context import Context
 from moezoo.layers.linear import FusedLinear
 from moezoo.layers.norm import NormOfSum, handed_to
 
 
 class GatedAttention(GroupedQueryAttention):
-    """o(attention * sigmoid(gate)), where each query head has D gates of its own.
+    """Attention with the output o(attention * sigmoid(gate)), with D gates for each query head.
 
-    The rows of `qkv` are, for each query head, D of the query and D of the gate, then keys and
+    The rows of `qkv` are D of the query and D of the gate for each query head, then keys and
     values.
     """
 

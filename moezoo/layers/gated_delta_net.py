@@ -1,5 +1,5 @@
-"""Gated DeltaNet (Yang et al., 2024), as Qwen3-Next has it: linear attention with a short
-convolution before it and a gated norm after it.
+"""Gated DeltaNet (Yang et al., 2024) of Qwen3-Next: linear attention by the gated delta rule, with
+a short convolution before it and a gated norm after it.
 
 Legend: B sequences, T new tokens, H hidden, Hk key heads, Hv value heads, Dk and Dv their widths.
 """
@@ -12,27 +12,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moezoo.device import runs_kernels
-from moezoo.layers.attention import Context
+from moezoo.layers.context import Context
 from moezoo.layers.convolution import CausalConvolution
 from moezoo.layers.delta_rule import gated_delta_rule
 from moezoo.layers.linear import FusedLinear, Linear
+from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.states import States, StateShape
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Queries, keys and values beside each other [B, T, 2 Hk Dk + Hv Dv], the output's gate z
-[B, T, Hv, Dv], and b and a [B, T, Hv] each, from which beta and the decay come."""
+"""Concatenated queries, keys and values [B, T, 2 Hk Dk + Hv Dv], the output's gate z
+[B, T, Hv, Dv], and b and a, each [B, T, Hv], which give beta and the decay."""
 
 
 def by_kind(net: "GatedDeltaNet", qkvz: Tensor, ba: Tensor) -> Parts:
-    """Rows of all queries, then of all keys, of all values and of all z; of all b, then all a."""
+    """Split projections whose rows are all queries, then all keys, all values and all z; and all b,
+    then all a."""
     mixed, z = qkvz.split_with_sizes((net.conv_dim, net.value_dim), -1)
     b, a = ba.chunk(2, -1)
     return mixed, z.unflatten(-1, (net.num_v_heads, -1)), b, a
 
 
 def by_key_head(net: "GatedDeltaNet", qkvz: Tensor, ba: Tensor) -> Parts:
-    """Rows of a key head are together: its query, key, values and z; its b and its a."""
+    """Split projections whose rows are grouped by key head: its query, key, values and z; its b and
+    its a."""
     groups = net.num_v_heads // net.num_k_heads
     widths = (net.k_dim, net.k_dim, groups * net.v_dim, groups * net.v_dim)
     *qkv, z = qkvz.unflatten(-1, (net.num_k_heads, -1)).split_with_sizes(widths, -1)
@@ -41,15 +44,14 @@ def by_key_head(net: "GatedDeltaNet", qkvz: Tensor, ba: Tensor) -> Parts:
     return mixed, z.reshape(*z.shape[:2], net.num_v_heads, -1), b.flatten(2), a.flatten(2)
 
 
-class GatedDeltaNet(nn.Module):
-    """out(norm(delta rule of (q, k, v) after a convolution) * silu(z)).
+class GatedDeltaNet(SequenceMixer):
+    """Linear attention with the output out(norm(delta_rule(convolution(q, k, v))) * silu(z)).
 
-    `parts` says in which order the rows of the two input projections are: `by_kind` or
-    `by_key_head`. The decay of a token is exp(-exp(A_log) * softplus(a + dt_bias)).
+    `parts` splits the two input projections by the order of their rows: `by_kind` or `by_key_head`.
+    The decay of a token is exp(-exp(A_log) * softplus(a + dt_bias)).
     """
 
     kind = "linear_attention"
-    cache_shapes: ClassVar[tuple[tuple[int, int], ...]] = ()
     initial_values: ClassVar[dict[str, float]] = {"A_log": 0.0, "dt_bias": 1.0}
 
     def __init__(
@@ -83,19 +85,19 @@ class GatedDeltaNet(nn.Module):
 
     @property
     def state_shapes(self) -> tuple[StateShape, ...]:
-        """The convolution's, and the matrices of the delta rule."""
+        """Shapes of the convolution's state and of the delta rule's matrices."""
         matrices = StateShape((self.num_v_heads, self.k_dim, self.v_dim), torch.float32)
         return self.conv.state_shape, matrices
 
     def forward(self, x: Tensor | NormOfSum, context: Context, layer_idx: int) -> Tensor:
-        """x [B, T, H] -> [B, T, H]; the states are those of `layer_idx`."""
+        """Map x [B, T, H] to [B, T, H], with the states of `layer_idx`."""
         inputs = self.qkvz(handed_to(self.qkvz, x)), self.ba(handed_to(self.ba, x))
         return self.out(context.recur(self, inputs, layer_idx))
 
     def mix(
         self, inputs: tuple[Tensor, ...], states: States, real: Tensor | None
     ) -> tuple[Tensor, States]:
-        """The two products [B, T, ..] -> [B, T, Hv * Dv]; see `StateLayer`."""
+        """Map the two projections [B, T, ..] to [B, T, Hv * Dv]; see `StateLayer.mix`."""
         mixed, z, b, a = self.parts(self, *inputs)
         window, matrices = states
         convolved, window = self.conv(mixed, window, real)

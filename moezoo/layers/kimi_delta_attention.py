@@ -1,5 +1,5 @@
-"""Kimi Delta Attention (Kimi Team, 2025): a gated delta net in which each channel of a key decays
-for itself.
+"""Kimi Delta Attention (Kimi Team, 2025): a gated delta net in which each channel of a key has its
+own decay.
 
 Legend: B sequences, T new tokens, H hidden, N heads, D their width.
 """
@@ -10,24 +10,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moezoo.layers.attention import Context
+from moezoo.layers.context import Context
 from moezoo.layers.convolution import CausalConvolution
 from moezoo.layers.delta_rule import gated_delta_rule
 from moezoo.layers.linear import FusedLinear, Linear
+from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.states import States, StateShape
 
 
-class KimiDeltaAttention(nn.Module):
-    """o(norm(delta rule of (q, k, v) after a convolution) * sigmoid(z)).
+class KimiDeltaAttention(SequenceMixer):
+    """Linear attention with the output o(norm(delta_rule(convolution(q, k, v))) * sigmoid(z)).
 
-    `x_proj` makes all of the input in one product: q, k and v [N D] each, D numbers from which
-    `decay` makes those of all channels, D from which `z` makes the output's gate, and b [N], whose
-    sigmoid is beta. The decay of a token is exp(-exp(A_log) * softplus(decay + dt_bias)).
+    `x_proj` computes all projections of the input in one product: q, k and v [N D] each, D numbers
+    that `decay` projects to all channels, D that `z` projects to the output's gate, and b [N],
+    whose sigmoid is beta. The decay of a token is exp(-exp(A_log) * softplus(decay + dt_bias)).
     """
 
     kind = "linear_attention"
-    cache_shapes: ClassVar[tuple[tuple[int, int], ...]] = ()
     initial_values: ClassVar[dict[str, float]] = {"A_log": 0.0, "dt_bias": 1.0}
 
     def __init__(
@@ -54,12 +54,12 @@ class KimiDeltaAttention(nn.Module):
 
     @property
     def state_shapes(self) -> tuple[StateShape, ...]:
-        """The convolution's, and the matrices of the delta rule."""
+        """Shapes of the convolution's state and of the delta rule's matrices."""
         matrices = StateShape((self.num_heads, self.head_dim, self.head_dim), torch.float32)
         return self.conv.state_shape, matrices
 
     def forward(self, x: Tensor | NormOfSum, context: Context, layer_idx: int) -> Tensor:
-        """x [B, T, H] -> [B, T, H]; the states are those of `layer_idx`."""
+        """Map x [B, T, H] to [B, T, H], with the states of `layer_idx`."""
         widths = (3 * self.num_heads * self.head_dim, self.head_dim, self.head_dim, self.num_heads)
         product = self.x_proj(handed_to(self.x_proj, x))
         qkv, decay, z, b = product.split_with_sizes(widths, -1)
@@ -69,8 +69,8 @@ class KimiDeltaAttention(nn.Module):
     def mix(
         self, inputs: tuple[Tensor, ...], states: States, real: Tensor | None
     ) -> tuple[Tensor, States]:
-        """qkv [B, T, 3 N D], the decay and z [B, T, N D], b [B, T, N] -> [B, T, N D]; see
-        `StateLayer`."""
+        """Map qkv [B, T, 3 N D], the decay and z [B, T, N D] and b [B, T, N] to [B, T, N D]; see
+        `StateLayer.mix`."""
         qkv, decay, z, b = inputs
         convolved, window = self.conv(qkv, states[0], real)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in convolved.chunk(3, -1))
@@ -81,6 +81,6 @@ class KimiDeltaAttention(nn.Module):
             g = g.masked_fill(~real[..., None, None], 0)
             beta = beta.masked_fill(~real[..., None], 0)
         y, matrices = gated_delta_rule(q, k, v, g=g, beta=beta, state=states[1])
-        # In fp32 to the end, whatever the dtype of the norm's weight.
+        # The norm is computed in fp32, whatever the dtype of its weight.
         y = F.rms_norm(y, (self.head_dim,), self.norm.weight.float(), self.norm.eps)
         return (y.flatten(2) * z.float().sigmoid()).to(qkv.dtype), (window, matrices)

@@ -10,17 +10,19 @@ import torch
 from torch import nn
 
 from moezoo.device import runs_kernels
-from moezoo.layers.attention import Context, Keys
-from moezoo.layers.linear import ONEDNN_DTYPES, FusedLinear, Linear
+from moezoo.layers.context import Context, Keys
+from moezoo.layers.linear import FusedLinear, Linear
+from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
+from moezoo.layers.onednn import ONEDNN_DTYPES
 from moezoo.layers.rope import Rotate, Rotation
 
 
 def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [B, T, N, i] times each head's own weight [N, i, o] -> [B, T, N, o]."""
+    """Multiply x [B, T, N, i] by each head's weight [N, i, o]; return [B, T, N, o]."""
     rows = x.flatten(0, 1).transpose(0, 1)
     if x.is_cpu and x.dtype.itemsize == 2 and (rows.shape[1] == 1 or x.dtype not in ONEDNN_DTYPES):
-        # What torch does without oneDNN is a product a head, each up to 7 times as slow.
+        # Without oneDNN torch computes head by head, up to 7 times as slowly.
         out = torch.bmm(rows.float(), weight.float()).type_as(x)
     else:
         out = torch.bmm(rows, weight)
@@ -28,7 +30,8 @@ def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def absorbed(q: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """q [B, T, N, nope_dim + R], key [N, nope_dim, C] -> [B, T, N, C + R], R as it was."""
+    """Project q [B, T, N, nope_dim + R] into the latents' space by key [N, nope_dim, C]; return
+    [B, T, N, C + R], whose last R numbers are those of q."""
     if runs_kernels(q, key):
         from moezoo.layers.kernels.per_head import FEW_ROWS, absorb_query
 
@@ -39,7 +42,8 @@ def absorbed(q: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 
 def expanded(x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """x [B, T, N, C], value [N, v_dim, C] -> [B, T, N, v_dim]."""
+    """Project x [B, T, N, C] from the latents' space by value [N, v_dim, C]; return
+    [B, T, N, v_dim]."""
     if runs_kernels(x, value):
         from moezoo.layers.kernels.per_head import FEW_ROWS, expand_values
 
@@ -49,7 +53,7 @@ def expanded(x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 class LowRankLinear(nn.Module):
-    """b(norm(a(x))): a projection through a bottleneck of `rank`, as MLA's queries take."""
+    """Projection b(norm(a(x))) through a bottleneck of `rank`, as MLA has for its queries."""
 
     def __init__(
         self, in_features: int, rank: int, out_features: int, *, norm: RMSNorm, bias: bool = False
@@ -65,7 +69,7 @@ class LowRankLinear(nn.Module):
 
 
 def yarn_softmax_factor(rope_parameters: dict[str, Any]) -> float:
-    """What YaRN multiplies the softmax scale by in DeepSeek's models: its mscale, squared."""
+    """Return the factor of the softmax scale for YaRN in DeepSeek's models, its mscale squared."""
     mscale = rope_parameters.get("mscale_all_dim") or 0.0
     factor = rope_parameters.get("factor") or 1.0
     if rope_parameters.get("rope_type", "default") == "default" or factor <= 1:
@@ -73,15 +77,14 @@ def yarn_softmax_factor(rope_parameters: dict[str, Any]) -> float:
     return (0.1 * mscale * math.log(factor) + 1.0) ** 2
 
 
-class MultiHeadLatentAttention(nn.Module):
-    """Attention whose keys and values of all heads are linear in one latent vector a token.
+class MultiHeadLatentAttention(SequenceMixer):
+    """Attention in which the keys and values of all heads are projections of one latent per token.
 
-    The cache holds the latent and the rotated key that all heads share: C + R numbers a token.
-    With few new tokens the heads' key and value projections are absorbed into the query and the
-    output, so that attention runs over the latents themselves; with many, keys and values are
-    expanded.
-    `q` projects [B, T, H] to [B, T, N * (nope_dim + rope_dim)]. The weight of `kv_b` is used as
-    matrices of the heads, not as that of a linear layer, so it is not held quantised.
+    The cache holds the latent and the rotated key that all heads share: C + R numbers a token. With
+    few new tokens the heads' key and value projections are absorbed into the query and the output,
+    so that attention runs over the latents themselves; with many, keys and values are expanded. `q`
+    projects [B, T, H] to [B, T, N * (nope_dim + rope_dim)]. The weight of `kv_b` is used as one
+    matrix for each head, so it is not held quantised.
     """
 
     keep_dense: ClassVar[tuple[str, ...]] = ("kv_b",)
@@ -134,27 +137,30 @@ class MultiHeadLatentAttention(nn.Module):
 
     @property
     def cache_shapes(self) -> tuple[tuple[int, int], ...]:
-        """What a cache keeps of a token: one latent with its rotated key, [1, C + R]."""
+        """Shape of what the cache stores of a token: the latent and the rotated key, [1, C + R]."""
         return ((1, self.latent_dim + self.rope_dim),)
 
     @property
     def has_usual_latents(self) -> bool:
-        """Whether the kernel that norms, rotates and stores does what `stored` does."""
+        """Whether `stored` is not overridden, so that the kernel that norms, rotates and stores
+        replaces it."""
         return type(self).stored is MultiHeadLatentAttention.stored
 
     def stored(self, latents: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-        """What the cache keeps of latents [B, T, C + R]: the first C normed, the last R rotated."""
+        """Return what the cache stores of latents [B, T, C + R]: the first C normalised, the last R
+        rotated."""
         latent, k_rope = latents.split_with_sizes((self.latent_dim, self.rope_dim), -1)
         k_rope = self.rotate(k_rope.unsqueeze(2), rotation).squeeze(2)
         return torch.cat((self.kv_norm(latent), k_rope), -1)
 
     def rotated(self, q: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-        """q [B, T, N, nope_dim + R] with its last R numbers rotated."""
+        """Return q [B, T, N, nope_dim + R] with its last R numbers rotated."""
         q_nope, q_rope = q.split_with_sizes((self.nope_dim, self.rope_dim), -1)
         return torch.cat((q_nope, self.rotate(q_rope, rotation)), -1)
 
     def _projections(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows of `kv_b` as key and value projections, [N, nope_dim, C] and [N, v_dim, C]."""
+        """Return the rows of `kv_b` as key and value projections, [N, nope_dim, C] and
+        [N, v_dim, C]."""
         weight = self.kv_b.weight
         assert isinstance(weight, torch.Tensor), "loaders leave what is in keep_dense as it is"
         key, value = weight.unflatten(0, (self.num_heads, -1)).split_with_sizes(
@@ -163,14 +169,15 @@ class MultiHeadLatentAttention(nn.Module):
         return key, value
 
     def _attend_to_latents(self, q: torch.Tensor, keys: Keys, context: Context) -> torch.Tensor:
-        """q [B, T, N, ..] -> [B, T, N, v_dim]."""
+        """Attend with q [B, T, N, ..] to the latents; return [B, T, N, v_dim]."""
         key, value = self._projections()
         q = absorbed(q, key)
         out = context.attend(q, keys, scale=self.scale, value_dim=self.latent_dim)
         return expanded(out, value)
 
     def _attend_to_heads(self, q: torch.Tensor, keys: Keys, context: Context) -> torch.Tensor:
-        """q [B, T, N, ..] -> [B, T, N, v_dim]."""
+        """Attend with q [B, T, N, ..] to keys and values that are expanded from the latents; return
+        [B, T, N, v_dim]."""
         latents = context.latents(keys)
         latent, k_rope = latents.split_with_sizes((self.latent_dim, self.rope_dim), -1)
         kv = self.kv_b(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

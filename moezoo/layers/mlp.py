@@ -11,15 +11,17 @@ from moezoo.layers.norm import NormOfSum, is_hooked, normed
 from moezoo.layers.quant import QuantizedWeights
 
 SHARED_COLUMNS = 8192
-"""The widest mlp that a kernel computes beside routed experts: a program holds a row of `down`."""
+"""Largest width of an MLP that a kernel computes beside routed experts, as a program holds a row of
+`down`."""
 
 
 class GatedMLP(nn.Module):
-    """down(activation(gate(x)) * up(x)), x [.., H] -> [.., H]; `gate_up` has gate rows, then up.
+    """MLP down(activation(gate(x)) * up(x)), x [.., H] -> [.., H]; `gate_up` has gate rows, then up
+    rows.
 
-    Called with an `addend_` [.., H], contiguous, it returns the sum with that, and may write it
-    there. On CUDA many rows are then rounded once, few and those of a CPU before the sum too. I may
-    be 0, as it is of shared experts of which a config has none.
+    Called with a contiguous `addend_` [.., H] it returns the sum with it, perhaps in that tensor.
+    On CUDA the sum of many rows is rounded once; few rows, and all on a CPU, are rounded before the
+    sum too. I may be 0, for shared experts of a config that has none.
     """
 
     adds = True
@@ -38,7 +40,7 @@ class GatedMLP(nn.Module):
         x = normed(x)
         gate_up = self.gate_up(x)
         if (
-            gate_up.is_cuda  # asked first: to list parameters takes 3 us
+            gate_up.is_cuda  # first, because listing the parameters takes 3 us
             and gate_up.numel()
             and runs_kernels(gate_up, addend_, *self.down.parameters())
         ):
@@ -62,7 +64,8 @@ class GatedMLP(nn.Module):
     def _few_rows(
         self, gate_up: torch.Tensor, weight: torch.Tensor, addend: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """All that follows gate_up [T, 2I] in one launch, if that pays; `weight` is of `down`."""
+        """Compute all that follows gate_up [T, 2I] in one launch, or return None where that is not
+        faster; `weight` is that of `down`."""
         from moezoo.layers.kernels.few_rows import gated_linear, takes_gated
 
         if not takes_gated(gate_up, weight):
@@ -73,7 +76,8 @@ class GatedMLP(nn.Module):
         return gated_linear(gate_up, weight, bias, activation=self.activation, addend=addend)
 
     def as_shared_expert(self, x: torch.Tensor) -> SharedExpert | None:
-        """What the kernel for routed experts takes to add this of x [T, H]; None if it cannot."""
+        """Return what the kernel for routed experts needs to add this layer's output for x [T, H];
+        None if it cannot compute it."""
         w13, w2 = _dense_weight(self.gate_up, FusedLinear), _dense_weight(self.down, Linear)
         if type(self) not in (GatedMLP, SigmoidGatedMLP) or w13 is None or w2 is None:
             return None
@@ -84,14 +88,15 @@ class GatedMLP(nn.Module):
 
 
 def _dense_weight(layer: nn.Module, kind: type[Linear]) -> nn.Parameter | None:
-    """The weight [N, K] of a layer that is just of this kind; None if it is quantised or hooked."""
+    """Return the weight [N, K] of a layer whose class is exactly `kind`; None for other layers, and
+    if the layer is quantised or hooked."""
     if type(layer) is not kind or is_hooked(layer) or isinstance(layer.weight, QuantizedWeights):
         return None
     return layer.weight
 
 
 class SigmoidGatedMLP(GatedMLP):
-    """A shared expert with its own gate: sigmoid(x @ gate.T) * mlp(x), as in Qwen2-MoE."""
+    """Shared expert with a gate of its own: sigmoid(x @ gate.T) * mlp(x), as in Qwen2-MoE."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, activation: str) -> None:
         super().__init__(hidden_size, intermediate_size, activation=activation)

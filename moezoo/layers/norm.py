@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from moezoo.device import runs_kernels
 
 FEW_NUMBERS = 4096
-"""Up to so many, or a single row, on a CPU one operation on twice as many is faster than ten. In
-fp32, where the two round apart, it is that one always: rows do not depend on how many there are."""
+"""Number of elements up to which, on a CPU, one operation on twice as many is faster than ten. A
+single row, and fp32, always take the one operation: in fp32 the two ways round differently, and a
+row must not depend on the number of rows."""
 
 
 class RMSNorm(nn.Module):
@@ -38,15 +39,15 @@ class RMSNorm(nn.Module):
         if not x.is_cpu or (many and torch.is_grad_enabled()):
             return F.rms_norm(x, (self.dim,), weight, self.eps)
         if many:
-            # torch's rms_norm takes new memory in each of its operations: 512 rows of 256 numbers
-            # in 0.5 ms, where this takes 0.2 (Intel Xeon).
+            # torch's rms_norm allocates memory in each of its operations: 512 rows of 256 numbers
+            # take 0.5 ms, and 0.2 ms in place (Intel Xeon).
             wide = x.float()
             norms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
             wide *= norms.square_().div_(self.dim).add_(self.eps).rsqrt_()
             wide *= weight
             return wide.to(x.dtype)
         # On a CPU torch's rms_norm is ten operations, its layer_norm is one. The numbers of (x, -x)
-        # have mean 0 and variance mean(x^2). In a small model that is 27 us a token instead of 50.
+        # have mean 0 and variance mean(x^2). In a small model a token takes 27 us so, not 50.
         twice = torch.cat((weight, weight))
         both = torch.layer_norm(torch.cat((x, -x), -1), twice.shape, twice, None, self.eps)
         return both.narrow(-1, 0, self.dim)
@@ -54,7 +55,7 @@ class RMSNorm(nn.Module):
     def add(
         self, x: torch.Tensor, update: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm of x + update, and that sum, rounded to the dtype of x; x [.., dim]."""
+        """Return the norm of x + update and that sum, both [.., dim] in the dtype of x."""
         if x.is_cuda and runs_kernels(x, self.weight, update):
             from moezoo.layers.kernels.add_norm import add_rms_norm
 
@@ -68,15 +69,15 @@ class RMSNorm(nn.Module):
         return self(x), x
 
     def of_sum(self, x: torch.Tensor, update: torch.Tensor | None) -> "NormOfSum":
-        """What `add` computes, once somebody asks for it."""
+        """Return what `add` computes, which is computed when it is first needed."""
         return NormOfSum(self, x, update)
 
 
 class NormOfSum:
-    """norm(x + update) and x + update, [.., dim], computed when first asked for.
+    """norm(x + update) and x + update, [.., dim], computed when they are first needed.
 
-    A layer that begins with a product of few tokens on CUDA lets the product's kernel compute them
-    (`kernel_arguments`, `store`): in a decode step a launch costs more. Others take `normed`.
+    Where a layer begins with a product of few tokens on CUDA, the product's kernel computes them
+    (`kernel_arguments`, `store`), as a launch of their own takes longer. Other layers use `normed`.
     """
 
     def __init__(self, norm: RMSNorm, x: torch.Tensor, update: torch.Tensor | None) -> None:
@@ -101,7 +102,8 @@ class NormOfSum:
     def kernel_arguments(
         self, max_tokens: int, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> dict[str, Any] | None:
-        """For a linear layer's kernel that takes up to max_tokens tokens; None if none runs."""
+        """Return the arguments for a kernel that computes sum, norm and a linear layer of up to
+        max_tokens tokens; None where it cannot run."""
         if self._normed is not None or self._x.numel() > max_tokens * self._norm.dim:
             return None
         if not runs_kernels(self._x, self._update, self._norm.weight, weight, bias):
@@ -115,16 +117,16 @@ class NormOfSum:
         }
 
     def store(self, total: torch.Tensor, normed: torch.Tensor | None = None) -> None:
-        """Keep what a kernel computed, rows [T, dim]."""
+        """Keep the sum, and the norm if it is given, that a kernel computed, [T, dim] each."""
         shape = self._x.shape
         self._x, self._update = total.view(shape), None
         self._normed = None if normed is None else normed.view(shape)
 
 
 class ZeroCenteredRMSNorm(RMSNorm):
-    """y = x / sqrt(mean(x^2) + eps) * (1 + weight), as Gemma and Qwen3-Next have it.
+    """y = x / sqrt(mean(x^2) + eps) * (1 + weight), as in Gemma and Qwen3-Next.
 
-    The sum is fp32: in 16 bits it would lose the last digits of the weight.
+    1 + weight is fp32: in 16 bits it would lose the last digits of the weight.
     """
 
     offset = 1.0
@@ -161,23 +163,25 @@ class LayerNorm(RMSNorm):
 
     def of_sum(self, x: torch.Tensor, update: torch.Tensor | None) -> "NormOfSum":
         sums = NormOfSum(self, x, update)
-        # The kernels that compute norms compute RMSNorm: here they find it done.
+        # Kernels would compute RMSNorm; they do not if the norm is there already.
         _ = sums.normed
         return sums
 
 
 def normed(x: torch.Tensor | NormOfSum) -> torch.Tensor:
-    """For layers that take either: a tensor as it is, or the norm that is due."""
+    """Return x if it is a tensor, and its norm if it is a `NormOfSum`."""
     return x.normed if isinstance(x, NormOfSum) else x
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a call does more than its class says."""
+    """Whether the module has hooks or a `forward` of its own, so that a call does more than its
+    class says."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def handed_to(module: nn.Module, x: torch.Tensor | NormOfSum) -> torch.Tensor | NormOfSum:
-    """What a layer is called with: a tensor if it has hooks, or is not one of ours."""
+    """Return what to call `module` with: x, or its norm if the module has hooks or is not ours, and
+    so expects a tensor."""
     if not isinstance(x, NormOfSum):
         return x
     ours = type(module).__module__.startswith("moezoo.")

@@ -1,12 +1,12 @@
-"""A product in fp32 with weights that are not there in fp32, or only some rows at a time."""
+"""Products in fp32 with weights that are converted to fp32 some rows at a time."""
 
 from collections.abc import Callable
 
 import torch
 
 PIECE = 2**20
-"""Weights widened at a time: 4 MB, which caches hold. New memory would cost more than the product.
-"""
+"""Number of weights converted at a time: 4 MB, which fit in a cache. To allocate memory for all of
+them would take longer than the product."""
 
 
 def product_in_pieces(
@@ -17,8 +17,11 @@ def product_in_pieces(
     out: torch.Tensor,
     step: int,
 ) -> torch.Tensor:
-    """x [T, K] fp32 times the rows `wide_rows(start, stop)` [rows, K] fp32, `step` of them at once,
-    plus bias [N]: into out [T, N], rounded to its dtype."""
+    """Write x @ weights.T + bias to out [T, N], rounded to its dtype, and return it.
+
+    x is [T, K] fp32, bias [N]. `wide_rows(start, stop)` returns these rows of the weights in fp32,
+    [stop - start, K]; it is called for `step` rows at a time.
+    """
     num_rows = out.shape[1]
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)

@@ -1,9 +1,8 @@
-"""Linear layers whose weights are quantised: torch on the CPU, kernels on CUDA, an operator for
-each format.
+"""Products with quantised weights: torch on the CPU, kernels on CUDA, an operator for each format.
 
-Rounding points are those of quantised experts, see `moezoo.layers.moe.experts`: beside weights in
-fp8 x is quantised per token and 128 of K; in formats of weights alone x is multiplied as it is.
-Sums are fp32, and rounded once with the bias in them.
+Rounding points are those of quantised experts, see `moezoo.layers.moe.experts`: with fp8 weights x
+is quantised in groups of 128 numbers of a token; with weight-only formats it is multiplied as it
+is. Sums are fp32, and rounded once after the bias is added.
 
 Legend: T tokens, N and K rows and columns of the weights.
 """
@@ -20,8 +19,8 @@ from moezoo.layers.quant.fp8 import BLOCK, FOR_LINEARS, quantize_rows, require_f
 
 
 def quantized_linear(x: Tensor, weight: Format, bias: Tensor | None = None) -> Tensor:
-    """x [.., K] fp32, bf16 or fp16, weight [N, K], bias [N] -> x @ weight.T + bias, [.., N] in x's
-    dtype.
+    """Return x @ weight.T + bias, [.., N] in x's dtype: x [.., K] fp32, bf16 or fp16, weight [N,
+    K], bias [N].
 
     `torch.compile` and CUDA graphs work through it: while compiling it is the operator of the
     format, such as `moezoo::linear_int4`. Raises ValueError where a gradient is asked for, and
@@ -41,7 +40,7 @@ def quantized_linear(x: Tensor, weight: Format, bias: Tensor | None = None) -> T
 
 
 def _product(x: Tensor, weight: Format, bias: Tensor | None) -> Tensor:
-    """x [T, K] -> [T, N]"""
+    """Multiply x [T, K] by the weights on its device; return [T, N]."""
     if not x.is_cuda:
         return _in_pieces(x, weight, bias)
     from moezoo.layers.kernels.one_matrix import linear_fp8, linear_weight_only
@@ -55,7 +54,7 @@ def _product(x: Tensor, weight: Format, bias: Tensor | None) -> Tensor:
 
 
 def _in_pieces(x: Tensor, weight: Format, bias: Tensor | None) -> Tensor:
-    """Some rows of the weights after the other, dequantised in fp32."""
+    """Multiply in fp32 on the CPU, some rows of the weights dequantised at a time."""
     n, k = weight.shape
     fp8 = isinstance(weight, BlockFp8 | ChannelFp8)
     wide = quantize_rows(x).dequantize()[:, :k] if fp8 else x.float()
@@ -68,11 +67,12 @@ def _in_pieces(x: Tensor, weight: Format, bias: Tensor | None) -> Tensor:
     )
 
 
-def _operator(name: str, restored: Any) -> Any:
-    """`restored` is the format, called with its tensors in the order of its fields."""
+def _operator(name: str, from_tensors: Any) -> Any:
+    """Make the operator of a format; `from_tensors` is the format, called with its tensors in the
+    order of its fields."""
 
     def linear(x: Tensor, weight: Sequence[Tensor | None], bias: Tensor | None) -> Tensor:
-        return _product(x, restored(*weight), bias)
+        return _product(x, from_tensors(*weight), bias)
 
     op = torch.library.custom_op(f"moezoo::linear_{name}", linear, mutates_args=())
     op.register_fake(lambda x, weight, bias: x.new_empty(len(x), len(weight[0])))

@@ -20,18 +20,20 @@ Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosine and signed sine, each [B or 1, T, 1, D] in the model's dtype."""
 
 Rotate = Callable[[torch.Tensor, Rotation], torch.Tensor]
-"""`rotate_half`, `rotate_interleaved` or `unrotated`: what the positions do to queries and keys."""
+"""A function that rotates queries and keys by their positions: `rotate_half`, `rotate_interleaved`
+or `unrotated`."""
 
 
 def default_frequencies(config: PreTrainedConfig) -> torch.Tensor:
-    """theta^(-2i/D) for i < D/2, fp32, D as much of the head's width as the config says."""
+    """Return theta^(-2i/D) for i < D/2 in fp32; D is the head's width times the config's
+    `partial_rotary_factor`."""
     dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     return 1.0 / config.rope_parameters["rope_theta"] ** exponents
 
 
 def _with_head_dim(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config with the head's width spelt out; some of transformers' functions rely on it."""
+    """Return the config with `head_dim` set, which some of transformers' functions need."""
     if getattr(config, "head_dim", None) is not None:
         return config
     config = copy.copy(config)
@@ -42,13 +44,13 @@ def _with_head_dim(config: PreTrainedConfig) -> PreTrainedConfig:
 class RotaryEmbedding(nn.Module):
     """Cosines and sines for given positions.
 
-    Scaled frequencies are transformers' own functions of the config. Those of two scalings depend
-    on the length of the sequence, and are computed from it on the device, without a
-    synchronisation: "longrope" takes its long factors beyond the original context, "dynamic"
+    Scaled frequencies are computed by transformers' own functions of the config. With two scalings
+    they depend on the length of the sequence, and are computed from it on the device, without a
+    synchronisation: "longrope" uses its long factors beyond the original context, "dynamic"
     stretches theta with the length. Nothing is remembered between calls: the same input always
     gives the same output.
 
-    Raises `UnsupportedArchitectureError` for what frequencies cannot be computed from.
+    Raises `UnsupportedArchitectureError` for a config that frequencies cannot be computed from.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -69,12 +71,12 @@ class RotaryEmbedding(nn.Module):
 
     @property
     def depends_on_length(self) -> bool:
-        """Whether a token's rotation changes with the tokens that follow."""
+        """Whether a token's rotation depends on the length of its sequence."""
         return self.kind in ("dynamic", "longrope")
 
     @property
     def dim(self) -> int:
-        """D, which may be less than the width of a head."""
+        """Number of rotated dimensions D, which may be less than the width of a head."""
         return 2 * len(self.inv_freq)
 
     def _compute(self, config: PreTrainedConfig) -> None:
@@ -111,7 +113,8 @@ class RotaryEmbedding(nn.Module):
         return self.inv_freq
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
-        """positions int [B or 1, T] -> cosine and signed sine [B or 1, T, 1, D] in `dtype`."""
+        """Return cosine and signed sine [B or 1, T, 1, D] of positions int [B or 1, T], in
+        `dtype`."""
         inv_freq = self._frequencies(positions)
         # cos(-a) = cos(a) and sin(-a) = -sin(a): both halves at once, sign included.
         angles = positions[..., None, None] * torch.cat((-inv_freq, inv_freq))
@@ -122,9 +125,9 @@ class RotaryEmbedding(nn.Module):
 
 
 class RotaryEmbeddings(nn.Module):
-    """Several at once, for layers that differ: their cosines and sines lie side by side.
+    """Several embeddings for layers that differ, with concatenated cosines and sines.
 
-    `parts[name]` says which numbers are whose.
+    `parts[name]` is the slice of the last dimension that belongs to the embedding `name`.
     """
 
     def __init__(self, embeddings: Mapping[str, RotaryEmbedding]) -> None:
@@ -138,6 +141,7 @@ class RotaryEmbeddings(nn.Module):
 
     @property
     def depends_on_length(self) -> bool:
+        """Whether any of the embeddings depends on the length of the sequence."""
         return any(one.depends_on_length for one in self.embeddings)
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
@@ -146,7 +150,7 @@ class RotaryEmbeddings(nn.Module):
 
 
 class NoRotation(nn.Module):
-    """By no angle: for decoders none of whose layers knows positions but by the causal mask.
+    """A rotation by 0, for decoders that know positions by the causal mask alone.
 
     Cosines of 1 and sines of 0 leave `dim` numbers exactly as they are, in kernels too.
     """
@@ -158,15 +162,17 @@ class NoRotation(nn.Module):
         self.dim = dim
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
-        """positions int [B or 1, T] -> cosine and signed sine [B or 1, T, 1, dim] in `dtype`."""
+        """Return cosine and signed sine [B or 1, T, 1, dim] of positions int [B or 1, T], in
+        `dtype`."""
         sin = torch.zeros(*positions.shape, 1, self.dim, dtype=dtype, device=positions.device)
         return sin + 1, sin
 
 
 def whole_heads(config: PreTrainedConfig) -> RotaryEmbedding:
-    """For architectures that rotate all of a head, and ignore that a config says otherwise.
+    """Make the embedding of architectures that always rotate whole heads.
 
-    Raises `UnsupportedArchitectureError` for such a config.
+    Raises `UnsupportedArchitectureError` for a config with a `partial_rotary_factor`, which they
+    would ignore.
     """
     rope = RotaryEmbedding(config)
     if rope.dim != rope.config.head_dim:
@@ -198,5 +204,5 @@ def rotate_interleaved(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
 
 
 def unrotated(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """x as it is: layers that know no positions but by the causal mask (NoPE)."""
+    """Return x as it is, for layers that know positions by the causal mask alone (NoPE)."""
     return x

@@ -1,24 +1,23 @@
-"""The gated short convolution of LFM2 (Liquid AI, 2025), which stands where attention does.
+"""The gated short convolution of LFM2 (Liquid AI, 2025).
 
 Legend: B sequences, T new tokens, H hidden.
 """
 
-from typing import ClassVar
+from torch import Tensor
 
-from torch import Tensor, nn
-
-from moezoo.layers.attention import Context
+from moezoo.layers.context import Context
 from moezoo.layers.convolution import CausalConvolution
 from moezoo.layers.linear import FusedLinear, Linear
+from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.norm import NormOfSum, handed_to
 from moezoo.layers.states import States, StateShape
 
 
-class ShortConvolution(nn.Module):
-    """out(c * convolution(b * x)), where b, c and x are projections of the input."""
+class ShortConvolution(SequenceMixer):
+    """Layer with the output out(c * convolution(b * x)), where b, c and x are projections of the
+    input."""
 
     kind = "conv"
-    cache_shapes: ClassVar[tuple[tuple[int, int], ...]] = ()
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
@@ -28,16 +27,17 @@ class ShortConvolution(nn.Module):
 
     @property
     def state_shapes(self) -> tuple[StateShape, ...]:
+        """Shape of the convolution's state."""
         return (self.conv.state_shape,)
 
     def forward(self, x: Tensor | NormOfSum, context: Context, layer_idx: int) -> Tensor:
-        """x [B, T, H] -> [B, T, H]; the state is that of `layer_idx`."""
+        """Map x [B, T, H] to [B, T, H], with the state of `layer_idx`."""
         return self.out(context.recur(self, (self.bcx(handed_to(self.bcx, x)),), layer_idx))
 
     def mix(
         self, inputs: tuple[Tensor, ...], states: States, real: Tensor | None
     ) -> tuple[Tensor, States]:
-        """The product [B, T, 3 H] -> [B, T, H]; see `StateLayer`."""
+        """Map the projections [B, T, 3 H] to [B, T, H]; see `StateLayer.mix`."""
         b, c, x = inputs[0].chunk(3, -1)
         y, window = self.conv(b * x, states[0], real)
         return c * y, (window,)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moezoo.layers.attention import Context
 from moezoo.layers.chosen_keys import Chooser
+from moezoo.layers.context import Context
 from moezoo.layers.linear import Linear
 from moezoo.layers.mla import LowRankLinear, MultiHeadLatentAttention, absorbed, expanded
 from moezoo.layers.norm import LayerNorm, NormOfSum, normed
@@ -18,11 +18,11 @@ from moezoo.layers.rope import Rotate, Rotation
 
 
 class SparseLatentAttention(MultiHeadLatentAttention):
-    """Attention to `topk` keys, which an indexer chooses by keys of its own.
+    """Latent attention to `topk` keys, which an indexer chooses by keys of its own.
 
-    The cache holds these beside the latents, C + R + I numbers a token. `rotate_index` is what
-    positions do to the first R numbers of the indexer's queries and keys. In torch alone: steps are
-    not captured.
+    The cache holds the indexer's keys beside the latents, C + R + I numbers a token. `rotate_index`
+    rotates the first R numbers of the indexer's queries and keys. `kind` is the layer's type in
+    `config.layer_types`. It has no kernels, and steps are not captured.
     """
 
     runs_on_host = True
@@ -52,6 +52,8 @@ class SparseLatentAttention(MultiHeadLatentAttention):
 
     @property
     def cache_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Shape of what the cache stores of a token: latent, rotated key and indexer's key,
+        [1, C + R + I]."""
         return ((1, self.kv_norm.dim + self.rope_dim + self.index_dim),)
 
     def forward(self, x: Tensor | NormOfSum, context: Context, layer_idx: int) -> Tensor:
@@ -72,7 +74,8 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         return self.o(expanded(out, value).flatten(2))
 
     def stored(self, latents: Tensor, rotation: Rotation) -> Tensor:
-        """latents [B, T, C + R + I], the last I normed."""
+        """Norm and rotate latents [B, T, C + R + I] for the cache; the last I are normalised
+        already."""
         width = self.kv_norm.dim + self.rope_dim
         own, index = latents.split_with_sizes((width, self.index_dim), -1)
         index = self.rotate_index(index.unsqueeze(2), rotation).squeeze(2)

@@ -1,11 +1,11 @@
-"""The state space of Mamba-2 (Dao and Gu, 2024): a matrix of each head that decays and is added to.
+"""The state space model of Mamba-2 (Dao and Gu, 2024): each head has a matrix S that decays and is
+added to.
 
     S = S * exp(dt[t] * rate) + dt[t] * x[t] b[t]^T
     y[t] = S c[t]
 
-Many tokens are computed in chunks, of which only the states follow each other. All in fp32.
-
-All heads share b and c.
+All heads share b and c. Many tokens are computed in chunks, and only the states of successive
+chunks depend on each other. All of it is in fp32.
 
 Legend: B sequences, T new tokens, H hidden, D inner width, Hs heads of width P, N state width.
 """
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moezoo.layers.attention import Context
+from moezoo.layers.context import Context
 from moezoo.layers.convolution import CausalConvolution
 from moezoo.layers.linear import FusedLinear, Linear
+from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.states import States, StateShape
 
@@ -28,19 +29,20 @@ CHUNK = 64
 def state_space(
     x: Tensor, b: Tensor, c: Tensor, *, dt: Tensor, rate: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """x [B, T, Hs, P], b and c [B, T, N], dt fp32 [B, T, Hs], rate fp32 [Hs], state fp32
-    [B, Hs, P, N] -> y fp32 [B, T, Hs, P] and the state after the last token.
+    """Apply the recurrence to T tokens; return y fp32 [B, T, Hs, P] and the state after the last
+    token.
 
-    rate is negative. Where dt is 0 a token leaves the state as it is.
+    x is [B, T, Hs, P], b and c [B, T, N], dt fp32 [B, T, Hs], rate fp32 [Hs] and negative, state
+    fp32 [B, Hs, P, N]. A token whose dt is 0 leaves the state as it is.
     """
     b, c = b.float()[:, :, None], c.float()[:, :, None]
     x = x.float() * dt[..., None]
     length = x.shape[1]
     size = min(CHUNK, length)
-    rest = -length % size
+    padding = -length % size
 
     def in_chunks(z: Tensor) -> Tensor:
-        z = F.pad(z, (*(0,) * (2 * (z.dim() - 2)), 0, rest))
+        z = F.pad(z, (*(0,) * (2 * (z.dim() - 2)), 0, padding))
         return z.transpose(1, 2).unflatten(2, (-1, size))
 
     decay = in_chunks(dt * rate).cumsum(-1)  # [B, Hs, chunks, C]
@@ -59,15 +61,15 @@ def state_space(
     return y.transpose(1, 2), state
 
 
-class StateSpace(nn.Module):
-    """out(norm((y + D x) * silu(z))), where y is what the state space makes of x, b and c.
+class StateSpace(SequenceMixer):
+    """Layer with the output out(norm((y + D x) * silu(z))), where y is the `state_space` of x, b
+    and c.
 
-    The rows of `zxbcdt` are z, then x, b and c, which the convolution takes, then dt. A token's
-    time step is softplus(dt + dt_bias), the rate of decay -exp(A_log).
+    The rows of `zxbcdt` are z, then x, b and c, which go through the convolution, then dt. A
+    token's time step is softplus(dt + dt_bias), the rate of decay -exp(A_log).
     """
 
     kind = "linear_attention"
-    cache_shapes: ClassVar[tuple[tuple[int, int], ...]] = ()
     initial_values: ClassVar[dict[str, float]] = {"A_log": 0.0, "dt_bias": 1.0, "D": 1.0}
 
     def __init__(
@@ -85,8 +87,8 @@ class StateSpace(nn.Module):
         self.head_dim = head_dim
         self.state_dim = state_dim
         dim = num_heads * head_dim
-        self.part_sizes = (dim, dim + 2 * state_dim, num_heads)
-        self.zxbcdt = FusedLinear(hidden_size, self.part_sizes)
+        self._sizes = (dim, dim + 2 * state_dim, num_heads)
+        self.zxbcdt = FusedLinear(hidden_size, self._sizes)
         self.conv = conv
         self.A_log = nn.Parameter(torch.empty(num_heads))
         self.dt_bias = nn.Parameter(torch.empty(num_heads))
@@ -96,20 +98,20 @@ class StateSpace(nn.Module):
 
     @property
     def state_shapes(self) -> tuple[StateShape, ...]:
-        """The convolution's, and the matrices of the heads."""
+        """Shapes of the convolution's state and of the heads' matrices."""
         matrices = StateShape((self.num_heads, self.head_dim, self.state_dim), torch.float32)
         return self.conv.state_shape, matrices
 
     def forward(self, x: Tensor | NormOfSum, context: Context, layer_idx: int) -> Tensor:
-        """x [B, T, H] -> [B, T, H]; the states are those of `layer_idx`."""
+        """Map x [B, T, H] to [B, T, H], with the states of `layer_idx`."""
         inputs = (self.zxbcdt(handed_to(self.zxbcdt, x)),)
         return self.out(context.recur(self, inputs, layer_idx))
 
     def mix(
         self, inputs: tuple[Tensor, ...], states: States, real: Tensor | None
     ) -> tuple[Tensor, States]:
-        """The product [B, T, ..] -> [B, T, D]; see `StateLayer`."""
-        z, xbc, dt = inputs[0].split_with_sizes(self.part_sizes, -1)
+        """Map the projections [B, T, ..] to [B, T, D]; see `StateLayer.mix`."""
+        z, xbc, dt = inputs[0].split_with_sizes(self._sizes, -1)
         xbc, window = self.conv(xbc, states[0], real)
         dim = self.num_heads * self.head_dim
         x, b, c = xbc.split_with_sizes((dim, self.state_dim, self.state_dim), -1)
@@ -126,6 +128,6 @@ class StateSpace(nn.Module):
             state=states[1],
         )
         y = (y + x.float() * self.D.float()[:, None]).flatten(2) * F.silu(z.float())
-        # In fp32 to the end, whatever the dtype of the norm's weight.
+        # The norm is computed in fp32, whatever the dtype of its weight.
         y = F.rms_norm(y, (self.norm.dim,), self.norm.weight.float(), self.norm.eps)
         return y.to(z.dtype), (window, matrices)

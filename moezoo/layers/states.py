@@ -1,21 +1,14 @@
-"""Layers with a state: numbers of a sequence that do not grow with its length.
+"""Layers with states, whose size does not grow with the length of a sequence.
 
-Such a layer stands where attention does. It has
-
-    kind                             how transformers' `layer_types` and caches call it
-    cache_shapes = ()                a token adds nothing to a cache
-    state_shapes                     what there is of each sequence
-    mix(inputs, states, real)        the computation, on a rectangle of tokens
-
-and asks its `Context` to `recur`: the context knows which tokens are whose, hands `mix` the states
-of their sequences, and keeps those that come back. The first state is the end of the input of a
-causal convolution, a second one what a recurrence has made of all tokens.
+Such a layer is a `moezoo.layers.mixer.SequenceMixer` that also has `mix`, its computation on a
+rectangle of tokens. Its `forward` asks the `Context` to `recur`: the context knows which tokens
+belong to which sequence, hands `mix` the states of those sequences, and keeps the states that come
+back. The first state is the end of a causal convolution's input, the second one, if there is one,
+what a recurrence has accumulated over all tokens.
 
 Legend: B sequences, T new tokens of each.
 """
 
-from collections.abc import Iterable
-from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,42 +16,39 @@ from torch import Tensor
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 States = tuple[Tensor, ...]
-"""Of B sequences, each [B, *shape]."""
+"""The states of B sequences in a layer, each [B, *shape]."""
 
 
 class StateShape(NamedTuple):
-    """Of one sequence; `dtype` None is the model's."""
+    """Shape and dtype of one sequence's state; `dtype` None is the model's."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None = None
 
 
 class StateLayer(Protocol):
+    """The part of a layer with states that a `Context` needs."""
+
     @property
-    def state_shapes(self) -> tuple[StateShape, ...]: ...
+    def state_shapes(self) -> tuple[StateShape, ...]:
+        """Shapes of the states that are kept for each sequence."""
+        ...
 
     def mix(
         self, inputs: tuple[Tensor, ...], states: States, real: Tensor | None
     ) -> tuple[Tensor, States]:
-        """inputs, each [B, T, ..], and the states before them -> output [B, T, ..], states after.
+        """Compute the output [B, T, ..] of inputs, each [B, T, ..], and the states after them.
 
-        `real` is bool [B, T], False for places that no token fills: what is there changes no state.
-        None where tokens fill all. The states may be those that were given, changed in place.
+        `states` are those before the inputs; the returned ones may be the same, changed in place.
+        `real` is bool [B, T], False for places without a token, which change no state, or None if
+        all have one.
         """
         ...
 
 
-def state_bytes(layers: Iterable[Any], dtype: torch.dtype) -> int:
-    """Bytes of a sequence in those of the layers that have states, in a model of this dtype."""
-    return sum(
-        prod(shape) * (own or dtype).itemsize
-        for layer in layers
-        for shape, own in getattr(layer, "state_shapes", ())
-    )
-
-
 def no_states(layer: StateLayer, batch: int, like: Tensor) -> States:
-    """Zeros: the states of sequences that begin, on the device and in the dtype of `like`."""
+    """Return the states of `batch` sequences before their first token: zeros, on the device and by
+    default in the dtype of `like`."""
     return tuple(
         like.new_zeros(batch, *shape, dtype=dtype or like.dtype)
         for shape, dtype in layer.state_shapes
@@ -66,7 +56,7 @@ def no_states(layer: StateLayer, batch: int, like: Tensor) -> States:
 
 
 def cached_states(cache: Any, layer_idx: int) -> States | None:
-    """What a cache of transformers has of a layer; None before its first token.
+    """Return a layer's states in transformers' cache; None before the first token.
 
     Raises `ValueError` for a cache that was made without the model's config, and so has no place
     for them.
@@ -84,7 +74,7 @@ def cached_states(cache: Any, layer_idx: int) -> States | None:
 
 
 def cache_states(cache: Any, layer_idx: int, states: States) -> None:
-    """Put them into a cache of transformers, in the place of those that it had."""
+    """Replace a layer's states in transformers' cache."""
     window, *recurrent = states
     cache.update_conv_state(window, layer_idx)
     for state in recurrent:

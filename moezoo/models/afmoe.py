@@ -5,12 +5,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AfmoeConfig
 
-from moezoo.layers.attention import Context, GroupedQueryAttention
+from moezoo.layers.attention import GroupedQueryAttention
+from moezoo.layers.context import Context
 from moezoo.layers.decoder import Decoder, DecoderLayer, ScaledDecoder, pre_norm_decoder
 from moezoo.layers.linear import Linear
+from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
 from moezoo.layers.rope import rotate_half, unrotated
 from moezoo.loaders.mapping import Rule
@@ -59,7 +60,7 @@ class SeparatelyGatedAttention(GroupedQueryAttention):
         return self.o(self.attended(qkv, context, layer_idx).flatten(2) * gate)
 
 
-def sandwich_layer(norm: RMSNorm, attn: nn.Module, **modules: Any) -> DecoderLayer:
+def sandwich_layer(norm: RMSNorm, attn: SequenceMixer, **modules: Any) -> DecoderLayer:
     """Return a layer with norms before and after both parts.
 
     x + norm(attn(norm(x))), then x + norm(mlp(norm(x))).

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import Cohere2MoeConfig
 
 from moezoo.errors import UnsupportedArchitectureError
-from moezoo.layers.attention import Context, GroupedQueryAttention
+from moezoo.layers.attention import GroupedQueryAttention
+from moezoo.layers.context import Context
 from moezoo.layers.decoder import Decoder, DecoderLayer, ScaledDecoder, pre_norm_decoder
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import softmax_topk, topk_sigmoid

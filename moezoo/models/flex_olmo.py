@@ -5,7 +5,8 @@ from functools import partial
 import torch
 from transformers import FlexOlmoConfig
 
-from moezoo.layers.attention import Context, GroupedQueryAttention
+from moezoo.layers.attention import GroupedQueryAttention
+from moezoo.layers.context import Context
 from moezoo.layers.decoder import Decoder, DecoderLayer, pre_norm_decoder
 from moezoo.loaders.mapping import Rule
 from moezoo.models.common.attention import attention_biases, grouped_queries, norm_of_all_heads

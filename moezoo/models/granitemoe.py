@@ -5,12 +5,12 @@ from functools import partial
 from operator import mul
 from typing import Any
 
-from torch import nn
 from transformers import GraniteMoeConfig, GraniteMoeSharedConfig, PreTrainedConfig
 
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, DecoderLayer, ScaledDecoder, pre_norm_decoder
+from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.moe import FusedMoE
 from moezoo.loaders.mapping import Rule
 from moezoo.models.common.attention import attention_biases, grouped_queries
@@ -29,7 +29,7 @@ MULTIPLIERS = (
 
 
 def granite_decoder(
-    config: PreTrainedConfig, attention: Callable[[int], nn.Module], shared_size: int | None
+    config: PreTrainedConfig, attention: Callable[[int], SequenceMixer], shared_size: int | None
 ) -> Decoder:
     """Return a decoder of `attention(layer_idx)` and MoE layers.
 

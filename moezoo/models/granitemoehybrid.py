@@ -1,10 +1,10 @@
 """Granite 4 hybrid (IBM, 2025): Granite MoE with state-space layers, some of them attention."""
 
-from torch import nn
 from transformers import GraniteMoeHybridConfig
 
 from moezoo.layers.convolution import CausalConvolution
 from moezoo.layers.decoder import Decoder
+from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.norm import RMSNorm
 from moezoo.layers.rope import rotate_half, unrotated
 from moezoo.layers.state_space import StateSpace
@@ -28,7 +28,7 @@ def build(config: GraniteMoeHybridConfig) -> Decoder:
     dim = config.mamba_n_heads * config.mamba_d_head
     rotate = rotate_half if config.position_embedding_type == "rope" else unrotated
 
-    def attention(layer_idx: int) -> nn.Module:
+    def attention(layer_idx: int) -> SequenceMixer:
         if config.layer_types[layer_idx] == "full_attention":
             return granite_attention(config, rotate=rotate)
         conv = CausalConvolution(

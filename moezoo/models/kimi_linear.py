@@ -1,13 +1,13 @@
 """Kimi Linear (Moonshot AI, 2025): delta attention, latent attention without positions in every
 fourth layer, DeepSeek-V3's MoE layers."""
 
-from torch import nn
 from transformers import KimiLinearConfig
 
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.convolution import CausalConvolution
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.kimi_delta_attention import KimiDeltaAttention
+from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.norm import RMSNorm
 from moezoo.layers.rope import NoRotation, rotate_half
 from moezoo.loaders.mapping import Rule
@@ -33,7 +33,7 @@ def build(config: KimiLinearConfig) -> Decoder:
     if config.qk_rope_head_dim % 2:
         raise UnsupportedArchitectureError.of_field(config, "qk_rope_head_dim", "an even number")
 
-    def attention(layer_idx: int) -> nn.Module:
+    def attention(layer_idx: int) -> SequenceMixer:
         if config.layer_types[layer_idx] == "full_attention":
             return unscaled_latent_attention(config, rotate_half)
         num_heads, head_dim = config.linear_num_heads, config.linear_head_dim

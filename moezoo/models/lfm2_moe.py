@@ -8,6 +8,7 @@ from transformers import Lfm2MoeConfig
 
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
+from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.mlp import GatedMLP
 from moezoo.layers.moe import BiasedRoute, FusedMoE
 from moezoo.layers.moe.layer import Route
@@ -39,7 +40,7 @@ def build(config: Lfm2MoeConfig) -> Decoder:
         scaling=config.routed_scaling_factor,
     )
 
-    def attention(layer_idx: int) -> nn.Module:
+    def attention(layer_idx: int) -> SequenceMixer:
         if config.layer_types[layer_idx] == "conv":
             return ShortConvolution(config.hidden_size, config.conv_L_cache)
         return grouped_queries(config, **norm_of_each_head(config))

@@ -1,7 +1,7 @@
 """The text model of Llama 4 (Meta, 2025): chunked attention, experts with a scaled input."""
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from transformers import Llama4TextConfig
 
 from moezoo.errors import UnsupportedArchitectureError
-from moezoo.layers.attention import Context, GroupedQueryAttention
+from moezoo.layers.attention import GroupedQueryAttention
+from moezoo.layers.context import Context
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.kernels.windows import Chunked
 from moezoo.layers.moe import FusedMoE
@@ -36,7 +37,7 @@ class TemperedAttention(GroupedQueryAttention):
     counted.
     """
 
-    counts_padding: ClassVar[bool] = True
+    counts_padding = True
 
     def __init__(self, *sizes: int, floor: int, strength: float, **options: Any) -> None:
         super().__init__(*sizes, **options)

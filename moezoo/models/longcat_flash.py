@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LongcatFlashConfig
 
 from moezoo.errors import UnsupportedArchitectureError
-from moezoo.layers.attention import Context, Keys
+from moezoo.layers.context import Context, Keys
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.mlp import GatedMLP

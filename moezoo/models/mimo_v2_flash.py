@@ -7,7 +7,8 @@ from torch import nn
 from transformers import MiMoV2FlashConfig
 
 from moezoo.errors import UnsupportedArchitectureError
-from moezoo.layers.attention import Context, GroupedQueryAttention
+from moezoo.layers.attention import GroupedQueryAttention
+from moezoo.layers.context import Context
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.norm import NormOfSum
 from moezoo.layers.rope import RotaryEmbedding

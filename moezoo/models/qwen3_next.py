@@ -4,13 +4,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedConfig, Qwen3NextConfig
 
 from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.gated_attention import GatedAttention
 from moezoo.layers.gated_delta_net import GatedDeltaNet, by_key_head
+from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.norm import RMSNorm, ZeroCenteredRMSNorm
 from moezoo.layers.rope import RotaryEmbedding
 from moezoo.loaders.mapping import Rule
@@ -43,7 +43,7 @@ ASSUMES = ASSUMED_EVERYWHERE | SHARED_SIZES | DELTA_SIZES
 
 def hybrid_attention(
     config: PreTrainedConfig, parts: Callable[..., Any], layer_idx: int
-) -> nn.Module:
+) -> SequenceMixer:
     """Return the attention or delta net that `config.layer_types` names for this layer.
 
     `parts` tells the order of rows in the delta net's projections.

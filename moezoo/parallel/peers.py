@@ -8,7 +8,8 @@ from zlib import crc32
 from torch import Tensor
 
 from moezoo.errors import ExpertMapError
-from moezoo.layers.decoder import Decoder, Peers, Turn
+from moezoo.layers.decoder import Decoder
+from moezoo.layers.peers import Peers, Turn
 from moezoo.parallel.dispatch import BEGINNING, AllGather, AllToAll, beyond_capacity
 from moezoo.parallel.mesh import Mesh
 from moezoo.parallel.sharding import moe_layers, step_without_tokens

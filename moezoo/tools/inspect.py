@@ -20,12 +20,11 @@ from torch import nn
 from moezoo import registry
 from moezoo.errors import CheckpointError, ExpertMapError, MoEZooError, QuantizationError
 from moezoo.generation.paged import attentions
-from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder
+from moezoo.layers.mixer import SequenceMixer, state_bytes
 from moezoo.layers.moe import FusedMoE, workspace_bytes
 from moezoo.layers.moe.chunks import CHUNK_TOKENS
 from moezoo.layers.quant import Format
-from moezoo.layers.states import state_bytes
 from moezoo.loaders.checkpoint import Checkpoint, open_config
 from moezoo.loaders.config import own_dtype, own_generation_config, transformers_config
 from moezoo.loaders.dense import by_outcome, kept, quantized_linears
@@ -270,9 +269,7 @@ def _of_decoder(report: Report, decoder: Decoder, dtype: torch.dtype) -> Report:
         rest = all_bytes - in_experts * dtype.itemsize
         weight_bytes = _weight_bytes(moe_layers, rest, dtype)
     windows = Counter(
-        attention.window
-        for attention in attentions(decoder)
-        if isinstance(attention, GroupedQueryAttention) and attention.window is not None
+        attention.window for attention in attentions(decoder) if attention.window is not None
     )
     return replace(
         report,
@@ -339,7 +336,7 @@ def _workspace_bytes(
     )
 
 
-def _kv_width(attention: Any) -> int:
+def _kv_width(attention: SequenceMixer) -> int:
     """Numbers cached a token."""
     return sum(heads * width for heads, width in attention.cache_shapes)
 

@@ -30,7 +30,7 @@ from moezoo.generation.continuous import Batcher, Request
 from moezoo.generation.decode import decode, decode_paged, unpadded
 from moezoo.generation.engine import Engine
 from moezoo.generation.keeper import EngineKeeper
-from moezoo.layers.attention import visible_tokens
+from moezoo.layers.mask import visible_tokens
 
 PROMPTS = ["Once upon a time there was a little fox", "The boat", "In the morning, the king said"]
 PAD = 0

@@ -8,8 +8,11 @@ from torch import nn
 from transformers import DynamicCache, GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRotaryEmbedding
 
-from moezoo.layers.attention import CausalMask, DenseContext, GroupedQueryAttention, attend
+from moezoo.layers.attention import GroupedQueryAttention
+from moezoo.layers.context import DenseContext
+from moezoo.layers.mask import CausalMask
 from moezoo.layers.rope import RotaryEmbedding
+from moezoo.layers.softmax_attention import attend
 
 HIDDEN, HEADS, KEY_HEADS, DIM = 20, 6, 2, 10
 

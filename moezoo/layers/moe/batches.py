@@ -1,4 +1,4 @@
-"""Which experts are worked on together on a CPU, where each torch call takes its time.
+"""Batches of experts that share torch calls on a CPU, where each call has a cost of its own.
 
 oneDNN takes 30 us to begin a product of 16-bit matrices, and more if their shapes are new to it.
 """
@@ -10,34 +10,38 @@ import torch
 from torch import Tensor
 
 BATCH_ROWS = 512
-"""Rows that experts worked on together have at most, if they are more than one."""
+"""Largest number of rows in a batch of more than one expert."""
 
 PADDED_ROWS = 2048
-"""The same, on average, where they are multiplied as one batch, each with the same number of rows;
-an expert has no more than an eighth of it. One by one, 512 tokens through 4 of 16 experts of
-256 x 64 took 4.8 ms, in a batch 1.4 ms (Intel Xeon with AMX)."""
+"""Average number of rows in a batch of experts that are padded to one length and multiplied at
+once; an expert has an eighth of it at most. One by one, 512 tokens through 4 of 16 experts of
+256 x 64 took 4.8 ms, in padded batches 1.4 ms (Intel Xeon with AMX)."""
 
 PADDED_WEIGHTS = 2**18
-"""The most weights of an expert's larger product in such a batch."""
+"""Largest number of weights in an expert's larger product for which experts are padded."""
 
 PADDED_PRODUCTS = 2**23
-"""So many are done while another product would begin, and may be made with rows that are only
-padding for each expert in a batch that has rows of its own."""
+"""Multiplications that take as long as another product takes to begin: padding may cost as many
+for each expert of a batch that has rows."""
 
 
 class Batch(NamedTuple):
+    """Neighbouring experts whose rows share torch calls."""
+
     experts: range
     sizes: list[int]
-    """The rows of each that are in the batch."""
+    """Number of rows of each expert that are in the batch."""
     padded: int = 0
-    """If not 0, the rows that each has together with padding."""
+    """Number of rows to which each expert is padded, 0 for no padding."""
 
 
 def batches_of(
     bounds: list[int], numel: int, *, alone: bool = False, pads: bool = False
 ) -> Iterator[Batch]:
-    """Experts with BATCH_ROWS together, or one that has more, or all of them `alone`; or, where
-    the caller `pads` and experts are small, those that are multiplied as one batch.
+    """Divide the experts into batches of up to BATCH_ROWS rows.
+
+    An expert with more rows has a batch to itself, as has every expert if `alone`. If the caller
+    `pads` and experts are small, batches may be padded to one number of rows an expert instead.
 
     bounds[e] rows precede expert e, whose larger product has `numel` weights. Small experts share
     their torch calls, and no buffer holds all the rows at once: memory that is new to the process
@@ -61,8 +65,8 @@ def _batches(bounds: list[int], max_rows: int) -> Iterator[Batch]:
 
 
 def _padded_batches(bounds: list[int], numel: int) -> Iterator[Batch]:
-    """Batches of one length. Experts with far more rows than the average come alone, and then in
-    their batch without rows."""
+    """Yield batches of the same number of experts. An expert with far more rows than the average
+    has a batch to itself, and no rows in the batch of its neighbours."""
     num_experts = len(bounds) - 1
     length = min(num_experts, max(1, PADDED_ROWS * num_experts // max(1, bounds[-1])))
     for first in range(0, num_experts, length):
@@ -80,20 +84,21 @@ def _padded_batches(bounds: list[int], numel: int) -> Iterator[Batch]:
 
 
 def _padded_size(rows: int) -> int:
-    """At least so many: one of few numbers, as oneDNN takes longer to prepare a product of a shape
-    that is new to it than to do it."""
+    """Round a number of rows up to one of few sizes, as oneDNN takes longer to prepare a product of
+    a shape that is new to it than to do it."""
     return -(-rows // 16) * 16 if rows > 16 else 1 << (rows - 1).bit_length()
 
 
 def _pays_to_pad(sizes: list[int], numel: int) -> bool:
-    """A batch reads the weights of all its experts, so there are as many rows at least."""
+    """Whether a padded batch is faster: it reads the weights of all its experts, so it needs at
+    least as many rows as experts, and little padding."""
     rows, hit = sum(sizes), sum(size > 0 for size in sizes)
     waste = len(sizes) * _padded_size(max(sizes)) - rows
     return hit > 1 and rows >= len(sizes) and waste * numel <= hit * PADDED_PRODUCTS
 
 
 def rows_of(batch: Batch, bounds: list[int]) -> slice | Tensor:
-    """Where the rows of a batch are."""
+    """Return the indices of a batch's rows in expert order."""
     start, stop = bounds[batch.experts.start], bounds[batch.experts.stop]
     if sum(batch.sizes) == stop - start:
         return slice(start, stop)
@@ -102,7 +107,7 @@ def rows_of(batch: Batch, bounds: list[int]) -> slice | Tensor:
 
 
 def padded_slots(batch: Batch) -> Tensor:
-    """Which of the padded rows hold what is not padding, int64 [sum(sizes)]."""
+    """Return the indices of the padded rows that are not padding, int64 [sum(sizes)]."""
     taken, shifts = 0, []
     for i, size in enumerate(batch.sizes):
         shifts.append(i * batch.padded - taken)

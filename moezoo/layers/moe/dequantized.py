@@ -1,5 +1,7 @@
-"""Experts in any format, one at a time: what quantised experts compute on CPU. Beyond the rows only
-one expert's matrices are in memory, in fp32.
+"""Quantised experts of any format on the CPU.
+
+Experts are dequantised one at a time, so beside the rows one expert's matrices are in memory, in
+fp32.
 """
 
 import torch
@@ -23,11 +25,11 @@ def dequantized_experts(
     bias13: Tensor | None,
     bias2: Tensor | None,
 ) -> Tensor:
-    """w13 [E, 2 or 1, I, H]; topk_ids are rows of w13, or negative."""
+    """Compute `fused_experts` with w13 [E, 2 or 1, I, H]; topk_ids are rows of w13, or negative."""
     num_experts = w13.shape[0]
 
     def rounded(rows: Tensor) -> Tensor:
-        """rows fp32 as the products take them."""
+        """Round fp32 rows to what the products take."""
         if isinstance(w13, BlockFp8 | ChannelFp8):
             return quantize_rows(rows).dequantize()[:, : rows.shape[1]]
         return rows.to(x.dtype).float()

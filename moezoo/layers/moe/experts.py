@@ -11,11 +11,12 @@ Rounding points: products accumulate in fp32; the gated activation is computed i
 once to x's dtype, so is each expert's output row; weighting and the sum over K are fp32 and rounded
 once. On CPU, torch has no 16-bit product with an fp32 result: there gate and up are rounded too.
 
-With weights in fp8, x is quantised per token and 128 of H, and the gated activation, in fp32 until
-then, per row and 128 of I. Products accumulate in the matrix units for 128 of H or I (on Hopper
-with 13 bits of fraction), are scaled by both scales and added in fp32. The rest is as above.
+With fp8 weights, x is quantised in groups of 128 numbers of a token, and the gated activation, fp32
+until then, in groups of 128 numbers of a row. Products accumulate 128 summands in the matrix units
+(on Hopper with 13 bits of fraction), which are scaled by both scales and added in fp32. The rest is
+as above.
 
-In formats of weights alone the weights are dequantised, on CUDA to x's dtype, where a product reads
+With weight-only formats the weights are dequantised, on CUDA to x's dtype, where a product reads
 them. The CPU multiplies dequantised values in fp32, one expert after the other, in every format.
 """
 
@@ -38,14 +39,14 @@ def workspace_bytes(
     element_size: int,
     weights: type[Format] | None = None,
 ) -> int:
-    """Bytes of the buffers that `fused_experts` allocates on a GPU for `num_tokens`.
+    """Return the bytes of the buffers that `fused_experts` allocates on a GPU for `num_tokens`.
 
-    Per chosen row its activation [I], its output [H] and 8 bytes of index (not counted: 4 bytes for
-    each expert); per token its result [H], twice where chunks are put together. Beyond
-    `CHUNK_TOKENS` tokens only the results grow. `weights` is their format, None for 16 or 32 bits:
-    with fp8 activations have a byte and their scales, and the tokens are there in fp8 too; beside
-    formats of weights alone the tokens are there in the order of the packed columns (and once for
-    each chosen row where columns have another order, `Int4.order`).
+    A chosen row takes its activation [I], its output [H] and 8 bytes of index (not counted: 4 bytes
+    for each expert); a token takes its result [H], twice where chunks are concatenated. Beyond
+    `CHUNK_TOKENS` tokens only the results grow. `weights` is the weights' format, None for 16 or 32
+    bits. With fp8, an activation is a byte, plus scales, and there is an fp8 copy of the tokens.
+    With weight-only formats there is a copy of the tokens in the order of the packed columns (and
+    one for each chosen row where columns have another order, `Int4.order`).
 
     The buffers come from torch's caching allocator, which is the one workspace per device that
     all layers share: they are freed in stream order when a layer returns, so the next layer gets
@@ -73,7 +74,7 @@ def fused_experts(
     bias2: Tensor | None = None,
     expert_map: Tensor | None = None,
 ) -> Tensor:
-    """The weighted sum of each token's chosen experts: [T, H] in x's dtype.
+    """Return the weighted sum of each token's chosen experts, [T, H] in x's dtype.
 
     x [T, H]; w13 [E, 2I, H] (gate rows, then up rows) and w2 [E, H, I] in x's dtype, one of fp32,
     bf16, fp16; topk_weights [T, K] fp32; topk_ids [T, K] int32; bias13 [E, 2I] and bias2 [E, H] in
@@ -194,8 +195,8 @@ def _validate(
             or tensor.device != device
         ):
             raise ValueError(
-                f"{name} must be {list(shape) if shape else '[E]'} {_named(kind)} on {device} to "
-                f"go with x {_describe(x)} and w2 {_describe(w2)}, got {_describe(tensor)}"
+                f"{name} must be {list(shape) if shape else '[E]'} {_kind_name(kind)} on {device} "
+                f"to go with x {_describe(x)} and w2 {_describe(w2)}, got {_describe(tensor)}"
             )
 
 
@@ -203,9 +204,9 @@ def _kind(weights: Tensor | Format) -> torch.dtype | type[Format]:
     return type(weights) if isinstance(weights, Format) else weights.dtype
 
 
-def _named(kind: torch.dtype | type[Format]) -> str:
+def _kind_name(kind: torch.dtype | type[Format]) -> str:
     return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def _describe(weights: Tensor | Format) -> str:
-    return f"{list(weights.shape)} {_named(_kind(weights))} on {weights.device}"
+    return f"{list(weights.shape)} {_kind_name(_kind(weights))} on {weights.device}"

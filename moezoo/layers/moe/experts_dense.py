@@ -1,4 +1,4 @@
-"""Experts whose weights have 16 or 32 bits: torch on CPU and for gradients, Triton on CUDA.
+"""Experts with weights of 16 or 32 bits: torch on CPU and for gradients, Triton on CUDA.
 
 Legend: S chosen rows; otherwise as in `experts`.
 """
@@ -13,26 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moezoo.layers.kernels.activations import Gating, in_parts
-from moezoo.layers.linear import (
-    FP32_ROWS,
-    LARGE,
-    ONEDNN_DTYPES,
-    linear,
-    one_row,
-    without_onednn,
-)
+from moezoo.layers.linear import linear
 from moezoo.layers.moe.batches import Batch, batches_of, padded_slots, rows_of
 from moezoo.layers.moe.chunks import in_chunks, local_ids, operator
 from moezoo.layers.moe.permute import permute
 from moezoo.layers.moe.ranges import verb
+from moezoo.layers.onednn import FP32_ROWS, LARGE, ONEDNN_DTYPES, one_row, without_onednn
 
 FEW_TOKENS = 4
-"""Up to so many tokens, on a GPU, an expert is multiplied once for each of them, unless too many
-share it: measured on one H100, that is faster while T*T*K <= E."""
+"""Largest number of tokens for which, on a GPU, an expert is read once for each of its tokens,
+unless too many share experts: on one H100 that is faster while T*T*K <= E."""
 
 FEW_PRODUCTS = 2**18
-"""With no more products than this for an expert, and with a single row of one that is not `LARGE`,
-oneDNN takes longer to begin a 16-bit product on CPU than torch's own routine takes to do it."""
+"""Largest number of multiplications for which torch's own routine does a 16-bit product on a CPU
+before oneDNN has begun it; so it does for a single row times a matrix that is not `LARGE`."""
 
 
 def dense_torch(
@@ -48,6 +42,7 @@ def dense_torch(
     limit: float | None = None,
     up_offset: float = 0.0,
 ) -> Tensor:
+    """Compute `fused_experts` in torch; activation, limit and up_offset make the `Gating`."""
     gated = w13.ndim == 3 or w13.shape[1] == 2
     act = Gating(activation, limit, up_offset)
     parts, dim = (-1, 1 + gated, w2.shape[2]), 1
@@ -59,7 +54,7 @@ def dense_torch(
         bias13 = None if bias13 is None else bias13.movedim(1, dim).flatten(1, 2)
 
     def one_token(x: Tensor, topk_weights: Tensor, chosen: list[int]) -> Tensor:
-        """Nothing to group here, and on a CPU every torch call counts."""
+        """Compute a single token without grouping, as on a CPU every torch call counts."""
         with without_onednn():
             rows = _products(w13, chosen, repeat(x[0]), bias13)
             h = act(*torch.cat(rows).float().view(parts).unbind(dim)).type_as(x)
@@ -67,7 +62,7 @@ def dense_torch(
         return torch.mm(topk_weights, torch.stack(rows).float()).type_as(x)
 
     def experts_of(x: Tensor, tokens: Tensor, batch: Batch) -> Tensor:
-        """x[tokens], each through its expert of the batch."""
+        """Send x[tokens], in expert order, through the experts of the batch."""
         if batch.padded:
             slots = padded_slots(batch)
             padded = tokens.new_zeros(len(batch.experts) * batch.padded)
@@ -114,8 +109,8 @@ def dense_torch(
 
 
 def _torch_groups(x: Tensor, w13: Tensor, w2: Tensor) -> bool:
-    """Whether torch's own grouped product on the CPU takes the weights, and is the faster way with
-    few rows: the bits of its loop are those of ours, a sixth faster."""
+    """Whether torch's grouped product on the CPU takes these weights and is the faster way for few
+    rows: it gives the bits of our loop, a sixth faster."""
     if not x.is_cpu or x.dtype.itemsize != 2 or x.dtype in ONEDNN_DTYPES or torch.is_grad_enabled():
         return False
     return w13.is_contiguous() and w2.is_contiguous() and w13.shape[2] % 8 == w2.shape[2] % 8 == 0
@@ -124,7 +119,7 @@ def _torch_groups(x: Tensor, w13: Tensor, w2: Tensor) -> bool:
 def _products(
     w: Tensor, experts: list[int], x: Iterable[Tensor], bias: Tensor | None
 ) -> list[Tensor]:
-    """w [E, M, N], for each of experts an x [N], bias [E, M] -> as many [M]."""
+    """Return w[e] [M, N] @ x [N] + bias[e] [M] for each e of `experts` and its x."""
     rows = zip(experts, x, strict=False)
     if w[0].numel() >= LARGE:
         return [one_row(w[e], row, None if bias is None else bias[e]) for e, row in rows]
@@ -134,7 +129,8 @@ def _products(
 
 
 def _batched_linear(x: Tensor, experts: range, w: Tensor, bias: Tensor | None) -> Tensor:
-    """x [B * R, N], R rows for each of B experts, w [E, M, N], bias [E, M] -> [B * R, M]."""
+    """Multiply x [B * R, N], R rows for each of B experts, by w [E, M, N] and add bias [E, M];
+    return [B * R, M]."""
     chosen = slice(experts.start, experts.stop)
     rows, w = x.view(len(experts), -1, x.shape[1]), w[chosen].mT
     if bias is None:
@@ -145,7 +141,8 @@ def _batched_linear(x: Tensor, experts: range, w: Tensor, bias: Tensor | None) -
 def _grouped_linear(
     x: Tensor, sizes: list[int], w: Tensor, *, experts: list[int], bias: Tensor | None
 ) -> Tensor:
-    """x [S, N] -> [S, M]: of its rows, sizes[i] go through w[experts[i]] [M, N]."""
+    """Multiply sizes[i] rows of x [S, N] by w[experts[i]] [M, N], for each i, and add the expert's
+    bias; return [S, M]."""
     parts = x.split(sizes)
     y: dict[int, Tensor] = {}
 
@@ -177,6 +174,7 @@ def dense_cuda(
     limit: float | None = None,
     up_offset: float = 0.0,
 ) -> Tensor:
+    """Compute `fused_experts` by kernels; activation, limit and up_offset make the `Gating`."""
     # Triton is not installed where there is no CUDA.
     from moezoo.layers.kernels.combine import combine
     from moezoo.layers.kernels.down import down
@@ -188,7 +186,7 @@ def dense_cuda(
     gating = Gating(activation, limit, up_offset)
     w13, bias13 = in_parts(w13, bias13)
 
-    # The kernels for few tokens read the weights' last dimension side by side.
+    # The kernels for few tokens need weights whose last dimension is contiguous.
     dense = w13.stride(-1) == w2.stride(-1) == 1
     num_experts = w13.shape[0] if expert_map is None else len(expert_map)
 
@@ -228,7 +226,7 @@ def dense_cuda(
 
 @torch.compiler.disable
 def dense_autograd(x: Tensor, *args: Any) -> Tensor:
-    """The loop over experts is for autograd to see, not for a compiler to trace."""
+    """Compute `fused_experts` in torch with gradients; a compiler does not trace its loop."""
     if x.is_cuda:
         warnings.warn(
             "fused_experts computes a gradient, expert by expert in torch; for inference use"

@@ -1,5 +1,8 @@
-"""Experts in fp8 on CUDA: activations are quantised per token and 128 of H, and per row and 128
-of I, and multiplied in fp8."""
+"""Experts in fp8 on CUDA.
+
+Both products multiply fp8 by fp8: x is quantised in groups of 128 numbers of a token, the gated
+activation in groups of 128 numbers of a row.
+"""
 
 from torch import Tensor
 
@@ -21,8 +24,11 @@ def fp8_cuda(
     bias2: Tensor | None,
     num_experts: int,
 ) -> Tensor:
-    """w13 [E, 2 or 1, I, H]; topk_ids [T, K] are rows of w13, or negative, and spread over
-    num_experts, those of other ranks included."""
+    """Compute `fused_experts` with w13 [E, 2 or 1, I, H].
+
+    topk_ids [T, K] are rows of w13, or negative. Tokens choose from num_experts experts, those of
+    other ranks included.
+    """
     from moezoo.layers.kernels.combine import combine
     from moezoo.layers.kernels.down_fp8 import down_fp8
     from moezoo.layers.kernels.gated_up_fp8 import gated_up_fp8

@@ -1,4 +1,4 @@
-"""Quantised experts: the torch loop on CPU, kernels on CUDA, and an operator per format."""
+"""Quantised experts: a loop in torch on CPU, kernels on CUDA, and an operator for each format."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +26,7 @@ def quantized_experts(
     bias2: Tensor | None,
     expert_map: Tensor | None,
 ) -> Tensor:
-    """As `fused_experts`, with w13 [E, 2 or 1, I, H]."""
+    """Compute `fused_experts` with w13 [E, 2 or 1, I, H]."""
     settings: Any = {"gating": gating, "bias13": bias13, "bias2": bias2}
     num_experts = w13.shape[0] if expert_map is None else len(expert_map)
 
@@ -43,8 +43,8 @@ def quantized_experts(
     return in_chunks(chunk, x, topk_weights, local_ids(topk_ids, expert_map))
 
 
-def _operator(name: str, restored: Any) -> Any:
-    """`restored` is the format, called with its tensors."""
+def _operator(name: str, from_tensors: Any) -> Any:
+    """Make the operator of a format; `from_tensors` is the format, called with its tensors."""
 
     def fused_experts(
         x: Tensor,
@@ -60,7 +60,7 @@ def _operator(name: str, restored: Any) -> Any:
         up_offset: float = 0.0,
     ) -> Tensor:
         return quantized_experts(
-            *(x, restored(*w13), restored(*w2), topk_weights, topk_ids),
+            *(x, from_tensors(*w13), from_tensors(*w2), topk_weights, topk_ids),
             gating=Gating(activation, limit, up_offset),
             bias13=bias13,
             bias2=bias2,
@@ -71,4 +71,4 @@ def _operator(name: str, restored: Any) -> Any:
 
 
 OPERATORS = {format_: _operator(name, format_) for name, format_ in FORMATS.items()}
-"""They take the tensors of w13 and w2 in the order of their fields."""
+"""The operator of each format. It takes the tensors of w13 and w2 in the order of their fields."""

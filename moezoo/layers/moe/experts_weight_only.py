@@ -1,4 +1,4 @@
-"""Experts whose weights alone are quantised, on CUDA: the kernels dequantise what they read.
+"""Experts with weight-only quantisation on CUDA: the kernels dequantise the weights they read.
 
 Legend: S chosen rows; otherwise as in `experts`.
 """
@@ -14,7 +14,8 @@ from moezoo.layers.moe.ranges import verb
 from moezoo.layers.quant import Mxfp4, WeightOnly
 
 ORDERED_TOKENS = 2048
-"""Tokens at a time where columns have an order: gathering takes 8 bytes for each number."""
+"""Number of tokens worked on at a time where columns have an order of their own: gathering takes
+8 bytes for each number."""
 
 
 def weight_only_cuda(
@@ -29,8 +30,11 @@ def weight_only_cuda(
     bias2: Tensor | None,
     num_experts: int,
 ) -> Tensor:
-    """w13 [E, 2 or 1, I, H]; topk_ids [T, K] are rows of w13, or negative, and spread over
-    num_experts, those of other ranks included."""
+    """Compute `fused_experts` with w13 [E, 2 or 1, I, H].
+
+    topk_ids [T, K] are rows of w13, or negative. Tokens choose from num_experts experts, those of
+    other ranks included.
+    """
     from moezoo.layers.kernels.combine import combine
     from moezoo.layers.kernels.down_weight_only import down_weight_only
     from moezoo.layers.kernels.few_tokens_weight_only import few_tokens_weight_only, is_faster
@@ -86,9 +90,11 @@ def _in_order(
     bias2: Tensor | None,
     num_experts: int,
 ) -> Tensor:
-    """The same where columns have an order of their own: each chosen row has its numbers in that
-    order before it is multiplied. Gate and up are products of their own, rounded before the
-    activation."""
+    """Compute `weight_only_cuda` where columns have an order of their own (`Int4.order`).
+
+    The numbers of each chosen row are gathered in that order before it is multiplied. Gate and up
+    are separate products, rounded before the activation.
+    """
     from moezoo.layers.kernels.combine import combine
     from moezoo.layers.kernels.down_weight_only import down_weight_only
     from moezoo.layers.kernels.interleave import interleave
@@ -100,13 +106,13 @@ def _in_order(
     with verb("permute"):
         rows = permute(topk_ids, w13.shape[0], tile.m)
     last_row, last_expert = topk_ids.numel() - 1, w13.shape[0] - 1
-    # Nobody wrote the order of rows without an expert, nor reads what becomes of them.
+    # The order of rows without an expert is not initialised, and their results are not read.
     tokens = rows.order.clamp(0, last_row) // topk_ids.shape[1]
     positions = torch.arange(last_row + 1, dtype=torch.int32, device=x.device)
     experts = torch.searchsorted(rows.offsets[1:], positions, right=True).clamp(max=last_expert)
 
     def product(x: Tensor, w: WeightOnly, bias: Tensor | None) -> Tensor:
-        """x [S, K] in expert order, w [E, N, K] -> [S, N]"""
+        """Multiply x [S, K], in expert order, by w [E, N, K]; return [S, N]."""
         if not isinstance(w, Mxfp4) and w.order is not None:
             x = x.gather(1, w.order[experts].long())
             w = replace(w, order=None)
@@ -126,5 +132,5 @@ def _in_order(
 
 
 def _part(w13: WeightOnly, part: int) -> WeightOnly:
-    """[E, P, I, H] -> [E, I, H]"""
+    """Return gate or up weights [E, I, H] of w13 [E, P, I, H]."""
     return w13.map(lambda tensor: tensor.select(1, part))

@@ -5,9 +5,9 @@ whose options say how the weights lie: transposed, gate and up rows alternating,
 without a gate, with a norm behind each expert. `fused_experts` takes them all as views; no weight
 is copied.
 
-How gate and up are joined is a method of the module (`_apply_gate`) that any model may override.
+How gate and up are combined is a method of the module (`_apply_gate`) that any model may override.
 It is recognised by what it computes, not by its name: its values are compared with those of every
-`Gating` that the module's own numbers could mean.
+`Gating` that can be made with the module's numeric attributes.
 
 Legend: T tokens, H hidden, I expert intermediate, E experts, K experts per token.
 """
@@ -24,17 +24,17 @@ from moezoo.layers.moe.experts import fused_experts
 from moezoo.layers.moe.permute import combine
 
 INSTEAD = "grouped_mm"
-"""What runs the experts that moezoo has no kernel for: transformers' own choice by default."""
+"""The implementation of experts that moezoo has no kernel for: transformers' own default."""
 
 
 def experts_forward(
     experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """The forward of a decorated module: hidden_states [T, H] -> [T, H].
+    """Run the experts of a decorated module, hidden_states [T, H] -> [T, H].
 
     top_k_index and top_k_weights are [T, K]; with expert parallelism, ids from E on are experts of
-    other ranks. Warns, once for a class, where the experts' activation is none of moezoo's, and
-    leaves them to transformers.
+    other ranks. Experts whose activation is none of moezoo's are left to transformers, with a
+    warning once for each class.
     """
     # Once known it is read, not asked for: torch 2.11 cannot pass a module to a constant function,
     # so there a module has to run once before it is compiled.
@@ -58,7 +58,7 @@ def experts_forward(
     if not getattr(experts, "has_post_expert_norm", False):
         y = fused_experts(x, w13, w2, weights, top_k_index, **settings)
         return y.to(hidden_states.dtype)
-    # The norm is due before the sum over K, so each of a token's K rows is a token here.
+    # The norm comes before the sum over K, so each of a token's K rows is a token here.
     rows = x.repeat_interleave(top_k_index.shape[1], 0)
     ids = top_k_index.reshape(-1, 1)
     y = fused_experts(rows, w13, w2, torch.ones_like(ids, dtype=torch.float32), ids, **settings)
@@ -67,7 +67,7 @@ def experts_forward(
 
 
 def _parts(experts: Any, rows: Tensor) -> Tensor:
-    """w13 [E, G*I, H] or bias13 [E, G*I] as `fused_experts` takes it: a view."""
+    """Return w13 [E, G*I, H] or bias13 [E, G*I] as a view that `fused_experts` takes."""
     if not experts.has_gate:
         return rows.unsqueeze(1)
     if experts.is_concatenated:
@@ -77,7 +77,7 @@ def _parts(experts: Any, rows: Tensor) -> Tensor:
 
 @torch.compiler.assume_constant_result
 def _gating(experts: Any) -> Gating | None:
-    """How these experts join gate and up, or None where moezoo has no kernel for it."""
+    """Return how these experts combine gate and up, None where moezoo has no kernel for it."""
     experts._moezoo_gating = gating = _recognise(experts)
     if gating is None:
         act = getattr(experts, "act_fn", experts._apply_gate)
@@ -92,7 +92,7 @@ def _gating(experts: Any) -> Gating | None:
 
 @torch.no_grad()
 def _recognise(experts: Any) -> Gating | None:
-    """The `Gating` that gives the values that the module's own functions give."""
+    """Find the `Gating` whose values are those of the module's own functions."""
     numbers = {float(v) for v in vars(experts).values() if type(v) in (int, float) and v > 0}
     # Ordinary values, large ones, and what a limit by any of the module's numbers would cut.
     values = [*range(13), 0.1, 0.25, 0.5, 0.75, 1.25, 1.5, 2.5, 3.5, 30, 1e3]
@@ -119,5 +119,6 @@ def _recognise(experts: Any) -> Gating | None:
 
 
 def _same(values: Tensor, expected: Tensor, scale: Tensor) -> bool:
-    """Equal within rounding; the scale is that of the operands, since 1 + tanh(x) may cancel."""
+    """Whether values are equal within rounding; `scale` is the size of the operands, since
+    1 + tanh(x) may cancel."""
     return bool(((values - expected).abs() <= 1e-6 * scale + 1e-5 * expected.abs()).all())

@@ -20,19 +20,23 @@ from moezoo.layers.norm import NormOfSum, is_hooked, normed
 from moezoo.layers.quant import Format, QuantizedWeights
 
 NORM_TOKENS = 8
-"""For up to this many tokens the router's kernel computes the norm of x as well."""
+"""Largest number of tokens for which the router's kernel computes the norm of x as well."""
 
 SHARED_TOKENS = 1
-"""For up to this many tokens the shared experts are computed in the launches of the routed ones:
-for more, their weights would come from L2 once for each."""
+"""Largest number of tokens for which shared experts are computed in the launches of the routed
+ones: with more, their weights would be read from L2 once for each token."""
 
 Route = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""A function from logits [T, E] to topk_weights [T, K] fp32 and topk_ids [T, K] int32."""
+
 Record = Callable[[Tensor, Tensor], None]
+"""A function that is called with topk_weights and topk_ids [T, K]."""
 
 
 class Arrival(NamedTuple):
-    """Tokens that this rank works on: x [T', H], topk_weights fp32 and rows int32 [T', K], the row
-    of each chosen expert in this rank's w13 and w2, or -1 where another rank has it."""
+    """Tokens that have arrived at this rank: x [T', H], topk_weights fp32 [T', K], and rows int32
+    [T', K], those of the chosen experts in this rank's w13 and w2, -1 where another rank has one.
+    """
 
     x: Tensor
     topk_weights: Tensor
@@ -43,32 +47,35 @@ class Flight(Protocol):
     """The tokens of one layer on their way to the experts and back."""
 
     def arrivals(self) -> Iterator[Arrival]:
-        """The tokens that come to this rank, in parts. Each is answered before the next is taken,
-        while that travels."""
+        """Yield the tokens that come to this rank, in parts. Each part is answered before the next
+        is taken, which travels meanwhile."""
 
     def answer(self, y: Tensor) -> None:
-        """y [T', H]: what this rank's experts make of the last arrival, weighted and summed."""
+        """Send back y [T', H], the weighted sums of this rank's experts for the last arrival."""
 
     def combine(self) -> Tensor:
-        """[T, H] of this rank's tokens: all answers to each, summed in fp32 and rounded once."""
+        """Return the outputs [T, H] of this rank's tokens, the sums of all ranks' answers in fp32,
+        rounded once."""
 
 
 class Dispatcher(Protocol):
     """Carries tokens to the ranks that hold their experts, and their outputs back."""
 
     def passing(self, num_tokens: int) -> AbstractContextManager[None]:
-        """The block is a forward pass over so many tokens of this rank, or none. Every rank begins
-        it at the same time; what they agree on then they need not in each layer."""
+        """Return the context of a forward pass over `num_tokens` tokens of this rank, perhaps 0.
+        All ranks enter it together, and agree once on what each layer would ask."""
 
     def dispatch(self, x: Tensor, topk_weights: Tensor, slots: Tensor) -> Flight:
-        """x [T, H], topk_weights fp32 [T, K], slots int32 [T, K]: physical experts, counted over
-        all ranks. Every rank has to call it for every layer, with no tokens if need be."""
+        """Send x [T, H] and topk_weights fp32 [T, K] to the ranks of the slots int32 [T, K], which
+        are numbered over all ranks. Every rank has to call it for every layer, also without tokens.
+        """
 
 
 class BiasedRoute(nn.Module):
-    """A route with a correction bias: `fn(logits, correction_bias=self.correction_bias)`.
+    """A route with a correction bias [E], which takes part in the choice of experts but not in
+    their weights: `fn(logits, correction_bias=self.correction_bias)`.
 
-    The bias [E] stays fp32 whatever the model's dtype: its steps are finer than 16 bit resolve.
+    The bias stays fp32 whatever the model's dtype: 16 bits are too coarse for its steps.
     """
 
     keep_dtype: ClassVar[tuple[str, ...]] = ("correction_bias",)
@@ -88,7 +95,7 @@ class BiasedRoute(nn.Module):
 
 
 class BiasedLogits(nn.Module):
-    """A route for a gate with a bias [E]: `fn(logits, bias=self.bias)`."""
+    """A route for a gate whose linear layer has a bias [E]: `fn(logits, bias=self.bias)`."""
 
     def __init__(self, num_experts: int, fn: Callable[..., tuple[Tensor, Tensor]]) -> None:
         super().__init__()
@@ -103,21 +110,22 @@ class BiasedLogits(nn.Module):
 
 
 def _weights(held: nn.Parameter | QuantizedWeights) -> Tensor | Format:
+    """Return what `fused_experts` takes for a layer's w13 or w2."""
     return held() if isinstance(held, QuantizedWeights) else held
 
 
 class FusedMoE(nn.Module):
-    """K of E gated experts for each token, plus `shared`, if there is one, for every token.
+    """Mixture of gated experts: each token goes to K of E, and all go to `shared`, if there is one.
 
     Parameters: gate [E, H]; w13 [E, 2I, H], gate rows then up rows; w2 [E, H, I]; with `bias` also
-    bias13 [E, 2I] and bias2 [E, H] of the experts. Quantised, w13 [E, 2, I, H] and w2 are modules
-    with parameters of their own, see `quantize_`.
+    the experts' bias13 [E, 2I] and bias2 [E, H]. If they are quantised, w13 [E, 2, I, H] and w2 are
+    modules with parameters of their own, see `quantize_`.
 
     `route` maps fp32 logits [T, E] to (topk_weights [T, K] fp32, topk_ids [T, K] int32): a partial
     of a function in `moezoo.layers.moe.routing`, or a module where the router has parameters.
-    `shared` is a module [T, H] -> [T, H] whose output is added; one with a true attribute `adds`
-    takes what it is added to as its second argument, which it may overwrite, and has `activation`
-    and `as_shared_expert` as `GatedMLP` has them.
+    `shared` is a module [T, H] -> [T, H] whose output is added. If it has a true attribute `adds`,
+    it is called with the routed experts' output as its second argument and returns the sum, perhaps
+    in that tensor, and it has `activation` and `as_shared_expert` as `GatedMLP` has them.
 
     Where experts are divided over ranks, w13 and w2 hold those of this rank, in its slots, and
     `dispatcher` carries the tokens; it is None where this process holds all the experts.
@@ -141,12 +149,12 @@ class FusedMoE(nn.Module):
         self.shared = shared
         self.dispatcher = dispatcher
         self.reroute: Route | None = None
-        """Called in the place of `route`, while somebody experiments with it."""
+        """Function that is called instead of `route` while routing is overridden, else None."""
         self.record: Record | None = None
-        """Called with topk_weights and topk_ids [T, K] of each forward pass."""
+        """Function that is called with topk_weights and topk_ids [T, K] in each forward pass."""
         self.physical_ids: Callable[[Tensor], Tensor] | None = None
-        """topk_ids [T, K] -> the slots int32 [T, K] of these experts; None where expert e is in
-        slot e."""
+        """A function from topk_ids [T, K] to the slots int32 [T, K] of these experts; None where
+        expert e is in slot e."""
         self.gate = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.w13: nn.Parameter | QuantizedWeights = nn.Parameter(
             torch.empty(num_experts, 2 * intermediate_size, hidden_size)
@@ -170,14 +178,14 @@ class FusedMoE(nn.Module):
                 nn.init.zeros_(bias)
 
     def quantize_(self, w13: Format, w2: Format) -> None:
-        """Put w13 [E, 2, I, H] and w2 [E, H, I], both of one format, in the place of the experts'
-        parameters. They need no gradient, and none comes through them.
+        """Replace the experts' parameters by w13 [E, 2, I, H] and w2 [E, H, I] of one format; there
+        is no gradient through them.
 
             layer.quantize_(
                 Int8.quantize(layer.w13.unflatten(1, (2, -1))), Int8.quantize(layer.w2)
             )
 
-        Raises ValueError for other shapes, two formats, or what is none.
+        Raises ValueError if a shape differs, or they are not of one `Format`.
         """
         for name, given in (("w13", w13), ("w2", w2)):
             if not isinstance(given, Format):
@@ -202,18 +210,18 @@ class FusedMoE(nn.Module):
 
     @property
     def num_experts(self) -> int:
-        """Those of all ranks that a token can choose from."""
+        """Number of routed experts that a token can choose from, those of other ranks included."""
         return self.gate.shape[0]
 
     @property
     def router(self) -> partial[tuple[Tensor, Tensor]]:
-        """The function that `route` is made of, with its settings; k is one of them."""
+        """The routing function of `route` with its settings, k among them."""
         function = self.route.fn if isinstance(self.route, nn.Module) else self.route
         assert isinstance(function, partial), "routes are partial(function, k=..., ...)"
         return function
 
     def expert_tensors(self) -> list[Tensor]:
-        """All that the experts of this process consist of: parameters [E', ..], a row for each."""
+        """Return the parameters [E', ..] of this process' experts, which have a row for each."""
         return [
             tensor
             for w in (self.w13, self.w2, self.bias13, self.bias2)
@@ -238,9 +246,9 @@ class FusedMoE(nn.Module):
         return self.routed(tokens, topk_weights, topk_ids).view(x.shape)
 
     def routed(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        """The weighted sum of the chosen experts, and of the shared ones: x [T, H] -> [T, H].
+        """Return the weighted sum of the chosen experts plus the shared ones, x [T, H] -> [T, H].
 
-        An id of -1 is no expert.
+        An id of -1 stands for no expert.
         """
         if self.physical_ids is not None:
             topk_ids = self.physical_ids(topk_ids)
@@ -260,8 +268,8 @@ class FusedMoE(nn.Module):
     def _with_shared(
         self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shared: Any
     ) -> Tensor | None:
-        """Routed and shared experts in the same launches, where tokens are so few that launches
-        count; None where this does not go."""
+        """Compute routed and shared experts in the same launches, where tokens are so few that
+        launches count; return None where no kernel does."""
         w13, w2, bias13, bias2 = self.w13, self.w2, self.bias13, self.bias2
         if (
             len(x) > SHARED_TOKENS
@@ -289,7 +297,8 @@ class FusedMoE(nn.Module):
             )
 
     def router_logits(self, x: Tensor | NormOfSum) -> Tensor:
-        """x [.., H] -> [T, E] fp32, computed in fp32: 16-bit logits would swap close experts."""
+        """Return the gate's logits [T, E] of x [.., H], computed in fp32: 16-bit logits would swap
+        close experts."""
         if isinstance(x, NormOfSum):
             arguments = x.kernel_arguments(NORM_TOKENS, self.gate)
             if arguments is not None:
@@ -309,8 +318,8 @@ class FusedMoE(nn.Module):
         return F.linear(x.float(), gate.float())
 
     def experts(self, x: Tensor, topk_weights: Tensor, rows: Tensor) -> Tensor:
-        """The weighted sum of experts of this process, by their rows in w13 and w2:
-        x [T, H] -> [T, H]."""
+        """Return the weighted sum of this process' experts, x [T, H] -> [T, H]; `rows` [T, K] are
+        rows of w13 and w2, or -1."""
         w13, w2 = _weights(self.w13), _weights(self.w2)
         if w2.shape[0] == 0:
             return torch.zeros_like(x)
@@ -333,8 +342,8 @@ class FusedMoE(nn.Module):
         *,
         beside: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """The same over the experts of all ranks, by their slots, plus beside(x), which is computed
-        while their last outputs travel."""
+        """Return the weighted sum of the experts in `slots` [T, K] of all ranks, plus beside(x),
+        which is computed while the experts' last outputs travel."""
         assert self.dispatcher is not None
         flight = self.dispatcher.dispatch(x, topk_weights, slots)
         for arrival in flight.arrivals():

@@ -1,4 +1,4 @@
-"""Routing by order, for experiments: experts that are forced, banned or favoured, and another k.
+"""Overridden routing, for experiments: experts that are forced, banned or favoured, and another k.
 
 Legend: T tokens, E experts, K experts per token.
 """
@@ -13,25 +13,27 @@ from torch import Tensor
 from moezoo.layers.moe.layer import BiasedLogits, BiasedRoute, FusedMoE
 
 OUT_OF_REACH = 1e30
-"""Added to or taken from a score, it decides the choice; finite, as inf - inf is NaN."""
+"""A number that decides the choice when it is added to a score or subtracted from it; finite, as
+inf - inf is NaN."""
 
 MARGIN = 1e-3
-"""A forced expert's logit lies so much above the best one's, so that no tie keeps it out."""
+"""How far a forced expert's logit is above the token's best one, relative to that if it is beyond
+1, so that it cannot lose a tie."""
 
 
 class RoutingOverride:
-    """What a layer's route chooses, changed: assign it to `FusedMoE.reroute`.
+    """A layer's route with changed choices: assign it to `FusedMoE.reroute`.
 
     Args:
-        force: these experts are chosen by every token. Their logit is the token's best and
-            `MARGIN`, so they weigh as much as the expert that it would have liked best.
-        ban: these are never chosen.
-        bias: is added to the logits of these experts, so to choice and weight.
-        k: so many experts a token.
+        force: experts that every token chooses. Their logit is the token's best plus `MARGIN`, so
+            they weigh as much as its favourite would have.
+        ban: experts that no token chooses.
+        bias: numbers that are added to the logits of experts, so to choice and weight.
+        k: number of experts a token chooses, by default the route's.
 
     Raises:
-        ValueError: there is no such expert, too few are left to choose from, or the route's
-            number of experts or groups cannot follow.
+        ValueError: there is no such expert, too few are left to choose from, or the forced ones
+            are of more groups than the route chooses.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class RoutingOverride:
         self._fn = partial(layer.router, k=self.k)
         num_groups, topk_groups = keywords.get("num_groups", 1), keywords.get("topk_groups", 1)
         num_choices = len(layer.gate)
-        _check(num_choices, force, ban, bias, self.k, num_groups, topk_groups)
+        _validate(num_choices, force, ban, bias, self.k, num_groups, topk_groups)
         device = layer.gate.device
 
         def marked(experts: Collection[int]) -> Tensor:
@@ -63,14 +65,14 @@ class RoutingOverride:
         addend[marked(ban)] = -OUT_OF_REACH
         self._addend = addend.to(device)
         self._forced = marked(force).to(device) if force else None
-        # A correction bias takes part in the choice alone, and would have the last word.
+        # A correction bias is added after the scores are computed, and could outweigh the logits.
         steer = torch.zeros(num_choices)
         steer[marked(force)], steer[marked(ban)] = OUT_OF_REACH, -OUT_OF_REACH
         self._steer = steer.to(device)
         self._route = layer.route
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """logits [T, E] -> topk_weights [T, K] fp32, topk_ids [T, K] int32."""
+        """Route logits [T, E] to topk_weights [T, K] fp32 and topk_ids [T, K] int32."""
         logits = logits.float() + self._addend
         if isinstance(self._route, BiasedLogits):
             logits = logits + self._route.bias.float()
@@ -85,9 +87,11 @@ class RoutingOverride:
 def routing_overrides(
     with_experts: Mapping[int, FusedMoE], layers: Collection[int] | None, **options: Any
 ) -> dict[FusedMoE, RoutingOverride]:
-    """The overrides of `layers`, by default of all that have experts; `options` as above.
+    """Make an override for each of `layers`, by default all in `with_experts`.
 
-    Raises ValueError where a layer has none, or where one is overridden already.
+    `options` are those of `RoutingOverride`.
+
+    Raises ValueError where a layer has no experts, or where routing is overridden already.
     """
     chosen = with_experts.keys() if layers is None else layers
     if missing := sorted(set(chosen) - with_experts.keys()):
@@ -101,11 +105,11 @@ def routing_overrides(
 
 
 class OverriddenRouting:
-    """Layers on which overrides are in force, until `undo` or the end of a `with` block.
+    """Overrides that are in force until `undo` or the end of a `with` block.
 
     Args:
-        overrides: for each layer, what takes the place of its route.
-        changed: called when they come into force, and when they are undone.
+        overrides: the override of each layer.
+        changed: is called when they come into force, and when they are undone.
     """
 
     def __init__(
@@ -117,7 +121,7 @@ class OverriddenRouting:
         changed()
 
     def undo(self) -> None:
-        """The layers route as they did before. A second time it does nothing."""
+        """Let the layers route as before; a second call changes nothing more."""
         for layer, override in self._overrides.items():
             if layer.reroute is override:
                 layer.reroute = None
@@ -131,7 +135,7 @@ class OverriddenRouting:
         self.undo()
 
 
-def _check(
+def _validate(
     num_experts: int,
     force: Collection[int],
     ban: Collection[int],

@@ -5,10 +5,10 @@ from torch import Tensor
 
 
 def permute(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """topk_ids [T, K] integer -> order [T*K] int32, offsets [E+1] int32.
+    """Sort topk_ids [T, K] by expert; return order [T*K] int32 and offsets [E+1] int32.
 
     order[offsets[e]:offsets[e+1]] are the flat positions t*K + k at which expert e was chosen, in
-    rising order. Positions with a negative id come last, from offsets[E] on: nobody computes them.
+    ascending order. Positions with a negative id come last, from offsets[E] on: experts skip them.
     """
     ids = topk_ids.flatten()
     ids = ids.where(ids >= 0, num_experts)
@@ -18,8 +18,8 @@ def permute(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 
 def combine(y: Tensor, topk_weights: Tensor) -> Tensor:
-    """y [T, K, H], topk_weights [T, K] fp32 -> [T, H] in y's dtype: sum over K of weight * row.
+    """Sum the rows y [T, K, H] over K, weighted by topk_weights [T, K] fp32.
 
-    Products and sum are fp32 and rounded once.
+    Products and sum are fp32; the result [T, H] is rounded once, to y's dtype.
     """
     return torch.bmm(topk_weights.unsqueeze(1), y.float()).squeeze(1).to(y.dtype)

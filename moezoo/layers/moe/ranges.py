@@ -9,8 +9,10 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 def verb(name: str) -> AbstractContextManager[object]:
-    """A range `moezoo::name` while a profiler runs. Otherwise it takes 0.1 us, where a
-    `record_function` that nobody looks at takes 10."""
+    """Return a context that is the range `moezoo::name` while a profiler runs.
+
+    Without one it takes 0.1 us, where an unused `record_function` takes 10.
+    """
     if not profiler._is_profiler_enabled or torch.compiler.is_compiling():
         return _NOTHING
     return torch.profiler.record_function(f"moezoo::{name}")

@@ -1,7 +1,6 @@
-"""What the routers of a decoder choose, counted where it happens.
+"""Counters of what a decoder's routers choose, on the device.
 
-Nothing here waits for the device, and all of it can be part of a captured graph, but for choices
-that are kept.
+Nothing here waits for the device, and all but `keeps_choices` can be part of a captured graph.
 
 Legend: T tokens, K experts per token, L MoE layers, E experts, S forward passes that are kept,
 B bins.
@@ -15,13 +14,13 @@ from torch import Tensor, nn
 
 
 class RoutingRecorder(nn.Module):
-    """Counts for L layers; a module of the decoder, which calls `begin`, and the layers `add`.
+    """Counters for L layers. It is a module of the decoder, which calls `begin`; layers call `add`.
 
     Args:
-        history: S, forward passes whose loads are kept one by one.
-        bins: B, of the histogram of scores.
-        keeps_choices: each layer's ids and weights are kept, token by token, on the device. Steps
-            are then not captured.
+        history: S, number of forward passes whose loads are kept one by one.
+        bins: B, number of bins in the histogram of scores.
+        keeps_choices: whether each layer's ids and weights are kept, token by token, on the device.
+            Steps are then not captured.
     """
 
     def __init__(
@@ -38,14 +37,14 @@ class RoutingRecorder(nn.Module):
         self.num_experts = num_experts
         self.runs_on_host = keeps_choices
         self.choices: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(num_layers)]
-        """Of each layer and pass: topk_ids and topk_weights [T, K]."""
+        """For each layer the topk_ids and topk_weights [T, K] of each forward pass."""
         self._real: Tensor | None = None
         self._row = torch.zeros(1, dtype=torch.int64, device=device)
 
         def counter(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        # One place more in the last dimension: what is padding falls there.
+        # The last dimension has one entry more, where padding is counted.
         for name, tensor in {
             "passes": counter(1),
             "load": counter(num_layers, num_experts + 1),
@@ -60,14 +59,14 @@ class RoutingRecorder(nn.Module):
     scores: Tensor
 
     def begin(self, real: Tensor | None) -> None:
-        """A forward pass begins; real is bool [T], False at padding, or None without any."""
+        """Begin a forward pass; `real` is bool [T], False at padding, or None without padding."""
         self._real = real
         self._row = self.passes % len(self.history)
         self.history.index_fill_(0, self._row, 0)
         self.passes += 1
 
     def add(self, layer: int, topk_weights: Tensor, topk_ids: Tensor) -> None:
-        """What a layer chose, [T, K] each; the ids of no expert, -1, are passed over."""
+        """Count what a layer chose, [T, K] each; ids of -1, no expert, are not counted."""
         device = self.load.device  # a layer may be on another
         topk_weights, topk_ids = topk_weights.detach().to(device), topk_ids.to(device)
         ids = topk_ids.long()
@@ -91,7 +90,7 @@ class RoutingRecorder(nn.Module):
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """What is recorded within is forgotten: passes that do nobody's work."""
+        """Forget what is recorded within: passes whose results are not used."""
         before = [buffer.clone() for buffer in self.buffers()]
         lengths = [len(choices) for choices in self.choices]
         yield

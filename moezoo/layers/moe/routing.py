@@ -1,21 +1,21 @@
-"""Routers: which experts a token goes to, and how much each of them counts.
+"""Routers: which experts a token goes to, and with which weights.
 
-One pure function per published router, from the logits [T, E] of the gate to
+There is one pure function per published router, from the gate's logits [T, E] to
 
-    topk_weights [T, K] fp32, what each chosen expert's output is multiplied with
+    topk_weights [T, K] fp32, by which each chosen expert's output is multiplied
     topk_ids     [T, K] int32, the chosen experts, best first
 
 Scores are computed in fp32 and weights stay fp32 until the combine, also for the architectures
 (Qwen, OLMoE) whose published code rounds them to the model's dtype in between.
 
 Equal scores go to the lower id. NaN counts as the largest score, so a row with NaN or Inf keeps its
-ids in range, and no row looks at another one. On CUDA a Triton kernel does the same in one launch;
-the torch code here is its reference.
+ids in range, and rows do not depend on each other. On CUDA a Triton kernel does the same in one
+launch; the torch code here is its reference.
 
 Legend: T tokens, E experts, K experts per token.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ Scoring = Literal["softmax", "sigmoid"]
 def softmax_topk(
     logits: Tensor, k: int, *, renormalize: bool, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The k largest of softmax(logits + bias), divided by their sum if `renormalize`.
+    """Choose the k largest of softmax(logits + bias), divided by their sum if `renormalize`.
 
     logits [T, E] and bias [E] of any float dtype
     -> topk_weights [T, K] fp32, topk_ids [T, K] int32.
@@ -37,11 +37,8 @@ def softmax_topk(
     """
     _require_k(k, logits.shape[-1])
     if logits.ndim == 2 and runs_kernels(logits, bias):
-        from moezoo.layers.kernels.topk import topk
-
-        with torch.cuda.device_of(logits):
-            scoring = "softmax_of_chosen" if renormalize else "softmax"
-            return topk(logits, k, scoring=scoring, bias=bias)
+        scoring = "softmax_of_chosen" if renormalize else "softmax"
+        return _in_one_launch(logits, k, scoring=scoring, bias=bias)
     if bias is not None:
         logits = logits.float() + bias.float()
     if renormalize:
@@ -64,16 +61,16 @@ def grouped_topk(
     epsilon: float = 1e-20,
     scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The k best experts of the `topk_groups` best out of `num_groups` groups of neighbours.
+    """Choose the k best experts from the `topk_groups` best of `num_groups` groups of neighbours.
 
     logits [T, E] of any float dtype, correction_bias [E] or None
     -> topk_weights [T, K] fp32, topk_ids [T, K] int32.
 
-    Without a correction bias (DeepSeek-V2) a group is worth its best score, and the experts outside
-    the chosen groups score 0. With one (DeepSeek-V3) the bias is added to the scores for the choice
-    alone: a group is worth the sum of its two best biased scores, the experts outside the chosen
-    groups score -inf, and the weights are the unbiased scores. `renormalize` divides the weights by
-    their sum + `epsilon`; `scaling` multiplies them last.
+    Without a correction bias (DeepSeek-V2) a group's score is that of its best expert, and experts
+    outside the chosen groups score 0. With one (DeepSeek-V3) the bias is added to the scores for
+    the choice alone: a group's score is the sum of its two best biased scores, experts outside the
+    chosen groups score -inf, and the weights are the unbiased scores. `renormalize` divides the
+    weights by their sum + `epsilon`; `scaling` multiplies them last.
 
     Raises ValueError if the groups do not divide the experts, or k or topk_groups is out of range.
     """
@@ -87,20 +84,17 @@ def grouped_topk(
     if scoring not in ("softmax", "sigmoid"):
         raise ValueError(f"scoring must be 'softmax' or 'sigmoid', got {scoring!r}")
     if logits.ndim == 2 and runs_kernels(logits):
-        from moezoo.layers.kernels.topk import topk
-
-        with torch.cuda.device_of(logits):
-            return topk(
-                logits,
-                k,
-                scoring=scoring,
-                renormalize=renormalize,
-                correction_bias=correction_bias,
-                num_groups=num_groups,
-                topk_groups=topk_groups,
-                epsilon=epsilon,
-                scaling=scaling,
-            )
+        return _in_one_launch(
+            logits,
+            k,
+            scoring=scoring,
+            renormalize=renormalize,
+            correction_bias=correction_bias,
+            num_groups=num_groups,
+            topk_groups=topk_groups,
+            epsilon=epsilon,
+            scaling=scaling,
+        )
     scores = _scores(logits, scoring)
     if correction_bias is None:
         if topk_groups < num_groups:
@@ -131,8 +125,8 @@ def biased_topk(
     correction_bias: Tensor,
     min_sum: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The k experts whose scores plus bias are largest; the weights are the scores without it,
-    divided by their sum, or by `min_sum` where that is more.
+    """Choose the k experts with the largest sum of score and correction bias; their weights are the
+    scores without the bias, divided by their sum, or by `min_sum` where that is more.
 
     logits [T, E] of any float dtype, correction_bias [E]
     -> topk_weights [T, K] fp32, topk_ids [T, K] int32.
@@ -140,17 +134,14 @@ def biased_topk(
     """
     _require_k(k, logits.shape[-1])
     if logits.ndim == 2 and runs_kernels(logits):
-        from moezoo.layers.kernels.topk import topk
-
-        with torch.cuda.device_of(logits):
-            return topk(
-                logits,
-                k,
-                scoring=scoring,
-                renormalize=True,
-                correction_bias=correction_bias,
-                min_sum=min_sum,
-            )
+        return _in_one_launch(
+            logits,
+            k,
+            scoring=scoring,
+            renormalize=True,
+            correction_bias=correction_bias,
+            min_sum=min_sum,
+        )
     scores = _scores(logits, scoring)
     ids = _best(scores + correction_bias, k)
     weights = scores.gather(-1, ids)
@@ -158,18 +149,16 @@ def biased_topk(
 
 
 def topk_sigmoid(logits: Tensor, k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """The sigmoids of the k largest logits, divided by their sum if `renormalize`.
+    """Choose the k largest logits; their weights are their sigmoids, divided by their sum if
+    `renormalize`.
 
     logits [T, E] of any float dtype -> topk_weights [T, K] fp32, topk_ids [T, K] int32.
-    The router of Llama 4 and, where its config asks for it, of Command A+. Unlike sigmoids the
-    logits differ still where they are large.
+    The router of Llama 4 and, where its config asks for it, of Command A+. Logits are compared, not
+    sigmoids, as the sigmoids of large logits are all 1.
     """
     _require_k(k, logits.shape[-1])
     if logits.ndim == 2 and runs_kernels(logits):
-        from moezoo.layers.kernels.topk import topk
-
-        with torch.cuda.device_of(logits):
-            return topk(logits, k, scoring="sigmoid_of_chosen", renormalize=renormalize)
+        return _in_one_launch(logits, k, scoring="sigmoid_of_chosen", renormalize=renormalize)
     chosen, ids = _largest(logits.float(), k)
     weights = chosen.sigmoid()
     if renormalize:
@@ -178,13 +167,13 @@ def topk_sigmoid(logits: Tensor, k: int, *, renormalize: bool) -> tuple[Tensor, 
 
 
 def sparsemixer(logits: Tensor, k: int, *, jitter: float) -> tuple[Tensor, Tensor]:
-    """The best expert, then the best of the others, k times (Phi-3.5-MoE; Liu et al., 2024).
+    """Choose the best expert, then the best of the others, k times (Phi-3.5-MoE; Liu et al., 2024).
 
     logits [T, E] of any float dtype -> topk_weights [T, K] fp32, topk_ids [T, K] int32.
 
-    Each weighs what a softmax gives it over those that lie close, the better ones left out: those
-    less than 2 * `jitter` below, as a share of the best or of their own size. The weights are not
-    renormalised.
+    An expert's weight is its softmax over the experts that are not chosen yet and lie close to it:
+    less than 2 * `jitter` below, relative to the larger of its logit and their absolute value. The
+    weights are not renormalised.
     """
     _require_k(k, logits.shape[-1])
     scores = logits.float()
@@ -199,8 +188,16 @@ def sparsemixer(logits: Tensor, k: int, *, jitter: float) -> tuple[Tensor, Tenso
     return torch.cat(weights, -1), torch.cat(ids, -1).int()
 
 
+def _in_one_launch(logits: Tensor, k: int, **settings: Any) -> tuple[Tensor, Tensor]:
+    """Route on CUDA by the kernel `topk`, which has these settings."""
+    from moezoo.layers.kernels.topk import topk
+
+    with torch.cuda.device_of(logits):
+        return topk(logits, k, **settings)
+
+
 def _scores(logits: Tensor, scoring: Scoring) -> Tensor:
-    """Of all experts, in fp32."""
+    """Return the scores of all experts [T, E] in fp32."""
     if scoring == "softmax":
         return logits.softmax(-1, dtype=torch.float32)
     return logits.float().sigmoid()
@@ -212,7 +209,7 @@ def _require_k(k: int, num_experts: int) -> None:
 
 
 def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of the last dimension and their positions; ties to the lower one.
+    """Return the k largest scores of the last dimension and their positions, the lower of equals.
 
     `torch.topk` leaves open which of equal scores it takes; a stable sort does not.
     """
@@ -221,13 +218,13 @@ def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _best(scores: Tensor, k: int) -> Tensor:
-    """The positions alone."""
+    """Return the positions of the k largest scores, the lower one of equals."""
     return scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
 
 
 def _keep_groups(grouped: Tensor, group_scores: Tensor, topk_groups: int, *, fill: float) -> Tensor:
-    """Scores [T, G, E / G] -> [T, E] with `fill` outside the `topk_groups` best groups by
-    group_scores [T, G]."""
+    """Fill scores [T, G, E / G] outside the `topk_groups` groups of the best group_scores [T, G];
+    return them as [T, E]."""
     dropped = torch.ones_like(group_scores, dtype=torch.bool)
     dropped = dropped.scatter(-1, _best(group_scores, topk_groups), False)
     return grouped.masked_fill(dropped.unsqueeze(-1), fill).flatten(-2)

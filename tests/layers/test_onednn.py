@@ -1,16 +1,17 @@
-"""Linear layers of one row on the CPU, and the switch that they use."""
+"""The switch of oneDNN, and products of one row that use it."""
 
 import pytest
 import torch
 from tolerances import assert_close
 
-from moezoo.layers import linear
-from moezoo.layers.linear import one_row, without_onednn
+from moezoo.layers import onednn
+from moezoo.layers.linear import linear
+from moezoo.layers.onednn import one_row, without_onednn
 
 
 def test_threads_that_overlap_leave_onednn_as_they_found_it(monkeypatch):
     # Without such types it has nothing to switch.
-    monkeypatch.setattr(linear, "ONEDNN_DTYPES", (torch.bfloat16,))
+    monkeypatch.setattr(onednn, "ONEDNN_DTYPES", (torch.bfloat16,))
     assert torch.backends.mkldnn.enabled
     first, second = without_onednn(), without_onednn()
     first.__enter__()
@@ -24,8 +25,8 @@ def test_threads_that_overlap_leave_onednn_as_they_found_it(monkeypatch):
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_one_row_of_a_large_matrix_is_multiplied_by_onednn(monkeypatch, large, biased):
-    monkeypatch.setattr(linear, "ONEDNN_DTYPES", (torch.bfloat16,))
-    monkeypatch.setattr(linear, "LARGE", 64 * 48 if large else 64 * 48 + 1)
+    monkeypatch.setattr(onednn, "ONEDNN_DTYPES", (torch.bfloat16,))
+    monkeypatch.setattr(onednn, "LARGE", 64 * 48 if large else 64 * 48 + 1)
     generator = torch.Generator().manual_seed(0)
     weight, x, bias = (
         torch.randn(*shape, generator=generator).bfloat16() for shape in ((64, 48), (48,), (64,))
@@ -50,4 +51,4 @@ def test_one_row_of_a_large_matrix_is_multiplied_by_onednn(monkeypatch, large, b
     expected = weight.double() @ x.double() + (bias.double() if biased else 0.0)
     assert_close(y, expected.bfloat16())
     layer = torch.nn.functional.linear(x[None, None], weight, bias)
-    assert_close(linear.linear(x[None, None], weight, bias), layer)
+    assert_close(linear(x[None, None], weight, bias), layer)

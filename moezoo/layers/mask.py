@@ -1,0 +1,79 @@
+"""Causal masks: which keys each new token may see.
+
+Legend: B batch, T new tokens, S keys (cached and new).
+"""
+
+import torch
+from torch.nn import functional as F
+
+from moezoo.layers.kernels.windows import Chunked, first_key
+
+
+class CausalMask:
+    """Masks that say which keys the T newest tokens may see, built when a window first needs one.
+
+    `past` is the number of tokens before them. `visible` is bool [B, past + T], False at padding,
+    or None; or a 4-D mask that is used as it is, bool or a float to be added to the scores.
+    """
+
+    def __init__(
+        self, past: int, length: int, device: torch.device, visible: torch.Tensor | None = None
+    ) -> None:
+        self.past = past
+        self.length = length
+        self.device = device
+        self.visible = visible
+        self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
+
+    def to(self, device: torch.device) -> "CausalMask":
+        """Return the mask for layers on another device."""
+        visible = None if self.visible is None else self.visible.to(device)
+        return CausalMask(self.past, self.length, device, visible)
+
+    def is_plain(self, num_keys: int, window: int | None) -> bool:
+        """Whether causality alone decides and the keys are exactly the T new tokens."""
+        fits = window is None or self.length <= window
+        return self.visible is None and num_keys == self.length and fits
+
+    def __call__(self, num_keys: int, window: int | None) -> torch.Tensor | None:
+        """Return a mask broadcastable to [B, heads, T, S], or None if no key is hidden."""
+        key = (num_keys, window)
+        if key not in self._masks:
+            self._masks[key] = self._build(num_keys, window)
+        return self._masks[key]
+
+    def _build(self, num_keys: int, window: int | None) -> torch.Tensor | None:
+        total = self.past + self.length
+        # A cache returns the newest keys alone (sliding window), or more than it has (static).
+        first = max(total - num_keys, 0)
+        if self.visible is not None and self.visible.dim() == 4:
+            return self.visible[..., first : first + num_keys]
+        sees_all = window is None or first_key(total - 1, window) <= total - num_keys
+        if self.visible is None and self.length == 1 and num_keys <= total and sees_all:
+            return None
+        queries = torch.arange(self.past, total, device=self.device)[:, None]
+        keys = torch.arange(first, first + num_keys, device=self.device)
+        mask = keys <= queries
+        if isinstance(window, Chunked) and self.visible is not None:
+            # Chunks are counted from the first token, which padding may precede.
+            padding = (self.visible.cumsum(-1) == 0).sum(-1)[:, None, None, None]
+            mask = mask & (keys >= first_key(queries - padding, window) + padding)
+        elif window is not None:
+            mask &= keys >= first_key(queries, window)
+        if self.visible is None:
+            return mask[None, None]
+        visible = self.visible[:, first : first + num_keys]
+        if visible.shape[1] < num_keys:
+            visible = F.pad(visible, (0, num_keys - visible.shape[1]))
+        # A padding token sees itself, so that its row is not empty: softmax of nothing is NaN.
+        return (mask & visible[:, None, None]) | (keys == queries)
+
+
+def visible_tokens(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Convert a mask to what `CausalMask` takes: a 2-D one to bool, or to None if it hides nothing;
+    a 4-D one stays as it is."""
+    if attention_mask is None or attention_mask.dim() == 4:
+        return attention_mask
+    visible = attention_mask.bool()
+    # A graph that torch.compile traces has to work for any mask.
+    return visible if torch.compiler.is_compiling() or not visible.all() else None
