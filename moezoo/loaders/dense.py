@@ -50,7 +50,7 @@ def _kind(copies: Sequence[Copy], encoding: Encoding) -> Kind | str:
     if any(copy.view for copy in copies) or any(weight and weight.transposed for weight in stored):
         return "rows that are stored in another order"
     starts = [index.start for copy in copies for index in copy.target_index[:1]]  # type: ignore[union-attr]
-    if any(start % kind.rows_per_scale for start in starts):
+    if any(start % kind.format.rows_per_scale for start in starts):
         return "parts of one layer that would share blocks"
     return kind
 

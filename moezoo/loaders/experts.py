@@ -168,7 +168,7 @@ def _stored_kind(copies: Sequence[Copy], encoding: Encoding, shape: Sequence[int
         interleaved = "deinterleave" in copy.view
         if "unflatten" in copy.view or (interleaved and stored.columns):
             return None
-        rows = stored.kind.rows_per_scale
+        rows = stored.kind.format.rows_per_scale
         if has_both(copy.target_index, shape) and (shape[2] % rows or (interleaved and rows > 1)):
             return None
         kinds.add(stored.kind)

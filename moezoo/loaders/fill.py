@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from moezoo.errors import QuantizationError
-from moezoo.layers.quant import Integers, Mxfp4
-from moezoo.layers.quant.mxfp4 import NAN
+from moezoo.layers.quant import Integers
 from moezoo.loaders.checkpoint import Checkpoint, Location
 from moezoo.loaders.encodings import Encoding, Extra, StoredWeight
 from moezoo.loaders.encodings.stored import AGAIN
@@ -90,7 +89,7 @@ class Filling:
         index = parts_index(copy.target_index, weights["data"].shape)
         fields = {name: tensor[index] for name, tensor in weights.items()}
         *lead, n, packed = fields["data"].shape
-        k = packed * recipe.kind.columns_a_number
+        k = packed * recipe.kind.format.columns_per_element
         place, dtype = self._place(copy.source, copy), info.dtype
         both = has_both(copy.target_index, weights["data"].shape)
         # A view moves elements within an expert, so that one is read as a whole.
@@ -252,11 +251,12 @@ class Filling:
         # One wait for the GPU a thousand tensors; which of them is wrong matters only if one is.
         for start in range(0, len(self.computed), 1000):
             some = self.computed[start : start + 1000]
-            kind = some[0][1].kind
-            if not _wrong(kind, torch.cat([scales.flatten() for *_, scales in some])).any():
+            format_ = some[0][1].kind.format
+            together = torch.cat([scales.flatten() for *_, scales in some])
+            if not format_.wrong_scales(together).any():
                 continue
             for source, recipe, scales in some:
-                wrong = _wrong(recipe.kind, scales)
+                wrong = recipe.kind.format.wrong_scales(scales)
                 if wrong.any():
                     index = wrong.nonzero()[0].tolist()
                     raise QuantizationError(
@@ -274,13 +274,6 @@ def _owner(recipe: Recipe, scales: Tensor, index: list[int]) -> str:
         return "the matrix"
     groups = issubclass(recipe.kind.format, Integers) and scales.shape[-1] == 1
     return f"row {index[:-1]}" if groups else f"{recipe.kind.format.unit} {index}"
-
-
-def _wrong(kind: Kind, scales: Tensor) -> Tensor:
-    """Where scales that were computed cannot be."""
-    if kind.format is Mxfp4:
-        return scales == NAN
-    return ~((scales > 0) & scales.isfinite())
 
 
 def _part(weights: Fields, index: Index, kind: Kind) -> Fields:
@@ -321,7 +314,7 @@ class _Quantize:
         self._put(self.fields, rows, stored)
 
     def _put(self, fields: Fields, rows: slice, w: Tensor) -> None:
-        per = self.recipe.kind.rows_per_scale
+        per = self.recipe.kind.format.rows_per_scale
         quantized = self.recipe.quantize(w)
         if self.squares is not None:
             wide = w.float()
@@ -377,12 +370,12 @@ class _Dequantize:
         k = self.stored.shape[-1]
         order = fields.pop("order", None)
         data = self.stored.unpack(stored, order)
-        columns = data.shape[1] * kind.columns_a_number
+        columns = data.shape[1] * kind.format.columns_per_element
         first = rows.start * (columns // (rows.stop - rows.start)) if self.stored.columns else 0
         parts = {}
         for name, tensor in fields.items():
             if not self.stored.columns:
-                per = kind.rows_per_scale
+                per = kind.format.rows_per_scale
                 parts[name] = tensor[rows.start // per : -(-rows.stop // per)]
             else:
                 groups = tensor.shape[1]

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moezoo.layers.quant import BlockFp8, Format, Int4, Integers, Mxfp4, QuantizedWeights
-from moezoo.layers.quant.fp8 import BLOCK
+from moezoo.layers.quant import Format, Integers, QuantizedWeights
 from moezoo.layers.quant.groups import PER_CHANNEL
 
 
@@ -69,29 +68,16 @@ class Kind:
     def described(self) -> str:
         """The format and what has a scale, for a report."""
         options = dict(self.options)
+        what = self.format.scale_layout
         if self.scaled is not None:
             what = self.scaled
-        elif self.format is BlockFp8:
-            what = f"in blocks of {BLOCK} x {BLOCK}"
         elif self.group_size is not None:
             what = f"in groups of {self.group_size}"
-        else:
-            what = "in groups of 32" if self.format is Mxfp4 else "with a scale a row"
         return (
             f"{self.format.name} {what}"
             f"{', with zero points' * bool(options.get('zeros'))}"
             f"{', columns in an order of their own' * self.ordered}"
         )
-
-    @property
-    def rows_per_scale(self) -> int:
-        """Rows of data that go with one row of scales."""
-        return BLOCK if self.format is BlockFp8 else 1
-
-    @property
-    def columns_a_number(self) -> int:
-        """Columns in one element of data."""
-        return 2 if self.format in (Int4, Mxfp4) else 1
 
     def unordered(self) -> "Kind":
         options = Kind.of(self.format, **dict(self.options) | {"ordered": False}).options

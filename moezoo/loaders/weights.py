@@ -307,7 +307,7 @@ def read_copies(
                 filling.unpack(copy, fields)
             else:
                 assert planned.asked is not None
-                columns = fields["data"].shape[-1] * kind.columns_a_number
+                columns = fields["data"].shape[-1] * kind.format.columns_per_element
                 dtype = source_dtype(copies, planned.encoding)
                 filling.quantize(copy, fields, planned.asked.recipe(name, columns, dtype))
     filling.run(progress=progress)

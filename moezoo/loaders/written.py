@@ -20,8 +20,8 @@ from moezoo.errors import QuantizationError
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import (
     BlockFp8,
-    ChannelFp8,
     Format,
+    Fp8Weights,
     Int4,
     Integers,
     Mxfp4,
@@ -305,7 +305,7 @@ def _quantized(copy: Copy, whole: Format, method: str) -> Iterator[Written]:
         yield from _mxfp4(copy, part, both=both)
         return
     blocks_shared = both and isinstance(whole, BlockFp8) and whole.shape[2] % BLOCK
-    if copy.view or blocks_shared or (both and part.tensors().get("order") is not None):
+    if copy.view or blocks_shared or (both and part.order is not None):
         raise _unwritable(copy, whole)
     if both:
         part = part.map(lambda tensor: tensor.flatten(-3, -2))
@@ -341,7 +341,7 @@ def _mxfp4(copy: Copy, part: Format, *, both: bool) -> Iterator[Written]:
 
 def _compressed_tensors(copy: Copy, part: Format) -> Iterator[Written]:
     module = copy.source.removesuffix(".weight")
-    if isinstance(part, (BlockFp8, ChannelFp8)):
+    if isinstance(part, Fp8Weights):
         yield _as_it_is(copy, f"{module}.weight", part.data)
         scales = part.scales if isinstance(part, BlockFp8) else part.scales.unsqueeze(-1)
         yield _as_it_is(copy, f"{module}.weight_scale", scales)
@@ -427,7 +427,7 @@ def _pattern(module: str) -> str:
 def _scheme(weights: Format, sizes: Collection[tuple[type, int]]) -> dict[str, Any]:
     """What config_groups says of such weights; `sizes` are those of groups."""
     activations: dict[str, Any] | None = None
-    if isinstance(weights, (BlockFp8, ChannelFp8)):
+    if isinstance(weights, Fp8Weights):
         stored = "float-quantized"
         described: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": "channel"}
         activations = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
@@ -450,8 +450,7 @@ def _scheme(weights: Format, sizes: Collection[tuple[type, int]]) -> dict[str, A
             described |= {"strategy": "group", "group_size": size}
         if weights.order is not None:
             described["actorder"] = "group"
-    zeros = weights.tensors().get("zeros") is not None
-    described |= {"symmetric": not zeros, "dynamic": False}
+    described |= {"symmetric": weights.zeros is None, "dynamic": False}
     return {
         "weights": described,
         "input_activations": activations,

@@ -45,8 +45,6 @@ FORMATS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 """How weights can be quantised, by the name of a measurement: a format and its choices."""
 
-FP8 = (BlockFp8, ChannelFp8)
-
 
 @dataclass(frozen=True)
 class Weights:

@@ -8,7 +8,7 @@ from torch import Tensor
 from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.moe.permute import permute
 from moezoo.layers.moe.ranges import verb
-from moezoo.layers.quant import BlockFp8, ChannelFp8, Format
+from moezoo.layers.quant import Format
 from moezoo.layers.quant.fp8 import quantize_rows
 
 
@@ -28,7 +28,7 @@ def dequantized_experts(
 
     def rounded(rows: Tensor) -> Tensor:
         """rows fp32 as the products take them."""
-        if isinstance(w13, BlockFp8 | ChannelFp8):
+        if w13.quantizes_activations:
             return quantize_rows(rows).dequantize()[:, : rows.shape[1]]
         return rows.to(x.dtype).float()
 

@@ -26,7 +26,7 @@ from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.moe.chunks import CHUNK_TOKENS
 from moezoo.layers.moe.experts_dense import dense_autograd, dense_cuda, dense_op, dense_torch
 from moezoo.layers.moe.experts_quantized import OPERATORS, quantized_experts
-from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, fp8
+from moezoo.layers.quant import Format, fp8
 
 
 def workspace_bytes(
@@ -45,7 +45,7 @@ def workspace_bytes(
     `CHUNK_TOKENS` tokens only the results grow. `weights` is their format, None for 16 or 32 bits:
     with fp8 activations have a byte and their scales, and the tokens are there in fp8 too; beside
     formats of weights alone the tokens are there in the order of the packed columns (and once for
-    each chosen row where columns have another order, `Int4.order`).
+    each chosen row where columns have another order, see `Integers`).
 
     The buffers come from torch's caching allocator, which is the one workspace per device that
     all layers share: they are freed in stream order when a layer returns, so the next layer gets
@@ -55,7 +55,7 @@ def workspace_bytes(
     results = num_tokens * (1 if num_tokens <= CHUNK_TOKENS else 2)
     activation_bytes = intermediate_size * element_size
     token_bytes = 0 if weights is None else hidden_size * element_size
-    if weights is not None and issubclass(weights, BlockFp8 | ChannelFp8):
+    if weights is not None and weights.quantizes_activations:
         activation_bytes, token_bytes = fp8.row_bytes(intermediate_size), fp8.row_bytes(hidden_size)
     row_bytes = activation_bytes + hidden_size * element_size + 8
     return in_chunk * (k * row_bytes + token_bytes) + results * hidden_size * element_size

@@ -11,7 +11,7 @@ from moezoo.layers.moe.chunks import in_chunks, local_ids, operator
 from moezoo.layers.moe.dequantized import dequantized_experts
 from moezoo.layers.moe.experts_fp8 import fp8_cuda
 from moezoo.layers.moe.experts_weight_only import weight_only_cuda
-from moezoo.layers.quant import FORMATS, BlockFp8, ChannelFp8, Format
+from moezoo.layers.quant import FORMATS, Format
 
 
 def quantized_experts(
@@ -36,7 +36,7 @@ def quantized_experts(
         arguments: Any = (x, w13, w2, topk_weights, topk_ids)
         if not x.is_cuda:
             return dequantized_experts(*arguments, **settings)
-        on_cuda = fp8_cuda if isinstance(w13, BlockFp8 | ChannelFp8) else weight_only_cuda
+        on_cuda = fp8_cuda if w13.quantizes_activations else weight_only_cuda
         with torch.cuda.device_of(x):
             return on_cuda(*arguments, **settings, num_experts=num_experts)
 

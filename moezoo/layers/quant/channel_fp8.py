@@ -29,6 +29,7 @@ class ChannelFp8(Format):
 
     name: ClassVar[str] = BLOCK_FP8
     unit: ClassVar[str] = "row"
+    quantizes_activations: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_data(self.data, "[.., N, K]", torch.float8_e4m3fn)

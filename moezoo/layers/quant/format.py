@@ -30,10 +30,22 @@ class Format:
     """
 
     name: ClassVar[str]
-    """In options and tables."""
+    """Name of the format in options and tables."""
 
     unit: ClassVar[str]
-    """What has a scale of its own."""
+    """What one scale belongs to, in error messages: a block, a row or a group."""
+
+    scale_layout: ClassVar[str] = "with a scale a row"
+    """How scales are laid out, for reports, unless options of the format say otherwise."""
+
+    quantizes_activations: ClassVar[bool] = False
+    """Whether activations are quantised to fp8 before they are multiplied by such weights."""
+
+    rows_per_scale: ClassVar[int] = 1
+    """Rows of data that share one row of scales."""
+
+    columns_per_element: ClassVar[int] = 1
+    """Columns of the weight that one element of data holds."""
 
     data: Tensor
     scales: Tensor
@@ -72,14 +84,31 @@ class Format:
 
         It looks at the values, so on a GPU it waits for them.
         """
-        place = wrong_scale(self.scales)
-        if place is not None:
+        wrong = self.wrong_scales(self.scales)
+        if wrong.any():
+            place = wrong.nonzero()[0].tolist()
             raise QuantizationError(
                 f"{name}: the scale of {self.unit} {place} is {self.scales[tuple(place)].item()}, "
                 "it must be finite and positive; get these weights again"
             )
 
+    @staticmethod
+    def wrong_scales(scales: Tensor) -> Tensor:
+        """Return a mask of the scales that cannot be: NaN, Inf, zero or negative."""
+        return ~((scales > 0) & scales.isfinite())
+
+    @property
+    def zeros(self) -> Tensor | None:
+        """Zero points of the groups, None in formats without them."""
+        return None
+
+    @property
+    def order(self) -> Tensor | None:
+        """Order of the columns, see `Integers`; None where they are where they belong."""
+        return None
+
     def tensors(self) -> dict[str, Tensor | None]:
+        """Return the tensors by field name, None for those that are left out."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
@@ -95,24 +124,12 @@ class Format:
     def rows(self, start: int, stop: int) -> Self:
         """Some rows of a matrix [N, K]. Of blocks of rows that have one scale, start is the first
         of one."""
-        tensors: dict[str, Any] = {
-            name: tensor if tensor is None or name == "order" else tensor[start:stop]
-            for name, tensor in self.tensors().items()
-        }
-        return type(self)(**tensors)
+        return self.map(lambda tensor: tensor[start:stop])
 
     def in_parts(self, parts: int) -> Self:
         """[.., parts * N, K] -> [.., parts, N, K]"""
         dim = len(self.shape) - 2
-        tensors: dict[str, Any] = {}
-        for name, tensor in self.tensors().items():
-            if tensor is None:
-                tensors[name] = None
-            elif name == "order":
-                tensors[name] = tensor.unsqueeze(dim).repeat_interleave(parts, dim)
-            else:
-                tensors[name] = tensor.unflatten(dim, (parts, -1))
-        return type(self)(**tensors)
+        return self.map(lambda tensor: tensor.unflatten(dim, (parts, -1)))
 
     @property
     def shape(self) -> torch.Size:
@@ -156,13 +173,6 @@ def require_weights(w: Tensor) -> None:
             "weights must be [.., N, K] floating point with N and K above 0, got "
             f"{list(w.shape)} {w.dtype}"
         )
-
-
-def wrong_scale(scales: Tensor) -> list[int] | None:
-    """The index of the first that is NaN, Inf, zero or negative; it waits for the GPU."""
-    wrong = ~((scales > 0) & scales.isfinite())
-    first: list[int] | None = wrong.nonzero()[0].tolist() if wrong.any() else None
-    return first
 
 
 def magnitudes(w: Tensor, dims: int | tuple[int, ...] = -1) -> Tensor:

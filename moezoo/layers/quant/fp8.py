@@ -45,6 +45,9 @@ class BlockFp8(Format):
 
     name: ClassVar[str] = BLOCK_FP8
     unit: ClassVar[str] = "block"
+    scale_layout: ClassVar[str] = f"in blocks of {BLOCK} x {BLOCK}"
+    quantizes_activations: ClassVar[bool] = True
+    rows_per_scale: ClassVar[int] = BLOCK
 
     def __post_init__(self) -> None:
         require_data(self.data, "[.., N, K]", torch.float8_e4m3fn)

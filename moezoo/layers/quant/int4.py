@@ -28,6 +28,7 @@ class Int4(Integers):
 
     name: ClassVar[str] = "int4_w4a16"
     bits: ClassVar[int] = 4
+    columns_per_element: ClassVar[int] = 2
     data_dtype: ClassVar[torch.dtype] = torch.uint8
 
     @classmethod

@@ -6,7 +6,7 @@ int4_w4a16 and int8_w8a16 share.
 Codes are unsigned; without zero points, zero is the middle of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
@@ -71,6 +71,17 @@ class Integers(Format):
     def codes(self) -> Tensor:
         """uint8 [.., N, K], in the order of data's columns."""
         raise NotImplementedError
+
+    def rows(self, start: int, stop: int) -> Self:
+        if self.order is None:
+            return super().rows(start, stop)
+        return replace(replace(self, order=None).rows(start, stop), order=self.order)
+
+    def in_parts(self, parts: int) -> Self:
+        if self.order is None:
+            return super().in_parts(parts)
+        order = self.order.unsqueeze(-2).repeat_interleave(parts, -2)
+        return replace(replace(self, order=None).in_parts(parts), order=order)
 
     @property
     def shape(self) -> torch.Size:

@@ -40,9 +40,8 @@ class Mxfp4(Format):
     name: ClassVar[str] = "mxfp4"
     bits: ClassVar[int] = 4
     unit: ClassVar[str] = "group"
-    zeros: ClassVar[None] = None
-    order: ClassVar[None] = None
-    """Columns are where they belong, see `Int4.order`."""
+    scale_layout: ClassVar[str] = f"in groups of {GROUP}"
+    columns_per_element: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         require_data(self.data, "[.., N, K / 2]", torch.uint8)
@@ -77,12 +76,17 @@ class Mxfp4(Format):
         return x.flatten(-2).to(dtype)
 
     def check_values(self, name: str = "weights") -> None:
-        wrong = self.scales == NAN
+        wrong = self.wrong_scales(self.scales)
         if wrong.any():
             raise QuantizationError(
                 f"{name}: the scale of group {wrong.nonzero()[0].tolist()} is {NAN}, which stands "
                 "for NaN; expected an exponent from 0 to 254"
             )
+
+    @staticmethod
+    def wrong_scales(scales: Tensor) -> Tensor:
+        """Return a mask of the scales that stand for NaN."""
+        return scales == NAN
 
     @property
     def shape(self) -> torch.Size:
