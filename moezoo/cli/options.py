@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moezoo.cli.output import USAGE
+from moezoo.formats import QUANTIZATIONS
 
-QUANTIZATIONS = ("fp8_w8a8", "int8_w8a16", "int4_w4a16", "mxfp4")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 

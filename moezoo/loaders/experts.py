@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from moezoo.errors import AskedQuantizationError
+from moezoo.formats import INT4
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant.groups import GROUP_SIZES
 from moezoo.loaders.encodings import Encoding
 from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import Copy, Index
-from moezoo.loaders.quantization import INT4, Quantization
+from moezoo.loaders.quantization import Quantization
 
 _log = logging.getLogger(__name__)
 

@@ -11,10 +11,11 @@ from torch import nn
 
 from moezoo.device import free_bytes, multiplies_fp8
 from moezoo.errors import MoEOutOfMemoryError, QuantizationError
+from moezoo.formats import FP8, QUANTIZATIONS
 from moezoo.loaders.experts import experts_of
 from moezoo.loaders.held import quantized_infos
 from moezoo.loaders.mapping import ParameterInfo
-from moezoo.loaders.quantization import FP8, INT4, INT8, MXFP4, Quantization
+from moezoo.loaders.quantization import Quantization
 
 _HUGE_PAGE = 2 << 20
 
@@ -51,7 +52,7 @@ def _that_fits(
     experts = experts_of(module).keys()
     if not experts or not experts <= wanted.keys():
         return None  # nothing to quantise, or quantised already
-    for quantization in (FP8, INT8, INT4, MXFP4):
+    for quantization in QUANTIZATIONS:
         if quantization == FP8 and not multiplies_fp8(device):
             continue
         asked = Quantization(quantization)

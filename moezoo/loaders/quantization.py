@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moezoo.errors import AskedQuantizationError, QuantizationError
+from moezoo.formats import FP8, INT4, INT8, MXFP4
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4
 from moezoo.layers.quant.fp8 import BLOCK
 from moezoo.layers.quant.groups import (
@@ -20,8 +21,6 @@ from moezoo.layers.quant.groups import (
 )
 from moezoo.layers.quant.mxfp4 import GROUP
 from moezoo.loaders.kinds import Kind
-
-FP8, INT8, INT4, MXFP4 = BlockFp8.name, Int8.name, Int4.name, Mxfp4.name
 
 _FIELDS = {
     FP8: ("granularity", "block_size"),

@@ -6,7 +6,7 @@ Legend: H hidden, I expert intermediate, E experts, K experts per token.
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import ceil, prod
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import nn
 
 from moezoo import registry
 from moezoo.errors import CheckpointError, ExpertMapError, MoEZooError, QuantizationError
+from moezoo.formats import QUANTIZATIONS
 from moezoo.generation.paged import attentions
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder
@@ -35,6 +36,7 @@ from moezoo.loaders.held import quantized_infos
 from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import ParameterInfo, parameter_infos
 from moezoo.loaders.plan import dtype_name, plan
+from moezoo.loaders.quantization import Quantization
 from moezoo.loaders.tied import tied_rules
 from moezoo.loaders.weights import own_encoding, unpadded
 from moezoo.parallel.placement import Strategy
@@ -48,12 +50,12 @@ EXPERT_PARALLEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
 AS_STORED = "as stored"
 """What `weight_bytes` calls a quantised checkpoint as it is held."""
 
+EXPERTS_AS = ("bf16", *QUANTIZATIONS)
+"""What `weight_bytes` is reported for: unquantised experts, and each format with its defaults."""
+
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 _OF_EXPERT = re.compile(r"(^|\.)(experts|block_sparse_moe\.(in|out)put_linear)\.")
-_FP8_BLOCK = 128
-_MXFP4_GROUP = 32
-_INT4_GROUPS = (128, 64, 32)
 
 
 @dataclass(frozen=True)
@@ -355,9 +357,9 @@ def _weight_bytes(
     num_experts, hidden_size, intermediate_size = moe_layers[0].w2.shape
     biases = _biases(moe_layers[0]) // num_experts * dtype.itemsize
     table: dict[str, dict[int, int]] = {}
-    for name, matrix_bytes in FORMATS.items():
-        gate_or_up = matrix_bytes(intermediate_size, hidden_size)
-        down = matrix_bytes(hidden_size, intermediate_size)
+    for name in EXPERTS_AS:
+        gate_or_up = matrix_bytes(name, intermediate_size, hidden_size)
+        down = matrix_bytes(name, hidden_size, intermediate_size)
         if gate_or_up is None or down is None:
             continue
         expert = (2 * gate_or_up + down + biases) * len(moe_layers)
@@ -381,43 +383,17 @@ def _by_size(rest: int, expert: int, num_experts: int) -> dict[int, int]:
     }
 
 
-def _bf16(rows: int, columns: int) -> int:
-    return 2 * rows * columns
-
-
-def _fp8_w8a8(rows: int, columns: int) -> int:
-    """One fp32 scale a block of 128 x 128; gate and up have grids of their own."""
-    return rows * columns + 4 * ceil(rows / _FP8_BLOCK) * ceil(columns / _FP8_BLOCK)
-
-
-def _int8_w8a16(rows: int, columns: int) -> int:
-    """A 16-bit scale an output channel."""
-    return rows * columns + 2 * rows
-
-
-def _int4_w4a16(rows: int, columns: int) -> int | None:
-    """A 16-bit scale a group of the largest size that divides the columns."""
-    for group in _INT4_GROUPS:
-        if columns % group == 0:
-            return rows * columns // 2 + 2 * rows * columns // group
-    return None
-
-
-def _mxfp4(rows: int, columns: int) -> int | None:
-    """An 8-bit exponent a group of 32 columns."""
-    if columns % _MXFP4_GROUP:
+def matrix_bytes(name: str, rows: int, columns: int) -> int | None:
+    """Return the bytes of an expert's matrix in "bf16" or a format, with scales of 16 bits where
+    the format has a choice; None where the format does not fit."""
+    if name == "bf16":
+        return 2 * rows * columns
+    try:
+        kind = Quantization(name).recipe("experts", columns, torch.bfloat16).kind
+    except QuantizationError:
         return None
-    return rows * columns // 2 + rows * columns // _MXFP4_GROUP
-
-
-FORMATS: dict[str, Callable[[int, int], int | None]] = {
-    "bf16": _bf16,
-    "fp8_w8a8": _fp8_w8a8,
-    "int8_w8a16": _int8_w8a16,
-    "int4_w4a16": _int4_w4a16,
-    "mxfp4": _mxfp4,
-}
-"""Bytes of an expert's matrix of rows x columns in each format; None where it does not fit."""
+    tensors = kind.on_meta(rows, columns).tensors().values()
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _facts(report: Report) -> Table:

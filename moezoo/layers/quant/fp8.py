@@ -18,9 +18,10 @@ from torch import Tensor
 
 from moezoo.device import multiplies_fp8
 from moezoo.errors import QuantizationError
+from moezoo.formats import FP8
 from moezoo.layers.quant.format import TINY, Format, require_data, require_weights
 
-BLOCK_FP8 = "fp8_w8a8"
+BLOCK_FP8 = FP8
 """The name of the format, in options and tables."""
 
 BLOCK = 128

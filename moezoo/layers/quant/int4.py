@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moezoo.errors import QuantizationError
+from moezoo.formats import INT4
 from moezoo.layers.quant.format import by_rows, require_weights
 from moezoo.layers.quant.groups import (
     default_group_size,
@@ -26,7 +27,7 @@ from moezoo.layers.quant.integers import Integers
 class Int4(Integers):
     """`Integers` with data [.., N, K / 2] uint8, the even columns in the low halves."""
 
-    name: ClassVar[str] = "int4_w4a16"
+    name: ClassVar[str] = INT4
     bits: ClassVar[int] = 4
     columns_per_element: ClassVar[int] = 2
     data_dtype: ClassVar[torch.dtype] = torch.uint8

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from moezoo.formats import INT8
 from moezoo.layers.quant.format import by_rows, magnitudes, require_weights, stored_scales
 from moezoo.layers.quant.groups import PER_CHANNEL, grouped, num_groups, scale_dtype
 from moezoo.layers.quant.integers import Integers
@@ -25,7 +26,7 @@ class Int8(Integers):
     """`Integers` with data [.., N, K] int8: codes less 128, so that without zero points a weight is
     data * scales."""
 
-    name: ClassVar[str] = "int8_w8a16"
+    name: ClassVar[str] = INT8
     bits: ClassVar[int] = 8
     data_dtype: ClassVar[torch.dtype] = torch.int8
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moezoo.errors import QuantizationError
+from moezoo.formats import MXFP4
 from moezoo.layers.quant.format import (
     TINY,
     Format,
@@ -37,7 +38,7 @@ class Mxfp4(Format):
     """data [.., N, K / 2] uint8, the even columns in the low halves; scales [.., N, K / 32] uint8,
     the exponents plus 127."""
 
-    name: ClassVar[str] = "mxfp4"
+    name: ClassVar[str] = MXFP4
     bits: ClassVar[int] = 4
     unit: ClassVar[str] = "group"
     scale_layout: ClassVar[str] = f"in groups of {GROUP}"
