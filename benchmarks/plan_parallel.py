@@ -25,7 +25,8 @@ from moezoo.loaders.checkpoint import open_config
 from moezoo.loaders.config import transformers_config
 from moezoo.loaders.dense import linears_of
 from moezoo.loaders.mapping import parameter_infos
-from moezoo.tools.inspect import EXPERTS_AS, Report, inspect, matrix_bytes
+from moezoo.tools.inspect import EXPERTS_AS, inspect, matrix_bytes
+from moezoo.tools.report import Report
 
 DEEPSEEK_V3 = Path(__file__).parent / "data" / "deepseek-v3"
 BYTES_ON_THE_WIRE = {"bf16": 2.0, "fp8": 1 + 4 / 128}
