@@ -92,7 +92,7 @@ def loaded(
         experts, linears = experts_and_linears(model)
         for what, held in (("experts", experts), (f"{len(linears)} of its linear layers", linears)):
             if held:
-                formats = sorted({weights.format.name for weights in held})
+                formats = sorted({weights.kind.format.name for weights in held})
                 dtype += f", {what} in {' and '.join(formats)}"
         if experts or linears:
             dtype += ","

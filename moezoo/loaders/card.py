@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from moezoo.errors import naming
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.plan import dtype_name
 from moezoo.loaders.written import experts_and_linears
 from moezoo.version import __version__
@@ -80,7 +79,7 @@ class Section:
 def kinds_of(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Descriptions of the kinds of a module's quantised experts, and of its linear layers."""
     of_experts, of_others = (
-        tuple(sorted({Kind.of_weights(weights).described for weights in some}))
+        tuple(sorted({weights.kind.described for weights in some}))
         for some in experts_and_linears(module)
     )
     return of_experts, of_others

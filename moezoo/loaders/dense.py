@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from moezoo.layers.linear import Linear
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.encodings import Encoding
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import Copy, copies_by_target
 
 

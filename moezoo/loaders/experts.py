@@ -14,8 +14,8 @@ from moezoo.errors import AskedQuantizationError
 from moezoo.formats import INT4
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant.groups import GROUP_SIZES
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.encodings import Encoding
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import Copy, Index
 from moezoo.loaders.quantization import Quantization
 

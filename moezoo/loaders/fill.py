@@ -21,11 +21,11 @@ from torch import Tensor
 
 from moezoo.errors import QuantizationError
 from moezoo.layers.quant import Integers
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.checkpoint import Checkpoint, Location
 from moezoo.loaders.encodings import Encoding, Extra, StoredWeight
 from moezoo.loaders.encodings.stored import AGAIN
 from moezoo.loaders.experts import has_both, parts_index
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import Copy, Index, View, stored_order
 from moezoo.loaders.quantization import Recipe
 from moezoo.loaders.stream import Piece, PutRows, cut, cut_rows, read, stream

@@ -6,9 +6,9 @@ from torch import nn
 
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import QuantizedWeights
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.dense import linears_of
 from moezoo.loaders.experts import experts_of, parts_shape
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import ParameterInfo
 
 
@@ -43,6 +43,6 @@ def quantize_on_meta(module: nn.Module, quantized: Mapping[str, Kind]) -> None:
     for name, kind in quantized.items():
         held = module.get_submodule(name)
         assert isinstance(held, QuantizedWeights)
-        held.grouped, held.scaled = kind.group_size is not None, kind.scaled
+        held.kind = kind
     if quantized:
         module.requires_grad_(False)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from moezoo.layers.moe import FusedMoE
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.experts import experts_of, parts_shape
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import ParameterInfo
 
 

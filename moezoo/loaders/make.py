@@ -11,12 +11,12 @@ from transformers import PreTrainedConfig
 from moezoo import registry
 from moezoo.causal_lm import MoECausalLM
 from moezoo.device import device_of
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.config import config_dtype, requested_dtype
 from moezoo.loaders.encodings import Scheme, hub_scheme
 from moezoo.loaders.experts import experts_of, parts_shape, refuse_others
 from moezoo.loaders.held import quantize_on_meta, quantized_infos
 from moezoo.loaders.initial import initialise
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import ParameterInfo, layout, parameter_infos
 from moezoo.loaders.memory import allocate, check_memory
 from moezoo.loaders.quantization import Quantization

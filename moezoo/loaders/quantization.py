@@ -19,8 +19,8 @@ from moezoo.layers.quant.groups import (
     SCALE_DTYPES,
     default_group_size,
 )
+from moezoo.layers.quant.kind import Kind
 from moezoo.layers.quant.mxfp4 import GROUP
-from moezoo.loaders.kinds import Kind
 
 _FIELDS = {
     FP8: ("granularity", "block_size"),

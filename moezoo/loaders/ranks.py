@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig
 
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.quant import Format
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.experts import experts_of
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.quantization import Quantization
 from moezoo.loaders.weights import Planned
 from moezoo.parallel.eplb.options import EPLB

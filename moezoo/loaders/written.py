@@ -33,7 +33,6 @@ from moezoo.layers.quant.mxfp4 import GROUP
 from moezoo.loaders.encodings import fp8, mxfp4
 from moezoo.loaders.encodings.integers import words_of
 from moezoo.loaders.experts import experts_of, has_both, parts_index
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import (
     Copy,
     ParameterInfo,
@@ -82,7 +81,7 @@ class Writing:
             if target in self.weights:
                 held = self.weights[target]
                 fields: Any = {field: state.get(f"{target}.{field}") for field in held.keep_dtype}
-                whole = held.format(**fields)
+                whole = held.kind.format(**fields)
                 found.extend(
                     part for copy in copies for part in _quantized(copy, whole, self.method)
                 )
@@ -281,7 +280,7 @@ def _tied(module: nn.Module, rules: Sequence[Rule | Skip]) -> set[str]:
 
 def _method(module: nn.Module, rules: Sequence[Rule | Skip]) -> str:
     weights = dict(quantized_weights(module))
-    formats = {held.format for held in weights.values()}
+    formats = {held.kind.format for held in weights.values()}
     if formats <= {BlockFp8}:
         return "fp8"
     if formats == {Mxfp4} and all(
@@ -394,9 +393,9 @@ def _compressed(
 ) -> dict[str, Any]:
     # A group of all columns is named as the others are: transformers wants one scheme for a layer.
     sizes = {
-        (kind.format, kind.group_size)
-        for kind in map(Kind.of_weights, weights.values())
-        if kind.group_size is not None
+        (held.kind.format, held.kind.group_size)
+        for held in weights.values()
+        if held.kind.group_size is not None
     }
     by_scheme: dict[str, tuple[dict[str, Any], set[str]]] = {}
     for copy in copies:

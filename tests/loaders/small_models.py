@@ -120,7 +120,7 @@ def round_inputs(dense: Any, model: Any) -> None:
     layers = linears_of(model.decoder)
     for name, layer in linears_of(dense.decoder).items():
         weight = layers[name].weight
-        if isinstance(weight, QuantizedWeights) and "fp8" in weight.format.name:
+        if isinstance(weight, QuantizedWeights) and "fp8" in weight.kind.format.name:
             layer.register_forward_pre_hook(round_input)
 
 

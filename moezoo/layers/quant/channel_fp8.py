@@ -59,7 +59,6 @@ class ChannelFp8(Format):
 
     @classmethod
     def on_meta(cls, *shape: int) -> "ChannelFp8":
-        """Of this shape [.., N, K], without memory or values."""
         data = torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta")
         return cls(data, torch.empty(shape[:-1], dtype=torch.float32, device="meta"))
 

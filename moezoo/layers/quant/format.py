@@ -75,6 +75,11 @@ class Format:
         """The same without a look at the values: NaN and Inf in w are left to `check_values`."""
         raise NotImplementedError
 
+    @classmethod
+    def on_meta(cls, *shape: Any, **options: Any) -> Self:
+        """Return weights of this shape [.., N, K] on the meta device, without memory or values."""
+        raise NotImplementedError
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """-> [.., N, K]"""
         raise NotImplementedError

@@ -66,7 +66,6 @@ class BlockFp8(Format):
 
     @classmethod
     def on_meta(cls, *shape: int) -> "BlockFp8":
-        """Of this shape [.., N, K], without memory or values."""
         data = torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta")
         return cls(data, torch.empty(scales_shape(shape), dtype=torch.float32, device="meta"))
 

@@ -51,7 +51,7 @@ class Integers(Format):
         zeros: bool = False,
         ordered: bool = False,
     ) -> Self:
-        """Of this shape [.., N, K], without memory or values; scales are of `dtype`."""
+        """Return weights of this shape [.., N, K] on the meta device, with scales of `dtype`."""
         *rows, k = shape
         groups = num_groups(k, group_size)
         return cls(

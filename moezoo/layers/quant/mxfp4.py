@@ -64,7 +64,6 @@ class Mxfp4(Format):
 
     @classmethod
     def on_meta(cls, *shape: int) -> "Mxfp4":
-        """Of this shape [.., N, K], without memory or values."""
         *rows, k = shape
         return cls(
             torch.empty(*rows, k // 2, dtype=torch.uint8, device="meta"),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moezoo.layers.quant.groups import PER_CHANNEL, SCALE_DTYPES, pack
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.encodings.integers import (
     NO_ACTIVATIONS,
     OF_THE_RUN,
@@ -33,7 +34,6 @@ from moezoo.loaders.encodings.stored import (
     divided,
 )
 from moezoo.loaders.encodings.tables import Table, entry_within
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import TensorInfo
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Mxfp4
 from moezoo.layers.quant.fp8 import BLOCK
 from moezoo.layers.quant.groups import PER_CHANNEL, SCALE_DTYPES
+from moezoo.layers.quant.kind import Kind
 from moezoo.layers.quant.mxfp4 import GROUP
 from moezoo.loaders.encodings.fp8 import fp8_weight
 from moezoo.loaders.encodings.integers import (
@@ -53,7 +54,6 @@ from moezoo.loaders.encodings.stored import (
     dtype_of,
 )
 from moezoo.loaders.encodings.tables import Table
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import TensorInfo
 
 _FORMATS = (

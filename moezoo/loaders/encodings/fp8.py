@@ -14,6 +14,7 @@ import torch
 
 from moezoo.layers.quant import BlockFp8, ChannelFp8
 from moezoo.layers.quant.fp8 import BLOCK, scales_shape
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.encodings.stored import (
     BLOCK_SCALE,
     FLOAT_SCALE,
@@ -25,7 +26,6 @@ from moezoo.loaders.encodings.stored import (
     as_it_is,
 )
 from moezoo.loaders.encodings.tables import Table, entry_above
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import TensorInfo
 
 SCALES = "_scale_inv"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moezoo.layers.quant.groups import PER_CHANNEL, SCALE_DTYPES
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.encodings.integers import (
     NO_ACTIVATIONS,
     OF_THE_RUN,
@@ -42,7 +43,6 @@ from moezoo.loaders.encodings.stored import (
     divided,
 )
 from moezoo.loaders.encodings.tables import Table, entry_within
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import TensorInfo
 
 _WORDS = {(4, 1): 0x77777777, (4, 0): -0x77777778, (8, 1): 0x7F7F7F7F, (8, 0): -0x7F7F7F80}

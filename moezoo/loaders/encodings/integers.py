@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moezoo.layers.quant import Int4, Int8
 from moezoo.layers.quant.groups import GROUP_SIZES, PER_CHANNEL, pack, unpack
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.encodings.stored import Check, Extra
-from moezoo.loaders.kinds import Kind
 
 OF_THE_RUN = (
     *("dataset", "tokenizer", "nsamples", "seqlen", "model_seqlen", "batch_size", "pad_token_id"),

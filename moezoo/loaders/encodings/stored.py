@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moezoo.errors import QuantizationError
 from moezoo.layers.quant.groups import PER_CHANNEL
-from moezoo.loaders.kinds import Kind
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.mapping import TensorInfo
 
 AGAIN = "get the checkpoint again, or the config.json that belongs to it"

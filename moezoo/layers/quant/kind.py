@@ -1,26 +1,30 @@
-"""A format of quantised weights with the choices that decide the shapes of its tensors."""
+"""A format with the options that decide the shapes and dtypes of its tensors."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from moezoo.layers.quant import Format, Integers, QuantizedWeights
+from moezoo.layers.quant.format import Format
 from moezoo.layers.quant.groups import PER_CHANNEL
+from moezoo.layers.quant.integers import Integers
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A format and the options of its `on_meta`; weights of one kind can be stacked."""
+    """A format and the options of its `on_meta`; weights of one kind can be stacked.
+
+    `group_size` and `scaled` are for reports and configs only, and are not compared.
+    """
 
     format: type[Format]
     options: tuple[tuple[str, Any], ...] = ()
     group_size: int | None = field(default=None, compare=False)
-    """The columns of a group for a report, where groups are meant, be one as wide as a row."""
+    """Columns per group, None for a scale per row: tensors alone cannot tell that from a group as
+    wide as a row."""
 
     scaled: str | None = field(default=None, compare=False)
-    """What has a scale, for a report, where the tensors do not say: several rows share one."""
+    """How scales are laid out where the tensors do not show it: several rows share one."""
 
     @classmethod
     def of(cls, format: type[Format], **options: Any) -> "Kind":
@@ -30,43 +34,42 @@ class Kind:
     def integers(
         cls, format: type[Format], group_size: int, columns: int, **options: Any
     ) -> "Kind":
-        """Of rows of so many columns; one group of all of them is a scale a row."""
+        """Return the kind for rows of `columns`; its `on_meta` makes one group of a group as wide.
+
+        A group_size of -1 is a scale per row.
+        """
         size = PER_CHANNEL if group_size == columns else group_size
         named = None if group_size == PER_CHANNEL else group_size
         return replace(cls.of(format, group_size=size, **options), group_size=named)
 
     @classmethod
-    def of_weights(cls, held: QuantizedWeights) -> "Kind":
-        weights = held()
+    def of_weights(cls, weights: Format) -> "Kind":
+        """Return the kind of these weights, one group in a row counting as a scale per row."""
         if not isinstance(weights, Integers):
-            return replace(cls.of(held.format), scaled=held.scaled)
-        row = weights.scales.shape[-1] == 1 and not held.grouped
-        size = PER_CHANNEL if row else weights.group_size
-        options = {
-            "dtype": weights.scales.dtype,
-            "zeros": weights.zeros is not None,
-            "ordered": weights.order is not None,
-        }
-        kind = cls.integers(type(weights), size, weights.shape[-1], **options)
-        return replace(kind, scaled=held.scaled)
+            return cls.of(type(weights))
+        return cls.integers(
+            type(weights),
+            PER_CHANNEL if weights.scales.shape[-1] == 1 else weights.group_size,
+            weights.shape[-1],
+            dtype=weights.scales.dtype,
+            zeros=weights.zeros is not None,
+            ordered=weights.order is not None,
+        )
 
     def on_meta(self, *shape: int) -> Format:
-        """A weight [.., N, K] of this kind, without memory or values."""
-        make: Callable[..., Format] = self.format.on_meta  # type: ignore[attr-defined]
-        weight = make(*shape, **dict(self.options))
-        return weight
+        """Return a weight [.., N, K] of this kind on the meta device."""
+        return self.format.on_meta(*shape, **dict(self.options))
 
     def quantize(self, w: Tensor) -> Format:
-        """w [.., N, K] quantised so; NaN and Inf are left to `Format.check_values`."""
+        """Return w [.., N, K] quantised to this kind; NaN and Inf are left to `check_values`."""
         options = dict(self.options)
         dtype = options.pop("dtype", w.dtype)
         options.pop("ordered", None)
-        weight: Format = self.format.quantize_unchecked(w.to(dtype), **options)
-        return weight
+        return self.format.quantize_unchecked(w.to(dtype), **options)
 
     @property
     def described(self) -> str:
-        """The format and what has a scale, for a report."""
+        """Description for reports: the format and the layout of its scales."""
         options = dict(self.options)
         what = self.format.scale_layout
         if self.scaled is not None:
@@ -80,9 +83,11 @@ class Kind:
         )
 
     def unordered(self) -> "Kind":
+        """Return the same kind without an order of the columns."""
         options = Kind.of(self.format, **dict(self.options) | {"ordered": False}).options
         return replace(self, options=options)
 
     @property
     def ordered(self) -> bool:
+        """Whether columns have an order of their own, see `Integers`."""
         return bool(dict(self.options).get("ordered"))
