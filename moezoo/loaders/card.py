@@ -22,7 +22,7 @@ _SECTION = re.compile(rf"\n*{_START}\n.*?{_END}\n?", re.DOTALL)
 
 @dataclass(frozen=True)
 class Measured:
-    """Held-out loss in nats a token of a text, in windows of `length` tokens, each read alone."""
+    """Held-out loss of a text in nats per token, in windows of `length` tokens, each read alone."""
 
     text: str
     num_tokens: int
@@ -33,7 +33,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Section:
-    """What is known of how weights were quantised; what is None was not measured.
+    """Facts on how weights were quantised; None stands for what was not measured.
 
     `experts` and `linears` describe their kinds. `weight_error` is the root mean square of what
     quantising changed in the experts' weights, over that of these weights.
@@ -77,7 +77,7 @@ class Section:
 
 
 def kinds_of(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Descriptions of the kinds of a module's quantised experts, and of its linear layers."""
+    """Return how a module's quantised experts are stored, and its quantised linear layers."""
     of_experts, of_others = (
         tuple(sorted({weights.kind.described for weights in some}))
         for some in experts_and_linears(module)
@@ -86,8 +86,8 @@ def kinds_of(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def with_section(card: str, section: Section | None) -> str:
-    """The card with this section in the place of an earlier one, or at its end; without one where
-    nothing is quantised."""
+    """Return the card with this section in place of an earlier one, or at its end, and without one
+    where nothing is quantised."""
     if section is None or not (section.experts or section.linears):
         return _SECTION.sub("", card)
     text = f"\n\n{section}"
@@ -97,8 +97,8 @@ def with_section(card: str, section: Section | None) -> str:
 
 
 def write_card(folder: Path, before: Path | None, section: Section | None) -> None:
-    """Into `folder` the card `before`, if there is one, with the section; nothing where it would be
-    empty."""
+    """Write the card `before`, if there is one, with the section into `folder`; write nothing where
+    the card would be empty."""
     path = folder / CARD
     with naming(path):
         card = "" if before is None else before.read_text("utf-8", "surrogateescape")

@@ -1,4 +1,4 @@
-"""From one checkpoint to another, quantised or of another dtype, a layer at a time.
+"""Convert a checkpoint, a layer at a time, to one that is quantised or of another dtype.
 
 Of the weights no more is in memory than one layer of the result and some rows that are being
 quantised; the new files appear when all are written.
@@ -185,7 +185,8 @@ def _loss(
 
 
 class _Layers:
-    """The tensors to write of one layer after another, each read when its first is asked for."""
+    """Reads the tensors to write, one layer after another, each layer when its first tensor is
+    asked for."""
 
     def __init__(
         self,
@@ -241,13 +242,15 @@ class _Layers:
 
 
 def _layer_of(parameter: str) -> str:
-    """What is read together: all of a layer, or one parameter that is in none."""
+    """Return the name of the layer of a parameter, whose tensors are read together; a parameter
+    outside all layers is read alone."""
     layer = re.match(r"(.*?\.)?\d+\.", parameter)
     return parameter if layer is None else layer[0]
 
 
 def _other_files(checkpoint: Checkpoint) -> dict[str, Path]:
-    """Tokenizer, chat template, licence, model card: what a folder of the model has beside it."""
+    """Download what a folder of the model has beside its weights (tokenizer, chat template,
+    licence, model card), and return the paths by name."""
     names = [
         file
         for file in checkpoint.files.listing()

@@ -1,5 +1,5 @@
-"""From the files into the tensors of a model: what is read in which pieces, and what is done with
-each, quantised weights among them.
+"""Fill the tensors of a model from a checkpoint's files: the pieces that are read, and what is done
+with each, quantised weights among them.
 
 Scales, zero points and orders are read first, as the data need them; what is wrong in them ends the
 load before the data are read. Weights are quantised and unpacked some rows at a time, on the device
@@ -31,11 +31,11 @@ from moezoo.loaders.quantization import Recipe
 from moezoo.loaders.stream import Piece, PutRows, cut, cut_rows, read, stream
 
 Fields = Mapping[str, Tensor]
-"""The tensors of a format at one place, by their names."""
+"""Tensors of a format at one place, by field name."""
 
 
 class _Check(NamedTuple):
-    """A look at one matrix of an extra tensor; `wrong` is known when the GPU has come to it."""
+    """Check of one matrix of an extra tensor; `wrong` is known when the GPU has come to it."""
 
     extra: Extra
     piece: Piece
@@ -44,7 +44,8 @@ class _Check(NamedTuple):
 
 
 class Squares:
-    """Sums of squares, of errors and of weights: as the threads that read add to them."""
+    """Sums of the squares of quantisation errors and of weights, which the reading threads add
+    to."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -78,13 +79,13 @@ class Filling:
         """Those of all that is quantised, if anybody wants them."""
 
     def copy(self, copy: Copy, target: Tensor) -> None:
-        """A tensor that is not quantised, and is not to be."""
+        """Plan to copy a tensor that is not quantised and stays so."""
         place, dtype = self._place(copy.source, copy), self.checkpoint.tensors[copy.source].dtype
         ordered = stored_order(target[copy.target_index], copy.view)
         self.rest.extend(cut(copy.source, place, dtype, ordered))
 
     def quantize(self, copy: Copy, weights: Fields, recipe: Recipe) -> None:
-        """A tensor that is not quantised into the tensors of a format, those of all experts."""
+        """Plan to quantise a tensor into `weights`, the tensors of a format for all experts."""
         info = self.checkpoint.tensors[copy.source]
         index = parts_index(copy.target_index, weights["data"].shape)
         fields = {name: tensor[index] for name, tensor in weights.items()}
@@ -108,7 +109,8 @@ class Filling:
                 self._cut(copy.source, there, dtype, matrix, recipe.rows, put)
 
     def unpack(self, copy: Copy, weights: Fields) -> None:
-        """A quantised weight into the tensors of its format, those of all experts or of a layer."""
+        """Plan to unpack a quantised weight into `weights`, the tensors of its format for all
+        experts or for a layer."""
         stored = self.encoding.weights[copy.source]
         both = has_both(copy.target_index, weights["data"].shape)
         interleaved = "deinterleave" in copy.view
@@ -126,7 +128,7 @@ class Filling:
             self._data(stored, lead, put, put.pairs)
 
     def dequantize(self, copy: Copy, target: Tensor) -> None:
-        """A quantised weight into one that is not."""
+        """Plan to dequantise a quantised weight into `target`."""
         stored = self.encoding.weights[copy.source]
         view = [step for step in copy.view if not (step == "transpose" and stored.transposed)]
         if "unflatten" in view:
@@ -168,7 +170,8 @@ class Filling:
     def _matrices(
         self, copy: Copy, stored: StoredWeight
     ) -> Iterator[tuple[tuple[int, ...], list[int]]]:
-        """Of each matrix that is copied: its place in the target's part and in what is stored."""
+        """Yield, for each matrix that is copied, its index in the target's part and in the stored
+        tensor."""
         lead = stored.shape[:-2]
         if not lead:
             yield (), []
@@ -180,7 +183,7 @@ class Filling:
                 yield (i, *rest), [first + i, *rest]
 
     def _matrix(self, tensor: str, lead: Sequence[int]) -> tuple[Location, tuple[int, ...]]:
-        """Where one matrix of a stack is, and its shape."""
+        """Return the location of one matrix of a stack, and its shape."""
         info = self.checkpoint.tensors[tensor]
         path, offset = self.locations[tensor]
         shape = info.shape[len(lead) :]
@@ -230,7 +233,7 @@ class Filling:
                 _assign(target, slice(None), value)
 
     def _check_extras(self) -> None:
-        """Raise `QuantizationError` for the first extra tensor that holds what cannot be."""
+        """Raise `QuantizationError` for the first extra tensor that holds a wrong value."""
         if not self.checks or not torch.stack([check.wrong for check in self.checks]).any():
             return
         extra, piece, lead, _ = next(check for check in self.checks if check.wrong)
@@ -269,7 +272,7 @@ class Filling:
 
 
 def _owner(recipe: Recipe, scales: Tensor, index: list[int]) -> str:
-    """Whose scale is at this place of those of a tensor."""
+    """Name what the scale at this index of a tensor belongs to."""
     if recipe.rows is None:
         return "the matrix"
     groups = issubclass(recipe.kind.format, Integers) and scales.shape[-1] == 1
@@ -277,7 +280,8 @@ def _owner(recipe: Recipe, scales: Tensor, index: list[int]) -> str:
 
 
 def _part(weights: Fields, index: Index, kind: Kind) -> Fields:
-    """Of the tensors of a format those of parameter[index]: some rows, or experts and parts."""
+    """Return the tensors of a format for parameter[index]: some rows of a matrix, or experts and
+    parts."""
     if weights["data"].ndim > 2:
         places = parts_index(index, weights["data"].shape)
         return {name: tensor[places] for name, tensor in weights.items()}
@@ -290,12 +294,13 @@ def _part(weights: Fields, index: Index, kind: Kind) -> Fields:
 
 
 def _rows(tensor: Tensor, interleaved: bool) -> Tensor:
-    """[2, I, ..] as rows in their stored order: [2I, ..], or [I, 2, ..] where they alternate."""
+    """Return a tensor [2, I, ..] as rows in their stored order: [2I, ..], or [I, 2, ..] where they
+    alternate."""
     return tensor.transpose(0, 1) if interleaved else tensor.flatten(0, 1)
 
 
 def _assign(target: Tensor, rows: slice, value: Tensor) -> None:
-    """value [n, ..], or one row for all, into these rows of target, which may be in pairs."""
+    """Copy value [n, ..], or one row for all, into these rows of target, which may be in pairs."""
     part = target[rows]
     if value.ndim == part.ndim:
         part.copy_(value)
@@ -325,7 +330,7 @@ class _Quantize:
                 fields[name][start : start + tensor.shape[0]].copy_(tensor)
 
     def viewed(self, shape: Sequence[int], view: Sequence[View], _: slice, stored: Tensor) -> None:
-        """A whole expert [N, K] or [2, I, K] that is stored in another order."""
+        """Quantise a whole expert [N, K] or [2, I, K] that is stored in another order."""
         w = stored.new_empty(prod(shape[:-1]), shape[-1])
         ordered = stored_order(w, view)
         ordered.copy_(stored.view(ordered.shape))
@@ -394,7 +399,8 @@ def drop_trivial_orders(
     quantized: Mapping[str, Kind],
     of_all_ranks: Callable[[set[str]], set[str]] | None = None,
 ) -> dict[str, Kind]:
-    """The kinds, without the orders that leave every column where it is: they go from `tensors`.
+    """Drop the orders that leave every column where it is from `tensors`, and return the kinds
+    without them.
 
     `of_all_ranks` adds what other ranks say to names: an expert that moves has the tensors of those
     where it comes, so all ranks keep an order that one needs.

@@ -1,4 +1,4 @@
-"""The quantised weights of a module in the place of its parameters: experts and linear layers."""
+"""Replace parameters of a module, experts' and linear layers', by quantised weights on meta."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,8 @@ from moezoo.loaders.mapping import ParameterInfo
 def quantized_infos(
     module: nn.Module, infos: Mapping[str, ParameterInfo], quantized: Mapping[str, Kind]
 ) -> dict[str, ParameterInfo]:
-    """The parameters of `module`, with the tensors of their format for those that are quantised."""
+    """Return the parameters of `module`, with the tensors of their format in place of those that
+    are quantised."""
     owners = experts_of(module)
     found = {}
     for name, info in infos.items():
@@ -30,7 +31,7 @@ def quantized_infos(
 
 
 def quantize_on_meta(module: nn.Module, quantized: Mapping[str, Kind]) -> None:
-    """Put `QuantizedWeights` in the place of these parameters, and take no more gradients."""
+    """Put `QuantizedWeights` in place of these parameters, and stop all gradients of the module."""
     names: dict[FusedMoE, list[str]] = {}
     for name, moe in experts_of(module).items():
         if name in quantized:

@@ -1,4 +1,4 @@
-"""From a config to a model with random weights: build on meta, allocate, initialise."""
+"""Make a model with random weights from a config: build it on meta, allocate, initialise."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -38,7 +38,7 @@ def from_config(
     parallel: Parallel | None = None,
     eplb: Mapping[str, object] | EPLB | None = None,
 ) -> MoECausalLM:
-    """The model that `config` describes with random weights, made on `device`.
+    """Return the model that `config` describes with random weights, made on `device`.
 
     Matrices are normal with deviation `config.initializer_range`, norms one, biases zero;
     `torch.manual_seed` decides them, that of rank 0 with `parallel`: each tensor and each expert
@@ -97,7 +97,8 @@ def _kinds_of_config(
     scheme: Scheme | None,
     asked: Quantization | None,
 ) -> dict[str, Kind]:
-    """The experts' parameters that are quantised, as the config says or as it is asked."""
+    """Return the kinds of the experts' parameters that are quantised, as the config or the user
+    says."""
     owners = experts_of(decoder)
     columns = {name: parts_shape(layer, name)[-1] for name, layer in owners.items()}
     if scheme is None:

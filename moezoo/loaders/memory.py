@@ -1,4 +1,4 @@
-"""Room for weights: whether a device has it, and tensors that are filled later."""
+"""Memory for weights: check that a device has it, and allocate tensors to be filled."""
 
 import mmap
 import sys
@@ -47,8 +47,8 @@ def check_memory(
 def _that_fits(
     wanted: Mapping[str, ParameterInfo], device: torch.device, module: nn.Module, free: int
 ) -> tuple[str, int] | None:
-    """The quantisation of experts with which the weights fit, the most exact first, and what they
-    take with it."""
+    """Return the most exact quantisation of experts with which the weights fit, and their bytes
+    with it."""
     experts = experts_of(module).keys()
     if not experts or not experts <= wanted.keys():
         return None  # nothing to quantise, or quantised already
@@ -97,7 +97,7 @@ def allocate(wanted: Mapping[str, ParameterInfo], device: torch.device) -> dict[
 
 
 def _empty(info: ParameterInfo, device: torch.device) -> torch.Tensor:
-    """Uninitialised memory; large tensors on the CPU lie in huge pages.
+    """Return an uninitialised tensor; large ones on the CPU lie in huge pages.
 
     Most of the time to fill fresh memory goes into page faults, and huge pages need 512 times
     fewer.

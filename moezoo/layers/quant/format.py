@@ -1,4 +1,4 @@
-"""What the stored formats of a weight share: tensors side by side, and what must hold of them.
+"""The base class of the formats that weights are stored in, and what they share.
 
 Legend: N rows, K columns, G groups of columns.
 """
@@ -13,16 +13,18 @@ from torch import Tensor
 from moezoo.errors import QuantizationError
 
 TINY = 1e-30
-"""The least magnitude that counts, so that zeros have a scale too; in fp16 its least number is."""
+"""Least magnitude that scales are made for, so that a group of zeros has one too; fp16 scales have
+its least number instead."""
 
 _CHUNK = {"cpu": 2**18, "cuda": 2**24}
-"""Values quantised at a time: what caches hold, and what fills a GPU."""
+"""Values quantised at a time by device: as many as caches hold, or as fill a GPU."""
 
 
 @dataclass(frozen=True, eq=False)
 class Format:
-    """A weight [.., N, K] as `data` and `scales`, and what else a format has, which share their
-    first dimensions: those are matrices of their own, as w13's experts, gate and up are.
+    """A weight [.., N, K] stored as `data`, `scales` and whatever else its format has. All tensors
+    share the dimensions before N, which number matrices of their own: the experts of w13, its gate
+    and up.
 
     `quantize` and `dequantize` are each format's definition. A constructor raises QuantizationError
     for shapes, dtypes or devices that do not belong together; it does not look at values. Two are
@@ -52,7 +54,8 @@ class Format:
 
     @classmethod
     def quantize(cls, w: Tensor, **options: Any) -> Self:
-        """w [.., N, K], floating point of any kind; options are those of `quantize_unchecked`.
+        """Return w [.., N, K], of any floating dtype, in this format; options are those of
+        `quantize_unchecked`.
 
         Raises QuantizationError where w holds NaN or Inf.
         """
@@ -72,7 +75,8 @@ class Format:
 
     @classmethod
     def quantize_unchecked(cls, w: Tensor, *args: Any, **options: Any) -> Self:
-        """The same without a look at the values: NaN and Inf in w are left to `check_values`."""
+        """Quantise as `quantize` does, but do not check the values: NaN and Inf in w are left to
+        `check_values`."""
         raise NotImplementedError
 
     @classmethod
@@ -81,7 +85,7 @@ class Format:
         raise NotImplementedError
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """-> [.., N, K]"""
+        """Return the weights [.., N, K]."""
         raise NotImplementedError
 
     def check_values(self, name: str = "weights") -> None:
@@ -99,7 +103,7 @@ class Format:
 
     @staticmethod
     def wrong_scales(scales: Tensor) -> Tensor:
-        """Return a mask of the scales that cannot be: NaN, Inf, zero or negative."""
+        """Return a mask of the scales that are NaN, Inf, zero or negative."""
         return ~((scales > 0) & scales.isfinite())
 
     @property
@@ -109,7 +113,7 @@ class Format:
 
     @property
     def order(self) -> Tensor | None:
-        """Order of the columns, see `Integers`; None where they are where they belong."""
+        """Order of the columns, see `Integers`; None where they are not reordered."""
         return None
 
     def tensors(self) -> dict[str, Tensor | None]:
@@ -117,7 +121,7 @@ class Format:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
-        """Of fn of each tensor."""
+        """Return the format with fn applied to each tensor."""
         tensors: dict[str, Any] = {
             name: None if tensor is None else fn(tensor) for name, tensor in self.tensors().items()
         }
@@ -127,18 +131,18 @@ class Format:
         return self.map(lambda tensor: tensor[index])
 
     def rows(self, start: int, stop: int) -> Self:
-        """Some rows of a matrix [N, K]. Of blocks of rows that have one scale, start is the first
-        of one."""
+        """Return rows start to stop of a matrix [N, K]. Where several rows share a scale, start is
+        the first of such a block."""
         return self.map(lambda tensor: tensor[start:stop])
 
     def in_parts(self, parts: int) -> Self:
-        """[.., parts * N, K] -> [.., parts, N, K]"""
+        """Return weights [.., parts * N, K] as [.., parts, N, K]."""
         dim = len(self.shape) - 2
         return self.map(lambda tensor: tensor.unflatten(dim, (parts, -1)))
 
     @property
     def shape(self) -> torch.Size:
-        """[.., N, K]"""
+        """Shape [.., N, K] of the weights."""
         return self.data.shape
 
     @property
@@ -181,17 +185,17 @@ def require_weights(w: Tensor) -> None:
 
 
 def magnitudes(w: Tensor, dims: int | tuple[int, ...] = -1) -> Tensor:
-    """The largest magnitude over `dims`, which stay with size 1, without a copy of w."""
+    """Return the largest magnitude over `dims`, which stay with size 1, without a copy of w."""
     return torch.maximum(w.amax(dims, keepdim=True), -w.amin(dims, keepdim=True))
 
 
 def stored_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """scales in the dtype that they are kept in, none of them rounded to zero."""
+    """Return scales in the dtype that stores them, none of them rounded to zero."""
     return scales.clamp(min=2**-24 if dtype == torch.float16 else TINY).to(dtype)
 
 
 def by_rows(fn: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """fn of all rows, called for some at a time, so that what it allocates is bounded.
+    """Apply fn to all rows, some at a time, so that its temporary memory is bounded.
 
     tensors [.., N, *] of the same first dimensions; fn takes [rows, *] of each and returns tensors
     [rows, *]. The result is those as [.., N, *].

@@ -41,8 +41,8 @@ class Int4(Integers):
         zeros: bool = False,
         search: bool = True,
     ) -> "Int4":
-        """group_size is 32, 64, 128, or -1 for a scale per row; by default the largest that
-        divides K. With `zeros` groups have zero points. Without `search`, scales are those of
+        """Quantise w in groups of 32, 64 or 128 columns, or -1 for a scale per row; by default the
+        largest that divides K. `zeros` adds zero points. Without `search`, scales are those of
         round-to-nearest, for comparison.
 
         Raises QuantizationError for a group size that does not divide K, and for an odd K.

@@ -69,7 +69,7 @@ class Integers(Format):
         return _in_order(x.flatten(-2), self.order).to(dtype)
 
     def codes(self) -> Tensor:
-        """uint8 [.., N, K], in the order of data's columns."""
+        """Return the unsigned codes, uint8 [.., N, K], in the order of data's columns."""
         raise NotImplementedError
 
     def rows(self, start: int, stop: int) -> Self:
@@ -93,7 +93,7 @@ class Integers(Format):
 
 
 def _in_order(w: Tensor, order: Tensor | None) -> Tensor:
-    """w [.., N, K] of columns sorted by group -> columns where they belong.
+    """Move the columns of w [.., N, K], sorted by group, to where they belong.
 
     order [.., K]: column j of w is column order[j] of the result.
     """

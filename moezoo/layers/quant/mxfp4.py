@@ -1,4 +1,5 @@
-"""mxfp4: numbers of 4 bits with a power of two for 32 of a row's columns (OCP Microscaling).
+"""mxfp4: 4-bit floating-point numbers with a power-of-two scale per 32 columns of a row (OCP
+Microscaling).
 
     w[n, k] = e2m1(data[n, k]) * 2^(scales[n, k // 32] - 127)
 
@@ -30,7 +31,7 @@ GROUP = 32
 """Columns that share a scale."""
 
 NAN = 255
-"""The one scale that is no number."""
+"""The one scale that stands for NaN."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,7 @@ class Mxfp4(Format):
 
     @classmethod
     def quantize_unchecked(cls, w: Tensor) -> "Mxfp4":
-        """Raises QuantizationError where 32 does not divide K."""
+        """Quantise w. Raises QuantizationError where 32 does not divide K."""
         require_weights(w)
         groups = _groups(w.shape[-1])
 
@@ -103,12 +104,12 @@ def _groups(k: int) -> int:
 
 
 def _powers(scales: Tensor) -> Tensor:
-    """2^(scales - 127) in fp32, exactly."""
+    """Return 2^(scales - 127) in fp32, exactly."""
     return scales.view(torch.float8_e8m0fnu).float()
 
 
 def _nearest_scales(x: Tensor) -> Tensor:
-    """Of groups x [.., G, 32]: [.., G] uint8, NaN where a value is NaN or Inf."""
+    """Return the scales uint8 [.., G] of groups x [.., G, 32], NaN where a value is NaN or Inf."""
     largest = magnitudes(x).squeeze(-1)
     _, exponent = torch.frexp(largest.clamp(min=TINY))
     # The largest is below 2^exponent and at least half of it; 2^2 is the largest code's.
@@ -126,21 +127,22 @@ def _nearest_scales(x: Tensor) -> Tensor:
 
 
 def _rounded(t: Tensor) -> Tensor:
-    """The nearest of E2M1's magnitudes to each magnitude of t."""
+    """Round the magnitudes of t to the nearest of E2M1."""
     t = t.abs().clamp_(max=6.0)
     step = 0.5 + 0.5 * (t >= 2) + (t >= 4)
     return t.div_(step).round_().mul_(step)
 
 
 def _values(codes: Tensor) -> Tensor:
-    """fp32 of codes uint8: their bits are the top ones of fp16 with another bias of exponents."""
+    """Return the values of codes uint8 in fp32: their bits are the top ones of fp16 with another
+    exponent bias."""
     bits = codes.to(torch.int16)
     half = ((bits & 8) << 12 | (bits & 7) << 9).view(torch.float16)
     return half.float().mul_(2.0**14)
 
 
 def _codes(t: Tensor) -> Tensor:
-    """t in E2M1: 0 to 7, and 8 more for a negative one."""
+    """Return the E2M1 codes of t, uint8: 0 to 7, and 8 more for negative values."""
     rounded = _rounded(t)
     codes = 2 * rounded.clamp(max=2) + (rounded.clamp(2, 4) - 2) + 0.5 * (rounded.clamp(min=4) - 4)
     return codes.to(torch.uint8) + 8 * t.signbit().to(torch.uint8)

@@ -1,4 +1,4 @@
-"""A quantised weight as a module holds it."""
+"""The module that holds a quantised weight."""
 
 from collections.abc import Callable
 from typing import Any
