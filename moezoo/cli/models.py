@@ -1,4 +1,4 @@
-"""Prompts and models as the options of a command name them."""
+"""Open the models and prompts that a command's options name."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def model_id(arguments: argparse.Namespace) -> str:
 
 
 def quieten(arguments: argparse.Namespace) -> None:
-    """Keep huggingface_hub from writing each of its attempts to stderr; ours is the last word."""
+    """Keep huggingface_hub from writing each of its attempts to stderr; our error says it once."""
     from huggingface_hub.utils import logging
 
     if not (arguments.debug or arguments.verbose):

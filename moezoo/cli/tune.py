@@ -78,7 +78,7 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 
 def _layer(arguments: argparse.Namespace) -> tuple[Any, str | None]:
-    """The layer, and the format in which a model stores its experts."""
+    """Return the layer, and the format in which a model stores its experts."""
     from moezoo.tools.layer_weights import Layer
 
     sizes = arguments.layer.split(",")

@@ -26,7 +26,7 @@ def quantized_experts(
     bias2: Tensor | None,
     expert_map: Tensor | None,
 ) -> Tensor:
-    """As `fused_experts`, with w13 [E, 2 or 1, I, H]."""
+    """Compute `fused_experts` with quantised weights, w13 being [E, 2 or 1, I, H]."""
     settings: Any = {"gating": gating, "bias13": bias13, "bias2": bias2}
     num_experts = w13.shape[0] if expert_map is None else len(expert_map)
 
@@ -44,7 +44,7 @@ def quantized_experts(
 
 
 def _operator(name: str, restored: Any) -> Any:
-    """`restored` is the format, called with its tensors."""
+    """Return the operator of a format; `restored` is the format, called with its tensors."""
 
     def fused_experts(
         x: Tensor,
@@ -71,4 +71,4 @@ def _operator(name: str, restored: Any) -> Any:
 
 
 OPERATORS = {format_: _operator(name, format_) for name, format_ in FORMATS.items()}
-"""They take the tensors of w13 and w2 in the order of their fields."""
+"""Operators by format; they take the tensors of w13 and w2 in the order of their fields."""
