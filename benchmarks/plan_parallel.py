@@ -23,7 +23,7 @@ import torch
 from moezoo import registry
 from moezoo.loaders.checkpoint import open_config
 from moezoo.loaders.config import transformers_config
-from moezoo.loaders.dense import linears_of
+from moezoo.loaders.linears import linears_of
 from moezoo.loaders.mapping import parameter_infos
 from moezoo.tools.inspect import EXPERTS_AS, inspect, matrix_bytes
 from moezoo.tools.report import Report

@@ -68,8 +68,8 @@ def loaded(
     """Load the model, or this rank's part of it, and its tokenizer."""
     from transformers.utils import logging
 
+    from moezoo.loaders.hub_layout import experts_and_linears
     from moezoo.loaders.load import from_checkpoint
-    from moezoo.loaders.written import experts_and_linears
 
     if not (arguments.debug or arguments.verbose):
         logging.set_verbosity_error()

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from moezoo.errors import naming
+from moezoo.loaders.hub_layout import experts_and_linears
 from moezoo.loaders.plan import dtype_name
-from moezoo.loaders.written import experts_and_linears
 from moezoo.version import __version__
 
 CARD = "README.md"

@@ -23,11 +23,12 @@ from moezoo.loaders.card import CARD, Measured, Section, kinds_of, write_card
 from moezoo.loaders.checkpoint import Checkpoint, Location, open_checkpoint
 from moezoo.loaders.files import CONFIG, GENERATION_CONFIG
 from moezoo.loaders.fill import Squares
-from moezoo.loaders.held import quantize_on_meta
+from moezoo.loaders.hub_layout import Writing, Written, describe_, warn_of_schemes
 from moezoo.loaders.load import build, from_checkpoint
 from moezoo.loaders.mapping import Copy, ParameterInfo
 from moezoo.loaders.plan import Plan
 from moezoo.loaders.quantization import Quantization
+from moezoo.loaders.quantized_parameters import quantize_on_meta
 from moezoo.loaders.save import DRAFT, moved_at_end, shard_bytes, write_tensors
 from moezoo.loaders.stream import bar
 from moezoo.loaders.weights import (
@@ -39,7 +40,6 @@ from moezoo.loaders.weights import (
     sources_of,
     with_one_order,
 )
-from moezoo.loaders.written import Writing, Written, describe_, warn_of_schemes
 
 _KEPT = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*")
 _LEFT = (CONFIG, GENERATION_CONFIG, "*.index.json", "quant*_config.json")

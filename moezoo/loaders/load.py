@@ -26,10 +26,7 @@ from moezoo.loaders.config import (
     transformers_config,
 )
 from moezoo.loaders.devices import DeviceMap, checked, places_of
-from moezoo.loaders.mapping import Rule, Skip
-from moezoo.loaders.memory import check_memory
-from moezoo.loaders.quantization import Quantization
-from moezoo.loaders.ranks import (
+from moezoo.loaders.expert_parallel import (
     check_planned,
     eplb_of,
     expert_groups,
@@ -37,9 +34,12 @@ from moezoo.loaders.ranks import (
     of_all_ranks,
     sharded,
 )
+from moezoo.loaders.hub_layout import describe_
+from moezoo.loaders.mapping import Rule, Skip
+from moezoo.loaders.memory import check_memory
+from moezoo.loaders.quantization import Quantization
 from moezoo.loaders.tied import rules_of, same_bytes, tied_rules, untie
 from moezoo.loaders.weights import load_weights, own_encoding, plan_weights
-from moezoo.loaders.written import describe_
 from moezoo.parallel.eplb.options import EPLB
 from moezoo.parallel.mesh import Mesh, Parallel
 from moezoo.parallel.sharding import balance_

@@ -14,15 +14,15 @@ from moezoo.device import device_of
 from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.config import config_dtype, requested_dtype
 from moezoo.loaders.encodings import Scheme, hub_scheme
+from moezoo.loaders.expert_parallel import eplb_of, expert_groups, formats, joined, sharded
 from moezoo.loaders.experts import experts_of, parts_shape, refuse_others
-from moezoo.loaders.held import quantize_on_meta, quantized_infos
-from moezoo.loaders.initial import initialise
+from moezoo.loaders.hub_layout import describe_
 from moezoo.loaders.mapping import ParameterInfo, layout, parameter_infos
 from moezoo.loaders.memory import allocate, check_memory
 from moezoo.loaders.quantization import Quantization
-from moezoo.loaders.ranks import eplb_of, expert_groups, formats, joined, sharded
+from moezoo.loaders.quantized_parameters import quantize_on_meta, quantized_infos
+from moezoo.loaders.random_weights import initialise
 from moezoo.loaders.weights import place, require_device
-from moezoo.loaders.written import describe_
 from moezoo.parallel.eplb.options import EPLB
 from moezoo.parallel.mesh import Parallel
 from moezoo.parallel.sharding import balance_, check_wire, moe_layers

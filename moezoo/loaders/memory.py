@@ -13,9 +13,9 @@ from moezoo.device import free_bytes, multiplies_fp8
 from moezoo.errors import MoEOutOfMemoryError, QuantizationError
 from moezoo.formats import FP8, QUANTIZATIONS
 from moezoo.loaders.experts import experts_of
-from moezoo.loaders.held import quantized_infos
 from moezoo.loaders.mapping import ParameterInfo
 from moezoo.loaders.quantization import Quantization
+from moezoo.loaders.quantized_parameters import quantized_infos
 
 _HUGE_PAGE = 2 << 20
 

@@ -25,7 +25,7 @@ from moezoo.layers.decoder import Decoder
 from moezoo.loaders.card import CARD, Section, kinds_of, write_card
 from moezoo.loaders.files import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS
 from moezoo.loaders.headers import DTYPES
-from moezoo.loaders.written import Writing, Written, describe_, warn_of_schemes
+from moezoo.loaders.hub_layout import Writing, Written, describe_, warn_of_schemes
 from moezoo.parallel.gather import check_formats, gathered, whole_on_meta
 from moezoo.parallel.mesh import Mesh
 

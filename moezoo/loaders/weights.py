@@ -11,12 +11,11 @@ from torch import nn
 from moezoo.layers.quant.fp8 import BLOCK_FP8, FOR_EXPERTS, FOR_LINEARS, require_fp8
 from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.checkpoint import Checkpoint, Location
-from moezoo.loaders.dense import by_outcome, kept, quantized_linears
 from moezoo.loaders.devices import Places
 from moezoo.loaders.encodings import Encoding, encoding_of
 from moezoo.loaders.experts import experts_of, quantized_experts, source_dtype
 from moezoo.loaders.fill import Filling, Squares, drop_trivial_orders
-from moezoo.loaders.held import quantize_on_meta, quantized_infos
+from moezoo.loaders.linears import by_outcome, kept, quantized_linears
 from moezoo.loaders.mapping import (
     ParameterInfo,
     Rule,
@@ -28,6 +27,7 @@ from moezoo.loaders.mapping import (
 from moezoo.loaders.memory import allocate, check_memory
 from moezoo.loaders.plan import OwnedExperts, Plan, plan
 from moezoo.loaders.quantization import Quantization
+from moezoo.loaders.quantized_parameters import quantize_on_meta, quantized_infos
 from moezoo.loaders.stream import Piece, read
 
 _log = logging.getLogger(__name__)

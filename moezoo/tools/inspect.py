@@ -28,9 +28,9 @@ from moezoo.layers.quant.kind import Kind
 from moezoo.layers.states import state_bytes
 from moezoo.loaders.checkpoint import Checkpoint, open_config
 from moezoo.loaders.config import own_dtype, own_generation_config, transformers_config
-from moezoo.loaders.dense import by_outcome
 from moezoo.loaders.encodings import Encoding
 from moezoo.loaders.experts import experts_of
+from moezoo.loaders.linears import by_outcome
 from moezoo.loaders.mapping import parameter_infos
 from moezoo.loaders.plan import dtype_name
 from moezoo.loaders.quantization import Quantization

@@ -15,7 +15,7 @@ import moezoo
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import QuantizedWeights
 from moezoo.layers.quant.fp8 import quantize_rows
-from moezoo.loaders.dense import linears_of
+from moezoo.loaders.linears import linears_of
 from moezoo.loaders.load import from_pretrained
 
 ASSET = Path(moezoo.__file__).parent / "assets" / "tiny-qwen3-moe"

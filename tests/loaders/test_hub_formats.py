@@ -44,9 +44,9 @@ from moezoo.layers.quant.fp8 import FOR_EXPERTS, FOR_LINEARS
 from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.checkpoint import open_checkpoint
 from moezoo.loaders.convert import convert
-from moezoo.loaders.dense import linears_of
 from moezoo.loaders.encodings import encoding_of, hub_scheme
 from moezoo.loaders.headers import StoredTensor
+from moezoo.loaders.linears import linears_of
 from moezoo.loaders.mapping import Rule
 from moezoo.loaders.weights import load_weights
 

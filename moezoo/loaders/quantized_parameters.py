@@ -7,8 +7,8 @@ from torch import nn
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import QuantizedWeights
 from moezoo.layers.quant.kind import Kind
-from moezoo.loaders.dense import linears_of
 from moezoo.loaders.experts import experts_of, parts_shape
+from moezoo.loaders.linears import linears_of
 from moezoo.loaders.mapping import ParameterInfo
 
 
