@@ -23,9 +23,10 @@ import torch
 from moezoo import registry
 from moezoo.loaders.checkpoint import open_config
 from moezoo.loaders.config import transformers_config
-from moezoo.loaders.dense import linears_of
+from moezoo.loaders.linears import linears_of
 from moezoo.loaders.mapping import parameter_infos
-from moezoo.tools.inspect import FORMATS, Report, inspect
+from moezoo.tools.inspect import EXPERTS_AS, inspect, matrix_bytes
+from moezoo.tools.report import Report
 
 DEEPSEEK_V3 = Path(__file__).parent / "data" / "deepseek-v3"
 BYTES_ON_THE_WIRE = {"bf16": 2.0, "fp8": 1 + 4 / 128}
@@ -143,7 +144,7 @@ def dense_bytes(model: str | Path, name: str) -> int:
     for parameter, info in parameter_infos(decoder, torch.bfloat16).items():
         if parameter.endswith((".w13", ".w2")):
             continue
-        stored = FORMATS[name](*info.shape) if parameter in linears else None
+        stored = matrix_bytes(name, *info.shape) if parameter in linears else None
         total += prod(info.shape) * info.dtype.itemsize if stored is None else stored
     return total
 
@@ -152,7 +153,7 @@ def expert_bytes(report: Report, name: str) -> int:
     """Return the bytes of one expert in a format; raise ValueError if the format cannot hold it."""
     assert report.experts is not None and report.hidden_size is not None
     sizes = report.experts.intermediate_size, report.hidden_size
-    gate_or_up, down = FORMATS[name](*sizes), FORMATS[name](*sizes[::-1])
+    gate_or_up, down = matrix_bytes(name, *sizes), matrix_bytes(name, *sizes[::-1])
     if gate_or_up is None or down is None:
         raise ValueError(f"{name} does not fit experts of {sizes[0]} x {sizes[1]}")
     return 2 * gate_or_up + down
@@ -232,8 +233,8 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default=DEEPSEEK_V3)
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 32, 320])
     parser.add_argument("--redundant", type=int, nargs="+", default=[0, 32, 64])
-    parser.add_argument("--experts", choices=FORMATS, default="fp8_w8a8")
-    parser.add_argument("--dense", choices=FORMATS, default="fp8_w8a8")
+    parser.add_argument("--experts", choices=EXPERTS_AS, default="fp8_w8a8")
+    parser.add_argument("--dense", choices=EXPERTS_AS, default="fp8_w8a8")
     parser.add_argument("--dispatched", choices=BYTES_ON_THE_WIRE, default="fp8")
     parser.add_argument("--decode", type=int, default=64, help="tokens of a GPU in a step")
     parser.add_argument("--prefill", type=int, default=4096, help="tokens of a GPU in a pass")

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from moezoo.parallel.eplb.options import EPLB
     from moezoo.parallel.mesh import Parallel
     from moezoo.registry import list_architectures
-    from moezoo.tools.inspect import Report, inspect
+    from moezoo.tools.inspect import inspect
+    from moezoo.tools.report import Report
     from moezoo.tools.routing import RoutingTrace, record_routing
 
 __all__ = [
@@ -49,7 +50,7 @@ _HOMES = {
     "Parallel": "moezoo.parallel.mesh",
     "Prompt": "moezoo.generation.texts",
     "Quantization": "moezoo.loaders.quantization",
-    "Report": "moezoo.tools.inspect",
+    "Report": "moezoo.tools.report",
     "RoutingTrace": "moezoo.tools.routing",
     "Score": "moezoo.generation.score",
     "from_config": "moezoo.loaders.make",

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 import moezoo
-import moezoo.loaders.ranks
+import moezoo.loaders.expert_parallel
 from moezoo import Parallel
 from moezoo.causal_lm import MoECausalLM
 from moezoo.parallel.mesh import Mesh, join
@@ -51,7 +51,7 @@ class Job:
         self._hosts = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._meshes: dict[int, Mesh] = {}
         # Communicators take memory of the GPU for good: one for each number of ranks is enough.
-        moezoo.loaders.ranks.join = self._join
+        moezoo.loaders.expert_parallel.join = self._join
 
     @property
     def sizes(self) -> list[int]:

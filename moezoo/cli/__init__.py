@@ -1,4 +1,5 @@
-"""The command line: one module a command, each with `add`, which describes it, and what it does."""
+"""The command line: a module per command, each with `add`, which describes the command, and the
+function that runs it."""
 
 import argparse
 import os
@@ -14,8 +15,8 @@ from moezoo.cli.version import Version
 from moezoo.errors import ExpertMapError, MoEZooError, RankError, naming
 
 BEHIND_RANK_0 = 3.0
-"""Seconds that other ranks wait with an error that rank 0 most likely has too: when that has said
-it and ends, torchrun ends them all."""
+"""Seconds that other ranks hold back an error that rank 0 most likely has too: once rank 0 has
+reported it and ends, torchrun ends them all."""
 
 COMMANDS = (generate, inspect, convert, routing, eplb, tune, bench, doctor, completion)
 
@@ -59,7 +60,7 @@ def _how_to_go_on(arguments: argparse.Namespace) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the whole command line."""
+    """Return the parser of the whole command line."""
     parser = Parser(
         prog="moezoo",
         description="Run Mixture-of-Experts language models from Hugging Face checkpoints.",

@@ -5,8 +5,9 @@ from typing import Any
 
 from moezoo.cli.options import DTYPES, add_command, add_json, number
 from moezoo.cli.output import DONE, FAILED, say, show
+from moezoo.formats import FP8, INT4, INT8, MXFP4
 
-MEASURED = ("fp8_w8a8", "fp8_w8a8_channel", "int8_w8a16", "int4_w4a16", "mxfp4")
+MEASURED = (FP8, f"{FP8}_channel", INT8, INT4, MXFP4)
 
 
 def add(commands: Any) -> None:

@@ -1,4 +1,4 @@
-"""`moezoo completion`: what a shell needs to complete commands and options."""
+"""`moezoo completion`: a shell script that completes commands and options."""
 
 import argparse
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ def _completion(arguments: argparse.Namespace) -> int:
 
 
 def script(parser: argparse.ArgumentParser) -> str:
-    """For bash, of everything that `parser` takes."""
+    """Return the bash script that completes everything `parser` takes."""
     paths, values, words = [], [], []
     for command, its in _commands("moezoo", parser):
         offered = [option for action in its._actions for option in action.option_strings]

@@ -215,7 +215,7 @@ def _parallel(arguments: argparse.Namespace) -> Parallel | None:
 
 
 def _generate_alone(arguments: argparse.Namespace, options: dict[str, Any], job: Job | None) -> int:
-    """In one process, or as the rank that reads and writes all."""
+    """Generate in one process, or as the rank that reads and writes everything."""
     from moezoo.generation.prompt_files import OutputFile
 
     with _told(job):
@@ -268,7 +268,8 @@ def _generate_alone(arguments: argparse.Namespace, options: dict[str, Any], job:
 
 @contextmanager
 def _told(job: Job | None) -> Iterator[None]:
-    """Where the block fails, before there is anything to do, all ranks end with its exit code."""
+    """Let all ranks end with the exit code of a failure in the block, before there is anything to
+    do."""
     try:
         yield
     except (MoEZooError, ValueError, OSError) as error:
@@ -291,7 +292,7 @@ def _generate_for_rank_0(arguments: argparse.Namespace, options: dict[str, Any],
 
 
 def _sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `GenerationConfig` that the command line sets."""
+    """Return the fields of `GenerationConfig` that the command line sets."""
     given = {
         "max_new_tokens": arguments.max_new_tokens,
         "temperature": arguments.temperature or None,
@@ -315,7 +316,7 @@ def _sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
 def _fingerprint(
     checkpoint: Checkpoint, arguments: argparse.Namespace, options: dict[str, Any]
 ) -> str:
-    """Short hash of all that decides what a prompt's completion is."""
+    """Return a short hash of everything that decides a prompt's completion."""
     identity = [
         checkpoint.fingerprint(),
         arguments.chat,
@@ -334,7 +335,7 @@ def _completions(
     options: dict[str, Any],
     job: Job | None,
 ) -> tuple[Iterator[Completion], bool]:
-    """Load the model; its completions as they finish, which they do as they are asked for.
+    """Load the model, and yield its completions as they finish, on demand.
 
     And whether they are printed already, token by token.
     """
@@ -368,7 +369,8 @@ def _prints_text(arguments: argparse.Namespace) -> bool:
 
 
 def _print(arguments: argparse.Namespace, run: str, streamed: bool) -> Callable[[Completion], None]:
-    """Print a completion: as a JSON line, or the only one as text unless that has happened."""
+    """Return the function that prints a completion: as a JSON line, or a single one as text unless
+    it was streamed."""
     from moezoo.generation.prompt_files import completion_line
 
     def write_text(completion: Completion) -> None:
@@ -386,7 +388,7 @@ def _print(arguments: argparse.Namespace, run: str, streamed: bool) -> Callable[
 def _progress(
     arguments: argparse.Namespace, total: int, finished: int
 ) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, a line every few seconds elsewhere, nothing for a single prompt."""
+    """Show a bar on a terminal, a line every few seconds elsewhere, nothing for a single prompt."""
     from moezoo.tools.progress import Lines, bar
 
     if arguments.quiet or _prints_text(arguments):

@@ -1,4 +1,4 @@
-"""Prompts and models as the options of a command name them."""
+"""Open the models and prompts that a command's options name."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def model_id(arguments: argparse.Namespace) -> str:
 
 
 def quieten(arguments: argparse.Namespace) -> None:
-    """Keep huggingface_hub from writing each of its attempts to stderr; ours is the last word."""
+    """Keep huggingface_hub from writing each of its attempts to stderr; our error says it once."""
     from huggingface_hub.utils import logging
 
     if not (arguments.debug or arguments.verbose):
@@ -68,8 +68,8 @@ def loaded(
     """Load the model, or this rank's part of it, and its tokenizer."""
     from transformers.utils import logging
 
+    from moezoo.loaders.hub_layout import experts_and_linears
     from moezoo.loaders.load import from_checkpoint
-    from moezoo.loaders.written import experts_and_linears
 
     if not (arguments.debug or arguments.verbose):
         logging.set_verbosity_error()
@@ -92,7 +92,7 @@ def loaded(
         experts, linears = experts_and_linears(model)
         for what, held in (("experts", experts), (f"{len(linears)} of its linear layers", linears)):
             if held:
-                formats = sorted({weights.format.name for weights in held})
+                formats = sorted({weights.kind.format.name for weights in held})
                 dtype += f", {what} in {' and '.join(formats)}"
         if experts or linears:
             dtype += ","

@@ -1,4 +1,4 @@
-"""Options that several commands have, and what their values may be."""
+"""Options that several commands share, and the parsers of their values."""
 
 import argparse
 import json
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moezoo.cli.output import USAGE
+from moezoo.formats import QUANTIZATIONS
 
-QUANTIZATIONS = ("fp8_w8a8", "int8_w8a16", "int4_w4a16", "mxfp4")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -41,7 +41,7 @@ OTHER_CODES = f"""\
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are a line, and not below all options."""
+    """Parser whose errors are one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"{self.prog}: error: {message}\nsee {self.prog} --help\n")
@@ -57,7 +57,8 @@ def add_command(
     examples: str,
     codes: str = OTHER_CODES,
 ) -> argparse.ArgumentParser:
-    """A command with the options that all have; `examples` are lines without `moezoo`."""
+    """Add a command with the options that all commands have; `examples` are lines without
+    `moezoo`."""
     lines = "".join(f"  moezoo {line}\n" for line in examples.strip().splitlines())
     parser: argparse.ArgumentParser = commands.add_parser(
         name,

@@ -1,4 +1,4 @@
-"""What all commands share on the way out: messages, files, and exit codes.
+"""Output of the commands: messages, files, and exit codes.
 
 0 all done; 1 a failure while running; 2 wrong options or bad input; 3 finished, but some prompts or
 input lines failed, or (inspect) moezoo cannot run the model; 130 interrupted; 128 and the number of
@@ -36,7 +36,7 @@ def rank() -> int:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """In the block SIGTERM and SIGHUP raise `SystemExit`, so that nothing half-written is left.
+    """Raise `SystemExit` for SIGTERM and SIGHUP in the block, so that nothing half-written is left.
 
     Not where something else is done about them, as nohup does, and not in ranks, which torchrun
     ends: they may wait for one another in calls that no signal interrupts.
@@ -65,7 +65,7 @@ def code_of(error: Exception) -> int:
 
 
 def show(subject: Any, *, as_json: bool) -> None:
-    """On stdout: the table that a subject is, or what its `to_dict` gives."""
+    """Print a subject's table, or its `to_dict` as JSON, on stdout."""
     from rich.console import Console
 
     with naming("stdout"):
@@ -77,7 +77,7 @@ def show(subject: Any, *, as_json: bool) -> None:
 
 
 def listen(arguments: argparse.Namespace) -> None:
-    """With --verbose, what moezoo and the libraries below it log goes to stderr.
+    """Write what moezoo and the libraries below it log to stderr, for --verbose.
 
     Without, the first rank warns for all, but of loads, which only one rank of a group knows.
     """
@@ -91,7 +91,8 @@ def listen(arguments: argparse.Namespace) -> None:
 
 
 def require_folder(arguments: argparse.Namespace, *options: str) -> None:
-    """What is wrong should be said before minutes are spent."""
+    """Raise ValueError, before minutes are spent, if an output's folder or what a plot needs is
+    missing."""
     for option in options:
         path = getattr(arguments, option)
         if path is not None and not path.parent.is_dir():

@@ -7,8 +7,7 @@ from typing import Any
 from moezoo.cli.models import quieten
 from moezoo.cli.options import add_command, add_hub, number
 from moezoo.cli.output import DONE, say
-
-TUNED = ("fp8_w8a8", "int8_w8a16", "int4_w4a16", "mxfp4")
+from moezoo.formats import QUANTIZATIONS
 
 
 def add(commands: Any) -> None:
@@ -42,7 +41,7 @@ tune 128,8,2048,768 --quantization fp8_w8a8 --tokens 16 64
     )
     parser.add_argument(
         "--quantization",
-        choices=TUNED,
+        choices=QUANTIZATIONS,
         help="of the experts, int4 in groups of 128 without zero points (default: as the model "
         "stores them; of a shape, 16 bits)",
     )
@@ -79,7 +78,7 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 
 def _layer(arguments: argparse.Namespace) -> tuple[Any, str | None]:
-    """The layer, and the format in which a model stores its experts."""
+    """Return the layer, and the format in which a model stores its experts."""
     from moezoo.tools.layer_weights import Layer
 
     sizes = arguments.layer.split(",")

@@ -1,4 +1,4 @@
-"""`moezoo --version`: what a report of a fault should name."""
+"""`moezoo --version`: the versions that a bug report should name."""
 
 import argparse
 from importlib import metadata

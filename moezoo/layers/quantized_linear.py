@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moezoo.layers.pieces import PIECE, product_in_pieces
-from moezoo.layers.quant import FORMATS, BlockFp8, ChannelFp8, Format, WeightOnly
+from moezoo.layers.quant import FORMATS, Format, Fp8Weights, WeightOnly
 from moezoo.layers.quant.fp8 import BLOCK, FOR_LINEARS, quantize_rows, require_fp8
 
 
@@ -46,7 +46,7 @@ def _product(x: Tensor, weight: Format, bias: Tensor | None) -> Tensor:
     from moezoo.layers.kernels.one_matrix import linear_fp8, linear_weight_only
 
     with torch.cuda.device_of(x):
-        if isinstance(weight, BlockFp8 | ChannelFp8):
+        if isinstance(weight, Fp8Weights):
             require_fp8(x.device, FOR_LINEARS)
             return linear_fp8(x, weight, bias)
         assert isinstance(weight, WeightOnly)
@@ -56,8 +56,8 @@ def _product(x: Tensor, weight: Format, bias: Tensor | None) -> Tensor:
 def _in_pieces(x: Tensor, weight: Format, bias: Tensor | None) -> Tensor:
     """Multiply in fp32 on the CPU, some rows of the weights dequantised at a time."""
     n, k = weight.shape
-    fp8 = isinstance(weight, BlockFp8 | ChannelFp8)
-    wide = quantize_rows(x).dequantize()[:, :k] if fp8 else x.float()
+    quantized = weight.quantizes_activations
+    wide = quantize_rows(x).dequantize()[:, :k] if quantized else x.float()
     return product_in_pieces(
         wide,
         lambda start, stop: weight.rows(start, stop).dequantize(),

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from moezoo.errors import naming
-from moezoo.loaders.kinds import Kind
+from moezoo.loaders.hub_layout import experts_and_linears
 from moezoo.loaders.plan import dtype_name
-from moezoo.loaders.written import experts_and_linears
 from moezoo.version import __version__
 
 CARD = "README.md"
@@ -23,7 +22,7 @@ _SECTION = re.compile(rf"\n*{_START}\n.*?{_END}\n?", re.DOTALL)
 
 @dataclass(frozen=True)
 class Measured:
-    """Held-out loss in nats a token of a text, in windows of `length` tokens, each read alone."""
+    """Held-out loss of a text in nats per token, in windows of `length` tokens, each read alone."""
 
     text: str
     num_tokens: int
@@ -34,7 +33,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Section:
-    """What is known of how weights were quantised; what is None was not measured.
+    """Facts on how weights were quantised; None stands for what was not measured.
 
     `experts` and `linears` describe their kinds. `weight_error` is the root mean square of what
     quantising changed in the experts' weights, over that of these weights.
@@ -78,17 +77,17 @@ class Section:
 
 
 def kinds_of(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Descriptions of the kinds of a module's quantised experts, and of its linear layers."""
+    """Return how a module's quantised experts are stored, and its quantised linear layers."""
     of_experts, of_others = (
-        tuple(sorted({Kind.of_weights(weights).described for weights in some}))
+        tuple(sorted({weights.kind.described for weights in some}))
         for some in experts_and_linears(module)
     )
     return of_experts, of_others
 
 
 def with_section(card: str, section: Section | None) -> str:
-    """The card with this section in the place of an earlier one, or at its end; without one where
-    nothing is quantised."""
+    """Return the card with this section in place of an earlier one, or at its end, and without one
+    where nothing is quantised."""
     if section is None or not (section.experts or section.linears):
         return _SECTION.sub("", card)
     text = f"\n\n{section}"
@@ -98,8 +97,8 @@ def with_section(card: str, section: Section | None) -> str:
 
 
 def write_card(folder: Path, before: Path | None, section: Section | None) -> None:
-    """Into `folder` the card `before`, if there is one, with the section; nothing where it would be
-    empty."""
+    """Write the card `before`, if there is one, with the section into `folder`; write nothing where
+    the card would be empty."""
     path = folder / CARD
     with naming(path):
         card = "" if before is None else before.read_text("utf-8", "surrogateescape")

@@ -44,14 +44,15 @@ _DECIDE_TEXT = (
     "*.tiktoken",
     "tekken.json",
 )
-"""The files beside the weights that decide what a model writes: configs and tokenizers."""
+"""Patterns of the files beside the weights that decide what a model writes: configs and
+tokenizers."""
 
 _SAMPLE = 4096
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class Location(NamedTuple):
-    """Where on this machine the bytes of a tensor are: from `offset` on in `path`."""
+    """Place of a tensor's bytes on this machine: from `offset` on in the file `path`."""
 
     path: Path
     offset: int
@@ -68,7 +69,7 @@ class Checkpoint:
 
     @property
     def revision(self) -> str | None:
-        """The commit of a hub repository, wherever its branch moves; None for a folder."""
+        """Commit of a hub repository, wherever its branch moves; None for a folder."""
         return self.files.revision
 
     @property
@@ -83,12 +84,13 @@ class Checkpoint:
         return path.parent
 
     def with_tensors(self) -> "Checkpoint":
-        """The same with its headers read, which is where most of what can be wrong is found."""
+        """Return the checkpoint with its headers read; most faults of a checkpoint are found
+        here."""
         return replace(self, tensors=_read_tensors(self.files))
 
     def fetch(self, names: Collection[str], *, progress: bool = False) -> dict[str, Location]:
-        """Where each of the named tensors is on this machine, after downloading the files that are
-        not.
+        """Return the location of each of the named tensors, after downloading the files that are
+        missing.
 
         Raises `CheckpointError` if a download fails or a downloaded file is not what its header
         said on the hub.
@@ -109,7 +111,7 @@ class Checkpoint:
         return locations
 
     def fingerprint(self) -> str:
-        """What tells this checkpoint from others, wherever it lies and whatever it is called.
+        """Hash that tells this checkpoint from others, wherever it lies and whatever it is called.
 
         The commit of a hub repository. Of a folder, a hash of the configs, the tokenizer's files
         and, for every tensor, its name, dtype, shape and the 4 KiB in its middle: to read all
@@ -142,7 +144,7 @@ def open_checkpoint(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Checkpoint:
-    """The checkpoint in a local folder or in a hub repository, its headers read.
+    """Open the checkpoint in a local folder or in a hub repository, and read its headers.
 
     A folder is taken before a hub id of the same name. Raises `CheckpointError` for what cannot be
     found, reached or read, naming the file and the tensor, and `ValueError` for no name at all.
@@ -164,7 +166,7 @@ def open_config(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Checkpoint:
-    """The checkpoint without its tensors: what there is to know where they cannot be read."""
+    """Open the checkpoint without its tensors, for when their headers cannot be read."""
     if not isinstance(model_id, str | os.PathLike) or not os.fspath(model_id):
         raise ValueError(
             f"model_id is {model_id!r}, expected a folder or a hub id such as Qwen/Qwen3-30B-A3B"
@@ -194,7 +196,8 @@ def open_config(
 
 
 def _with_scheme(config: dict[str, Any]) -> dict[str, Any]:
-    """A multimodal config.json may say in its text model's part how weights are stored."""
+    """Return the config with the quantization_config that a multimodal one keeps in its text
+    model's part."""
     text = config.get("text_config")
     if isinstance(text, dict) and "quantization_config" in text:
         return {"quantization_config": text["quantization_config"]} | config
@@ -266,7 +269,7 @@ def _no_weights(name: str, listing: Collection[str]) -> str:
 
 
 def _sample(location: Location, tensor: StoredTensor) -> str:
-    """A hash of the bytes in the middle of a tensor; of all where they are few."""
+    """Return a hash of the bytes in the middle of a tensor, or of all bytes of a small one."""
     size = min(tensor.nbytes, _SAMPLE)
     with reading(location.path), open(location.path, "rb", buffering=0) as file:
         file.seek(location.offset + (tensor.nbytes - size) // 2)

@@ -1,4 +1,4 @@
-"""What the configs of a checkpoint say: which model it is, its dtype, and how to generate."""
+"""What a checkpoint's configs say: the model, its dtype, and how to generate."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,7 @@ _MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def transformers_config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    """The checkpoint's transformers config, if it is of an architecture that moezoo has."""
+    """Return the checkpoint's transformers config, if moezoo has its architecture."""
     raw = dict(checkpoint.config)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
@@ -51,7 +51,8 @@ def transformers_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 
 
 def _with_special_floats(value: Any) -> Any:
-    """As transformers writes numbers that JSON has not: {"__float__": "Infinity"}."""
+    """Replace transformers' notation of numbers that JSON lacks, {"__float__": "Infinity"}, by
+    floats."""
     if isinstance(value, dict):
         if value.keys() == {"__float__"}:
             return float(value["__float__"])
@@ -60,7 +61,8 @@ def _with_special_floats(value: Any) -> Any:
 
 
 def own_generation_config(checkpoint: Checkpoint) -> GenerationConfig | None:
-    """What the checkpoint says of generation, if anything; raises `CheckpointError` if invalid."""
+    """Return the checkpoint's generation config, if any; raises `CheckpointError` if it is
+    invalid."""
     if GENERATION_CONFIG not in checkpoint.files.listing():
         return None
     try:
@@ -72,7 +74,7 @@ def own_generation_config(checkpoint: Checkpoint) -> GenerationConfig | None:
 
 
 def own_dtype(config: PreTrainedConfig, tensors: Mapping[str, TensorInfo]) -> torch.dtype:
-    """The dtype that the config names, or else that of the first floating tensor.
+    """Return the dtype that the config names, or else that of the first floating-point tensor.
 
     float32 where that is float64. Raises `UnsupportedArchitectureError` if the config names
     another dtype.
@@ -83,7 +85,7 @@ def own_dtype(config: PreTrainedConfig, tensors: Mapping[str, TensorInfo]) -> to
 
 
 def config_dtype(config: PreTrainedConfig, default: torch.dtype) -> torch.dtype:
-    """The dtype that the config names, or else `default`; otherwise as `own_dtype`."""
+    """Return the dtype that the config names, or else `default`; otherwise as `own_dtype`."""
     dtype = config.dtype or default
     if dtype == torch.float64:
         return torch.float32  # no layer computes in float64
@@ -96,7 +98,7 @@ def config_dtype(config: PreTrainedConfig, default: torch.dtype) -> torch.dtype:
 
 
 def requested_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
-    """The dtype asked for, None for "auto"; raises `ValueError` for what is none."""
+    """Return the dtype asked for, None for "auto"; raises `ValueError` for anything else."""
     if dtype == "auto":
         return None
     names = {dtype_name(known): known for known in _MODEL_DTYPES}

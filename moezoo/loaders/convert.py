@@ -1,4 +1,4 @@
-"""From one checkpoint to another, quantised or of another dtype, a layer at a time.
+"""Convert a checkpoint, a layer at a time, to one that is quantised or of another dtype.
 
 Of the weights no more is in memory than one layer of the result and some rows that are being
 quantised; the new files appear when all are written.
@@ -23,11 +23,12 @@ from moezoo.loaders.card import CARD, Measured, Section, kinds_of, write_card
 from moezoo.loaders.checkpoint import Checkpoint, Location, open_checkpoint
 from moezoo.loaders.files import CONFIG, GENERATION_CONFIG
 from moezoo.loaders.fill import Squares
-from moezoo.loaders.held import quantize_on_meta
+from moezoo.loaders.hub_layout import Writing, Written, describe_, warn_of_schemes
 from moezoo.loaders.load import build, from_checkpoint
 from moezoo.loaders.mapping import Copy, ParameterInfo
 from moezoo.loaders.plan import Plan
 from moezoo.loaders.quantization import Quantization
+from moezoo.loaders.quantized_parameters import quantize_on_meta
 from moezoo.loaders.save import DRAFT, moved_at_end, shard_bytes, write_tensors
 from moezoo.loaders.stream import bar
 from moezoo.loaders.weights import (
@@ -39,7 +40,6 @@ from moezoo.loaders.weights import (
     sources_of,
     with_one_order,
 )
-from moezoo.loaders.written import Writing, Written, describe_, warn_of_schemes
 
 _KEPT = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*")
 _LEFT = (CONFIG, GENERATION_CONFIG, "*.index.json", "quant*_config.json")
@@ -185,7 +185,8 @@ def _loss(
 
 
 class _Layers:
-    """The tensors to write of one layer after another, each read when its first is asked for."""
+    """Reads the tensors to write, one layer after another, each layer when its first tensor is
+    asked for."""
 
     def __init__(
         self,
@@ -241,13 +242,15 @@ class _Layers:
 
 
 def _layer_of(parameter: str) -> str:
-    """What is read together: all of a layer, or one parameter that is in none."""
+    """Return the name of the layer of a parameter, whose tensors are read together; a parameter
+    outside all layers is read alone."""
     layer = re.match(r"(.*?\.)?\d+\.", parameter)
     return parameter if layer is None else layer[0]
 
 
 def _other_files(checkpoint: Checkpoint) -> dict[str, Path]:
-    """Tokenizer, chat template, licence, model card: what a folder of the model has beside it."""
+    """Download what a folder of the model has beside its weights (tokenizer, chat template,
+    licence, model card), and return the paths by name."""
     names = [
         file
         for file in checkpoint.files.listing()

@@ -1,4 +1,4 @@
-"""Which device each layer of a model is loaded to: what `device_map` says, or one for all."""
+"""The device that each layer of a model is loaded to, by a `device_map`."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,34 +20,35 @@ _WHOLE = ("", "decoder")
 _LAYERS = "decoder.layers"
 _ENDS = ("decoder.embed", "decoder.norm", "decoder.rope", "decoder.lm_head")
 _KEPT_FREE = 0.1
-"""The share of a GPU's free memory that "auto" leaves to caches and activations."""
+"""Share of a GPU's free memory that "auto" leaves for caches and activations."""
 
 
 @dataclass(frozen=True)
 class Places:
-    """The device of each of a decoder's layers, and `home`, that of all else."""
+    """Devices of a decoder's layers, and `home`, the device of everything else."""
 
     home: torch.device
     layers: tuple[torch.device, ...] = ()
-    """Empty where all is at home."""
+    """Device of each layer; empty where all are at home."""
 
     @property
     def devices(self) -> list[torch.device]:
         return list(dict.fromkeys((self.home, *self.layers)))
 
     def of(self, name: str) -> torch.device:
-        """The device of a tensor of the decoder."""
+        """Return the device of a tensor of the decoder."""
         layer = _layer_of(name)
         return self.home if layer is None or not self.layers else self.layers[layer]
 
     def parts(self, named: Mapping[str, T]) -> Iterator[tuple[torch.device, dict[str, T]]]:
-        """What is named after tensors, device by device."""
+        """Yield, device by device, the entries of a mapping whose keys are names of tensors."""
         for device in self.devices:
             yield device, {n: value for n, value in named.items() if self.of(n) == device}
 
 
 def checked(device_map: DeviceMap) -> str | Mapping[str, torch.device]:
-    """ "auto", or the devices of a map; one device is a map of everything.
+    """Return "auto" or the devices of a map; a single device is a map of everything. Raises for
+    anything else.
 
     Raises `ValueError` for a device that there is not, for a disk, and for a module that a map
     cannot place.
@@ -92,7 +93,7 @@ def _layer_of(name: str) -> int | None:
 def places_of(
     device_map: str | Mapping[str, torch.device], wanted: Mapping[str, ParameterInfo]
 ) -> Places:
-    """Where `wanted`, the tensors of a decoder, go by what `checked` returned.
+    """Return where `wanted`, the tensors of a decoder, go by the result of `checked`.
 
     Raises `ValueError` for a map that leaves out a layer, names one that there is not, or divides
     the embedding, the last norm and the head.
@@ -128,8 +129,8 @@ def places_of(
 
 
 def _automatic(ends: int, layers: list[int]) -> Places:
-    """On as few GPUs as have room, evenly by their free memory; on all of them and the CPU where
-    they have not; on the CPU without a GPU."""
+    """Choose as few GPUs as have room, filled evenly by their free memory; all GPUs and the CPU if
+    they have not; the CPU if there is no GPU."""
     cpu = torch.device("cpu")
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     room = {gpu: int((free_memory(gpu) or 0) * (1 - _KEPT_FREE)) for gpu in gpus}
@@ -139,7 +140,8 @@ def _automatic(ends: int, layers: list[int]) -> Places:
 def spread(
     ends: int, layers: list[int], room: Mapping[torch.device, int], last: torch.device
 ) -> Places:
-    """Layers of so many bytes in their order on the devices of `room`, the others on `last`.
+    """Distribute layers of these bytes in order over the devices of `room`, and the others to
+    `last`.
 
     `ends`, what is in no layer, go to the first that has room for them.
     """
@@ -157,7 +159,7 @@ def spread(
 
 
 def _filled(ends: int, layers: list[int], room: Mapping[torch.device, int]) -> list[torch.device]:
-    """The devices of the first layers, as many as have room."""
+    """Return the devices of the first layers, as many layers as have room."""
     places: list[torch.device] = []
     used = ends
     for device, free in room.items():

@@ -1,4 +1,4 @@
-"""The experts of a model: which of them are held quantised, and where their pieces lie then.
+"""The experts of a model: which of them are held quantised, and where their parts lie then.
 
 Legend: H hidden, I expert intermediate, E experts, N rows, K columns.
 """
@@ -11,21 +11,22 @@ import torch
 from torch import nn
 
 from moezoo.errors import AskedQuantizationError
+from moezoo.formats import INT4
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant.groups import GROUP_SIZES
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.encodings import Encoding
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import Copy, Index
-from moezoo.loaders.quantization import INT4, Quantization
+from moezoo.loaders.quantization import Quantization
 
 _log = logging.getLogger(__name__)
 
 EXPERTS = ("w13", "w2")
-"""The parameters of a `FusedMoE` that are quantised."""
+"""Names of the parameters of a `FusedMoE` that are quantised."""
 
 
 def experts_of(module: nn.Module) -> dict[str, FusedMoE]:
-    """The names of the experts' parameters in `module` and the layer that has each."""
+    """Return the MoE layers in `module` by the names of their experts' parameters."""
     return {
         f"{name}.{attribute}" if name else attribute: layer
         for name, layer in module.named_modules()
@@ -35,7 +36,7 @@ def experts_of(module: nn.Module) -> dict[str, FusedMoE]:
 
 
 def parts_shape(layer: FusedMoE, name: str) -> tuple[int, ...]:
-    """The shape of w13 or w2 in `QuantizedWeights`."""
+    """Return the shape of w13 or w2 in `QuantizedWeights`."""
     num_experts, hidden_size, intermediate_size = layer.w2.shape
     if name.endswith("w2"):
         return (num_experts, hidden_size, intermediate_size)
@@ -43,7 +44,8 @@ def parts_shape(layer: FusedMoE, name: str) -> tuple[int, ...]:
 
 
 def parts_index(index: Index, shape: Sequence[int]) -> Index:
-    """The place in `QuantizedWeights` of this shape of what is parameter[index] of [E, 2I, H]."""
+    """Return the index into `QuantizedWeights` of this shape of what is parameter[index] of [E, 2I,
+    H]."""
     if len(index) < 2 or len(shape) < 4:
         return index
     part = index[1]
@@ -52,14 +54,14 @@ def parts_index(index: Index, shape: Sequence[int]) -> Index:
 
 
 def has_both(index: Index, shape: Sequence[int]) -> bool:
-    """Whether what is parameter[index] has gate and up."""
+    """Return whether parameter[index] holds both gate and up."""
     return len(shape) == 4 and len(index) == 1
 
 
 def quantized_experts(
     module: nn.Module, copies: Sequence[Copy], encoding: Encoding, asked: Quantization | None
 ) -> dict[str, Kind]:
-    """The experts' parameters that become `QuantizedWeights`, and the kind of each.
+    """Return the experts' parameters that become `QuantizedWeights`, each with its kind.
 
     All of a model, where the checkpoint is not quantised and it is asked for; else those of the
     layers that the checkpoint has wholly in one format, all experts alike. Raises
@@ -100,8 +102,8 @@ def quantized_experts(
 def refuse_others(
     asked: Quantization | None, kinds: Mapping[str, Kind], columns: Mapping[str, int]
 ) -> None:
-    """Raise `AskedQuantizationError` where experts that a checkpoint has quantised, weights of
-    these kinds and so many columns, are asked for otherwise."""
+    """Raise `AskedQuantizationError` where `asked` contradicts the experts that a checkpoint has
+    quantised: weights of these kinds with these numbers of columns."""
     if asked is None or asked.type is None:
         return
     found = sorted({kind.format.name for kind in kinds.values()})
@@ -148,18 +150,20 @@ def _on_the_fly(
 
 
 def _stored(copies: Sequence[Copy], encoding: Encoding) -> str:
-    """The first tensor of a parameter in a message: its name, its file and the parameter."""
+    """Describe the first tensor of a parameter for a message: its name, its file and the
+    parameter."""
     info = encoding.tensors[copies[0].source]
     return f"{info.data or copies[0].source}{info.where} (for {copies[0].target})"
 
 
 def source_dtype(copies: Sequence[Copy], encoding: Encoding) -> torch.dtype:
-    """That of the tensors that make a parameter, the finest if they differ."""
+    """Return the dtype of the tensors that make a parameter, the widest if they differ."""
     return reduce(torch.promote_types, (encoding.tensors[copy.source].dtype for copy in copies))
 
 
 def _stored_kind(copies: Sequence[Copy], encoding: Encoding, shape: Sequence[int]) -> Kind | None:
-    """The kind that all the tensors of a parameter have, if they can be held as they are."""
+    """Return the kind that all tensors of a parameter share, or None if they cannot be held as they
+    are."""
     kinds = set()
     for copy in copies:
         stored = encoding.weights.get(copy.source)
@@ -168,7 +172,7 @@ def _stored_kind(copies: Sequence[Copy], encoding: Encoding, shape: Sequence[int
         interleaved = "deinterleave" in copy.view
         if "unflatten" in copy.view or (interleaved and stored.columns):
             return None
-        rows = stored.kind.rows_per_scale
+        rows = stored.kind.format.rows_per_scale
         if has_both(copy.target_index, shape) and (shape[2] % rows or (interleaved and rows > 1)):
             return None
         kinds.add(stored.kind)

@@ -1,4 +1,4 @@
-"""The files of a checkpoint by their names, and what is said of one that is not as it should be."""
+"""The names of a checkpoint's files, and the errors for files that are not as they should be."""
 
 import json
 from collections.abc import Iterator
@@ -20,7 +20,8 @@ GGUF = (
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises `CheckpointError` naming the file if there is none."""
+    """Return the JSON object in a file; raises `CheckpointError` naming the file if there is
+    none."""
     with reading(path):
         raw = path.read_bytes()
         try:
@@ -35,7 +36,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Where the file at `path` is read: an `OSError` becomes a `CheckpointError` that names it."""
+    """Turn an `OSError` of the block, which reads the file at `path`, into a `CheckpointError`
+    naming it."""
     try:
         yield
     except OSError as error:
@@ -43,7 +45,8 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def disguise(start: bytes) -> str | None:
-    """What a file that begins so is in place of the one that was meant, and what to do."""
+    """Say what a file that begins with these bytes is instead of the one that was meant, and what
+    to do."""
     again = "get the file itself with `hf download` or `git lfs pull`"
     if start.startswith(b"version https://git-lfs"):
         return f"is a git-LFS pointer: {again}"

@@ -1,5 +1,5 @@
-"""From the files into the tensors of a model: what is read in which pieces, and what is done with
-each, quantised weights among them.
+"""Fill the tensors of a model from a checkpoint's files: the pieces that are read, and what is done
+with each, quantised weights among them.
 
 Scales, zero points and orders are read first, as the data need them; what is wrong in them ends the
 load before the data are read. Weights are quantised and unpacked some rows at a time, on the device
@@ -20,23 +20,22 @@ import torch
 from torch import Tensor
 
 from moezoo.errors import QuantizationError
-from moezoo.layers.quant import Integers, Mxfp4
-from moezoo.layers.quant.mxfp4 import NAN
+from moezoo.layers.quant import Integers
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.checkpoint import Checkpoint, Location
 from moezoo.loaders.encodings import Encoding, Extra, StoredWeight
 from moezoo.loaders.encodings.stored import AGAIN
 from moezoo.loaders.experts import has_both, parts_index
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import Copy, Index, View, stored_order
 from moezoo.loaders.quantization import Recipe
 from moezoo.loaders.stream import Piece, PutRows, cut, cut_rows, read, stream
 
 Fields = Mapping[str, Tensor]
-"""The tensors of a format at one place, by their names."""
+"""Tensors of a format at one place, by field name."""
 
 
 class _Check(NamedTuple):
-    """A look at one matrix of an extra tensor; `wrong` is known when the GPU has come to it."""
+    """Check of one matrix of an extra tensor; `wrong` is known when the GPU has come to it."""
 
     extra: Extra
     piece: Piece
@@ -45,7 +44,8 @@ class _Check(NamedTuple):
 
 
 class Squares:
-    """Sums of squares, of errors and of weights: as the threads that read add to them."""
+    """Sums of the squares of quantisation errors and of weights, which the reading threads add
+    to."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -79,18 +79,18 @@ class Filling:
         """Those of all that is quantised, if anybody wants them."""
 
     def copy(self, copy: Copy, target: Tensor) -> None:
-        """A tensor that is not quantised, and is not to be."""
+        """Plan to copy a tensor that is not quantised and stays so."""
         place, dtype = self._place(copy.source, copy), self.checkpoint.tensors[copy.source].dtype
         ordered = stored_order(target[copy.target_index], copy.view)
         self.rest.extend(cut(copy.source, place, dtype, ordered))
 
     def quantize(self, copy: Copy, weights: Fields, recipe: Recipe) -> None:
-        """A tensor that is not quantised into the tensors of a format, those of all experts."""
+        """Plan to quantise a tensor into `weights`, the tensors of a format for all experts."""
         info = self.checkpoint.tensors[copy.source]
         index = parts_index(copy.target_index, weights["data"].shape)
         fields = {name: tensor[index] for name, tensor in weights.items()}
         *lead, n, packed = fields["data"].shape
-        k = packed * recipe.kind.columns_a_number
+        k = packed * recipe.kind.format.columns_per_element
         place, dtype = self._place(copy.source, copy), info.dtype
         both = has_both(copy.target_index, weights["data"].shape)
         # A view moves elements within an expert, so that one is read as a whole.
@@ -109,7 +109,8 @@ class Filling:
                 self._cut(copy.source, there, dtype, matrix, recipe.rows, put)
 
     def unpack(self, copy: Copy, weights: Fields) -> None:
-        """A quantised weight into the tensors of its format, those of all experts or of a layer."""
+        """Plan to unpack a quantised weight into `weights`, the tensors of its format for all
+        experts or for a layer."""
         stored = self.encoding.weights[copy.source]
         both = has_both(copy.target_index, weights["data"].shape)
         interleaved = "deinterleave" in copy.view
@@ -127,7 +128,7 @@ class Filling:
             self._data(stored, lead, put, put.pairs)
 
     def dequantize(self, copy: Copy, target: Tensor) -> None:
-        """A quantised weight into one that is not."""
+        """Plan to dequantise a quantised weight into `target`."""
         stored = self.encoding.weights[copy.source]
         view = [step for step in copy.view if not (step == "transpose" and stored.transposed)]
         if "unflatten" in view:
@@ -169,7 +170,8 @@ class Filling:
     def _matrices(
         self, copy: Copy, stored: StoredWeight
     ) -> Iterator[tuple[tuple[int, ...], list[int]]]:
-        """Of each matrix that is copied: its place in the target's part and in what is stored."""
+        """Yield, for each matrix that is copied, its index in the target's part and in the stored
+        tensor."""
         lead = stored.shape[:-2]
         if not lead:
             yield (), []
@@ -181,7 +183,7 @@ class Filling:
                 yield (i, *rest), [first + i, *rest]
 
     def _matrix(self, tensor: str, lead: Sequence[int]) -> tuple[Location, tuple[int, ...]]:
-        """Where one matrix of a stack is, and its shape."""
+        """Return the location of one matrix of a stack, and its shape."""
         info = self.checkpoint.tensors[tensor]
         path, offset = self.locations[tensor]
         shape = info.shape[len(lead) :]
@@ -231,7 +233,7 @@ class Filling:
                 _assign(target, slice(None), value)
 
     def _check_extras(self) -> None:
-        """Raise `QuantizationError` for the first extra tensor that holds what cannot be."""
+        """Raise `QuantizationError` for the first extra tensor that holds a wrong value."""
         if not self.checks or not torch.stack([check.wrong for check in self.checks]).any():
             return
         extra, piece, lead, _ = next(check for check in self.checks if check.wrong)
@@ -252,11 +254,12 @@ class Filling:
         # One wait for the GPU a thousand tensors; which of them is wrong matters only if one is.
         for start in range(0, len(self.computed), 1000):
             some = self.computed[start : start + 1000]
-            kind = some[0][1].kind
-            if not _wrong(kind, torch.cat([scales.flatten() for *_, scales in some])).any():
+            format_ = some[0][1].kind.format
+            together = torch.cat([scales.flatten() for *_, scales in some])
+            if not format_.wrong_scales(together).any():
                 continue
             for source, recipe, scales in some:
-                wrong = _wrong(recipe.kind, scales)
+                wrong = recipe.kind.format.wrong_scales(scales)
                 if wrong.any():
                     index = wrong.nonzero()[0].tolist()
                     raise QuantizationError(
@@ -269,22 +272,16 @@ class Filling:
 
 
 def _owner(recipe: Recipe, scales: Tensor, index: list[int]) -> str:
-    """Whose scale is at this place of those of a tensor."""
+    """Name what the scale at this index of a tensor belongs to."""
     if recipe.rows is None:
         return "the matrix"
     groups = issubclass(recipe.kind.format, Integers) and scales.shape[-1] == 1
     return f"row {index[:-1]}" if groups else f"{recipe.kind.format.unit} {index}"
 
 
-def _wrong(kind: Kind, scales: Tensor) -> Tensor:
-    """Where scales that were computed cannot be."""
-    if kind.format is Mxfp4:
-        return scales == NAN
-    return ~((scales > 0) & scales.isfinite())
-
-
 def _part(weights: Fields, index: Index, kind: Kind) -> Fields:
-    """Of the tensors of a format those of parameter[index]: some rows, or experts and parts."""
+    """Return the tensors of a format for parameter[index]: some rows of a matrix, or experts and
+    parts."""
     if weights["data"].ndim > 2:
         places = parts_index(index, weights["data"].shape)
         return {name: tensor[places] for name, tensor in weights.items()}
@@ -297,12 +294,13 @@ def _part(weights: Fields, index: Index, kind: Kind) -> Fields:
 
 
 def _rows(tensor: Tensor, interleaved: bool) -> Tensor:
-    """[2, I, ..] as rows in their stored order: [2I, ..], or [I, 2, ..] where they alternate."""
+    """Return a tensor [2, I, ..] as rows in their stored order: [2I, ..], or [I, 2, ..] where they
+    alternate."""
     return tensor.transpose(0, 1) if interleaved else tensor.flatten(0, 1)
 
 
 def _assign(target: Tensor, rows: slice, value: Tensor) -> None:
-    """value [n, ..], or one row for all, into these rows of target, which may be in pairs."""
+    """Copy value [n, ..], or one row for all, into these rows of target, which may be in pairs."""
     part = target[rows]
     if value.ndim == part.ndim:
         part.copy_(value)
@@ -321,7 +319,7 @@ class _Quantize:
         self._put(self.fields, rows, stored)
 
     def _put(self, fields: Fields, rows: slice, w: Tensor) -> None:
-        per = self.recipe.kind.rows_per_scale
+        per = self.recipe.kind.format.rows_per_scale
         quantized = self.recipe.quantize(w)
         if self.squares is not None:
             wide = w.float()
@@ -332,7 +330,7 @@ class _Quantize:
                 fields[name][start : start + tensor.shape[0]].copy_(tensor)
 
     def viewed(self, shape: Sequence[int], view: Sequence[View], _: slice, stored: Tensor) -> None:
-        """A whole expert [N, K] or [2, I, K] that is stored in another order."""
+        """Quantise a whole expert [N, K] or [2, I, K] that is stored in another order."""
         w = stored.new_empty(prod(shape[:-1]), shape[-1])
         ordered = stored_order(w, view)
         ordered.copy_(stored.view(ordered.shape))
@@ -377,12 +375,12 @@ class _Dequantize:
         k = self.stored.shape[-1]
         order = fields.pop("order", None)
         data = self.stored.unpack(stored, order)
-        columns = data.shape[1] * kind.columns_a_number
+        columns = data.shape[1] * kind.format.columns_per_element
         first = rows.start * (columns // (rows.stop - rows.start)) if self.stored.columns else 0
         parts = {}
         for name, tensor in fields.items():
             if not self.stored.columns:
-                per = kind.rows_per_scale
+                per = kind.format.rows_per_scale
                 parts[name] = tensor[rows.start // per : -(-rows.stop // per)]
             else:
                 groups = tensor.shape[1]
@@ -401,7 +399,8 @@ def drop_trivial_orders(
     quantized: Mapping[str, Kind],
     of_all_ranks: Callable[[set[str]], set[str]] | None = None,
 ) -> dict[str, Kind]:
-    """The kinds, without the orders that leave every column where it is: they go from `tensors`.
+    """Drop the orders that leave every column where it is from `tensors`, and return the kinds
+    without them.
 
     `of_all_ranks` adds what other ranks say to names: an expert that moves has the tensors of those
     where it comes, so all ranks keep an order that one needs.

@@ -32,7 +32,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""The dtypes of the safetensors format by its own names."""
+"""Dtypes by their names in the safetensors format."""
 
 _MAX_HEADER = 100_000_000
 
@@ -56,7 +56,7 @@ class StoredTensor(TensorInfo):
 
 
 def read_header(path: Path) -> tuple[int, dict[str, StoredTensor]]:
-    """The offset of the data in a safetensors file, and its tensors.
+    """Return the offset of the data in a safetensors file, and its tensors.
 
     Raises `CheckpointError` if the header is malformed or the file is shorter than it says.
     """
@@ -88,7 +88,7 @@ def read_header(path: Path) -> tuple[int, dict[str, StoredTensor]]:
 
 
 def parse_header(header: Mapping[str, Any], path: Path | str, file: str) -> dict[str, StoredTensor]:
-    """The tensors that a header describes; `path` is what messages call their file.
+    """Return the tensors that a header describes; `path` is what messages call their file.
 
     Raises `CheckpointError` if an entry is malformed, of an unknown dtype or at odds with itself.
     """
@@ -118,7 +118,7 @@ def parse_header(header: Mapping[str, Any], path: Path | str, file: str) -> dict
 
 
 def _check_cover(tensors: Mapping[str, StoredTensor], path: Path) -> int:
-    """The end of the data; raises where two tensors overlap or leave a hole."""
+    """Return the end of the data; raises where two tensors overlap or leave a hole."""
     end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if tensor.start != end:

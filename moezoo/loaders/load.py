@@ -1,4 +1,4 @@
-"""From a checkpoint to a model: build on meta, plan, allocate, stream the weights in.
+"""Load a model from a checkpoint: build it on meta, plan, allocate, stream the weights in.
 
 Memory beyond the final weights does not grow with the model.
 """
@@ -26,10 +26,7 @@ from moezoo.loaders.config import (
     transformers_config,
 )
 from moezoo.loaders.devices import DeviceMap, checked, places_of
-from moezoo.loaders.mapping import Rule, Skip
-from moezoo.loaders.memory import check_memory
-from moezoo.loaders.quantization import Quantization
-from moezoo.loaders.ranks import (
+from moezoo.loaders.expert_parallel import (
     check_planned,
     eplb_of,
     expert_groups,
@@ -37,9 +34,12 @@ from moezoo.loaders.ranks import (
     of_all_ranks,
     sharded,
 )
+from moezoo.loaders.hub_layout import describe_
+from moezoo.loaders.mapping import Rule, Skip
+from moezoo.loaders.memory import check_memory
+from moezoo.loaders.quantization import Quantization
 from moezoo.loaders.tied import rules_of, same_bytes, tied_rules, untie
 from moezoo.loaders.weights import load_weights, own_encoding, plan_weights
-from moezoo.loaders.written import describe_
 from moezoo.parallel.eplb.options import EPLB
 from moezoo.parallel.mesh import Mesh, Parallel
 from moezoo.parallel.sharding import balance_
@@ -61,7 +61,7 @@ def from_pretrained(
     local_files_only: bool = False,
     progress: bool = True,
 ) -> MoECausalLM:
-    """The model of a local folder or hub id, ready to generate.
+    """Return the model of a local folder or hub id, ready to generate.
 
     `dtype` is bfloat16, float16 or float32, as a `torch.dtype` or its name, or "auto" for the
     checkpoint's own (float32 for one in float64, cast while loading); `device` is "cuda", "cuda:1"
@@ -118,8 +118,8 @@ def from_checkpoint(
     eplb: EPLB | None = None,
     progress: bool = True,
 ) -> MoECausalLM:
-    """The model of an open checkpoint; arguments and errors as in `from_pretrained`, but that
-    `device_map` is what `checked` returns."""
+    """Return the model of an open checkpoint; arguments and errors as in `from_pretrained`, except
+    that `device_map` is a result of `checked`."""
     target_device = device_of(device)
     asked = Quantization.of(quantization)
     built = build(
@@ -187,8 +187,8 @@ def build(
     device: torch.device | None,
     progress: bool,
 ) -> Built:
-    """The model of a checkpoint on meta; arguments and errors as in `from_pretrained`, but that it
-    need not fit a device where that is None."""
+    """Build the model of a checkpoint on meta; arguments and errors as in `from_pretrained`, but
+    without a `device` it is not checked to fit."""
     asked_dtype = requested_dtype(dtype)
     config = transformers_config(checkpoint)
     encoding = own_encoding(checkpoint)

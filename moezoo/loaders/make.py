@@ -1,4 +1,4 @@
-"""From a config to a model with random weights: build on meta, allocate, initialise."""
+"""Make a model with random weights from a config: build it on meta, allocate, initialise."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -11,18 +11,18 @@ from transformers import PreTrainedConfig
 from moezoo import registry
 from moezoo.causal_lm import MoECausalLM
 from moezoo.device import device_of
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.config import config_dtype, requested_dtype
 from moezoo.loaders.encodings import Scheme, hub_scheme
+from moezoo.loaders.expert_parallel import eplb_of, expert_groups, formats, joined, sharded
 from moezoo.loaders.experts import experts_of, parts_shape, refuse_others
-from moezoo.loaders.held import quantize_on_meta, quantized_infos
-from moezoo.loaders.initial import initialise
-from moezoo.loaders.kinds import Kind
+from moezoo.loaders.hub_layout import describe_
 from moezoo.loaders.mapping import ParameterInfo, layout, parameter_infos
 from moezoo.loaders.memory import allocate, check_memory
 from moezoo.loaders.quantization import Quantization
-from moezoo.loaders.ranks import eplb_of, expert_groups, formats, joined, sharded
+from moezoo.loaders.quantized_parameters import quantize_on_meta, quantized_infos
+from moezoo.loaders.random_weights import initialise
 from moezoo.loaders.weights import place, require_device
-from moezoo.loaders.written import describe_
 from moezoo.parallel.eplb.options import EPLB
 from moezoo.parallel.mesh import Parallel
 from moezoo.parallel.sharding import balance_, check_wire, moe_layers
@@ -38,7 +38,7 @@ def from_config(
     parallel: Parallel | None = None,
     eplb: Mapping[str, object] | EPLB | None = None,
 ) -> MoECausalLM:
-    """The model that `config` describes with random weights, made on `device`.
+    """Return the model that `config` describes with random weights, made on `device`.
 
     Matrices are normal with deviation `config.initializer_range`, norms one, biases zero;
     `torch.manual_seed` decides them, that of rank 0 with `parallel`: each tensor and each expert
@@ -97,7 +97,8 @@ def _kinds_of_config(
     scheme: Scheme | None,
     asked: Quantization | None,
 ) -> dict[str, Kind]:
-    """The experts' parameters that are quantised, as the config says or as it is asked."""
+    """Return the kinds of the experts' parameters that are quantised, as the config or the user
+    says."""
     owners = experts_of(decoder)
     columns = {name: parts_shape(layer, name)[-1] for name, layer in owners.items()}
     if scheme is None:

@@ -32,7 +32,7 @@ _NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a checkpoint's header says of one tensor.
+    """A tensor of a checkpoint, as its header describes it.
 
     `padding` is how many of its last columns may be no part of the weight, which it does not say.
     `data` is the tensor that holds its numbers, where it is stored quantised.
@@ -45,13 +45,13 @@ class TensorInfo:
 
     @property
     def where(self) -> str:
-        """Its place in a message: nothing, or " in " and the name of its file."""
+        """Place of the tensor in a message: empty, or " in " and the name of its file."""
         return ""
 
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """What a model says of one parameter.
+    """Shape, dtype and parts of a model's parameter.
 
     `part_sizes` are the rows of each source that is concatenated in it, where they are not equal.
     """
@@ -171,7 +171,7 @@ class Copy(NamedTuple):
 
 
 def copies_by_target(copies: Iterable[Copy]) -> dict[str, list[Copy]]:
-    """The copies of each parameter."""
+    """Return the copies of each parameter."""
     found: dict[str, list[Copy]] = {}
     for copy in copies:
         found.setdefault(copy.target, []).append(copy)
@@ -181,7 +181,7 @@ def copies_by_target(copies: Iterable[Copy]) -> dict[str, list[Copy]]:
 def parameter_infos(
     module: nn.Module, dtype: torch.dtype | None = None
 ) -> dict[str, ParameterInfo]:
-    """The parameters and persistent buffers of `module`, each once under its first name.
+    """Return the parameters and persistent buffers of `module`, each once under its first name.
 
     Floating ones count as `dtype` if one is given, but for those that their own module names in
     `keep_dtype`. `part_sizes` are the own module's.
@@ -203,7 +203,7 @@ def parameter_infos(
 
 
 def stored_order(part: torch.Tensor, view: Sequence[View]) -> torch.Tensor:
-    """A view of `part`, a piece of a parameter, that runs in the order of the stored tensor.
+    """Return a view of `part`, a piece of a parameter, in the order of the stored tensor.
 
     Its shape may have more dims than the stored tensor: [I, 2, H] for interleaved rows [2 * I, H].
     """
@@ -219,7 +219,7 @@ def stored_order(part: torch.Tensor, view: Sequence[View]) -> torch.Tensor:
 
 
 def stored_shape(shape: Sequence[int], view: Sequence[View]) -> tuple[int, ...]:
-    """The shape in which a parameter's piece of this shape is stored."""
+    """Return the shape in which a parameter's piece of this shape is stored."""
     stored = tuple(shape)
     if "transpose" in view:
         stored = (*stored[:-2], stored[-1], stored[-2])
@@ -234,8 +234,8 @@ def layout(
     *,
     per_expert: Collection[str] = (),
 ) -> list[Copy]:
-    """The tensors to write for `parameters`, in the layout of the first rule of each; of those in
-    `per_expert`, of the first that has a tensor for each expert, if there is one.
+    """Return the tensors to write for `parameters`, in the layout of each one's first rule; for
+    those in `per_expert`, of the first rule with a tensor per expert, if there is one.
 
     `rows` is None in all of them. Raises `ValueError` for a parameter that no rule names.
     """
@@ -262,7 +262,7 @@ def layout(
 
 
 class Template(NamedTuple):
-    """A template taken apart: the name with "#" for numbers, and what each is: L, E or itself."""
+    """A parsed template: the name with "#" for numbers, and what each number is: L, E or itself."""
 
     skeleton: str
     slots: tuple[str, ...]
@@ -291,7 +291,7 @@ def template_of(name: str) -> Template:
 
 
 def skeleton_of(name: str) -> tuple[str, list[str]]:
-    """The skeleton of a full name and its numbers."""
+    """Return the skeleton of a full name, and its numbers."""
     return _NUMBER.sub("#", name), _NUMBER.findall(name)
 
 
@@ -310,7 +310,7 @@ def by_target(rules: Sequence[Rule | Skip]) -> dict[str, list[Rule]]:
 
 
 def candidates_of(table: Mapping[str, list[Rule]], name: str) -> list[tuple[Rule, int | None]]:
-    """The rules whose target is this parameter, each with the layer."""
+    """Return the rules whose target is this parameter, each with the layer."""
     skeleton, numbers = skeleton_of(name)
     found = [(rule, template_of(rule.target).match(numbers)) for rule in table.get(skeleton, ())]
     candidates = [(rule, slots.get("L")) for rule, slots in found if slots is not None]
@@ -320,9 +320,8 @@ def candidates_of(table: Mapping[str, list[Rule]], name: str) -> list[tuple[Rule
 
 
 def parts_of(rule: Rule, parameter: ParameterInfo) -> list[tuple[slice, ...]] | None:
-    """The index of each source on the axis of concatenation, or None when the rows do not split
-    equally.
-    """
+    """Return the index of each source on the axis of concatenation, or None when the rows do not
+    split equally."""
     if len(rule.sources) == 1:
         return [()]
     axis = concat_axis(rule)

@@ -1,4 +1,4 @@
-"""Room for weights: whether a device has it, and tensors that are filled later."""
+"""Memory for weights: check that a device has it, and allocate tensors to be filled."""
 
 import mmap
 import sys
@@ -11,10 +11,11 @@ from torch import nn
 
 from moezoo.device import free_bytes, multiplies_fp8
 from moezoo.errors import MoEOutOfMemoryError, QuantizationError
+from moezoo.formats import FP8, QUANTIZATIONS
 from moezoo.loaders.experts import experts_of
-from moezoo.loaders.held import quantized_infos
 from moezoo.loaders.mapping import ParameterInfo
-from moezoo.loaders.quantization import FP8, INT4, INT8, MXFP4, Quantization
+from moezoo.loaders.quantization import Quantization
+from moezoo.loaders.quantized_parameters import quantized_infos
 
 _HUGE_PAGE = 2 << 20
 
@@ -46,12 +47,12 @@ def check_memory(
 def _that_fits(
     wanted: Mapping[str, ParameterInfo], device: torch.device, module: nn.Module, free: int
 ) -> tuple[str, int] | None:
-    """The quantisation of experts with which the weights fit, the most exact first, and what they
-    take with it."""
+    """Return the most exact quantisation of experts with which the weights fit, and their bytes
+    with it."""
     experts = experts_of(module).keys()
     if not experts or not experts <= wanted.keys():
         return None  # nothing to quantise, or quantised already
-    for quantization in (FP8, INT8, INT4, MXFP4):
+    for quantization in QUANTIZATIONS:
         if quantization == FP8 and not multiplies_fp8(device):
             continue
         asked = Quantization(quantization)
@@ -96,7 +97,7 @@ def allocate(wanted: Mapping[str, ParameterInfo], device: torch.device) -> dict[
 
 
 def _empty(info: ParameterInfo, device: torch.device) -> torch.Tensor:
-    """Uninitialised memory; large tensors on the CPU lie in huge pages.
+    """Return an uninitialised tensor; large ones on the CPU lie in huge pages.
 
     Most of the time to fill fresh memory goes into page faults, and huge pages need 512 times
     fewer.

@@ -1,4 +1,4 @@
-"""Which copies fill a model from a checkpoint, by the rules of `loaders.mapping`.
+"""Plan which copies fill a model from a checkpoint, by the rules of `loaders.mapping`.
 
 `plan` matches the rules with the names and shapes on both sides and refuses what does not fit
 before a byte of weights is read. Nothing here opens a file.
@@ -46,7 +46,7 @@ _QUANTISED_NAMES = (
 
 
 OwnedExperts = Sequence[int] | Mapping[int, Sequence[int]]
-"""Ids of experts, in the order of rows: for all layers, or by layer."""
+"""Ids of a rank's experts in the order of rows, for all layers or by layer."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def plan(
     experts: OwnedExperts | None = None,
     name: str = "the checkpoint",
 ) -> Plan:
-    """The copies that make `parameters` from `checkpoint`, which errors call `name`, by `rules`.
+    """Return the copies that make `parameters` from `checkpoint`, which errors call `name`, by
+    `rules`.
 
     `experts` are the ids that this rank owns, in the order of the rows of its parameters, the same
     in all layers or those of each; one may fill several rows. None means all. Raises
@@ -76,7 +77,7 @@ def plan(
 
 
 class _Place(NamedTuple):
-    """Where one source of a rule goes: the shape is that of its piece of the parameter."""
+    """Place that one source of a rule fills, with the shape of its piece of the parameter."""
 
     target: str
     rule: Rule
@@ -149,7 +150,7 @@ class _Planner:
         return Plan(tuple(self.copies), skipped)
 
     def _refusal(self, problems: Mapping[str, list[str]]) -> str:
-        """What is wrong and what to do."""
+        """Return the message of an error: what is wrong and what to do."""
         method = self._quantised()
         if method is None:
             return (
@@ -166,7 +167,8 @@ class _Planner:
         return f"{_described(problems, 1)}\nIt looks quantised ({method}), {advice}"
 
     def _choose(self, name: str, candidates: list[tuple[Rule, int | None]]) -> Rule | None:
-        """The rule of this parameter whose sources the checkpoint holds, in whole or in part."""
+        """Return the rule of this parameter whose sources the checkpoint holds, in whole or in
+        part."""
         if len(candidates) == 1:
             return candidates[0][0]
         present = {rule: self._present(rule, layer) for rule, layer in candidates}
@@ -192,8 +194,8 @@ class _Planner:
         return best
 
     def _matches(self, rule: Rule, target: str, layer: int | None) -> bool:
-        """Whether a layout of one tensor has the shape of what is there: two may differ in that
-        alone."""
+        """Return whether a layout of one tensor has the shape that is stored; two layouts may
+        differ in that alone."""
         info = self.checkpoint.get(fill(rule.sources[0], layer))
         if rule.stacks or len(rule.sources) > 1 or info is None:
             return False
@@ -209,7 +211,7 @@ class _Planner:
         return {name for source in rule.sources if (name := fill(source, layer)) in self.checkpoint}
 
     def _experts_of(self, source: str, layer: int | None) -> Mapping[int, str]:
-        """The tensors of a per-expert source in one layer, by expert."""
+        """Return the tensors of a per-expert source in one layer, by expert."""
         if source not in self.per_expert:
             template = template_of(source)
             layers: dict[int | None, dict[int, str]] = defaultdict(dict)
@@ -237,7 +239,8 @@ class _Planner:
                 self._fill_from_one(place, fill(source, layer))
 
     def _fill_from_experts(self, place: _Place, source: str) -> None:
-        """One tensor per expert, stacked on dim 0; those of other ranks are only claimed."""
+        """Plan to stack one tensor per expert on dim 0; tensors of other ranks' experts are only
+        claimed."""
         found = self._experts_of(source, place.layer)
         owned = self._owned(place)
         sharded = owned is not None
@@ -262,9 +265,8 @@ class _Planner:
             )
 
     def _fill_from_one(self, place: _Place, name: str) -> None:
-        """One tensor for the piece; if it holds all experts and this rank owns some, those rows of
-        it.
-        """
+        """Plan to copy one tensor into the piece: of a stack of all experts the rows of this
+        rank's."""
         if name not in self.checkpoint:
             self.missing.append(f"{name} (for {place.target})")
         elif self._claim(name, place):
@@ -276,7 +278,7 @@ class _Planner:
                 self.copies.append(Copy(place.target, index, name, None, place.rule.view))
 
     def _owned(self, place: _Place) -> Sequence[int] | None:
-        """The experts of this rank, where a parameter is divided."""
+        """Return this rank's experts, where a parameter is divided over ranks."""
         if self.experts is None or place.rule.shard is None:
             return None
         if isinstance(self.experts, Mapping):
@@ -304,7 +306,7 @@ class _Planner:
             self.copies.append(Copy(place.target, index, name, rows, place.rule.view))
 
     def _claim(self, name: str, place: _Place) -> bool:
-        """Note who wants `name`; whether nobody did before and its dtype can be loaded."""
+        """Note that `name` is used; return whether it was free and its dtype can be loaded."""
         if name in self.claims:
             self.double.append(f"{name} is wanted by {self.claims[name]} and by {place.target}")
             return False
@@ -365,7 +367,8 @@ class _Planner:
         return skipped
 
     def _explain(self, unknown: str) -> str:
-        """The unknown name, its file, and which parameter it would have been if a rule knows it."""
+        """Describe an unknown tensor: its name, its file, and the parameter it resembles if a rule
+        has one."""
         where = self.checkpoint[unknown].where
         skeleton, numbers = skeleton_of(unknown)
         for rule in (rule for rule in self.rules if isinstance(rule, Rule)):
@@ -382,7 +385,7 @@ class _Planner:
         return unknown + where
 
     def _quantised(self) -> str | None:
-        """How somebody has quantised the checkpoint, as far as it shows; None where it does not."""
+        """Return how the checkpoint seems to be quantised, None where it does not."""
         methods = [
             method
             for end, method in _QUANTISED_NAMES
@@ -395,7 +398,7 @@ class _Planner:
 
 
 def _described(problems: Mapping[str, list[str]], shown: int) -> str:
-    """Each kind of problem with that many of those who have it."""
+    """Describe each kind of problem, naming a few of those that have it and counting the rest."""
     lines = []
     for kind, offenders in problems.items():
         if offenders:
@@ -418,7 +421,7 @@ def _pattern(skip: Skip) -> re.Pattern[str]:
 
 
 def _runs(ids: Iterable[int]) -> Iterator[tuple[int, int, int]]:
-    """(row, first id, count) of each run of consecutive ids."""
+    """Yield (row, first id, count) for each run of consecutive ids."""
     row, first, count = 0, -1, 0
     for i in ids:
         if count and i == first + count:

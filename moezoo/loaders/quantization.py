@@ -1,5 +1,5 @@
-"""What a user may ask for: experts quantised while a checkpoint loads, and what becomes of linear
-layers that it has quantised."""
+"""The `quantization` option: experts that are quantised while a checkpoint loads, and how linear
+layers that it has quantised are held."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moezoo.errors import AskedQuantizationError, QuantizationError
+from moezoo.formats import FP8, INT4, INT8, MXFP4
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4
 from moezoo.layers.quant.fp8 import BLOCK
 from moezoo.layers.quant.groups import (
@@ -18,10 +19,8 @@ from moezoo.layers.quant.groups import (
     SCALE_DTYPES,
     default_group_size,
 )
+from moezoo.layers.quant.kind import Kind
 from moezoo.layers.quant.mxfp4 import GROUP
-from moezoo.loaders.kinds import Kind
-
-FP8, INT8, INT4, MXFP4 = BlockFp8.name, Int8.name, Int4.name, Mxfp4.name
 
 _FIELDS = {
     FP8: ("granularity", "block_size"),
@@ -33,13 +32,13 @@ _DENSE = ("keep", "dequantize")
 
 
 class Recipe(NamedTuple):
-    """How matrices of one shape are quantised."""
+    """How to quantise matrices of one shape."""
 
     kind: Kind
     quantize: Callable[[Tensor], Format]
-    """Of rows [n, K] that have scales of their own; NaN and Inf make scales that cannot be."""
+    """Quantises rows [n, K] that share no scales with others; NaN and Inf lead to wrong scales."""
     rows: int | None
-    """Rows that are quantised together; None is all of a matrix."""
+    """Number of rows that are quantised together; None is all rows of a matrix."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ class Quantization:
 
     @classmethod
     def of(cls, value: object) -> "Quantization | None":
-        """Of a name, a dict or a `Quantization`; None stays None."""
+        """Return the `Quantization` of a name, a dict or a `Quantization`; None stays None."""
         if value is None or isinstance(value, cls):
             return value
         if isinstance(value, str):
@@ -161,7 +160,8 @@ class Quantization:
         return cls(**given)
 
     def contradicted(self, kind: Kind, columns: int) -> str | None:
-        """The field that says something else than this kind of `type`, which a checkpoint has."""
+        """Return the field that contradicts this kind of `type`, which a checkpoint has, or
+        None."""
         options = dict(kind.options)
         group = options.get("group_size", PER_CHANNEL)
         group = columns if group == PER_CHANNEL else group
@@ -181,7 +181,7 @@ class Quantization:
         return None
 
     def recipe(self, name: str, columns: int, dtype: torch.dtype) -> Recipe:
-        """For matrices of `name` with so many columns, whose weights are of `dtype`.
+        """Return the recipe for matrices of `name` with so many columns and weights of `dtype`.
 
         Raises `AskedQuantizationError` naming them where the format has no such columns.
         """
@@ -257,8 +257,8 @@ def _recipe(kind: Kind, rows: int = 1) -> Recipe:
 
 
 def _in_blocks(w: Tensor, *, kind: Kind, rows: int, group: int) -> Int4:
-    """w [N, K] -> Int4 with one scale and zero for `rows` rows of `group` columns, which divide
-    them."""
+    """Quantise w [N, K] to Int4 with one scale and zero point per block of `rows` rows and `group`
+    columns, which divide N and K."""
     options = dict(kind.options)
     tiles = w.to(options["dtype"]).unflatten(0, (-1, rows)).unflatten(-1, (-1, group))
     flat = Int4.quantize_unchecked(

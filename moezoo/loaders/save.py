@@ -1,4 +1,4 @@
-"""From a model to a checkpoint in the layout of the hub: the inverse of each target's first rule.
+"""Save a model as a checkpoint in the layout of the hub: the inverse of each target's first rule.
 
 Tensors are written one at a time, so a save takes the memory of the largest one. Files are written
 in a folder of their own, which is moved into place when all are whole.
@@ -25,14 +25,14 @@ from moezoo.layers.decoder import Decoder
 from moezoo.loaders.card import CARD, Section, kinds_of, write_card
 from moezoo.loaders.files import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS
 from moezoo.loaders.headers import DTYPES
-from moezoo.loaders.written import Writing, Written, describe_, warn_of_schemes
+from moezoo.loaders.hub_layout import Writing, Written, describe_, warn_of_schemes
 from moezoo.parallel.gather import check_formats, gathered, whole_on_meta
 from moezoo.parallel.mesh import Mesh
 
 _log = logging.getLogger(__name__)
 
 DRAFT = ".saving-"
-"""How the names of folders begin whose files are not all written."""
+"""Prefix of the names of folders whose files are not all written yet."""
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _EXPERTS = re.compile(r"layers\.(\d+)\.mlp\.(?:w13|w2|bias13|bias2)")
@@ -42,7 +42,7 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 class _Model(Protocol):
-    """What is saved of a `MoECausalLM`."""
+    """The parts of a `MoECausalLM` that are saved."""
 
     decoder: Decoder
     config: PreTrainedConfig
@@ -112,8 +112,8 @@ def save_pretrained(
 
 
 class _Divided:
-    """The tensors of a model whose experts are divided; the first rank asks for them in the order
-    in which the others gather."""
+    """Tensors of a model whose experts are divided; the first rank asks for them in the order in
+    which the others send them."""
 
     def __init__(self, decoder: Decoder, mesh: Mesh, writing: Writing) -> None:
         self._decoder, self._mesh, self._writing = decoder, mesh, writing
@@ -128,7 +128,7 @@ class _Divided:
         return tensor.make()
 
     def gather(self, tensor: Written) -> None:
-        """All experts of its layer, if it is the first of them."""
+        """Gather all experts of the tensor's layer, if it is the first of them."""
         found = _EXPERTS.fullmatch(tensor.target)
         if found is not None and found[1] != self._layer:
             self._layer = found[1]
@@ -152,7 +152,7 @@ def write_tensors(
     max_shard_size: int | str,
     tensor_of: Callable[[Written], torch.Tensor],
 ) -> int:
-    """Write these tensors, which `tensor_of` is asked for in the order of their names; the bytes of
+    """Write these tensors, calling `tensor_of` in the order of their names, and return the bytes of
     all."""
     limit = shard_bytes(max_shard_size)
     shards: list[list[Written]] = [[]]
@@ -201,14 +201,14 @@ def _write(
 
 
 def _raw(tensor: torch.Tensor) -> memoryview:
-    """Its bytes, on the host."""
+    """Return the bytes of a tensor, on the host."""
     data: memoryview = tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data
     return data
 
 
 @contextmanager
 def moved_at_end(folder: Path) -> Iterator[Path]:
-    """A new folder that becomes `folder` if the block succeeds; where that is there already, its
+    """Yield a new folder that becomes `folder` if the block succeeds; if that exists already, the
     files move into it."""
     existed = folder.exists()
     place = folder if existed else folder.parent
@@ -251,8 +251,8 @@ def moved_at_end(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _named_as_asked(draft: Path, folder: Path) -> Iterator[None]:
-    """An `OSError` of the block that names a file in `draft`, which nobody has asked for and which
-    goes, names the one that it was to be in `folder`."""
+    """Let an `OSError` of the block that names a file in the temporary `draft` name the one it was
+    to become in `folder`."""
     try:
         yield
     except OSError as error:
@@ -276,7 +276,7 @@ def _move(draft: Path, folder: Path) -> None:
 
 
 def shard_bytes(size: int | str) -> int:
-    """5_000_000_000 from "5GB"; decimals are allowed, as huggingface_hub does.
+    """Parse a size such as "5GB" as 5_000_000_000; decimals are allowed, as in huggingface_hub.
 
     Raises `ValueError` for what is neither such a string nor a positive number.
     """

@@ -1,4 +1,4 @@
-"""Where the files of a checkpoint come from: a folder on this machine, or a repository of the hub.
+"""The sources of a checkpoint's files: a folder on this machine, or a repository of the hub.
 
 Of a repository the headers come over the network in range requests, and a file is downloaded when
 it is asked for.
@@ -21,7 +21,7 @@ from moezoo.loaders.files import CONFIG, GGUF, reading
 from moezoo.loaders.headers import StoredTensor, parse_header, read_header
 
 CONNECTIONS = 16
-"""Files that are read, or asked of the hub, at a time."""
+"""Number of files that are read, or requested from the hub, at a time."""
 
 _log = logging.getLogger(__name__)
 
@@ -31,19 +31,19 @@ class Files(Protocol):
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """Name of the source in messages."""
 
     @property
     def revision(self) -> str | None:
-        """The commit that all files are of; None for a folder."""
+        """Commit that all files are of; None for a folder."""
 
     def listing(self) -> Collection[str]: ...
 
     def local(self, file: str) -> Path | None:
-        """The file's path if it is on this machine."""
+        """Return the file's path if it is on this machine, else None."""
 
     def tensors(self, file: str) -> dict[str, StoredTensor]:
-        """The header of a safetensors file."""
+        """Return the tensors in the header of a safetensors file."""
 
     def download(self, files: Iterable[str], *, progress: bool) -> dict[str, Path]: ...
 

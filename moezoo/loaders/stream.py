@@ -1,4 +1,4 @@
-"""Bytes from files into tensors, on the CPU or on a GPU.
+"""Read bytes from files into tensors, on the CPU or on a GPU.
 
 Reader threads bring the bytes of many tensors with one system call. On the CPU a tensor that needs
 no cast goes straight from the file into its place; everything else passes through a few staging
@@ -40,15 +40,16 @@ _PUT_BATCH_GPU = 4 << 20
 _STAGES = 256 << 20
 
 Put = Callable[[torch.Tensor], object]
-"""What is done with stored bytes, on the device of the load, where they are not just copied."""
+"""Function that takes the stored bytes of a piece on the load's device, where they are not just
+copied."""
 
 PutRows = Callable[[slice, torch.Tensor], object]
-"""The same with some rows of a tensor, and which they are."""
+"""Function that takes some rows of a stored tensor, and which rows they are."""
 
 
 class Piece(NamedTuple):
-    """Consecutive bytes of one stored tensor; `target` runs through its elements in their order, or
-    `put` takes them."""
+    """Consecutive bytes of one stored tensor; they fill the elements of `target` in order, or `put`
+    takes them."""
 
     source: str
     path: Path
@@ -64,7 +65,7 @@ class Piece(NamedTuple):
 
     @property
     def direct(self) -> bool:
-        """Whether the bytes can be read where they belong."""
+        """Whether the bytes can be read straight into the target."""
         target = self.target
         return (
             target is not None
@@ -75,7 +76,8 @@ class Piece(NamedTuple):
 
 
 class _Stage:
-    """A staging buffer in host memory; `copied` is when the GPU has taken what is in it."""
+    """A staging buffer in host memory; the event `copied` is done when the GPU has taken its
+    contents."""
 
     def __init__(self, size: int, on_gpu: bool) -> None:
         self.buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=on_gpu)
@@ -85,7 +87,7 @@ class _Stage:
 def cut(
     source: str, location: Location, dtype: torch.dtype, target: torch.Tensor
 ) -> Iterator[Piece]:
-    """A stored tensor in pieces that fit a staging buffer."""
+    """Cut a stored tensor into pieces that fit a staging buffer."""
     nbytes = target.numel() * dtype.itemsize
     if nbytes <= _BATCH:
         if nbytes:
@@ -108,8 +110,8 @@ def cut_rows(
     device: torch.device,
     put: PutRows,
 ) -> Iterator[Piece]:
-    """A stored tensor [R, ..] in pieces of rows, for put(rows, stored): a few times `unit` of them,
-    all where None."""
+    """Cut a stored tensor [R, ..] into pieces of rows for put(rows, stored): multiples of `unit`
+    rows, all rows where None."""
     rows, *rest = shape
     row = prod(rest) * dtype.itemsize
     unit = unit or max(1, rows)
@@ -123,7 +125,7 @@ def cut_rows(
 
 
 def read(piece: Piece) -> torch.Tensor:
-    """The bytes of a piece, on the CPU."""
+    """Return the bytes of a piece, on the CPU."""
     with open(piece.path, "rb") as file:
         file.seek(piece.offset)
         return torch.frombuffer(bytearray(file.read(piece.nbytes)), dtype=piece.dtype).view(
@@ -174,7 +176,7 @@ def stream(pieces: Iterable[Piece], device: torch.device, *, progress: bool) -> 
 
 
 def _batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Neighbours together, as many as fit a staging buffer and one system call."""
+    """Yield batches of neighbouring pieces, as many as fit a staging buffer and one system call."""
     batch: list[Piece] = []
     size = 0
     for piece in pieces:
@@ -188,7 +190,8 @@ def _batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
 
 
 def _padded(nbytes: int) -> int:
-    """Room for a tensor in a staging buffer, so that the next one is aligned for every dtype."""
+    """Return a tensor's bytes rounded up, so that the next one in a staging buffer is aligned for
+    every dtype."""
     return -(-nbytes // 16) * 16
 
 
@@ -200,7 +203,7 @@ def _read_staged(
     device: torch.device,
     side: torch.cuda.Stream | None,
 ) -> None:
-    """Read a batch, what is not direct by way of a staging buffer."""
+    """Read a batch, by way of a staging buffer unless a piece is direct."""
     if stage.copied is not None:
         stage.copied.synchronize()
     buffers = []
@@ -230,7 +233,7 @@ def _read_staged(
 
 
 def _memory(tensor: torch.Tensor) -> Any:
-    """The bytes of a contiguous tensor on the CPU, for a system call to write into."""
+    """Return the bytes of a contiguous CPU tensor, for a system call to write into."""
     return tensor.view(-1).view(torch.uint8).numpy()
 
 
@@ -278,7 +281,7 @@ def _open(path: Path, stack: ExitStack) -> int:
 
 @contextmanager
 def bar(doing: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar in bytes on stderr, if that is a terminal."""
+    """Show a progress bar in bytes on stderr, if that is a terminal."""
     columns = (
         TextColumn(doing),
         BarColumn(),

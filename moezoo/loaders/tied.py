@@ -1,4 +1,4 @@
-"""The rules by which a checkpoint has its tensors, where its head may be tied to its embedding."""
+"""The mapping rules for a checkpoint whose head may be tied to its embedding."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ _CHUNK = 16 << 20
 def tied_rules(
     config: PreTrainedConfig, checkpoint: Checkpoint, encoding: Encoding
 ) -> tuple[tuple[Rule | Skip, ...], tuple[str, str] | None]:
-    """The rules for a checkpoint whose config may tie the head to the embedding.
+    """Return the rules for a checkpoint whose config may tie the head to the embedding.
 
     As in transformers, one of the two tensors is enough, a head equal to the embedding is left
     out, and a head that differs unties the model: the weights are right and the config is wrong.
@@ -39,14 +39,16 @@ def tied_rules(
 
 
 def rules_of(checkpoint: Checkpoint) -> tuple[Rule | Skip, ...]:
-    """How its tensors are named, which need not be how the model of its config writes them."""
+    """Return the rules that fit the checkpoint's names, which may differ from those its config's
+    model writes."""
     module = registry.architecture(str(checkpoint.config["model_type"]))
     rules: tuple[Rule | Skip, ...] = module.CHECKPOINT
     return rules
 
 
 def _stored(rules: Sequence[Rule | Skip], target: str, tensors: Mapping[str, TensorInfo]) -> str:
-    """The tensor that makes a parameter of one source: that which is there, or the first."""
+    """Return the tensor that makes a parameter with one source: the one that is there, or else the
+    first."""
     sources = [
         rule.sources[0] for rule in rules if isinstance(rule, Rule) and rule.target == target
     ]
@@ -54,7 +56,7 @@ def _stored(rules: Sequence[Rule | Skip], target: str, tensors: Mapping[str, Ten
 
 
 def same_bytes(checkpoint: Checkpoint, first: str, second: str, *, progress: bool) -> bool:
-    """Whether two tensors of one size are equal; downloads their files if need be."""
+    """Return whether two tensors of one size are equal; downloads their files if need be."""
     nbytes = checkpoint.tensors[first].nbytes
     locations = checkpoint.fetch((first, second), progress=progress)
     with open(locations[first].path, "rb") as left, open(locations[second].path, "rb") as right:

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint in a module that was built on meta: planned, checked, read in."""
+"""Load a checkpoint's weights into a module built on meta: plan, check, read."""
 
 import logging
 import traceback
@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 from moezoo.layers.quant.fp8 import BLOCK_FP8, FOR_EXPERTS, FOR_LINEARS, require_fp8
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.checkpoint import Checkpoint, Location
-from moezoo.loaders.dense import by_outcome, kept, quantized_linears
 from moezoo.loaders.devices import Places
 from moezoo.loaders.encodings import Encoding, encoding_of
 from moezoo.loaders.experts import experts_of, quantized_experts, source_dtype
 from moezoo.loaders.fill import Filling, Squares, drop_trivial_orders
-from moezoo.loaders.held import quantize_on_meta, quantized_infos
-from moezoo.loaders.kinds import Kind
+from moezoo.loaders.linears import by_outcome, kept, quantized_linears
 from moezoo.loaders.mapping import (
     ParameterInfo,
     Rule,
@@ -28,6 +27,7 @@ from moezoo.loaders.mapping import (
 from moezoo.loaders.memory import allocate, check_memory
 from moezoo.loaders.plan import OwnedExperts, Plan, plan
 from moezoo.loaders.quantization import Quantization
+from moezoo.loaders.quantized_parameters import quantize_on_meta, quantized_infos
 from moezoo.loaders.stream import Piece, read
 
 _log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def _require_places(
     device: torch.device | Callable[[Mapping[str, ParameterInfo]], Places],
     name: str,
 ) -> Places:
-    """Where its tensors go; raises for a device that has no room or no kernels for them."""
+    """Return where the tensors go; raises for a device without room or kernels for them."""
     places = Places(device) if isinstance(device, torch.device) else device(planned.wanted)
     if len(places.devices) > 1:
         name = f"what device_map puts there of {name}"
@@ -118,7 +118,8 @@ def _read_to(
     *,
     progress: bool,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Kind]]:
-    """`read_copies`, device by device; and the kinds, of which some need no order."""
+    """Run `read_copies` device by device; return the tensors, and the kinds without orders that
+    proved trivial."""
     tensors: dict[str, torch.Tensor] = {}
     for device, wanted in places.parts(planned.wanted):
         copies = (copy for copy in planned.plan.copies if places.of(copy.target) == device)
@@ -128,21 +129,21 @@ def _read_to(
 
 
 class Planned(NamedTuple):
-    """What a module wants and how it comes there."""
+    """The plan of a load: the tensors that a module wants, and how they are made."""
 
     wanted: dict[str, ParameterInfo]
     plan: Plan
     encoding: Encoding
     quantized: dict[str, Kind]
-    """The parameters of experts and linear layers that become `QuantizedWeights`."""
+    """Kinds of the experts' and linear layers' parameters that become `QuantizedWeights`."""
     dense: dict[str, Kind | str]
-    """Of the weights that are stored quantised and not of experts, what `quantized_linears` says,
-    or that it was asked for otherwise."""
+    """Outcome for each weight outside the experts that is stored quantised: the kind it is held in,
+    or why it is dequantised."""
     asked: Quantization | None
 
 
 def sources_of(planned: Planned) -> set[str]:
-    """The tensors to read."""
+    """Return the names of the tensors to read."""
     found = set()
     for copy in planned.plan.copies:
         stored = planned.encoding.weights.get(copy.source)
@@ -162,7 +163,8 @@ def plan_weights(
     experts: OwnedExperts | None = None,
     quantization: Quantization | None = None,
 ) -> Planned:
-    """All that can be refused without a weight, whatever the device."""
+    """Plan a load, and raise for all that can be refused without reading weights or knowing the
+    device."""
     encoding = own_encoding(checkpoint)
     plain = parameter_infos(module, dtype)
     chosen = plan(rules, encoding.tensors, plain, experts=experts, name=checkpoint.name)
@@ -179,7 +181,7 @@ def plan_weights(
 
 
 def unpadded(encoding: Encoding, chosen: Plan, parameters: Mapping[str, ParameterInfo]) -> Encoding:
-    """The encoding without columns that the parameters do not have: padding."""
+    """Return the encoding without columns that the parameters do not have, which are padding."""
     return encoding.unpadded(
         {
             copy.source: parameters[copy.target].shape[-1]
@@ -197,8 +199,8 @@ def with_one_order(
     *,
     dtype: torch.dtype,
 ) -> Planned:
-    """The same, but that linear layers are dequantised whose parts have their columns in different
-    orders: only the files tell. Quantisers give parts of one input the same one."""
+    """Return the plan with those linear layers dequantised whose parts have their columns in
+    different orders; only the files tell. Quantisers give parts of one input the same order."""
     dense = dict(planned.dense)
     for name, copies in copies_by_target(planned.plan.copies).items():
         kind = dense.get(name)
@@ -221,14 +223,15 @@ def with_one_order(
 
 
 def require_device(module: nn.Module, quantized: Mapping[str, Kind], device: torch.device) -> None:
-    """Raises `QuantizationError` for what no kernel of the device takes."""
+    """Raise `QuantizationError` for formats that the device has no kernel for."""
     in_fp8 = {name for name, kind in quantized.items() if kind.format.name == BLOCK_FP8}
     if in_fp8:
         require_fp8(device, FOR_EXPERTS if in_fp8 & experts_of(module).keys() else FOR_LINEARS)
 
 
 def report(module: nn.Module, planned: Planned) -> None:
-    """Log what of the checkpoint is not held as it is stored, counted in its own weights."""
+    """Log which weights of the checkpoint are not held as they are stored, counted in its own
+    weights."""
     encoding, copies = planned.encoding, planned.plan.copies
     for skip, names in planned.plan.skipped.items():
         _log.warning("%s: %d tensors not loaded: %s", skip.pattern, len(names), skip.reason)
@@ -262,7 +265,7 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def _by_pattern(names: Sequence[str]) -> dict[str, list[str]]:
-    """By the names with * for numbers."""
+    """Group names that are equal but for their numbers, under a pattern with * for those."""
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(skeleton_of(name)[0].replace("#", "*"), []).append(name)
@@ -270,7 +273,8 @@ def _by_pattern(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def own_encoding(checkpoint: Checkpoint) -> Encoding:
-    """How the checkpoint stores its weights; raises `QuantizationError` for what is not loaded."""
+    """Return how the checkpoint stores its weights; raises `QuantizationError` for what cannot be
+    loaded."""
     return encoding_of(
         checkpoint.config.get("quantization_config"), checkpoint.tensors, checkpoint.name
     )
@@ -285,7 +289,7 @@ def read_copies(
     progress: bool,
     squares: Squares | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The wanted tensors on `device`, read from the files.
+    """Read the wanted tensors from the files, and return them on `device`.
 
     To `squares` are added those of the errors and of the weights that are quantised.
     """
@@ -307,7 +311,7 @@ def read_copies(
                 filling.unpack(copy, fields)
             else:
                 assert planned.asked is not None
-                columns = fields["data"].shape[-1] * kind.columns_a_number
+                columns = fields["data"].shape[-1] * kind.format.columns_per_element
                 dtype = source_dtype(copies, planned.encoding)
                 filling.quantize(copy, fields, planned.asked.recipe(name, columns, dtype))
     filling.run(progress=progress)
@@ -315,7 +319,7 @@ def read_copies(
 
 
 def fields_of(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    """The tensors of the quantised weights of this name."""
+    """Return the tensors of the quantised weights of this name, by field."""
     start = f"{name}."
     return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
 

@@ -59,7 +59,7 @@ def _whole(own: nn.Parameter | QuantizedWeights, num_experts: int) -> nn.Module 
 
     if isinstance(own, QuantizedWeights):
         whole = QuantizedWeights(own().map(blank))
-        whole.grouped, whole.scaled = own.grouped, own.scaled
+        whole.kind = own.kind
         return whole
     return nn.Parameter(blank(own), requires_grad=False)
 

@@ -30,7 +30,6 @@ from moezoo.layers.quant.fp8 import FOR_EXPERTS, require_fp8
 from moezoo.tools.layer_inputs import Inputs, Oracle, WrongResultError
 from moezoo.tools.layer_weights import (
     FORMATS,
-    FP8,
     LAYERS,
     QuantizedWeights,
     Weights,
@@ -317,7 +316,7 @@ def default_layers(device: torch.device, quantization: str | None) -> tuple[str,
 
 
 def multiplies_fp8(quantization: str | None) -> bool:
-    return quantization is not None and FORMATS[quantization][0] in FP8
+    return quantization is not None and FORMATS[quantization][0].quantizes_activations
 
 
 def new_report(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moezoo.tools.layer_weights import FP8, Layer, QuantizedWeights, Weights
+from moezoo.tools.layer_weights import Layer, QuantizedWeights, Weights
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 """Largest allowed norm of a token's error over the norm of its output.
@@ -118,7 +118,7 @@ class Oracle:
         spread = torch.linspace(0, num_tokens - 1, min(num_tokens, CHECKED_TOKENS))
         self.sample = spread.round().long().to(inputs.x.device)
         self.tolerance = TOLERANCE[inputs.x.dtype]
-        if isinstance(weights, QuantizedWeights) and isinstance(weights.w13, FP8):
+        if isinstance(weights, QuantizedWeights) and weights.w13.quantizes_activations:
             self.tolerance = QUANTIZED_TOLERANCE
         self.shape, self.dtype = inputs.x.shape, inputs.x.dtype
         self.expected = {

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moezoo.formats import FP8, INT4, INT8, MXFP4
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, Int4, Int8, Mxfp4
-from moezoo.layers.quant.fp8 import BLOCK_FP8
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,13 @@ LAYERS = {
 """Sizes of released models' MoE layers; all are measured with plain SwiGLU experts."""
 
 FORMATS: dict[str, tuple[Any, dict[str, Any]]] = {
-    BLOCK_FP8: (BlockFp8, {}),
-    f"{BLOCK_FP8}_channel": (ChannelFp8, {}),
-    "int8_w8a16": (Int8, {}),
-    "int4_w4a16": (Int4, {"group_size": 128}),
-    "mxfp4": (Mxfp4, {}),
+    FP8: (BlockFp8, {}),
+    f"{FP8}_channel": (ChannelFp8, {}),
+    INT8: (Int8, {}),
+    INT4: (Int4, {"group_size": 128}),
+    MXFP4: (Mxfp4, {}),
 }
 """Name of a quantisation in measurements -> its format and the format's options."""
-
-FP8 = (BlockFp8, ChannelFp8)
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class QuantizedWeights:
 
     @classmethod
     def random(
-        cls, layer: Layer, device: torch.device, quantization: str = BLOCK_FP8
+        cls, layer: Layer, device: torch.device, quantization: str = FP8
     ) -> "QuantizedWeights":
         """Return the weights of `Weights.random`, quantised expert by expert."""
         format_, options = FORMATS[quantization]

@@ -13,44 +13,41 @@ from moezoo.loaders.checkpoint import Checkpoint
 from moezoo.loaders.encodings import Encoding
 from moezoo.loaders.experts import experts_of
 from moezoo.loaders.mapping import Copy, ParameterInfo
-from moezoo.loaders.plan import Plan
+from moezoo.loaders.weights import Planned
 from moezoo.parallel.sharding import moe_layers
 from moezoo.parallel.slots import Slots
 
 
 @dataclass(frozen=True)
 class RankShare:
-    """Experts and bytes of one rank."""
+    """What one rank reads and holds."""
 
     rank: int
     experts: int
-    """Number of experts in all of its layers, replicas included."""
+    """Number of experts in all its layers, replicas included."""
     weight_bytes: int
-    """Bytes of weights in its memory."""
+    """Bytes of the weights in its memory."""
     read_bytes: int
-    """Bytes that it reads from files; an expert with two replicas on the rank is read twice."""
+    """Bytes read from files; an expert counts twice where the rank has two replicas of it."""
     download_bytes: int
-    """Bytes of the files that contain what it reads."""
+    """Bytes of the files that hold what it reads."""
 
 
 def rank_shares(
     decoder: Decoder,
     checkpoint: Checkpoint,
-    chosen: Plan,
-    encoding: Encoding,
-    *,
-    wanted: Mapping[str, ParameterInfo],
+    planned: Planned,
     slots: Slots,
 ) -> tuple[RankShare, ...]:
-    """Return the share of each rank; `chosen` and `wanted` are those of the model on one device."""
+    """Return the share of each rank; `planned` is the load of the whole model on one device."""
     owners = _owners(decoder)
-    rest, held = held_bytes(decoder, wanted)
+    rest, held = held_bytes(decoder, planned.wanted)
 
     shared_bytes, shared_files = 0, set[str]()
     reads = defaultdict[tuple[int, int], int](int)
     files = defaultdict[tuple[int, int], set[str]](set)
-    for copy in chosen.copies:
-        stored = {name: checkpoint.tensors[name] for name in _tensors(copy, encoding)}
+    for copy in planned.plan.copies:
+        stored = {name: checkpoint.tensors[name] for name in _tensors(copy, planned.encoding)}
         nbytes = sum(tensor.nbytes for tensor in stored.values())
         from_files = {tensor.file for tensor in stored.values()}
         if copy.target not in owners:
@@ -85,7 +82,7 @@ def rank_shares(
 def held_bytes(
     decoder: Decoder, wanted: Mapping[str, ParameterInfo]
 ) -> tuple[int, Mapping[int, int]]:
-    """Return the bytes of the parameters that every rank holds, and of each layer's experts."""
+    """Return the bytes of what every rank holds, and those of each layer's experts."""
     owners = _owners(decoder)
     rest, held = 0, defaultdict[int, int](int)
     for name, info in wanted.items():
@@ -99,13 +96,13 @@ def held_bytes(
 
 
 def _owners(decoder: Decoder) -> dict[str, int]:
-    """Map each expert parameter to the layer that has it."""
+    """Return the layer of each parameter of experts, by the parameter's name."""
     layer_of = {moe: layer for layer, moe in moe_layers(decoder).items()}
     return {name: layer_of[moe] for name, moe in experts_of(decoder).items()}
 
 
 def _tensors(copy: Copy, encoding: Encoding) -> Iterator[str]:
-    """Return the stored tensors that a copy reads."""
+    """Yield the names of the stored tensors of a copy."""
     weight = encoding.weights.get(copy.source)
     if weight is None:
         yield copy.source

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
+from moezoo.formats import FP8, INT4, INT8, MXFP4
 from moezoo.layers.kernels.tiles import Tile
 from moezoo.layers.quant import Int4, Int8, Mxfp4
-from moezoo.layers.quant.fp8 import BLOCK, BLOCK_FP8
+from moezoo.layers.quant.fp8 import BLOCK
 
 
 def gated_up_tiles(rows_per_expert: float) -> Iterator[Tile]:
@@ -195,9 +196,9 @@ def _weight_only(bits: int, *, step: int, smallest: int) -> Search:
 
 SEARCHES: dict[str | None, Search] = {
     None: Search(gated_up_tiles, down_tiles, step=8, smallest=64),
-    BLOCK_FP8: Search(gated_up_fp8_tiles, down_fp8_tiles, step=16, smallest=BLOCK),
-    Int8.name: _weight_only(Int8.bits, step=16, smallest=64),
-    Int4.name: _weight_only(Int4.bits, step=128, smallest=128),
-    Mxfp4.name: _weight_only(Mxfp4.bits, step=32, smallest=128),
+    FP8: Search(gated_up_fp8_tiles, down_fp8_tiles, step=16, smallest=BLOCK),
+    INT8: _weight_only(Int8.bits, step=16, smallest=64),
+    INT4: _weight_only(Int4.bits, step=128, smallest=128),
+    MXFP4: _weight_only(Mxfp4.bits, step=32, smallest=128),
 }
 """Quantisation -> its search; None is weights of 16 bits."""

@@ -15,7 +15,7 @@ import moezoo
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import QuantizedWeights
 from moezoo.layers.quant.fp8 import quantize_rows
-from moezoo.loaders.dense import linears_of
+from moezoo.loaders.linears import linears_of
 from moezoo.loaders.load import from_pretrained
 
 ASSET = Path(moezoo.__file__).parent / "assets" / "tiny-qwen3-moe"
@@ -120,7 +120,7 @@ def round_inputs(dense: Any, model: Any) -> None:
     layers = linears_of(model.decoder)
     for name, layer in linears_of(dense.decoder).items():
         weight = layers[name].weight
-        if isinstance(weight, QuantizedWeights) and "fp8" in weight.format.name:
+        if isinstance(weight, QuantizedWeights) and "fp8" in weight.kind.format.name:
             layer.register_forward_pre_hook(round_input)
 
 

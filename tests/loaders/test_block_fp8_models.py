@@ -48,7 +48,7 @@ from moezoo.layers.moe.chunks import CHUNK_TOKENS
 from moezoo.layers.quant import BlockFp8, QuantizedWeights
 from moezoo.loaders.checkpoint import open_checkpoint
 from moezoo.loaders.config import transformers_config
-from moezoo.loaders.dense import linears_of
+from moezoo.loaders.linears import linears_of
 from moezoo.loaders.make import from_config
 from moezoo.loaders.mapping import Rule
 from moezoo.loaders.quantization import Quantization

@@ -21,7 +21,7 @@ import moezoo
 from moezoo import cli
 from moezoo.errors import QuantizationError
 from moezoo.layers.quant import Int4
-from moezoo.loaders import weights, written
+from moezoo.loaders import hub_layout, weights
 from moezoo.loaders.checkpoint import open_checkpoint
 from moezoo.loaders.convert import convert
 
@@ -121,7 +121,7 @@ def test_no_more_than_a_layer_is_in_memory(tmp_path, monkeypatch):
 
 def test_layers_are_planned_together_and_written_under_one_bar(tmp_path, monkeypatch):
     plans, bars, shown = [], [], []
-    real = written.Writing
+    real = hub_layout.Writing
     monkeypatch.setattr(
         "moezoo.loaders.convert.Writing", lambda *args: plans.append(None) or real(*args)
     )

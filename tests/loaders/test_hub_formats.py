@@ -41,12 +41,12 @@ from moezoo.generation.engine import Engine
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Int4, Int8, Mxfp4, QuantizedWeights
 from moezoo.layers.quant.fp8 import FOR_EXPERTS, FOR_LINEARS
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.checkpoint import open_checkpoint
 from moezoo.loaders.convert import convert
-from moezoo.loaders.dense import linears_of
 from moezoo.loaders.encodings import encoding_of, hub_scheme
 from moezoo.loaders.headers import StoredTensor
-from moezoo.loaders.kinds import Kind
+from moezoo.loaders.linears import linears_of
 from moezoo.loaders.mapping import Rule
 from moezoo.loaders.weights import load_weights
 

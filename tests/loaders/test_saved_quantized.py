@@ -29,10 +29,10 @@ from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import Int8, Mxfp4
 from moezoo.loaders.checkpoint import open_checkpoint
 from moezoo.loaders.convert import convert
+from moezoo.loaders.hub_layout import hub_config
 from moezoo.loaders.make import from_config
 from moezoo.loaders.mapping import Rule
 from moezoo.loaders.weights import load_weights
-from moezoo.loaders.written import hub_config
 
 ASKED: dict[str, Any] = {
     "fp8-channel": {"type": "fp8_w8a8", "granularity": "channel"},

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import nn
 
+from moezoo.loaders.hub_layout import Writing
 from moezoo.loaders.mapping import Rule, Skip
 from moezoo.loaders.save import write_tensors
-from moezoo.loaders.written import Writing
 
 
 def write_weights(

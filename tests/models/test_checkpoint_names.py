@@ -20,9 +20,9 @@ import transformers
 from moezoo.errors import CheckpointError
 from moezoo.layers.linear import FusedLinear
 from moezoo.layers.quant import BlockFp8, Mxfp4
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.encodings import encoding_of
 from moezoo.loaders.experts import quantized_experts
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import ParameterInfo, TensorInfo
 from moezoo.loaders.plan import Plan, plan
 from moezoo.registry import architecture, build

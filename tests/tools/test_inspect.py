@@ -15,7 +15,7 @@ from moezoo.assets import tiny_model
 from moezoo.errors import CheckpointError
 from moezoo.loaders.checkpoint import Checkpoint
 from moezoo.loaders.load import from_pretrained
-from moezoo.tools.inspect import FORMATS, inspect
+from moezoo.tools.inspect import EXPERTS_AS, inspect, matrix_bytes
 
 # The configs of released models, as far as they decide shapes.
 MIXTRAL_8X7B = {
@@ -190,7 +190,7 @@ def test_a_rank_holds_its_share_of_the_experts_and_all_the_rest(tmp_path):
     ],
 )
 def test_bytes_of_a_matrix_in_each_format(name, rows, columns, nbytes):
-    assert FORMATS[name](rows, columns) == nbytes
+    assert matrix_bytes(name, rows, columns) == nbytes
 
 
 def test_formats_that_do_not_fit_are_left_out(tmp_path):
@@ -305,7 +305,7 @@ def test_the_table_tells_what_the_report_holds():
     text = console.file.getvalue()
     for words in ("qwen3_moe", "6,975,488, 3,436,544 active", "4 of 16", "3,072 bytes per token"):
         assert words in text
-    for name in FORMATS:
+    for name in EXPERTS_AS:
         assert name in text
     assert AutoConfig.from_pretrained(tiny_model()).architectures[0] in text
 
@@ -321,8 +321,8 @@ def test_the_table_fits_a_terminal(tmp_path, config):
     text = console.file.getvalue()
     assert "…" not in text
     rows = [line.replace("│", " ").split() for line in text.splitlines()]
-    table = {row[0]: row[1:] for row in rows if row and row[0] in FORMATS}
-    assert table.keys() == FORMATS.keys()
+    table = {row[0]: row[1:] for row in rows if row and row[0] in EXPERTS_AS}
+    assert tuple(table) == EXPERTS_AS
     assert "GB of weights per GPU" in text
     for name, per_rank in report.weight_bytes.items():
         shown = [float(number) for number in table[name]]

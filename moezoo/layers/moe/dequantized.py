@@ -10,7 +10,7 @@ from torch import Tensor
 from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.moe.permute import permute
 from moezoo.layers.moe.ranges import verb
-from moezoo.layers.quant import BlockFp8, ChannelFp8, Format
+from moezoo.layers.quant import Format
 from moezoo.layers.quant.fp8 import quantize_rows
 
 
@@ -30,7 +30,7 @@ def dequantized_experts(
 
     def rounded(rows: Tensor) -> Tensor:
         """Round fp32 rows to what the products take."""
-        if isinstance(w13, BlockFp8 | ChannelFp8):
+        if w13.quantizes_activations:
             return quantize_rows(rows).dequantize()[:, : rows.shape[1]]
         return rows.to(x.dtype).float()
 

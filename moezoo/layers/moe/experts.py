@@ -27,7 +27,7 @@ from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.moe.chunks import CHUNK_TOKENS
 from moezoo.layers.moe.experts_dense import dense_autograd, dense_cuda, dense_op, dense_torch
 from moezoo.layers.moe.experts_quantized import OPERATORS, quantized_experts
-from moezoo.layers.quant import BlockFp8, ChannelFp8, Format, fp8
+from moezoo.layers.quant import Format, fp8
 
 
 def workspace_bytes(
@@ -46,7 +46,7 @@ def workspace_bytes(
     `CHUNK_TOKENS` tokens only the results grow. `weights` is the weights' format, None for 16 or 32
     bits. With fp8, an activation is a byte, plus scales, and there is an fp8 copy of the tokens.
     With weight-only formats there is a copy of the tokens in the order of the packed columns (and
-    one for each chosen row where columns have another order, `Int4.order`).
+    one for each chosen row where columns have another order, see `Integers`).
 
     The buffers come from torch's caching allocator, which is the one workspace per device that
     all layers share: they are freed in stream order when a layer returns, so the next layer gets
@@ -56,7 +56,7 @@ def workspace_bytes(
     results = num_tokens * (1 if num_tokens <= CHUNK_TOKENS else 2)
     activation_bytes = intermediate_size * element_size
     token_bytes = 0 if weights is None else hidden_size * element_size
-    if weights is not None and issubclass(weights, BlockFp8 | ChannelFp8):
+    if weights is not None and weights.quantizes_activations:
         activation_bytes, token_bytes = fp8.row_bytes(intermediate_size), fp8.row_bytes(hidden_size)
     row_bytes = activation_bytes + hidden_size * element_size + 8
     return in_chunk * (k * row_bytes + token_bytes) + results * hidden_size * element_size

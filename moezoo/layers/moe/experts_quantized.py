@@ -11,7 +11,7 @@ from moezoo.layers.moe.chunks import in_chunks, local_ids, operator
 from moezoo.layers.moe.dequantized import dequantized_experts
 from moezoo.layers.moe.experts_fp8 import fp8_cuda
 from moezoo.layers.moe.experts_weight_only import weight_only_cuda
-from moezoo.layers.quant import FORMATS, BlockFp8, ChannelFp8, Format
+from moezoo.layers.quant import FORMATS, Format
 
 
 def quantized_experts(
@@ -26,7 +26,7 @@ def quantized_experts(
     bias2: Tensor | None,
     expert_map: Tensor | None,
 ) -> Tensor:
-    """Compute `fused_experts` with w13 [E, 2 or 1, I, H]."""
+    """Compute `fused_experts` with quantised weights, w13 being [E, 2 or 1, I, H]."""
     settings: Any = {"gating": gating, "bias13": bias13, "bias2": bias2}
     num_experts = w13.shape[0] if expert_map is None else len(expert_map)
 
@@ -36,7 +36,7 @@ def quantized_experts(
         arguments: Any = (x, w13, w2, topk_weights, topk_ids)
         if not x.is_cuda:
             return dequantized_experts(*arguments, **settings)
-        on_cuda = fp8_cuda if isinstance(w13, BlockFp8 | ChannelFp8) else weight_only_cuda
+        on_cuda = fp8_cuda if w13.quantizes_activations else weight_only_cuda
         with torch.cuda.device_of(x):
             return on_cuda(*arguments, **settings, num_experts=num_experts)
 
@@ -44,7 +44,7 @@ def quantized_experts(
 
 
 def _operator(name: str, from_tensors: Any) -> Any:
-    """Make the operator of a format; `from_tensors` is the format, called with its tensors."""
+    """Return the operator of a format; `from_tensors` is the format, called with its tensors."""
 
     def fused_experts(
         x: Tensor,
@@ -71,4 +71,4 @@ def _operator(name: str, from_tensors: Any) -> Any:
 
 
 OPERATORS = {format_: _operator(name, format_) for name, format_ in FORMATS.items()}
-"""The operator of each format. It takes the tensors of w13 and w2 in the order of their fields."""
+"""Operators by format; they take the tensors of w13 and w2 in the order of their fields."""

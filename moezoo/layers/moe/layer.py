@@ -232,7 +232,7 @@ class FusedMoE(nn.Module):
     @property
     def quantized(self) -> type[Format] | None:
         """The format of the experts' weights; None where they are parameters of 16 or 32 bits."""
-        return self.w13.format if isinstance(self.w13, QuantizedWeights) else None
+        return self.w13.kind.format if isinstance(self.w13, QuantizedWeights) else None
 
     def forward(self, x: Tensor | NormOfSum) -> Tensor:
         """x [..., H] -> [..., H] of the same dtype."""

@@ -1,6 +1,6 @@
 """Quantised weights: a format is a dataclass over tensors, and its `dequantize` defines it."""
 
-from moezoo.layers.quant.channel_fp8 import ChannelFp8
+from moezoo.layers.quant.channel_fp8 import ChannelFp8, Fp8Weights
 from moezoo.layers.quant.format import Format
 from moezoo.layers.quant.fp8 import BlockFp8
 from moezoo.layers.quant.int4 import Int4
@@ -14,6 +14,7 @@ __all__ = [
     "BlockFp8",
     "ChannelFp8",
     "Format",
+    "Fp8Weights",
     "Int4",
     "Int8",
     "Integers",
@@ -29,7 +30,7 @@ FORMATS: dict[str, type[Format]] = {
     "int4": Int4,
     "mxfp4": Mxfp4,
 }
-"""By what operators are named after."""
+"""Formats by the name of their operators, such as `moezoo::linear_int4`."""
 
 WeightOnly = Int8 | Int4 | Mxfp4
-"""Formats beside which activations are not quantised."""
+"""Formats of weights that are multiplied by activations in 16 or 32 bits."""

@@ -25,10 +25,11 @@ from moezoo.layers.quant.fp8 import BLOCK_FP8, BlockFp8, scaled, widened
 
 @dataclass(frozen=True, eq=False)
 class ChannelFp8(Format):
-    """data [.., N, K] float8_e4m3fn, scales [.., N] fp32."""
+    """Weights in fp8 with a scale per row: data [.., N, K] float8_e4m3fn, scales [.., N] fp32."""
 
     name: ClassVar[str] = BLOCK_FP8
     unit: ClassVar[str] = "row"
+    quantizes_activations: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_data(self.data, "[.., N, K]", torch.float8_e4m3fn)
@@ -38,7 +39,7 @@ class ChannelFp8(Format):
     def quantize_unchecked(
         cls, w: Tensor, *, granularity: Literal["channel", "tensor"] = "channel"
     ) -> "ChannelFp8":
-        """granularity "tensor" is a scale per matrix [N, K].
+        """Quantise w with a scale per row, or with granularity "tensor" per matrix [N, K].
 
         Raises ValueError for another one.
         """
@@ -58,7 +59,6 @@ class ChannelFp8(Format):
 
     @classmethod
     def on_meta(cls, *shape: int) -> "ChannelFp8":
-        """Of this shape [.., N, K], without memory or values."""
         data = torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta")
         return cls(data, torch.empty(shape[:-1], dtype=torch.float32, device="meta"))
 
@@ -67,4 +67,4 @@ class ChannelFp8(Format):
 
 
 Fp8Weights = BlockFp8 | ChannelFp8
-"""What the kernels multiply in fp8."""
+"""Formats that are multiplied by activations quantised to fp8."""

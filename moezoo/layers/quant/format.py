@@ -1,4 +1,4 @@
-"""What the stored formats of a weight share: tensors side by side, and what must hold of them.
+"""The base class of the formats that weights are stored in, and what they share.
 
 Legend: N rows, K columns, G groups of columns.
 """
@@ -13,16 +13,18 @@ from torch import Tensor
 from moezoo.errors import QuantizationError
 
 TINY = 1e-30
-"""The least magnitude that counts, so that zeros have a scale too; in fp16 its least number is."""
+"""Least magnitude that scales are made for, so that a group of zeros has one too; fp16 scales have
+its least number instead."""
 
 _CHUNK = {"cpu": 2**18, "cuda": 2**24}
-"""Values quantised at a time: what caches hold, and what fills a GPU."""
+"""Values quantised at a time by device: as many as caches hold, or as fill a GPU."""
 
 
 @dataclass(frozen=True, eq=False)
 class Format:
-    """A weight [.., N, K] as `data` and `scales`, and what else a format has, which share their
-    first dimensions: those are matrices of their own, as w13's experts, gate and up are.
+    """A weight [.., N, K] stored as `data`, `scales` and whatever else its format has. All tensors
+    share the dimensions before N, which number matrices of their own: the experts of w13, its gate
+    and up.
 
     `quantize` and `dequantize` are each format's definition. A constructor raises QuantizationError
     for shapes, dtypes or devices that do not belong together; it does not look at values. Two are
@@ -30,17 +32,30 @@ class Format:
     """
 
     name: ClassVar[str]
-    """In options and tables."""
+    """Name of the format in options and tables."""
 
     unit: ClassVar[str]
-    """What has a scale of its own."""
+    """What one scale belongs to, in error messages: a block, a row or a group."""
+
+    scale_layout: ClassVar[str] = "with a scale a row"
+    """How scales are laid out, for reports, unless options of the format say otherwise."""
+
+    quantizes_activations: ClassVar[bool] = False
+    """Whether activations are quantised to fp8 before they are multiplied by such weights."""
+
+    rows_per_scale: ClassVar[int] = 1
+    """Rows of data that share one row of scales."""
+
+    columns_per_element: ClassVar[int] = 1
+    """Columns of the weight that one element of data holds."""
 
     data: Tensor
     scales: Tensor
 
     @classmethod
     def quantize(cls, w: Tensor, **options: Any) -> Self:
-        """w [.., N, K], floating point of any kind; options are those of `quantize_unchecked`.
+        """Return w [.., N, K], of any floating dtype, in this format; options are those of
+        `quantize_unchecked`.
 
         Raises QuantizationError where w holds NaN or Inf.
         """
@@ -60,11 +75,17 @@ class Format:
 
     @classmethod
     def quantize_unchecked(cls, w: Tensor, *args: Any, **options: Any) -> Self:
-        """The same without a look at the values: NaN and Inf in w are left to `check_values`."""
+        """Quantise as `quantize` does, but do not check the values: NaN and Inf in w are left to
+        `check_values`."""
+        raise NotImplementedError
+
+    @classmethod
+    def on_meta(cls, *shape: Any, **options: Any) -> Self:
+        """Return weights of this shape [.., N, K] on the meta device, without memory or values."""
         raise NotImplementedError
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """-> [.., N, K]"""
+        """Return the weights [.., N, K]."""
         raise NotImplementedError
 
     def check_values(self, name: str = "weights") -> None:
@@ -72,18 +93,35 @@ class Format:
 
         It looks at the values, so on a GPU it waits for them.
         """
-        place = wrong_scale(self.scales)
-        if place is not None:
+        wrong = self.wrong_scales(self.scales)
+        if wrong.any():
+            place = wrong.nonzero()[0].tolist()
             raise QuantizationError(
                 f"{name}: the scale of {self.unit} {place} is {self.scales[tuple(place)].item()}, "
                 "it must be finite and positive; get these weights again"
             )
 
+    @staticmethod
+    def wrong_scales(scales: Tensor) -> Tensor:
+        """Return a mask of the scales that are NaN, Inf, zero or negative."""
+        return ~((scales > 0) & scales.isfinite())
+
+    @property
+    def zeros(self) -> Tensor | None:
+        """Zero points of the groups, None in formats without them."""
+        return None
+
+    @property
+    def order(self) -> Tensor | None:
+        """Order of the columns, see `Integers`; None where they are not reordered."""
+        return None
+
     def tensors(self) -> dict[str, Tensor | None]:
+        """Return the tensors by field name, None for those that are left out."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
-        """Of fn of each tensor."""
+        """Return the format with fn applied to each tensor."""
         tensors: dict[str, Any] = {
             name: None if tensor is None else fn(tensor) for name, tensor in self.tensors().items()
         }
@@ -93,30 +131,18 @@ class Format:
         return self.map(lambda tensor: tensor[index])
 
     def rows(self, start: int, stop: int) -> Self:
-        """Some rows of a matrix [N, K]. Of blocks of rows that have one scale, start is the first
-        of one."""
-        tensors: dict[str, Any] = {
-            name: tensor if tensor is None or name == "order" else tensor[start:stop]
-            for name, tensor in self.tensors().items()
-        }
-        return type(self)(**tensors)
+        """Return rows start to stop of a matrix [N, K]. Where several rows share a scale, start is
+        the first of such a block."""
+        return self.map(lambda tensor: tensor[start:stop])
 
     def in_parts(self, parts: int) -> Self:
-        """[.., parts * N, K] -> [.., parts, N, K]"""
+        """Return weights [.., parts * N, K] as [.., parts, N, K]."""
         dim = len(self.shape) - 2
-        tensors: dict[str, Any] = {}
-        for name, tensor in self.tensors().items():
-            if tensor is None:
-                tensors[name] = None
-            elif name == "order":
-                tensors[name] = tensor.unsqueeze(dim).repeat_interleave(parts, dim)
-            else:
-                tensors[name] = tensor.unflatten(dim, (parts, -1))
-        return type(self)(**tensors)
+        return self.map(lambda tensor: tensor.unflatten(dim, (parts, -1)))
 
     @property
     def shape(self) -> torch.Size:
-        """[.., N, K]"""
+        """Shape [.., N, K] of the weights."""
         return self.data.shape
 
     @property
@@ -158,25 +184,18 @@ def require_weights(w: Tensor) -> None:
         )
 
 
-def wrong_scale(scales: Tensor) -> list[int] | None:
-    """The index of the first that is NaN, Inf, zero or negative; it waits for the GPU."""
-    wrong = ~((scales > 0) & scales.isfinite())
-    first: list[int] | None = wrong.nonzero()[0].tolist() if wrong.any() else None
-    return first
-
-
 def magnitudes(w: Tensor, dims: int | tuple[int, ...] = -1) -> Tensor:
-    """The largest magnitude over `dims`, which stay with size 1, without a copy of w."""
+    """Return the largest magnitude over `dims`, which stay with size 1, without a copy of w."""
     return torch.maximum(w.amax(dims, keepdim=True), -w.amin(dims, keepdim=True))
 
 
 def stored_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """scales in the dtype that they are kept in, none of them rounded to zero."""
+    """Return scales in the dtype that stores them, none of them rounded to zero."""
     return scales.clamp(min=2**-24 if dtype == torch.float16 else TINY).to(dtype)
 
 
 def by_rows(fn: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """fn of all rows, called for some at a time, so that what it allocates is bounded.
+    """Apply fn to all rows, some at a time, so that its temporary memory is bounded.
 
     tensors [.., N, *] of the same first dimensions; fn takes [rows, *] of each and returns tensors
     [rows, *]. The result is those as [.., N, *].

@@ -18,33 +18,38 @@ from torch import Tensor
 
 from moezoo.device import multiplies_fp8
 from moezoo.errors import QuantizationError
+from moezoo.formats import FP8
 from moezoo.layers.quant.format import TINY, Format, require_data, require_weights
 
-BLOCK_FP8 = "fp8_w8a8"
-"""The name of the format, in options and tables."""
+BLOCK_FP8 = FP8
+"""Name of the format in options and tables."""
 
 BLOCK = 128
-"""Rows and columns of a block of weights, activations of a group."""
+"""Rows and columns of a block of weights, and activations per group."""
 
 LARGEST = 448.0
-"""float8_e4m3fn holds nothing larger."""
+"""Largest finite number in float8_e4m3fn."""
 
 FOR_EXPERTS = (
     "for experts take a checkpoint that is not quantised, as it is or with quantization="
     "'int8_w8a16' or 'int4_w4a16'"
 )
 FOR_LINEARS = "load the model with quantization={'dense': 'dequantize'}"
-"""What to do on a GPU that does not multiply fp8."""
+"""What a user can do on a GPU that does not multiply fp8."""
 
 _VALUES = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
 
 
 @dataclass(frozen=True, eq=False)
 class BlockFp8(Format):
-    """data [.., N, K] float8_e4m3fn, scales [.., ceil(N/128), ceil(K/128)] fp32."""
+    """Weights in fp8 with a scale per block: data [.., N, K] float8_e4m3fn and scales fp32 [..,
+    ceil(N/128), ceil(K/128)]."""
 
     name: ClassVar[str] = BLOCK_FP8
     unit: ClassVar[str] = "block"
+    scale_layout: ClassVar[str] = f"in blocks of {BLOCK} x {BLOCK}"
+    quantizes_activations: ClassVar[bool] = True
+    rows_per_scale: ClassVar[int] = BLOCK
 
     def __post_init__(self) -> None:
         require_data(self.data, "[.., N, K]", torch.float8_e4m3fn)
@@ -62,7 +67,6 @@ class BlockFp8(Format):
 
     @classmethod
     def on_meta(cls, *shape: int) -> "BlockFp8":
-        """Of this shape [.., N, K], without memory or values."""
         data = torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta")
         return cls(data, torch.empty(scales_shape(shape), dtype=torch.float32, device="meta"))
 
@@ -78,8 +82,8 @@ class BlockFp8(Format):
         return BlockFp8(self.data[start:stop], scales)
 
     def in_parts(self, parts: int) -> "BlockFp8":
-        """[.., parts * N, K] -> [.., parts, N, K]. Raises ValueError unless 128 divides N: blocks
-        would be shared."""
+        """Return weights [.., parts * N, K] as [.., parts, N, K]. Raises ValueError unless 128
+        divides N, as parts would share blocks."""
         rows, k = self.shape[-2:]
         if rows % (parts * BLOCK):
             raise ValueError(
@@ -97,26 +101,27 @@ class Fp8Rows(NamedTuple):
     scales: Tensor
 
     def dequantize(self) -> Tensor:
-        """-> [T, P] fp32."""
+        """Return the activations [T, P] in fp32."""
         groups = widened(self.data).unflatten(-1, (-1, BLOCK))
         return (groups * self.scales.unsqueeze(-1)).flatten(-2)
 
 
 def quantize_rows(x: Tensor) -> Fp8Rows:
-    """x [T, K], floating point. NaN and Inf make their group NaN (in the kernel that does the same,
-    NaN stays alone)."""
+    """Quantise x [T, K], of any floating dtype. NaN and Inf make their whole group NaN (in the
+    kernel that does the same, only the NaN itself)."""
     groups = F.pad(x.float(), (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     data, scales = scaled(groups, groups.abs().amax(-1, keepdim=True))
     return Fp8Rows(data.flatten(-2), scales.squeeze(-1))
 
 
 def row_bytes(width: int) -> int:
-    """Of a row of so many activations, with its scales."""
+    """Return the bytes of a row of `width` quantised activations with its scales."""
     return blocks(width) * (BLOCK + 4)
 
 
 def widened(data: Tensor) -> Tensor:
-    """data float8_e4m3fn in fp32; on a CPU torch's own conversion takes six times as long."""
+    """Return data float8_e4m3fn in fp32; on a CPU torch's own conversion takes six times as
+    long."""
     if not data.is_cpu:
         return data.float()
     return _VALUES.index_select(0, data.view(torch.uint8).flatten().int()).view(data.shape)
@@ -127,12 +132,12 @@ def blocks(size: int) -> int:
 
 
 def scales_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """Of the scales of weights [.., N, K]."""
+    """Return the shape of the scales of weights [.., N, K]."""
     return (*shape[:-2], blocks(shape[-2]), blocks(shape[-1]))
 
 
 def scaled(x: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """x fp32 in float8_e4m3fn, and the scales at which `largest` becomes 448."""
+    """Return x fp32 in float8_e4m3fn, and the scales with which `largest` becomes 448."""
     largest = largest.clamp(min=TINY)
     # With a number in place of `full`, torch would multiply by a rounded reciprocal.
     full = torch.full_like(largest, LARGEST)

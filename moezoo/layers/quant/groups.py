@@ -6,16 +6,16 @@ from torch import Tensor
 from moezoo.errors import QuantizationError
 
 GROUP_SIZES = (128, 64, 32)
-"""Columns of a group; or all of a row, a scale per channel."""
+"""Supported numbers of columns per group, beside all columns of a row."""
 
 PER_CHANNEL = -1
-"""The group size that stands for all columns."""
+"""Group size that stands for all columns: a scale per output channel."""
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def default_group_size(k: int) -> int:
-    """The largest of 128, 64 and 32 that divides k columns.
+    """Return the largest of 128, 64 and 32 that divides k columns.
 
     Raises QuantizationError where none does.
     """
@@ -29,7 +29,8 @@ def default_group_size(k: int) -> int:
 
 
 def num_groups(k: int, group_size: int) -> int:
-    """Of k columns. Raises QuantizationError for a size that there is not or does not divide k."""
+    """Return the number of groups in k columns. Raises QuantizationError for a size that is not
+    supported or does not divide k."""
     if group_size in (PER_CHANNEL, k):
         return 1
     if group_size not in GROUP_SIZES or k % group_size:
@@ -41,7 +42,7 @@ def num_groups(k: int, group_size: int) -> int:
 
 
 def groups_of(k: int, scales: Tensor) -> int:
-    """How many groups of k columns scales [.., N, G] are for.
+    """Return the number of groups of k columns that scales [.., N, G] belong to.
 
     Raises QuantizationError where k columns have no such groups.
     """
@@ -56,20 +57,21 @@ def groups_of(k: int, scales: Tensor) -> int:
 
 
 def scale_dtype(w: Tensor) -> torch.dtype:
-    """Of the scales of w: its own, if scales may have it."""
+    """Return the dtype for the scales of w: its own if scales can have it, else fp32."""
     return w.dtype if w.dtype in SCALE_DTYPES else torch.float32
 
 
 def grouped(x: Tensor, groups: int) -> Tensor:
-    """[.., K] -> [.., G, K / G]"""
+    """Return x [.., K] as [.., G, K / G]."""
     return x.unflatten(-1, (groups, -1))
 
 
 def pack(codes: Tensor) -> Tensor:
-    """codes uint8 [.., K] below 16 -> [.., K / 2], the even ones in the low halves."""
+    """Pack codes uint8 [.., K] below 16 into [.., K / 2], those of even columns in the low
+    halves."""
     return codes[..., ::2] | codes[..., 1::2] << 4
 
 
 def unpack(data: Tensor) -> Tensor:
-    """The inverse of `pack`: uint8 [.., K / 2] -> [.., K]."""
+    """Unpack uint8 [.., K / 2] into [.., K]: the inverse of `pack`."""
     return torch.stack((data & 15, data >> 4), -1).flatten(-2)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moezoo.errors import QuantizationError
+from moezoo.formats import INT4
 from moezoo.layers.quant.format import by_rows, require_weights
 from moezoo.layers.quant.groups import (
     default_group_size,
@@ -26,8 +27,9 @@ from moezoo.layers.quant.integers import Integers
 class Int4(Integers):
     """`Integers` with data [.., N, K / 2] uint8, the even columns in the low halves."""
 
-    name: ClassVar[str] = "int4_w4a16"
+    name: ClassVar[str] = INT4
     bits: ClassVar[int] = 4
+    columns_per_element: ClassVar[int] = 2
     data_dtype: ClassVar[torch.dtype] = torch.uint8
 
     @classmethod
@@ -39,8 +41,8 @@ class Int4(Integers):
         zeros: bool = False,
         search: bool = True,
     ) -> "Int4":
-        """group_size is 32, 64, 128, or -1 for a scale per row; by default the largest that
-        divides K. With `zeros` groups have zero points. Without `search`, scales are those of
+        """Quantise w in groups of 32, 64 or 128 columns, or -1 for a scale per row; by default the
+        largest that divides K. `zeros` adds zero points. Without `search`, scales are those of
         round-to-nearest, for comparison.
 
         Raises QuantizationError for a group size that does not divide K, and for an odd K.

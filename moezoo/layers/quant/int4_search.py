@@ -1,4 +1,4 @@
-"""The scales and zero points of int4 that lose least of groups of weights.
+"""The search for the int4 scales and zero points with the least error for groups of weights.
 
 Round-to-nearest takes the scale at which the largest weight just fits. A smaller one clips that and
 is finer for all others: of several the one is taken that leaves the least sum of squared errors,
@@ -12,7 +12,7 @@ from torch import Tensor
 from moezoo.layers.quant.format import magnitudes, stored_scales
 
 FACTORS = torch.linspace(1.05, 0.5, 12).tolist()
-"""Of round-to-nearest's scale, those that are tried; twice as many gain a thousandth."""
+"""Factors of round-to-nearest's scale that are tried; twice as many gain a thousandth."""
 
 
 class Choice:
@@ -25,8 +25,8 @@ class Choice:
         self.attempt(scales, zeros)
 
     def attempt(self, scales: Tensor, zeros: Tensor) -> None:
-        """Take these where they are better. NaN never is, so that a group that has one keeps the
-        scale it began with, NaN too."""
+        """Take these scales and zero points where their error is less. NaN is never less, so a
+        group with a NaN keeps its first scale, which is NaN too."""
         scales = stored_scales(scales, self.dtype)
         t = self.x / scales.float()
         error = torch.clamp(t.round(), -zeros, 15 - zeros).sub_(t).square_().sum(-1, keepdim=True)
@@ -37,12 +37,12 @@ class Choice:
         self.error = torch.where(better, error, self.error)
 
     def codes(self) -> Tensor:
-        """fp32 [.., G, S], 0 to 15."""
+        """Return the codes fp32 [.., G, S], 0 to 15."""
         return (self.x / self.scales.float()).round_().add_(self.zeros).clamp_(0, 15)
 
 
 def symmetric(x: Tensor, dtype: torch.dtype, search: bool) -> Choice:
-    """With 8 for zero."""
+    """Choose scales with 8 as the zero point."""
     largest, zeros = magnitudes(x) / 7.5, torch.full_like(x[..., :1], 8)
     choice = Choice(x, dtype, largest, zeros)
     if search:
@@ -54,7 +54,7 @@ def symmetric(x: Tensor, dtype: torch.dtype, search: bool) -> Choice:
 
 
 def asymmetric(x: Tensor, dtype: torch.dtype, search: bool) -> Choice:
-    """With zero points, so that zero is always a code's value."""
+    """Choose scales and zero points with which zero is always a value of a code."""
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     step, middle = (high - low) / 15, (low + high) / 2
 

@@ -12,12 +12,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from moezoo.formats import INT8
 from moezoo.layers.quant.format import by_rows, magnitudes, require_weights, stored_scales
 from moezoo.layers.quant.groups import PER_CHANNEL, grouped, num_groups, scale_dtype
 from moezoo.layers.quant.integers import Integers
 
 MIDDLE = 128
-"""What a code has above the number that stands for it in data."""
+"""Offset from a number in data to its unsigned code."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,7 @@ class Int8(Integers):
     """`Integers` with data [.., N, K] int8: codes less 128, so that without zero points a weight is
     data * scales."""
 
-    name: ClassVar[str] = "int8_w8a16"
+    name: ClassVar[str] = INT8
     bits: ClassVar[int] = 8
     data_dtype: ClassVar[torch.dtype] = torch.int8
 
@@ -33,8 +34,8 @@ class Int8(Integers):
     def quantize_unchecked(
         cls, w: Tensor, *, group_size: int = PER_CHANNEL, zeros: bool = False
     ) -> "Int8":
-        """group_size is 32, 64, 128, or -1 for a scale per row. With `zeros` groups have zero
-        points.
+        """Quantise w in groups of 32, 64 or 128 columns, or -1 for a scale per row. `zeros` adds
+        zero points.
 
         Raises QuantizationError for a group size that does not divide K.
         """
@@ -56,7 +57,7 @@ class Int8(Integers):
 
 
 def _asymmetric(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Groups x fp32 [.., G, S] -> data [.., G * S], scales and zeros [.., G]"""
+    """Quantise groups x fp32 [.., G, S] to data [.., G * S], scales and zeros [.., G]."""
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scales = stored_scales((high - low) / 255, dtype)
     zeros = (-low / scales.float()).round_().clamp_(0, 255)

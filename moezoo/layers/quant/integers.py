@@ -6,7 +6,7 @@ int4_w4a16 and int8_w8a16 share.
 Codes are unsigned; without zero points, zero is the middle of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
@@ -51,7 +51,7 @@ class Integers(Format):
         zeros: bool = False,
         ordered: bool = False,
     ) -> Self:
-        """Of this shape [.., N, K], without memory or values; scales are of `dtype`."""
+        """Return weights of this shape [.., N, K] on the meta device, with scales of `dtype`."""
         *rows, k = shape
         groups = num_groups(k, group_size)
         return cls(
@@ -69,8 +69,19 @@ class Integers(Format):
         return _in_order(x.flatten(-2), self.order).to(dtype)
 
     def codes(self) -> Tensor:
-        """uint8 [.., N, K], in the order of data's columns."""
+        """Return the unsigned codes, uint8 [.., N, K], in the order of data's columns."""
         raise NotImplementedError
+
+    def rows(self, start: int, stop: int) -> Self:
+        if self.order is None:
+            return super().rows(start, stop)
+        return replace(replace(self, order=None).rows(start, stop), order=self.order)
+
+    def in_parts(self, parts: int) -> Self:
+        if self.order is None:
+            return super().in_parts(parts)
+        order = self.order.unsqueeze(-2).repeat_interleave(parts, -2)
+        return replace(replace(self, order=None).in_parts(parts), order=order)
 
     @property
     def shape(self) -> torch.Size:
@@ -82,7 +93,7 @@ class Integers(Format):
 
 
 def _in_order(w: Tensor, order: Tensor | None) -> Tensor:
-    """w [.., N, K] of columns sorted by group -> columns where they belong.
+    """Move the columns of w [.., N, K], sorted by group, to where they belong.
 
     order [.., K]: column j of w is column order[j] of the result.
     """

@@ -1,4 +1,5 @@
-"""mxfp4: numbers of 4 bits with a power of two for 32 of a row's columns (OCP Microscaling).
+"""mxfp4: 4-bit floating-point numbers with a power-of-two scale per 32 columns of a row (OCP
+Microscaling).
 
     w[n, k] = e2m1(data[n, k]) * 2^(scales[n, k // 32] - 127)
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moezoo.errors import QuantizationError
+from moezoo.formats import MXFP4
 from moezoo.layers.quant.format import (
     TINY,
     Format,
@@ -29,7 +31,7 @@ GROUP = 32
 """Columns that share a scale."""
 
 NAN = 255
-"""The one scale that is no number."""
+"""The one scale that stands for NaN."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +39,11 @@ class Mxfp4(Format):
     """data [.., N, K / 2] uint8, the even columns in the low halves; scales [.., N, K / 32] uint8,
     the exponents plus 127."""
 
-    name: ClassVar[str] = "mxfp4"
+    name: ClassVar[str] = MXFP4
     bits: ClassVar[int] = 4
     unit: ClassVar[str] = "group"
-    zeros: ClassVar[None] = None
-    order: ClassVar[None] = None
-    """Columns are where they belong, see `Int4.order`."""
+    scale_layout: ClassVar[str] = f"in groups of {GROUP}"
+    columns_per_element: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         require_data(self.data, "[.., N, K / 2]", torch.uint8)
@@ -50,7 +51,7 @@ class Mxfp4(Format):
 
     @classmethod
     def quantize_unchecked(cls, w: Tensor) -> "Mxfp4":
-        """Raises QuantizationError where 32 does not divide K."""
+        """Quantise w. Raises QuantizationError where 32 does not divide K."""
         require_weights(w)
         groups = _groups(w.shape[-1])
 
@@ -64,7 +65,6 @@ class Mxfp4(Format):
 
     @classmethod
     def on_meta(cls, *shape: int) -> "Mxfp4":
-        """Of this shape [.., N, K], without memory or values."""
         *rows, k = shape
         return cls(
             torch.empty(*rows, k // 2, dtype=torch.uint8, device="meta"),
@@ -77,12 +77,17 @@ class Mxfp4(Format):
         return x.flatten(-2).to(dtype)
 
     def check_values(self, name: str = "weights") -> None:
-        wrong = self.scales == NAN
+        wrong = self.wrong_scales(self.scales)
         if wrong.any():
             raise QuantizationError(
                 f"{name}: the scale of group {wrong.nonzero()[0].tolist()} is {NAN}, which stands "
                 "for NaN; expected an exponent from 0 to 254"
             )
+
+    @staticmethod
+    def wrong_scales(scales: Tensor) -> Tensor:
+        """Return a mask of the scales that stand for NaN."""
+        return scales == NAN
 
     @property
     def shape(self) -> torch.Size:
@@ -99,12 +104,12 @@ def _groups(k: int) -> int:
 
 
 def _powers(scales: Tensor) -> Tensor:
-    """2^(scales - 127) in fp32, exactly."""
+    """Return 2^(scales - 127) in fp32, exactly."""
     return scales.view(torch.float8_e8m0fnu).float()
 
 
 def _nearest_scales(x: Tensor) -> Tensor:
-    """Of groups x [.., G, 32]: [.., G] uint8, NaN where a value is NaN or Inf."""
+    """Return the scales uint8 [.., G] of groups x [.., G, 32], NaN where a value is NaN or Inf."""
     largest = magnitudes(x).squeeze(-1)
     _, exponent = torch.frexp(largest.clamp(min=TINY))
     # The largest is below 2^exponent and at least half of it; 2^2 is the largest code's.
@@ -122,21 +127,22 @@ def _nearest_scales(x: Tensor) -> Tensor:
 
 
 def _rounded(t: Tensor) -> Tensor:
-    """The nearest of E2M1's magnitudes to each magnitude of t."""
+    """Round the magnitudes of t to the nearest of E2M1."""
     t = t.abs().clamp_(max=6.0)
     step = 0.5 + 0.5 * (t >= 2) + (t >= 4)
     return t.div_(step).round_().mul_(step)
 
 
 def _values(codes: Tensor) -> Tensor:
-    """fp32 of codes uint8: their bits are the top ones of fp16 with another bias of exponents."""
+    """Return the values of codes uint8 in fp32: their bits are the top ones of fp16 with another
+    exponent bias."""
     bits = codes.to(torch.int16)
     half = ((bits & 8) << 12 | (bits & 7) << 9).view(torch.float16)
     return half.float().mul_(2.0**14)
 
 
 def _codes(t: Tensor) -> Tensor:
-    """t in E2M1: 0 to 7, and 8 more for a negative one."""
+    """Return the E2M1 codes of t, uint8: 0 to 7, and 8 more for negative values."""
     rounded = _rounded(t)
     codes = 2 * rounded.clamp(max=2) + (rounded.clamp(2, 4) - 2) + 0.5 * (rounded.clamp(min=4) - 4)
     return codes.to(torch.uint8) + 8 * t.signbit().to(torch.uint8)

@@ -1,4 +1,4 @@
-"""A quantised weight as a module holds it."""
+"""The module that holds a quantised weight."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,21 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from moezoo.layers.quant.format import Format
+from moezoo.layers.quant.kind import Kind
 
 
 class QuantizedWeights(nn.Module):
-    """A format's tensors as parameters of their names, which need no gradient; None where the
-    format has none. `forward()` is the format. `grouped` says of a scale a row that a group of its
-    columns is meant, for who describes it; `scaled` what has a scale, where several rows share it.
+    """A format's tensors as parameters under their field names, without gradients; None where the
+    format leaves one out. `forward()` returns the format. `kind` describes it; a loader that knows
+    more of it than the tensors show replaces it.
 
-    A cast of the model to another dtype leaves them as they are.
+    A cast of the model to another dtype leaves the tensors as they are.
     """
 
     def __init__(self, weights: Format) -> None:
         super().__init__()
-        self.format = type(weights)
-        self.grouped = False
-        self.scaled: str | None = None
+        self.kind = Kind.of_weights(weights)
         tensors = weights.tensors()
         self.keep_dtype = tuple(tensors)
         for name, tensor in tensors.items():
@@ -29,7 +28,7 @@ class QuantizedWeights(nn.Module):
             self.register_parameter(name, parameter)
 
     def forward(self) -> Any:
-        return self.format(**{name: getattr(self, name) for name in self.keep_dtype})
+        return self.kind.format(**{name: getattr(self, name) for name in self.keep_dtype})
 
     @property
     def shape(self) -> torch.Size:
@@ -37,7 +36,7 @@ class QuantizedWeights(nn.Module):
         return shape
 
     def extra_repr(self) -> str:
-        return f"{list(self.shape)}, {self.format.name}"
+        return f"{list(self.shape)}, {self.kind.format.name}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeights":
         def moved(tensor: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
-"""Quantised checkpoints of the hub: what their config and headers say of them, and what becomes of
-their tensors, a module for each quant_method. Nothing here opens a file.
-"""
+"""Quantised checkpoints of the hub: how their config and headers describe the weights, and how
+tensors are unpacked, in a module per quant_method. Nothing here opens a file."""
 
 from collections.abc import Callable, Mapping
 
@@ -26,7 +25,7 @@ _METHODS: dict[str, Callable[[Table], Scheme]] = {
 
 
 def hub_scheme(quantization_config: object, name: str) -> Scheme | None:
-    """What the quantization_config of `name` says; None without one.
+    """Return the scheme that the quantization_config of `name` describes, None without one.
 
     Raises `QuantizationError` naming the field that moezoo does not do.
     """
@@ -50,7 +49,7 @@ def hub_scheme(quantization_config: object, name: str) -> Scheme | None:
 def encoding_of(
     quantization_config: object, tensors: Mapping[str, TensorInfo], name: str
 ) -> Encoding:
-    """How the checkpoint `name` stores its weights, by its config and its headers.
+    """Return how the checkpoint `name` stores its weights, by its config and its headers.
 
     Raises `QuantizationError` naming the field that moezoo does not do, or the tensor and its file
     that contradict the config or one another.

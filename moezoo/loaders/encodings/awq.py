@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moezoo.layers.quant.groups import PER_CHANNEL, SCALE_DTYPES, pack
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.encodings.integers import (
     NO_ACTIVATIONS,
     OF_THE_RUN,
@@ -33,14 +34,13 @@ from moezoo.loaders.encodings.stored import (
     divided,
 )
 from moezoo.loaders.encodings.tables import Table, entry_within
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import TensorInfo
 
 
 @dataclass(frozen=True)
 class Awq(Scheme):
     group_size: int
-    """-1 is all columns."""
+    """Columns per group, -1 for all columns."""
     not_converted: tuple[str, ...]
 
     @classmethod
@@ -102,7 +102,7 @@ class Awq(Scheme):
 
 
 def _in_columns(words: Tensor) -> Tensor:
-    """int32 [R, N / 8] -> uint8 [R, N]"""
+    """Unpack int32 [R, N / 8] into uint8 [R, N]."""
     # Of eight columns the even ones come first, then the odd ones.
     return unpacked(words, 4).unflatten(1, (-1, 2, 4)).transpose(2, 3).flatten(1)
 

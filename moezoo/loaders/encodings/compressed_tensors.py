@@ -27,6 +27,7 @@ from torch import Tensor
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Mxfp4
 from moezoo.layers.quant.fp8 import BLOCK
 from moezoo.layers.quant.groups import PER_CHANNEL, SCALE_DTYPES
+from moezoo.layers.quant.kind import Kind
 from moezoo.layers.quant.mxfp4 import GROUP
 from moezoo.loaders.encodings.fp8 import fp8_weight
 from moezoo.loaders.encodings.integers import (
@@ -53,7 +54,6 @@ from moezoo.loaders.encodings.stored import (
     dtype_of,
 )
 from moezoo.loaders.encodings.tables import Table
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import TensorInfo
 
 _FORMATS = (
@@ -82,13 +82,13 @@ class Group:
     bits: int
     strategy: str
     group_size: int
-    """-1 is all columns."""
+    """Columns per group, -1 for all columns."""
     symmetric: bool
     ordered: bool
     weight_only: bool
-    """Whether activations are not to be quantised."""
+    """Whether activations stay unquantised."""
     static: bool
-    """Whether they are to be with scales that the checkpoint has."""
+    """Whether activations are quantised with scales that the checkpoint has."""
 
     @classmethod
     def of(cls, table: Table, format_of_all: str) -> "Group":
@@ -151,7 +151,8 @@ class Group:
         )
 
     def kind(self, columns: int, dtype: torch.dtype) -> Kind | None:
-        """None where there are no such groups of so many columns."""
+        """Return the kind of weights with so many columns, None where the group size does not fit
+        them."""
         if self.weights == "fp8":
             return Kind.of(BlockFp8 if self.strategy == "block" else ChannelFp8)
         if self.weights == "mxfp4":
@@ -194,7 +195,7 @@ class CompressedTensors(Scheme):
         return next((entry for entry in self.ignored if _names(entry, module)), None)
 
     def group(self, module: str) -> Group | None:
-        """Of the module of this name, an exact name before a pattern before a class."""
+        """Return the group of a module: by an exact name before a pattern before a class."""
         for exact in (True, False):
             for group in self.groups:
                 targets = [t for t in group.targets if t.startswith("re:") != exact]

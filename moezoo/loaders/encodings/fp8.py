@@ -14,6 +14,7 @@ import torch
 
 from moezoo.layers.quant import BlockFp8, ChannelFp8
 from moezoo.layers.quant.fp8 import BLOCK, scales_shape
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.encodings.stored import (
     BLOCK_SCALE,
     FLOAT_SCALE,
@@ -25,11 +26,10 @@ from moezoo.loaders.encodings.stored import (
     as_it_is,
 )
 from moezoo.loaders.encodings.tables import Table, entry_above
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import TensorInfo
 
 SCALES = "_scale_inv"
-"""What follows the name of a weight in that of its scales."""
+"""Suffix of a weight's name in the name of its scales."""
 
 _DTYPES = (torch.float32, torch.float8_e8m0fnu, torch.bfloat16, torch.float16, torch.uint8)
 _ACTIVATIONS = ("activation_scale", "input_scale")
@@ -38,11 +38,11 @@ _ACTIVATIONS = ("activation_scale", "input_scale")
 @dataclass(frozen=True)
 class HubFp8(Scheme):
     blocks: bool
-    """Whether a scale is for a block; else for a matrix, or for a row."""
+    """Whether a scale belongs to a block of 128 x 128, rather than to a matrix or a row."""
     not_converted: frozenset[str] = frozenset()
-    """Modules that are not quantised, nor what is below them."""
+    """Modules that are not quantised, with everything below them."""
     static: bool = False
-    """Whether scales of activations are to be there, and are not."""
+    """Whether the config promises scales of activations that the checkpoint lacks."""
 
     @classmethod
     def of(cls, table: Table) -> "HubFp8":

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moezoo.layers.quant.groups import PER_CHANNEL, SCALE_DTYPES
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.encodings.integers import (
     NO_ACTIVATIONS,
     OF_THE_RUN,
@@ -42,29 +43,28 @@ from moezoo.loaders.encodings.stored import (
     divided,
 )
 from moezoo.loaders.encodings.tables import Table, entry_within
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import TensorInfo
 
 _WORDS = {(4, 1): 0x77777777, (4, 0): -0x77777778, (8, 1): 0x7F7F7F7F, (8, 0): -0x7F7F7F80}
-"""A word of zero points of 8 or 128, by bits and what is subtracted."""
+"""Words of zero points that are all the middle code, by bits and by what is subtracted."""
 
 
 @dataclass(frozen=True)
 class Gptq(Scheme):
     bits: int
     group_size: int
-    """-1 is all columns."""
+    """Columns per group, -1 for all columns."""
     ordered: bool
-    """Whether groups are of columns anywhere."""
+    """Whether groups may consist of any columns (act-order)."""
     symmetric: bool
     subtracted: int
-    """How much less than the zero points is stored: 1, in "gptq_v2" 0."""
+    """Number subtracted from zero points before they are stored: 1, or 0 in "gptq_v2"."""
     converted: tuple[str, ...]
-    """Modules that are quantised, all but `not_converted` where none is named. Where there are
-    weights, these tell."""
+    """Modules that are quantised, all but `not_converted` if empty. Where weights are known, they
+    decide."""
     not_converted: tuple[str, ...]
     rules: "tuple[tuple[re.Pattern[str], Gptq | None], ...]" = ()
-    """Those of `dynamic`."""
+    """Rules of the field `dynamic`."""
 
     @classmethod
     def of(cls, table: Table) -> "Gptq":

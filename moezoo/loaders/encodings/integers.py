@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moezoo.layers.quant import Int4, Int8
 from moezoo.layers.quant.groups import GROUP_SIZES, PER_CHANNEL, pack, unpack
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.encodings.stored import Check, Extra
-from moezoo.loaders.kinds import Kind
 
 OF_THE_RUN = (
     *("dataset", "tokenizer", "nsamples", "seqlen", "model_seqlen", "batch_size", "pad_token_id"),
@@ -26,18 +26,18 @@ OF_THE_RUN = (
     *("disable_exllama", "exllama_config", "use_cuda_fp16", "max_input_length", "do_fuse"),
     *("modules_to_fuse", "fuse_max_seq_len"),
 )
-"""Fields of configs that say how a quantiser ran, how others run its result, or what the tensors
-say themselves."""
+"""Config fields on how a quantiser ran, on how others run its result, or on what the tensors show
+anyway."""
 
 NO_ACTIVATIONS = (16, 32)
-"""What AutoRound calls the bits of activations that are not quantised."""
+"""Values of AutoRound's bits of activations that stand for not quantised."""
 
 
 def integer_kind(
     bits: int, columns: int, group_size: int, dtype: torch.dtype, *, zeros: bool, ordered: bool
 ) -> Kind | None:
-    """What groups of this size are held as, a scale repeated where ours are smaller; None where
-    there are no such groups."""
+    """Return the kind that groups of this size are held in, repeating scales where its groups are
+    smaller; None where there is none."""
     if group_size in (PER_CHANNEL, columns):
         held: int | None = group_size
     else:
@@ -51,37 +51,38 @@ def integer_kind(
 
 
 def held_groups(kind: Kind, columns: int) -> int:
-    """The number of groups of that many columns."""
+    """Return the number of groups for that many columns."""
     size: int = dict(kind.options)["group_size"]
     return 1 if size == PER_CHANNEL else columns // size
 
 
 def repeated(values: Tensor, groups: int) -> Tensor:
-    """values [N, G] or [1] -> [N, groups], or [1, 1] for one number."""
+    """Repeat values [N, G] or [1] to [N, groups], or one number to [1, 1]."""
     values = values.reshape(-1, values.shape[-1] if values.ndim else 1)
     return values.repeat_interleave(max(1, groups // values.shape[1]), 1)
 
 
 def octets_of(words: Tensor) -> Tensor:
-    """int32 [.., C] -> uint8 [.., 4 C], the lowest bits first."""
+    """View int32 [.., C] as uint8 [.., 4 C], the lowest bits first."""
     # Flat, since a dimension of size 1 may have any stride, which a view as bytes does not take.
     return words.reshape(-1).view(torch.uint8).view(*words.shape[:-1], -1)
 
 
 def words_of(octets: Tensor) -> Tensor:
-    """The inverse."""
+    """View uint8 [.., 4 C] as int32 [.., C]: the inverse of `octets_of`."""
     return octets.reshape(-1).view(torch.int32).view(*octets.shape[:-1], -1)
 
 
 def unpacked(words: Tensor, bits: int) -> Tensor:
-    """int32 [.., C] -> uint8 [.., C * 32 / bits], the lowest bits first; bits is 4 or 8."""
+    """Unpack int32 [.., C] into uint8 [.., C * 32 / bits], the lowest bits first; bits is 4 or
+    8."""
     octets = octets_of(words)
     return octets if bits == 8 else unpack(octets)
 
 
 def held(octets: Tensor, bits: int, order: Tensor | None) -> Tensor:
-    """Bytes [N, K * bits / 8] of unsigned codes, the even columns in the low halves -> the data of
-    `Int4` or `Int8`, their columns in this order."""
+    """Convert bytes [N, K * bits / 8] of unsigned codes, even columns in the low halves, to the
+    data of `Int4` or `Int8`, with columns in this order."""
     if bits == 8:
         codes = octets if order is None else octets.index_select(1, order)
         return (codes ^ 128).view(torch.int8)
@@ -91,7 +92,8 @@ def held(octets: Tensor, bits: int, order: Tensor | None) -> Tensor:
 
 
 def order_extra(tensor: str, columns: int, group_size: int) -> Extra:
-    """The order that sorts columns by their group, which the tensor tells of each."""
+    """Describe the tensor that has each column's group, read as the order that sorts columns by
+    group."""
 
     def wrong(groups: Tensor) -> Tensor:
         order = groups.argsort(stable=True)
@@ -109,7 +111,7 @@ def _sorting(groups: Tensor) -> Tensor:
 
 
 def in_order_extra(tensor: str, group_size: int) -> Extra:
-    """The group of each column, where they must be in order."""
+    """Describe the tensor that has each column's group, where groups must be in order."""
 
     def wrong(groups: Tensor) -> Tensor:
         columns = torch.arange(len(groups), device=groups.device)

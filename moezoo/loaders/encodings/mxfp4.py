@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moezoo.layers.quant import Mxfp4
+from moezoo.layers.quant.kind import Kind
 from moezoo.layers.quant.mxfp4 import GROUP, NAN
 from moezoo.loaders.encodings.stored import (
     Check,
@@ -25,7 +26,6 @@ from moezoo.loaders.encodings.stored import (
     divided,
 )
 from moezoo.loaders.encodings.tables import Table, entry_within
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import TensorInfo
 
 BLOCKS, SCALES = "_blocks", "_scales"

@@ -1,4 +1,4 @@
-"""How one quantised weight of a checkpoint is stored, and what all schemes need to say so.
+"""How one quantised weight of a checkpoint is stored, and what the schemes share to describe it.
 
 A weight is a tensor with the data and some that go with it. A scheme says of each what is taken
 from the bytes, as functions over tensors; `loaders.fill` calls them as it reads.
@@ -14,16 +14,16 @@ from torch import Tensor
 
 from moezoo.errors import QuantizationError
 from moezoo.layers.quant.groups import PER_CHANNEL
-from moezoo.loaders.kinds import Kind
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.mapping import TensorInfo
 
 AGAIN = "get the checkpoint again, or the config.json that belongs to it"
-"""What to do about tensors that contradict one another or the config."""
+"""Advice for tensors that contradict one another or the config."""
 
 
 class Check(NamedTuple):
-    """What must not be in a stored tensor: a mask of it, and what an error says with the `place`
-    and the `value` there."""
+    """Check of a stored tensor: `wrong` masks values that must not be there, `problem` is the
+    message with their `place` and `value`."""
 
     wrong: Callable[[Tensor], Tensor]
     problem: str
@@ -31,8 +31,8 @@ class Check(NamedTuple):
 
 @dataclass(frozen=True)
 class Extra:
-    """A tensor beside the data of a weight: `read` makes one matrix of it that of `field` in the
-    format; without a field it is looked at only.
+    """A tensor beside the data of a weight: `read` converts one matrix of it to `field` of the
+    format; without a field it is only checked.
 
     Both `read` and `check` get it as `dtype` where that is given, such as E8M0, whose bytes may be
     stored as uint8.
@@ -51,8 +51,8 @@ def as_it_is(stored: Tensor, *_: object) -> Tensor:
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A weight [.., N, K] that becomes `kind`. `unpack` makes some rows of the tensor `data`, and
-    the order of the columns if there is one, those rows or columns of the format's data.
+    """A weight [.., N, K] that becomes `kind`. `unpack` converts some rows of the tensor `data`,
+    given the order of the columns if there is one, to those rows or columns of the format's data.
 
     `columns` says that rows of `data` run along K; `unit` of them are unpacked together, all where
     None. The tensor that the plan sees is [.., K, N] where `transposed`. Where up to `padding` of
@@ -73,8 +73,8 @@ class StoredWeight:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a checkpoint stores its weights: `tensors` as if none was quantised, those that are, and
-    the tensors of scales of activations, which are left out."""
+    """How a checkpoint stores its weights: `tensors` as if none was quantised, the quantised
+    `weights`, and the left-out tensors of activation scales."""
 
     scheme: "Scheme | None"
     tensors: Mapping[str, TensorInfo]
@@ -82,7 +82,7 @@ class Encoding:
     left_out: Sequence[str] = ()
 
     def unpadded(self, columns: Mapping[str, int]) -> "Encoding":
-        """With so many columns of these weights, where the rest of them is padding."""
+        """Return the encoding with so many columns of these weights, the rest being padding."""
         weights = dict(self.weights)
         for name, k in columns.items():
             stored = weights.get(name)
@@ -93,7 +93,7 @@ class Encoding:
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme(ABC):
-    """What a quantization_config of the hub says, as far as it matters here.
+    """The relevant part of a hub quantization_config.
 
     `unknown` are the fields of it that no reader here knows.
     """
@@ -102,7 +102,7 @@ class Scheme(ABC):
 
     @abstractmethod
     def encoding(self, tensors: Mapping[str, TensorInfo], name: str) -> Encoding:
-        """How the checkpoint `name` with these tensors stores its weights.
+        """Return how the checkpoint `name` with these tensors stores its weights.
 
         Raises `QuantizationError` naming the tensor and its file for what contradicts itself or the
         config.
@@ -110,15 +110,15 @@ class Scheme(ABC):
 
     @abstractmethod
     def kind(self, weight: str, columns: int, dtype: torch.dtype) -> Kind | None:
-        """What an expert's weight of this name with so many columns is held as, None if it is not
-        quantised; `dtype` is the model's.
+        """Return the kind that an expert's weight of this name with so many columns is held in,
+        None if it is not quantised; `dtype` is the model's.
 
         Raises `QuantizationError` for columns that there are no such groups of.
         """
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What may be computed otherwise than the config says, for the report of a load."""
+        """Notes for the report of a load on what may be computed otherwise than the config says."""
         if not self.unknown:
             return ()
         fields = ", ".join(f"quantization_config.{field}" for field in self.unknown)
@@ -126,7 +126,7 @@ class Scheme(ABC):
 
 
 class Headers:
-    """The tensors of a checkpoint while a scheme takes them to pieces."""
+    """The tensors of a checkpoint while a scheme claims them one by one."""
 
     def __init__(self, tensors: Mapping[str, TensorInfo], name: str) -> None:
         self.tensors = tensors
@@ -136,7 +136,7 @@ class Headers:
         self.left_out: list[str] = []
 
     def add(self, weight: str, stored: StoredWeight) -> None:
-        """Note the weight in the place of the tensors that it is stored in."""
+        """Add the weight in place of the tensors that it is stored in."""
         info = self.tensors[stored.data]
         for extra in stored.extras:
             del self.plain[extra.tensor]
@@ -150,17 +150,18 @@ class Headers:
         self.weights[weight] = stored
 
     def leave_out(self, tensor: str) -> None:
-        """A scale of activations, if the checkpoint has it."""
+        """Leave out a scale of activations, if the checkpoint has it."""
         if tensor in self.plain:
             del self.plain[tensor]
             self.left_out.append(tensor)
 
     def drop(self, tensor: str) -> None:
-        """One that says nothing that is not known."""
+        """Drop a tensor that tells nothing new."""
         del self.plain[tensor]
 
     def matrix(self, data: str, dtype: torch.dtype) -> tuple[int, int]:
-        """The shape of data that are a matrix of this dtype; raises `QuantizationError` if not."""
+        """Return the shape of data that are a matrix of this dtype; raises `QuantizationError` if
+        they are not."""
         info = self.tensors[data]
         if len(info.shape) != 2 or info.dtype != dtype:
             raise self.unexpected(data, f"a matrix of {str(dtype).removeprefix('torch.')}")
@@ -184,8 +185,8 @@ class Headers:
     def not_full(
         self, data: str, scales: str, axis: int, group_size: int, columns: int
     ) -> QuantizationError:
-        """For columns that groups do not divide: the scales, whose groups are on this axis, say
-        that there are others."""
+        """Return the error for columns that groups do not divide, where the scales, whose groups
+        are on this axis, tell of other columns."""
         info, found = self.tensors[data], self.tensors.get(scales)
         if found is None or len(found.shape) != 2:
             return self.indivisible(data, group_size, columns)
@@ -204,7 +205,7 @@ class Headers:
         shapes: Sequence[Sequence[int]],
         dtypes: Sequence[torch.dtype],
     ) -> TensorInfo:
-        """The tensor that goes with `weight`, of one of these shapes and dtypes.
+        """Return the tensor that goes with `weight`, of one of these shapes and dtypes.
 
         Raises `QuantizationError` if it is not there or is another.
         """
@@ -228,7 +229,7 @@ class Headers:
         return found
 
     def refuse_alone(self, end: str, weight_end: str, expected: str) -> None:
-        """Raise `QuantizationError` for tensors of this end that no weight has claimed."""
+        """Raise `QuantizationError` for tensors with this suffix that no weight has claimed."""
         alone = next((tensor for tensor in self.plain if tensor.endswith(end)), None)
         if alone is not None:
             weight = alone.removesuffix(end) + weight_end
@@ -240,7 +241,7 @@ class Headers:
             )
 
     def refuse_kept(self, tensor: str, entry: str | None) -> None:
-        """Raise `QuantizationError` for a quantised tensor that the config says is not."""
+        """Raise `QuantizationError` for a quantised tensor that the config declares unquantised."""
         if entry is not None:
             info = self.tensors[tensor]
             raise self.error(
@@ -256,7 +257,8 @@ class Headers:
 
 
 def divided(kind: Kind | None, weight: str, group_size: int, columns: int) -> Kind:
-    """What `integer_kind` says of a weight; raises `QuantizationError` where that is nothing."""
+    """Return the kind that `integer_kind` found for a weight; raises `QuantizationError` where it
+    is None."""
     if kind is None:
         raise QuantizationError(
             f"{weight} has {_indivisible(group_size, columns)}; change "
@@ -266,7 +268,8 @@ def divided(kind: Kind | None, weight: str, group_size: int, columns: int) -> Ki
 
 
 def _a_row(group_size: int, columns: int) -> bool:
-    """Whether it is all of the columns, which only those of int4 cannot be, if they are odd."""
+    """Return whether a group is all columns of a row, which fails only for an odd number of columns
+    in int4."""
     return group_size in (PER_CHANNEL, columns)
 
 
@@ -288,9 +291,9 @@ def dtype_of(info: TensorInfo) -> str:
 
 
 def not_a_scale(scales: Tensor) -> Tensor:
-    """True for what integers cannot be multiplied by. A negative one is as AutoRound has it: of an
-    even number of codes there is one more below zero, which it turns to where weights are largest.
-    """
+    """Mask values that integers cannot be multiplied by. Negative scales are valid, as AutoRound
+    writes them: of an even number of codes there is one more below zero, which it turns to where
+    weights are largest."""
     return ~(scales.isfinite() & (scales != 0))
 
 

@@ -1,4 +1,4 @@
-"""Reading a quantization_config: what is known, what is asked of it, what is refused."""
+"""Read a quantization_config: take known fields, and refuse unknown ones."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -22,8 +22,8 @@ class Table:
         return self.given.get(field)
 
     def unknown(self, *harmless: str) -> tuple[str, ...]:
-        """The fields that say something, here and in tables below, that nobody has asked for and
-        whose names are none of these."""
+        """Return the fields with a value, here and in tables below, that nobody has read and that
+        are not among these names."""
         own = (
             f"{self.path}{field}"
             for field, value in self.given.items()
@@ -32,7 +32,7 @@ class Table:
         return (*own, *(field for table in self._tables for field in table.unknown(*harmless)))
 
     def refuse_unknown(self, *harmless: str) -> None:
-        """Refuse what `unknown` finds."""
+        """Raise `QuantizationError` for the fields that `unknown` finds."""
         for field in self.unknown(*harmless):
             self.refuse(field.removeprefix(self.path), "none of that name")
 
@@ -44,7 +44,7 @@ class Table:
         )
 
     def one_of(self, field: str, *known: object, default: object = None) -> Any:
-        """The value of a field, refused if it is none of these; None is the default."""
+        """Return the value of a field, refused if it is none of these; None is the default."""
         value = self.get(field)
         value = default if value is None else value
         if value not in known:
@@ -52,13 +52,13 @@ class Table:
         return known[known.index(value)]  # 4 for 4.0
 
     def nothing(self, *fields: str) -> None:
-        """Refuse these fields where they say something."""
+        """Refuse these fields where they have a value."""
         for field in fields:
             if self.get(field):
                 self.refuse(field, "none")
 
     def names(self, field: str) -> list[str]:
-        """Names, and those in lists of names, as GPTQ has them."""
+        """Return names, also out of lists of names as GPTQ has them."""
         names = self.get(field)
         names = [] if names is None else names
         if not isinstance(names, (list, tuple, set)):
@@ -69,7 +69,7 @@ class Table:
         return each
 
     def patterns(self, field: str) -> list[str]:
-        """Names, and regular expressions after "re:"."""
+        """Return names, and regular expressions after "re:"."""
         names = self.names(field)
         for name in names:
             try:
@@ -86,7 +86,7 @@ class Table:
         return self._tables[-1]
 
     def size(self, field: str) -> int:
-        """A number of columns, -1 for all of them."""
+        """Return a number of columns, -1 for all of them."""
         value = self.get(field)
         if type(value) is not int or value == 0 or value < -1:
             self.refuse(field, "a number of columns, or -1 for all")
@@ -94,7 +94,7 @@ class Table:
 
 
 def entry_above(tensor: str, modules: Iterable[str]) -> str | None:
-    """The one of these modules that `tensor` is in, or is."""
+    """Return the one of these modules that `tensor` is in, or is."""
     kept = modules if isinstance(modules, (set, frozenset)) else set(modules)
     parts = tensor.split(".")
     above = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
@@ -102,6 +102,7 @@ def entry_above(tensor: str, modules: Iterable[str]) -> str | None:
 
 
 def entry_within(tensor: str, entries: Iterable[str]) -> str | None:
-    """The one of these entries that is a part of the tensor's name, of whole words between dots."""
+    """Return the one of these entries that is part of the tensor's name, in whole words between
+    dots."""
     name = f".{tensor}."
     return next((entry for entry in entries if f".{entry.strip('.')}." in name), None)

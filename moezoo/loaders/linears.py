@@ -1,18 +1,18 @@
-"""The linear layers of a model: which of them are held as a checkpoint stores them, quantised."""
+"""The linear layers of a model, and which of them keep the quantised weights of a checkpoint."""
 
 from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from moezoo.layers.linear import Linear
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.encodings import Encoding
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import Copy, copies_by_target
 
 
 def linears_of(module: nn.Module) -> dict[str, Linear]:
-    """The names of the weights of linear layers in `module` and the layer that has each, but for
-    those that their owner names in `keep_dense`."""
+    """Return the linear layers in `module` by the names of their weights, except those that their
+    owner names in `keep_dense`."""
     found = {}
     for name, layer in module.named_modules():
         owner, _, attribute = name.rpartition(".")
@@ -25,8 +25,8 @@ def linears_of(module: nn.Module) -> dict[str, Linear]:
 def quantized_linears(
     module: nn.Module, copies: Sequence[Copy], encoding: Encoding
 ) -> dict[str, Kind | str]:
-    """The weights that the checkpoint has quantised, other than those of experts: the kind of each
-    that a linear layer can hold, and of the others why they are dequantised."""
+    """Return the weights that the checkpoint has quantised, except those of experts: each with its
+    kind if a linear layer can hold it, or else with the reason why it is dequantised."""
     layers = linears_of(module)
     found: dict[str, Kind | str] = {}
     for name, some in copies_by_target(copies).items():
@@ -50,7 +50,7 @@ def _kind(copies: Sequence[Copy], encoding: Encoding) -> Kind | str:
     if any(copy.view for copy in copies) or any(weight and weight.transposed for weight in stored):
         return "rows that are stored in another order"
     starts = [index.start for copy in copies for index in copy.target_index[:1]]  # type: ignore[union-attr]
-    if any(start % kind.rows_per_scale for start in starts):
+    if any(start % kind.format.rows_per_scale for start in starts):
         return "parts of one layer that would share blocks"
     return kind
 
@@ -62,8 +62,8 @@ def kept(found: Mapping[str, Kind | str]) -> dict[str, Kind]:
 def by_outcome(
     copies: Sequence[Copy], encoding: Encoding, found: Mapping[str, Kind | str]
 ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """The checkpoint's quantised weights in these parameters: those that stay, by how a report
-    describes them, and those that do not, by why."""
+    """Return the checkpoint's quantised weights in these parameters: those that stay, by the
+    description of their kind, and those that are dequantised, by the reason."""
     stay: dict[str, list[str]] = {}
     dequantized: dict[str, list[str]] = {}
     for copy in copies:

@@ -1,4 +1,4 @@
-"""The quantised weights of a module in the place of its parameters: experts and linear layers."""
+"""Replace parameters of a module, experts' and linear layers', by quantised weights on meta."""
 
 from collections.abc import Mapping
 
@@ -6,16 +6,17 @@ from torch import nn
 
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import QuantizedWeights
-from moezoo.loaders.dense import linears_of
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.experts import experts_of, parts_shape
-from moezoo.loaders.kinds import Kind
+from moezoo.loaders.linears import linears_of
 from moezoo.loaders.mapping import ParameterInfo
 
 
 def quantized_infos(
     module: nn.Module, infos: Mapping[str, ParameterInfo], quantized: Mapping[str, Kind]
 ) -> dict[str, ParameterInfo]:
-    """The parameters of `module`, with the tensors of their format for those that are quantised."""
+    """Return the parameters of `module`, with the tensors of their format in place of those that
+    are quantised."""
     owners = experts_of(module)
     found = {}
     for name, info in infos.items():
@@ -30,7 +31,7 @@ def quantized_infos(
 
 
 def quantize_on_meta(module: nn.Module, quantized: Mapping[str, Kind]) -> None:
-    """Put `QuantizedWeights` in the place of these parameters, and take no more gradients."""
+    """Put `QuantizedWeights` in place of these parameters, and stop all gradients of the module."""
     names: dict[FusedMoE, list[str]] = {}
     for name, moe in experts_of(module).items():
         if name in quantized:
@@ -43,6 +44,6 @@ def quantize_on_meta(module: nn.Module, quantized: Mapping[str, Kind]) -> None:
     for name, kind in quantized.items():
         held = module.get_submodule(name)
         assert isinstance(held, QuantizedWeights)
-        held.grouped, held.scaled = kind.group_size is not None, kind.scaled
+        held.kind = kind
     if quantized:
         module.requires_grad_(False)

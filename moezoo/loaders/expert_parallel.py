@@ -1,5 +1,5 @@
-"""A model with its experts divided over ranks, before it has weights: each keeps its own, and
-all agree on what they load."""
+"""Divide a model without weights over ranks: each keeps its own experts, and all agree on what they
+load."""
 
 import json
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig
 
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.quant import Format
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.experts import experts_of
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.quantization import Quantization
 from moezoo.loaders.weights import Planned
 from moezoo.parallel.eplb.options import EPLB
@@ -22,7 +22,7 @@ from moezoo.parallel.slots import Slots
 
 
 def joined(parallel: Parallel | None, device: torch.device | str | None) -> Mesh | None:
-    """This process among those that share the experts; None where nothing is divided."""
+    """Join this process to those that share the experts; None where nothing is divided."""
     if parallel is None:
         return None
     if not isinstance(parallel, Parallel):
@@ -31,7 +31,7 @@ def joined(parallel: Parallel | None, device: torch.device | str | None) -> Mesh
 
 
 def eplb_of(eplb: Mapping[str, object] | EPLB | None, parallel: Parallel | None) -> EPLB | None:
-    """What a user asks of balancing; raises `ValueError` where experts are not divided."""
+    """Return the options of load balancing; raises `ValueError` where experts are not divided."""
     balance = EPLB.of(eplb)
     if balance is not None and parallel is None:
         raise ValueError(
@@ -48,7 +48,7 @@ def sharded(
     asked: Quantization | None,
     balance: EPLB | None,
 ) -> Slots:
-    """Leave this rank's experts in a decoder on meta: those of its slots."""
+    """Leave only this rank's experts in a decoder on meta, and return all ranks' slots."""
     fields = json.loads(config.to_json_string(use_diff=False))
     fields.pop("_name_or_path", None)  # a folder may be another on each host
     mesh.agree(
@@ -65,22 +65,22 @@ def sharded(
 
 
 def expert_groups(decoder: Decoder) -> int:
-    """Of neighbouring experts that a token chooses first, where the routers do so."""
+    """Return the number of groups of experts that routers choose first, 1 where they do not."""
     return min(moe.router.keywords.get("num_groups", 1) for moe in moe_layers(decoder).values())
 
 
 def check_planned(mesh: Mesh, decoder: Decoder, planned: Planned) -> None:
-    """Refuse a way of sending tokens that does not fit the formats of the experts to be loaded."""
+    """Raise `ValueError` where the way tokens are sent does not fit the formats of the experts."""
     check_wire(mesh, formats(decoder, planned.quantized))
 
 
 def formats(decoder: Decoder, quantized: Mapping[str, Kind]) -> set[type[Format] | None]:
-    """Those of the experts of this rank, None for not quantised."""
+    """Return the formats of this rank's experts, None standing for not quantised."""
     held = (name for name, layer in experts_of(decoder).items() if layer.w2.shape[0])
     return {quantized[name].format if name in quantized else None for name in held}
 
 
 def of_all_ranks(mesh: Mesh, names: set[str]) -> set[str]:
-    """The names that any rank says."""
+    """Return the union of the names that the ranks give."""
     told = mesh.watch.exchange("comparing the experts", json.dumps(sorted(names)), patient=True)
     return set().union(*map(json.loads, told))

@@ -1,5 +1,5 @@
-"""What a model is written as: the tensors of a checkpoint, and what its config says of those that
-are quantised. The inverse of `loaders.encodings`. Nothing here opens a file.
+"""The form that a model is written in: the tensors of a checkpoint, and what its config says of
+quantised ones. The inverse of `loaders.encodings`. Nothing here opens a file.
 
 Weights all in block fp8 are written as `quant_method` "fp8"; those in mxfp4 as "mxfp4" where an
 architecture stores experts in one tensor; all else as "compressed-tensors".
@@ -20,8 +20,8 @@ from moezoo.errors import QuantizationError
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import (
     BlockFp8,
-    ChannelFp8,
     Format,
+    Fp8Weights,
     Int4,
     Integers,
     Mxfp4,
@@ -33,7 +33,6 @@ from moezoo.layers.quant.mxfp4 import GROUP
 from moezoo.loaders.encodings import fp8, mxfp4
 from moezoo.loaders.encodings.integers import words_of
 from moezoo.loaders.experts import experts_of, has_both, parts_index
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import (
     Copy,
     ParameterInfo,
@@ -50,7 +49,8 @@ _log = logging.getLogger(__name__)
 
 
 class Written(NamedTuple):
-    """A tensor of a checkpoint, of the parameter `target`; `make` gives it, contiguous or not."""
+    """A tensor of a checkpoint, made of the parameter `target`; `make` returns it, contiguous or
+    not."""
 
     name: str
     target: str
@@ -64,7 +64,7 @@ class Written(NamedTuple):
 
 
 class Writing:
-    """How `module` is written by these rules, whatever values it has."""
+    """Plan for writing `module` by these rules, whatever its values."""
 
     def __init__(self, module: nn.Module, rules: Sequence[Rule | Skip]) -> None:
         self.weights = dict(quantized_weights(module))
@@ -72,7 +72,8 @@ class Writing:
         self.copies = copies_by_target(_layout(module, rules))
 
     def tensors(self, state: Mapping[str, Tensor]) -> list[Written]:
-        """The tensors to write for the parameters in `state`, which is all or some of a state_dict.
+        """Return the tensors to write for the parameters in `state`, which is all or some of a
+        state_dict.
 
         Raises `QuantizationError` for quantised weights that no layout of the hub has.
         """
@@ -82,7 +83,7 @@ class Writing:
             if target in self.weights:
                 held = self.weights[target]
                 fields: Any = {field: state.get(f"{target}.{field}") for field in held.keep_dtype}
-                whole = held.format(**fields)
+                whole = held.kind.format(**fields)
                 found.extend(
                     part for copy in copies for part in _quantized(copy, whole, self.method)
                 )
@@ -95,13 +96,15 @@ class Writing:
         return found
 
     def parameter(self, name: str) -> str:
-        """What a tensor of a state_dict is part of: a parameter, or quantised weights."""
+        """Return the parameter, or the quantised weights, that a tensor of a state_dict belongs
+        to."""
         owner = name.rpartition(".")[0]
         return owner if owner in self.weights else name
 
 
 def hub_config(module: nn.Module, rules: Sequence[Rule | Skip]) -> dict[str, Any] | None:
-    """The quantization_config of `module`, whose values may be on meta; None if it has none."""
+    """Return the quantization_config of `module`, whose values may be on meta; None if nothing is
+    quantised."""
     weights = dict(quantized_weights(module))
     if not weights:
         return None
@@ -133,7 +136,8 @@ def hub_config(module: nn.Module, rules: Sequence[Rule | Skip]) -> dict[str, Any
 
 
 def describe_(config: Any, module: nn.Module, rules: Sequence[Rule | Skip]) -> None:
-    """Let a transformers config say what of `module` is quantised, as a checkpoint of it would."""
+    """Set the quantization_config of a transformers config to what a checkpoint of `module` would
+    say."""
     described = hub_config(module, rules)
     if described is not None:
         config.quantization_config = described
@@ -144,7 +148,7 @@ def describe_(config: Any, module: nn.Module, rules: Sequence[Rule | Skip]) -> N
 def warn_of_schemes(
     described: Mapping[str, Any] | None, module: nn.Module, rules: Sequence[Rule | Skip]
 ) -> None:
-    """Say it where transformers does not load what this quantization_config describes."""
+    """Warn where transformers does not load what this quantization_config describes."""
     if described is None:
         return
     usual = {copy.source for copy in layout(rules, _infos(module))}
@@ -191,7 +195,7 @@ def warn_of_schemes(
 
 
 def _cut_blocks(module: nn.Module, rules: Sequence[Rule | Skip]) -> set[int]:
-    """The rows and columns of matrices, as they are written, whose last block of several is cut
+    """Return the row and column counts of matrices, as written, whose last of several blocks is cut
     off."""
     weights, infos = dict(quantized_weights(module)), _infos(module)
     sizes = set()
@@ -206,7 +210,7 @@ def _cut_blocks(module: nn.Module, rules: Sequence[Rule | Skip]) -> set[int]:
 
 
 def _cure(module: nn.Module) -> str:
-    """How to have one, where groups of int4 differ in their sizes."""
+    """Return advice for groups of int4 that differ in their sizes, empty where there is none."""
     weights = [held() for _, held in quantized_weights(module)]
     int4 = [weight for weight in weights if isinstance(weight, Int4)]
     size = min((weight.group_size for weight in int4), default=0)
@@ -231,7 +235,7 @@ def quantized_weights(module: nn.Module) -> Iterator[tuple[str, QuantizedWeights
 def experts_and_linears(
     module: nn.Module,
 ) -> tuple[list[QuantizedWeights], list[QuantizedWeights]]:
-    """A module's quantised weights: those of experts, and those of linear layers."""
+    """Return a module's quantised weights: those of experts, and those of linear layers."""
     owners = experts_of(module)
     found: tuple[list[QuantizedWeights], list[QuantizedWeights]] = ([], [])
     for name, weights in quantized_weights(module):
@@ -240,7 +244,7 @@ def experts_and_linears(
 
 
 def _infos(module: nn.Module) -> dict[str, ParameterInfo]:
-    """The parameters as if none was quantised."""
+    """Return the parameters as if none was quantised."""
     weights = dict(quantized_weights(module))
     infos = {}
     for name, info in parameter_infos(module).items():
@@ -256,7 +260,8 @@ def _infos(module: nn.Module) -> dict[str, ParameterInfo]:
 
 
 def _layout(module: nn.Module, rules: Sequence[Rule | Skip]) -> list[Copy]:
-    """Of quantised experts a tensor each, where the hub has no layout for all in one."""
+    """Return the tensors to write, one per quantised expert where the hub has no layout for all in
+    one."""
     infos = _infos(module)
     if _method(module, rules) == "mxfp4":
         return layout(rules, infos)
@@ -269,8 +274,9 @@ def _layout(module: nn.Module, rules: Sequence[Rule | Skip]) -> list[Copy]:
 
 
 def _tied(module: nn.Module, rules: Sequence[Rule | Skip]) -> set[str]:
-    """The modules of a checkpoint that `module` does without, such as a head that is the embedding:
-    others build them from the config, which must say that they are not quantised."""
+    """Return the modules of a checkpoint that `module` does without, such as a head that is the
+    embedding: other libraries build them from the config, which must say that they are not
+    quantised."""
     return {
         rule.sources[0].removesuffix(".weight")
         for rule in rules
@@ -281,7 +287,7 @@ def _tied(module: nn.Module, rules: Sequence[Rule | Skip]) -> set[str]:
 
 def _method(module: nn.Module, rules: Sequence[Rule | Skip]) -> str:
     weights = dict(quantized_weights(module))
-    formats = {held.format for held in weights.values()}
+    formats = {held.kind.format for held in weights.values()}
     if formats <= {BlockFp8}:
         return "fp8"
     if formats == {Mxfp4} and all(
@@ -292,7 +298,7 @@ def _method(module: nn.Module, rules: Sequence[Rule | Skip]) -> str:
 
 
 def _quantized(copy: Copy, whole: Format, method: str) -> Iterator[Written]:
-    """The tensors of one quantised weight."""
+    """Yield the tensors of one quantised weight."""
     index = parts_index(copy.target_index, whole.shape)
     both = has_both(copy.target_index, whole.shape)
     if len(whole.shape) == 2 and index:
@@ -305,7 +311,7 @@ def _quantized(copy: Copy, whole: Format, method: str) -> Iterator[Written]:
         yield from _mxfp4(copy, part, both=both)
         return
     blocks_shared = both and isinstance(whole, BlockFp8) and whole.shape[2] % BLOCK
-    if copy.view or blocks_shared or (both and part.tensors().get("order") is not None):
+    if copy.view or blocks_shared or (both and part.order is not None):
         raise _unwritable(copy, whole)
     if both:
         part = part.map(lambda tensor: tensor.flatten(-3, -2))
@@ -341,7 +347,7 @@ def _mxfp4(copy: Copy, part: Format, *, both: bool) -> Iterator[Written]:
 
 def _compressed_tensors(copy: Copy, part: Format) -> Iterator[Written]:
     module = copy.source.removesuffix(".weight")
-    if isinstance(part, (BlockFp8, ChannelFp8)):
+    if isinstance(part, Fp8Weights):
         yield _as_it_is(copy, f"{module}.weight", part.data)
         scales = part.scales if isinstance(part, BlockFp8) else part.scales.unsqueeze(-1)
         yield _as_it_is(copy, f"{module}.weight_scale", scales)
@@ -368,7 +374,8 @@ def _compressed_tensors(copy: Copy, part: Format) -> Iterator[Written]:
 
 
 def _words(part: Integers) -> Tensor:
-    """Codes in int32, columns where they belong, the last word filled with zeros."""
+    """Return the codes packed in int32, columns in their natural order, the last word filled with
+    zeros."""
     codes = part.codes()
     if part.order is not None:
         codes = torch.empty_like(codes).index_copy_(1, part.order.long(), codes)
@@ -382,7 +389,7 @@ def _groups(order: Tensor, group_size: int) -> Tensor:
 
 
 def _packed_along_rows(zeros: Tensor, bits: int) -> Tensor:
-    """uint8 [N, G] -> int32 [N * bits / 32, G], the first row in the lowest bits."""
+    """Pack zeros uint8 [N, G] into int32 [N * bits / 32, G], the first row in the lowest bits."""
     n = len(zeros)
     # Rows that fill the last word are written as compressed-tensors does: as bits of zero.
     filled = torch.cat([zeros, zeros.new_zeros(-n % (32 // bits), zeros.shape[1])])
@@ -394,9 +401,9 @@ def _compressed(
 ) -> dict[str, Any]:
     # A group of all columns is named as the others are: transformers wants one scheme for a layer.
     sizes = {
-        (kind.format, kind.group_size)
-        for kind in map(Kind.of_weights, weights.values())
-        if kind.group_size is not None
+        (held.kind.format, held.kind.group_size)
+        for held in weights.values()
+        if held.kind.group_size is not None
     }
     by_scheme: dict[str, tuple[dict[str, Any], set[str]]] = {}
     for copy in copies:
@@ -419,15 +426,16 @@ def _compressed(
 
 
 def _pattern(module: str) -> str:
-    """Of the modules of this name in all experts."""
+    """Return a pattern that matches the modules of this name in all experts."""
     escaped = re.sub(r"(?<=\.experts\\\.)\d+(?=\\\.)", r"\\d+", re.escape(module))
     return f"re:{escaped}$"
 
 
 def _scheme(weights: Format, sizes: Collection[tuple[type, int]]) -> dict[str, Any]:
-    """What config_groups says of such weights; `sizes` are those of groups."""
+    """Return the entry of config_groups for such weights; `sizes` are the formats and sizes that
+    mean groups."""
     activations: dict[str, Any] | None = None
-    if isinstance(weights, (BlockFp8, ChannelFp8)):
+    if isinstance(weights, Fp8Weights):
         stored = "float-quantized"
         described: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": "channel"}
         activations = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
@@ -450,8 +458,7 @@ def _scheme(weights: Format, sizes: Collection[tuple[type, int]]) -> dict[str, A
             described |= {"strategy": "group", "group_size": size}
         if weights.order is not None:
             described["actorder"] = "group"
-    zeros = weights.tensors().get("zeros") is not None
-    described |= {"symmetric": not zeros, "dynamic": False}
+    described |= {"symmetric": weights.zeros is None, "dynamic": False}
     return {
         "weights": described,
         "input_activations": activations,

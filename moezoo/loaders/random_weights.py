@@ -1,4 +1,4 @@
-"""Random weights, the same wherever and by however many ranks they are made.
+"""Random initial weights, the same on every device and for any number of ranks.
 
 Each tensor has a seed of its own, and so has each expert, whichever rank makes it.
 """
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from moezoo.layers.moe import FusedMoE
+from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.experts import experts_of, parts_shape
-from moezoo.loaders.kinds import Kind
 from moezoo.loaders.mapping import ParameterInfo
 
 
@@ -25,8 +25,9 @@ def initialise(
     deviation: float,
     seed: int,
 ) -> None:
-    """Fill `tensors`, those of `module` with some weights quantised: matrices normal with this
-    deviation, norms one, biases zero, and others what their module names in `initial_values`.
+    """Fill `tensors`, those of `module` with some weights quantised: matrices from a normal
+    distribution with this deviation, norms with ones, biases with zeros, others as their module's
+    `initial_values` say.
 
     `infos` are the parameters as if none was quantised; `held` are the experts in the rows of a
     layer, all of them where it is not there.
