@@ -168,7 +168,16 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         with_experts = {i: x.mlp for i, x in decoder_layers if isinstance(x.mlp, FusedMoE)}
         overrides = routing_overrides(with_experts, layers, force=force, ban=ban, bias=bias, k=k)
         # Steps that were captured as graphs route as they did then.
-        return OverriddenRouting(overrides, changed=self._engines.release)
+        return OverriddenRouting(overrides, changed=self.release_engine)
+
+    def release_engine(self) -> None:
+        """Free what `generate` keeps on a GPU for its next call: a KV cache and CUDA graphs.
+
+        The cache takes up to 4 GiB. torch keeps the memory for tensors to come;
+        `torch.cuda.empty_cache()` then gives it back to the GPU. The next call of `generate` makes
+        a cache and graphs anew. A call that another thread is in keeps its own.
+        """
+        self._engines.release()
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -400,6 +409,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             )
         assert cache is not None, "a DynamicCache, or it would have asked for more"
         _check_ids(input_ids)
+        # Private, and the only sign by which `generate` tells the caller's cache from its own.
         own_cache = cache.get_seq_length() == 0 and not getattr(cache, "_is_user_defined", False)
         attention_mask = model_kwargs.get("attention_mask")
         position_ids = model_kwargs.get("position_ids")

@@ -75,6 +75,7 @@ def decode(
         next_ids, scores = _choose(logits, sequences, logits_processor, generation_config, result)
         next_ids = chosen(decoder, next_ids)
         if stops_at_eos and len(sequences) > 1:  # one alone ends the loop when it ends
+            # Private, but what `generate` hands to `_sample`: the public field may be None.
             next_ids = torch.where(unfinished, next_ids, generation_config._pad_token_tensor)
         if streamer is not None:
             streamer.put(next_ids.cpu())
@@ -134,7 +135,7 @@ def decode_paged(
     The host looks at a step's tokens while the next step runs.
     """
     batch, length = input_ids.shape
-    pad = generation_config._pad_token_tensor
+    pad = generation_config._pad_token_tensor  # as in `decode`
     longest = stopping_criteria.max_length or generation_config.max_length
     kept = num_pages(longest)
     for row in range(batch):

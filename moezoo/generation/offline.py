@@ -135,7 +135,9 @@ def _in_engine(model: PreTrainedModel, config: GenerationConfig) -> bool:
     generation_mode = config.get_generation_mode()
     if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return False
-    # Some processors are made only where there are end-of-text tokens, or a prompt.
+    # Only transformers knows which processors a config asks for, those of later versions included;
+    # a list of fields here would miss new ones without a word. Nothing public tells it. Some are
+    # made only where there are end-of-text tokens, or a prompt.
     config = copy.deepcopy(config)
     model._prepare_special_tokens(config, device="cpu")
     processors = model._get_logits_processor(

@@ -29,7 +29,11 @@ from moezoo.device import device_made_current, runs_kernels, to_device
 
 
 def warpers(config: GenerationConfig, device: torch.device) -> LogitsProcessorList:
-    """What transformers applies to the logits of a sampled step, in its order."""
+    """Return the warpers that transformers applies to the logits of a sampled step, in its order.
+
+    They are listed here because `generate` makes its own in a private method only, together with
+    processors that need a prompt.
+    """
     found: list[LogitsProcessor] = []
     if config.temperature not in (None, 1.0):
         found.append(TemperatureLogitsWarper(config.temperature))

@@ -21,6 +21,7 @@ def resolve(
     given = GenerationConfig() if generation_config is None else generation_config
     if given.max_length is not None or overrides.get("max_length") is not None:
         raise ValueError("max_length counts prompt and completion together; use max_new_tokens")
+    # Private, as nothing public tells the defaults that `model.generate` would fill in.
     config, _ = model._prepare_generation_config(given)
     if unknown := config.update(**overrides):
         raise ValueError(f"unknown generation options: {', '.join(sorted(unknown))}")
