@@ -30,7 +30,7 @@ from moezoo.generation.paged import counts_padding, row_state_bytes, windows
 from moezoo.generation.turns import largest, take_part
 from moezoo.layers.attention import CausalMask, DenseContext, visible_tokens
 from moezoo.layers.decoder import Decoder
-from moezoo.layers.moe import FusedMoE, OverriddenRouting, routing_overrides
+from moezoo.layers.moe import OverriddenRouting, routing_overrides
 from moezoo.loaders.save import save_pretrained
 from moezoo.parallel.gather import SAVING
 from moezoo.parallel.mesh import Mesh
@@ -164,9 +164,8 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: there is no such expert or layer, too few are left, or a change is in force.
         """
-        decoder_layers = enumerate(self.decoder.layers)
-        with_experts = {i: x.mlp for i, x in decoder_layers if isinstance(x.mlp, FusedMoE)}
-        overrides = routing_overrides(with_experts, layers, force=force, ban=ban, bias=bias, k=k)
+        moe_layers = self.decoder.moe_layers
+        overrides = routing_overrides(moe_layers, layers, force=force, ban=ban, bias=bias, k=k)
         # Steps that were captured as graphs route as they did then.
         return OverriddenRouting(overrides, changed=self.release_engine)
 

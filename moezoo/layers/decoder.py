@@ -16,7 +16,7 @@ from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.attention import Context, DenseContext
 from moezoo.layers.kernels.windows import Chunked
 from moezoo.layers.linear import Linear, linear
-from moezoo.layers.moe import Dispatcher, RoutingRecorder
+from moezoo.layers.moe import Dispatcher, FusedMoE, RoutingRecorder
 from moezoo.layers.norm import RMSNorm, handed_to
 from moezoo.layers.quant import QuantizedWeights
 from moezoo.layers.quantized_linear import quantized_linear
@@ -172,6 +172,11 @@ class Decoder(nn.Module):
         """None where this process has all the experts."""
         self.stages: tuple[Stage, ...] = ()
         """Where layers are on several devices; all else is on one. See `find_stages`."""
+
+    @property
+    def moe_layers(self) -> dict[int, FusedMoE]:
+        """The MoE layers, by their indices among `layers`."""
+        return {i: x.mlp for i, x in enumerate(self.layers) if isinstance(x.mlp, FusedMoE)}
 
     def find_stages(self) -> None:
         """Look again at which devices the layers are on."""

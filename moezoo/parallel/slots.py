@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moezoo.errors import ExpertMapError
-from moezoo.parallel.placement import STRATEGIES, Placement, experts_of_rank
+from moezoo.parallel.placement import STRATEGIES, Placement, Strategy, experts_of_rank
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Slots:
     @classmethod
     def of(
         cls,
-        placement: str | os.PathLike[str] | Sequence[Sequence[int]],
+        placement: Strategy | os.PathLike[str] | Placement,
         num_experts: int,
         layers: Sequence[int],
         num_ranks: int,
     ) -> "Slots":
-        """By a strategy of `experts_of_rank`, or by a placement file.
+        """Return the slots of a strategy of `experts_of_rank`, of a placement, or of its file.
 
         Raises ExpertMapError for what does not fit the model or the ranks, OSError without a file.
         """
@@ -49,24 +49,19 @@ class Slots:
                     f"{' or '.join(map(repr, STRATEGIES))}, a list of experts for each rank, or "
                     "the path of a placement file, and there is no such file"
                 )
-            return cls.placed(Placement.load(placement), num_experts, layers, num_ranks)
+            placement = Placement.load(placement)
+        if isinstance(placement, Placement):
+            placement.check_model(num_experts, layers, num_ranks)
+            maps = placement.physical_to_logical_map
+            size = maps.shape[1] // num_ranks
+            even = tuple(range(0, size * num_ranks + 1, size))
+            return cls(num_experts, tuple(layers), even, maps)
         ranks = [experts_of_rank(num_experts, num_ranks, r, placement) for r in range(num_ranks)]
         bounds = [0]
         for experts in ranks:
             bounds.append(bounds[-1] + len(experts))
         slots = torch.tensor([expert for experts in ranks for expert in experts])
         return cls(num_experts, tuple(layers), tuple(bounds), slots.repeat(len(layers), 1))
-
-    @classmethod
-    def placed(
-        cls, placement: Placement, num_experts: int, layers: Sequence[int], num_ranks: int
-    ) -> "Slots":
-        """Raises ExpertMapError unless it was made for such a model on so many ranks."""
-        placement.check_model(num_experts, layers, num_ranks)
-        slots = placement.physical_to_logical_map
-        size = slots.shape[1] // num_ranks
-        bounds = tuple(range(0, size * num_ranks + 1, size))
-        return cls(num_experts, tuple(layers), bounds, slots)
 
     def of_rank(self, rank: int) -> dict[int, list[int]]:
         """Layer of the decoder -> the experts of this rank, in the order of its rows."""

@@ -110,14 +110,11 @@ class EPLB:
         """
         given = self.expert_placement_strategy if self.placement is None else self.placement
         chosen = otherwise if given is None else given
-        if isinstance(chosen, Placement):
-            slots = Slots.placed(chosen, num_experts, layers, num_ranks)
-        elif is_strategy(chosen) and (self.enabled or self.num_redundant_experts):
+        if is_strategy(chosen) and (self.enabled or self.num_redundant_experts):
             first = initial_map(num_experts, self.num_redundant_experts, num_ranks, chosen)
-            bounds = range(0, len(first) + 1, len(first) // num_ranks)
-            slots = Slots(num_experts, tuple(layers), tuple(bounds), first.repeat(len(layers), 1))
-        else:
-            slots = Slots.of(chosen, num_experts, layers, num_ranks)
+            maps = first.repeat(len(layers), 1)
+            chosen = Placement(num_experts, num_ranks, tuple(layers), maps)
+        slots = Slots.of(chosen, num_experts, layers, num_ranks)
         if self.num_redundant_experts not in (0, slots.num_redundant):
             raise ExpertMapError(
                 f"num_redundant_experts={self.num_redundant_experts} is asked for, and the "
