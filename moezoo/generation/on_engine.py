@@ -14,7 +14,7 @@ from moezoo.generation.turns import largest
 
 @dataclass(frozen=True)
 class ContinuousGenerator:
-    """`generate` on moezoo's engine."""
+    """Completes prompts on moezoo's engine: the fast way of `offline.generate`."""
 
     texts: Texts
     seed: int | None
@@ -23,7 +23,7 @@ class ContinuousGenerator:
     cache_bytes: int | None
 
     def run(self, prompts: Iterator[Prompt]) -> Iterator[Completion]:
-        """Nothing is allocated before the first completion is asked for."""
+        """Yield completions as they finish; memory is allocated when the first one is asked for."""
         model, config = self.texts.model, self.texts.config
         started: dict[int, Prompt] = {}
         failed: list[Completion] = []

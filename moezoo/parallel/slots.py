@@ -1,4 +1,4 @@
-"""Where the experts of a model are: slots, those of rank 0 first.
+"""The slots of a model's experts: which slot holds which expert, and which rank has which slots.
 
 Legend: L MoE layers, E experts, P slots (E and redundant ones), R ranks.
 """
@@ -18,15 +18,15 @@ from moezoo.parallel.placement import STRATEGIES, Placement, Strategy, experts_o
 
 @dataclass(frozen=True)
 class Slots:
-    """The expert of each slot in each MoE layer, and the slots of each rank."""
+    """The expert of each slot in each MoE layer, and the slots of each rank, rank 0's first."""
 
     num_experts: int
     layers: tuple[int, ...]
-    """The decoder's layers that have experts, [L]."""
+    """Indices of the decoder's MoE layers, [L]."""
     bounds: tuple[int, ...]
-    """[R + 1]: slots bounds[r] to bounds[r + 1] are rank r's."""
+    """Rank r has slots bounds[r] to bounds[r + 1]; [R + 1]."""
     physical_to_logical_map: Tensor
-    """int64 [L, P]."""
+    """The expert of each slot, int64 [L, P]."""
 
     @classmethod
     def of(
@@ -64,17 +64,18 @@ class Slots:
         return cls(num_experts, tuple(layers), tuple(bounds), slots.repeat(len(layers), 1))
 
     def of_rank(self, rank: int) -> dict[int, list[int]]:
-        """Layer of the decoder -> the experts of this rank, in the order of its rows."""
+        """Return a rank's experts in the order of its rows, by index of the decoder's layer."""
         held = self.physical_to_logical_map[:, self.bounds[rank] : self.bounds[rank + 1]]
         return dict(zip(self.layers, held.tolist(), strict=True))
 
     @property
     def num_redundant(self) -> int:
+        """Number of slots beyond one for each expert."""
         return self.physical_to_logical_map.shape[1] - self.num_experts
 
     @property
     def fingerprint(self) -> str:
-        """What tells other maps from this one, for messages too."""
+        """A short text that differs for other maps, also for error messages."""
         described = repr((self.layers, self.bounds, self.physical_to_logical_map.tolist()))
         sizes = "+".join(str(b - a) for a, b in pairwise(self.bounds))
         return f"slots {sizes} of hash {sha256(described.encode()).hexdigest()[:12]}"
