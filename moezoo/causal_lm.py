@@ -1,4 +1,4 @@
-"""The shell around a decoder that transformers, and all that is written for it, can use."""
+"""`MoECausalLM`: a decoder as a causal language model of transformers."""
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -31,7 +31,7 @@ from moezoo.generation.turns import largest, take_part
 from moezoo.layers.context import DenseContext
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.mask import CausalMask, visible_tokens
-from moezoo.layers.moe import FusedMoE, OverriddenRouting, routing_overrides
+from moezoo.layers.moe import OverriddenRouting, routing_overrides
 from moezoo.loaders.save import save_pretrained
 from moezoo.parallel.gather import SAVING
 from moezoo.parallel.mesh import Mesh
@@ -46,7 +46,7 @@ ENGINE_KWARGS = {
 
 
 IGNORED_KWARGS = ("cache_position", "tokenizer", "assistant_tokenizer", "token_type_ids")
-"""What `generate` and tokenizers hand on and no decoder uses."""
+"""Arguments that `generate` and tokenizers pass to `forward` and that no decoder uses."""
 
 
 SAVE_DEFAULTS = {
@@ -59,15 +59,15 @@ SAVE_DEFAULTS = {
     "save_original_format": True,
     "distributed_checkpoint": False,
 }
-"""What transformers' `save_pretrained` takes and ours does in one way only."""
+"""Arguments of transformers' `save_pretrained` for which ours takes only these values."""
 
 
 class MoECausalLM(PreTrainedModel, GenerationMixin):
     """A `transformers` causal language model with moezoo's layers; `decoder` holds the weights.
 
     Greedy search and sampling run on moezoo's token loop, other ways to generate on transformers'.
-    An instance's class is a subclass named as transformers' class for the config is, since
-    pipelines and others look at that name.
+    Each instance is of a subclass with the name of transformers' class for the config, which
+    pipelines and other tools look at.
     """
 
     config_class = PreTrainedConfig
@@ -89,10 +89,10 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.loss_type = "ForCausalLM"
         self._engines = EngineKeeper()
-        # What transformers asks before it takes tokens back, as assisted decoding does.
+        # transformers reads this before it removes tokens from a cache, as assisted decoding does.
         self._is_stateful = row_state_bytes(decoder) > 0
         self.mesh: Mesh | None = None
-        """The other ranks, where experts are divided over them."""
+        """The process groups of the job, where experts are divided over ranks; else None."""
         self._generates = False
         self.all_tied_weights_keys: dict[str, str] = {}
 
@@ -101,8 +101,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         raise TypeError("load models with moezoo.from_pretrained(...)")
 
     def find_devices(self) -> None:
-        """Look again at which devices the layers are on; several are told where transformers and
-        what is written for it look, in `hf_device_map`."""
+        """Update the decoder's stages, and `hf_device_map` where they are on several devices."""
         decoder = self.decoder
         decoder.find_stages()
         self.__dict__.pop("hf_device_map", None)
@@ -114,7 +113,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
                 self.hf_device_map |= {f"decoder.layers.{layer}": device for layer in layers}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        # What `to`, `cuda` and `cpu` call.
+        # `to`, `cuda` and `cpu` call this.
         super()._apply(fn, recurse)
         if self.decoder.stages:
             self.find_devices()
@@ -155,21 +154,29 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         over ranks, every rank has to make the same one.
 
         Args:
-            force: every token goes to these experts, which weigh as much as the one that it would
-                have liked best; the rest of its k experts are its own choice.
-            ban: no token goes to these.
-            bias: is added to the router's logits of these experts.
-            k: experts a token.
-            layers: the decoder's layers that are changed; by default all that have experts.
+            force: experts that every token goes to, each with the weight of the token's first
+                choice; the rest of its k experts are its own choice.
+            ban: experts that no token goes to.
+            bias: numbers that are added to the router's logits, by expert.
+            k: experts per token.
+            layers: indices of the decoder's layers that are changed; by default all MoE layers.
 
         Raises:
             ValueError: there is no such expert or layer, too few are left, or a change is in force.
         """
-        decoder_layers = enumerate(self.decoder.layers)
-        with_experts = {i: x.mlp for i, x in decoder_layers if isinstance(x.mlp, FusedMoE)}
-        overrides = routing_overrides(with_experts, layers, force=force, ban=ban, bias=bias, k=k)
-        # Steps that were captured as graphs route as they did then.
-        return OverriddenRouting(overrides, changed=self._engines.release)
+        moe_layers = self.decoder.moe_layers
+        overrides = routing_overrides(moe_layers, layers, force=force, ban=ban, bias=bias, k=k)
+        # CUDA graphs captured before route as they did when they were captured.
+        return OverriddenRouting(overrides, changed=self.release_engine)
+
+    def release_engine(self) -> None:
+        """Free what `generate` keeps on a GPU for its next call: a KV cache and CUDA graphs.
+
+        The cache takes up to 4 GiB. torch keeps the memory for tensors to come;
+        `torch.cuda.empty_cache()` then gives it back to the GPU. The next call of `generate` makes
+        a cache and graphs anew. A call that another thread is in keeps its own.
+        """
+        self._engines.release()
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -201,7 +208,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         *args: Any,
         **kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | torch.Tensor:
-        """What `generate` returns for ids [0, T]."""
+        """Return the result of `generate` for ids [0, T]."""
         config, _ = self._prepare_generation_config(generation_config, **kwargs)
         if not config.return_dict_in_generate:
             return ids
@@ -209,7 +216,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=cache)
 
     def _draw_alike(self) -> None:
-        """Give torch's random generators the state that they have on the first rank."""
+        """Set the state of torch's random generators to that of the first rank's."""
         assert self.decoder.peers is not None
         states = [torch.get_rng_state()]
         if self.device.type == "cuda":
@@ -220,7 +227,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             torch.cuda.set_rng_state(states[1], self.device)
 
     def _take_part(self) -> None:
-        """`_sample` of a rank that has no rows."""
+        """Make the forward passes of `_sample` as a rank without rows."""
         rows, longest = self._largest(0, 0)
         (grows,) = largest(self.decoder, not self._has_pages(rows, longest))
         if grows:
@@ -231,7 +238,10 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             engine.finish(None if asks_more else engine.greedy)
 
     def _largest(self, rows: int, longest: int, *, on_own_loop: bool = True) -> list[int]:
-        """Of all ranks. Raises ValueError on every one where one runs on a loop of transformers."""
+        """Return the largest number of rows and the largest length of all ranks.
+
+        Raises ValueError, on every rank, where one of them runs on a loop of transformers.
+        """
         *sizes, refused = largest(self.decoder, rows, longest, not on_own_loop)
         if refused:
             raise ValueError(
@@ -242,7 +252,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         return sizes
 
     def _has_pages(self, rows: int, longest: int) -> bool:
-        """Whether the engine has room for so many rows and tokens of each."""
+        """Whether the engine can run `rows` rows of up to `longest` tokens."""
         return (
             self.device.type == "cuda"
             and supports(self.decoder)
@@ -253,7 +263,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
     def create_masks_for_generate(
         *, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor | None:
-        """What `generate` asks for static caches: nothing, as the layers make their own masks."""
+        """Return the mask as it is, for `generate` with static caches: layers make their own."""
         return attention_mask
 
     def save_pretrained(
@@ -267,9 +277,9 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Write config, generation config and weights in the hub's layout; see `loaders.save`.
 
-        Takes the arguments of transformers, for those who call it as they would there, and raises
-        `ValueError` for those that ask for something else than that. Where the experts are divided
-        over ranks, all of them call this, and the first one writes.
+        Takes the arguments of transformers' method, and raises `ValueError` for values that ask
+        for anything else. Where the experts are divided over ranks, all of them call this, and the
+        first one writes.
         """
         asked = {"state_dict": state_dict, "push_to_hub": push_to_hub} | kwargs
         for name, value in asked.items():
@@ -300,7 +310,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
-        """Logits [B, T, V] of input_ids int [B, T] or inputs_embeds [B, T, H].
+        """Return logits [B, T, V] for input_ids int [B, T] or inputs_embeds [B, T, H].
 
         attention_mask is [B, past + T], 0 at padding on either side, or a 4-D mask. position_ids
         [B, T] default to counting on from the cache. `logits_to_keep` keeps the last n positions
@@ -375,7 +385,10 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         streamer: BaseStreamer | None = None,
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | torch.Tensor:
-        """What `generate` calls for greedy search and sampling."""
+        """Run greedy search or sampling, on moezoo's loops where they can; `generate` calls it.
+
+        transformers' public way, `custom_generate`, leaves out the streamer.
+        """
         for option in IGNORED_KWARGS:
             model_kwargs.pop(option, None)
         cache = model_kwargs.get("past_key_values")
@@ -401,19 +414,20 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             )
         assert cache is not None, "a DynamicCache, or it would have asked for more"
         _check_ids(input_ids)
+        # Private, and the only sign by which `generate` tells the caller's cache from its own.
         own_cache = cache.get_seq_length() == 0 and not getattr(cache, "_is_user_defined", False)
         attention_mask = model_kwargs.get("attention_mask")
         position_ids = model_kwargs.get("position_ids")
         prompts = None
         returns_cache = generation_config.return_dict_in_generate
-        # A window's pages do not hold all that transformers' cache would, and states may be those
-        # after a token that is not kept.
+        # The pages of a sliding window hold fewer tokens than transformers' cache would, and a
+        # state may include a token that is dropped.
         in_pages = own_cache and not (
             returns_cache and (any(windows(self.decoder)) or self._is_stateful)
         )
         longest = stopping_criteria.max_length or generation_config.max_length
         rows, longest = self._largest(len(input_ids), longest)
-        # Pages are taken for the longest that is allowed; a cache that grows may never need it.
+        # The engine reserves pages for the longest allowed sequence; a growing cache does not.
         if in_pages and self._has_pages(rows, longest):
             prompts = unpadded(input_ids, attention_mask, position_ids)
             if counts_padding(self.decoder) and {*map(len, prompts or ())} != {input_ids.shape[1]}:
@@ -431,7 +445,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
                     streamer=streamer,
                 )
                 if returns_cache:
-                    # The last token is not in the cache.
+                    # The last token is not in the cache yet.
                     new = decoded.sequences.shape[1] - input_ids.shape[1] - 1
                     lengths = [len(prompt) + new for prompt in prompts]
                     cache = engine.cache.dense(self.config, engine.tables[None], lengths)
@@ -449,7 +463,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
                 generation_config=generation_config,
                 streamer=streamer,
             )
-        # Copies, since what inference mode made cannot be changed in place outside it.
+        # Tensors made in inference mode cannot be changed in place outside it: return copies.
         sequences = decoded.sequences.clone()
         if not generation_config.return_dict_in_generate:
             return sequences

@@ -1,4 +1,4 @@
-"""Which device a name means, how tensors get there, and whether kernels run on them."""
+"""Helpers for devices: their names, copies between them, and whether kernels run on them."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -7,10 +7,10 @@ import torch
 
 
 def device_of(device: torch.device | str | None) -> torch.device:
-    """The device that a caller names, with its index; by default a GPU if there is one.
+    """Return the device that a caller names, with its index; by default a GPU if there is one.
 
-    Raises `ValueError` for what is no device, is of a kind that moezoo does not run on, or is not
-    on this machine.
+    Raises `ValueError` for anything that is no device, is of a type that moezoo does not run on, or
+    is not on this machine.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,14 +33,14 @@ def device_of(device: torch.device | str | None) -> torch.device:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of a tensor on the host; the host does not wait for it."""
+    """Copy a tensor from the host to a device, without waiting; on a CPU return it as it is."""
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class HostCopies:
-    """Copies of tensors of one device on their way to the host, which need not wait for them."""
+    """Asynchronous copies of tensors from one device to the host."""
 
     def __init__(self, *tensors: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -57,16 +57,16 @@ class HostCopies:
         self._event.record(torch.cuda.current_stream(tensors[0].device))
 
     def wait(self) -> list[torch.Tensor]:
-        """The copies, once they are there."""
+        """Wait for the copies, and return them."""
         if self._event is not None:
             self._event.synchronize()
         return self._copies
 
 
 def runs_kernels(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether kernels take them: on CUDA, and neither a compiler nor a gradient looks inside.
+    """Whether kernels can take these tensors: on CUDA, without torch.compile and gradients.
 
-    `others` are all else that the result depends on; kernels have no backward.
+    `others` are all other tensors that the result depends on; kernels have no backward.
     """
     if not x.is_cuda or torch.compiler.is_compiling():
         return False
@@ -77,20 +77,20 @@ def runs_kernels(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
 
 @cache
 def multiplies_fp8(device: torch.device) -> bool:
-    """Whether products of fp8 run there; the CPU widens the numbers first."""
+    """Whether fp8 products run on a device; on a CPU numbers are widened first."""
     if device.type != "cuda" or torch.version.hip is not None:
         return True
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a GPU that nothing uses, that which torch keeps for later included."""
+    """Return the bytes of a GPU's memory that nothing uses, torch's own reserve included."""
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def device_made_current(x: torch.Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be that of a model's tensors."""
+    """Return a context that makes the device of `x` current, on which Triton launches kernels."""
     if not x.is_cuda or torch.compiler.is_compiling():
         return nullcontext()
     return torch.cuda.device_of(x)

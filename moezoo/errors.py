@@ -1,7 +1,4 @@
-"""The exceptions of moezoo; everything a user or a checkpoint can get wrong.
-
-Arguments that no exception here describes raise `ValueError`.
-"""
+"""The exceptions of moezoo. Arguments that none of them describes raise `ValueError`."""
 
 import os
 from collections.abc import Iterator
@@ -21,7 +18,7 @@ IN_TRANSFORMERS = (
     "transformers may run it, with moezoo's expert layers where they fit: "
     'AutoModelForCausalLM.from_pretrained(..., experts_implementation="moezoo")'
 )
-"""What to do about a model that moezoo does not run on its own."""
+"""Advice in errors about models that moezoo does not run itself."""
 
 
 class UnsupportedArchitectureError(MoEZooError):
@@ -29,9 +26,9 @@ class UnsupportedArchitectureError(MoEZooError):
 
     @classmethod
     def of_field(cls, config: Any, field: str, supported: str) -> "UnsupportedArchitectureError":
-        """The error for a field of a transformers config: what it is, and what is supported."""
+        """Make the error for a field of a transformers config: its value and what is supported."""
         value = getattr(config, field, None)
-        # Some fields have a name of their own in the configs of an architecture.
+        # The configs of some architectures have other names for common fields.
         own_name = config.attribute_map.get(field)
         if own_name is not None:
             field = f"{field} ({own_name})"
@@ -66,11 +63,11 @@ class QuantizationError(MoEZooError):
 
 
 class AskedQuantizationError(QuantizationError, ValueError):
-    """The `quantization` that was asked for does not fit the model or the checkpoint."""
+    """The `quantization` that the caller asked for does not fit the model or the checkpoint."""
 
 
 class MoEOutOfMemoryError(MoEZooError):
-    """A device has too little memory; says what was asked, what is free and what would fit."""
+    """A device has too little memory; says what was needed, what is free and what would fit."""
 
     def __init__(self, message: str) -> None:
         super().__init__(f"Out of memory during MoE: {message}")
@@ -85,7 +82,7 @@ class LoadImbalanceWarning(UserWarning):
 
 @contextmanager
 def naming(file: str | os.PathLike[str]) -> Iterator[None]:
-    """An `OSError` of the block that names no file, such as that of a full disk, names this one."""
+    """Set the file name of an `OSError` in the block that has none, such as that of a full disk."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""`import moezoo` makes `experts_implementation="moezoo"` known to transformers.
+"""Registers `experts_implementation="moezoo"` with transformers when moezoo is imported.
 
-Its registry is in a module that takes seconds to import, torch included. Where nobody has imported
-that module yet, the entry is made as soon as somebody does.
+transformers' registry is in a module that takes seconds to import, torch included. If that module
+has not been imported yet, the entry is made as soon as it is.
 """
 
 import sys
@@ -14,7 +14,7 @@ REGISTRY = "transformers.integrations.moe"
 
 
 def register() -> None:
-    """Enter "moezoo" in transformers' experts implementations, now or once they are imported."""
+    """Add "moezoo" to transformers' experts implementations, now or once they are imported."""
     if REGISTRY in sys.modules:
         _enter(sys.modules[REGISTRY])
     else:
@@ -32,7 +32,10 @@ def _experts_forward(*args: Any) -> Any:
 
 
 class _OnImport:
-    """Finds the registry's module where others find it, and enters "moezoo" after it ran."""
+    """An import hook that adds "moezoo" to the registry after its module has been executed.
+
+    The module itself is found by the other finders.
+    """
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None

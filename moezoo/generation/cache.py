@@ -13,7 +13,7 @@ MIN_CAPACITY = 64
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values [B, heads, S, D] of one layer: views of buffers with room for more tokens."""
+    """One layer's keys and values [B, heads, S, D]: views of buffers with room for more tokens."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -25,7 +25,7 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append keys and values [B, heads, T, D]; return all of them."""
+        """Append keys and values [B, heads, T, D], and return all that the layer has."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         old = self.keys.shape[2]
@@ -45,9 +45,9 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def _has_room(self, length: int) -> bool:
-        """Whether the buffers may be written and still hold the present keys.
+        """Whether the buffers hold the present keys, have room for `length`, and may be written.
 
-        Beam search replaces the keys; what inference mode made is read-only outside it.
+        Beam search replaces the keys; tensors made in inference mode are read-only outside it.
         """
         if self._buffers is None:
             return False
@@ -59,8 +59,10 @@ class GrowingLayer(DynamicLayer):
 
 
 class ReplacedStates(LinearAttentionLayer):
-    """States of one layer, replaced where transformers' own are copied over: those that inference
-    mode made could not be written outside it."""
+    """One layer's states, which are replaced instead of overwritten as transformers does.
+
+    Tensors made in inference mode could not be overwritten outside it.
+    """
 
     def update_conv_state(
         self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs: object
@@ -82,7 +84,7 @@ class ReplacedStates(LinearAttentionLayer):
 
 
 def _moved(old: torch.Tensor, like: torch.Tensor, capacity: int) -> torch.Tensor:
-    """A buffer [B, heads, capacity, D] that begins with `old`."""
+    """Return a buffer [B, heads, capacity, D] that begins with `old`."""
     batch, heads, _, width = like.shape
     buffer = like.new_empty(batch, heads, capacity, width)
     buffer[:, :, : old.shape[2]] = old
@@ -90,9 +92,9 @@ def _moved(old: torch.Tensor, like: torch.Tensor, capacity: int) -> torch.Tensor
 
 
 def growing_cache(config: PreTrainedConfig) -> DynamicCache:
-    """transformers' cache for `config`, its full-attention layers growing in place.
+    """Return transformers' cache for `config`, with full-attention layers that grow in place.
 
-    Sliding layers are transformers' own: they keep their window only, which is short.
+    Sliding layers are transformers' own, which keep only their short window.
     """
     ours = {DynamicLayer: GrowingLayer, LinearAttentionLayer: ReplacedStates}
     cache = DynamicCache(config=config)

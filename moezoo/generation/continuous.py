@@ -1,7 +1,7 @@
 """Continuous batching (Yu et al., 2022): a prompt begins as soon as a row and pages are free.
 
-The host reads the tokens of a step while the next one runs. A sequence that turns out to have ended
-has then been given one token more, which is dropped.
+The host reads the tokens of a step while the next one runs. By the time it sees that a sequence has
+ended, one token more has been computed, which is dropped.
 """
 
 import heapq
@@ -23,17 +23,17 @@ from moezoo.generation.prompts import Chunk, in_chunks, passes
 from moezoo.generation.sampling import Sampler
 
 MIN_CHUNK = 256
-"""Prompt tokens of a forward pass below which running out of memory is final."""
+"""The fewest prompt tokens to which forward passes shrink when memory runs out."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class Request:
-    """One prompt, and the tokens that have come of it.
+    """One prompt, and the tokens generated for it so far.
 
-    `limit` is how many may come, 1 or more; `stream` has the numbers of a seeded draw.
-    `finish_reason` is set when it is over: "stop", "length" or "error".
+    `limit` is the most tokens to generate, 1 or more; `stream` has the uniform numbers of a seeded
+    draw. `finish_reason` is set at the end: "stop", "length" or "error".
     """
 
     index: int
@@ -46,20 +46,20 @@ class Request:
     _row: int | None = None
     _allocation: Allocation | None = None
     _launched: int = 0
-    """Tokens computed or being computed."""
+    """Number of new tokens that are computed or being computed."""
 
     @property
     def written(self) -> list[int]:
-        """All tokens so far, the prompt's first."""
+        """Return the prompt's tokens and those generated so far."""
         return self.prompt + self.tokens
 
 
 class Batcher:
-    """Runs requests on an engine, all of whose rows and pages are its own meanwhile.
+    """Runs requests on an engine, which nothing else uses meanwhile.
 
     Args:
-        ends: tokens that end a sequence; they are not among its tokens.
-        is_stopped: called after each token of a request.
+        ends: ids of end-of-text tokens, which are not kept.
+        is_stopped: called after each new token of a request; True ends it.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Batcher:
         self._flying: deque[tuple[HostCopies, list[Request | None]]] = deque()
 
     def run(self, requests: Iterator[Request]) -> Iterator[Request]:
-        """Yield each request as it finishes; they are read as they are needed."""
+        """Yield each request as it finishes; `requests` are read as rows become free."""
         self.engine.stop(range(self.engine.num_rows))  # of a run that was left halfway
         while True:
             missing = max(self._enough_free(), len(self._free)) - len(self._waiting)
@@ -97,7 +97,7 @@ class Batcher:
                 admitted = True
                 launched = self._step()
             except (RuntimeError, MemoryError) as error:
-                # Other ranks wait in the middle of a pass.
+                # Ranks cannot recover alone: the others wait in the middle of a forward pass.
                 if not is_out_of_memory(error) or self.engine.peers is not None:
                     raise
                 yield from self._collect_all()
@@ -108,11 +108,11 @@ class Batcher:
                 yield from self._collect()
 
     def _enough_free(self) -> int:
-        """How many free rows make a forward pass for new prompts worth interrupting the others."""
+        """Number of free rows from which a prefill is worth interrupting the running rows."""
         return max(1, self._num_rows // 16)
 
     def _admit(self) -> Iterator[Request]:
-        """Start waiting requests, up to `chunk` tokens of them; yield those that never can."""
+        """Start waiting requests of up to `chunk` tokens; yield those that can never fit."""
         if not self._waiting or len(self._free) < min(self._enough_free(), len(self._waiting)):
             return
         started: list[Request] = []
@@ -120,7 +120,7 @@ class Batcher:
         while self._waiting and self._free and budget > 0:
             request = self._waiting[0]
             tokens = request.written
-            # The last token that comes is kept nowhere.
+            # The last new token is never put into the cache.
             kept = len(request.prompt) + request.limit - 1
             if kept > self._pages.total * PAGE_SIZE:
                 self._waiting.popleft()
@@ -178,7 +178,7 @@ class Batcher:
         self._launched(drawn, rows)
 
     def _step(self) -> bool:
-        """One more token for every row; whether there was one."""
+        """Compute one more token for every row; return whether there was a row."""
         if not self._rows:
             return False
         self._compact()
@@ -189,7 +189,7 @@ class Batcher:
         return True
 
     def _launched(self, tokens: Tensor, rows: Sequence[int]) -> None:
-        """Have the tokens of rows read; rows that need no more of them are free again."""
+        """Start copying the new tokens of rows to the host; free rows that reach their limit."""
         requests = [self._rows.get(row) for row in rows]
         self._flying.append((HostCopies(tokens), requests))
         done = []
@@ -212,7 +212,7 @@ class Batcher:
                 request._row = None
 
     def _collect(self) -> Iterator[Request]:
-        """Read the oldest tokens that are on their way; yield the requests that they finish."""
+        """Read the oldest tokens that are being copied; yield the requests that they finish."""
         copies, requests = self._flying.popleft()
         (tokens,) = copies.wait()
         finished = []
@@ -239,7 +239,7 @@ class Batcher:
             yield from self._collect()
 
     def _compact(self) -> None:
-        """Move rows together if a smaller batch holds them then."""
+        """Move the used rows to the front if that makes the batch smaller."""
         number, highest = len(self._rows), max(self._rows) + 1
         if self._on_device and batch_size(number) == batch_size(highest):
             return
@@ -255,9 +255,9 @@ class Batcher:
         self._free = [row for row in range(self._num_rows) if row not in self._rows]
 
     def _shrink(self, *, in_prefill: bool) -> bool:
-        """After running out of memory: the rows start again, in shorter pieces or fewer of them.
+        """Restart all rows after memory ran out, with shorter chunks or fewer rows.
 
-        False where there is nothing left to shrink.
+        Returns False where neither can shrink further.
         """
         running = sorted(self._rows.values(), key=lambda request: request.index)
         if self.chunk > MIN_CHUNK and (in_prefill or len(running) <= 1):
@@ -265,7 +265,7 @@ class Batcher:
         elif len(running) > 1:
             self._num_rows = len(running) // 2
         else:
-            # Not even the one that ran is left: it has ended since.
+            # With no row left there is nothing to restart: the last one has just ended.
             return not running
         self._vacate(running)
         for request in reversed(running):

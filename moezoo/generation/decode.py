@@ -1,4 +1,4 @@
-"""The token loops of greedy search and sampling: on any cache of transformers, and on the engine.
+"""Token loops for greedy search and sampling: on any transformers cache, and on the engine.
 
 Legend: B batch, S tokens so far, T new tokens of a step, V vocabulary.
 """
@@ -22,7 +22,11 @@ from moezoo.layers.onednn import without_onednn
 
 @dataclass
 class Decoded:
-    """`sequences` int64 [B, S], prompt included; `scores`, `logits` fp32 [B, V] a step, if kept."""
+    """The result of a token loop.
+
+    `sequences` is int64 [B, S], prompt included; `scores` and `logits`, fp32 [B, V] per step, are
+    filled only if the generation config asks for them.
+    """
 
     sequences: torch.Tensor
     scores: list[torch.Tensor] = field(default_factory=list)
@@ -76,6 +80,7 @@ def decode(
         next_ids, scores = _choose(logits, sequences, logits_processor, generation_config, result)
         next_ids = chosen(decoder, next_ids)
         if stops_at_eos and len(sequences) > 1:  # one alone ends the loop when it ends
+            # Private, but what `generate` hands to `_sample`: the public field may be None.
             next_ids = torch.where(unfinished, next_ids, generation_config._pad_token_tensor)
         if streamer is not None:
             streamer.put(next_ids.cpu())
@@ -102,12 +107,13 @@ def _choose(
     generation_config: GenerationConfig,
     result: Decoded,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The next tokens [B] of sequences [B, S], and the scores [B, V] they were chosen by.
+    """Return the next tokens [B] of sequences [B, S], and the scores [B, V] they were chosen by.
 
-    What `result` is to keep of logits [B, V] and scores is added to it.
+    Appends logits [B, V] and scores to `result` if the config asks for them.
     """
     scores = logits
-    # The list would inspect the signature of each at each token: 150 us, as long as a layer.
+    # Calling the list itself would inspect each processor's signature at every token, which takes
+    # 150 us, as long as a layer.
     for processor in logits_processor:
         scores = processor(sequences, scores)
     if generation_config.output_logits:
@@ -130,18 +136,19 @@ def decode_paged(
     generation_config: GenerationConfig,
     streamer: BaseStreamer | None = None,
 ) -> Decoded:
-    """`decode` on an engine whose rows are free: `prompts` are input_ids [B, S] without padding.
+    """Do what `decode` does, on an engine all of whose rows are free.
 
-    The host looks at a step's tokens while the next step runs.
+    `prompts` are input_ids [B, S] without padding. The host reads a step's tokens while the next
+    step runs.
     """
     batch, length = input_ids.shape
-    pad = generation_config._pad_token_tensor
+    pad = generation_config._pad_token_tensor  # as in `decode`
     longest = stopping_criteria.max_length or generation_config.max_length
     kept = num_pages(longest)
     for row in range(batch):
         engine.assign(row, range(row * kept, (row + 1) * kept))
     keeps = generation_config.output_logits or generation_config.output_scores
-    # All ranks with others' steps take theirs in the same way; one without rows asks this first.
+    # All ranks must run their steps with the same sampler; a rank without rows asks this as well.
     (asks_more,) = largest(
         engine.decoder, bool(len(logits_processor) or generation_config.do_sample or keeps)
     )
@@ -197,9 +204,10 @@ def unpadded(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
 ) -> list[list[int]] | None:
-    """The tokens of each row of input_ids [B, S] without padding on the left.
+    """Return the tokens of each row of input_ids [B, S] without its padding on the left.
 
-    None where the mask hides something else too, or positions are not those of the tokens.
+    Returns None where the mask hides more than that, or positions do not count from the first
+    token.
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if mask.shape != input_ids.shape:

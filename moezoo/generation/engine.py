@@ -1,8 +1,8 @@
-"""Runs a decoder over a paged cache: prompts in chunks, then one token a row and step.
+"""Runs a decoder over a paged KV cache: prompts in chunks, then one token per row and step.
 
-On a GPU a step, the choice of its tokens included, is a CUDA graph that is captured once for each
-size of batch. It takes its input from where it left its output, so that steps follow each other
-without the host.
+On a GPU a step, sampling included, is a CUDA graph that is captured once for each size of batch. It
+reads its input tokens where the step before left them, so that steps follow each other without the
+host.
 
 Legend: R rows, B rows of a step, T tokens, V vocabulary, P pages of a row.
 """
@@ -45,15 +45,16 @@ from moezoo.layers.decoder import Decoder
 from moezoo.layers.rope import Rotation
 
 CHUNK_TOKENS = 8192
-"""Prompt tokens in one forward pass."""
+"""Most prompt tokens in one forward pass, by default."""
 
 
 class Engine:
-    """`num_rows` rows of at most `context` tokens each, and the pages that hold them.
+    """A batch of `num_rows` sequences (rows) of at most `context` tokens each, with their KV cache.
 
     Args:
-        decoder: all of it on one device, its positions' rotation independent of the length.
-        pages: of all rows together; by default as many as fit the context of each row.
+        decoder: a decoder that `supports` accepts.
+        pages: number of pages for all rows together; by default enough for `context` tokens in
+            each.
         chunk: the most tokens in one call of `prefill`.
     """
 
@@ -79,7 +80,7 @@ class Engine:
         self.ids = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
         """The next token of each row, not in the cache yet."""
         self.lengths = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
-        """Tokens in the cache; 0 for a row without a sequence."""
+        """Number of tokens of each row in the cache; 0 for a row without a sequence."""
         kinds = list(dict.fromkeys([None, *windows(decoder)]))
         self._tables = torch.zeros(
             len(kinds), num_rows, num_pages(context), dtype=torch.int32, device=self.device
@@ -95,30 +96,30 @@ class Engine:
         self.greedy = Sampler.greedy(num_rows, self.device, agreed=agreed)
         self._graphs: dict[tuple[int, Sampler | None], tuple[Any, Tensor]] = {}
         self._empty_graphs: dict[int, Any] = {}
-        """Of steps in which other ranks have so many rows, and this one none."""
+        """Graphs of steps in which this rank has no rows, by the largest number on another rank."""
         self._prompt_graphs: dict[Sizes, tuple[Tensor, Any, Tensor] | None] = {}
-        """None for a size that was seen once."""
+        """Input memory, graph and logits of prompt passes; None for a size that was seen once."""
         self._pool: Any = None
         self._recorders: set[nn.Module | None] = set()
-        """Those that graphs write to, and so must not lose their memory."""
+        """Recorders that graphs write to; held here so that their memory is not freed."""
         self._unfolds = any(len(layer.cache_shapes) == 1 for layer in attentions(decoder))
         self.shares = set(self.tables) == {None} and not any(self.cache.states)
-        """Whether a prompt may begin with another's pages. A ring is one sequence's alone, and so
-        is a state: where keys of a page are known, the state after its tokens is not."""
+        """Whether sequences may share the pages of a common prefix. A sliding window's ring of
+        pages belongs to one sequence, and so does a state, which is not kept page by page."""
 
     @torch.inference_mode()
     def assign(self, row: int, pages: Sequence[int]) -> None:
-        """Give a row its pages."""
+        """Set the pages of a row."""
         table = torch.tensor(pages, dtype=torch.int32)
         self.tables[None][row, : len(pages)] = to_device(table, self.device)
 
     @torch.inference_mode()
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Put the chunks' tokens into the cache; the logits [len(chunks), V] of each one's last.
+        """Put the chunks' tokens into the cache; return logits [len(chunks), V] of their last ones.
 
-        On a GPU a pass of few tokens is a CUDA graph from the second of its size on, since it takes
-        longer to launch its kernels than to run them; but not where other ranks have other tokens,
-        whose numbers they exchange.
+        On a GPU a pass of few tokens is a CUDA graph from the second of its size on, since
+        launching its kernels takes longer than running them. There are no graphs where each rank
+        has tokens of its own, as ranks then exchange their numbers.
         """
         if self.peers is None:
             return self._prefill_alone(chunks)
@@ -145,7 +146,7 @@ class Engine:
         return self._prefill(inputs, longest, keys, chunks)
 
     def _records(self, sizes: Sizes, *, fresh: bool) -> bool:
-        """Whether a pass may be a graph: its shapes follow from its sizes alone, on all ranks."""
+        """Whether a prompt pass may be a graph: sizes alone decide its shapes, on all ranks."""
         unfolds = self._unfolds and not fresh
         alike = self.peers is None or self.peers.alike
         return (
@@ -162,7 +163,11 @@ class Engine:
         key_slots: Tensor | None,
         chunks: Sequence[Chunk],
     ) -> Tensor:
-        """`longest` bounds a chunk's tokens; no `key_slots`: the chunks see their own keys only."""
+        """Run the chunks on a GPU and return the logits of each one's last token.
+
+        `longest` is a bound for a chunk's tokens. Without `key_slots` chunks attend to their own
+        keys only.
+        """
         slots = {
             window: slots_of_rows(table, inputs.rows, inputs.positions)
             for window, table in self.tables.items()
@@ -185,7 +190,7 @@ class Engine:
         packed_chunks = packed(chunks, sizes)
         recorded = self._prompt_graphs[sizes]
         if recorded is None:
-            # Filled before it is recorded: what runs then goes to the cache as well.
+            # The input is filled in first: what runs while recording writes to the cache as well.
             memory = to_device(packed_chunks, self.device)
             inputs = PromptInputs.views(memory, sizes)
             graph, logits = self._record(lambda: self._prefill(inputs, sizes.tokens, None, ()))
@@ -207,7 +212,7 @@ class Engine:
         return self.decoder.logits(hidden[last.to(self.device)])
 
     def prefill_all(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """`prefill` of a whole prompt in each of the rows 0, 1, ..: the logits of their ends."""
+        """Prefill whole prompts into the rows 0, 1, ..; return the logits of their last tokens."""
         chunks = itertools.chain.from_iterable(
             in_chunks(row, prompt, self.chunk) for row, prompt in enumerate(prompts)
         )
@@ -223,20 +228,21 @@ class Engine:
 
     @torch.inference_mode()
     def start(self, rows: Sequence[int], lengths: Sequence[int], tokens: Tensor) -> None:
-        """Let rows go on from `lengths` tokens in the cache with tokens int64 [len(rows)]."""
+        """Set the next tokens of rows, int64 [len(rows)], which have `lengths` in the cache."""
         at = to_device(torch.tensor(rows), self.device)
         self.ids[at] = tokens
         self.lengths[at] = to_device(torch.tensor(lengths, dtype=torch.int32), self.device)
 
     @torch.inference_mode()
     def stop(self, rows: Sequence[int]) -> None:
+        """Free rows: steps no longer compute anything for them."""
         self.lengths[to_device(torch.tensor(rows), self.device)] = 0
 
     @torch.inference_mode()
     def move(self, sources: Sequence[int], targets: Sequence[int], more: Iterable[Tensor]) -> None:
-        """Target rows, which have no sequence, take over those of source rows.
+        """Move the sequences of the source rows to the target rows, which have none.
 
-        `more` is further state of rows, [R, ..].
+        `more` are further tensors with the state of rows, [R, ..] each.
         """
         source, target = (to_device(torch.tensor(x), self.device) for x in (sources, targets))
         states = itertools.chain.from_iterable(self.cache.states)
@@ -248,11 +254,11 @@ class Engine:
 
     @torch.inference_mode()
     def step(self, batch: int, sampler: Sampler | None = None) -> Tensor:
-        """Put the next token of the first `batch` rows into the cache, and find those after them.
+        """Put the next token of the first `batch` rows into the cache, and compute what follows.
 
-        Returns logits [batch, V], valid until the next step. With a sampler `ids` has its tokens
-        afterwards; without one the caller puts them there. Where other ranks have more rows, it is
-        a step of as many.
+        Returns logits [batch, V], valid until the next step. A sampler writes the tokens that it
+        draws to `ids`; without one the caller does. Where another rank has more rows, the step has
+        as many.
         """
         if self.peers is None:
             return self._replay(batch, sampler) if self.captures else self._step(batch, sampler)
@@ -264,7 +270,7 @@ class Engine:
 
     @torch.inference_mode()
     def finish(self, sampler: Sampler | None = None) -> None:
-        """Go through the passes that other ranks still have; their steps have such a sampler."""
+        """Make the forward passes that other ranks still have; their steps use such a sampler."""
         if self.peers is None:
             return
         while (turn := self.peers.begin(0)).goes_on:
@@ -284,7 +290,10 @@ class Engine:
         return logits
 
     def _require_graphs(self, batch: int, sampler: Sampler | None) -> None:
-        """Ranks run what they capture, all at the same time: so each captures what any may need."""
+        """Capture the graphs of a step that are missing, with rows and without.
+
+        Capturing runs the step, so all ranks do it together, each for all that any may need.
+        """
         if (batch, sampler) not in self._graphs:
             self._graphs[batch, sampler] = self._capture(batch, sampler)
         if self.peers is None or self.peers.alike or batch in self._empty_graphs:
@@ -332,7 +341,7 @@ class Engine:
 
     @cached_property
     def _rotation(self) -> Rotation:
-        """Of every position that a row may reach, [positions, D] each."""
+        """Rotation of every position that a row may reach: two tensors [positions, D]."""
         positions = torch.arange(self._tables.shape[2] * PAGE_SIZE, device=self.device)
         cos, sin = self.decoder.rotation(positions[None])
         return cos[0, :, 0], sin[0, :, 0]
@@ -340,7 +349,7 @@ class Engine:
     def _capture(self, batch: int, sampler: Sampler | None) -> tuple[Any, Tensor]:
         state = [self.ids, self.lengths, *([] if sampler is None else sampler.state())]
         before = [x.clone() for x in state]
-        # A state would go on by a token that is not one: without lengths no row is used.
+        # With lengths of 0 no row is used: a step that only runs to be captured changes no state.
         self.lengths.zero_()
         recorded = self._record(lambda: self._step(batch, sampler))
         for x, old in zip(state, before, strict=True):
@@ -348,7 +357,7 @@ class Engine:
         return recorded
 
     def _record(self, run: Callable[[], Any]) -> tuple[Any, Any]:
-        """A CUDA graph of `run`, and the memory where it leaves its result."""
+        """Return a CUDA graph of `run`, and the tensors that hold its result."""
         graph, result = record(self.decoder, run, self._pool)
         self._recorders.add(self.decoder.recorder)
         self._pool = graph.pool()
@@ -356,6 +365,7 @@ class Engine:
 
 
 def supports(decoder: Decoder) -> bool:
-    """Whether an `Engine` can run it: one device, and a rotation that ignores the length."""
+    """Whether an `Engine` can run a decoder: on one device, with a rotation that is independent of
+    the sequence's length."""
     devices = {parameter.device for parameter in decoder.parameters()}
     return len(devices) == 1 and not decoder.rope.depends_on_length

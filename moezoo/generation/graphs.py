@@ -1,4 +1,4 @@
-"""CUDA graphs of a decoder's passes: which passes become one, and how it is recorded."""
+"""CUDA graphs of a decoder's forward passes: which passes become graphs, and how."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,19 +15,19 @@ from moezoo.layers.moe import RoutingRecorder
 from moezoo.layers.norm import is_hooked
 
 BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Steps are made for so many rows; rows without a sequence fill them up."""
+"""Numbers of rows that steps are made for; rows without a sequence pad them."""
 
 GRAPH_TOKENS = 2048
-"""Prompt tokens of a forward pass up to which it becomes a CUDA graph."""
+"""Most prompt tokens of a forward pass that becomes a CUDA graph."""
 
 
 def batch_size(rows: int) -> int:
-    """For how many rows a step is made that has at least so many."""
+    """Return the smallest of BATCH_SIZES for so many rows; beyond them the number itself."""
     return next((size for size in BATCH_SIZES if size >= rows), rows)
 
 
 def capturable(decoder: nn.Module) -> bool:
-    """Whether a recorded step would do what the modules do when they are called."""
+    """Whether a CUDA graph does what the modules do: none has hooks or works on the host."""
     return not any(
         is_hooked(module)
         or (isinstance(module, SequenceMixer | RoutingRecorder) and module.runs_on_host)
@@ -36,13 +36,16 @@ def capturable(decoder: nn.Module) -> bool:
 
 
 def captures_steps(decoder: Decoder) -> bool:
-    """Whether steps are CUDA graphs, which they are on all ranks or on none."""
+    """Whether steps become CUDA graphs, on all ranks or on none."""
     (captures,) = smallest(decoder, decoder.embed.weight.is_cuda and capturable(decoder))
     return bool(captures)
 
 
 def record(decoder: Decoder, run: Callable[[], Any], pool: Any) -> tuple[Any, Any]:
-    """A CUDA graph of `run`, and the memory where it leaves its result; graphs may share a pool."""
+    """Run `run`, and return a CUDA graph of it with the tensors that hold its result.
+
+    Graphs may share a memory pool.
+    """
     with unrecorded(decoder):
         run()  # compiles kernels, which a capture must not
     device = decoder.embed.weight.device
@@ -61,7 +64,7 @@ def record(decoder: Decoder, run: Callable[[], Any], pool: Any) -> tuple[Any, An
 
 @contextmanager
 def unrecorded(decoder: Decoder) -> Iterator[None]:
-    """For passes that do nobody's work."""
+    """Return a context whose forward passes count neither as routed tokens nor as load."""
     with ExitStack() as stack:
         for counter in (decoder.recorder, decoder.balancer):
             if counter is not None:
@@ -71,5 +74,5 @@ def unrecorded(decoder: Decoder) -> Iterator[None]:
 
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """torch has one for all devices, on that which is current at the first capture."""
+    """Return the device's stream for captures: torch's own is on whichever device came first."""
     return torch.cuda.Stream(device)

@@ -1,4 +1,4 @@
-"""The loss of a model on a text that it was not made for."""
+"""The loss of a model on held-out text."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,10 @@ LENGTH = 512
 
 @dataclass(frozen=True)
 class Loss:
-    """Nats a token, of so many tokens in windows of `length`; a window's first is not counted."""
+    """A mean loss in nats per token, over `num_tokens` tokens in windows of `length`.
+
+    The first token of a window is not counted.
+    """
 
     nats: float
     num_tokens: int
@@ -25,7 +28,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Texts, and the tokenizer of the models that read them."""
+    """Held-out texts, and the tokenizer of the models that are measured on them."""
 
     name: str
     texts: Sequence[str]
@@ -33,9 +36,9 @@ class HeldOut:
 
     @classmethod
     def read(cls, path: Path, tokenizer: PreTrainedTokenizerBase) -> "HeldOut":
-        """Of a file: JSON lines with "text" where its name ends in .jsonl, else one text.
+        """Read a file: JSON lines with "text" where its name ends in .jsonl, else one text.
 
-        Raises `ValueError` for a file that cannot be read or is not that.
+        Raises `ValueError` for a file that cannot be read or has another format.
         """
         try:
             text = path.read_text("utf-8")
@@ -51,7 +54,10 @@ class HeldOut:
         )
 
     def loss(self, model: Any) -> Loss:
-        """Of a `MoECausalLM`; raises `ValueError` where there are not two tokens in a row."""
+        """Return the loss of a `MoECausalLM`.
+
+        Raises `ValueError` where no text has two tokens.
+        """
         length = min(LENGTH, context_length(model) or LENGTH)
         windows: list[list[int]] = []
         for i, text in enumerate(self.texts):

@@ -15,7 +15,7 @@ from moezoo.generation.memory import is_out_of_memory
 from moezoo.generation.sampling import SeededDraw, uniforms
 from moezoo.generation.texts import Completion, Prompt, Texts
 
-# Sampling settings as a greedy run has them; others make transformers warn that they go unused.
+# Defaults of the sampling settings; transformers warns of others in a greedy run.
 _NEUTRAL = {
     "temperature": 1.0,
     "top_k": 50,
@@ -30,13 +30,14 @@ _NEUTRAL = {
 
 @dataclass(frozen=True)
 class BatchGenerator:
-    """`generate` by `model.generate`, on so many prompts at a time."""
+    """Completes prompts by `model.generate`: the way of `offline.generate` for any model."""
 
     texts: Texts
     seed: int | None
     streamer: BaseStreamer | None
 
     def run(self, prompts: Iterator[Prompt], batch_size: int) -> Iterator[Completion]:
+        """Yield the completions in the order of the prompts, `batch_size` prompts at a time."""
         while batch := list(islice(prompts, batch_size)):
             try:
                 completions = self._complete(batch)
@@ -81,7 +82,7 @@ class BatchGenerator:
     def _generate(
         self, prompt_ids: list[int | str], rows: list[list[int]], num_new_tokens: int
     ) -> list[list[int]]:
-        """The new tokens of each row, whatever follows the end of a row still among them."""
+        """Return the new tokens of each row, including what follows its end-of-text token."""
         model = self.texts.model
         config = copy.deepcopy(self.texts.config)
         length = max(len(row) for row in rows)

@@ -1,4 +1,4 @@
-"""The engine that a model keeps from one call to the next, as long as it is still the model's."""
+"""The engine that a model keeps between calls of `generate`."""
 
 import itertools
 from collections.abc import Iterator
@@ -16,15 +16,15 @@ from moezoo.generation.turns import largest, limited
 from moezoo.layers.decoder import Decoder
 
 KEPT_BYTES = 4 * 2**30
-"""The largest KV cache that is kept between two calls of `model.generate`."""
+"""Size of the largest KV cache that is kept between two calls of `model.generate`."""
 
 
 class EngineKeeper:
-    """Keeps a model's engine, and with it the graphs of its steps, from one call to the next.
+    """Keeps a model's engine, with its KV cache and CUDA graphs, from one call to the next.
 
-    One call has it at a time: another thread's gets one of its own, and what a call leaves behind
-    that fails is not used again. Nor is that of a decoder with modules of others, adapters for
-    instance: a switch of theirs may change what a step does. A copy of the model gets a keeper of
+    One call uses it at a time: a call in another thread makes an engine of its own. The engine of a
+    call that fails is not kept, nor that of a decoder with modules of other packages, such as
+    adapters, whose switches may change what a step computes. A copy of the model gets a keeper of
     its own.
     """
 
@@ -40,12 +40,13 @@ class EngineKeeper:
         return EngineKeeper, ()
 
     def release(self) -> None:
-        """Give back the memory of the engine that is kept."""
+        """Drop the engine that is kept, and with it its memory."""
         with self._lock:
             self._engine = None
 
     def has_room(self, decoder: Decoder, rows: int, context: int) -> bool:
-        """Whether the GPU has memory for `rows` rows of `context` tokens, and some to spare."""
+        """Whether `rows` rows of `context` tokens take at most 90 % of the GPU's free memory, the
+        kept cache included."""
         with self._lock:
             kept = 0 if self._engine is None else self._engine.cache.nbytes
         return rows * row_bytes(decoder, context) <= 0.9 * (
@@ -54,8 +55,12 @@ class EngineKeeper:
 
     @contextmanager
     def engine(self, decoder: Decoder, rows: int, context: int) -> Iterator[Engine]:
-        """An engine with the number of rows that `rows` take, with pages for `context` in each."""
-        # Rows that fill up a batch are tokens as well.
+        """Lend an engine for at least `rows` rows of up to `context` tokens: the kept one, or new.
+
+        It may have more rows, since graphs are made for few sizes of batch. It is kept afterwards
+        if the block raises nothing and its cache takes at most `KEPT_BYTES`.
+        """
+        # The rows that pad a batch count towards the ranks' limit of tokens.
         size, pages = max(rows, limited(decoder, batch_size(rows))), rows * num_pages(context)
         made_for = fingerprint(decoder)
         with self._lock:
@@ -64,7 +69,7 @@ class EngineKeeper:
                 engine = None
             elif engine.num_rows != size or engine.context < context or engine.pages < pages:
                 engine = None  # its memory may be needed
-        # A rank that records steps would wait for those that have them.
+        # If one rank makes a new engine, all do: capturing steps takes all of them.
         (anew,) = largest(decoder, engine is None)
         if anew:
             engine = None
@@ -72,7 +77,7 @@ class EngineKeeper:
             room = 2 ** max(9, (context - 1).bit_length())
             if size * row_bytes(decoder, room) <= KEPT_BYTES:
                 engine = Engine(decoder, num_rows=size, context=room)
-            else:  # it will not be kept, and all memory may be needed
+            else:  # too large to be kept: make it no larger than this call needs
                 engine = Engine(decoder, num_rows=size, context=context, pages=pages)
         engine.captures = captures_steps(decoder)
         yield engine
@@ -82,13 +87,19 @@ class EngineKeeper:
 
 
 def has_modules_of_others(decoder: nn.Module) -> bool:
-    """Whether there are modules of other packages, of whose state `fingerprint` sees too little."""
+    """Whether a module is from a package other than moezoo and torch.
+
+    `fingerprint` does not see all state of such modules.
+    """
     packages = {type(module).__module__.partition(".")[0] for module in decoder.modules()}
     return not packages <= {"moezoo", "torch"}
 
 
 def fingerprint(decoder: nn.Module) -> tuple[int, ...]:
-    """Other numbers once a module or the memory of a tensor is another: old graphs are stale."""
+    """Return numbers that change when a module or a tensor's memory is replaced.
+
+    CUDA graphs that were captured before are then stale.
+    """
     modules = (id(module) for module in decoder.modules())
     tensors = itertools.chain(decoder.parameters(), decoder.buffers())
     return (*modules, *(tensor.data_ptr() for tensor in tensors))

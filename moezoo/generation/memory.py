@@ -1,4 +1,4 @@
-"""What an engine's rows and pages take, and how many of them memory allows."""
+"""The memory of an engine's rows and pages, and how many of them fit."""
 
 import torch
 
@@ -16,7 +16,7 @@ CPU_CACHE_BYTES = 4 * 2**30
 
 
 def row_bytes(decoder: Decoder, context: int) -> int:
-    """Of a row with pages for `context` tokens."""
+    """Return the bytes of a row with pages for `context` tokens."""
     tokens = sum(token_bytes(decoder, window) for window in set(windows(decoder)))
     return num_pages(context) * PAGE_SIZE * tokens + row_state_bytes(decoder)
 
@@ -24,14 +24,15 @@ def row_bytes(decoder: Decoder, context: int) -> int:
 def rows_and_pages_that_fit(
     decoder: Decoder, *, num_rows: int, context: int, chunk: int, cache_bytes: int | None
 ) -> tuple[int, int]:
-    """For an `Engine` of at most `num_rows` rows: of `cache_bytes`, or of the memory that is free.
+    """Return how many rows, at most `num_rows`, and pages an `Engine` has memory for.
 
-    Where only some layers have pages that grow, the rings and states of the others take half of it
-    at most.
-    On a GPU where all might not fit, a forward pass of `chunk` tokens is made to see what it takes
-    beside the cache.
-    Ranks that share experts get the same, as the one with the least memory has it.
-    Raises `ValueError` if `cache_bytes` has no room for a page and what a row has for itself.
+    The memory is `cache_bytes`, or what is free. Where some layers have rings or states instead of
+    pages, these take at most half of it. On a GPU where not everything is sure to fit, a forward
+    pass of `chunk` tokens is made to measure what it takes beside the cache. Ranks that share
+    experts get the numbers of the one with the least memory.
+
+    Raises `ValueError` if `cache_bytes` has no room for one page, and the rings and states of a
+    row.
     """
     weight = decoder.embed.weight
     page_bytes = token_bytes(decoder) * PAGE_SIZE

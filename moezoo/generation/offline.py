@@ -1,7 +1,7 @@
 """Offline generation: many prompts in, one completion each out.
 
-A moezoo model completes them by continuous batching, as long as the settings are what its engine
-does; another model, or other settings, by `model.generate` on one batch after the other.
+A moezoo model uses continuous batching where its engine supports the settings. Other models and
+other settings go through `model.generate`, one batch after the other.
 """
 
 import copy
@@ -126,7 +126,7 @@ def generate(
 
 
 def _in_engine(model: PreTrainedModel, config: GenerationConfig) -> bool:
-    """Whether the engine runs this model and does all that these settings ask for."""
+    """Whether the engine supports this model and all of these settings."""
     decoder = getattr(model, "decoder", None)
     if not isinstance(decoder, Decoder) or not supports(decoder) or config.num_beams != 1:
         return False
@@ -135,7 +135,9 @@ def _in_engine(model: PreTrainedModel, config: GenerationConfig) -> bool:
     generation_mode = config.get_generation_mode()
     if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return False
-    # Some processors are made only where there are end-of-text tokens, or a prompt.
+    # Only transformers knows which processors a config asks for, those of later versions included;
+    # a list of fields here would miss new ones without a word. Nothing public tells it. Some are
+    # made only where there are end-of-text tokens, or a prompt.
     config = copy.deepcopy(config)
     model._prepare_special_tokens(config, device="cpu")
     processors = model._get_logits_processor(

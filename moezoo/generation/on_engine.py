@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from moezoo.errors import MoEOutOfMemoryError
 from moezoo.generation.continuous import Batcher, Request
 from moezoo.generation.engine import Engine
-from moezoo.generation.keeper import EngineKeeper
 from moezoo.generation.memory import is_out_of_memory, rows_and_pages_that_fit
 from moezoo.generation.sampling import Sampler, uniforms
 from moezoo.generation.texts import MAX_CONTEXT, Completion, Prompt, Texts, context_length
@@ -15,7 +14,7 @@ from moezoo.generation.turns import largest
 
 @dataclass(frozen=True)
 class ContinuousGenerator:
-    """`generate` on moezoo's engine."""
+    """Completes prompts on moezoo's engine: the fast way of `offline.generate`."""
 
     texts: Texts
     seed: int | None
@@ -24,7 +23,7 @@ class ContinuousGenerator:
     cache_bytes: int | None
 
     def run(self, prompts: Iterator[Prompt]) -> Iterator[Completion]:
-        """Nothing is allocated before the first completion is asked for."""
+        """Yield completions as they finish; memory is allocated when the first one is asked for."""
         model, config = self.texts.model, self.texts.config
         started: dict[int, Prompt] = {}
         failed: list[Completion] = []
@@ -61,9 +60,7 @@ class ContinuousGenerator:
     def _engine(self) -> tuple[Engine, Sampler]:
         model, config = self.texts.model, self.texts.config
         decoder = model.decoder
-        keeper = getattr(model, "_engines", None)
-        if isinstance(keeper, EngineKeeper):
-            keeper.release()
+        model.release_engine()
         context = context_length(model) or MAX_CONTEXT
         if decoder.peers is not None:
             decoder.peers.same(batch_tokens=self.batch_tokens, cache_bytes=self.cache_bytes or 0)

@@ -1,4 +1,4 @@
-"""A KV cache in pages, and how attention uses it in steps of decoding; `prompts` has the other way.
+"""A paged KV cache, and attention to it in decode steps; that of prompts is in `prompts`.
 
 Sequences lie one behind another, without padding: B is 1 in every [B, T, ..] of the layers. The
 slot page * PAGE_SIZE + offset of a layer's tensors holds one token. Layers with a sliding window
@@ -46,17 +46,17 @@ def attentions(decoder: Decoder) -> list[SequenceMixer]:
 
 
 def counts_padding(decoder: Decoder) -> bool:
-    """Whether what a layer computes depends on the padding before a sequence."""
+    """Whether the result of a layer depends on the padding before a sequence."""
     return any(attention.counts_padding for attention in attentions(decoder))
 
 
 def windows(decoder: Decoder) -> list[Window]:
-    """The sliding window of each layer, None where there is none."""
+    """Return the sliding window of each mixer, None for those without."""
     return [attention.window for attention in attentions(decoder)]
 
 
 def token_bytes(decoder: Decoder, window: Window = None) -> int:
-    """Bytes that a token takes in the layers with this window."""
+    """Return the bytes that a token takes in all layers with this window."""
     numbers = sum(
         heads * width
         for attention, own in zip(attentions(decoder), windows(decoder), strict=True)
@@ -67,21 +67,21 @@ def token_bytes(decoder: Decoder, window: Window = None) -> int:
 
 
 def row_state_bytes(decoder: Decoder) -> int:
-    """Bytes that a row takes in the layers with a state."""
+    """Return the bytes of a row's states in all layers."""
     return state_bytes(attentions(decoder), decoder.embed.weight.dtype)
 
 
 def ring_pages(window: int, *, context: int, chunk: int) -> int:
-    """Pages that a row needs for the window before a chunk, and the chunk."""
+    """Return the number of pages in a row's ring: room for a window and the chunk that follows."""
     return min(num_pages(window + chunk) + 1, num_pages(context))
 
 
 class PagedCache:
     """Keys and values of all layers, each [slots, Hk, D] in the model's dtype, and states.
 
-    `pages` is the number of pages of the layers without a window; with a window of w each of the
-    `num_rows` rows has `ring_pages(w, ..)` pages for itself. states[layer] are [R, ..]; what is in
-    them before a row's first tokens, or in keys of tokens that are not stored, means nothing.
+    `pages` is the number of pages of each layer without a window; in a layer with a window of w
+    each of the `num_rows` rows has `ring_pages(w, ..)` pages of its own. states[layer] are [R, ..].
+    Memory is not initialised: a row's states before its first tokens mean nothing.
     """
 
     def __init__(
@@ -114,9 +114,10 @@ class PagedCache:
     def dense(
         self, config: PreTrainedConfig, table: Tensor, lengths: Sequence[int]
     ) -> DynamicCache:
-        """transformers' cache with the first `lengths` tokens of rows 0, 1, .. of `table` [R, P].
+        """Return a cache of transformers with the first `lengths` tokens of rows 0, 1, ...
 
-        It is padded on the left, with zeros. For decoders without a sliding window or a state.
+        `table` int [R, P] has the pages of each row. The cache is padded on the left with zeros.
+        For decoders without sliding windows and states only.
         """
         cache = growing_cache(config)
         width = max(lengths)
@@ -135,12 +136,12 @@ class PagedCache:
 
 
 class PagedContext:
-    """What prompts and steps have in common: how keys get into the pages."""
+    """The base of the contexts of prompts and decode steps: how keys get into the pages."""
 
     rotation: Rotation
     cache: PagedCache
     slots: dict[Window, Tensor]
-    """int64 [T], where each new token goes; -1 for one that is kept nowhere (on CUDA only)."""
+    """The slot of each new token, int64 [T]; -1 for a token that is not stored (on CUDA only)."""
 
     def real_tokens(self) -> Tensor | None:
         return self.slots[None] >= 0
@@ -218,10 +219,10 @@ class PagedContext:
 
 @dataclass(frozen=True)
 class DecodeContext(PagedContext):
-    """One new token for each of T rows.
+    """The context of a decode step: one new token for each of T rows.
 
-    tables[window] is int32 [T, P], the pages of each row; lengths int32 [T] counts its tokens, the
-    new one included, and is 0 for a row that is none (on CUDA only).
+    tables[window] int32 [T, P] has the pages of each row. lengths int32 [T] counts its tokens, the
+    new one included, and is 0 for a row without a sequence (on CUDA only).
     """
 
     rotation: Rotation
@@ -295,12 +296,12 @@ class DecodeContext(PagedContext):
 
     @cached_property
     def _used(self) -> Tensor:
-        """bool [T, 1]: whether the row is one."""
+        """Whether each row has a sequence, bool [T, 1]."""
         return (self.lengths > 0)[:, None]
 
     @cached_property
     def _padded(self) -> dict[Window, tuple[Tensor, CausalMask]]:
-        """The slots of all keys that the rows see, int64 [T, S] flush right, and which count."""
+        """Slots of the keys that each row sees, int64 [T, S], padded on the left, and a mask."""
         longest = int(self.lengths.max())
         found = {}
         for window, table in self.tables.items():
@@ -316,5 +317,5 @@ class DecodeContext(PagedContext):
 
 
 def slots_of(table: Tensor, positions: Tensor) -> Tensor:
-    """The slots, int64 [R, n], of positions [R, n] of rows whose pages are table [R, P]."""
+    """Return the slots, int64 [R, n], of positions [R, n] in rows whose pages are table [R, P]."""
     return table.long().gather(1, positions // PAGE_SIZE) * PAGE_SIZE + positions % PAGE_SIZE

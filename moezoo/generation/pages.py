@@ -1,7 +1,7 @@
-"""Which page of a KV cache holds which tokens: bookkeeping on the host, no tensors.
+"""Allocation of the pages of a KV cache, with prefix sharing; on the host, without tensors.
 
-A page has room for `page_size` tokens of a sequence. Pages of prompts that begin alike are shared:
-a full page is known by its tokens and all before them, and stays known after its sequences have
+A page has room for PAGE_SIZE tokens of a sequence. Prompts with the same beginning share its full
+pages. A page is found by a digest of its tokens and all before them, also after its sequences have
 finished, until its room is needed (Kwon et al., 2023, with the prefix cache of vLLM).
 """
 
@@ -15,19 +15,20 @@ PAGE_SIZE = 64
 
 
 def num_pages(num_tokens: int) -> int:
+    """Return the number of pages that so many tokens take."""
     return -(-num_tokens // PAGE_SIZE)
 
 
 @dataclass
 class Allocation:
-    """The pages of one sequence, in order; the first `num_cached` tokens are in them already."""
+    """The pages of one sequence, in order; they hold its first `num_cached` tokens already."""
 
     pages: list[int]
     num_cached: int
 
 
 class PageAllocator:
-    """Hands out the pages 0 .. total - 1."""
+    """Hands out the pages 0 to total - 1; with `share`, sequences share those of a prefix."""
 
     def __init__(self, total: int, *, share: bool = True) -> None:
         self.total = total
@@ -37,20 +38,19 @@ class PageAllocator:
         self._page_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
         self._unused: OrderedDict[int, None] = OrderedDict()
-        """Known pages without a user, the longest unused first."""
+        """Pages with a key and without a user, the least recently used first."""
         self._unwritten: set[int] = set()
-        """Known by keys, but not computed yet."""
+        """Pages with a key whose tokens are not computed yet."""
 
     @property
     def num_available(self) -> int:
         return len(self._free) + len(self._unused)
 
     def allocate(self, prompt: Sequence[int], num_tokens: int) -> Allocation | None:
-        """Pages for a sequence of `num_tokens` that begins with `prompt`, or None without room.
+        """Allocate pages for a sequence of `num_tokens` that begins with `prompt`.
 
-        At least one token of the prompt is left to compute, since its logits are wanted. None too
-        where pages that the prompt shares are still to be written: ask again after
-        `written`.
+        At least one token of the prompt is left to compute, for its logits. Returns None where
+        there is no room, and where shared pages are not computed yet: ask again after `written`.
         """
         keys = _page_keys(prompt) if self.share else []
         shared: list[int] = []
@@ -77,10 +77,11 @@ class PageAllocator:
         return Allocation(pages, len(shared) * PAGE_SIZE)
 
     def written(self, allocation: Allocation) -> None:
-        """The prompt's keys and values are in its pages: others may share them."""
+        """Mark the prompt's pages as computed: other sequences may share them from now on."""
         self._unwritten.difference_update(allocation.pages)
 
     def release(self, allocation: Allocation) -> None:
+        """Give a sequence's pages back; those with computed prefixes can still be found."""
         for page in reversed(allocation.pages):
             self._users[page] -= 1
             if self._users[page]:
@@ -108,7 +109,7 @@ class PageAllocator:
 
 
 def _page_keys(prompt: Sequence[int]) -> list[bytes]:
-    """Of each full page of the prompt, a digest of its tokens and all before them."""
+    """Return a digest for each full page of the prompt: of its tokens and all before them."""
     keys = []
     key = b""
     for start in range(0, len(prompt) - PAGE_SIZE + 1, PAGE_SIZE):

@@ -1,4 +1,4 @@
-"""Chunks of prompts: what a forward pass of several of them needs, and their attention.
+"""Forward passes over chunks of several prompts: their inputs and their attention.
 
 Legend: T new tokens of all chunks, C chunks, N tiles of queries, S keys (cached and new), Hq query
 heads, Hk key heads, D key width, Dv value width.
@@ -24,12 +24,12 @@ from moezoo.layers.softmax_attention import attend
 from moezoo.layers.states import StateLayer, States
 
 PROMPT_SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048)
-"""Passes that are CUDA graphs have room for so many tokens."""
+"""Numbers of tokens that the CUDA graphs of prompt passes have room for."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens of a row's prompt, of which `start` tokens are in the cache already."""
+    """Consecutive tokens of a row's prompt, after `start` tokens that are in the cache already."""
 
     row: int
     tokens: Sequence[int]
@@ -41,13 +41,13 @@ class Chunk:
 
 
 def in_chunks(row: int, tokens: Sequence[int], limit: int, *, start: int = 0) -> Iterator[Chunk]:
-    """A row's tokens from `start` on, at most `limit` in a chunk."""
+    """Split a row's tokens from `start` on into chunks of at most `limit`."""
     for first in range(start, len(tokens), limit):
         yield Chunk(row, tokens[first : first + limit], first)
 
 
 def passes(chunks: Iterable[Chunk], limit: int) -> Iterator[list[Chunk]]:
-    """The chunks in order, as many together as have at most `limit` tokens."""
+    """Group the chunks in order into passes of at most `limit` tokens."""
     taken: list[Chunk] = []
     room = limit
     for chunk in chunks:
@@ -62,7 +62,7 @@ def passes(chunks: Iterable[Chunk], limit: int) -> Iterator[list[Chunk]]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Room for so many tokens, chunks and tiles; what is not filled does nothing."""
+    """Numbers of tokens, chunks and tiles that a prompt pass has room for."""
 
     tokens: int
     chunks: int
@@ -73,25 +73,26 @@ class Sizes:
         return cls(sum(len(chunk.tokens) for chunk in chunks), len(chunks), len(_tiles(chunks)[0]))
 
     def rounded(self) -> "Sizes":
-        """The next of few sizes, so that few graphs serve all."""
+        """Return the next larger of a few sizes, so that few graphs serve all passes."""
         from moezoo.layers.kernels.prompt_attention import TILE
 
         tokens = next((size for size in PROMPT_SIZES if size >= self.tokens), self.tokens)
         chunks = 1 << (self.chunks - 1).bit_length()
-        # Each chunk may begin a tile that it does not fill.
+        # Each chunk may end with a tile that it does not fill.
         return Sizes(tokens, chunks, tokens // TILE + chunks)
 
     @property
     def numbers(self) -> int:
+        """The length of the memory of `PromptInputs`."""
         return 3 * self.tokens + self.chunks + 5 * self.tiles
 
 
 @dataclass(frozen=True)
 class PromptInputs:
-    """Chunks as int32 tensors, one behind another in the same memory.
+    """The chunks of a pass as int32 tensors, which lie one behind another in the same memory.
 
-    tokens, positions and rows [T], where a row of -1 marks a place that is not filled; `last` [C]
-    is the place of each chunk's last token; tiles [5, N] as `prompt_attention` takes them.
+    tokens, positions and rows are [T], with a row of -1 at places that are not filled; `last` [C]
+    is the place of each chunk's last token; tiles [5, N] are those of `prompt_attention`.
     """
 
     tokens: Tensor
@@ -102,14 +103,14 @@ class PromptInputs:
 
     @classmethod
     def views(cls, memory: Tensor, sizes: Sizes) -> "PromptInputs":
-        """Of int32 [sizes.numbers]."""
+        """Return views of memory int32 [sizes.numbers]."""
         parts = memory.split([sizes.tokens] * 3 + [sizes.chunks, 5 * sizes.tiles])
         tokens, positions, rows, last, tiles = parts
         return cls(tokens, positions, rows, last, tiles.view(5, -1))
 
 
 def packed(chunks: Sequence[Chunk], sizes: Sizes) -> Tensor:
-    """The memory of `PromptInputs` on the host."""
+    """Return the memory of `PromptInputs`, filled with the chunks, on the host."""
     memory = torch.zeros(sizes.numbers, dtype=torch.int32)
     inputs = PromptInputs.views(memory, sizes)
     inputs.rows.fill_(-1)
@@ -127,7 +128,7 @@ def packed(chunks: Sequence[Chunk], sizes: Sizes) -> Tensor:
 
 
 def _tiles(chunks: Sequence[Chunk]) -> Tensor:
-    """What `query_tiles` makes of them, with rows of the page tables for the sequences' numbers."""
+    """Return `query_tiles` of the chunks, with their rows in place of the sequences' numbers."""
     from moezoo.layers.kernels.prompt_attention import query_tiles
 
     tiles = query_tiles([len(chunk.tokens) for chunk in chunks], [chunk.end for chunk in chunks])
@@ -136,29 +137,29 @@ def _tiles(chunks: Sequence[Chunk]) -> Tensor:
 
 
 def key_places(chunks: Sequence[Chunk]) -> Tensor:
-    """int32 [2, S] on the host: rows and positions of all tokens that the chunks see."""
+    """Return row and position of all tokens that chunks attend to: int32 [2, S], on the host."""
     rows = [torch.full((chunk.end,), chunk.row, dtype=torch.int32) for chunk in chunks]
     positions = [torch.arange(chunk.end, dtype=torch.int32) for chunk in chunks]
     return torch.stack((torch.cat(rows), torch.cat(positions)))
 
 
 def slots_of_rows(table: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-    """int64 [T]: the slots of `positions` of `rows`, -1 where the row is."""
+    """Return the slots, int64 [T], of positions [T] in rows [T]; -1 where the row is -1."""
     pages = table[rows.clamp(min=0), positions // PAGE_SIZE].long()
     return torch.where(rows >= 0, pages * PAGE_SIZE + positions % PAGE_SIZE, -1)
 
 
 SHORT = 64
-"""Chunks of up to so many tokens make one rectangle."""
+"""Chunks of up to so many tokens share one rectangle."""
 
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Chunks of about the same length, [C] of them, flush left in [C, T].
+    """C chunks of about the same length, padded on the right to [C, T].
 
-    rows int64 [C]; `begins` bool [C], whether a chunk is its row's first; places int64 [C, T],
-    where its tokens are among those of all chunks; `real` bool [C, T], or None where tokens fill
-    all; `filled` int64, the places that they fill, in order.
+    rows int64 [C]; `begins` bool [C], whether a chunk is its row's first; places int64 [C, T], the
+    places of its tokens among those of all chunks; `real` bool [C, T], False at padding, or None
+    without any; `filled` int64, the flat indices of the places that are not padding.
     """
 
     rows: Tensor
@@ -168,7 +169,7 @@ class Rectangle:
     filled: Tensor
 
     def states(self, kept: States) -> States:
-        """Those of its rows, of all rows' [R, ..]: zeros for rows that begin."""
+        """Return the states of its rows, from those of all rows [R, ..]; zeros at a row's start."""
         return tuple(
             state[self.rows].masked_fill(self.begins.view(-1, *(1,) * (state.dim() - 1)), 0)
             for state in kept
@@ -176,7 +177,7 @@ class Rectangle:
 
 
 def rectangles(chunks: Sequence[Chunk], device: torch.device) -> list[Rectangle]:
-    """Few, of which at most half is empty but for chunks shorter than SHORT.
+    """Group the chunks into few rectangles, each padded by at most half, or to at most SHORT.
 
     Raises `ValueError` for two chunks of one row, which would have to be computed in turn.
     """
@@ -206,7 +207,7 @@ def _rectangle(found: Sequence[tuple[int, Chunk]], device: torch.device) -> Rect
 
 
 class ChunkContext(PagedContext):
-    """How chunks of prompts go through layers that take them one by one, or with a state: as
+    """The base of the contexts of prompts: chunks with chosen keys one by one, and states in
     rectangles."""
 
     chunks: Sequence[Chunk]
@@ -214,7 +215,7 @@ class ChunkContext(PagedContext):
     def _attend_to_chosen(
         self, q: Tensor, stored: Sequence[Tensor], chooser: Chooser, scale: float, dim: int
     ) -> Tensor:
-        """q [1, T, N, D], stored [S_b, ..] of each sequence."""
+        """Attend from q [1, T, N, D] to the chosen keys of each sequence, stored [S_b, ..]."""
         attended, start = [], 0
         for chunk, keys in zip(self.chunks, stored, strict=True):
             tokens = slice(start, start + len(chunk.tokens))
@@ -250,10 +251,10 @@ class ChunkContext(PagedContext):
 
 @dataclass(frozen=True)
 class PromptContext(ChunkContext):
-    """Chunks of prompts on a GPU, their tokens at `positions` int [1, T].
+    """The context of chunks of prompts on a GPU, with their tokens at positions int [1, T].
 
-    `packed_slots` has the slots of all keys, int64 [S], sequence by sequence, for attention that
-    unfolds them first. `chunks` are what the host knows of them, for layers with a state.
+    packed_slots int64 [S] are the slots of all keys, sequence by sequence, for attention that
+    unfolds them first. `chunks` are for layers with a state.
     """
 
     rotation: Rotation
@@ -313,10 +314,10 @@ class PromptContext(ChunkContext):
 
 @dataclass(frozen=True)
 class TorchPromptContext(ChunkContext):
-    """Chunks of prompts, in torch.
+    """The context of chunks of prompts in torch, with their tokens at positions int [1, T].
 
-    `chunks` have their tokens at `positions` int [1, T]; seen[window] has the slots of all keys of
-    each, int64 [S_b], as far as a layer with that window sees them.
+    seen[window] has, for each chunk, the slots int64 [S_b] of the keys that a layer with that
+    window attends to.
     """
 
     rotation: Rotation
@@ -377,7 +378,7 @@ class TorchPromptContext(ChunkContext):
         scale: float,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """q [1, T, Hq, D], k [S_b, Hk, D] and v [S_b, Hk, Dv] of each sequence."""
+        """Attend from q [1, T, Hq, D] to k [S_b, Hk, D] and v [S_b, Hk, Dv] of each sequence."""
         attended = []
         for queries, keys, values in zip(q[0].split(self._num_new), k, v, strict=True):
             mask = CausalMask(len(keys) - len(queries), len(queries), q.device)
@@ -394,6 +395,7 @@ def torch_context(
     cache: PagedCache,
     tables: dict[Window, Tensor],
 ) -> TorchPromptContext:
+    """Return the context of chunks whose rows have the pages `tables`."""
     slots, seen = {}, {}
     for window, table in tables.items():
 

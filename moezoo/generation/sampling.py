@@ -1,4 +1,4 @@
-"""From logits to the next token: transformers' warpers, and draws that a seed repeats.
+"""Sampling the next token from logits: transformers' warpers, and draws that a seed repeats.
 
 Legend: R rows, B rows of a step, V vocabulary.
 """
@@ -29,7 +29,11 @@ from moezoo.device import device_made_current, runs_kernels, to_device
 
 
 def warpers(config: GenerationConfig, device: torch.device) -> LogitsProcessorList:
-    """What transformers applies to the logits of a sampled step, in its order."""
+    """Return the warpers that transformers applies to the logits of a sampled step, in its order.
+
+    They are listed here because `generate` makes its own in a private method only, together with
+    processors that need a prompt.
+    """
     found: list[LogitsProcessor] = []
     if config.temperature not in (None, 1.0):
         found.append(TemperatureLogitsWarper(config.temperature))
@@ -51,16 +55,15 @@ def warpers(config: GenerationConfig, device: torch.device) -> LogitsProcessorLi
 
 
 def uniforms(seed: int, prompt_id: int | str, steps: int) -> list[float]:
-    """A prompt's own stream of numbers in [0, 1): it depends on the seed and the id alone."""
+    """Return a prompt's stream of uniform numbers in [0, 1), which depends on seed and id alone."""
     digest = sha256(json.dumps([seed, prompt_id]).encode()).digest()
     draw = random.Random(digest)
     return [draw.random() for _ in range(steps)]
 
 
 def invert(scores: Tensor, uniform: Tensor) -> Tensor:
-    """The tokens int64 [B] where the cumulative distribution of scores [B, V] passes `uniform`.
-
-    uniform is float64 [B] in [0, 1). A token of probability zero is never drawn.
+    """Return the tokens int64 [B] where the cumulative distribution of scores [B, V] passes
+    uniform, float64 [B] in [0, 1). A token of probability zero is never drawn.
     """
     cumulative = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
     target = uniform[:, None] * cumulative[:, -1:]
@@ -69,7 +72,7 @@ def invert(scores: Tensor, uniform: Tensor) -> Tensor:
 
 
 def argmax(scores: Tensor) -> Tensor:
-    """The tokens int64 [B] of the largest of scores [B, V]."""
+    """Return the tokens int64 [B] with the largest of scores [B, V]."""
     if runs_kernels(scores):
         from moezoo.layers.kernels import argmax as kernel
 
@@ -79,10 +82,10 @@ def argmax(scores: Tensor) -> Tensor:
 
 
 class SeededDraw(LogitsProcessor):
-    """Sample from a table of uniform numbers instead of the global random state.
+    """A logits processor that draws by a table of uniform numbers, not torch's random state.
 
-    Applies the warpers of `config`, draws by inverting the cumulative distribution in float64, and
-    leaves the drawn token as the only one with a finite score, so that a greedy loop picks it.
+    It applies the warpers of `config`, inverts the cumulative distribution in float64, and leaves
+    the drawn token as the only one with a finite score, so that greedy search picks it.
 
     Args:
         config: resolved sampling settings.
@@ -96,25 +99,25 @@ class SeededDraw(LogitsProcessor):
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [B, V] -> [B, V], zero at the drawn token and -inf elsewhere."""
+        """Return scores [B, V] that are zero at the drawn tokens and -inf elsewhere."""
         step = input_ids.shape[1] - self.prompt_length
         token = invert(self.warpers(input_ids, scores), self.uniforms[:, step])
         return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
 
 
 class Sampler:
-    """Draws the next token of each row; what it remembers of a row is on the device.
+    """Draws the next token of each row, with the state of all rows on the device.
 
-    Nothing waits for the device, and all state changes in place, so that a CUDA graph can hold a
+    The host waits for nothing, and all state changes in place, so that a CUDA graph can hold a
     call. Greedy, or sampled with temperature, top-k, top-p and min-p; with repetition penalty
     (Keskar et al., 2019) in either case.
 
     Args:
-        config: resolved settings; others than those are not looked at.
+        config: resolved settings; all fields but those are ignored.
         num_rows: R.
-        steps: the most tokens that a row gets, for the numbers of a seeded draw; None draws from
-            torch's global random state.
-        agreed: what makes of the tokens int64 [B] that were drawn those to go on with.
+        steps: the most new tokens of a row, for a seeded draw; None draws from torch's global
+            random state.
+        agreed: maps the drawn tokens int64 [B] to those that all ranks go on with.
     """
 
     PROCESSORS = (
@@ -124,7 +127,7 @@ class Sampler:
         TopPLogitsWarper,
         MinPLogitsWarper,
     )
-    """What it does of that which transformers may make of a config."""
+    """The logits processors of transformers that a `Sampler` stands for."""
 
     def __init__(
         self,
@@ -155,18 +158,22 @@ class Sampler:
         *,
         agreed: Callable[[Tensor], Tensor] | None = None,
     ) -> "Sampler":
+        """Return a sampler for greedy search without a repetition penalty."""
         config = GenerationConfig(do_sample=False)
         return cls(config, num_rows=num_rows, vocab_size=0, device=device, agreed=agreed)
 
     def state(self) -> list[Tensor]:
-        """All that belongs to rows, each [R, ..]."""
+        """Return all tensors with state of rows, [R, ..] each."""
         return [x for x in (self.step, self.seen, self.uniforms) if x is not None]
 
     @torch.inference_mode()
     def start(
         self, row: int, tokens: Sequence[int], stream: Sequence[float], *, step: int = 0
     ) -> None:
-        """Let `row` begin with these tokens, and the numbers of its draws from `step` on."""
+        """Reset `row` to a sequence of these tokens; its next draw takes number `step` of `stream`.
+
+        `stream` are the uniform numbers of a seeded draw, and unused in others.
+        """
         self.step[row] = step
         if self.seen is not None:
             self.seen[row] = False
@@ -177,7 +184,7 @@ class Sampler:
 
     @torch.inference_mode()
     def __call__(self, logits: Tensor, rows: slice | Tensor) -> Tensor:
-        """logits [B, V] of the rows -> tokens int64 [B]."""
+        """Draw the next tokens int64 [B] of `rows` from their logits [B, V]."""
         scores = logits
         if self.seen is not None or self.warpers is not None:
             scores = logits.float()
@@ -187,14 +194,14 @@ class Sampler:
         if self.warpers is None:
             tokens = argmax(scores)
         else:
-            # These warpers do not look at the tokens before.
+            # The warpers in PROCESSORS ignore the tokens before.
             scores = self.warpers(None, scores)
             if self.uniforms is not None:
                 step = self.step[rows].clamp(max=self.uniforms.shape[1] - 1)
                 tokens = invert(scores, self.uniforms[rows].gather(1, step).squeeze(1))
             else:
                 chances = scores.softmax(-1)
-                # The smallest of exponential waiting times with these rates.
+                # The token whose exponential waiting time is the shortest, at rates `chances`.
                 tokens = (chances / torch.empty_like(chances).exponential_()).argmax(-1)
         if self.agreed is not None:
             tokens = self.agreed(tokens)

@@ -18,7 +18,7 @@ from moezoo.layers.context import DenseContext
 from moezoo.layers.mask import CausalMask
 
 CHUNK_LOGITS = 2**26
-"""Logits held at a time: in fp32 256 MB."""
+"""Number of logits that are held at a time; 256 MiB in fp32."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Score:
 
     @property
     def logprob(self) -> float:
-        """Of the completion; of a text without a prompt, of what follows its first token."""
+        """Log-probability of the completion; without a prompt, of all tokens but the first."""
         return math.fsum(self.logprobs[max(self.num_prompt_tokens, 1) :])
 
     @property
     def perplexity(self) -> float:
-        """exp of minus `logprob` over its number of tokens; NaN if there are none."""
+        """exp(-logprob / n), n being the tokens that `logprob` counts; NaN if there are none."""
         num_tokens = len(self.logprobs) - max(self.num_prompt_tokens, 1)
         return math.exp(-self.logprob / num_tokens) if num_tokens > 0 else math.nan
 
@@ -58,7 +58,7 @@ def score(
     batch_size: int = 8,
     chat: bool = False,
 ) -> Iterator[Score]:
-    """The log-probability of every token of every text, in the order of the texts.
+    """Yield the log-probability of every token of every text, in the order of the texts.
 
     Args:
         model: what `moezoo.from_pretrained` or `moezoo.from_config` returned.
@@ -66,7 +66,7 @@ def score(
         texts: each a text; or token ids; or `{"prompt": .., "completion": ..}`, which is tokenised
             as one text and split where the prompt alone ends, perhaps with an `"id"` (by default
             the position); or a `Completion` of `moezoo.generate`, whose own tokens are scored.
-        batch_size: texts are scored so many at a time, padded to the longest.
+        batch_size: number of texts that are scored at a time, padded to the longest.
         chat: the prompts of `Completion`s that are texts were the user's message of a chat.
 
     Raises:
@@ -139,10 +139,10 @@ def _score(model: PreTrainedModel, texts: Iterator[_Tokens], batch_size: int) ->
 
 @torch.inference_mode()
 def _logprobs(model: PreTrainedModel, batch: list[_Tokens]) -> list[list[float]]:
-    """Of each text's tokens from the second on; of what was filled up too."""
+    """Return log-probabilities from each text's second token on, those of padding included."""
     decoder = model.decoder
     length = max(len(tokens.ids) for tokens in batch)
-    # Filled up behind its end: what a token may see is never padding.
+    # Padded on the right, where no token of a text attends to padding.
     ids = torch.tensor([tokens.ids + [0] * (length - len(tokens.ids)) for tokens in batch])
     ids = ids.to(model.device)
     positions = torch.arange(length, device=ids.device)[None]

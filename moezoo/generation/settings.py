@@ -1,4 +1,4 @@
-"""Settings of generation: where each comes from, and what is refused."""
+"""Generation settings: how they are resolved, and which are refused."""
 
 import math
 from typing import Any
@@ -17,10 +17,14 @@ def resolve(
     generation_config: GenerationConfig | None,
     overrides: dict[str, Any],
 ) -> GenerationConfig:
-    """Every field set: from the overrides, else the config given, else the model's own."""
+    """Return a config with every field set: from `overrides`, `generation_config` or the model's.
+
+    Raises `ValueError` for options that are unknown, out of range or not supported.
+    """
     given = GenerationConfig() if generation_config is None else generation_config
     if given.max_length is not None or overrides.get("max_length") is not None:
         raise ValueError("max_length counts prompt and completion together; use max_new_tokens")
+    # Private, as nothing public tells the defaults that `model.generate` would fill in.
     config, _ = model._prepare_generation_config(given)
     if unknown := config.update(**overrides):
         raise ValueError(f"unknown generation options: {', '.join(sorted(unknown))}")
@@ -46,7 +50,7 @@ def check_options(**options: Any) -> None:
 
 def _check(config: GenerationConfig) -> None:
     if config.do_sample:
-        warpers(config, torch.device("cpu"))  # each refuses what it cannot do
+        warpers(config, torch.device("cpu"))  # their constructors check the values
     penalty = config.repetition_penalty
     if penalty is not None and not 0 < penalty < math.inf:
         raise ValueError(f"repetition_penalty must be above 0 and finite, got {penalty}")

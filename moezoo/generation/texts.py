@@ -1,4 +1,4 @@
-"""What goes into generation and comes out of it: prompts and completions, texts and tokens."""
+"""Prompts and completions, and how their texts become tokens and back."""
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ from moezoo.generation.settings import as_list, is_integer
 Messages = Sequence[Mapping[str, Any]]
 
 MAX_CONTEXT = 2**17
-"""Tokens of a text where the config sets no limit."""
+"""The context length in tokens where the config sets none."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What one completion starts from: a text, or chat messages with `role` and `content`."""
+    """The start of one completion: a text, or chat messages with `role` and `content`."""
 
     id: int | str
     prompt: str | Messages
@@ -73,7 +73,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Texts:
-    """Prompts to tokens, and tokens to completions."""
+    """Encodes prompts, and makes completions of generated tokens."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -81,7 +81,7 @@ class Texts:
     chat: bool
 
     def encode(self, prompt: Prompt) -> tuple[list[int], int] | Completion:
-        """The prompt's tokens and how many may follow; or its completion, if none can."""
+        """Return the prompt's tokens and how many may follow, or a failed completion."""
         try:
             ids = encode(self.tokenizer, prompt, chat=self.chat)
         except (ValueError, jinja2.TemplateError) as error:
@@ -109,8 +109,8 @@ class Texts:
         return as_list(self.config.stop_strings)
 
     def has_stop(self, ids: list[int], new_ids: list[int]) -> bool:
-        """Whether a stop string is in the text of the newest tokens."""
-        # A character may take four tokens; a few more for those that write nothing.
+        """Whether the newest of `new_ids` complete a stop string."""
+        # A character takes up to four tokens; eight more for tokens without text.
         tail = new_ids[-4 * max(map(len, self.stop_strings)) - 8 :]
         near: str = self.tokenizer.decode(tail, skip_special_tokens=True)
         if not any(string in near for string in self.stop_strings):
@@ -121,7 +121,10 @@ class Texts:
     def complete(
         self, prompt: Prompt, ids: list[int], new_ids: list[int], *, stopped: bool
     ) -> Completion:
-        """`new_ids` without a token that ends the text, which is what `stopped` says came after."""
+        """Make a completion of `new_ids`, which end before the end-of-text token.
+
+        `stopped` says that such a token followed.
+        """
         text = self.text(ids, new_ids)
         if cuts := [text.index(string) for string in self.stop_strings if string in text]:
             stopped = True
@@ -142,6 +145,7 @@ class Texts:
         )
 
     def text(self, ids: list[int], new_ids: list[int]) -> str:
+        """Return the text of `new_ids` as they follow the prompt's `ids`."""
         # Decoded alone, a sentencepiece tokenizer would drop the space before the first new word.
         before: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         whole: str = self.tokenizer.decode([*ids, *new_ids], skip_special_tokens=True)
@@ -151,7 +155,7 @@ class Texts:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat: bool = False) -> list[int]:
-    """The tokens of a prompt; of an empty one the first token that a text can have.
+    """Return the tokens of a prompt; for an empty one the beginning- or end-of-text token.
 
     Messages, and with `chat` texts too, go through the tokenizer's chat template.
 
@@ -201,5 +205,5 @@ def as_prompt(item: str | Mapping[str, Any] | Prompt, index: int) -> Prompt:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """How many tokens a text may have, if the config says."""
+    """Return the model's context length in tokens, or None where the config sets none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)

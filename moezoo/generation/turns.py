@@ -1,4 +1,7 @@
-"""Forward passes in step with other processes, where experts are divided over them."""
+"""Forward passes that all ranks make together, where experts are divided over them.
+
+In one process, where the decoder has no `peers`, these functions do nothing.
+"""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -10,7 +13,7 @@ from moezoo.layers.peers import Turn
 
 
 def in_turn(decoder: Decoder, new_ids: Tensor) -> AbstractContextManager[None]:
-    """For a pass over new_ids [B, T]: the block begins when all ranks begin one."""
+    """Return a context for a forward pass over new_ids [B, T]; it is entered with all ranks."""
     peers = decoder.peers
     if peers is None:
         return nullcontext()
@@ -22,34 +25,35 @@ def in_turn(decoder: Decoder, new_ids: Tensor) -> AbstractContextManager[None]:
 
 @torch.inference_mode()
 def take_part(decoder: Decoder) -> None:
-    """Go through the passes that other ranks still have."""
+    """Make the forward passes that other ranks still have, without tokens of this rank."""
     if decoder.peers is not None:
         while (turn := decoder.peers.begin(0)).goes_on:
             pass_without_tokens(decoder, turn)
 
 
 def pass_without_tokens(decoder: Decoder, turn: Turn) -> None:
+    """Make one forward pass of the other ranks, without tokens of this rank."""
     assert decoder.peers is not None
     with decoder.peers.passing(turn):
         decoder.peers.step_without_tokens(decoder)
 
 
 def limited(decoder: Decoder, num_tokens: int) -> int:
-    """As many, or fewer where a pass of a rank may not have so many."""
+    """Return `num_tokens`, or the most that a rank may have in a forward pass if that is less."""
     limit = None if decoder.peers is None else decoder.peers.limit
     return num_tokens if limit is None else min(num_tokens, limit)
 
 
 def chosen(decoder: Decoder, tensor: Tensor) -> Tensor:
-    """What was chosen, as all ranks with the same tokens go on with."""
+    """Return what this rank chose for its rows, or the first rank's choice if all have the same."""
     return tensor if decoder.peers is None else decoder.peers.chosen(tensor)
 
 
 def largest(decoder: Decoder, *numbers: int) -> list[int]:
-    """The largest of all ranks' numbers, each."""
+    """Return the maximum over ranks of each number."""
     return list(numbers) if decoder.peers is None else decoder.peers.largest(*numbers)
 
 
 def smallest(decoder: Decoder, *numbers: int) -> list[int]:
-    """The smallest of all ranks' numbers, each."""
+    """Return the minimum over ranks of each number."""
     return [-number for number in largest(decoder, *(-number for number in numbers))]

@@ -16,7 +16,7 @@ from moezoo.errors import UnsupportedArchitectureError
 from moezoo.layers.context import Context, DenseContext
 from moezoo.layers.linear import Linear, linear
 from moezoo.layers.mixer import SequenceMixer
-from moezoo.layers.moe import Dispatcher, RoutingRecorder
+from moezoo.layers.moe import Dispatcher, FusedMoE, RoutingRecorder
 from moezoo.layers.norm import RMSNorm, handed_to
 from moezoo.layers.peers import Balancer, Peers
 from moezoo.layers.quant import QuantizedWeights
@@ -119,6 +119,11 @@ class Decoder(nn.Module):
         """The other ranks; None where this process has all the experts."""
         self.stages: tuple[Stage, ...] = ()
         """The layers on each device, set by `find_stages`; empty where all are on one device."""
+
+    @property
+    def moe_layers(self) -> dict[int, FusedMoE]:
+        """The MoE layers, by their indices among `layers`."""
+        return {i: x.mlp for i, x in enumerate(self.layers) if isinstance(x.mlp, FusedMoE)}
 
     def find_stages(self) -> None:
         """Set `stages` by the devices that the layers are on now."""

@@ -1,8 +1,9 @@
-"""How tokens get to the ranks that hold their experts, and their outputs back.
+"""Dispatchers: they bring tokens to the ranks that hold their experts, and the outputs back.
 
-Rounding points: what a rank's experts make of a token is summed in fp32 and rounded to the model's
-dtype, as in one process; these sums travel, are added in fp32, in the order of ranks (with
-`AllGather` in that of the collective, the same on all ranks), and rounded once more.
+Rounding points: a rank sums the outputs of its experts for a token in fp32 and rounds the sum to
+the model's dtype, as one process does. These sums are sent back, added in fp32 in the order of
+ranks (with `AllGather` in that of the collective, which is the same on all ranks), and rounded once
+more.
 
 Legend: T tokens of this rank, H hidden, K experts per token, R ranks of the expert group, C
 capacity, S rows sent: a token once for each rank that it goes to.
@@ -35,12 +36,13 @@ BEGINNING = "beginning a forward pass"
 _SENDING, _ANSWERING = "sending tokens to experts", "sending the experts' outputs back"
 
 FEW_ROWS = 1024
-"""To send a rank so many that need not have come takes less time (15 MB of DeepSeek-V3: 0.04 ms by
-NVLink, 0.3 by a network of 50 GB/s) than the host takes to find out which (0.5 ms on four H200)."""
+"""Number of rows up to which a fixed buffer is cheaper than counting: to send a rank so many
+superfluous rows (15 MB of DeepSeek-V3) takes 0.04 ms by NVLink and 0.3 ms by a network of 50 GB/s;
+for the host to exchange counts takes 0.5 ms on four H200."""
 
 
 class _Ranks:
-    """What both dispatchers know of the slots: rank r has bounds[r] to bounds[r + 1] of them."""
+    """The base of both dispatchers: rank r has slots bounds[r] to bounds[r + 1]."""
 
     def __init__(self, mesh: Mesh, bounds: Sequence[int], *, chunks: int = 1) -> None:
         self.mesh = mesh
@@ -49,26 +51,26 @@ class _Ranks:
         sizes = [end - start for start, end in pairwise(bounds)]
         owners = torch.arange(len(sizes) + 1).repeat_interleave(torch.tensor([*sizes, 1]))
         self.rank_of_slot = owners.to(mesh.device)
-        """int64 [P + 1], as `destinations` has it."""
+        """The rank of each slot, int64 [P + 1], as `destinations` takes it."""
 
 
 class AllGather(_Ranks):
-    """All ranks have the same tokens; each answers for its experts, and the answers are summed.
+    """All ranks have the same tokens; each applies its own experts, and the outputs are summed.
 
-    Of other tokens on each rank the sums would mean nothing, without any error. So ranks compare
-    how many they have, before a sum of other sizes could wait for ever, and a number made of the
-    tokens of a forward pass's first layer. On a GPU the host looks at it when all layers are
-    queued: it waits for the first one only, while the others still run.
+    If ranks had different tokens, the sums would be wrong without any error. So ranks compare their
+    numbers of tokens, since collectives of different sizes could wait for ever, and a digest of the
+    tokens in a forward pass's first layer. On a GPU the host reads the digests when all layers are
+    queued: it waits for the first layer only, while the others still run.
     """
 
     _agreed = False
     _in_pass = False
     _compared: HostCopies | None = None
-    """In this forward pass: fp64 [R], of each rank."""
+    """The ranks' digests of this forward pass, fp64 [R]; None before they are exchanged."""
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """Forward passes in the block have the same tokens on all ranks, as is known already."""
+        """Skip the comparison in the block: its tokens are known to be the same on all ranks."""
         before, self._agreed = self._agreed, True
         try:
             yield
@@ -77,8 +79,11 @@ class AllGather(_Ranks):
 
     @contextmanager
     def passing(self, num_tokens: int) -> Iterator[None]:
-        """Raises ValueError on every rank, at once where ranks have other numbers of tokens, and at
-        its end where these were others."""
+        """Return a context for one forward pass over so many tokens.
+
+        Raises ValueError, on every rank: at the beginning where ranks have different numbers of
+        tokens, and at the end where the tokens were different.
+        """
         if not self._agreed and not _is_captured(self.mesh.device):
             counts = [number for (number,) in self.mesh.numbers([num_tokens], BEGINNING)]
             self._require_same([count != num_tokens for count in counts])
@@ -90,7 +95,10 @@ class AllGather(_Ranks):
             self._in_pass, self._compared = False, None
 
     def dispatch(self, x: Tensor, topk_weights: Tensor, slots: Tensor) -> Flight:
-        """Raises ValueError as `passing` does, on a CPU and outside of passes at once."""
+        """Return the flight of a layer's tokens.
+
+        Raises ValueError as `passing` does, but at once on a CPU and outside of `passing`.
+        """
         _refuse_gradient(x)
         if not self._agreed and self._compared is None and not _is_captured(x.device):
             own = _digest(x)[None]
@@ -118,12 +126,14 @@ class AllGather(_Ranks):
 
 
 def _digest(x: Tensor) -> Tensor:
-    """x [T, H] -> fp64 []: another number for other tokens, another order and another T."""
+    """Return a digest fp64 [] of x [T, H], which depends on the tokens, their order and T."""
     places = torch.arange(1, len(x) + 1, dtype=torch.float64, device=x.device)
     return x.sum(1, dtype=torch.float64).add_(1).dot(places)
 
 
 class _Shared:
+    """The flight of one layer's tokens with `AllGather`."""
+
     def __init__(self, ranks: AllGather, x: Tensor, topk_weights: Tensor, slots: Tensor) -> None:
         self._mesh, self._dtype = ranks.mesh, x.dtype
         tokens = x, topk_weights, local_rows(slots, ranks.first, ranks.stop)
@@ -141,12 +151,12 @@ class _Shared:
 
 
 class AllToAll(_Ranks):
-    """Each rank has tokens of its own, and sends each to every rank that has experts of it.
+    """Each rank has tokens of its own, and sends each token to every rank that has experts of it.
 
-    Either ranks exchange in each layer how many go where, for which the host waits, or buffers have
-    a fixed size, the capacity: every rank then sends all its tokens to all ranks. Without a
-    capacity, ranks tell each other once in a forward pass how many tokens each has, and the largest
-    of these numbers is the capacity where that is worth it, see `capacity_for`.
+    Either ranks exchange in each layer how many tokens go where, for which the host waits, or
+    buffers have a fixed size, the capacity, and every rank sends all its tokens to all ranks. If no
+    capacity is set, ranks exchange once per forward pass how many tokens each has; the largest
+    number is the capacity of the pass where that is cheaper, see `capacity_for`.
     """
 
     def __init__(
@@ -163,12 +173,11 @@ class AllToAll(_Ranks):
         self.fp8 = fp8
         self._form: RowFormat | None = None
         self._tokens: Sequence[int] | None = None
-        """Of each rank, in this forward pass."""
+        """Number of tokens of each rank in this forward pass, if known."""
 
     @contextmanager
     def fixed(self, capacity: int) -> Iterator[None]:
-        """Forward passes in the block, of at most so many tokens on every rank, have buffers of
-        this size. All ranks have to say the same."""
+        """Set the capacity of forward passes in the block; all ranks give the same number."""
         before, self.capacity = self.capacity, capacity
         try:
             yield
@@ -177,7 +186,7 @@ class AllToAll(_Ranks):
 
     @contextmanager
     def agreed(self, tokens: Sequence[int]) -> Iterator[None]:
-        """In forward passes in the block each rank of the group has so many tokens, as all know."""
+        """Set the numbers of tokens of each rank in the block, so that they are not exchanged."""
         before, self._tokens = self._tokens, tokens
         try:
             yield
@@ -186,7 +195,8 @@ class AllToAll(_Ranks):
 
     @contextmanager
     def passing(self, num_tokens: int) -> Iterator[None]:
-        # A captured pass would go on with the numbers of its time.
+        """Return a context for one forward pass; ranks exchange numbers of tokens if needed."""
+        # A graph would replay with the numbers of its capture.
         if self.capacity is not None or _is_captured(self.mesh.device):
             yield
             return
@@ -198,12 +208,12 @@ class AllToAll(_Ranks):
             yield
 
     def capacity_for(self, k: int) -> int | None:
-        """The size of buffers in this pass for tokens of k experts each, None to count.
+        """Return the capacity of this pass for tokens of k experts each, or None to count.
 
         Under even routing a token goes to a rank with probability p = 1 - (1 - 1/R)^K. So of T_r
-        tokens on rank r, counting sends p T_r to each rank, and buffers of the largest of them, C,
-        send C: R C rows where there would be p sum(T_r). Buffers are fixed where that is twice as
-        much at most, or R C is small: with equal numbers, up to 12 ranks for 8 experts per token,
+        tokens on rank r, counting sends p T_r to each rank, while a capacity C, the largest of the
+        T_r, sends C: R C rows instead of p sum(T_r). The capacity is used where that is at most
+        twice as many, or R C is small: with equal numbers, up to 12 ranks for 8 experts per token,
         and 3 for 2.
         """
         if self.capacity is not None or self._tokens is None:
@@ -213,7 +223,7 @@ class AllToAll(_Ranks):
         return most if ranks * most <= max(FEW_ROWS, 2 * counted) else None
 
     def dispatch(self, x: Tensor, topk_weights: Tensor, slots: Tensor) -> Flight:
-        """Raises ValueError for more tokens than the capacity."""
+        """Return the flight of a layer's tokens; raises ValueError for more than the capacity."""
         _refuse_gradient(x)
         capacity = self.capacity_for(slots.shape[1])
         if capacity is None:
@@ -223,20 +233,22 @@ class AllToAll(_Ranks):
         return _Fixed(self, x, topk_weights, slots, capacity)
 
     def format(self, x: Tensor, slots: Tensor) -> RowFormat:
-        """As tokens travel: in one way in most models, which is kept."""
+        """Return the row format of tokens; the last one is kept, as most models have one only."""
         form, sizes = self._form, (x.shape[1], slots.shape[1], x.dtype)
         if form is None or (form.hidden_size, form.k, form.dtype) != sizes:
             form = self._form = RowFormat(*sizes, self.fp8)
         return form
 
     def arrival(self, form: RowFormat, rows: Tensor) -> Arrival:
+        """Unpack received rows; choices of other ranks' experts become -1."""
         return Arrival(*unpack_rows(form, rows, self.first, self.stop))
 
 
 class _Counted:
-    """Counts first, then as many rows as there are; in parts, each while experts work on another.
+    """A flight with exchanged counts: ranks send exactly the rows that are needed.
 
-    The host waits once, for the counts of all parts.
+    Tokens travel in parts, each while experts work on the one before. The host waits once, for the
+    counts of all parts.
     """
 
     def __init__(self, ranks: AllToAll, x: Tensor, topk_weights: Tensor, slots: Tensor) -> None:
@@ -267,10 +279,12 @@ class _Counted:
 
 
 class _Part:
+    """One part of a `_Counted` flight."""
+
     sent: list[int]
-    """[R]"""
+    """Number of rows for each rank, [R]."""
     received: list[int]
-    """[R]"""
+    """Number of rows from each rank, [R]."""
 
     def __init__(
         self, dispatcher: AllToAll, x: Tensor, topk_weights: Tensor, slots: Tensor
@@ -298,15 +312,17 @@ class _Part:
 
 
 class _Fixed:
-    """All tokens of all ranks, C of each, come to every rank, and all answers go back; in parts as
-    above."""
+    """A flight of fixed size: C tokens of each rank go to every rank, and all answers come back.
+
+    Tokens travel in parts, as in `_Counted`.
+    """
 
     def __init__(
         self, ranks: AllToAll, x: Tensor, topk_weights: Tensor, slots: Tensor, capacity: int
     ) -> None:
         self._ranks, self._mesh = ranks, ranks.mesh
         self._form, self._tokens = ranks.format(x, slots), (x, topk_weights, slots)
-        # Not empty, which not every backend carries; of the same sizes on all ranks.
+        # Sizes are the same on all ranks, and not 0, which not every backend supports.
         size = max(1, -(-capacity // ranks.chunks))
         starts = range(0, max(1, capacity), size)
         self._parts = [slice(start, min(start + size, max(1, capacity))) for start in starts]
@@ -343,6 +359,7 @@ class _Fixed:
 
 
 def beyond_capacity(rank: int, num_tokens: int, capacity: int) -> ValueError:
+    """Make the error for a rank with more tokens than the capacity."""
     return ValueError(
         f"rank {rank} has {num_tokens} tokens in a forward pass, and the capacity is {capacity}; "
         "give fewer at a time, or Parallel a larger capacity, or None for any number"

@@ -1,8 +1,8 @@
-"""Which ranks of a job live, and how far each has come: what an error says of a collective that
-failed, and how ranks wait for each other where no time is known beforehand.
+"""Fault detection: which ranks of a job are alive, and how far each has come.
 
-Every rank has a thread that writes to the job's store that it lives. Threads run while a rank
-waits in a collective, reads a file or compiles, and stop when its process dies or is stopped.
+Errors of collectives can then name the rank at fault, and ranks can wait for each other without a
+time limit. A thread of each rank writes heartbeats to the job's store. It runs while the rank waits
+in a collective, reads a file or compiles, and stops when the process dies or is stopped.
 """
 
 import json
@@ -21,29 +21,29 @@ from torch.distributed.distributed_c10d import Store
 from moezoo.errors import RankError
 
 _LOOKS = 5
-"""A rank that says nothing for so many intervals is gone."""
+"""Number of intervals without a heartbeat after which a rank is taken for gone."""
 
 _PATIENCE = 1.1
-"""Time-outs after which a rank that waits for a GPU ends: where a call fails, that is sooner."""
+"""Number of time-outs after which a rank whose GPU waits in vain ends: later than failing calls."""
 
 _TOLD = "told_to_other_ranks"
-"""An attribute of an error that all ranks have counted a meeting for, so that they go on with the
-same one where it is caught."""
+"""Attribute of an error for which all ranks have counted a meeting already, so that their numbers
+of meetings still agree where the error is caught."""
 
 _LOOKED_AT = 32
-"""Ranks in an interval: all of them would be many questions to one store."""
+"""Number of ranks that a rank looks at per interval, since all of them would burden the store."""
 
 
 class _Sign:
-    """What a rank says of itself."""
+    """The state that a rank writes to the store: its heartbeat."""
 
     def __init__(self) -> None:
         self.beats = 0
         self.collectives = 0
-        """That it has begun."""
+        """Number of collectives that this rank has begun."""
         self.doing = "starting"
         self.awaits: deque[int] = deque()
-        """Ranks without which this one ends."""
+        """Ranks that must come to this rank's collectives, or its process is ended."""
         self.over = threading.Event()
 
     def __str__(self) -> str:
@@ -51,11 +51,11 @@ class _Sign:
 
 
 class Watch:
-    """The signs of life of all ranks of a job.
+    """Watches the heartbeats of all ranks of a job, and writes this rank's.
 
     Args:
-        store: that of the job, for this object alone.
-        timeout: seconds in which an error comes, at the latest.
+        store: the job's store, with a prefix or connection of this object's own.
+        timeout: seconds after which waiting for another rank is an error.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int, *, timeout: float) -> None:
@@ -78,22 +78,22 @@ class Watch:
 
     def end_if_kept_waiting(self, ranks: Sequence[int]) -> None:
         """From now on, end this process with a message if one of these ranks does not come to a
-        collective, within the time-out and a tenth of it, after this rank began it.
+        collective within 1.1 time-outs after this rank began it.
 
-        That is for GPUs, where no call fails: what is launched just waits, and NCCL ends the
-        process in the end without a word of whom it waited for.
+        This is for GPUs, where no call fails: kernels just wait, until NCCL ends the process
+        without naming the rank that it waited for.
         """
         self._sign.awaits = deque(rank for rank in ranks if rank != self.rank)
 
     def begins(self, doing: str) -> None:
-        """This rank begins a collective."""
+        """Count a collective that this rank begins."""
         self._sign.collectives += 1
         self._sign.doing = doing
 
     @contextmanager
     def named(self, doing: str, ranks: Sequence[int] | None = None) -> Iterator[None]:
-        """A RuntimeError of torch.distributed in the block becomes a `RankError` that names which
-        of the ranks (all by default) are gone, or behind."""
+        """Turn a RuntimeError of torch.distributed in the block into a `RankError` that names the
+        ranks, of `ranks` or by default all, that are gone or behind."""
         try:
             yield
         except RuntimeError as error:
@@ -102,23 +102,23 @@ class Watch:
     def fault(
         self, doing: str, error: RuntimeError, ranks: Sequence[int] | None = None
     ) -> RankError:
-        """What `named` raises for an error of torch.distributed."""
-        self._sign.awaits = deque()  # whoever catches this has been told
+        """Return the `RankError` that `named` raises for an error of torch.distributed."""
+        self._sign.awaits = deque()  # this error names the rank, so the process need not be ended
         return RankError(self._blame(doing, ranks, error))
 
     def exchange(self, what: str, text: str, *, patient: bool = False) -> list[str]:
-        """The text of every rank, in their order; each gives its own, in the same order of calls.
+        """Return the texts of all ranks, in order of ranks; all of them call this.
 
         Raises RankError for a rank that is gone, or does not come within the time-out; `patient`
-        ranks wait as long as all live.
+        ranks wait as long as all are alive.
         """
         return self._meet(what, text, limit=None if patient else self.timeout)
 
     @contextmanager
     def together(self, doing: str) -> Iterator[None]:
-        """The block ends when all ranks are through theirs, however long that takes.
+        """Leave the block when all ranks have finished theirs, however long that takes.
 
-        Raises RankError where one is gone, or fails in its block: with what it said.
+        Raises RankError, with the other's message, where a rank is gone or fails in its block.
         """
         self._sign.doing = doing
         with self.telling():
@@ -127,8 +127,8 @@ class Watch:
 
     @contextmanager
     def telling(self) -> Iterator[None]:
-        """An error in the block reaches the ranks that wait for this one in `together` or
-        `exchange`, and is named by those that find it gone from a collective."""
+        """Report an error in the block to the other ranks: to those that wait in `together` or
+        `exchange`, and to those whose collective fails because of it."""
         try:
             yield
         except BaseException as error:
@@ -137,7 +137,7 @@ class Watch:
             raise
 
     def leave(self) -> None:
-        """The last that a rank says. Rank 0, which may hold the store, waits for that of all."""
+        """Write this rank's last sign. Rank 0, which may hold the store, waits for that of all."""
         with _unheard():
             self.store.set(f"sign/{self.rank}", str(self._sign))
             self.store.set(f"left/{self.rank}", "")
@@ -145,12 +145,12 @@ class Watch:
                 keys = [f"left/{rank}" for rank in range(self.world_size)]
                 self.store.wait(keys, timedelta(seconds=self.timeout))
             else:
-                self.store.check([f"left/{self.rank}"])  # answers only when that is there
+                self.store.check([f"left/{self.rank}"])  # answers only once the key has arrived
         self._sign.over.set()
 
     def _tell(self, error: BaseException) -> None:
         said = f"{type(error).__name__}: {error}"
-        # The others need not wait; if they cannot be told, the error is this one all the same.
+        # The others need not wait then. If they cannot be told, this error is still the one to see.
         with _unheard():
             self._put(self._meetings, f"!{said}")
             if not isinstance(error, RankError):
@@ -205,7 +205,7 @@ class Watch:
                 pause = min(2 * pause, self.interval)
 
     def _signs(self, ranks: Sequence[int]) -> dict[int, str]:
-        """What each rank last said; nothing of one that has not begun."""
+        """Return the last sign of each rank; an empty text for one that has not started."""
         keys = {rank: f"sign/{rank}" for rank in ranks}
         return {
             rank: self.store.get(key).decode() if self.store.check([key]) else ""
@@ -221,7 +221,7 @@ class Watch:
             after = self._signs(others)
             told = [r for r in others if self.store.check([f"fault/{r}"])]
             silent = [r for r in others if before[r] == after[r]]
-            # One that found a fault itself may be gone since.
+            # A rank that found the fault itself may have ended since.
             gone = [r for r in silent if r not in told] or silent
             self.store.set(f"fault/{self.rank}", "")
             failed = [r for r in others if self.store.check([f"failure/{r}"])]
@@ -244,7 +244,7 @@ class Watch:
 
 
 def _beat(store: Store, rank: int, sign: _Sign, timeout: float) -> None:
-    """Write that this rank lives, and look whether it waits for others in vain."""
+    """Write heartbeats, and end the process if it waits for another rank in vain."""
     began: deque[tuple[float, int]] = deque()
     heard: dict[int, tuple[float, str]] = {}
     with _unheard():  # without a store there is nobody to tell
@@ -275,13 +275,14 @@ def _end_if_late(
     now: float,
     timeout: float,
 ) -> None:
-    """This rank had begun so many collectives a time-out ago."""
+    """End the process if a rank has not yet begun the collectives that this one had begun a
+    time-out ago."""
 
     def behind(signs: Mapping[int, str]) -> list[int]:
         return [other for other, said in signs.items() if json.loads(said)[1] < begun]
 
     late = behind({other: said for other, (_, said) in heard.items()})
-    # Some may not have been looked at for a while.
+    # What was heard of some ranks may be old.
     signs = {other: store.get(f"sign/{other}").decode() for other in late}
     late = behind(signs)
     if not late:
@@ -298,14 +299,14 @@ def _end_if_late(
 
 
 def _leave(store: Store, rank: int, sign: _Sign, thread: threading.Thread) -> None:
-    """This rank ends, or needs the others no more."""
+    """Stop the heartbeat of a rank that ends, or no longer needs the others."""
     sign.over.set()
     # A thread that is inside the store when Python ends would end the process with an abort.
     if thread is not threading.current_thread():
         thread.join(timeout=5)
     sign.doing = "leaving"
     with _unheard():
-        store.set(f"sign/{rank}", str(sign))  # how far it came: others may still look
+        store.set(f"sign/{rank}", str(sign))  # others may still look how far it came
 
 
 def _interval(timeout: float) -> float:
@@ -314,6 +315,7 @@ def _interval(timeout: float) -> float:
 
 @contextmanager
 def _unheard() -> Iterator[None]:
+    """Ignore a store that no longer answers."""
     try:
         yield
     except RuntimeError:

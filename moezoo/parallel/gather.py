@@ -1,4 +1,4 @@
-"""The experts of all ranks, layer by layer, on the job's first rank: for who writes them.
+"""Gathers the experts of all ranks on the job's first rank, layer by layer, for saving.
 
 Legend: E experts, R ranks of an expert group.
 """
@@ -19,11 +19,11 @@ from moezoo.parallel.sharding import moe_layers
 
 SAVING = "saving the model"
 _OF_EXPERTS = ("w13", "w2", "bias13", "bias2")
-"""What of a `FusedMoE` has a row for each expert."""
+"""Names of the tensors of a `FusedMoE` with a row for each expert."""
 
 
 def check_formats(decoder: Decoder, mesh: Mesh) -> None:
-    """Raise ValueError, on every rank, where one does not know the format of others' experts."""
+    """Raise ValueError, on every rank, where a rank does not know the format of others' experts."""
     layers = moe_layers(decoder).values()
     own = [None if moe.quantized is None else moe.quantized.name for moe in layers]
     for rank, theirs in enumerate(map(json.loads, mesh.watch.exchange(SAVING, json.dumps(own)))):
@@ -37,7 +37,7 @@ def check_formats(decoder: Decoder, mesh: Mesh) -> None:
 
 @contextmanager
 def whole_on_meta(decoder: Decoder) -> Iterator[None]:
-    """In the block MoE layers have the experts of all ranks, on meta, in the place of their own."""
+    """Replace, in the block, each MoE layer's own experts by those of all ranks, on meta."""
     held = [
         (moe, name, own)
         for moe in moe_layers(decoder).values()
@@ -65,12 +65,13 @@ def _whole(own: nn.Parameter | QuantizedWeights, num_experts: int) -> nn.Module 
 
 
 def gathered(decoder: Decoder, mesh: Mesh, layer: int) -> dict[str, Tensor]:
-    """The experts' tensors [E, ..] of one of the decoder's layers by their names in it, on the
-    host; on the job's first rank only, and nothing on others. Every rank calls it.
+    """Gather one layer's tensors of experts, [E, ..] each, on the host of the job's first rank.
 
-    A GPU needs memory for one tensor of one rank's experts. A copy of an expert does not travel.
+    Returns them by their names in the decoder there, and an empty dict on other ranks. Every rank
+    calls it. A GPU needs memory for one tensor of one rank's experts. Redundant experts are not
+    sent.
     """
-    # Who writes may take long, and collectives do not wait for long.
+    # The rank that writes may take long, and collectives do not wait for long.
     mesh.watch.exchange(SAVING, "", patient=True)
     if mesh.group_ranks[0] != 0:
         return {}
@@ -88,7 +89,7 @@ def gathered(decoder: Decoder, mesh: Mesh, layer: int) -> dict[str, Tensor]:
 def _gathered(
     own: Tensor, experts: list[dict[int, int]], num_experts: int, mesh: Mesh
 ) -> Tensor | None:
-    """`experts` are those that each rank gives, with their rows."""
+    """Gather one tensor; `experts` are those that each rank sends, with their rows."""
     writes = mesh.ep_rank == 0
     whole = torch.empty(num_experts if writes else 0, *own.shape[1:], dtype=own.dtype)
     for rank, rows in enumerate(experts):
@@ -97,7 +98,7 @@ def _gathered(
         if mesh.ep_rank == rank:
             for i, row in enumerate(rows.values()):
                 part[i].copy_(own[row])
-        # All call it, so that all count as many.
+        # All ranks call it, so that their counts of collectives agree.
         mesh.exchange(
             [(octets, 0)] if rows and mesh.ep_rank == rank != 0 else [],
             [(octets, rank)] if rows and rank != 0 and writes else [],

@@ -1,4 +1,4 @@
-"""Starts a program in several processes of this host, as torchrun does."""
+"""Starts a program in several processes on this host, as torchrun does."""
 
 import logging
 import os
@@ -14,15 +14,16 @@ from moezoo.errors import RankError
 
 
 def launch(num_processes: int, module: str, arguments: Sequence[str]) -> int:
-    """Run `python -m module arguments` as so many ranks, and return the exit code of the first that
-    ended with another one than 0. The others are ended with it.
+    """Run `python -m module arguments` in `num_processes` processes, and return the exit code: 0,
+    or that of the first one that failed. The others are then ended.
 
-    Raises RankError where a signal ended it, KeyboardInterrupt where SIGINT ended this process.
+    Raises RankError where a signal ended that one, KeyboardInterrupt where SIGINT ended this
+    process.
     """
     for name in ("agent.server.api", "multiprocessing.api"):
-        # They tell of each signal, besides what the ranks say.
+        # They log every signal, in addition to what the ranks say.
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
-    # Processes that all take every core wait for each other.
+    # Processes that each use every core would slow each other down.
     threads = max(1, (os.cpu_count() or 1) // num_processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     config = LaunchConfig(
@@ -50,8 +51,11 @@ def launch(num_processes: int, module: str, arguments: Sequence[str]) -> int:
 
 
 def _order(failure: ProcessFailure) -> tuple[int, int]:
-    """First what failed first. Of one second, a rank that a signal ended comes before those that
-    failed for want of it; but with SIGABRT NCCL and gloo end a rank that misses another, and with
-    SIGTERM all that remain are ended."""
+    """Return a sort key that puts the cause of a failure before its consequences.
+
+    Earlier failures come first. Within one second a rank that was ended by a signal comes before
+    ranks that failed because it was gone; but SIGABRT is how NCCL and gloo end a rank that misses
+    another one, and SIGTERM how the remaining ranks are ended.
+    """
     late = {-signal.SIGABRT: 2, -signal.SIGTERM: 3}
     return failure.timestamp, late.get(failure.exitcode, int(failure.exitcode >= 0))

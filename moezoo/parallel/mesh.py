@@ -1,4 +1,4 @@
-"""The ranks of a job: who they are, in which groups they work, and how they talk.
+"""The ranks of a job, their process groups, and the collectives between them.
 
 Legend: R ranks of an expert group.
 """
@@ -26,7 +26,7 @@ from moezoo.version import __version__
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 _START = 300.0
-"""Seconds in which all ranks must have begun: imports take long where many read one disk."""
+"""Seconds within which all ranks must have started: imports are slow where many read one disk."""
 
 DISPATCHES = ("all_to_all", "all_gather")
 
@@ -101,18 +101,19 @@ class Parallel:
 
     @property
     def placement_file(self) -> str | None:
-        """The path, if the placement is in a file."""
+        """The path of the placement file, or None."""
         if isinstance(self.placement, str | os.PathLike) and self.placement not in STRATEGIES:
             return os.fspath(self.placement)
         return None
 
 
 class Mesh:
-    """This process among the others. Made by `join`.
+    """This process's place among the ranks of the job, and its collectives. Made by `join`.
 
-    Ranks are those of the job, `num_nodes` the hosts that divide an expert group evenly;
-    `group_ranks` are the ones of this rank's expert group, `group` is their process group, `hosts`
-    another one that does not go through GPUs, and `ep_rank` the place among them.
+    `rank` is the place in the job. `group_ranks` are the job's ranks in this rank's expert group,
+    and `ep_rank` is its place among them; `group` is their process group, and `hosts` another one
+    that does not go through GPUs. `num_nodes` is the number of hosts over which an expert group is
+    divided evenly, 1 where it is not.
     """
 
     def __init__(self, parallel: Parallel, device: torch.device) -> None:
@@ -126,7 +127,7 @@ class Mesh:
         on_host = _int("LOCAL_WORLD_SIZE", self.world_size)
         self.num_nodes = self.ep_size // on_host if self.ep_size % on_host == 0 else 1
         store = _get_default_store()
-        # Ranks make their meshes in the same order.
+        # Ranks make their meshes in the same order, so the numbers agree.
         number = store.add(f"moezoo/meshes/{self.rank}", 1)
         own = PrefixStore(f"moezoo/{number}", store.clone())  # type: ignore[attr-defined]
         self.watch = Watch(own, self.rank, self.world_size, timeout=parallel.timeout)
@@ -142,8 +143,8 @@ class Mesh:
             self.watch.end_if_kept_waiting(self.group_ranks)
 
     def _own_group(self, backend: str) -> dist.ProcessGroup:
-        """Of all expert groups, which every rank has to make, the one of this rank."""
-        # NCCL ends the process without naming a rank: the watch is to be first.
+        """Make the process groups of all expert groups, as every rank must; return this rank's."""
+        # NCCL ends the process without naming a rank: the watch must be earlier.
         patience = 1.5 if backend == "nccl" else 1.0
         groups = [
             dist.new_group(
@@ -156,7 +157,7 @@ class Mesh:
         return groups[self.rank // self.ep_size]
 
     def agree(self, facts: Mapping[str, object]) -> None:
-        """Raise ExpertMapError, on every rank, unless all of them have the same facts."""
+        """Raise ExpertMapError, on every rank, unless all ranks give the same facts."""
         texts = self.watch.exchange(
             "comparing versions and options", json.dumps(facts, default=str, sort_keys=True)
         )
@@ -170,22 +171,26 @@ class Mesh:
                     )
 
     def together(self, doing: str) -> AbstractContextManager[None]:
-        """The block ends when all ranks are through theirs; one that fails ends it on all, with
-        RankError on the others."""
+        """Return a context that ends when all ranks have finished its block.
+
+        If one rank fails, the others raise RankError.
+        """
         return self.watch.together(doing)
 
     def leave(self) -> None:
-        """The end of the job, on every rank; there is no more use of torch.distributed."""
+        """End the job, on every rank; torch.distributed cannot be used any more."""
         self.watch.leave()
         dist.destroy_process_group()
 
     def named_faults(self, doing: str) -> AbstractContextManager[None]:
-        """An error of torch.distributed in the block becomes a RankError that names ranks of this
-        group which are gone or behind."""
+        """Return a context that turns errors of torch.distributed into RankErrors.
+
+        They name the ranks of this group that are gone or behind.
+        """
         return self.watch.named(doing, self.group_ranks)
 
     def fault(self, doing: str, error: RuntimeError) -> RankError:
-        """What `named_faults` raises for an error."""
+        """Return the RankError that `named_faults` raises for an error."""
         return self.watch.fault(doing, error, self.group_ranks)
 
     def all_to_all(
@@ -196,8 +201,8 @@ class Mesh:
         sent: Sequence[int] | None = None,
         received: Sequence[int] | None = None,
     ) -> "Pending[Tensor]":
-        """rows [S, W] -> [S', W]: `sent` of them to each rank of the group, in their order, and
-        `received` from each; the same number for all where None."""
+        """Exchange rows [S, W] for [S', W]: send `sent` of them to each rank of the group, in order
+        of ranks, and receive `received` from each; the same number for all ranks where None."""
         size = len(rows) if received is None else sum(received)
         result = rows.new_empty(size, *rows.shape[1:])
         sizes = None if received is None else list(received), None if sent is None else list(sent)
@@ -206,20 +211,20 @@ class Mesh:
         )
 
     def all_gather(self, rows: Tensor, doing: str) -> "Pending[Tensor]":
-        """rows [C, W], as many on every rank -> [R * C, W]."""
+        """Gather rows [C, W], as many on every rank, from all ranks: [R * C, W]."""
         result = rows.new_empty(self.ep_size * len(rows), *rows.shape[1:])
         return self._begin(doing, _all_gather, result, _octets(result), _octets(rows))
 
     def all_reduce(self, tensor: Tensor, doing: str) -> "Pending[Tensor]":
-        """The sum over the group, in place of `tensor`; the same bits on every rank."""
+        """Sum `tensor` over the group, in place; all ranks get the same bits."""
         return self._begin(doing, dist.all_reduce, tensor, tensor)
 
     def broadcast(self, tensor: Tensor, doing: str) -> "Pending[Tensor]":
-        """The group's first rank's, in place of `tensor`, which is contiguous."""
+        """Overwrite `tensor`, which is contiguous, by that of the group's first rank."""
         return self._begin(doing, dist.broadcast, tensor, _octets(tensor), src=self.group_ranks[0])
 
     def numbers(self, own: Sequence[int], doing: str) -> list[list[int]]:
-        """Those of each rank of the group, as many on every one; through the hosts alone."""
+        """Gather numbers, as many on every rank, from all ranks of the group; without GPUs."""
         mine = torch.tensor(own, dtype=torch.int64)
         result = mine.new_empty(self.ep_size * len(own))
         self.watch.begins(doing)
@@ -230,8 +235,11 @@ class Mesh:
     def exchange(
         self, sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]], doing: str
     ) -> "Pending[list[Tensor]]":
-        """Send tensors of bytes to some ranks of the group, by their places in it, and receive
-        others; between two ranks in their order. All ranks call it, also with neither."""
+        """Send tensors of bytes to ranks of the group, by their places in it, and receive others.
+
+        Tensors between the same two ranks arrive in order. All ranks call it, also those with
+        nothing to send or receive.
+        """
         self.watch.begins(doing)
         operations = [
             dist.P2POp(kind, tensor, group=self.group, group_peer=peer)
@@ -246,7 +254,7 @@ class Mesh:
         self, doing: str, collective: Any, result: Tensor, *args: Any, **options: Any
     ) -> "Pending[Tensor]":
         self.watch.begins(doing)
-        # Not `named_faults`: a context manager is as slow as some of what is launched here.
+        # Not `named_faults`: a context manager takes as long as some of these launches.
         try:
             work = collective(*args, group=self.group, async_op=True, **options)
         except RuntimeError as error:
@@ -258,16 +266,16 @@ Result = TypeVar("Result")
 
 
 class Pending(Generic[Result]):
-    """A collective under way."""
+    """A collective that has been started."""
 
     def __init__(
         self, mesh: Mesh, works: Sequence[Any], doing: str, result: Result, held: object
     ) -> None:
         self._mesh, self._works, self._doing, self._result = mesh, works, doing, result
-        self._held = held  # what is read and written until then
+        self._held = held  # tensors that the collective reads and writes until it is done
 
     def wait(self) -> Result:
-        """Its result: on a GPU what is launched from now on sees it, and the host does not wait."""
+        """Wait for the result and return it; on a GPU only the current stream waits."""
         works, self._works = self._works, ()
         try:
             for work in works:
@@ -279,14 +287,14 @@ class Pending(Generic[Result]):
 
 
 def join(parallel: Parallel, device: torch.device | str | None = None) -> Mesh:
-    """This process as one of the job's ranks; torch.distributed is initialised if it is not.
+    """Join the job as one of its ranks; initialises torch.distributed if that is not done.
 
-    The device is by default the GPU of this process's place on its host (LOCAL_RANK), so it is for
-    "cuda".
+    The device is by default, and for "cuda", the GPU with this process's number on its host
+    (LOCAL_RANK).
 
     Raises ExpertMapError where the number of processes is no multiple of the expert-parallel size,
     or versions or options differ between ranks, RankError where a rank does not come, and
-    ValueError for a device that there is not.
+    ValueError for a device that does not exist.
     """
     device = _device_of_rank(device)
     world_size = dist.get_world_size() if dist.is_initialized() else _int("WORLD_SIZE", 1)
@@ -337,5 +345,5 @@ def _int(variable: str, default: int) -> int:
 
 
 def _octets(tensor: Tensor) -> Tensor:
-    """The bytes, as not every backend carries every dtype."""
+    """Return a view as bytes, since not every backend supports every dtype."""
     return tensor if tensor.dtype == torch.uint8 else tensor.view(torch.uint8)

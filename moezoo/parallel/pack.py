@@ -1,4 +1,4 @@
-"""Tokens in the order in which they travel, and the sum of what comes back.
+"""Packing tokens into rows for all-to-all, and summing the rows that come back.
 
 Legend: T tokens, H hidden, K experts per token, R ranks, S rows sent: a token once for each rank
 that it goes to, those for rank 0 first, in the order of tokens.
@@ -16,20 +16,25 @@ from moezoo.layers.kernels.row_format import (
 
 
 def destinations(slots: Tensor, rank_of_slot: Tensor, num_ranks: int) -> Tensor:
-    """slots int [T, K] -> bool [T, R]: the ranks that a token goes to. rank_of_slot is int64
-    [P + 1], its last R, which is where a slot of -1 is."""
+    """Return which ranks each token goes to, bool [T, R], from its slots int [T, K].
+
+    rank_of_slot is int64 [P + 1]; its last number is R, for slots of -1.
+    """
     ranks = rank_of_slot[slots.long()]
     there = slots.new_zeros(len(slots), num_ranks + 1, dtype=torch.bool)
     return there.scatter_(1, ranks, True)[:, :num_ranks]
 
 
 def pack_order(there: Tensor, counts: Tensor, num_rows: int, k: int) -> tuple[Tensor, Tensor]:
-    """bool [T, R], its sums over tokens int64 [R], S, K -> the token of each row, int64 [S], and
-    the rows of each token, int64 [T, min(K, R)], those for lower ranks first and -1 for none."""
+    """Return the token of each row, int64 [S], and each token's rows, int64 [T, min(K, R)].
+
+    `there` is bool [T, R] of `destinations`, `counts` int64 [R] its sums over tokens, `num_rows` S
+    and `k` K. A token's rows for lower ranks come first; -1 is none.
+    """
     num_tokens, num_ranks = there.shape
     row = there.cumsum(0) - 1 + (counts.cumsum(0) - counts)
     tokens = torch.arange(num_tokens, device=there.device)[:, None].expand_as(row)
-    # One row more, for where nothing is sent.
+    # One row more, for tokens that do not go to a rank.
     order = row.new_empty(num_rows + 1)
     order.scatter_(0, row.where(there, num_rows).flatten(), tokens.flatten())
     if num_ranks <= k:
@@ -41,8 +46,10 @@ def pack_order(there: Tensor, counts: Tensor, num_rows: int, k: int) -> tuple[Te
 def pack_rows(
     form: RowFormat, x: Tensor, topk_weights: Tensor, slots: Tensor, num_rows: int
 ) -> Tensor:
-    """x [T, H], topk_weights fp32 and slots int [T, K] -> uint8 [num_rows, W]: tokens with their
-    choices, then rows with slots of -1."""
+    """Pack x [T, H], topk_weights fp32 [T, K] and slots int [T, K] into rows uint8 [num_rows, W].
+
+    Rows beyond T have slots of -1.
+    """
     if not x.is_cuda:
         return pack_rows_ref(form, x, topk_weights, slots, num_rows)
     from moezoo.layers.kernels import wire_rows
@@ -54,8 +61,10 @@ def pack_rows(
 def unpack_rows(
     form: RowFormat, rows: Tensor, first: int, stop: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse: x [N, H], topk_weights fp32 [N, K], and int32 [N, K]: slots first to stop
-    counted from `first`, and -1 for all others."""
+    """Unpack rows of `pack_rows` into x [N, H], topk_weights fp32 [N, K] and slots int32 [N, K].
+
+    Slots `first` to `stop` are counted from `first`; all others are -1.
+    """
     if not rows.is_cuda:
         return unpack_rows_ref(form, rows, first, stop)
     from moezoo.layers.kernels import wire_rows
@@ -65,7 +74,7 @@ def unpack_rows(
 
 
 def local_rows(slots: Tensor, first: int, stop: int) -> Tensor:
-    """slots int [T, K] -> int32 [T, K], counted as `unpack_rows` does."""
+    """Return slots int [T, K] as int32, counted from `first`, with -1 outside `first` to `stop`."""
     if not slots.is_cuda:
         return local_rows_ref(slots, first, stop)
     from moezoo.layers.kernels import wire_rows
@@ -75,8 +84,10 @@ def local_rows(slots: Tensor, first: int, stop: int) -> Tensor:
 
 
 def sum_answers(y: Tensor, places: Tensor) -> Tensor:
-    """y [S, H], places int [T, J], -1 for none -> [T, H]: the sum of each token's rows in fp32, in
-    the order of places, rounded once."""
+    """Return [T, H], the sums of each token's rows of y [S, H].
+
+    places int [T, J] are its rows, or -1. Sums are fp32, in the order of places, and rounded once.
+    """
     if y.is_cuda:
         from moezoo.layers.kernels.sum_rows import sum_rows
 

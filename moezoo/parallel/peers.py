@@ -1,4 +1,4 @@
-"""Generation in step with the other ranks of an expert group."""
+"""The implementations of `Peers`: generation together with the other ranks of an expert group."""
 
 from array import array
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _AGREEING, _CHOOSING = "comparing the settings of generation", "agreeing on toke
 
 
 def peers_of(decoder: Decoder, mesh: Mesh) -> Peers | None:
-    """The other ranks, for what generates with a decoder that `shard_` divided."""
+    """Return the `Peers` of a decoder that `shard_` divided, or None where one rank has all."""
     dispatcher = next(iter(moe_layers(decoder).values())).dispatcher
     if dispatcher is None:
         return None
@@ -51,7 +51,7 @@ class _Ranks:
 
 
 class _SameTokens(_Ranks):
-    """All ranks make the same passes, over the same tokens: those that the first one chooses."""
+    """All ranks make the same passes over the same tokens, which the first rank chooses."""
 
     alike = True
     limit: int | None = None
@@ -83,8 +83,11 @@ class _SameTokens(_Ranks):
 
 
 class _OwnTokens(_Ranks):
-    """Each rank has prompts of its own. Where one of them has a prompt in a pass, buffers are as
-    the numbers of tokens have it; in others all have buffers for as many as one has."""
+    """Each rank has prompts of its own.
+
+    In a pass in which a rank has a prompt, buffers follow from the ranks' numbers of tokens; in
+    others their capacity is the largest number of rows.
+    """
 
     alike = False
 

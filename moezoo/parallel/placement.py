@@ -1,7 +1,7 @@
-"""Which rank holds which expert.
+"""Placements of experts: which rank, and which of its slots, holds which expert.
 
 Legend: E experts (logical), R ranks, L MoE layers, P physical experts: E and the redundant ones, in
-slots; the slots of rank r are r * P / R and those that follow it.
+slots; rank r has P / R slots from r * P / R on.
 """
 
 import json
@@ -18,16 +18,16 @@ from torch import Tensor
 from moezoo.errors import ExpertMapError
 
 STRATEGIES = ("linear", "round_robin")
-"""`linear` gives a rank neighbours, `round_robin` every R-th expert."""
+"""`linear` gives a rank consecutive experts, `round_robin` every R-th expert."""
 
 FORMAT, VERSION = "moezoo-placement", 1
 
 Strategy = str | Sequence[Sequence[int]]
-"""A name of `STRATEGIES`, or for each rank the experts that it holds, in the order of its rows."""
+"""One of `STRATEGIES`, or a list of each rank's experts, in the order of its rows."""
 
 
 def is_strategy(value: object) -> TypeGuard[Strategy]:
-    """Whether it is a strategy's name, or has a list of numbers for each rank."""
+    """Whether a value is a strategy's name, or lists of whole numbers."""
     if isinstance(value, str):
         return value in STRATEGIES
     return isinstance(value, Sequence) and all(
@@ -37,13 +37,13 @@ def is_strategy(value: object) -> TypeGuard[Strategy]:
 
 
 def experts_of_rank(num_experts: int, ep_size: int, ep_rank: int, strategy: Strategy) -> list[int]:
-    """The experts of one rank, in the order of its rows; none where there are more ranks.
+    """Return the experts of one rank, in the order of its rows.
 
-    The first E mod R ranks hold one more than the others.
+    The first E mod R ranks hold one more than the others, which hold none if R is above E.
 
     Raises:
-        ExpertMapError: a size below 1, a rank that there is not, an unknown strategy, or a map that
-            does not hold every expert on exactly one rank.
+        ExpertMapError: a size below 1, a rank that does not exist, an unknown strategy, or lists
+            that do not hold every expert on exactly one rank.
     """
     if num_experts < 1 or ep_size < 1:
         raise ExpertMapError(
@@ -70,9 +70,10 @@ def experts_of_rank(num_experts: int, ep_size: int, ep_rank: int, strategy: Stra
 def expert_map(
     num_experts: int, ep_size: int, ep_rank: int, strategy: Strategy = "linear"
 ) -> tuple[int, Tensor | None]:
-    """How many experts a rank holds, and int32 [E]: the row of each among its own, or -1.
+    """Return the number of a rank's experts, and the row of each expert on it, int32 [E], or -1.
 
-    The map is None for a single rank that holds all of them in order. Raises as `experts_of_rank`.
+    The map is None for a single rank that holds all experts in order. Raises what
+    `experts_of_rank` raises.
     """
     held = experts_of_rank(num_experts, ep_size, ep_rank, strategy)
     if ep_size == 1 and held == list(range(num_experts)):
@@ -109,13 +110,13 @@ def _check_custom(num_experts: int, ep_size: int, ranks: Sequence[Sequence[int]]
 def initial_map(
     num_experts: int, num_redundant: int, num_ranks: int, strategy: Strategy = "linear"
 ) -> Tensor:
-    """int64 [P]: the expert of each slot before any load is known.
+    """Return the expert of each slot, int64 [P], before any load is known.
 
-    Experts 0 to E - 1 and then as many again as there are redundant ones, laid out over the ranks
-    by the strategy; a custom one lists those of each rank itself, copies included.
+    A named strategy lays out experts 0 to E - 1, and then the redundant ones from expert 0 on, over
+    the ranks; lists give the experts of each rank themselves, copies included.
 
-    Raises ExpertMapError where P does not divide by the ranks, or a custom map does not hold every
-    expert or fills other than P / R slots of a rank.
+    Raises ExpertMapError where P does not divide by R, or lists do not hold every expert or not
+    P / R for each rank.
     """
     num_physical = num_experts + num_redundant
     if num_experts < 1 or num_ranks < 1 or num_redundant < 0:
@@ -147,7 +148,7 @@ def initial_map(
 
 
 def check_map(physical_to_logical_map: Tensor, num_experts: int, name: str) -> None:
-    """Raise ExpertMapError unless each layer of int64 [L, P] has a slot for every expert."""
+    """Raise ExpertMapError unless each layer of a map int64 [L, P] has a slot for every expert."""
     if physical_to_logical_map.numel() == 0:
         raise ExpertMapError(f"{name} has no slots")
     low, high = (int(x) for x in physical_to_logical_map.aminmax())
@@ -165,18 +166,18 @@ def check_map(physical_to_logical_map: Tensor, num_experts: int, name: str) -> N
 
 @dataclass(frozen=True)
 class Placement:
-    """The expert of each slot in each MoE layer of a model: what a placement file holds.
+    """The content of a placement file: the expert of each slot in each MoE layer of a model.
 
     Raises ExpertMapError for slots that do not divide over the ranks, an expert without a slot, and
-    layers that are not as many as the map's.
+    a map that has not a row for each layer.
     """
 
     num_experts: int
     num_ranks: int
     layers: tuple[int, ...]
-    """The decoder's layers that have experts, [L]."""
+    """Indices of the decoder's MoE layers, [L]."""
     physical_to_logical_map: Tensor
-    """int64 [L, P]."""
+    """The expert of each slot, int64 [L, P]."""
 
     def __post_init__(self) -> None:
         slots = self.physical_to_logical_map
@@ -195,10 +196,11 @@ class Placement:
 
     @property
     def num_redundant(self) -> int:
+        """Number of slots beyond one for each expert."""
         return self.physical_to_logical_map.shape[1] - self.num_experts
 
     def check_model(self, num_experts: int, layers: Sequence[int], num_ranks: int) -> None:
-        """Raise ExpertMapError unless it was made for such a model on so many ranks."""
+        """Raise ExpertMapError unless the placement is for such a model on so many ranks."""
         for what, placed, there in (
             ("experts", self.num_experts, num_experts),
             ("ranks", self.num_ranks, num_ranks),
@@ -211,7 +213,7 @@ class Placement:
                 )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as JSON, a line a layer."""
+        """Write the placement as JSON, with one line per layer."""
         head = {
             "format": FORMAT,
             "version": VERSION,
@@ -225,7 +227,10 @@ class Placement:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Placement":
-        """Raises ExpertMapError, naming the file, for what is no placement; OSError without one."""
+        """Read a placement file.
+
+        Raises ExpertMapError, naming the file, for anything else; OSError without a file.
+        """
         try:
             record = json.loads(Path(path).read_text())
         except (ValueError, RecursionError) as error:

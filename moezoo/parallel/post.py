@@ -1,4 +1,4 @@
-"""Texts between rank 0 and the others, by the job's store: not for what is in a hurry."""
+"""Slow messages between rank 0 and the other ranks, through the job's store."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,21 +6,21 @@ from moezoo.errors import RankError
 from moezoo.parallel.mesh import Mesh
 
 _BYTES = 1 << 20
-"""Of one entry in the store, where a text may be cut."""
+"""Size of the pieces in which a text is stored."""
 
 
 class Post:
-    """Each rank's texts to rank 0, and rank 0's to each."""
+    """Sends texts from each rank to rank 0, and one text from rank 0 to each rank."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._rank, self._world_size = mesh.rank, mesh.world_size
-        # One of its own: a thread may wait for the other's answer.
+        # A connection of its own: on a shared one, a thread may wait for another's answer.
         self._store = mesh.watch.store.clone()  # type: ignore[attr-defined]
         self._sent = 0
         self._received = [0] * mesh.world_size
 
     def send(self, text: str) -> None:
-        """To rank 0. Raises RankError if that has stopped taking them."""
+        """Send a text to rank 0. Raises RankError if rank 0 has called `stop`."""
         if self._store.check(["stopped"]):
             raise RankError(self._store.get("stopped").decode())
         self._store.set(f"post/{self._rank}/{self._sent}", text)
@@ -31,7 +31,7 @@ class Post:
         return self._sent
 
     def received(self) -> Iterator[str]:
-        """What has come to rank 0 and was not taken before."""
+        """Yield, on rank 0, the texts that have arrived since the last call."""
         for rank in range(self._world_size):
             while self._store.check([key := f"post/{rank}/{self._received[rank]}"]):
                 text = self._store.get(key).decode()
@@ -40,7 +40,7 @@ class Post:
                 yield text
 
     def stop(self, reason: str) -> None:
-        """As rank 0, take no more."""
+        """Refuse further texts, on rank 0: `send` raises `reason` on the others."""
         self._store.set("stopped", reason)
 
     @property
@@ -48,7 +48,7 @@ class Post:
         return sum(self._received)
 
     def deal(self, texts: Sequence[str]) -> None:
-        """Give each rank its text, as rank 0."""
+        """Send to each rank its own of `texts`, on rank 0; `dealt` receives it."""
         for rank, text in enumerate(texts):
             octets = text.encode()
             pieces = [octets[i : i + _BYTES] for i in range(0, len(octets), _BYTES)]
@@ -57,7 +57,7 @@ class Post:
             self._store.set(f"dealt/{rank}", str(len(pieces)))
 
     def dealt(self) -> str:
-        """This rank's, once it is there."""
+        """Wait for the text that `deal` sends to this rank, and return it."""
         number = int(self._store.get(f"dealt/{self._rank}"))
         pieces = (self._store.get(f"dealt/{self._rank}/{i}") for i in range(number))
         return b"".join(pieces).decode()

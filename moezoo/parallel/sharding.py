@@ -1,4 +1,4 @@
-"""A model that was built for one process, divided over ranks.
+"""Dividing the experts of a model that was built for one process over ranks.
 
 Legend: E experts, P slots.
 """
@@ -26,7 +26,7 @@ def moe_layers(decoder: Decoder) -> dict[int, FusedMoE]:
 
 
 def slots_of(decoder: Decoder, mesh: Mesh, options: EPLB | None) -> Slots:
-    """Where `eplb` and `Parallel.placement` put the experts of a model to begin with.
+    """Return the initial slots of a model's experts, by `eplb` and `Parallel.placement`.
 
     Raises ExpertMapError for a placement that does not fit it, and a model without experts.
     """
@@ -45,10 +45,10 @@ def slots_of(decoder: Decoder, mesh: Mesh, options: EPLB | None) -> Slots:
 
 
 def shard_(decoder: Decoder, mesh: Mesh, slots: Slots) -> None:
-    """Leave in each MoE layer, on meta, the experts in this rank's slots, and attach what carries
-    tokens to the others. No parameter needs a gradient from then on.
+    """Reduce each MoE layer, on meta, to the experts in this rank's slots, and attach the
+    dispatcher. No parameter needs a gradient from then on.
 
-    Raises ExpertMapError where ranks have other maps than this one.
+    Raises ExpertMapError where the slots differ between ranks.
     """
     mesh.agree({"the map of experts": slots.fingerprint})
     dispatcher = dispatcher_of(mesh, slots)
@@ -67,10 +67,11 @@ def shard_(decoder: Decoder, mesh: Mesh, slots: Slots) -> None:
 def balance_(
     decoder: Decoder, mesh: Mesh, slots: Slots, options: EPLB | None, *, num_groups: int = 1
 ) -> None:
-    """Attach what chooses the slots that tokens go to and, by `options`, moves experts, to a
-    decoder that `shard_` divided and whose weights are there.
+    """Attach a balancer to a decoder that `shard_` divided and whose weights are loaded.
 
-    Of `num_groups` groups of experts each stays on a node, where they divide over the nodes.
+    It chooses the slots that tokens go to and, by `options`, moves experts. Each of `num_groups`
+    groups of experts stays on one node, if the groups divide over the nodes. In one process whose
+    slots are the experts in order there is nothing to attach.
     """
     trivial = torch.arange(slots.num_experts).repeat(len(slots.layers), 1)
     if mesh.ep_size == 1 and torch.equal(slots.physical_to_logical_map, trivial):
@@ -89,7 +90,7 @@ def balance_(
 
 
 def dispatcher_of(mesh: Mesh, slots: Slots) -> Dispatcher | None:
-    """What `Parallel.dispatch` asks for; None where one rank has all the slots."""
+    """Return the dispatcher for `Parallel.dispatch`, or None where one rank has all the slots."""
     parallel = mesh.parallel
     if mesh.ep_size == 1:
         return None
@@ -105,8 +106,11 @@ def dispatcher_of(mesh: Mesh, slots: Slots) -> Dispatcher | None:
 
 
 def check_wire(mesh: Mesh, formats: Collection[type[Format] | None]) -> None:
-    """Raise ValueError where tokens are to travel in fp8, and not all experts are in block fp8,
-    which would round them so anyway. `formats` are those of the experts, None for 16 or 32 bits."""
+    """Raise ValueError where tokens are to be sent in fp8 and not all experts are in block fp8.
+
+    Experts in block fp8 round their inputs to fp8 anyway. `formats` are those of the experts, None
+    for 16 or 32 bits.
+    """
     if mesh.parallel.wire == "fp8" and set(formats) - {BlockFp8}:
         names = {"not quantised" if format is None else format.name for format in formats}
         held = " and ".join(sorted(names))
@@ -117,7 +121,7 @@ def check_wire(mesh: Mesh, formats: Collection[type[Format] | None]) -> None:
 
 
 def step_without_tokens(decoder: Decoder) -> None:
-    """Take part in a forward pass of the other ranks, for a rank that has no tokens."""
+    """Take part in a forward pass of the other ranks, as a rank without tokens."""
     if decoder.balancer is not None:
         decoder.balancer.begin(None)
     with decoder.passing(0):
@@ -125,7 +129,7 @@ def step_without_tokens(decoder: Decoder) -> None:
             if moe.dispatcher is None:
                 continue
             nothing = moe.gate.new_empty(0, moe.gate.shape[1])
-            # A row that is cut off says how many experts a token has.
+            # One row is routed and cut off: the router alone knows the number of experts per token.
             route = moe.reroute or moe.route
             topk_weights, topk_ids = route(moe.gate.new_zeros(1, len(moe.gate)).float())
             slots = topk_ids if moe.physical_ids is None else moe.physical_ids(topk_ids[:0])

@@ -1,4 +1,4 @@
-"""Where the experts of a model are: slots, those of rank 0 first.
+"""The slots of a model's experts: which slot holds which expert, and which rank has which slots.
 
 Legend: L MoE layers, E experts, P slots (E and redundant ones), R ranks.
 """
@@ -13,30 +13,30 @@ import torch
 from torch import Tensor
 
 from moezoo.errors import ExpertMapError
-from moezoo.parallel.placement import STRATEGIES, Placement, experts_of_rank
+from moezoo.parallel.placement import STRATEGIES, Placement, Strategy, experts_of_rank
 
 
 @dataclass(frozen=True)
 class Slots:
-    """The expert of each slot in each MoE layer, and the slots of each rank."""
+    """The expert of each slot in each MoE layer, and the slots of each rank, rank 0's first."""
 
     num_experts: int
     layers: tuple[int, ...]
-    """The decoder's layers that have experts, [L]."""
+    """Indices of the decoder's MoE layers, [L]."""
     bounds: tuple[int, ...]
-    """[R + 1]: slots bounds[r] to bounds[r + 1] are rank r's."""
+    """Rank r has slots bounds[r] to bounds[r + 1]; [R + 1]."""
     physical_to_logical_map: Tensor
-    """int64 [L, P]."""
+    """The expert of each slot, int64 [L, P]."""
 
     @classmethod
     def of(
         cls,
-        placement: str | os.PathLike[str] | Sequence[Sequence[int]],
+        placement: Strategy | os.PathLike[str] | Placement,
         num_experts: int,
         layers: Sequence[int],
         num_ranks: int,
     ) -> "Slots":
-        """By a strategy of `experts_of_rank`, or by a placement file.
+        """Return the slots of a strategy of `experts_of_rank`, of a placement, or of its file.
 
         Raises ExpertMapError for what does not fit the model or the ranks, OSError without a file.
         """
@@ -49,7 +49,13 @@ class Slots:
                     f"{' or '.join(map(repr, STRATEGIES))}, a list of experts for each rank, or "
                     "the path of a placement file, and there is no such file"
                 )
-            return cls.placed(Placement.load(placement), num_experts, layers, num_ranks)
+            placement = Placement.load(placement)
+        if isinstance(placement, Placement):
+            placement.check_model(num_experts, layers, num_ranks)
+            maps = placement.physical_to_logical_map
+            size = maps.shape[1] // num_ranks
+            even = tuple(range(0, size * num_ranks + 1, size))
+            return cls(num_experts, tuple(layers), even, maps)
         ranks = [experts_of_rank(num_experts, num_ranks, r, placement) for r in range(num_ranks)]
         bounds = [0]
         for experts in ranks:
@@ -57,29 +63,19 @@ class Slots:
         slots = torch.tensor([expert for experts in ranks for expert in experts])
         return cls(num_experts, tuple(layers), tuple(bounds), slots.repeat(len(layers), 1))
 
-    @classmethod
-    def placed(
-        cls, placement: Placement, num_experts: int, layers: Sequence[int], num_ranks: int
-    ) -> "Slots":
-        """Raises ExpertMapError unless it was made for such a model on so many ranks."""
-        placement.check_model(num_experts, layers, num_ranks)
-        slots = placement.physical_to_logical_map
-        size = slots.shape[1] // num_ranks
-        bounds = tuple(range(0, size * num_ranks + 1, size))
-        return cls(num_experts, tuple(layers), bounds, slots)
-
     def of_rank(self, rank: int) -> dict[int, list[int]]:
-        """Layer of the decoder -> the experts of this rank, in the order of its rows."""
+        """Return a rank's experts in the order of its rows, by index of the decoder's layer."""
         held = self.physical_to_logical_map[:, self.bounds[rank] : self.bounds[rank + 1]]
         return dict(zip(self.layers, held.tolist(), strict=True))
 
     @property
     def num_redundant(self) -> int:
+        """Number of slots beyond one for each expert."""
         return self.physical_to_logical_map.shape[1] - self.num_experts
 
     @property
     def fingerprint(self) -> str:
-        """What tells other maps from this one, for messages too."""
+        """A short text that differs for other maps, also for error messages."""
         described = repr((self.layers, self.bounds, self.physical_to_logical_map.tolist()))
         sizes = "+".join(str(b - a) for a, b in pairwise(self.bounds))
         return f"slots {sizes} of hash {sha256(described.encode()).hexdigest()[:12]}"

@@ -282,7 +282,7 @@ def record_routing(
         )
     if decoder.recorder is not None:
         raise ValueError("the model is being recorded already; one recording at a time")
-    layers = {i: x.mlp for i, x in enumerate(decoder.layers) if isinstance(x.mlp, FusedMoE)}
+    layers = decoder.moe_layers
     numbers = {len(layer.gate) for layer in layers.values()}
     if len(numbers) != 1:
         raise ValueError(

@@ -1,5 +1,6 @@
 """The token loop on the engine against the one on transformers' caches, both on the CPU."""
 
+import weakref
 from copy import deepcopy
 from threading import Barrier, Thread
 
@@ -208,6 +209,18 @@ def test_one_call_at_a_time_has_the_kept_engine(model):
         assert wider.num_rows == 4
     with keeper.engine(model.decoder, 4, 513) as longer:
         assert longer.context == 1024
+
+
+def test_a_model_frees_the_engine_that_it_keeps(model):
+    with model._engines.engine(model.decoder, 2, 100) as engine:
+        keys = weakref.ref(engine.cache.layers[0].keys)
+    del engine
+    assert keys() is not None
+    model.release_engine()
+    assert keys() is None
+    model.release_engine()
+    with model._engines.engine(model.decoder, 2, 100) as engine:
+        assert engine.num_rows == 2
 
 
 def test_what_a_failed_call_leaves_is_not_used(model):

@@ -1,4 +1,4 @@
-"""Expert-parallel load balancing: which experts are copied, where they go, and what that moves."""
+"""Expert-parallel load balancing: which experts are replicated, where they go, and what moves."""
 
 from moezoo.parallel.eplb.movement import (
     LayerMoves,

@@ -1,4 +1,4 @@
-"""Keeps ranks evenly loaded while a model runs, or says that they are not.
+"""Balances the load of ranks while a model runs, or warns that it is uneven.
 
 Legend: T tokens, K experts per token, L MoE layers, E experts (logical), P physical experts in
 slots, S slots of a rank, R ranks.
@@ -32,43 +32,43 @@ from moezoo.parallel.slots import Slots
 _log = logging.getLogger(__name__)
 
 WATCHED_STEPS = 100
-"""The window, and the interval, where nothing is balanced."""
+"""Window and interval, in steps, where load is watched but not balanced."""
 
 
 WORKED, NAP = 0.5e-3, 10
-"""Seconds that the thread in the background works, between layers, until it sleeps, and how many
-times as long: while it runs Python, the thread that launches the model's kernels cannot."""
+"""After so many seconds of work the background thread sleeps NAP times as long, since the thread
+that launches the model's kernels cannot run while it runs Python."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an interval's loads were like, and what moves therefore."""
+    """The result of a rebalance: the balancedness of an interval's loads, and what is to move."""
 
     step: int
     balancedness: float
     moved: int
-    """Experts that ranks get from others."""
+    """Number of experts that ranks receive from others."""
     waves: list[Wave]
 
 
 class Balancer:
-    """Chooses a replica of each expert that a token chose, counts, and moves experts by the counts.
+    """Chooses a replica for each expert that a token chose, counts load, and moves experts by it.
 
-    The model calls `begin`, `physical_ids` for each MoE layer and `end_step`: every rank as often.
-    Every `step_interval` steps loads are summed over ranks and the policy finds new maps, in the
-    background. At a step's end ranks tell each other whether they have them; if so, weights travel
-    to staging memory, some layers at a time and a piece in each step, and each rank puts them into
-    place with their maps at the end of the same step. A piece is what takes little of a step's
-    time, as steps and pieces before were timed on the first rank. Without `use_async` the step that
-    is due does all.
+    The model calls `begin`, `physical_ids` for each MoE layer and `end_step`, equally often on all
+    ranks. Every `step_interval` steps loads are summed over ranks and the policy finds new maps, in
+    the background. When all ranks have them, weights travel to staging memory, some layers at a
+    time and a piece per step, and all ranks copy them into place, with their maps, at the end of
+    the same step. Pieces are small enough to take little of a step's time, as measured on the first
+    rank. Without `use_async` all this happens in the step that is due.
 
     Args:
-        slots: where experts are to begin with.
+        slots: the initial placement of experts.
         layers: the tensors [S, ..] of each MoE layer's experts on this rank.
-        options: None, or those that are not enabled: experts stay where they are, and ranks whose
-            load stays uneven make a `LoadImbalanceWarning`.
-        mesh: None is a process alone.
-        num_groups: of neighbouring experts, for the published policy: see `rebalance_experts`.
+        options: if None or not enabled, experts stay where they are, and load that stays uneven
+            gives a `LoadImbalanceWarning`.
+        mesh: the ranks; None for a single process.
+        num_groups: number of groups of neighbouring experts for the published policy, see
+            `rebalance_experts`.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Balancer:
         self._rank, self._num_ranks = (0, 1) if mesh is None else (mesh.ep_rank, mesh.ep_size)
         self._nodes = {"num_groups": num_groups, "num_nodes": 1 if mesh is None else mesh.num_nodes}
         if options.policy == "least_movement":
-            self._nodes = {}  # to it all ranks are alike
+            self._nodes = {}  # this policy does not know nodes
         self._channels = None if self._mesh is None else Channels.open(self._mesh)
         device = layers[0][0].device
         # Ranks that have the same tokens must choose the same replicas.
@@ -103,7 +103,7 @@ class Balancer:
             device=device,
         )
         self._maps = slots.physical_to_logical_map.cpu().clone()
-        """The state's, for the host."""
+        """A copy of the state's maps on the host."""
         self._bounds = slots.bounds
         self._real: Tensor | None = None
         self._dummy = False
@@ -115,24 +115,26 @@ class Balancer:
             ThreadPoolExecutor(1, thread_name_prefix="moezoo-eplb") if options.use_async else None
         )
         self._plan: Future[Plan] | None = None
-        """Of a rebalance, until all ranks have it."""
+        """The plan of the rebalance, until all ranks have it."""
         self._vote: Vote | None = None
         self._waves: deque[Wave] = deque()
-        """Those that are to come; the first is on its way."""
+        """Waves that are still to be switched; the first one is being sent."""
         self._piece: Pending[list[Tensor]] | None = None
-        """Posted at the end of the step before."""
+        """The piece that was posted at the end of the step before."""
 
     def begin(self, real: Tensor | None) -> None:
-        """A step begins; real is bool [T], False at padding, or None without any."""
+        """Begin a step; real is bool [T], False at padding, or None without padding."""
         self._real = real
 
     def physical_ids(self, layer: int, topk_ids: Tensor) -> Tensor:
-        """The slots int32 [T, K] where the tokens of topk_ids int [T, K] go, which are counted."""
+        """Choose slots int32 [T, K] for topk_ids int [T, K], and count their tokens."""
         return self.state.choose_(layer, topk_ids, self._real)
 
     def held(self, layer: int) -> list[dict[int, int]]:
-        """The experts of each rank in an MoE layer, now, and their rows; copies left out: an expert
-        is the first rank's that has it."""
+        """Return each rank's experts in an MoE layer, as of now, with their rows.
+
+        A replicated expert counts for the first rank only that has it.
+        """
         found: set[int] = set()
         ranks = []
         slots = self._maps[layer].tolist()
@@ -144,7 +146,7 @@ class Balancer:
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Steps within do nobody's work, and their tokens are forgotten at their end."""
+        """Return a context whose steps do not count towards the load, such as those of captures."""
         self._dummy = True
         try:
             yield
@@ -153,10 +155,10 @@ class Balancer:
 
     @torch.inference_mode()
     def end_step(self, *, dummy: bool = False) -> None:
-        """A step has ended, on this rank one without tokens if it is a dummy.
+        """End a step; `dummy` if this rank had no tokens in it.
 
-        Raises what stopped a rebalance, `RankError` where it was another rank; weights and maps
-        then still belong together.
+        Raises the error that stopped a rebalance, `RankError` if another rank caused it. Weights
+        and maps are then still consistent.
         """
         self.state.end_step_(dummy=dummy or self._dummy)
         self._steps += 1
@@ -174,9 +176,9 @@ class Balancer:
                 return
 
     def _share(self) -> float:
-        """Bytes that may travel at the end of a step."""
+        """Return the number of bytes that may be sent at the end of a step."""
         if self._transfer is None or self._thread is None:
-            return math.inf  # nothing does, or all of it
+            return math.inf  # nothing is sent, or everything at once
         return self._pace.bytes_in_a_share(self._transfer.bytes_per_second())
 
     def _named(self, doing: str) -> AbstractContextManager[None]:
@@ -191,7 +193,7 @@ class Balancer:
 
     @torch.inference_mode()
     def _find(self, loads: HostCopies, step: int, in_a_share: float) -> Plan:
-        """What should move, and in pieces of how many bytes, by the host alone."""
+        """Find what should move, in pieces of about `in_a_share` bytes; without the GPU."""
         load, rank_load = loads.wait()
         if self._channels is not None:
             with self._named("summing the load of experts"):
@@ -214,7 +216,7 @@ class Balancer:
         return Plan(step, found, moved, waves)
 
     def _agree(self, plan: Future[Plan]) -> None:
-        """Take the plan up at the step in which the ranks learn that all have it."""
+        """Start on the plan in the step in which ranks learn that all of them have it."""
         if self._voted():
             self._plan = None
             self._say(plan.result())
@@ -224,11 +226,12 @@ class Balancer:
             return
         ready = plan.done()
         if ready:
-            plan.result()  # raises what went wrong
+            plan.result()  # raises the error of the background thread
         self._ask(ready)
 
     def _move(self) -> None:
-        """One piece further: the same one on every rank."""
+        """Post the next piece, or switch the layers whose pieces have all arrived; the same on
+        every rank."""
         assert self._transfer is not None
         wave = self._waves[0]
         if self._piece is not None:
@@ -237,7 +240,7 @@ class Balancer:
         if self._voted():
             layers = [switch.layer for switch in wave.switches]
             slots = torch.stack([switch.slots for switch in wave.switches])
-            # First what needs memory: where there is none, maps and weights still belong together.
+            # First, as it may run out of memory: maps and weights are then still consistent.
             self.state.switch_layers_(layers, slots)
             self._transfer.commit_(wave)
             self._maps[layers] = slots
@@ -245,7 +248,7 @@ class Balancer:
         elif wave.pieces:
             self._piece = self._transfer.post(wave, wave.pieces.popleft())
         else:
-            # None begins the next step's end before all are here: no rank switches if one is gone.
+            # All ranks vote before any of them switches, so that none does if one is gone.
             self._ask(True)
 
     def _ask(self, yes: bool) -> None:
@@ -254,7 +257,7 @@ class Balancer:
             self._vote = Vote(yes, group)
 
     def _voted(self) -> bool:
-        """Whether all said yes when they were asked, if they were."""
+        """Return whether all ranks voted yes in the vote under way; False without a vote."""
         vote, self._vote = self._vote, None
         if vote is None:
             return False
@@ -262,7 +265,7 @@ class Balancer:
             return vote.wait()
 
     def _next_maps(self, load: Tensor) -> Tensor:
-        """int64 [L, P] for loads [L, E]: those that the first rank finds, on every one."""
+        """Return the first rank's new maps, int64 [L, P], for loads [L, E]."""
         new = self._maps.clone()
         if self._rank == 0:
             found = rebalanced(
@@ -278,13 +281,13 @@ class Balancer:
         return new
 
     def _as_first(self, tensor: Tensor) -> None:
-        """Take over the first rank's."""
+        """Overwrite a tensor by the first rank's."""
         if self._channels is not None:
             with self._named("agreeing on the map of experts"):
                 dist.broadcast(tensor, group=self._channels.plans, group_src=0)
 
     def _rests(self) -> Callable[[], None]:
-        """What the thread in the background calls between layers."""
+        """Return what the background thread calls between layers, to sleep now and then."""
         if self._thread is None:
             return lambda: None
         began = time.thread_time()

@@ -1,4 +1,4 @@
-"""The process groups by which the hosts of a balancer talk, apart from those of the model."""
+"""Process groups for the balancers' hosts, separate from those of the model."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,7 +12,7 @@ from moezoo.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class Channels:
-    """On the CPU. Each is used by one thread alone, so that all ranks use it in the same order."""
+    """Two CPU process groups, each used by one thread, so that all ranks use it in one order."""
 
     votes: dist.ProcessGroup
     """For the thread that runs the model."""
@@ -21,12 +21,12 @@ class Channels:
 
     @classmethod
     def open(cls, mesh: Mesh) -> "Channels":
-        """Among the ranks of an expert group; all ranks of the job call this.
+        """Open the channels of an expert group; all ranks of the job call this.
 
         Raises `RankError` where one does not.
         """
         with mesh.together("loading experts"):
-            pass  # some take longer, and process groups do not wait for long
+            pass  # wait here for slower ranks, as making a group does not wait for long
 
         def group() -> dist.ProcessGroup:
             return dist.new_group(
@@ -41,7 +41,7 @@ class Channels:
 
 
 class Vote:
-    """Whether all ranks say yes; asked at the same step by each, which need not wait for it."""
+    """An asynchronous vote, which all ranks begin at the same step: whether all say yes."""
 
     def __init__(self, yes: bool, group: dist.ProcessGroup | None) -> None:
         self._answer: Tensor = torch.tensor([int(yes)])
@@ -52,6 +52,7 @@ class Vote:
             )
 
     def wait(self) -> bool:
+        """Wait for the votes of all ranks, and return whether all said yes."""
         if self._work is not None:
             self._work.wait()
         return bool(self._answer)

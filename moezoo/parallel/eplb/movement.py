@@ -1,7 +1,7 @@
-"""What moves when the map of a layer's physical experts changes.
+"""The moves of experts when a layer's map changes.
 
-Legend: L MoE layers, E experts (logical), P physical experts in slots, R ranks; slots of rank r are
-r * P / R and those that follow it.
+Legend: L MoE layers, E experts (logical), P physical experts in slots, R ranks; rank r has P / R
+slots from r * P / R on.
 """
 
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ from moezoo.errors import ExpertMapError
 
 
 def keep_slots(old: Tensor, new: Tensor, num_ranks: int) -> Tensor:
-    """Maps int64 [L, P] -> the new one with each rank's experts in another order.
+    """Return the new map, int64 [L, P], with each rank's experts reordered to keep their slots.
 
-    An expert that stays on its rank stays in its slot; what is new there takes the other slots.
+    An expert that stays on its rank stays in its slot; new ones take the other slots.
     """
     _check(old, new, num_ranks)
     size = old.shape[1] // num_ranks
@@ -38,7 +38,7 @@ def keep_slots(old: Tensor, new: Tensor, num_ranks: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Move:
-    """An expert goes from a slot, as the old map has it, to slots of one rank in the new map."""
+    """The move of an expert from a slot of the old map to slots of one rank in the new map."""
 
     expert: int
     source: int
@@ -47,29 +47,29 @@ class Move:
 
 @dataclass(frozen=True)
 class LayerMoves:
-    """All moves of a layer; all read what was there before any of them."""
+    """All moves of a layer; all of them read the weights as they were before the first one."""
 
     slots_per_rank: int
     local: tuple[Move, ...]
-    """Between slots of one rank."""
+    """Moves between slots of one rank."""
     rounds: tuple[tuple[Move, ...], ...]
-    """Between ranks. In a round no rank sends more than one expert or receives more than one, and a
-    rank that needs it in several slots receives it once."""
+    """Moves between ranks. In a round a rank sends at most one expert and receives at most one; a
+    rank that needs an expert in several slots receives it once."""
 
     def rank_of(self, slot: int) -> int:
         return slot // self.slots_per_rank
 
     def all(self) -> Iterator[Move]:
-        """First those within ranks."""
+        """Return all moves, those within ranks first."""
         return chain(self.local, *self.rounds)
 
 
 def plan_moves(old: Tensor, new: Tensor, num_ranks: int) -> LayerMoves:
-    """The moves that take a layer from map int64 [P] to another; every rank finds the same ones.
+    """Return the moves from one map of a layer, int64 [P], to another; the same on every rank.
 
-    Slots that keep their expert take no part. Of each other expert, in order of their ids, the
-    ranks that have it send, and those that have not receive, the same number from each sender or
-    one more from the first ones.
+    Slots that keep their expert take no part. Experts are planned in the order of their ids: the
+    ranks that have an expert send it to those that need it, each to the same number of them, the
+    first senders perhaps to one more.
 
     Raises ExpertMapError for maps of different sizes, or an expert that no old slot holds.
     """
@@ -106,7 +106,7 @@ def plan_moves(old: Tensor, new: Tensor, num_ranks: int) -> LayerMoves:
 
 
 def _rounds(moves: list[Move], size: int) -> tuple[tuple[Move, ...], ...]:
-    """Each move in the first round that has its sender and its receiver free."""
+    """Put each move into the first round in which its sender and receiver are free."""
     rounds: list[list[Move]] = []
     sending: list[set[int]] = []
     receiving: list[set[int]] = []
@@ -126,7 +126,7 @@ def _rounds(moves: list[Move], size: int) -> tuple[tuple[Move, ...], ...]:
 
 
 def experts_received(old: Tensor, new: Tensor, num_ranks: int) -> Tensor:
-    """int64 [L, R]: how many experts each rank has to get from others to go from map to map."""
+    """Return how many experts each rank receives from others between two maps: int64 [L, R]."""
     _check(old, new, num_ranks)
     num_experts = int(torch.maximum(old.max(), new.max())) + 1
     held_old, held_new = (

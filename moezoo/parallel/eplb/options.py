@@ -1,4 +1,4 @@
-"""What a user may choose about the balance of experts over ranks."""
+"""`EPLB`: the user's options for expert-parallel load balancing."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -19,21 +19,20 @@ from moezoo.parallel.slots import Slots
 
 @dataclass(frozen=True)
 class EPLB:
-    """Expert-parallel load balancing: copies of busy experts, and experts that change their rank.
+    """Expert-parallel load balancing: busy experts are replicated, and experts change ranks.
 
-    * `enabled`: False keeps every expert where the start puts it, copies included.
-    * `num_redundant_experts`: slots of each MoE layer beyond one for each expert; those of all
-      ranks together. Experts and these must divide over the ranks. A placement file has its own.
-    * `window_size`: the steps whose loads decide. `step_interval`: steps between rebalances; the
-      first comes after a quarter of it.
-    * `use_async`: weights travel while the model runs, which it otherwise waits for.
-    * `expert_placement_strategy`: the layout to start with, "linear", "round_robin", or for each
-      rank a list of its experts, copies included; it stands over `Parallel.placement`, which it
-      is by default.
+    * `enabled`: False keeps every expert, replicas included, where it is at the start.
+    * `num_redundant_experts`: number of slots of each MoE layer, on all ranks together, beyond one
+      for each expert. The sum of both must divide over the ranks. A placement file has its own.
+    * `window_size`: number of past steps whose loads decide. `step_interval`: steps between
+      rebalances; the first comes after a quarter of it.
+    * `use_async`: weights travel while the model runs; otherwise the model waits for them.
+    * `expert_placement_strategy`: the initial layout, "linear", "round_robin", or a list of experts
+      for each rank, replicas included; by default `Parallel.placement`, which it overrides.
     * `placement`: a file of `moezoo eplb plan`, or a `Placement`, to start with instead.
     * `policy`: "default" is the published algorithm, "least_movement" moves far fewer experts.
 
-    Raises `ValueError` for what there is not, or not together.
+    Raises `ValueError` for unknown values, and for options that exclude each other.
     """
 
     enabled: bool = True
@@ -78,9 +77,9 @@ class EPLB:
 
     @classmethod
     def of(cls, eplb: Union[Mapping[str, object], "EPLB", None]) -> Union["EPLB", None]:
-        """What a user gave as `eplb`: a dict of the fields, or such an object, or None.
+        """Return the options that a user gave as `eplb`: a dict of fields, an `EPLB`, or None.
 
-        Raises `ValueError` for anything else, and for a key that there is not.
+        Raises `ValueError` for anything else, and for an unknown key.
         """
         if eplb is None or isinstance(eplb, EPLB):
             return eplb
@@ -102,22 +101,21 @@ class EPLB:
         num_ranks: int,
         otherwise: Strategy | os.PathLike[str],
     ) -> Slots:
-        """Where experts are to begin with. `layers` are the decoder's layers that have experts;
-        `otherwise` is `Parallel.placement`.
+        """Return the initial slots of experts.
+
+        `layers` are the indices of the decoder's MoE layers; `otherwise` is `Parallel.placement`,
+        which applies where these options name none.
 
         Raises `ExpertMapError` for numbers that do not divide, and a placement that is not for
         such a model; `OSError` where its file cannot be read.
         """
         given = self.expert_placement_strategy if self.placement is None else self.placement
         chosen = otherwise if given is None else given
-        if isinstance(chosen, Placement):
-            slots = Slots.placed(chosen, num_experts, layers, num_ranks)
-        elif is_strategy(chosen) and (self.enabled or self.num_redundant_experts):
+        if is_strategy(chosen) and (self.enabled or self.num_redundant_experts):
             first = initial_map(num_experts, self.num_redundant_experts, num_ranks, chosen)
-            bounds = range(0, len(first) + 1, len(first) // num_ranks)
-            slots = Slots(num_experts, tuple(layers), tuple(bounds), first.repeat(len(layers), 1))
-        else:
-            slots = Slots.of(chosen, num_experts, layers, num_ranks)
+            maps = first.repeat(len(layers), 1)
+            chosen = Placement(num_experts, num_ranks, tuple(layers), maps)
+        slots = Slots.of(chosen, num_experts, layers, num_ranks)
         if self.num_redundant_experts not in (0, slots.num_redundant):
             raise ExpertMapError(
                 f"num_redundant_experts={self.num_redundant_experts} is asked for, and the "

@@ -1,23 +1,24 @@
-"""How much of experts' weights travels between two steps of a model."""
+"""How many bytes of experts' weights are sent between two steps of a model."""
 
 import statistics
 import time
 from collections import deque
 
 SHARE = 0.03
-"""Of a step's time, in which pieces travel."""
+"""The share of a step's time that sending may add to it."""
 
 WIRE = 50e9
-"""Bytes a second, of a rank, until a piece has been timed: a network's rather than NVLink's."""
+"""Assumed bytes per second of a rank until a piece has been timed: a network, not NVLink."""
 
 LEAST, MOST = 1 << 20, 256 << 20
-"""Bytes of a piece. Smaller ones are mostly latency."""
+"""Limits for the bytes of a piece; the time of smaller ones is mostly latency."""
 
 LAST_STEPS = 64
+"""Number of steps whose median time counts."""
 
 
 class Pace:
-    """Knows how long steps take, by the host's clock: it is never ahead by more than a few."""
+    """Measures how long steps take, by the host's clock, which is only a few steps ahead."""
 
     def __init__(self, *, least: int = LEAST, most: int = MOST) -> None:
         self._least, self._most = least, most
@@ -25,18 +26,19 @@ class Pace:
         self._last: float | None = None
 
     def step(self) -> None:
-        """One has ended."""
+        """Take the time at the end of a step."""
         now = time.perf_counter()
         if self._last is not None:
             self._seconds.append(now - self._last)
         self._last = now
 
     def bytes_in_a_share(self, bytes_per_second: float | None) -> float:
-        """What a wire of this rate carries in SHARE of a step."""
+        """Return how many bytes are sent in SHARE of a step's time at this rate."""
         step = statistics.median(self._seconds) if self._seconds else 0.0
         return SHARE * step * (bytes_per_second or WIRE)
 
     def piece_bytes(self, in_a_share: float, total: int, step_interval: int) -> int:
-        """So many; or more where `total` would else not be there in half an interval."""
+        """Return the bytes of a piece: `in_a_share`, or more where `total` would otherwise take
+        longer than half an interval."""
         wanted = max(in_a_share, total / max(1, step_interval // 2))
         return int(min(max(wanted, self._least), self._most))

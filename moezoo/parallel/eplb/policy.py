@@ -1,11 +1,11 @@
-"""Which expert is held how often and where, so that every GPU has about the same load.
+"""Policies: how often to replicate each expert and where to put it, so that GPUs are evenly loaded.
 
 `rebalance_experts` is the algorithm that DeepSeek published as EPLB in 2025; `least_movement` goes
-from where the experts are to a balance about as good with few of them moved. Both look at all
-layers at once.
+from the present map to about the same balance with few moves. Both work on all layers at
+once.
 
 Legend: L MoE layers, E experts (logical), P physical experts in slots, G GPUs (P / G slots each),
-X the most replicas of an expert. Slots of GPU g are g * P / G and those that follow it.
+X the most replicas of an expert. GPU g has P / G slots from g * P / G on.
 """
 
 import torch
@@ -20,14 +20,13 @@ def rebalance_experts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Replicate and place experts by their load.
 
-    Where the groups divide over the nodes, a group's experts stay on one node and copies are made
-    within it (hierarchical); otherwise nodes and groups do not matter (global). Of equal loads the
-    first goes first.
+    If the groups divide over the nodes, a group's experts and their replicas stay on one node
+    (hierarchical); otherwise nodes and groups are ignored (global). Ties go to the first.
 
     Args:
         weight: load of each expert [L, E], any dtype; computed in fp32 on the CPU.
         num_replicas: P, at least E, a multiple of num_gpus.
-        num_groups: of neighbouring experts, E / num_groups each.
+        num_groups: number of groups of neighbouring experts, E / num_groups each.
         num_gpus: a multiple of num_nodes.
 
     Returns:
@@ -35,7 +34,7 @@ def rebalance_experts(
         logical_to_physical_map int64 [L, E, X], the slots of each expert, padded with -1;
         logical_replica_count int64 [L, E].
 
-    Raises ValueError for loads that are negative or not finite and numbers that do not divide.
+    Raises ValueError for loads that are negative or not finite, and numbers that do not divide.
     """
     weight = checked_load(weight)
     num_layers, num_experts = weight.shape
@@ -52,15 +51,14 @@ def rebalance_experts(
 def least_movement(
     weight: Tensor, physical_to_logical_map: Tensor, num_gpus: int, *, balanced: float = BALANCED
 ) -> Tensor:
-    """A new map, int64 [L, P], made from the old one [L, P] by as few changes as will do.
+    """Return a new map, int64 [L, P], that differs little from the old one [L, P].
 
-    Each expert gets the replicas that make the busiest replica least busy, as in the published
-    algorithm; slots change hands only where an expert has too many and another too few. Then, layer
-    by layer, the busiest GPU swaps an expert with another GPU, the best of all swaps each time,
-    until the layer is balanced or no swap helps. A layer without load stays as it is. GPUs are all
-    alike: nodes do not matter.
+    Numbers of replicas are those of the published algorithm; a slot gets another expert only where
+    one expert has too many slots and another too few. Then, in each layer, the busiest GPU swaps an
+    expert with another GPU, by the best of all swaps each time, until the layer is balanced or no
+    swap helps. A layer without load stays as it is. Nodes are ignored.
 
-    Raises ValueError for loads that are negative or not finite and a map that is not theirs.
+    Raises ValueError for loads that are negative or not finite, and a map that does not fit them.
     """
     weight = checked_load(weight)
     slots = physical_to_logical_map.cpu().clone()
@@ -80,7 +78,7 @@ def least_movement(
 
 
 def checked_load(weight: Tensor) -> Tensor:
-    """Loads as fp32 [L, E] on the CPU; ValueError for what are none."""
+    """Return loads as fp32 [L, E] on the CPU; raises ValueError for anything that is no load."""
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"weight must be [L, E], neither of them 0, got {list(weight.shape)}")
     weight = weight.float().cpu()
@@ -108,10 +106,11 @@ def _check(
 
 
 def balanced_packing(weight: Tensor, num_packs: int) -> tuple[Tensor, Tensor]:
-    """Put n items into packs of n / num_packs each: weight fp32 [X, n] -> pack, place in it [X, n].
+    """Put n items of weight fp32 [X, n] into packs of n / num_packs items each.
 
-    The heaviest first, each into the lightest pack that has room. As many packs as items: each its
-    own, in order.
+    Returns the pack of each item and its place in the pack, int64 [X, n]. The heaviest items go
+    first, each into the lightest pack that has room. With as many packs as items, item i is in
+    pack i.
     """
     num_rows, num_items = weight.shape
     if num_items == num_packs:
@@ -138,8 +137,10 @@ def _unsorted(values: Tensor, order: Tensor) -> Tensor:
 
 
 def replicate_experts(weight: Tensor, num_replicas: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Copy the experts whose replicas are busiest: weight fp32 [X, E] -> expert of each replica and
-    which of that expert's it is, int64 [X, P], and replicas of each expert, int64 [X, E].
+    """Replicate the experts whose replicas are busiest, by weight fp32 [X, E].
+
+    Returns the expert of each of the P replicas and its number among that expert's replicas, both
+    int64 [X, P], and the number of replicas of each expert, int64 [X, E].
     """
     num_rows, num_experts = weight.shape
     experts = torch.arange(num_replicas).repeat(num_rows, 1)
@@ -157,10 +158,11 @@ def replicate_experts(weight: Tensor, num_replicas: int) -> tuple[Tensor, Tensor
 def _hierarchical(
     weight: Tensor, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Groups to nodes, replicas within nodes, replicas to the GPUs of their node.
+    """Distribute groups over nodes, replicate within nodes, and pack replicas onto a node's GPUs.
 
-    Returns the expert of each slot and which of its replicas it is, [L, P], and counts [L, E].
-    Experts are renumbered, node by node, so that a node's are neighbours; "local" is within one.
+    Returns the expert of each slot and its number among that expert's replicas, both [L, P], and
+    the number of replicas of each expert [L, E]. Experts are renumbered so that those of a node are
+    neighbours; "local" numbers count within a node.
     """
     num_layers, num_experts = weight.shape
     group_size = num_experts // num_groups
@@ -189,20 +191,20 @@ def _hierarchical(
 
 
 def _inverse(permutation: Tensor) -> Tensor:
-    """Of each row."""
+    """Return the inverse of each row's permutation."""
     return _unsorted(torch.arange(permutation.shape[1]).expand(permutation.shape), permutation)
 
 
 def _gpu_load(slots: Tensor, load: Tensor, num_gpus: int) -> Tensor:
-    """[L, G] from the expert of each slot [L, P] and the load of one replica of each [L, E]."""
+    """Return loads of GPUs [L, G], from the slots' experts [L, P] and loads of a replica [L, E]."""
     return load.gather(1, slots).unflatten(1, (num_gpus, -1)).sum(-1)
 
 
 def _hand_over(slots: Tensor, load: Tensor, counts: Tensor, num_gpus: int) -> None:
-    """Give slots of experts with too many to those with too few, to meet `counts`; in place.
+    """Give slots of experts with too many replicas to those with too few, in place.
 
-    The busiest missing replica goes first, to the free slot of the least busy GPU; an expert frees
-    the slots of the busiest GPUs that hold it.
+    Afterwards experts have `counts` replicas. An expert gives up slots on the busiest GPUs that
+    hold it. The busiest missing replica goes first, to the free slot of the least busy GPU.
     """
     for layer, row in enumerate(slots):
         have = row.bincount(minlength=counts.shape[1])
@@ -228,7 +230,7 @@ def _hand_over(slots: Tensor, load: Tensor, counts: Tensor, num_gpus: int) -> No
 
 
 def _swap(slots: Tensor, load: Tensor, num_gpus: int, balanced: float) -> None:
-    """Swap experts of the busiest GPU of each layer with those of others, in place."""
+    """Swap experts of each layer's busiest GPU with those of other GPUs, in place."""
     num_slots = slots.shape[1]
     size = num_slots // num_gpus
     mean = load.gather(1, slots).sum(1) / num_gpus
@@ -243,7 +245,7 @@ def _swap(slots: Tensor, load: Tensor, num_gpus: int, balanced: float) -> None:
         if not len(active):
             return
         mine = busiest[:, None] * size + torch.arange(size)
-        # [l, size, P]: what the busiest GPU sheds by giving slot i for slot j of another one
+        # [l, size, P]: the load that the busiest GPU sheds if its slot i is swapped with slot j
         shed = of_slot.gather(1, mine)[..., None] - of_slot[:, None]
         others = on_gpu.repeat_interleave(size, 1)[:, None]
         higher = torch.maximum(highest[:, None, None] - shed, others + shed)

@@ -1,8 +1,8 @@
-"""What expert-parallel load balancing knows while a model runs: maps and loads, on its device.
+"""The state of expert-parallel load balancing while a model runs: maps and loads, on its device.
 
-Nothing here waits for the device but what says so, and nothing talks to other ranks. Where they
-take part: between `logical_load` and `rebalanced` loads are summed over ranks, and between
-`rebalanced` and `switch_layers_` the weights of `plan_moves` travel.
+Nothing here waits for the device unless its docstring says so, and nothing communicates. The caller
+sums loads over ranks between `logical_load` and `rebalanced`, and moves the weights of `plan_moves`
+between `rebalanced` and `switch_layers_`.
 
 Legend: T tokens, K experts per token, L MoE layers, E experts (logical), P physical experts in
 slots, R ranks (P / R slots each), X the most replicas of an expert, W steps of the window.
@@ -21,7 +21,7 @@ from moezoo.parallel.eplb.policy import least_movement, rebalance_experts
 from moezoo.parallel.placement import check_map
 
 POLICIES = ("default", "least_movement")
-"""`default` is the published algorithm."""
+"""Names of policies; `default` is the published algorithm."""
 
 GOLDEN = 2654435769
 """2^32 over the golden ratio: multiples of it fill a range evenly (Fibonacci hashing)."""
@@ -36,13 +36,13 @@ def rebalanced(
     num_groups: int = 1,
     num_nodes: int = 1,
 ) -> Tensor:
-    """The next map int64 [L, P] for loads [L, E] of experts, on the CPU; waits for the device.
+    """Return the next map int64 [L, P], on the CPU, for loads [L, E]; waits for the device.
 
     An expert that stays on its rank stays in its slot. Groups and nodes are those of
     `rebalance_experts`.
 
-    Raises ValueError for another policy, or several nodes with `least_movement`, to which all ranks
-    are alike.
+    Raises ValueError for an unknown policy, and for several nodes with `least_movement`, which does
+    not know nodes.
     """
     if policy == "least_movement" and num_nodes > 1:
         raise ValueError(
@@ -59,9 +59,10 @@ def rebalanced(
 
 
 def balancedness(rank_load: Tensor) -> Tensor:
-    """rank_load [.., L, R] -> fp64 [..]: mean load of a rank over the highest, 1 at best.
+    """Return the mean load of a rank over the highest, fp64 [..], for rank_load [.., L, R].
 
-    Both are summed over layers first: a layer waits for its busiest rank. 1 without any load.
+    1 is best. Both are summed over layers first, as each layer waits for its busiest rank. 1
+    without any load.
     """
     rank_load = rank_load.double()
     highest = rank_load.amax(-1).sum(-1)
@@ -69,8 +70,9 @@ def balancedness(rank_load: Tensor) -> Tensor:
 
 
 def replica_maps(physical_to_logical_map: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """int64 [L, P] -> slots of each expert in ascending order, int64 [L, E, X] padded with -1, and
-    their number [L, E]. X is P - E + 1, the most that an expert can have, whatever the map.
+    """Return the slots of each expert in ascending order, int64 [L, E, X] padded with -1, and their
+    number, int64 [L, E], for a map int64 [L, P]. X is P - E + 1, the most replicas that an expert
+    can have in any map.
     """
     num_layers, num_physical = physical_to_logical_map.shape
     most = num_physical - num_experts + 1
@@ -89,16 +91,16 @@ def replica_maps(physical_to_logical_map: Tensor, num_experts: int) -> tuple[Ten
 def choose_replicas(
     topk_ids: Tensor, replicas: Tensor, counts: Tensor, first_token: Tensor
 ) -> Tensor:
-    """A replica of each chosen expert: topk_ids int [T, K] -> slots int32 [T, K]; -1 stays -1.
+    """Choose a replica of each expert in topk_ids int [T, K]: slots int32 [T, K]; -1 stays -1.
 
-    replicas int64 [E, X] and counts [E] are a layer's of `replica_maps`. A token's place in the
-    batch and first_token int64 [1] decide, by a multiplicative hash that spreads any run of tokens,
-    and any every n-th token of one, evenly.
+    replicas int64 [E, X] and counts int64 [E] are one layer of `replica_maps`. A multiplicative
+    hash of the token's place in the batch plus first_token, int64 [1], decides. It spreads
+    consecutive tokens evenly, and also every n-th token.
     """
     tokens = torch.arange(len(topk_ids), device=topk_ids.device) + first_token
     spread = tokens * GOLDEN % 2**32
     experts = topk_ids.clamp(min=0).long()
-    # The upper bits: those below repeat with a power of two.
+    # The upper bits decide, as lower ones repeat with each power of two.
     replica = spread[:, None] * counts[experts] >> 32
     return torch.where(topk_ids < 0, -1, replicas[experts, replica]).int()
 
@@ -106,15 +108,16 @@ def choose_replicas(
 class EPLBState:
     """The maps and loads of a model's MoE layers.
 
-    The tensors stay where they are for good, so that captured graphs see what changes in them.
+    The tensors never move, so that captured graphs see what changes in them.
 
     Args:
-        physical_to_logical_map: int64 [L, P] to begin with.
+        physical_to_logical_map: the initial map, int64 [L, P].
         num_experts: E.
-        bounds: [R + 1], slots bounds[r] to bounds[r + 1] are rank r's; P / R each by default.
-        window_size: W, steps that a rebalance looks back.
+        bounds: [R + 1]; rank r has slots bounds[r] to bounds[r + 1], by default P / R each.
+        window_size: W, the number of past steps that a rebalance looks at.
         step_interval: steps between rebalances; the first is due after a quarter of it.
-        seed: another one for each rank, so that ranks do not choose the same replica at a time.
+        seed: a different number on each rank, so that ranks do not all choose the same replica at
+            the same time.
     """
 
     def __init__(
@@ -147,14 +150,14 @@ class EPLBState:
         self.logical_to_physical_map, self.logical_replica_count = replica_maps(
             self.physical_to_logical_map, num_experts
         )
-        # One place more: tokens that do not count fall there.
+        # One place more, for tokens that do not count.
         self._pass = torch.zeros(num_layers, num_physical + 1, dtype=torch.int32, device=device)
         self.expert_load_pass = self._pass[:, :-1]
-        """int32 [L, P]: tokens of each physical expert in this step so far."""
+        """Number of tokens of each physical expert in this step so far, int32 [L, P]."""
         self.expert_load_window = torch.zeros(
             window_size, num_layers, num_physical, dtype=torch.int32, device=device
         )
-        """int32 [W, L, P], the steps before in a ring."""
+        """Loads of the last W steps, int32 [W, L, P], in a ring."""
         sizes = torch.tensor(bounds).diff()
         self._rank_of_slot = torch.arange(num_ranks).repeat_interleave(sizes).to(device)
         self._next_in_window = 0
@@ -163,8 +166,10 @@ class EPLBState:
         self._first_token = torch.full((1,), seed * GOLDEN % 2**31, device=device)
 
     def physical_ids(self, layer: int, topk_ids: Tensor) -> Tensor:
-        """Choose a replica of each chosen expert: topk_ids int [T, K] -> int32 [T, K], as
-        `choose_replicas` does, others in each step."""
+        """Choose a replica of each expert in topk_ids int [T, K]: slots int32 [T, K].
+
+        As `choose_replicas` does, and differently in each step.
+        """
         return choose_replicas(
             topk_ids,
             self.logical_to_physical_map[layer],
@@ -173,7 +178,7 @@ class EPLBState:
         )
 
     def record_(self, layer: int, physical_ids: Tensor, real: Tensor | None = None) -> None:
-        """Count the tokens of physical_ids int [T, K]; not ids of -1, nor tokens that are padding.
+        """Count the tokens of physical_ids int [T, K], without ids of -1 and without padding.
 
         real is bool [T], False at padding.
         """
@@ -185,7 +190,7 @@ class EPLBState:
         self._pass[layer].scatter_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
 
     def choose_(self, layer: int, topk_ids: Tensor, real: Tensor | None = None) -> Tensor:
-        """`physical_ids`, recorded; on a GPU in one launch."""
+        """Do `physical_ids` and `record_`; on a GPU in one launch."""
         if not topk_ids.is_cuda:
             slots = self.physical_ids(layer, topk_ids)
             self.record_(layer, slots, real)
@@ -203,7 +208,7 @@ class EPLBState:
         )
 
     def end_step_(self, *, dummy: bool = False) -> None:
-        """Move the step's loads into the window; a dummy step counts, and leaves no loads."""
+        """Move the step's loads into the window; a dummy step counts as a step, without loads."""
         if not dummy:
             self.expert_load_window[self._next_in_window].copy_(self.expert_load_pass)
             self._next_in_window = (self._next_in_window + 1) % len(self.expert_load_window)
@@ -213,32 +218,30 @@ class EPLBState:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time to rebalance: at the same step on every rank."""
+        """Whether a rebalance is due; it is at the same step on every rank."""
         return self._steps - self._last_rebalance >= self.step_interval
 
     def rebalance_begins_(self) -> None:
-        """The next rebalance is due an interval from this step."""
+        """Make the next rebalance due an interval from this step."""
         self._last_rebalance = self._steps
 
     def logical_load(self) -> Tensor:
-        """int64 [L, E]: tokens of each expert in the window."""
+        """Return the number of tokens of each expert in the window, int64 [L, E]."""
         load = self.expert_load_window.sum(0)
         logical = torch.zeros_like(self.logical_replica_count)
         return logical.scatter_add_(1, self.physical_to_logical_map, load)
 
     def rank_load(self) -> Tensor:
-        """int64 [L, R]: tokens of each rank in the window."""
+        """Return the number of tokens of each rank in the window, int64 [L, R]."""
         load = self.expert_load_window.sum(0)
         of_ranks = load.new_zeros(len(load), self.num_ranks)
         return of_ranks.scatter_add_(1, self._rank_of_slot.expand_as(load), load)
 
     def switch_layers_(self, layers: Sequence[int], slots: Tensor) -> None:
-        """From now on the experts of these layers are where slots int64 [n, P], on the CPU, say.
+        """Set the maps of n layers to slots int64 [n, P], on the CPU.
 
-        Called in the same place between two steps as the weights are switched.
-
-        What the window knows of a layer is told anew in these slots: each expert's tokens, even
-        over its replicas.
+        Call this between the same two steps as the weights are switched. The loads in the window
+        are converted to the new slots: each expert's tokens are spread evenly over its replicas.
 
         Raises ExpertMapError, with nothing changed, for another size or an expert without a slot.
         """
@@ -277,8 +280,7 @@ class ImbalanceWatch:
         self._low = 0
 
     def __call__(self, balancedness: float) -> None:
-        """Take the balancedness of an interval; the warning comes with the `patience`-th low one in
-        a row."""
+        """Take the balancedness of an interval; warn at the `patience`-th low one in a row."""
         self._low = self._low + 1 if balancedness < self.threshold else 0
         if self._low == self.patience:
             warnings.warn(

@@ -1,10 +1,10 @@
-"""Experts' weights on their way between ranks.
+"""Transfer of experts' weights between ranks.
 
-They arrive in memory of their own, while the model runs with the weights that it has, and are
-copied to their slots between two steps: the weights stay where they are, for captured graphs read
-them there. Everything travels as bytes, so that the format does not matter, and in pieces, each
-posted between two steps by the thread that runs the model and on the communicator that the model
-uses: NCCL forbids that two communicators' work is in another order on one rank than on another.
+Weights arrive in staging memory while the model runs with its old ones, and are copied to their
+slots between two steps. The tensors of the slots never move, since captured graphs read them.
+Weights are sent as bytes, so that the format does not matter, and in pieces. The thread that runs
+the model posts a piece between two steps, on the model's own communicator: NCCL forbids that the
+work of two communicators is in different orders on different ranks.
 
 Legend: L MoE layers, S slots of a rank, R ranks.
 """
@@ -22,29 +22,29 @@ from moezoo.parallel.eplb.movement import LayerMoves, Move, plan_moves
 from moezoo.parallel.mesh import Mesh, Pending
 
 ALIGNMENT = 16
-"""Of each tensor in the memory where weights arrive."""
+"""Alignment in bytes of each tensor in staging memory."""
 
 Layer = Sequence[Tensor]
-"""All tensors of a layer's experts, [S, ..] each."""
+"""The tensors of a layer's experts, [S, ..] each."""
 
 
 @dataclass(frozen=True)
 class Switch:
-    """A layer that goes to a new map."""
+    """The change of a layer to a new map."""
 
     layer: int
     slots: Tensor
-    """int64 [P]: the new map."""
+    """The new map, int64 [P]."""
     moves: LayerMoves
 
 
 def plan_waves(
     old: Tensor, new: Tensor, num_ranks: int, *, between: Callable[[], object] = lambda: None
 ) -> list[list[Switch]]:
-    """The layers whose maps int64 [L, P] differ, in order, those together that fit in staging.
+    """Group the layers whose maps int64 [L, P] differ into waves that fit in staging memory.
 
-    In a wave no rank gets more than S experts, as many as it might get in one layer alone. Every
-    rank finds the same waves. `between` is called after each layer.
+    In a wave no rank receives more than S experts, the most that it might receive in one layer. All
+    ranks find the same waves. `between` is called after each layer.
     """
     waves: list[list[Switch]] = []
     coming = torch.zeros(num_ranks, dtype=torch.int64)
@@ -64,8 +64,7 @@ def plan_waves(
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes start to stop of one tensor of some experts, none of which shares its sender or its
-    receiver with another one."""
+    """Bytes `start` to `stop` of a tensor of experts that all have other senders and receivers."""
 
     layer: int
     moves: tuple[Move, ...]
@@ -76,41 +75,40 @@ class Part:
 
 @dataclass(frozen=True)
 class Wave:
-    """Layers that are switched together, and what travels before."""
+    """Layers that are switched together, and the pieces that have to be sent before."""
 
     switches: list[Switch]
     rows: dict[tuple[int, tuple[int, ...]], int]
-    """Where the experts of this rank arrive in staging, by layer and target slots."""
+    """Rows of staging memory where this rank's experts arrive, by layer and target slots."""
     pieces: deque[list[Part]]
 
 
 class Transfer:
-    """Brings experts to this rank, and sends others theirs.
+    """Sends and receives experts on a rank.
 
-    `layers` are the experts' tensors of each MoE layer; without a mesh this is a process alone. Of
-    a wave, every rank posts all pieces, in their order and one at a time, and waits for each; then
-    it commits.
+    `layers` are the experts' tensors of each MoE layer; `mesh` is None for a single process. All
+    ranks post all pieces of a wave in order, one at a time, wait for each, and then commit.
 
     Raises `MoEOutOfMemoryError` without memory for one layer's experts of this rank.
     """
 
     def __init__(self, layers: Sequence[Layer], mesh: Mesh | None) -> None:
         self._octets = [[_octets(tensor) for tensor in layer] for layer in layers]
-        """The bytes, uint8 [S, ..]: NCCL does not know every dtype, E8M0 for one."""
+        """The tensors as bytes, uint8 [S, ..]: NCCL does not know every dtype, E8M0 for one."""
         self._starts = [
             [0, *accumulate(_aligned(tensor.shape[1]) for tensor in layer)]
             for layer in self._octets
         ]
-        """Of each tensor in a row of staging, and the end."""
+        """Start of each layer's tensors in a row of staging memory, and their end."""
         self._mesh = mesh
         self._rank = 0 if mesh is None else mesh.ep_rank
         row = max((starts[-1] for starts in self._starts), default=0)
         most = max((len(layer[0]) for layer in layers), default=0)
         device = layers[0][0].device if layers else torch.device("cpu")
         self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event, int]] = deque(maxlen=16)
-        """Begin and end of the last pieces, and their bytes."""
+        """Begin, end and bytes of the last pieces."""
         try:
-            # There from the beginning: later all memory may be a cache's.
+            # Allocated at the beginning: later a KV cache may take all memory.
             self._staging = torch.empty(most, row, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError as error:
             raise MoEOutOfMemoryError(
@@ -120,7 +118,7 @@ class Transfer:
             ) from error
 
     def wave(self, switches: list[Switch], piece_bytes: int) -> Wave:
-        """Its pieces have `piece_bytes` at most for each rank, and are alike on all of them."""
+        """Make a wave whose pieces have at most `piece_bytes` per rank, the same on all ranks."""
         arriving = (
             (switch.layer, move.targets)
             for switch in switches
@@ -147,7 +145,7 @@ class Transfer:
         return pieces
 
     def bytes_sent(self, waves: Sequence[Sequence[Switch]]) -> int:
-        """Of a rank, or that it gets, at most."""
+        """Return an upper bound for the bytes that a rank sends, or receives, in these waves."""
         return sum(
             self._row_bytes(switch.layer) * len(switch.moves.rounds)
             for wave in waves
@@ -158,10 +156,10 @@ class Transfer:
         return sum(tensor.shape[1] for tensor in self._octets[layer])
 
     def post(self, wave: Wave, piece: Sequence[Part]) -> Pending[list[Tensor]] | None:
-        """Begin to send and to receive a piece of a wave; every rank calls it.
+        """Begin to send and receive a piece of a wave; every rank calls it.
 
-        On a GPU, all that is launched from now on is done after it, and the host never waits.
-        Raises `RankError` where a rank is gone.
+        On a GPU, later launches run after it, and the host never waits. Raises `RankError` where a
+        rank is gone.
         """
         if self._mesh is None:
             return None
@@ -186,8 +184,8 @@ class Transfer:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         pending = self._mesh.exchange(sent, received, "moving experts")
-        # Only streams wait. A captured step that runs next launches collectives from another
-        # stream than this, which would otherwise be in flight at the same time.
+        # Only the stream waits. Otherwise the piece could be in flight together with collectives of
+        # a captured step, which run on another stream.
         pending.wait()
         end.record()
         nbytes = max(sum(x.nbytes for x, _ in side) for side in (sent, received))
@@ -195,8 +193,10 @@ class Transfer:
         return pending
 
     def bytes_per_second(self) -> float | None:
-        """That pieces travelled with lately, at best; None where nothing is known. On a GPU only
-        what has come already counts: the host does not wait."""
+        """Return the best rate of the last pieces, or None where none has been timed.
+
+        Only pieces that have arrived already count, as the host does not wait.
+        """
         rates = [
             1e3 * nbytes / max(begin.elapsed_time(end), 1e-3)
             for begin, end, nbytes in self._timed
@@ -205,7 +205,7 @@ class Transfer:
         return max(rates, default=None)
 
     def commit_(self, wave: Wave) -> None:
-        """Put what came, and what moves within this rank, into its slots."""
+        """Copy experts that have arrived, and those that move within this rank, to their slots."""
         arrive, leave = _Copies(), _Copies()
         for switch in wave.switches:
             tensors, starts = self._octets[switch.layer], self._starts[switch.layer]
@@ -222,12 +222,12 @@ class Transfer:
                 octets = row[start : start + tensor.shape[1]]
                 for target in targets:
                     leave.add(tensor[target % len(tensor)], octets)
-        arrive.make()  # all read what was there before
+        arrive.make()  # all sources are read before any slot is overwritten
         leave.make()
 
 
 class _Copies:
-    """Copies of bytes, uint8 [n] each, that are made together, in few launches."""
+    """Copies of bytes, uint8 [n] each, that are made together in few launches."""
 
     def __init__(self) -> None:
         self._targets: list[Tensor] = []
@@ -241,7 +241,7 @@ class _Copies:
         if not self._targets:
             return
         both = (*self._targets, *self._sources)
-        # A thread copies a few numbers at a time: the wider they are the better.
+        # A GPU thread copies a few elements at a time: the wider they are the better.
         wide = all(len(x) % 8 == 0 and x.data_ptr() % 8 == 0 for x in both)
         targets, sources = (
             [x.view(torch.int64) for x in tensors] if wide else tensors
@@ -255,5 +255,5 @@ def _aligned(nbytes: int) -> int:
 
 
 def _octets(tensor: Tensor) -> Tensor:
-    """[S, ..] -> uint8 [S, bytes], over the same memory."""
+    """Return a view of a tensor [S, ..] as bytes, uint8 [S, bytes]."""
     return tensor.detach().view(len(tensor), tensor.shape[1:].numel()).view(torch.uint8)
