@@ -76,7 +76,7 @@ class Section:
         )
 
 
-def kinds_of(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def formats_held(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return how a module's quantised experts are stored, and its quantised linear layers."""
     of_experts, of_others = (
         tuple(sorted({weights.kind.described for weights in some}))

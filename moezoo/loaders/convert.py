@@ -19,11 +19,16 @@ from moezoo import registry
 from moezoo.device import device_of
 from moezoo.errors import naming
 from moezoo.generation.held_out import HeldOut, Loss
-from moezoo.loaders.card import CARD, Measured, Section, kinds_of, write_card
+from moezoo.loaders.card import CARD, Measured, Section, formats_held, write_card
 from moezoo.loaders.checkpoint import Checkpoint, Location, open_checkpoint
 from moezoo.loaders.files import CONFIG, GENERATION_CONFIG
 from moezoo.loaders.fill import Squares
-from moezoo.loaders.hub_layout import Writing, Written, describe_, warn_of_schemes
+from moezoo.loaders.hub_layout import (
+    TensorToWrite,
+    WritePlan,
+    set_quantization_config,
+    warn_of_schemes,
+)
 from moezoo.loaders.load import build, from_checkpoint
 from moezoo.loaders.mapping import Copy, ParameterInfo
 from moezoo.loaders.plan import Plan
@@ -38,7 +43,7 @@ from moezoo.loaders.weights import (
     report,
     require_device,
     sources_of,
-    with_one_order,
+    without_mixed_orders,
 )
 
 _KEPT = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*")
@@ -123,18 +128,18 @@ def _convert(
     )
     require_device(decoder, planned.quantized, device)
     locations = checkpoint.fetch(sources_of(planned), progress=progress)
-    planned = with_one_order(decoder, checkpoint, planned, locations, dtype=config.dtype)
+    planned = without_mixed_orders(decoder, checkpoint, planned, locations, dtype=config.dtype)
     report(decoder, planned)
     quantize_on_meta(decoder, planned.quantized)
     rules = registry.architecture(config.model_type).CHECKPOINT
-    describe_(config, decoder, rules)
+    set_quantization_config(config, decoder, rules)
     warn_of_schemes(getattr(config, "quantization_config", None), decoder, rules)
     config.architectures = checkpoint.config.get("architectures")
     blank = {
         name: torch.empty(info.shape, dtype=info.dtype, device="meta")
         for name, info in planned.wanted.items()
     }
-    writing = Writing(decoder, rules)
+    writing = WritePlan(decoder, rules)
     written = writing.tensors(blank)
     others = _other_files(checkpoint)
     before = None
@@ -144,7 +149,7 @@ def _convert(
     layers = _Layers(writing, checkpoint, planned, locations, device)
     with bar("converting", sum(tensor.nbytes for tensor in written), progress) as advance:
 
-        def tensor_of(tensor: Written) -> Tensor:
+        def tensor_of(tensor: TensorToWrite) -> Tensor:
             made = layers.tensor_of(tensor)
             advance(made.nbytes)
             return made
@@ -166,7 +171,7 @@ def _convert(
     revision = "" if checkpoint.revision is None else f", commit {checkpoint.revision}"
     done = Section(
         checkpoint.name + revision,
-        *kinds_of(decoder),
+        *formats_held(decoder),
         config.dtype,
         size,
         sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
@@ -190,7 +195,7 @@ class _Layers:
 
     def __init__(
         self,
-        writing: Writing,
+        writing: WritePlan,
         checkpoint: Checkpoint,
         planned: Planned,
         locations: Mapping[str, Location],
@@ -201,7 +206,7 @@ class _Layers:
         self.locations = locations
         self.device = device
         self.layer: str | None = None
-        self.tensors: dict[str, Written] = {}
+        self.tensors: dict[str, TensorToWrite] = {}
         self.parts: dict[str, Planned] = {}
         """What is planned of each layer."""
         copies: dict[str, list[Copy]] = {}
@@ -219,7 +224,7 @@ class _Layers:
         )
         self.squares = Squares(device) if quantizes else None
 
-    def tensor_of(self, tensor: Written) -> Tensor:
+    def tensor_of(self, tensor: TensorToWrite) -> Tensor:
         layer = _layer_of(tensor.target)
         if layer != self.layer:
             self.layer, self.tensors = layer, {}

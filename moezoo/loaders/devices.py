@@ -46,7 +46,7 @@ class Places:
             yield device, {n: value for n, value in named.items() if self.of(n) == device}
 
 
-def checked(device_map: DeviceMap) -> str | Mapping[str, torch.device]:
+def parse_device_map(device_map: DeviceMap) -> str | Mapping[str, torch.device]:
     """Return "auto" or the devices of a map; a single device is a map of everything. Raises for
     anything else.
 
@@ -93,7 +93,7 @@ def _layer_of(name: str) -> int | None:
 def places_of(
     device_map: str | Mapping[str, torch.device], wanted: Mapping[str, ParameterInfo]
 ) -> Places:
-    """Return where `wanted`, the tensors of a decoder, go by the result of `checked`.
+    """Return where `wanted`, the tensors of a decoder, go by the result of `parse_device_map`.
 
     Raises `ValueError` for a map that leaves out a layer, names one that there is not, or divides
     the embedding, the last norm and the head.

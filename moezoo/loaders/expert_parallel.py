@@ -80,7 +80,7 @@ def formats(decoder: Decoder, quantized: Mapping[str, Kind]) -> set[type[Format]
     return {quantized[name].format if name in quantized else None for name in held}
 
 
-def of_all_ranks(mesh: Mesh, names: set[str]) -> set[str]:
+def union_over_ranks(mesh: Mesh, names: set[str]) -> set[str]:
     """Return the union of the names that the ranks give."""
     told = mesh.watch.exchange("comparing the experts", json.dumps(sorted(names)), patient=True)
     return set().union(*map(json.loads, told))

@@ -53,7 +53,7 @@ def parts_index(index: Index, shape: Sequence[int]) -> Index:
     return (index[0], part.start // shape[2])
 
 
-def has_both(index: Index, shape: Sequence[int]) -> bool:
+def has_gate_and_up(index: Index, shape: Sequence[int]) -> bool:
     """Return whether parameter[index] holds both gate and up."""
     return len(shape) == 4 and len(index) == 1
 
@@ -173,7 +173,9 @@ def _stored_kind(copies: Sequence[Copy], encoding: Encoding, shape: Sequence[int
         if "unflatten" in copy.view or (interleaved and stored.columns):
             return None
         rows = stored.kind.format.rows_per_scale
-        if has_both(copy.target_index, shape) and (shape[2] % rows or (interleaved and rows > 1)):
+        if has_gate_and_up(copy.target_index, shape) and (
+            shape[2] % rows or (interleaved and rows > 1)
+        ):
             return None
         kinds.add(stored.kind)
     return kinds.pop() if len(kinds) == 1 else None

@@ -25,7 +25,7 @@ from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.checkpoint import Checkpoint, Location
 from moezoo.loaders.encodings import Encoding, Extra, StoredWeight
 from moezoo.loaders.encodings.stored import AGAIN
-from moezoo.loaders.experts import has_both, parts_index
+from moezoo.loaders.experts import has_gate_and_up, parts_index
 from moezoo.loaders.mapping import Copy, Index, View, stored_order
 from moezoo.loaders.quantization import Recipe
 from moezoo.loaders.stream import Piece, PutRows, cut, cut_rows, read, stream
@@ -71,8 +71,8 @@ class Filling:
         self.encoding = encoding
         self.locations = locations
         self.device = device
-        self.first: list[Piece] = []
-        self.rest: list[Piece] = []
+        self.extra_pieces: list[Piece] = []
+        self.data_pieces: list[Piece] = []
         self.checks: list[_Check] = []
         self.computed: list[tuple[str, Recipe, Tensor]] = []
         self.squares: Squares | None = None
@@ -82,7 +82,7 @@ class Filling:
         """Plan to copy a tensor that is not quantised and stays so."""
         place, dtype = self._place(copy.source, copy), self.checkpoint.tensors[copy.source].dtype
         ordered = stored_order(target[copy.target_index], copy.view)
-        self.rest.extend(cut(copy.source, place, dtype, ordered))
+        self.data_pieces.extend(cut(copy.source, place, dtype, ordered))
 
     def quantize(self, copy: Copy, weights: Fields, recipe: Recipe) -> None:
         """Plan to quantise a tensor into `weights`, the tensors of a format for all experts."""
@@ -92,7 +92,7 @@ class Filling:
         *lead, n, packed = fields["data"].shape
         k = packed * recipe.kind.format.columns_per_element
         place, dtype = self._place(copy.source, copy), info.dtype
-        both = has_both(copy.target_index, weights["data"].shape)
+        both = has_gate_and_up(copy.target_index, weights["data"].shape)
         # A view moves elements within an expert, so that one is read as a whole.
         within = 1 if both and copy.view else 0
         matrix = (*lead[len(lead) - within :], n, k)
@@ -112,7 +112,7 @@ class Filling:
         """Plan to unpack a quantised weight into `weights`, the tensors of its format for all
         experts or for a layer."""
         stored = self.encoding.weights[copy.source]
-        both = has_both(copy.target_index, weights["data"].shape)
+        both = has_gate_and_up(copy.target_index, weights["data"].shape)
         interleaved = "deinterleave" in copy.view
         fields = _part(weights, copy.target_index, stored.kind)
         for which, lead in self._matrices(copy, stored):
@@ -154,10 +154,10 @@ class Filling:
             self._data(stored, lead, put, put.pairs)
 
     def run(self, *, progress: bool) -> None:
-        if self.first:
-            stream(self.first, self.device, progress=False)
+        if self.extra_pieces:
+            stream(self.extra_pieces, self.device, progress=False)
             self._check_extras()
-        stream(self.rest, self.device, progress=progress)
+        stream(self.data_pieces, self.device, progress=progress)
         self._check_computed()
 
     def _place(self, tensor: str, copy: Copy) -> Location:
@@ -207,7 +207,7 @@ class Filling:
         unit: int | None,
         put: PutRows,
     ) -> None:
-        self.rest.extend(
+        self.data_pieces.extend(
             cut_rows(source, place, dtype, shape, unit=unit, device=self.device, put=put)
         )
 
@@ -218,7 +218,7 @@ class Filling:
             piece = Piece(extra.tensor, *place, dtype, shape)
             target = None if extra.field is None else fields[extra.field]
             put = partial(self._put_extra, extra, piece, lead, target)
-            self.first.append(piece._replace(put=put))
+            self.extra_pieces.append(piece._replace(put=put))
 
     def _put_extra(
         self, extra: Extra, piece: Piece, lead: list[int], target: Tensor | None, stored: Tensor
@@ -397,18 +397,18 @@ class _Dequantize:
 def drop_trivial_orders(
     tensors: dict[str, Tensor],
     quantized: Mapping[str, Kind],
-    of_all_ranks: Callable[[set[str]], set[str]] | None = None,
+    union_over_ranks: Callable[[set[str]], set[str]] | None = None,
 ) -> dict[str, Kind]:
     """Drop the orders that leave every column where it is from `tensors`, and return the kinds
     without them.
 
-    `of_all_ranks` adds what other ranks say to names: an expert that moves has the tensors of those
-    where it comes, so all ranks keep an order that one needs.
+    `union_over_ranks` returns the union of the names that each rank gives: an expert that moves to
+    a rank needs the tensors of the experts there, so all ranks keep an order that one needs.
     """
     ordered = [name for name, kind in quantized.items() if kind.ordered]
     needed = {name for name in ordered if _moves(tensors[f"{name}.order"])}
-    if of_all_ranks is not None:
-        needed = of_all_ranks(needed)
+    if union_over_ranks is not None:
+        needed = union_over_ranks(needed)
     kinds = dict(quantized)
     for name in ordered:
         if name not in needed:

@@ -32,7 +32,7 @@ from moezoo.layers.quant.groups import GROUP_SIZES, pack
 from moezoo.layers.quant.mxfp4 import GROUP
 from moezoo.loaders.encodings import fp8, mxfp4
 from moezoo.loaders.encodings.integers import words_of
-from moezoo.loaders.experts import experts_of, has_both, parts_index
+from moezoo.loaders.experts import experts_of, has_gate_and_up, parts_index
 from moezoo.loaders.mapping import (
     Copy,
     ParameterInfo,
@@ -48,7 +48,7 @@ from moezoo.loaders.mapping import (
 _log = logging.getLogger(__name__)
 
 
-class Written(NamedTuple):
+class TensorToWrite(NamedTuple):
     """A tensor of a checkpoint, made of the parameter `target`; `make` returns it, contiguous or
     not."""
 
@@ -63,7 +63,7 @@ class Written(NamedTuple):
         return prod(self.shape) * self.dtype.itemsize
 
 
-class Writing:
+class WritePlan:
     """Plan for writing `module` by these rules, whatever its values."""
 
     def __init__(self, module: nn.Module, rules: Sequence[Rule | Skip]) -> None:
@@ -71,13 +71,13 @@ class Writing:
         self.method = _method(module, rules)
         self.copies = copies_by_target(_layout(module, rules))
 
-    def tensors(self, state: Mapping[str, Tensor]) -> list[Written]:
+    def tensors(self, state: Mapping[str, Tensor]) -> list[TensorToWrite]:
         """Return the tensors to write for the parameters in `state`, which is all or some of a
         state_dict.
 
         Raises `QuantizationError` for quantised weights that no layout of the hub has.
         """
-        found: list[Written] = []
+        found: list[TensorToWrite] = []
         for target in dict.fromkeys(map(self.parameter, state)):
             copies = self.copies.get(target, ())
             if target in self.weights:
@@ -92,7 +92,7 @@ class Writing:
                 part = state[target][copy.target_index]
                 shape = stored_shape(part.shape, copy.view)
                 make = partial(stored_order, part, copy.view)
-                found.append(Written(copy.source, target, shape, part.dtype, make))
+                found.append(TensorToWrite(copy.source, target, shape, part.dtype, make))
         return found
 
     def parameter(self, name: str) -> str:
@@ -135,7 +135,7 @@ def hub_config(module: nn.Module, rules: Sequence[Rule | Skip]) -> dict[str, Any
     }
 
 
-def describe_(config: Any, module: nn.Module, rules: Sequence[Rule | Skip]) -> None:
+def set_quantization_config(config: Any, module: nn.Module, rules: Sequence[Rule | Skip]) -> None:
     """Set the quantization_config of a transformers config to what a checkpoint of `module` would
     say."""
     described = hub_config(module, rules)
@@ -297,10 +297,10 @@ def _method(module: nn.Module, rules: Sequence[Rule | Skip]) -> str:
     return "compressed-tensors"
 
 
-def _quantized(copy: Copy, whole: Format, method: str) -> Iterator[Written]:
+def _quantized(copy: Copy, whole: Format, method: str) -> Iterator[TensorToWrite]:
     """Yield the tensors of one quantised weight."""
     index = parts_index(copy.target_index, whole.shape)
-    both = has_both(copy.target_index, whole.shape)
+    both = has_gate_and_up(copy.target_index, whole.shape)
     if len(whole.shape) == 2 and index:
         (rows,) = index
         assert isinstance(rows, slice)
@@ -331,11 +331,11 @@ def _unwritable(copy: Copy, weights: Format) -> QuantizationError:
     )
 
 
-def _as_it_is(copy: Copy, name: str, tensor: Tensor) -> Written:
-    return Written(name, copy.target, tuple(tensor.shape), tensor.dtype, lambda: tensor)
+def _as_it_is(copy: Copy, name: str, tensor: Tensor) -> TensorToWrite:
+    return TensorToWrite(name, copy.target, tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
-def _mxfp4(copy: Copy, part: Format, *, both: bool) -> Iterator[Written]:
+def _mxfp4(copy: Copy, part: Format, *, both: bool) -> Iterator[TensorToWrite]:
     data, scales = part.data, part.scales
     if both and "deinterleave" in copy.view:
         data, scales = data.transpose(1, 2), scales.transpose(1, 2)
@@ -345,7 +345,7 @@ def _mxfp4(copy: Copy, part: Format, *, both: bool) -> Iterator[Written]:
     yield _as_it_is(copy, copy.source + mxfp4.SCALES, scales)
 
 
-def _compressed_tensors(copy: Copy, part: Format) -> Iterator[Written]:
+def _compressed_tensors(copy: Copy, part: Format) -> Iterator[TensorToWrite]:
     module = copy.source.removesuffix(".weight")
     if isinstance(part, Fp8Weights):
         yield _as_it_is(copy, f"{module}.weight", part.data)
@@ -359,18 +359,20 @@ def _compressed_tensors(copy: Copy, part: Format) -> Iterator[Written]:
     assert isinstance(part, Integers)
     n, k = part.shape
     words = (n, -(-k * part.bits // 32))
-    yield Written(f"{module}.weight_packed", copy.target, words, torch.int32, partial(_words, part))
+    yield TensorToWrite(
+        f"{module}.weight_packed", copy.target, words, torch.int32, partial(_words, part)
+    )
     yield _as_it_is(copy, f"{module}.weight_scale", part.scales)
-    yield Written(
+    yield TensorToWrite(
         f"{module}.weight_shape", copy.target, (2,), torch.int64, lambda: torch.tensor([n, k])
     )
     if part.zeros is not None:
         shape = (-(-n * part.bits // 32), part.zeros.shape[1])
         make = partial(_packed_along_rows, part.zeros, part.bits)
-        yield Written(f"{module}.weight_zero_point", copy.target, shape, torch.int32, make)
+        yield TensorToWrite(f"{module}.weight_zero_point", copy.target, shape, torch.int32, make)
     if part.order is not None:
         make = partial(_groups, part.order, part.group_size)
-        yield Written(f"{module}.weight_g_idx", copy.target, (k,), torch.int32, make)
+        yield TensorToWrite(f"{module}.weight_g_idx", copy.target, (k,), torch.int32, make)
 
 
 def _words(part: Integers) -> Tensor:

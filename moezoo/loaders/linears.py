@@ -55,7 +55,7 @@ def _kind(copies: Sequence[Copy], encoding: Encoding) -> Kind | str:
     return kind
 
 
-def kept(found: Mapping[str, Kind | str]) -> dict[str, Kind]:
+def held_kinds(found: Mapping[str, Kind | str]) -> dict[str, Kind]:
     return {name: kind for name, kind in found.items() if isinstance(kind, Kind)}
 
 

@@ -25,16 +25,16 @@ from moezoo.loaders.config import (
     requested_dtype,
     transformers_config,
 )
-from moezoo.loaders.devices import DeviceMap, checked, places_of
+from moezoo.loaders.devices import DeviceMap, parse_device_map, places_of
 from moezoo.loaders.expert_parallel import (
     check_planned,
     eplb_of,
     expert_groups,
     joined,
-    of_all_ranks,
     sharded,
+    union_over_ranks,
 )
-from moezoo.loaders.hub_layout import describe_
+from moezoo.loaders.hub_layout import set_quantization_config
 from moezoo.loaders.mapping import Rule, Skip
 from moezoo.loaders.memory import check_memory
 from moezoo.loaders.quantization import Quantization
@@ -119,7 +119,7 @@ def from_checkpoint(
     progress: bool = True,
 ) -> MoECausalLM:
     """Return the model of an open checkpoint; arguments and errors as in `from_pretrained`, except
-    that `device_map` is a result of `checked`."""
+    that `device_map` is a result of `parse_device_map`."""
     target_device = device_of(device)
     asked = Quantization.of(quantization)
     built = build(
@@ -143,10 +143,10 @@ def from_checkpoint(
         experts=None if mesh is None or slots is None else slots.of_rank(mesh.ep_rank),
         quantization=asked,
         check=None if mesh is None else partial(check_planned, mesh, built.decoder),
-        of_all_ranks=None if mesh is None else partial(of_all_ranks, mesh),
+        union_over_ranks=None if mesh is None else partial(union_over_ranks, mesh),
         progress=progress,
     )
-    describe_(
+    set_quantization_config(
         built.config, built.decoder, registry.architecture(built.config.model_type).CHECKPOINT
     )
     if mesh is not None and slots is not None:
@@ -167,7 +167,7 @@ def _map(
     for name, value in (("device", device), ("parallel", parallel)):
         if value is not None:
             raise ValueError(f"device_map and {name} both say where layers go: give one")
-    return checked(device_map)
+    return parse_device_map(device_map)
 
 
 class Built(NamedTuple):

@@ -16,7 +16,7 @@ from moezoo.loaders.config import config_dtype, requested_dtype
 from moezoo.loaders.encodings import Scheme, hub_scheme
 from moezoo.loaders.expert_parallel import eplb_of, expert_groups, formats, joined, sharded
 from moezoo.loaders.experts import experts_of, parts_shape, refuse_others
-from moezoo.loaders.hub_layout import describe_
+from moezoo.loaders.hub_layout import set_quantization_config
 from moezoo.loaders.mapping import ParameterInfo, layout, parameter_infos
 from moezoo.loaders.memory import allocate, check_memory
 from moezoo.loaders.quantization import Quantization
@@ -82,7 +82,9 @@ def from_config(
         )
         quantize_on_meta(decoder, quantized)
         place(decoder, tensors)
-        describe_(config, decoder, registry.architecture(config.model_type).CHECKPOINT)
+        set_quantization_config(
+            config, decoder, registry.architecture(config.model_type).CHECKPOINT
+        )
         if mesh is not None and slots is not None:
             balance_(decoder, mesh, slots, balance, num_groups=expert_groups(decoder))
     model = MoECausalLM(config, decoder).eval()

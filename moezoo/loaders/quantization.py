@@ -192,7 +192,7 @@ class Quantization:
             if self.granularity == "channel":
                 return _recipe(Kind.of(ChannelFp8))
             quantize = partial(ChannelFp8.quantize_unchecked, granularity="tensor")
-            kind = replace(Kind.of(ChannelFp8), scaled="with a scale a matrix")
+            kind = replace(Kind.of(ChannelFp8), scale_layout="with a scale a matrix")
             return Recipe(kind, quantize, None)
         if self.type == MXFP4:
             self._require(name, columns, GROUP)
@@ -203,7 +203,7 @@ class Quantization:
         if self.block_size is None:
             return _recipe(kind)
         n = self.block_size[0]
-        kind = replace(kind, scaled=f"in blocks of {n} x {group}")
+        kind = replace(kind, scale_layout=f"in blocks of {n} x {group}")
         return Recipe(kind, partial(_in_blocks, kind=kind, rows=n, group=group), n)
 
     def require_rows(self, name: str, rows: int) -> None:

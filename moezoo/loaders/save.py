@@ -22,10 +22,15 @@ from transformers import GenerationConfig, PreTrainedConfig
 from moezoo import registry
 from moezoo.errors import naming
 from moezoo.layers.decoder import Decoder
-from moezoo.loaders.card import CARD, Section, kinds_of, write_card
+from moezoo.loaders.card import CARD, Section, formats_held, write_card
 from moezoo.loaders.files import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS
 from moezoo.loaders.headers import DTYPES
-from moezoo.loaders.hub_layout import Writing, Written, describe_, warn_of_schemes
+from moezoo.loaders.hub_layout import (
+    TensorToWrite,
+    WritePlan,
+    set_quantization_config,
+    warn_of_schemes,
+)
 from moezoo.parallel.gather import check_formats, gathered, whole_on_meta
 from moezoo.parallel.mesh import Mesh
 
@@ -75,10 +80,10 @@ def save_pretrained(
     if mesh is not None:
         check_formats(model.decoder, mesh)
     with nullcontext() if mesh is None else whole_on_meta(model.decoder):
-        writing = Writing(model.decoder, rules)
+        writing = WritePlan(model.decoder, rules)
         written = writing.tensors(model.decoder.state_dict())
         config = deepcopy(model.config)
-        describe_(config, model.decoder, rules)
+        set_quantization_config(config, model.decoder, rules)
         if mesh is None or mesh.rank == 0:
             described = getattr(config, "quantization_config", None)
             warn_of_schemes(described, model.decoder, rules)
@@ -99,7 +104,7 @@ def save_pretrained(
         size = write_tensors(written, draft, max_shard_size=max_shard_size, tensor_of=tensor_of)
         section = Section(
             model.config.name_or_path or f"a new {config.model_type}",
-            *kinds_of(model.decoder),
+            *formats_held(model.decoder),
             config.dtype,
             bytes_after=size,
         )
@@ -115,19 +120,19 @@ class _Divided:
     """Tensors of a model whose experts are divided; the first rank asks for them in the order in
     which the others send them."""
 
-    def __init__(self, decoder: Decoder, mesh: Mesh, writing: Writing) -> None:
+    def __init__(self, decoder: Decoder, mesh: Mesh, writing: WritePlan) -> None:
         self._decoder, self._mesh, self._writing = decoder, mesh, writing
         self._layer: str | None = None
-        self._experts: dict[str, Written] = {}
+        self._experts: dict[str, TensorToWrite] = {}
         """Of this layer, on the first rank."""
 
-    def tensor_of(self, tensor: Written) -> torch.Tensor:
+    def tensor_of(self, tensor: TensorToWrite) -> torch.Tensor:
         self.gather(tensor)
         if _EXPERTS.fullmatch(tensor.target):
             return self._experts[tensor.name].make()
         return tensor.make()
 
-    def gather(self, tensor: Written) -> None:
+    def gather(self, tensor: TensorToWrite) -> None:
         """Gather all experts of the tensor's layer, if it is the first of them."""
         found = _EXPERTS.fullmatch(tensor.target)
         if found is not None and found[1] != self._layer:
@@ -137,25 +142,25 @@ class _Divided:
             self._experts = {each.name: each for each in self._writing.tensors(state)}
 
 
-def _made(tensor: Written) -> torch.Tensor:
+def _made(tensor: TensorToWrite) -> torch.Tensor:
     return tensor.make()
 
 
-def _name(tensor: Written) -> str:
+def _name(tensor: TensorToWrite) -> str:
     return tensor.name
 
 
 def write_tensors(
-    written: Sequence[Written],
+    written: Sequence[TensorToWrite],
     folder: Path,
     *,
     max_shard_size: int | str,
-    tensor_of: Callable[[Written], torch.Tensor],
+    tensor_of: Callable[[TensorToWrite], torch.Tensor],
 ) -> int:
     """Write these tensors, calling `tensor_of` in the order of their names, and return the bytes of
     all."""
     limit = shard_bytes(max_shard_size)
-    shards: list[list[Written]] = [[]]
+    shards: list[list[TensorToWrite]] = [[]]
     size = 0
     for tensor in sorted(written, key=_name):
         if shards[-1] and size + tensor.nbytes > limit:
@@ -179,7 +184,7 @@ def write_tensors(
 
 
 def _write(
-    path: Path, tensors: Sequence[Written], tensor_of: Callable[[Written], torch.Tensor]
+    path: Path, tensors: Sequence[TensorToWrite], tensor_of: Callable[[TensorToWrite], torch.Tensor]
 ) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

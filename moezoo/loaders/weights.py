@@ -15,7 +15,7 @@ from moezoo.loaders.devices import Places
 from moezoo.loaders.encodings import Encoding, encoding_of
 from moezoo.loaders.experts import experts_of, quantized_experts, source_dtype
 from moezoo.loaders.fill import Filling, Squares, drop_trivial_orders
-from moezoo.loaders.linears import by_outcome, kept, quantized_linears
+from moezoo.loaders.linears import by_outcome, held_kinds, quantized_linears
 from moezoo.loaders.mapping import (
     ParameterInfo,
     Rule,
@@ -43,7 +43,7 @@ def load_weights(
     experts: OwnedExperts | None = None,
     quantization: Quantization | None = None,
     check: Callable[["Planned"], None] | None = None,
-    of_all_ranks: Callable[[set[str]], set[str]] | None = None,
+    union_over_ranks: Callable[[set[str]], set[str]] | None = None,
     progress: bool = False,
 ) -> None:
     """Give `module`, built on the meta device, the weights of `checkpoint` by `rules`.
@@ -56,7 +56,7 @@ def load_weights(
     With `quantization` the experts of a checkpoint that is not quantised become `QuantizedWeights`;
     so do those that are stored quantised, and linear layers that are, unless it says otherwise.
     Other quantised weights are dequantised. A module with quantised weights needs no gradient.
-    `check` may refuse what is planned before anything is read; `of_all_ranks` is for
+    `check` may refuse the plan before anything is read; `union_over_ranks` is for
     `drop_trivial_orders`, where experts are divided.
 
     Raises `CheckpointError` for what does not fit or cannot be read, `QuantizationError` for what
@@ -75,14 +75,14 @@ def load_weights(
         check(planned)
     places = _require_places(module, planned, device, checkpoint.name)
     locations = checkpoint.fetch(sources_of(planned), progress=progress)
-    ordered = with_one_order(module, checkpoint, planned, locations, dtype=dtype)
+    ordered = without_mixed_orders(module, checkpoint, planned, locations, dtype=dtype)
     if ordered.wanted != planned.wanted:  # more, for layers that do not stay quantised
         places = _require_places(module, ordered, device, checkpoint.name)
     planned = ordered
     report(module, planned)
     try:
         tensors, quantized = _read_to(
-            places, checkpoint, planned, locations, of_all_ranks, progress=progress
+            places, checkpoint, planned, locations, union_over_ranks, progress=progress
         )
     except BaseException as error:
         # The frames of the traceback hold the tensors for as long as anybody keeps the error.
@@ -114,7 +114,7 @@ def _read_to(
     checkpoint: Checkpoint,
     planned: "Planned",
     locations: Mapping[str, Location],
-    of_all_ranks: Callable[[set[str]], set[str]] | None,
+    union_over_ranks: Callable[[set[str]], set[str]] | None,
     *,
     progress: bool,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Kind]]:
@@ -125,7 +125,7 @@ def _read_to(
         copies = (copy for copy in planned.plan.copies if places.of(copy.target) == device)
         part = planned._replace(wanted=wanted, plan=Plan(tuple(copies), {}))
         tensors |= read_copies(checkpoint, part, locations, device=device, progress=progress)
-    return tensors, drop_trivial_orders(tensors, planned.quantized, of_all_ranks)
+    return tensors, drop_trivial_orders(tensors, planned.quantized, union_over_ranks)
 
 
 class Planned(NamedTuple):
@@ -175,7 +175,7 @@ def plan_weights(
     dense = quantized_linears(module, others, encoding)
     if quantization is not None and quantization.dense == "dequantize":
         dense = dict.fromkeys(dense, "as asked")
-    quantized |= kept(dense)
+    quantized |= held_kinds(dense)
     wanted = quantized_infos(module, plain, quantized)
     return Planned(wanted, chosen, encoding, quantized, dense, quantization)
 
@@ -191,7 +191,7 @@ def unpadded(encoding: Encoding, chosen: Plan, parameters: Mapping[str, Paramete
     )
 
 
-def with_one_order(
+def without_mixed_orders(
     module: nn.Module,
     checkpoint: Checkpoint,
     planned: Planned,
@@ -217,7 +217,9 @@ def with_one_order(
             dense[name] = "parts of one layer with columns in different orders"
     if dense == planned.dense:
         return planned
-    quantized = {n: kind for n, kind in planned.quantized.items() if n not in dense} | kept(dense)
+    quantized = {n: kind for n, kind in planned.quantized.items() if n not in dense} | held_kinds(
+        dense
+    )
     wanted = quantized_infos(module, parameter_infos(module, dtype), quantized)
     return planned._replace(wanted=wanted, quantized=quantized, dense=dense)
 

@@ -121,9 +121,9 @@ def test_no_more_than_a_layer_is_in_memory(tmp_path, monkeypatch):
 
 def test_layers_are_planned_together_and_written_under_one_bar(tmp_path, monkeypatch):
     plans, bars, shown = [], [], []
-    real = hub_layout.Writing
+    real = hub_layout.WritePlan
     monkeypatch.setattr(
-        "moezoo.loaders.convert.Writing", lambda *args: plans.append(None) or real(*args)
+        "moezoo.loaders.convert.WritePlan", lambda *args: plans.append(None) or real(*args)
     )
 
     @contextmanager

@@ -10,7 +10,7 @@ import moezoo
 from moezoo.assets import tiny_model
 from moezoo.layers.decoder import Stage
 from moezoo.loaders import devices, memory
-from moezoo.loaders.devices import Places, checked, places_of, spread
+from moezoo.loaders.devices import Places, parse_device_map, places_of, spread
 from moezoo.loaders.mapping import ParameterInfo
 
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def wanted(*sizes, ends=4):
 )
 def test_a_map_of_modules(monkeypatch, device_map, home, layers):
     monkeypatch.setattr(devices, "device_of", torch.device)
-    places = places_of(checked(device_map), wanted(1, 1, 1))
+    places = places_of(parse_device_map(device_map), wanted(1, 1, 1))
     assert str(places.of("lm_head.weight")) == home
     found = [str(places.of(f"layers.{i}.mlp.w2.data")) for i in range(3)]
     assert found == layers.split()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from moezoo.loaders.hub_layout import Writing
+from moezoo.loaders.hub_layout import WritePlan
 from moezoo.loaders.mapping import Rule, Skip
 from moezoo.loaders.save import write_tensors
 
@@ -19,7 +19,7 @@ def write_weights(
 ) -> int:
     """Write the parameters and persistent buffers of `module` as safetensors; the bytes of all."""
     return write_tensors(
-        Writing(module, rules).tensors(module.state_dict()),
+        WritePlan(module, rules).tensors(module.state_dict()),
         folder,
         max_shard_size=max_shard_size,
         tensor_of=lambda tensor: tensor.make(),

@@ -14,7 +14,7 @@ from moezoo.layers.quant.integers import Integers
 class Kind:
     """A format and the options of its `on_meta`; weights of one kind can be stacked.
 
-    `group_size` and `scaled` are for reports and configs only, and are not compared.
+    `group_size` and `scale_layout` are for reports and configs only, and are not compared.
     """
 
     format: type[Format]
@@ -23,7 +23,7 @@ class Kind:
     """Columns per group, None for a scale per row: tensors alone cannot tell that from a group as
     wide as a row."""
 
-    scaled: str | None = field(default=None, compare=False)
+    scale_layout: str | None = field(default=None, compare=False)
     """How scales are laid out where the tensors do not show it: several rows share one."""
 
     @classmethod
@@ -72,8 +72,8 @@ class Kind:
         """Description for reports: the format and the layout of its scales."""
         options = dict(self.options)
         what = self.format.scale_layout
-        if self.scaled is not None:
-            what = self.scaled
+        if self.scale_layout is not None:
+            what = self.scale_layout
         elif self.group_size is not None:
             what = f"in groups of {self.group_size}"
         return (
