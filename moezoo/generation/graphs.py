@@ -30,7 +30,7 @@ def capturable(decoder: nn.Module) -> bool:
     """Whether a CUDA graph does what the modules do: none has hooks or works on the host."""
     return not any(
         is_hooked(module)
-        or (isinstance(module, SequenceMixer | RoutingRecorder) and module.runs_on_host)
+        or (isinstance(module, SequenceMixer | RoutingRecorder) and module.prevents_capture)
         for module in decoder.modules()
     )
 

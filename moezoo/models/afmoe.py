@@ -12,7 +12,7 @@ from moezoo.layers.context import Context
 from moezoo.layers.decoder import Decoder, DecoderLayer, ScaledDecoder, pre_norm_decoder
 from moezoo.layers.linear import Linear
 from moezoo.layers.mixer import SequenceMixer
-from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
+from moezoo.layers.norm import NormOfSum, RMSNorm, input_for
 from moezoo.layers.rope import rotate_half, unrotated
 from moezoo.loaders.mapping import Rule
 from moezoo.models.common.attention import (
@@ -55,8 +55,8 @@ class SeparatelyGatedAttention(GroupedQueryAttention):
     def forward(
         self, x: torch.Tensor | NormOfSum, context: Context, layer_idx: int
     ) -> torch.Tensor:
-        qkv = self.qkv(handed_to(self.qkv, x))
-        gate = self.gate(handed_to(self.gate, x)).sigmoid()
+        qkv = self.qkv(input_for(self.qkv, x))
+        gate = self.gate(input_for(self.gate, x)).sigmoid()
         return self.o(self.attended(qkv, context, layer_idx).flatten(2) * gate)
 
 
