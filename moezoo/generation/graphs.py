@@ -30,7 +30,7 @@ def capturable(decoder: nn.Module) -> bool:
     """Whether a recorded step would do what the modules do when they are called."""
     return not any(
         is_hooked(module)
-        or (isinstance(module, SequenceMixer | RoutingRecorder) and module.runs_on_host)
+        or (isinstance(module, SequenceMixer | RoutingRecorder) and module.prevents_capture)
         for module in decoder.modules()
     )
 

@@ -170,7 +170,7 @@ class PagedContext:
             norms = attention.q_norm, attention.k_norm
             q = rotate_and_store(
                 qkv[0],
-                None if attention.rotate is unrotated else attention.own(self.rotation),
+                None if attention.rotate is unrotated else attention.own_rotation(self.rotation),
                 slots,
                 pages.keys,
                 pages.values,

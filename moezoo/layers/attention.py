@@ -11,7 +11,7 @@ from moezoo.layers.context import Context
 from moezoo.layers.kernels.windows import Chunked
 from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.mixer import SequenceMixer
-from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
+from moezoo.layers.norm import NormOfSum, RMSNorm, input_for
 from moezoo.layers.rope import Rotate, Rotation, rotate_half
 
 
@@ -61,7 +61,7 @@ class GroupedQueryAttention(SequenceMixer):
         self.window = window
         if window is not None:
             chunked = isinstance(window, Chunked)
-            self.kind = "chunked_attention" if chunked else "sliding_attention"
+            self.layer_type = "chunked_attention" if chunked else "sliding_attention"
         self.clip = clip
         self.rotate = rotate
         self.part = part
@@ -73,7 +73,7 @@ class GroupedQueryAttention(SequenceMixer):
         """Shapes of a token's keys and values in the cache, each [heads, width]."""
         return (self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.value_dim)
 
-    def own(self, rotation: Rotation) -> Rotation:
+    def own_rotation(self, rotation: Rotation) -> Rotation:
         """Return the part of the decoder's rotation that this layer uses."""
         if self.part is None:
             return rotation
@@ -91,7 +91,7 @@ class GroupedQueryAttention(SequenceMixer):
     ) -> torch.Tensor:
         """x [B, T, H] -> [B, T, H]; keys and values go to the cache under `layer_idx`."""
         project = self.qkv
-        qkv = project(handed_to(project, x))
+        qkv = project(input_for(project, x))
         return self.o(self.attended(qkv, context, layer_idx).flatten(2))
 
     def attended(self, qkv: torch.Tensor, context: Context, layer_idx: int) -> torch.Tensor:
@@ -119,6 +119,6 @@ class GroupedQueryAttention(SequenceMixer):
         v = v.unflatten(-1, (-1, self.value_dim))
         if self.clip is not None:
             qk, v = qk.clamp(-self.clip, self.clip), v.clamp(-self.clip, self.clip)
-        qk = self.rotate(qk, self.own(rotation))
+        qk = self.rotate(qk, self.own_rotation(rotation))
         q, k = qk.split_with_sizes((self.num_heads, self.num_kv_heads), 2)
         return q, k, v

@@ -17,7 +17,7 @@ from moezoo.layers.context import Context, DenseContext
 from moezoo.layers.linear import Linear, linear
 from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.moe import Dispatcher, RoutingRecorder
-from moezoo.layers.norm import RMSNorm, handed_to
+from moezoo.layers.norm import RMSNorm, input_for
 from moezoo.layers.peers import Balancer, Peers
 from moezoo.layers.quant import QuantizedWeights
 from moezoo.layers.quantized_linear import quantized_linear
@@ -26,7 +26,7 @@ from moezoo.layers.rope import (
     RotaryEmbedding,
     RotaryEmbeddings,
     Rotation,
-    whole_heads,
+    rope_of_whole_heads,
 )
 
 
@@ -56,9 +56,9 @@ class DecoderLayer(nn.Module):
             rows, x = self.mlp_norm.add(x, self.attn(rows, context, layer_idx))
             return x, self.mlp(rows)
         normed = self.attn_norm.of_sum(x, update)
-        update = self.attn(handed_to(self.attn, normed), context, layer_idx)
+        update = self.attn(input_for(self.attn, normed), context, layer_idx)
         normed = self.mlp_norm.of_sum(normed.sum, update)
-        update = self.mlp(handed_to(self.mlp, normed))
+        update = self.mlp(input_for(self.mlp, normed))
         return normed.sum, update
 
 
@@ -234,7 +234,7 @@ def pre_norm_decoder(
     windows = [layer.attn.window for layer in layers]
     if any(window is not None and window < 1 for window in windows):
         raise UnsupportedArchitectureError.of_field(config, "sliding_window", "1 or more")
-    kinds = [layer.attn.kind for layer in layers]
+    kinds = [layer.attn.layer_type for layer in layers]
     if getattr(config, "layer_types", None) is not None:
         if config.layer_types != kinds:
             raise UnsupportedArchitectureError.of_field(config, "layer_types", str(kinds))
@@ -251,6 +251,6 @@ def pre_norm_decoder(
         config.hidden_size,
         layers,
         norm=new_norm(),
-        rope=rope or whole_heads(config),
+        rope=rope or rope_of_whole_heads(config),
         tied=config.tie_word_embeddings,
     )

@@ -10,7 +10,7 @@ import torch
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.context import Context
 from moezoo.layers.linear import FusedLinear
-from moezoo.layers.norm import NormOfSum, handed_to
+from moezoo.layers.norm import NormOfSum, input_for
 
 
 class GatedAttention(GroupedQueryAttention):
@@ -31,7 +31,7 @@ class GatedAttention(GroupedQueryAttention):
         self, x: torch.Tensor | NormOfSum, context: Context, layer_idx: int
     ) -> torch.Tensor:
         q_size, *kv_sizes = self.sizes
-        qkv = self.qkv(handed_to(self.qkv, x))
+        qkv = self.qkv(input_for(self.qkv, x))
         heads, kv = qkv.split_with_sizes((2 * q_size, sum(kv_sizes)), -1)
         q, gate = heads.unflatten(-1, (self.num_heads, 2, -1)).unbind(-2)
         out = self.attended(torch.cat((q.flatten(2), kv), -1), context, layer_idx)

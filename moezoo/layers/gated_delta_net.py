@@ -17,7 +17,7 @@ from moezoo.layers.convolution import CausalConvolution
 from moezoo.layers.delta_rule import gated_delta_rule
 from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.mixer import SequenceMixer
-from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
+from moezoo.layers.norm import NormOfSum, RMSNorm, input_for
 from moezoo.layers.states import States, StateShape
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -51,7 +51,7 @@ class GatedDeltaNet(SequenceMixer):
     The decay of a token is exp(-exp(A_log) * softplus(a + dt_bias)).
     """
 
-    kind = "linear_attention"
+    layer_type = "linear_attention"
     initial_values: ClassVar[dict[str, float]] = {"A_log": 0.0, "dt_bias": 1.0}
 
     def __init__(
@@ -91,7 +91,7 @@ class GatedDeltaNet(SequenceMixer):
 
     def forward(self, x: Tensor | NormOfSum, context: Context, layer_idx: int) -> Tensor:
         """Map x [B, T, H] to [B, T, H], with the states of `layer_idx`."""
-        inputs = self.qkvz(handed_to(self.qkvz, x)), self.ba(handed_to(self.ba, x))
+        inputs = self.qkvz(input_for(self.qkvz, x)), self.ba(input_for(self.ba, x))
         return self.out(context.recur(self, inputs, layer_idx))
 
     def mix(

@@ -15,7 +15,7 @@ from moezoo.layers.convolution import CausalConvolution
 from moezoo.layers.delta_rule import gated_delta_rule
 from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.mixer import SequenceMixer
-from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
+from moezoo.layers.norm import NormOfSum, RMSNorm, input_for
 from moezoo.layers.states import States, StateShape
 
 
@@ -27,7 +27,7 @@ class KimiDeltaAttention(SequenceMixer):
     whose sigmoid is beta. The decay of a token is exp(-exp(A_log) * softplus(decay + dt_bias)).
     """
 
-    kind = "linear_attention"
+    layer_type = "linear_attention"
     initial_values: ClassVar[dict[str, float]] = {"A_log": 0.0, "dt_bias": 1.0}
 
     def __init__(
@@ -61,7 +61,7 @@ class KimiDeltaAttention(SequenceMixer):
     def forward(self, x: Tensor | NormOfSum, context: Context, layer_idx: int) -> Tensor:
         """Map x [B, T, H] to [B, T, H], with the states of `layer_idx`."""
         widths = (3 * self.num_heads * self.head_dim, self.head_dim, self.head_dim, self.num_heads)
-        product = self.x_proj(handed_to(self.x_proj, x))
+        product = self.x_proj(input_for(self.x_proj, x))
         qkv, decay, z, b = product.split_with_sizes(widths, -1)
         inputs = qkv, self.decay(decay), self.z(z), b
         return self.o(context.recur(self, inputs, layer_idx))

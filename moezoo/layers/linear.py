@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from moezoo.device import runs_kernels
 from moezoo.layers.norm import NormOfSum, normed
-from moezoo.layers.onednn import FP32_ROWS, ONEDNN_DTYPES, is_large, one_row
+from moezoo.layers.onednn import FP32_ROWS, ONEDNN_DTYPES, is_large, matvec
 from moezoo.layers.pieces import PIECE, product_in_pieces
 from moezoo.layers.quant import Format, QuantizedWeights
 from moezoo.layers.quantized_linear import quantized_linear
@@ -33,7 +33,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
         return few_rows_linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
     if x.is_cpu and x.numel() == x.shape[-1] and is_large(weight):
-        return one_row(weight, x.reshape(-1), bias).view(*x.shape[:-1], -1)
+        return matvec(weight, x.reshape(-1), bias).view(*x.shape[:-1], -1)
     if (
         x.numel() < FP32_ROWS * x.shape[-1]
         or not x.is_cpu

@@ -22,13 +22,13 @@ class SequenceMixer(nn.Module):
     `moezoo.layers.states.StateLayer` too.
     """
 
-    kind: str = "full_attention"
+    layer_type: str = "full_attention"
     """The name that transformers' `config.layer_types` has for such a layer."""
     window: int | None = None
     """Number of newest tokens that a query sees, its own included, or a `Chunked`; None for all."""
     counts_padding: bool = False
     """Whether the output depends on the number of padding tokens before a sequence."""
-    runs_on_host: bool = False
+    prevents_capture: bool = False
     """Whether the layer does what a CUDA graph cannot record, so that steps are not captured."""
 
     @property

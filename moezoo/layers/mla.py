@@ -13,7 +13,7 @@ from moezoo.device import runs_kernels
 from moezoo.layers.context import Context, Keys
 from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.mixer import SequenceMixer
-from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
+from moezoo.layers.norm import NormOfSum, RMSNorm, input_for
 from moezoo.layers.onednn import ONEDNN_DTYPES
 from moezoo.layers.rope import Rotate, Rotation
 
@@ -65,7 +65,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: torch.Tensor | NormOfSum) -> torch.Tensor:
         a = self.a
-        return self.b(self.norm(a(handed_to(a, x))))
+        return self.b(self.norm(a(input_for(a, x))))
 
 
 def yarn_softmax_factor(rope_parameters: dict[str, Any]) -> float:
@@ -127,8 +127,8 @@ class MultiHeadLatentAttention(SequenceMixer):
     ) -> torch.Tensor:
         """x [B, T, H] -> [B, T, H]; latents and rotated keys go to the cache, C + R a token."""
         project, compress = self.q, self.kv_a
-        q = project(handed_to(project, x)).unflatten(-1, (self.num_heads, -1))
-        q, keys = context.append_latents(self, q, compress(handed_to(compress, x)), layer_idx)
+        q = project(input_for(project, x)).unflatten(-1, (self.num_heads, -1))
+        q, keys = context.append_latents(self, q, compress(input_for(compress, x)), layer_idx)
         if context.num_queries < self.absorb_below:
             out = self._attend_to_latents(q, keys, context)
         else:

@@ -179,7 +179,7 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
-def handed_to(module: nn.Module, x: torch.Tensor | NormOfSum) -> torch.Tensor | NormOfSum:
+def input_for(module: nn.Module, x: torch.Tensor | NormOfSum) -> torch.Tensor | NormOfSum:
     """Return what to call `module` with: x, or its norm if the module has hooks or is not ours, and
     so expects a tensor."""
     if not isinstance(x, NormOfSum):

@@ -20,7 +20,7 @@ ONEDNN_DTYPES = tuple(
 )
 """The 16-bit dtypes that oneDNN multiplies on this processor."""
 
-LARGE = 2**20
+LARGE_MATRIX = 2**20
 """Number of weights from which `torch.mv` with oneDNN multiplies a single row faster than torch's
 own routine: 70 us each at 1024 x 1024, 913 and 1,725 at 6144 x 2048 (Intel Xeon with AMX)."""
 
@@ -76,13 +76,13 @@ def without_onednn() -> AbstractContextManager[None]:
 
     For a single row that routine reads the weights 1.6 times as fast as oneDNN, 3.5 times where
     they are small (AMD EPYC, torch 2.13). oneDNN is faster for more rows, and for a single row of a
-    `LARGE` matrix, for which `one_row` turns it on again. torch's switch is one for the process: it
-    stays off until the last thread has left the context.
+    matrix of `LARGE_MATRIX` weights, for which `matvec` turns it on again. torch's switch is one
+    for the process: it stays off until the last thread has left the context.
     """
     return _switched_off if ONEDNN_DTYPES else nullcontext()
 
 
-def one_row(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def matvec(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return weight [M, N] @ x [N] + bias [M] by the faster routine on a CPU, also within
     `without_onednn`."""
     with _restored if is_large(weight) else nullcontext():
@@ -91,4 +91,4 @@ def one_row(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) ->
 
 def is_large(weight: torch.Tensor) -> bool:
     """Whether oneDNN multiplies a single row by this matrix faster than torch's own routine."""
-    return weight.numel() >= LARGE and weight.dtype in ONEDNN_DTYPES
+    return weight.numel() >= LARGE_MATRIX and weight.dtype in ONEDNN_DTYPES

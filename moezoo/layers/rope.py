@@ -56,8 +56,8 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         self.config = _with_head_dim(config)
-        self.kind = config.rope_parameters.get("rope_type")
-        if self.kind not in ROPE_TYPES:
+        self.rope_type = config.rope_parameters.get("rope_type")
+        if self.rope_type not in ROPE_TYPES:
             raise UnsupportedArchitectureError.of_field(
                 config, "rope_parameters", f"one rope_type of {', '.join(ROPE_TYPES)}"
             )
@@ -72,7 +72,7 @@ class RotaryEmbedding(nn.Module):
     @property
     def depends_on_length(self) -> bool:
         """Whether a token's rotation depends on the length of its sequence."""
-        return self.kind in ("dynamic", "longrope")
+        return self.rope_type in ("dynamic", "longrope")
 
     @property
     def dim(self) -> int:
@@ -82,11 +82,11 @@ class RotaryEmbedding(nn.Module):
     def _compute(self, config: PreTrainedConfig) -> None:
         # Frequencies are plain tensors on the CPU, so that a model built on meta has them too.
         with torch.device("cpu"):
-            if self.kind == "default":
+            if self.rope_type == "default":
                 self.inv_freq = default_frequencies(config)
             else:
-                self.inv_freq, self.scale = ROPE_INIT_FUNCTIONS[self.kind](config)
-            if self.kind == "longrope":
+                self.inv_freq, self.scale = ROPE_INIT_FUNCTIONS[self.rope_type](config)
+            if self.rope_type == "longrope":
                 self.context = config.rope_parameters["original_max_position_embeddings"]
                 self.long_inv_freq, _ = ROPE_INIT_FUNCTIONS["longrope"](
                     config, seq_len=self.context + 1
@@ -101,14 +101,14 @@ class RotaryEmbedding(nn.Module):
 
     def _frequencies(self, positions: torch.Tensor) -> torch.Tensor:
         device = positions.device
-        if self.kind == "dynamic":
+        if self.rope_type == "dynamic":
             inv_freq, _ = ROPE_INIT_FUNCTIONS["dynamic"](self.config, device, positions.max() + 1)
             return inv_freq
         if self.inv_freq.device != device:
             self.inv_freq = self.inv_freq.to(device)
-            if self.kind == "longrope":
+            if self.rope_type == "longrope":
                 self.long_inv_freq = self.long_inv_freq.to(device)
-        if self.kind == "longrope":
+        if self.rope_type == "longrope":
             return torch.where(positions.max() >= self.context, self.long_inv_freq, self.inv_freq)
         return self.inv_freq
 
@@ -168,7 +168,7 @@ class NoRotation(nn.Module):
         return sin + 1, sin
 
 
-def whole_heads(config: PreTrainedConfig) -> RotaryEmbedding:
+def rope_of_whole_heads(config: PreTrainedConfig) -> RotaryEmbedding:
     """Make the embedding of architectures that always rotate whole heads.
 
     Raises `UnsupportedArchitectureError` for a config with a `partial_rotary_factor`, which they

@@ -9,7 +9,7 @@ from moezoo.layers.context import Context
 from moezoo.layers.convolution import CausalConvolution
 from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.mixer import SequenceMixer
-from moezoo.layers.norm import NormOfSum, handed_to
+from moezoo.layers.norm import NormOfSum, input_for
 from moezoo.layers.states import States, StateShape
 
 
@@ -17,7 +17,7 @@ class ShortConvolution(SequenceMixer):
     """Layer with the output out(c * convolution(b * x)), where b, c and x are projections of the
     input."""
 
-    kind = "conv"
+    layer_type = "conv"
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class ShortConvolution(SequenceMixer):
 
     def forward(self, x: Tensor | NormOfSum, context: Context, layer_idx: int) -> Tensor:
         """Map x [B, T, H] to [B, T, H], with the state of `layer_idx`."""
-        return self.out(context.recur(self, (self.bcx(handed_to(self.bcx, x)),), layer_idx))
+        return self.out(context.recur(self, (self.bcx(input_for(self.bcx, x)),), layer_idx))
 
     def mix(
         self, inputs: tuple[Tensor, ...], states: States, real: Tensor | None

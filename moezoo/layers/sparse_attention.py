@@ -21,11 +21,11 @@ class SparseLatentAttention(MultiHeadLatentAttention):
     """Latent attention to `topk` keys, which an indexer chooses by keys of its own.
 
     The cache holds the indexer's keys beside the latents, C + R + I numbers a token. `rotate_index`
-    rotates the first R numbers of the indexer's queries and keys. `kind` is the layer's type in
-    `config.layer_types`. It has no kernels, and steps are not captured.
+    rotates the first R numbers of the indexer's queries and keys. `layer_type` is the layer's type
+    in `config.layer_types`. It has no kernels, and steps are not captured.
     """
 
-    runs_on_host = True
+    prevents_capture = True
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         index_dim: int,
         topk: int,
         rotate_index: Rotate,
-        kind: str,
+        layer_type: str,
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
@@ -48,7 +48,7 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         self.index_dim = index_dim
         self.topk = topk
         self.rotate_index = rotate_index
-        self.kind = kind
+        self.layer_type = layer_type
 
     @property
     def cache_shapes(self) -> tuple[tuple[int, int], ...]:

@@ -20,7 +20,7 @@ from moezoo.layers.context import Context
 from moezoo.layers.convolution import CausalConvolution
 from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.mixer import SequenceMixer
-from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
+from moezoo.layers.norm import NormOfSum, RMSNorm, input_for
 from moezoo.layers.states import States, StateShape
 
 CHUNK = 64
@@ -69,7 +69,7 @@ class StateSpace(SequenceMixer):
     token's time step is softplus(dt + dt_bias), the rate of decay -exp(A_log).
     """
 
-    kind = "linear_attention"
+    layer_type = "linear_attention"
     initial_values: ClassVar[dict[str, float]] = {"A_log": 0.0, "dt_bias": 1.0, "D": 1.0}
 
     def __init__(
@@ -104,7 +104,7 @@ class StateSpace(SequenceMixer):
 
     def forward(self, x: Tensor | NormOfSum, context: Context, layer_idx: int) -> Tensor:
         """Map x [B, T, H] to [B, T, H], with the states of `layer_idx`."""
-        inputs = (self.zxbcdt(handed_to(self.zxbcdt, x)),)
+        inputs = (self.zxbcdt(input_for(self.zxbcdt, x)),)
         return self.out(context.recur(self, inputs, layer_idx))
 
     def mix(

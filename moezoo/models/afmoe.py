@@ -12,7 +12,7 @@ from moezoo.layers.context import Context
 from moezoo.layers.decoder import Decoder, DecoderLayer, ScaledDecoder, pre_norm_decoder
 from moezoo.layers.linear import Linear
 from moezoo.layers.mixer import SequenceMixer
-from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
+from moezoo.layers.norm import NormOfSum, RMSNorm, input_for
 from moezoo.layers.rope import rotate_half, unrotated
 from moezoo.loaders.mapping import Rule
 from moezoo.models.attentions import attention_biases, grouped_queries, norm_of_each_head, window_of
@@ -49,8 +49,8 @@ class GatedAttention(GroupedQueryAttention):
     def forward(
         self, x: torch.Tensor | NormOfSum, context: Context, layer_idx: int
     ) -> torch.Tensor:
-        qkv = self.qkv(handed_to(self.qkv, x))
-        gate = self.gate(handed_to(self.gate, x)).sigmoid()
+        qkv = self.qkv(input_for(self.qkv, x))
+        gate = self.gate(input_for(self.gate, x)).sigmoid()
         return self.o(self.attended(qkv, context, layer_idx).flatten(2) * gate)
 
 
@@ -66,9 +66,9 @@ class SandwichLayer(DecoderLayer):
         self, x: torch.Tensor, update: torch.Tensor | None, context: Context, layer_idx: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         normed = self.attn_norm.of_sum(x, update)
-        update = self.after_attn(self.attn(handed_to(self.attn, normed), context, layer_idx))
+        update = self.after_attn(self.attn(input_for(self.attn, normed), context, layer_idx))
         normed = self.mlp_norm.of_sum(normed.sum, update)
-        return normed.sum, self.after_mlp(self.mlp(handed_to(self.mlp, normed)))
+        return normed.sum, self.after_mlp(self.mlp(input_for(self.mlp, normed)))
 
 
 def build(config: AfmoeConfig) -> Decoder:

@@ -13,7 +13,7 @@ from moezoo.layers.context import Context
 from moezoo.layers.decoder import Decoder, DecoderLayer, ScaledDecoder, pre_norm_decoder
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import softmax_topk, topk_sigmoid
-from moezoo.layers.norm import LayerNorm, NormOfSum, RMSNorm, handed_to
+from moezoo.layers.norm import LayerNorm, NormOfSum, RMSNorm, input_for
 from moezoo.layers.rope import rotate_interleaved, unrotated
 from moezoo.models.attentions import attention_biases, grouped_queries, window_of
 from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
@@ -39,8 +39,8 @@ class ParallelLayer(DecoderLayer):
         self, x: torch.Tensor, update: torch.Tensor | None, context: Context, layer_idx: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         normed = self.attn_norm.of_sum(x, update)
-        attended = self.attn(handed_to(self.attn, normed), context, layer_idx)
-        return normed.sum, attended + self.mlp(handed_to(self.mlp, normed))
+        attended = self.attn(input_for(self.attn, normed), context, layer_idx)
+        return normed.sum, attended + self.mlp(input_for(self.mlp, normed))
 
 
 class AveragedMoE(FusedMoE):

@@ -10,7 +10,7 @@ from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.moe import ACTIVATIONS, FusedMoE
 from moezoo.layers.moe.routing import softmax_topk
 from moezoo.layers.norm import LayerNorm
-from moezoo.layers.rope import RotaryEmbedding, whole_heads
+from moezoo.layers.rope import RotaryEmbedding, rope_of_whole_heads
 from moezoo.loaders.mapping import Rule, Skip
 from moezoo.models.attentions import grouped_queries, with_rope
 from moezoo.models.fields import ASSUMED_EVERYWHERE
@@ -33,7 +33,7 @@ def rotary_embedding(config: DbrxConfig) -> RotaryEmbedding:
         raise UnsupportedArchitectureError.of_field(
             config, "rope_parameters", f"the rope_theta of attn_config, {theta}"
         )
-    return whole_heads(config)
+    return rope_of_whole_heads(config)
 
 
 def build(config: DbrxConfig) -> Decoder:

@@ -38,7 +38,7 @@ def sparse_decoder(config: DeepseekV32Config | GlmMoeDsaConfig, rotate_index: Ro
             index_dim=config.index_head_dim,
             topk=config.index_topk,
             rotate_index=rotate_index,
-            kind=config.layer_types[layer_idx],
+            layer_type=config.layer_types[layer_idx],
         )
         return latent_attention(config, rotate_interleaved, layer=sparse)
 

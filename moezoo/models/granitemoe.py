@@ -13,7 +13,7 @@ from moezoo.layers.context import Context
 from moezoo.layers.decoder import Decoder, DecoderLayer, ScaledDecoder, pre_norm_decoder
 from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.moe import FusedMoE
-from moezoo.layers.norm import handed_to
+from moezoo.layers.norm import input_for
 from moezoo.loaders.mapping import Rule
 from moezoo.models.attentions import attention_biases, grouped_queries
 from moezoo.models.fields import ASSUMED_EVERYWHERE
@@ -41,9 +41,9 @@ class ScaledLayer(DecoderLayer):
         self, x: torch.Tensor, update: torch.Tensor | None, context: Context, layer_idx: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         normed = self.attn_norm.of_sum(x, update)
-        update = self.factor * self.attn(handed_to(self.attn, normed), context, layer_idx)
+        update = self.factor * self.attn(input_for(self.attn, normed), context, layer_idx)
         normed = self.mlp_norm.of_sum(normed.sum, update)
-        update = self.factor * self.mlp(handed_to(self.mlp, normed))
+        update = self.factor * self.mlp(input_for(self.mlp, normed))
         return normed.sum, update
 
 

@@ -12,7 +12,7 @@ from moezoo.layers.decoder import Decoder, pre_norm_decoder
 from moezoo.layers.moe import FusedMoE
 from moezoo.layers.moe.routing import softmax_topk
 from moezoo.layers.norm import RMSNorm
-from moezoo.layers.rope import RotaryEmbedding, Rotation, whole_heads
+from moezoo.layers.rope import RotaryEmbedding, Rotation, rope_of_whole_heads
 from moezoo.loaders.mapping import Rule
 from moezoo.models.attentions import attention_biases, grouped_queries, head_width, with_rope
 from moezoo.models.fields import ASSUMED_EVERYWHERE
@@ -48,7 +48,7 @@ def rotary_embedding(config: HunYuanMoEV1Config) -> RotaryEmbedding:
         width = head_width(config)
         theta = config.rope_parameters["rope_theta"] * alpha ** (width / (width - 2))
         config = with_rope(config, {"rope_type": "default", "rope_theta": theta})
-    return whole_heads(config)
+    return rope_of_whole_heads(config)
 
 
 def for_each_layer(config: HunYuanMoEV1Config, field: str, default: int) -> list[int]:

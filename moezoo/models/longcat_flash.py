@@ -15,8 +15,8 @@ from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.mlp import GatedMLP
 from moezoo.layers.moe import BiasedRoute, FusedMoE
 from moezoo.layers.moe.routing import grouped_topk
-from moezoo.layers.norm import NormOfSum, RMSNorm, handed_to
-from moezoo.layers.rope import rotate_interleaved, whole_heads
+from moezoo.layers.norm import NormOfSum, RMSNorm, input_for
+from moezoo.layers.rope import rope_of_whole_heads, rotate_interleaved
 from moezoo.loaders.mapping import Rule
 from moezoo.models.deepseek_v2 import latent_attention
 from moezoo.models.fields import ASSUMED_EVERYWHERE, experts_per_token
@@ -104,10 +104,10 @@ class ShortcutLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """As of a `DecoderLayer`."""
         normed = self._attended(0, x, update, context, layer_idx)
-        shortcut = self.mlp(handed_to(self.mlp, normed))
-        update = self.dense[0](handed_to(self.dense[0], normed))
+        shortcut = self.mlp(input_for(self.mlp, normed))
+        update = self.dense[0](input_for(self.dense[0], normed))
         normed = self._attended(1, normed.sum, update, context, layer_idx)
-        return normed.sum, self.dense[1](handed_to(self.dense[1], normed)) + shortcut
+        return normed.sum, self.dense[1](input_for(self.dense[1], normed)) + shortcut
 
     def _attended(
         self, half: int, x: Tensor, update: Tensor | None, context: Context, layer_idx: int
@@ -117,7 +117,7 @@ class ShortcutLayer(nn.Module):
         assert isinstance(attn_norm, RMSNorm) and isinstance(mlp_norm, RMSNorm)
         normed = attn_norm.of_sum(x, update)
         attn = self.attn[half]
-        update = attn(handed_to(attn, normed), context, 2 * layer_idx + half)
+        update = attn(input_for(attn, normed), context, 2 * layer_idx + half)
         return mlp_norm.of_sum(normed.sum, update)
 
 
@@ -176,7 +176,7 @@ def build(config: LongcatFlashConfig) -> Decoder:
         hidden_size,
         layers,
         norm=RMSNorm(hidden_size, config.rms_norm_eps),
-        rope=whole_heads(config),
+        rope=rope_of_whole_heads(config),
         tied=config.tie_word_embeddings,
     )
 

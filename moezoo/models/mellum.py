@@ -4,7 +4,7 @@ from transformers import MellumConfig
 
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.decoder import Decoder, pre_norm_decoder
-from moezoo.layers.rope import whole_heads
+from moezoo.layers.rope import rope_of_whole_heads
 from moezoo.models.attentions import (
     attention_biases,
     grouped_queries,
@@ -20,7 +20,7 @@ ASSUMES = ASSUMED_EVERYWHERE
 
 
 def build(config: MellumConfig) -> Decoder:
-    rope = rotary_embeddings(config, whole_heads)
+    rope = rotary_embeddings(config, rope_of_whole_heads)
 
     def attention(layer_idx: int) -> GroupedQueryAttention:
         return grouped_queries(

@@ -29,11 +29,11 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
 
     def __init__(self, config: PhimoeConfig) -> None:
         super().__init__(config)
-        if self.dim != self.config.head_dim or self.kind not in ("default", "longrope"):
+        if self.dim != self.config.head_dim or self.rope_type not in ("default", "longrope"):
             raise UnsupportedArchitectureError.of_field(
                 config, "rope_parameters", "'default' or 'longrope' for whole heads"
             )
-        if self.kind == "longrope":
+        if self.rope_type == "longrope":
             names = ("short_mscale", "long_mscale")
             self.mscales = [config.rope_parameters[name] for name in names]
             self.scale = 1.0
@@ -41,10 +41,10 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
 
     @property
     def depends_on_length(self) -> bool:
-        return self.kind == "longrope" and self.mscales[0] != self.mscales[1]
+        return self.rope_type == "longrope" and self.mscales[0] != self.mscales[1]
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
-        if self.kind == "default":
+        if self.rope_type == "default":
             return super().forward(positions, dtype)
         cos, sin = super().forward(positions, torch.float32)
         short, long = self.mscales

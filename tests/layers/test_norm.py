@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moezoo.layers.linear import FusedLinear
 from moezoo.layers.moe import FusedMoE, softmax_topk
-from moezoo.layers.norm import RMSNorm, handed_to, normed
+from moezoo.layers.norm import RMSNorm, input_for, normed
 
 H = 256
 
@@ -41,12 +41,12 @@ def test_hooks_and_modules_of_others_get_tensors() -> None:
     norm, x, update = inputs((2, 3), "cpu")
     linear = FusedLinear(H, (96,))
     due = norm.of_sum(x, update)
-    assert handed_to(linear, due) is due
-    assert handed_to(nn.Linear(H, 96), due) is due.normed
+    assert input_for(linear, due) is due
+    assert input_for(nn.Linear(H, 96), due) is due.normed
     hook = linear.register_forward_pre_hook(lambda module, given: None)
-    assert handed_to(linear, due) is due.normed
+    assert input_for(linear, due) is due.normed
     hook.remove()
-    assert handed_to(linear, due) is due
+    assert input_for(linear, due) is due
 
 
 @pytest.mark.gpu

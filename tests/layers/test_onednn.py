@@ -6,7 +6,7 @@ from tolerances import assert_close
 
 from moezoo.layers import onednn
 from moezoo.layers.linear import linear
-from moezoo.layers.onednn import one_row, without_onednn
+from moezoo.layers.onednn import matvec, without_onednn
 
 
 def test_threads_that_overlap_leave_onednn_as_they_found_it(monkeypatch):
@@ -26,7 +26,7 @@ def test_threads_that_overlap_leave_onednn_as_they_found_it(monkeypatch):
 @pytest.mark.parametrize("biased", [False, True])
 def test_one_row_of_a_large_matrix_is_multiplied_by_onednn(monkeypatch, large, biased):
     monkeypatch.setattr(onednn, "ONEDNN_DTYPES", (torch.bfloat16,))
-    monkeypatch.setattr(onednn, "LARGE", 64 * 48 if large else 64 * 48 + 1)
+    monkeypatch.setattr(onednn, "LARGE_MATRIX", 64 * 48 if large else 64 * 48 + 1)
     generator = torch.Generator().manual_seed(0)
     weight, x, bias = (
         torch.randn(*shape, generator=generator).bfloat16() for shape in ((64, 48), (48,), (64,))
@@ -45,7 +45,7 @@ def test_one_row_of_a_large_matrix_is_multiplied_by_onednn(monkeypatch, large, b
     for name in ("mv", "addmv"):
         monkeypatch.setattr(torch, name, watched(name))
     with without_onednn():
-        y = one_row(weight, x, bias if biased else None)
+        y = matvec(weight, x, bias if biased else None)
         assert not torch.backends.mkldnn.enabled
     assert switched == [large] and torch.backends.mkldnn.enabled
     expected = weight.double() @ x.double() + (bias.double() if biased else 0.0)

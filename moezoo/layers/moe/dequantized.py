@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.moe.permute import permute
-from moezoo.layers.moe.ranges import verb
+from moezoo.layers.moe.ranges import profiler_range
 from moezoo.layers.quant import BlockFp8, ChannelFp8, Format
 from moezoo.layers.quant.fp8 import quantize_rows
 
@@ -45,7 +45,7 @@ def dequantized_experts(
 
     tokens = rounded(x.float())
     out = torch.zeros_like(tokens)
-    with verb("permute"):
+    with profiler_range("permute"):
         order, offsets = permute(topk_ids, num_experts)
     token_ids = order // topk_ids.shape[1]
     weights = topk_weights.flatten().index_select(0, order).unsqueeze(1)

@@ -17,8 +17,8 @@ from moezoo.layers.linear import linear
 from moezoo.layers.moe.batches import Batch, batches_of, padded_slots, rows_of
 from moezoo.layers.moe.chunks import in_chunks, local_ids, operator
 from moezoo.layers.moe.permute import permute
-from moezoo.layers.moe.ranges import verb
-from moezoo.layers.onednn import FP32_ROWS, LARGE, ONEDNN_DTYPES, one_row, without_onednn
+from moezoo.layers.moe.ranges import profiler_range
+from moezoo.layers.onednn import FP32_ROWS, LARGE_MATRIX, ONEDNN_DTYPES, matvec, without_onednn
 
 FEW_TOKENS = 4
 """Largest number of tokens for which, on a GPU, an expert is read once for each of its tokens,
@@ -26,7 +26,7 @@ unless too many share experts: on one H100 that is faster while T*T*K <= E."""
 
 FEW_PRODUCTS = 2**18
 """Largest number of multiplications for which torch's own routine does a 16-bit product on a CPU
-before oneDNN has begun it; so it does for a single row times a matrix that is not `LARGE`."""
+before oneDNN has begun it; so it does for a single row and fewer than `LARGE_MATRIX` weights."""
 
 
 def dense_torch(
@@ -83,7 +83,7 @@ def dense_torch(
             (chosen,) = topk_ids.tolist()
             if min(chosen) >= 0 and max(chosen) < w13.shape[0]:
                 return one_token(x, topk_weights, chosen)
-        with verb("permute"):
+        with profiler_range("permute"):
             order, offsets = permute(topk_ids, w13.shape[0])
         tokens, weights = order // k, topk_weights.flatten().index_select(0, order).unsqueeze(1)
         out = x.new_zeros(x.shape, dtype=torch.float32)
@@ -121,8 +121,8 @@ def _products(
 ) -> list[Tensor]:
     """Return w[e] [M, N] @ x [N] + bias[e] [M] for each e of `experts` and its x."""
     rows = zip(experts, x, strict=False)
-    if w[0].numel() >= LARGE:
-        return [one_row(w[e], row, None if bias is None else bias[e]) for e, row in rows]
+    if w[0].numel() >= LARGE_MATRIX:
+        return [matvec(w[e], row, None if bias is None else bias[e]) for e, row in rows]
     if bias is None:
         return [torch.mv(w[e], row) for e, row in rows]
     return [torch.addmv(bias[e], w[e], row) for e, row in rows]
@@ -152,7 +152,7 @@ def _grouped_linear(
             y[i] = linear(parts[i], w[e], None if bias is None else bias[e])
 
     few, numel = 0, w[0].numel()
-    if x.dtype in ONEDNN_DTYPES and x.is_cpu and numel < LARGE:
+    if x.dtype in ONEDNN_DTYPES and x.is_cpu and numel < LARGE_MATRIX:
         few = max(1, FEW_PRODUCTS // numel)
     if few:
         with without_onednn():
@@ -207,7 +207,7 @@ def dense_cuda(
                 bias2=bias2,
             )
         tiles = plan(x, w13, w2, num_rows=topk_ids.numel(), num_experts=num_experts)
-        with verb("permute"):
+        with profiler_range("permute"):
             rows = permute(topk_ids, w13.shape[0], tiles.gated_up.m)
         h = gated_up(
             *(x, w13, rows),
@@ -217,7 +217,7 @@ def dense_cuda(
             bias13=bias13,
         )
         y = down(h, w2, rows, tile=tiles.down, bias2=bias2)
-        with verb("combine"):
+        with profiler_range("combine"):
             return combine(y, topk_weights, rows.positions)
 
     with torch.cuda.device_of(x):

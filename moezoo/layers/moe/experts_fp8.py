@@ -7,7 +7,7 @@ activation in groups of 128 numbers of a row.
 from torch import Tensor
 
 from moezoo.layers.kernels.activations import Gating
-from moezoo.layers.moe.ranges import verb
+from moezoo.layers.moe.ranges import profiler_range
 from moezoo.layers.quant.channel_fp8 import Fp8Weights
 from moezoo.layers.quant.fp8 import FOR_EXPERTS, require_fp8
 
@@ -48,7 +48,7 @@ def fp8_cuda(
             bias2=bias2,
         )
     tiles = plan(x, w13.data, w2.data, num_rows=topk_ids.numel(), num_experts=num_experts)
-    with verb("permute"):
+    with profiler_range("permute"):
         rows, tokens = permute_and_quantize(x, topk_ids, w13.shape[0], tiles.gated_up.m)
     h = gated_up_fp8(
         *(tokens, w13, rows),
@@ -58,5 +58,5 @@ def fp8_cuda(
         bias13=bias13,
     )
     y = down_fp8(h, w2, rows, dtype=x.dtype, tile=tiles.down, bias2=bias2)
-    with verb("combine"):
+    with profiler_range("combine"):
         return combine(y, topk_weights, rows.positions)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moezoo.layers.kernels.activations import Gating
-from moezoo.layers.moe.ranges import verb
+from moezoo.layers.moe.ranges import profiler_range
 from moezoo.layers.quant import Mxfp4, WeightOnly
 
 ORDERED_TOKENS = 2048
@@ -62,7 +62,7 @@ def weight_only_cuda(
             ]
         )
     tiles = plan_weight_only(x, w13, w2, num_rows=topk_ids.numel(), num_experts=num_experts)
-    with verb("permute"):
+    with profiler_range("permute"):
         rows, x = permute_and_interleave(
             *(x, topk_ids, w13.shape[0], tiles.gated_up.m), ways=ways(type(w13), x.shape[1])
         )
@@ -74,7 +74,7 @@ def weight_only_cuda(
         bias13=bias13,
     )
     y = down_weight_only(h, w2, rows, tile=tiles.down, bias2=bias2)
-    with verb("combine"):
+    with profiler_range("combine"):
         return combine(y, topk_weights, rows.positions)
 
 
@@ -103,7 +103,7 @@ def _in_order(
     from moezoo.layers.kernels.weight_only_tiles import plan_weight_only
 
     tile = plan_weight_only(x, w13, w2, num_rows=topk_ids.numel(), num_experts=num_experts).down
-    with verb("permute"):
+    with profiler_range("permute"):
         rows = permute(topk_ids, w13.shape[0], tile.m)
     last_row, last_expert = topk_ids.numel() - 1, w13.shape[0] - 1
     # The order of rows without an expert is not initialised, and their results are not read.
@@ -127,7 +127,7 @@ def _in_order(
         )
     )
     y = product(h.to(x.dtype), w2, bias2)
-    with verb("combine"):
+    with profiler_range("combine"):
         return combine(y, topk_weights, rows.positions)
 
 

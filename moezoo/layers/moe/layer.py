@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moezoo.device import runs_kernels
 from moezoo.layers.kernels.activations import Gating
 from moezoo.layers.moe.experts import fused_experts
-from moezoo.layers.moe.ranges import verb
+from moezoo.layers.moe.ranges import profiler_range
 from moezoo.layers.norm import NormOfSum, is_hooked, normed
 from moezoo.layers.quant import Format, QuantizedWeights
 
@@ -236,7 +236,7 @@ class FusedMoE(nn.Module):
 
     def forward(self, x: Tensor | NormOfSum) -> Tensor:
         """x [..., H] -> [..., H] of the same dtype."""
-        with verb("route"):
+        with profiler_range("route"):
             logits = self.router_logits(x)
             topk_weights, topk_ids = (self.reroute or self.route)(logits)
         x = normed(x)
@@ -285,7 +285,7 @@ class FusedMoE(nn.Module):
             return None
         from moezoo.layers.kernels.few_tokens import few_tokens
 
-        with verb("experts"), torch.cuda.device_of(x):
+        with profiler_range("experts"), torch.cuda.device_of(x):
             return few_tokens(
                 *(x, w13, w2),
                 topk_weights=topk_weights,
@@ -326,7 +326,7 @@ class FusedMoE(nn.Module):
         bias13 = self.bias13
         if bias13 is not None and self.quantized is not None:
             bias13 = bias13.unflatten(1, (2, -1))
-        with verb("experts"):
+        with profiler_range("experts"):
             return fused_experts(
                 *(x, w13, w2, topk_weights, rows),
                 activation=self.activation,

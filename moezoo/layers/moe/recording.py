@@ -35,7 +35,7 @@ class RoutingRecorder(nn.Module):
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
-        self.runs_on_host = keeps_choices
+        self.prevents_capture = keeps_choices
         self.choices: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(num_layers)]
         """For each layer the topk_ids and topk_weights [T, K] of each forward pass."""
         self._real: Tensor | None = None
@@ -84,7 +84,7 @@ class RoutingRecorder(nn.Module):
         share = topk_weights / topk_weights.sum(-1, keepdim=True)
         bin_ids = (share.nan_to_num() * bins).long().clamp(0, bins - 1)
         self.scores[layer].scatter_add_(0, torch.where(counts, bin_ids, bins).flatten(), ones)
-        if self.runs_on_host:
+        if self.prevents_capture:
             kept = slice(None) if self._real is None else self._real
             self.choices[layer].append((topk_ids[kept].clone(), topk_weights[kept].clone()))
 
