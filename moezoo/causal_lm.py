@@ -27,7 +27,7 @@ from moezoo.generation.decode import decode, decode_paged, unpadded
 from moezoo.generation.engine import supports
 from moezoo.generation.keeper import EngineKeeper
 from moezoo.generation.paged import counts_padding, row_state_bytes, windows
-from moezoo.generation.turns import largest, take_part
+from moezoo.generation.turns import largest, make_remaining_passes
 from moezoo.layers.attention import CausalMask, DenseContext, visible_tokens
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.moe import OverriddenRouting, routing_overrides
@@ -190,7 +190,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             return super().generate(inputs, *args, **kwargs)
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if not peers.alike and ids is not None and len(ids) == 0:
-            self._take_part()
+            self._sample_without_rows()
             return self._without_rows(ids, *args, **kwargs)
         if peers.alike:
             self._draw_alike()
@@ -225,16 +225,16 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(states[1], self.device)
 
-    def _take_part(self) -> None:
+    def _sample_without_rows(self) -> None:
         """Make the forward passes of `_sample` as a rank without rows."""
         rows, longest = self._largest(0, 0)
         (grows,) = largest(self.decoder, not self._has_pages(rows, longest))
         if grows:
-            take_part(self.decoder)
+            make_remaining_passes(self.decoder)
             return
         with self._engines.engine(self.decoder, rows, longest) as engine:
-            (asks_more,) = largest(self.decoder, False)
-            engine.finish(None if asks_more else engine.greedy)
+            (needs_logits,) = largest(self.decoder, False)
+            engine.finish(None if needs_logits else engine.greedy)
 
     def _largest(self, rows: int, longest: int, *, on_own_loop: bool = True) -> list[int]:
         """Return the largest number of rows and the largest length of all ranks.
@@ -391,7 +391,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         for option in IGNORED_KWARGS:
             model_kwargs.pop(option, None)
         cache = model_kwargs.get("past_key_values")
-        asks_more = (
+        needs_other_loop = (
             synced_gpus
             or set(model_kwargs) - ENGINE_KWARGS
             or not isinstance(cache, DynamicCache)
@@ -401,7 +401,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             or generation_config.output_hidden_states
             or generation_config.prefill_chunk_size
         )
-        if asks_more:
+        if needs_other_loop:
             return super()._sample(
                 input_ids,
                 logits_processor,

@@ -11,7 +11,7 @@ from torch import Tensor
 from moezoo.layers.decoder import Decoder, Turn
 
 
-def in_turn(decoder: Decoder, new_ids: Tensor) -> AbstractContextManager[None]:
+def joint_pass(decoder: Decoder, new_ids: Tensor) -> AbstractContextManager[None]:
     """Return a context for a forward pass over new_ids [B, T]; it is entered with all ranks."""
     peers = decoder.peers
     if peers is None:
@@ -23,7 +23,7 @@ def in_turn(decoder: Decoder, new_ids: Tensor) -> AbstractContextManager[None]:
 
 
 @torch.inference_mode()
-def take_part(decoder: Decoder) -> None:
+def make_remaining_passes(decoder: Decoder) -> None:
     """Make the forward passes that other ranks still have, without tokens of this rank."""
     if decoder.peers is not None:
         while (turn := decoder.peers.begin(0)).goes_on:
