@@ -189,10 +189,10 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         if peers is None:
             return super().generate(inputs, *args, **kwargs)
         ids = kwargs.get("input_ids") if inputs is None else inputs
-        if not peers.alike and ids is not None and len(ids) == 0:
+        if not peers.same_tokens and ids is not None and len(ids) == 0:
             self._sample_without_rows()
             return self._without_rows(ids, *args, **kwargs)
-        if peers.alike:
+        if peers.same_tokens:
             self._draw_alike()
         self._generates = True
         try:
@@ -323,7 +323,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         for option in IGNORED_KWARGS:
             kwargs.pop(option, None)
         peers = self.decoder.peers if self._generates else None
-        if peers is not None and not peers.alike:
+        if peers is not None and not peers.same_tokens:
             self._largest(0, 0, on_own_loop=False)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -351,12 +351,12 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             CausalMask(past, x.shape[1], x.device, visible_tokens(attention_mask)),
             past_key_values,
         )
-        passing: AbstractContextManager[None] = nullcontext()
+        joint: AbstractContextManager[None] = nullcontext()
         if peers is not None:
             turn = peers.begin(0, [] if input_ids is None else input_ids.tolist())
             if input_ids is not None:
-                passing = peers.passing(turn)
-        with passing:
+                joint = peers.forward_pass(turn)
+        with joint:
             hidden = self.decoder(x, context, states=states)
         logits = self.decoder.logits(_kept(hidden, logits_to_keep))
         if peers is not None:

@@ -17,9 +17,9 @@ def joint_pass(decoder: Decoder, new_ids: Tensor) -> AbstractContextManager[None
     if peers is None:
         return nullcontext()
     rows, length = new_ids.shape
-    if length == 1 and not peers.alike:
-        return peers.passing(peers.begin(rows))
-    return peers.passing(peers.begin(0, new_ids.tolist()))
+    if length == 1 and not peers.same_tokens:
+        return peers.forward_pass(peers.begin(rows))
+    return peers.forward_pass(peers.begin(0, new_ids.tolist()))
 
 
 @torch.inference_mode()
@@ -33,7 +33,7 @@ def make_remaining_passes(decoder: Decoder) -> None:
 def pass_without_tokens(decoder: Decoder, turn: Turn) -> None:
     """Make one forward pass of the other ranks, without tokens of this rank."""
     assert decoder.peers is not None
-    with decoder.peers.passing(turn):
+    with decoder.peers.forward_pass(turn):
         decoder.peers.step_without_tokens(decoder)
 
 

@@ -71,7 +71,7 @@ class Balancer(Protocol):
         """All that a step does is queued; `dummy` if this rank had no tokens in it."""
         ...
 
-    def undone(self) -> AbstractContextManager[None]:
+    def uncounted(self) -> AbstractContextManager[None]:
         """Steps within do nobody's work, and are not counted."""
         ...
 
@@ -94,7 +94,7 @@ class Peers(Protocol):
     goes through it without, until none has any.
     """
 
-    alike: bool
+    same_tokens: bool
     """Whether all have the same tokens, and not each its own."""
     limit: int | None
     """The most tokens of a rank in a forward pass, where there is such a limit."""
@@ -108,7 +108,7 @@ class Peers(Protocol):
         """
         ...
 
-    def passing(self, turn: Turn) -> AbstractContextManager[None]:
+    def forward_pass(self, turn: Turn) -> AbstractContextManager[None]:
         """The block is that pass: layers need not agree again on what is known of it, and it can be
         captured if there is a capacity."""
         ...
@@ -204,7 +204,7 @@ class Decoder(nn.Module):
         if self.balancer is not None:
             self.balancer.begin(context.real_tokens())
         home, modules = x.device, list(self.layers)
-        with self.passing(x.shape[0] * x.shape[1]), device_made_current(x):
+        with self.forward_pass(x.shape[0] * x.shape[1]), device_made_current(x):
             for device, layers in self.stages or (Stage(home, range(len(modules))),):
                 if device != x.device:
                     x, update, context = _moved(device, x, update, context)
@@ -221,9 +221,11 @@ class Decoder(nn.Module):
         self.end_step()
         return x
 
-    def passing(self, num_tokens: int) -> AbstractContextManager[None]:
+    def forward_pass(self, num_tokens: int) -> AbstractContextManager[None]:
         """A forward pass over so many tokens, which other ranks that have experts make too."""
-        return nullcontext() if self.dispatcher is None else self.dispatcher.passing(num_tokens)
+        if self.dispatcher is None:
+            return nullcontext()
+        return self.dispatcher.forward_pass(num_tokens)
 
     def end_step(self, *, dummy: bool = False) -> None:
         """A forward pass is queued, or a replay of one that was captured: experts may move."""

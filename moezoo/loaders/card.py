@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from moezoo.errors import naming
+from moezoo.errors import naming_file
 from moezoo.loaders.kinds import Kind
 from moezoo.loaders.plan import dtype_name
 from moezoo.loaders.written import experts_and_linears
@@ -101,7 +101,7 @@ def write_card(folder: Path, before: Path | None, section: Section | None) -> No
     """Into `folder` the card `before`, if there is one, with the section; nothing where it would be
     empty."""
     path = folder / CARD
-    with naming(path):
+    with naming_file(path):
         card = "" if before is None else before.read_text("utf-8", "surrogateescape")
         card = with_section(card, section)
         if card:

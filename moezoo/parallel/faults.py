@@ -50,7 +50,7 @@ class _Sign:
         return json.dumps([self.beats, self.collectives, self.doing])
 
 
-class Watch:
+class RankWatch:
     """Watches the heartbeats of all ranks of a job, and writes this rank's.
 
     Args:
@@ -121,12 +121,12 @@ class Watch:
         Raises RankError, with the other's message, where a rank is gone or fails in its block.
         """
         self._sign.doing = doing
-        with self.telling():
+        with self.reporting_errors():
             yield
         self._meet(doing, "", limit=None)
 
     @contextmanager
-    def telling(self) -> Iterator[None]:
+    def reporting_errors(self) -> Iterator[None]:
         """Report an error in the block to the other ranks: to those that wait in `together` or
         `exchange`, and to those whose collective fails because of it."""
         try:

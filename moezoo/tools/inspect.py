@@ -38,7 +38,6 @@ from moezoo.loaders.plan import dtype_name, plan
 from moezoo.loaders.tied import tied_rules
 from moezoo.loaders.weights import own_encoding, unpadded
 from moezoo.parallel.placement import Strategy
-from moezoo.parallel.sharding import moe_layers
 from moezoo.parallel.slots import Slots
 from moezoo.tools.shares import RankShare, held_bytes, rank_shares
 
@@ -206,7 +205,7 @@ def inspect(
     report = replace(report, supported=True)
     if expert_parallel_size is None:
         return report
-    layers = moe_layers(decoder)
+    layers = decoder.moe_layers
     if report.experts is None:
         raise ExpertMapError(f"{checkpoint.name} has no MoE layers to divide")
     slots = Slots.of(placement, report.experts.num_experts, list(layers), expert_parallel_size)

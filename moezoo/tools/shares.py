@@ -14,7 +14,6 @@ from moezoo.loaders.encodings import Encoding
 from moezoo.loaders.experts import experts_of
 from moezoo.loaders.mapping import Copy, ParameterInfo
 from moezoo.loaders.plan import Plan
-from moezoo.parallel.sharding import moe_layers
 from moezoo.parallel.slots import Slots
 
 
@@ -100,7 +99,7 @@ def held_bytes(
 
 def _owners(decoder: Decoder) -> dict[str, int]:
     """The parameters of experts, each with the layer that has it."""
-    layer_of = {moe: layer for layer, moe in moe_layers(decoder).items()}
+    layer_of = {moe: layer for layer, moe in decoder.moe_layers.items()}
     return {name: layer_of[moe] for name, moe in experts_of(decoder).items()}
 
 

@@ -56,7 +56,7 @@ class Flight(Protocol):
 class Dispatcher(Protocol):
     """Carries tokens to the ranks that hold their experts, and their outputs back."""
 
-    def passing(self, num_tokens: int) -> AbstractContextManager[None]:
+    def forward_pass(self, num_tokens: int) -> AbstractContextManager[None]:
         """The block is a forward pass over so many tokens of this rank, or none. Every rank begins
         it at the same time; what they agree on then they need not in each layer."""
 

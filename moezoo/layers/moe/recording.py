@@ -90,7 +90,7 @@ class RoutingRecorder(nn.Module):
             self.choices[layer].append((topk_ids[kept].clone(), topk_weights[kept].clone()))
 
     @contextmanager
-    def undone(self) -> Iterator[None]:
+    def uncounted(self) -> Iterator[None]:
         """What is recorded within is forgotten: passes that do nobody's work."""
         before = [buffer.clone() for buffer in self.buffers()]
         lengths = [len(choices) for choices in self.choices]

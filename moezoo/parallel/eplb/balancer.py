@@ -145,7 +145,7 @@ class Balancer:
         return ranks
 
     @contextmanager
-    def undone(self) -> Iterator[None]:
+    def uncounted(self) -> Iterator[None]:
         """Return a context whose steps do not count towards the load, such as those of captures."""
         self._dummy = True
         try:
