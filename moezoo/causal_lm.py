@@ -27,7 +27,7 @@ from moezoo.generation.decode import decode, decode_paged, unpadded
 from moezoo.generation.engine import supports
 from moezoo.generation.keeper import EngineKeeper
 from moezoo.generation.paged import counts_padding, row_state_bytes, windows
-from moezoo.generation.turns import largest, take_part
+from moezoo.generation.turns import largest, make_remaining_passes
 from moezoo.layers.context import DenseContext
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.mask import CausalMask, visible_tokens
@@ -190,10 +190,10 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         if peers is None:
             return super().generate(inputs, *args, **kwargs)
         ids = kwargs.get("input_ids") if inputs is None else inputs
-        if not peers.alike and ids is not None and len(ids) == 0:
-            self._take_part()
+        if not peers.same_tokens and ids is not None and len(ids) == 0:
+            self._sample_without_rows()
             return self._without_rows(ids, *args, **kwargs)
-        if peers.alike:
+        if peers.same_tokens:
             self._draw_alike()
         self._generates = True
         try:
@@ -226,16 +226,16 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(states[1], self.device)
 
-    def _take_part(self) -> None:
+    def _sample_without_rows(self) -> None:
         """Make the forward passes of `_sample` as a rank without rows."""
         rows, longest = self._largest(0, 0)
         (grows,) = largest(self.decoder, not self._has_pages(rows, longest))
         if grows:
-            take_part(self.decoder)
+            make_remaining_passes(self.decoder)
             return
         with self._engines.engine(self.decoder, rows, longest) as engine:
-            (asks_more,) = largest(self.decoder, False)
-            engine.finish(None if asks_more else engine.greedy)
+            (needs_logits,) = largest(self.decoder, False)
+            engine.finish(None if needs_logits else engine.greedy)
 
     def _largest(self, rows: int, longest: int, *, on_own_loop: bool = True) -> list[int]:
         """Return the largest number of rows and the largest length of all ranks.
@@ -324,7 +324,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         for option in IGNORED_KWARGS:
             kwargs.pop(option, None)
         peers = self.decoder.peers if self._generates else None
-        if peers is not None and not peers.alike:
+        if peers is not None and not peers.same_tokens:
             self._largest(0, 0, on_own_loop=False)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -352,12 +352,12 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             CausalMask(past, x.shape[1], x.device, visible_tokens(attention_mask)),
             past_key_values,
         )
-        passing: AbstractContextManager[None] = nullcontext()
+        joint: AbstractContextManager[None] = nullcontext()
         if peers is not None:
             turn = peers.begin(0, [] if input_ids is None else input_ids.tolist())
             if input_ids is not None:
-                passing = peers.passing(turn)
-        with passing:
+                joint = peers.forward_pass(turn)
+        with joint:
             hidden = self.decoder(x, context, states=states)
         logits = self.decoder.logits(_kept(hidden, logits_to_keep))
         if peers is not None:
@@ -392,7 +392,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         for option in IGNORED_KWARGS:
             model_kwargs.pop(option, None)
         cache = model_kwargs.get("past_key_values")
-        asks_more = (
+        needs_other_loop = (
             synced_gpus
             or set(model_kwargs) - ENGINE_KWARGS
             or not isinstance(cache, DynamicCache)
@@ -402,7 +402,7 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             or generation_config.output_hidden_states
             or generation_config.prefill_chunk_size
         )
-        if asks_more:
+        if needs_other_loop:
             return super()._sample(
                 input_ids,
                 logits_processor,

@@ -81,7 +81,7 @@ class LoadImbalanceWarning(UserWarning):
 
 
 @contextmanager
-def naming(file: str | os.PathLike[str]) -> Iterator[None]:
+def naming_file(file: str | os.PathLike[str]) -> Iterator[None]:
     """Set the file name of an `OSError` in the block that has none, such as that of a full disk."""
     try:
         yield

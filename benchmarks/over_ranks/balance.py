@@ -21,7 +21,6 @@ from moezoo.device import HostCopies
 from moezoo.layers.moe import FusedMoE
 from moezoo.parallel.eplb import balancedness, rebalance_experts
 from moezoo.parallel.placement import Placement
-from moezoo.parallel.sharding import moe_layers
 from over_ranks.job import Job, Row
 from over_ranks.shapes import qwen3
 from over_ranks.steps import Steps
@@ -51,7 +50,7 @@ def eplb(job: Job) -> Iterator[Row]:
         interval = 12 if job.small else INTERVAL[kind]
         options = options_of(job, way, interval, config)
         model = job.make(config, job.world_size, eplb=options, dispatch="all_to_all")
-        for moe in moe_layers(model.decoder).values():
+        for moe in model.decoder.moe_layers.values():
             popular(moe)
         run = decoding if kind == "decode" else computing
         # Layers are uneven until the first rebalance is over, so the second one is measured.

@@ -26,7 +26,6 @@ from moezoo.loaders.checkpoint import open_checkpoint
 from moezoo.loaders.config import transformers_config
 from moezoo.parallel.dispatch import AllToAll
 from moezoo.parallel.placement import Placement
-from moezoo.parallel.sharding import moe_layers
 from over_ranks.job import Job, Row
 from over_ranks.shapes import qwen3
 
@@ -138,7 +137,7 @@ def shape(load: Load) -> tuple[int, tuple[int, ...]]:
         config = load.args[0]
     with torch.device("meta"):
         decoder = moezoo.registry.build(config)
-    layers = moe_layers(decoder)
+    layers = decoder.moe_layers
     return next(iter(layers.values())).num_experts, tuple(layers)
 
 
@@ -159,7 +158,7 @@ def differences(
 
 
 def in_block_fp8(model: MoECausalLM) -> bool:
-    return all(moe.quantized is BlockFp8 for moe in moe_layers(model.decoder).values())
+    return all(moe.quantized is BlockFp8 for moe in model.decoder.moe_layers.values())
 
 
 def counting(model: MoECausalLM) -> AbstractContextManager[object]:

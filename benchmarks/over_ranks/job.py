@@ -28,7 +28,7 @@ from moezoo import Parallel
 from moezoo.causal_lm import MoECausalLM
 from moezoo.parallel.mesh import Mesh, join
 from moezoo.parallel.placement import Placement
-from moezoo.parallel.sharding import dispatcher_of, moe_layers, slots_of
+from moezoo.parallel.sharding import dispatcher_of, slots_of
 
 Row = dict[str, Any]
 PATIENCE = timedelta(seconds=60)
@@ -95,7 +95,7 @@ class Job:
         mesh.parallel = replace(mesh.parallel, **options)
         dispatcher = dispatcher_of(mesh, slots_of(model.decoder, model.mesh, None))
         model.decoder.dispatcher = dispatcher
-        for moe in moe_layers(model.decoder).values():
+        for moe in model.decoder.moe_layers.values():
             moe.dispatcher = dispatcher
 
     def placement_file(self, name: str, placement: Placement) -> Path:

@@ -25,7 +25,6 @@ from transformers import PreTrainedConfig
 from moezoo.causal_lm import MoECausalLM
 from moezoo.layers.moe import Arrival, FusedMoE
 from moezoo.parallel.dispatch import AllToAll
-from moezoo.parallel.sharding import moe_layers
 from over_ranks.job import Job, Row
 from over_ranks.shapes import deepseek_v3, mixtral, qwen3
 
@@ -71,7 +70,7 @@ def model_of(job: Job, case: str, size: int) -> tuple[MoECausalLM, FusedMoE]:
     config = make(1, small=job.small)
     config.num_hidden_layers, config.vocab_size = 1, 1024
     model = job.make(config, size, quantization=quantization)
-    moe = next(iter(moe_layers(model.decoder).values()))
+    moe = next(iter(model.decoder.moe_layers.values()))
     moe.shared = None
     return model, moe
 
@@ -132,7 +131,7 @@ def over_ranks(job: Job, case: str, size: int, wire: float, rows: dict[int, Row]
 def passing(moe: FusedMoE, num_tokens: int) -> AbstractContextManager[None]:
     """Run the block as a model's forward pass, in which ranks agree once for all layers."""
     assert moe.dispatcher is not None
-    return moe.dispatcher.passing(num_tokens)
+    return moe.dispatcher.forward_pass(num_tokens)
 
 
 def captured(job: Job, moe: FusedMoE, x: Tensor) -> float:

@@ -12,7 +12,7 @@ from moezoo.cli import bench, completion, convert, doctor, eplb, generate, inspe
 from moezoo.cli.options import EXIT_CODES, Parser
 from moezoo.cli.output import FAILED, INTERRUPTED, code_of, ended_by_signals, listen, rank, say
 from moezoo.cli.version import Version
-from moezoo.errors import ExpertMapError, MoEZooError, RankError, naming
+from moezoo.errors import ExpertMapError, MoEZooError, RankError, naming_file
 
 BEHIND_RANK_0 = 3.0
 """Seconds that other ranks hold back an error that rank 0 most likely has too: once rank 0 has
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ended_by_signals():
             code: int = arguments.run(arguments)
-        with naming("stdout"):
+        with naming_file("stdout"):
             sys.stdout.flush()
         return code
     except KeyboardInterrupt:

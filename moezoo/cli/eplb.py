@@ -8,7 +8,7 @@ from typing import Any
 
 from moezoo.cli.options import add_command, add_json, number
 from moezoo.cli.output import DONE, require_folder, save_plot, say, show
-from moezoo.errors import naming
+from moezoo.errors import naming_file
 
 POLICIES = ("default", "least_movement")
 
@@ -107,7 +107,7 @@ def _eplb_plan(arguments: argparse.Namespace) -> int:
         num_groups=arguments.groups,
         num_nodes=arguments.nodes,
     )
-    with naming(arguments.output):
+    with naming_file(arguments.output):
         made.placement.save(arguments.output)
     linear = "" if math.isnan(made.linear) else f"; linear and without copies {made.linear:.3f}"
     if not arguments.quiet:

@@ -22,7 +22,7 @@ from moezoo.cli.options import (
     number,
 )
 from moezoo.cli.output import DONE, INTERRUPTED, PARTLY, code_of, say
-from moezoo.errors import MoEZooError, naming
+from moezoo.errors import MoEZooError, naming_file
 
 if TYPE_CHECKING:
     from moezoo.generation.texts import Completion, Prompt
@@ -235,7 +235,7 @@ def _generate_alone(arguments: argparse.Namespace, options: dict[str, Any], job:
     finished = {} if file is None else file.finished
     num_finished_before = len(finished)
     pending = [prompt for prompt in prompts if prompt.id not in finished]
-    with naming("stdout" if file is None else file.path), file or nullcontext():
+    with naming_file("stdout" if file is None else file.path), file or nullcontext():
         if pending:
             own = pending if job is None else job.deal(pending)
             completions, streamed = _completions(checkpoint, arguments, own, options, job)

@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Any, NoReturn
 
-from moezoo.errors import ExpertMapError, LoadImbalanceWarning, naming
+from moezoo.errors import ExpertMapError, LoadImbalanceWarning, naming_file
 
 DONE, FAILED, USAGE, PARTLY, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -68,7 +68,7 @@ def show(subject: Any, *, as_json: bool) -> None:
     """Print a subject's table, or its `to_dict` as JSON, on stdout."""
     from rich.console import Console
 
-    with naming("stdout"):
+    with naming_file("stdout"):
         if as_json:
             print(json.dumps(subject.to_dict(), indent=2))
         else:
@@ -106,5 +106,5 @@ def require_folder(arguments: argparse.Namespace, *options: str) -> None:
 
 def save_plot(path: Path | None, subject: Any) -> None:
     if path is not None:
-        with naming(path):
+        with naming_file(path):
             subject.plot().savefig(path)

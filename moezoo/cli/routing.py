@@ -7,7 +7,7 @@ from typing import Any
 from moezoo.cli.models import loaded, opened, read
 from moezoo.cli.options import DTYPES, add_command, add_hub, add_json, add_quantization, number
 from moezoo.cli.output import DONE, PARTLY, require_folder, save_plot, say, show
-from moezoo.errors import naming
+from moezoo.errors import naming_file
 
 
 def add(commands: Any) -> None:
@@ -104,10 +104,10 @@ def _routing(arguments: argparse.Namespace) -> int:
                 num_failed += 1
                 say(f"prompt {completion.id!r} failed: {completion.error}")
     if arguments.output is not None:
-        with naming(arguments.output):
+        with naming_file(arguments.output):
             trace.save(arguments.output)
     if arguments.html is not None:
-        with naming(arguments.html):
+        with naming_file(arguments.html):
             arguments.html.write_text(trace.html(), encoding="utf-8")
     save_plot(arguments.plot, trace)
     if arguments.json or not arguments.quiet:

@@ -45,7 +45,7 @@ class Request:
     error: str | None = None
     _row: int | None = None
     _allocation: Allocation | None = None
-    _launched: int = 0
+    _num_launched: int = 0
     """Number of new tokens that are computed or being computed."""
 
     @property
@@ -81,15 +81,15 @@ class Batcher:
         self._num_rows = engine.num_rows
         self._free = list(range(engine.num_rows))
         self._on_device = engine.device.type == "cuda"
-        self._flying: deque[tuple[HostCopies, list[Request | None]]] = deque()
+        self._in_flight: deque[tuple[HostCopies, list[Request | None]]] = deque()
 
     def run(self, requests: Iterator[Request]) -> Iterator[Request]:
         """Yield each request as it finishes; `requests` are read as rows become free."""
         self.engine.stop(range(self.engine.num_rows))  # of a run that was left halfway
         while True:
-            missing = max(self._enough_free(), len(self._free)) - len(self._waiting)
+            missing = max(self._min_free_rows(), len(self._free)) - len(self._waiting)
             self._waiting.extend(islice(requests, max(0, missing)))
-            if not (self._waiting or self._rows or self._flying):
+            if not (self._waiting or self._rows or self._in_flight):
                 return
             admitted = False
             try:
@@ -104,16 +104,16 @@ class Batcher:
                 if not self._shrink(in_prefill=not admitted):
                     raise
                 continue
-            while len(self._flying) > int(launched and self._on_device):
+            while len(self._in_flight) > int(launched and self._on_device):
                 yield from self._collect()
 
-    def _enough_free(self) -> int:
+    def _min_free_rows(self) -> int:
         """Number of free rows from which a prefill is worth interrupting the running rows."""
         return max(1, self._num_rows // 16)
 
     def _admit(self) -> Iterator[Request]:
         """Start waiting requests of up to `chunk` tokens; yield those that can never fit."""
-        if not self._waiting or len(self._free) < min(self._enough_free(), len(self._waiting)):
+        if not self._waiting or len(self._free) < min(self._min_free_rows(), len(self._waiting)):
             return
         started: list[Request] = []
         budget = self.chunk
@@ -175,7 +175,7 @@ class Batcher:
             logits = logits[to_device(torch.tensor(whole), logits.device)]
         drawn = self.sampler(logits, to_device(torch.tensor(rows), logits.device))
         self.engine.start(rows, [chunks[i].end for i in whole], drawn)
-        self._launched(drawn, rows)
+        self._read_later(drawn, rows)
 
     def _step(self) -> bool:
         """Compute one more token for every row; return whether there was a row."""
@@ -185,22 +185,22 @@ class Batcher:
         highest = max(self._rows) + 1
         batch = min(batch_size(highest), self.engine.num_rows) if self._on_device else highest
         self.engine.step(batch, self.sampler)
-        self._launched(self.engine.ids[:batch], range(batch))
+        self._read_later(self.engine.ids[:batch], range(batch))
         return True
 
-    def _launched(self, tokens: Tensor, rows: Sequence[int]) -> None:
+    def _read_later(self, tokens: Tensor, rows: Sequence[int]) -> None:
         """Start copying the new tokens of rows to the host; free rows that reach their limit."""
         requests = [self._rows.get(row) for row in rows]
-        self._flying.append((HostCopies(tokens), requests))
+        self._in_flight.append((HostCopies(tokens), requests))
         done = []
         for request in requests:
             if request is not None:
-                request._launched += 1
-                if request._launched == request.limit:
+                request._num_launched += 1
+                if request._num_launched == request.limit:
                     done.append(request)
-        self._vacate(done)
+        self._free_rows(done)
 
-    def _vacate(self, requests: list[Request]) -> None:
+    def _free_rows(self, requests: list[Request]) -> None:
         rows = [request._row for request in requests if request._row is not None]
         if not rows:
             return
@@ -213,7 +213,7 @@ class Batcher:
 
     def _collect(self) -> Iterator[Request]:
         """Read the oldest tokens that are being copied; yield the requests that they finish."""
-        copies, requests = self._flying.popleft()
+        copies, requests = self._in_flight.popleft()
         (tokens,) = copies.wait()
         finished = []
         for request, token in zip(requests, tokens.tolist(), strict=True):
@@ -231,11 +231,11 @@ class Batcher:
                 assert request._allocation is not None
                 self._pages.release(request._allocation)
                 finished.append(request)
-        self._vacate(finished)
+        self._free_rows(finished)
         yield from finished
 
     def _collect_all(self) -> Iterator[Request]:
-        while self._flying:
+        while self._in_flight:
             yield from self._collect()
 
     def _compact(self) -> None:
@@ -267,12 +267,12 @@ class Batcher:
         else:
             # With no row left there is nothing to restart: the last one has just ended.
             return not running
-        self._vacate(running)
+        self._free_rows(running)
         for request in reversed(running):
             assert request._allocation is not None
             self._pages.release(request._allocation)
             request._allocation = None
-            request._launched = len(request.tokens)
+            request._num_launched = len(request.tokens)
             self._waiting.appendleft(request)
         self._free = list(range(self._num_rows))
         _log.warning(

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from moezoo.device import HostCopies
 from moezoo.generation.engine import Engine
 from moezoo.generation.pages import num_pages
-from moezoo.generation.turns import chosen, in_turn, largest, take_part
+from moezoo.generation.turns import chosen, joint_pass, largest, make_remaining_passes
 from moezoo.layers.context import DenseContext
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.mask import CausalMask, visible_tokens
@@ -72,7 +72,7 @@ def decode(
     while True:
         mask = CausalMask(past, new_ids.shape[1], device, visible)
         one_row = on_cpu_in_16_bit and new_ids.numel() == 1
-        with in_turn(decoder, new_ids), without_onednn() if one_row else nullcontext():
+        with joint_pass(decoder, new_ids), without_onednn() if one_row else nullcontext():
             context = DenseContext(decoder.rotation(positions), mask, cache)
             hidden = decoder(decoder.embed(new_ids), context)
             logits = decoder.logits(hidden[:, -1]).float()
@@ -93,7 +93,7 @@ def decode(
         if visible is not None:
             visible = torch.cat((visible, visible.new_ones(len(visible), 1)), 1)
 
-    take_part(decoder)
+    make_remaining_passes(decoder)
     if streamer is not None:
         streamer.end()
     result.sequences = sequences
@@ -149,7 +149,7 @@ def decode_paged(
         engine.assign(row, range(row * kept, (row + 1) * kept))
     keeps = generation_config.output_logits or generation_config.output_scores
     # All ranks must run their steps with the same sampler; a rank without rows asks this as well.
-    (asks_more,) = largest(
+    (needs_logits,) = largest(
         engine.decoder, bool(len(logits_processor) or generation_config.do_sample or keeps)
     )
     logits = engine.prefill_all(prompts)
@@ -158,7 +158,7 @@ def decode_paged(
     unfinished = torch.ones(batch, dtype=torch.bool, device=engine.device)
     stops_at_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     result = Decoded(sequences)
-    greedy = not asks_more
+    greedy = not needs_logits
     sampler = engine.greedy if greedy else None
     started = False
     while True:

@@ -123,7 +123,7 @@ class Engine:
         """
         if self.peers is None:
             return self._prefill_alone(chunks)
-        with self.peers.passing(self.peers.begin(0, [chunk.tokens for chunk in chunks])):
+        with self.peers.forward_pass(self.peers.begin(0, [chunk.tokens for chunk in chunks])):
             return self._prefill_alone(chunks)
 
     def _prefill_alone(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -148,10 +148,10 @@ class Engine:
     def _records(self, sizes: Sizes, *, fresh: bool) -> bool:
         """Whether a prompt pass may be a graph: sizes alone decide its shapes, on all ranks."""
         unfolds = self._unfolds and not fresh
-        alike = self.peers is None or self.peers.alike
+        same_tokens = self.peers is None or self.peers.same_tokens
         return (
             self.captures
-            and alike
+            and same_tokens
             and sizes.tokens <= GRAPH_TOKENS
             and not (unfolds or any(self.cache.states))
         )
@@ -263,7 +263,7 @@ class Engine:
         if self.peers is None:
             return self._replay(batch, sampler) if self.captures else self._step(batch, sampler)
         turn = self.peers.begin(batch)
-        with self.peers.passing(turn):
+        with self.peers.forward_pass(turn):
             if turn.capacity is None or not self.captures:
                 return self._step(batch, sampler)
             return self._replay(turn.capacity, sampler)
@@ -277,7 +277,7 @@ class Engine:
             if turn.capacity is None or not self.captures:
                 pass_without_tokens(self.decoder, turn)
                 continue
-            with self.peers.passing(turn):
+            with self.peers.forward_pass(turn):
                 self._require_graphs(turn.capacity, sampler)
                 self._empty_graphs[turn.capacity].replay()
                 self.decoder.end_step(dummy=True)
@@ -296,7 +296,7 @@ class Engine:
         """
         if (batch, sampler) not in self._graphs:
             self._graphs[batch, sampler] = self._capture(batch, sampler)
-        if self.peers is None or self.peers.alike or batch in self._empty_graphs:
+        if self.peers is None or self.peers.same_tokens or batch in self._empty_graphs:
             return
         step = partial(self.peers.step_without_tokens, self.decoder)
         self._empty_graphs[batch], _ = self._record(step)

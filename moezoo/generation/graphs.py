@@ -68,7 +68,7 @@ def unrecorded(decoder: Decoder) -> Iterator[None]:
     with ExitStack() as stack:
         for counter in (decoder.recorder, decoder.balancer):
             if counter is not None:
-                stack.enter_context(counter.undone())
+                stack.enter_context(counter.uncounted())
         yield
 
 

@@ -115,7 +115,7 @@ def generate(
         continuous = ContinuousGenerator(texts, seed, rows, batch_tokens, cache_bytes)
         return continuous.run(given)
     peers = getattr(getattr(model, "decoder", None), "peers", None)
-    if peers is not None and not peers.alike:
+    if peers is not None and not peers.same_tokens:
         raise ValueError(
             "a streamer, and settings that moezoo's engine does not do (it has greedy search and "
             f"sampling with {', '.join(_IN_ENGINE)}), need one process, or dispatch='all_gather': "

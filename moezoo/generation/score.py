@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moezoo.generation.texts import Completion, Prompt, context_length, encode
-from moezoo.generation.turns import in_turn, take_part
+from moezoo.generation.turns import joint_pass, make_remaining_passes
 from moezoo.layers.context import DenseContext
 from moezoo.layers.mask import CausalMask
 
@@ -134,7 +134,7 @@ def _score(model: PreTrainedModel, texts: Iterator[_Tokens], batch_size: int) ->
                 (math.nan, *logprobs[: len(tokens.ids) - 1]),
                 tokens.num_prompt_tokens,
             )
-    take_part(model.decoder)
+    make_remaining_passes(model.decoder)
 
 
 @torch.inference_mode()
@@ -147,7 +147,7 @@ def _logprobs(model: PreTrainedModel, batch: list[_Tokens]) -> list[list[float]]
     ids = ids.to(model.device)
     positions = torch.arange(length, device=ids.device)[None]
     context = DenseContext(decoder.rotation(positions), CausalMask(0, length, ids.device))
-    with in_turn(decoder, ids):
+    with joint_pass(decoder, ids):
         hidden = decoder(decoder.embed(ids), context)
     step = max(1, CHUNK_LOGITS // (len(batch) * model.config.vocab_size))
     chosen = []

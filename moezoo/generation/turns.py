@@ -12,19 +12,19 @@ from moezoo.layers.decoder import Decoder
 from moezoo.layers.peers import Turn
 
 
-def in_turn(decoder: Decoder, new_ids: Tensor) -> AbstractContextManager[None]:
+def joint_pass(decoder: Decoder, new_ids: Tensor) -> AbstractContextManager[None]:
     """Return a context for a forward pass over new_ids [B, T]; it is entered with all ranks."""
     peers = decoder.peers
     if peers is None:
         return nullcontext()
     rows, length = new_ids.shape
-    if length == 1 and not peers.alike:
-        return peers.passing(peers.begin(rows))
-    return peers.passing(peers.begin(0, new_ids.tolist()))
+    if length == 1 and not peers.same_tokens:
+        return peers.forward_pass(peers.begin(rows))
+    return peers.forward_pass(peers.begin(0, new_ids.tolist()))
 
 
 @torch.inference_mode()
-def take_part(decoder: Decoder) -> None:
+def make_remaining_passes(decoder: Decoder) -> None:
     """Make the forward passes that other ranks still have, without tokens of this rank."""
     if decoder.peers is not None:
         while (turn := decoder.peers.begin(0)).goes_on:
@@ -34,7 +34,7 @@ def take_part(decoder: Decoder) -> None:
 def pass_without_tokens(decoder: Decoder, turn: Turn) -> None:
     """Make one forward pass of the other ranks, without tokens of this rank."""
     assert decoder.peers is not None
-    with decoder.peers.passing(turn):
+    with decoder.peers.forward_pass(turn):
         decoder.peers.step_without_tokens(decoder)
 
 

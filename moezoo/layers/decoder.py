@@ -151,7 +151,7 @@ class Decoder(nn.Module):
         if self.balancer is not None:
             self.balancer.begin(context.real_tokens())
         home, modules = x.device, list(self.layers)
-        with self.passing(x.shape[0] * x.shape[1]), device_made_current(x):
+        with self.forward_pass(x.shape[0] * x.shape[1]), device_made_current(x):
             for device, layers in self.stages or (Stage(home, range(len(modules))),):
                 if device != x.device:
                     x, update, context = _to_device(device, x, update, context)
@@ -168,10 +168,12 @@ class Decoder(nn.Module):
         self.end_step()
         return x
 
-    def passing(self, num_tokens: int) -> AbstractContextManager[None]:
+    def forward_pass(self, num_tokens: int) -> AbstractContextManager[None]:
         """Return the context of a forward pass over `num_tokens` tokens, which other ranks that
         hold experts make too."""
-        return nullcontext() if self.dispatcher is None else self.dispatcher.passing(num_tokens)
+        return (
+            nullcontext() if self.dispatcher is None else self.dispatcher.forward_pass(num_tokens)
+        )
 
     def end_step(self, *, dummy: bool = False) -> None:
         """Let experts move after a forward pass is queued, or a replay of a captured one; `dummy`

@@ -22,7 +22,7 @@ class Balancer(Protocol):
         """End a step, all of which is queued; `dummy` if this rank had no tokens in it."""
         ...
 
-    def undone(self) -> AbstractContextManager[None]:
+    def uncounted(self) -> AbstractContextManager[None]:
         """Return a context whose steps are not counted, as their results are not used."""
         ...
 
@@ -45,7 +45,7 @@ class Peers(Protocol):
     rank has any.
     """
 
-    alike: bool
+    same_tokens: bool
     """Whether all ranks have the same tokens; otherwise each has its own."""
     limit: int | None
     """Largest number of tokens of a rank in a forward pass; None for no limit."""
@@ -60,7 +60,7 @@ class Peers(Protocol):
         """
         ...
 
-    def passing(self, turn: Turn) -> AbstractContextManager[None]:
+    def forward_pass(self, turn: Turn) -> AbstractContextManager[None]:
         """Return the context of that pass: layers need not agree again on what the turn says, and
         it can be captured if there is a capacity."""
         ...

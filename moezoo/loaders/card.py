@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from moezoo.errors import naming
+from moezoo.errors import naming_file
 from moezoo.loaders.hub_layout import experts_and_linears
 from moezoo.loaders.plan import dtype_name
 from moezoo.version import __version__
@@ -100,7 +100,7 @@ def write_card(folder: Path, before: Path | None, section: Section | None) -> No
     """Write the card `before`, if there is one, with the section into `folder`; write nothing where
     the card would be empty."""
     path = folder / CARD
-    with naming(path):
+    with naming_file(path):
         card = "" if before is None else before.read_text("utf-8", "surrogateescape")
         card = with_section(card, section)
         if card:

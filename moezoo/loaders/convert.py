@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moezoo import registry
 from moezoo.device import device_of
-from moezoo.errors import naming
+from moezoo.errors import naming_file
 from moezoo.generation.held_out import HeldOut, Loss
 from moezoo.loaders.card import CARD, Measured, Section, formats_held, write_card
 from moezoo.loaders.checkpoint import Checkpoint, Location, open_checkpoint
@@ -155,10 +155,10 @@ def _convert(
             return made
 
         size = write_tensors(written, draft, max_shard_size=max_shard_size, tensor_of=tensor_of)
-    with naming(draft / CONFIG):
+    with naming_file(draft / CONFIG):
         config.to_json_file(draft / CONFIG)
     if generation_config is not None:
-        with naming(draft / GENERATION_CONFIG):
+        with naming_file(draft / GENERATION_CONFIG):
             generation_config.to_json_file(draft / GENERATION_CONFIG)
     for file, path in others.items():
         shutil.copyfile(path, draft / file)

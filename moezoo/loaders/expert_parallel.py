@@ -17,7 +17,7 @@ from moezoo.loaders.weights import Planned
 from moezoo.parallel.eplb.options import EPLB
 from moezoo.parallel.mesh import Mesh, Parallel, join
 from moezoo.parallel.peers import peers_of
-from moezoo.parallel.sharding import check_wire, moe_layers, shard_, slots_of
+from moezoo.parallel.sharding import check_wire, shard_, slots_of
 from moezoo.parallel.slots import Slots
 
 
@@ -66,7 +66,7 @@ def sharded(
 
 def expert_groups(decoder: Decoder) -> int:
     """Return the number of groups of experts that routers choose first, 1 where they do not."""
-    return min(moe.router.keywords.get("num_groups", 1) for moe in moe_layers(decoder).values())
+    return min(moe.router.keywords.get("num_groups", 1) for moe in decoder.moe_layers.values())
 
 
 def check_planned(mesh: Mesh, decoder: Decoder, planned: Planned) -> None:

@@ -25,7 +25,7 @@ from moezoo.loaders.random_weights import initialise
 from moezoo.loaders.weights import place, require_device
 from moezoo.parallel.eplb.options import EPLB
 from moezoo.parallel.mesh import Parallel
-from moezoo.parallel.sharding import balance_, check_wire, moe_layers
+from moezoo.parallel.sharding import balance_, check_wire
 
 
 @torch.inference_mode(False)
@@ -76,7 +76,7 @@ def from_config(
         tensors = allocate(wanted, target_device)
         initialise(
             *(decoder, plain, tensors, quantized),
-            held={moe: experts[i] for i, moe in moe_layers(decoder).items() if i in experts},
+            held={moe: experts[i] for i, moe in decoder.moe_layers.items() if i in experts},
             deviation=config.initializer_range,
             seed=seed,
         )

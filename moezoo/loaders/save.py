@@ -20,7 +20,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from moezoo import registry
-from moezoo.errors import naming
+from moezoo.errors import naming_file
 from moezoo.layers.decoder import Decoder
 from moezoo.loaders.card import CARD, Section, formats_held, write_card
 from moezoo.loaders.files import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS
@@ -109,10 +109,10 @@ def save_pretrained(
             bytes_after=size,
         )
         write_card(draft, card if card.is_file() else None, section)
-        with naming(draft / CONFIG):
+        with naming_file(draft / CONFIG):
             config.to_json_file(draft / CONFIG)
         if model.generation_config is not None:
-            with naming(draft / GENERATION_CONFIG):
+            with naming_file(draft / GENERATION_CONFIG):
                 model.generation_config.to_json_file(draft / GENERATION_CONFIG)
 
 
@@ -178,7 +178,7 @@ def write_tensors(
         weight_map.update((tensor.name, file) for tensor in tensors)
     total = sum(tensor.nbytes for tensors in shards for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    with naming(folder / INDEX):
+    with naming_file(folder / INDEX):
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return total
 
@@ -197,7 +197,7 @@ def _write(
         end += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the data is aligned
-    with naming(path), open(path, "wb") as file:
+    with naming_file(path), open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in tensors:

@@ -78,7 +78,7 @@ class AllGather(_Ranks):
             self._agreed = before
 
     @contextmanager
-    def passing(self, num_tokens: int) -> Iterator[None]:
+    def forward_pass(self, num_tokens: int) -> Iterator[None]:
         """Return a context for one forward pass over so many tokens.
 
         Raises ValueError, on every rank: at the beginning where ranks have different numbers of
@@ -97,7 +97,7 @@ class AllGather(_Ranks):
     def dispatch(self, x: Tensor, topk_weights: Tensor, slots: Tensor) -> Flight:
         """Return the flight of a layer's tokens.
 
-        Raises ValueError as `passing` does, but at once on a CPU and outside of `passing`.
+        Raises ValueError as `forward_pass` does, but at once on a CPU and outside of that.
         """
         _refuse_gradient(x)
         if not self._agreed and self._compared is None and not _is_captured(x.device):
@@ -194,7 +194,7 @@ class AllToAll(_Ranks):
             self._tokens = before
 
     @contextmanager
-    def passing(self, num_tokens: int) -> Iterator[None]:
+    def forward_pass(self, num_tokens: int) -> Iterator[None]:
         """Return a context for one forward pass; ranks exchange numbers of tokens if needed."""
         # A graph would replay with the numbers of its capture.
         if self.capacity is not None or _is_captured(self.mesh.device):

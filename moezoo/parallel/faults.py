@@ -50,7 +50,7 @@ class _Sign:
         return json.dumps([self.beats, self.collectives, self.doing])
 
 
-class Watch:
+class RankWatch:
     """Watches the heartbeats of all ranks of a job, and writes this rank's.
 
     Args:
@@ -121,12 +121,12 @@ class Watch:
         Raises RankError, with the other's message, where a rank is gone or fails in its block.
         """
         self._sign.doing = doing
-        with self.telling():
+        with self.reporting_errors():
             yield
         self._meet(doing, "", limit=None)
 
     @contextmanager
-    def telling(self) -> Iterator[None]:
+    def reporting_errors(self) -> Iterator[None]:
         """Report an error in the block to the other ranks: to those that wait in `together` or
         `exchange`, and to those whose collective fails because of it."""
         try:
@@ -138,7 +138,7 @@ class Watch:
 
     def leave(self) -> None:
         """Write this rank's last sign. Rank 0, which may hold the store, waits for that of all."""
-        with _unheard():
+        with _ignoring_store_errors():
             self.store.set(f"sign/{self.rank}", str(self._sign))
             self.store.set(f"left/{self.rank}", "")
             if self.rank == 0:
@@ -151,7 +151,7 @@ class Watch:
     def _tell(self, error: BaseException) -> None:
         said = f"{type(error).__name__}: {error}"
         # The others need not wait then. If they cannot be told, this error is still the one to see.
-        with _unheard():
+        with _ignoring_store_errors():
             self._put(self._meetings, f"!{said}")
             if not isinstance(error, RankError):
                 failure = json.dumps([self._sign.collectives, said])
@@ -247,7 +247,7 @@ def _beat(store: Store, rank: int, sign: _Sign, timeout: float) -> None:
     """Write heartbeats, and end the process if it waits for another rank in vain."""
     began: deque[tuple[float, int]] = deque()
     heard: dict[int, tuple[float, str]] = {}
-    with _unheard():  # without a store there is nobody to tell
+    with _ignoring_store_errors():  # without a store there is nobody to tell
         while not sign.over.wait(_interval(timeout)):
             sign.beats += 1
             store.set(f"sign/{rank}", str(sign))
@@ -305,7 +305,7 @@ def _leave(store: Store, rank: int, sign: _Sign, thread: threading.Thread) -> No
     if thread is not threading.current_thread():
         thread.join(timeout=5)
     sign.doing = "leaving"
-    with _unheard():
+    with _ignoring_store_errors():
         store.set(f"sign/{rank}", str(sign))  # others may still look how far it came
 
 
@@ -314,7 +314,7 @@ def _interval(timeout: float) -> float:
 
 
 @contextmanager
-def _unheard() -> Iterator[None]:
+def _ignoring_store_errors() -> Iterator[None]:
     """Ignore a store that no longer answers."""
     try:
         yield

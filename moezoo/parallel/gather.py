@@ -15,7 +15,6 @@ from moezoo.layers.moe import FusedMoE
 from moezoo.layers.quant import QuantizedWeights
 from moezoo.parallel.eplb.balancer import Balancer
 from moezoo.parallel.mesh import Mesh
-from moezoo.parallel.sharding import moe_layers
 
 SAVING = "saving the model"
 _OF_EXPERTS = ("w13", "w2", "bias13", "bias2")
@@ -24,7 +23,7 @@ _OF_EXPERTS = ("w13", "w2", "bias13", "bias2")
 
 def check_formats(decoder: Decoder, mesh: Mesh) -> None:
     """Raise ValueError, on every rank, where a rank does not know the format of others' experts."""
-    layers = moe_layers(decoder).values()
+    layers = decoder.moe_layers.values()
     own = [None if moe.quantized is None else moe.quantized.name for moe in layers]
     for rank, theirs in enumerate(map(json.loads, mesh.watch.exchange(SAVING, json.dumps(own)))):
         if theirs != own:
@@ -40,7 +39,7 @@ def whole_on_meta(decoder: Decoder) -> Iterator[None]:
     """Replace, in the block, each MoE layer's own experts by those of all ranks, on meta."""
     held = [
         (moe, name, own)
-        for moe in moe_layers(decoder).values()
+        for moe in decoder.moe_layers.values()
         for name in _OF_EXPERTS
         if (own := getattr(moe, name)) is not None
     ]
@@ -77,7 +76,7 @@ def gathered(decoder: Decoder, mesh: Mesh, layer: int) -> dict[str, Tensor]:
         return {}
     moe = decoder.layers[layer].mlp
     assert isinstance(moe, FusedMoE) and isinstance(decoder.balancer, Balancer)
-    experts = decoder.balancer.held(list(moe_layers(decoder)).index(layer))
+    experts = decoder.balancer.held(list(decoder.moe_layers).index(layer))
     return {
         f"layers.{layer}.mlp.{name}": whole
         for name, own in moe.named_parameters()

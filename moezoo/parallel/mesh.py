@@ -18,7 +18,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from moezoo.device import device_of
 from moezoo.errors import ExpertMapError, RankError
-from moezoo.parallel.faults import Watch
+from moezoo.parallel.faults import RankWatch
 from moezoo.parallel.placement import STRATEGIES, is_strategy
 from moezoo.version import __version__
 
@@ -130,7 +130,7 @@ class Mesh:
         # Ranks make their meshes in the same order, so the numbers agree.
         number = store.add(f"moezoo/meshes/{self.rank}", 1)
         own = PrefixStore(f"moezoo/{number}", store.clone())  # type: ignore[attr-defined]
-        self.watch = Watch(own, self.rank, self.world_size, timeout=parallel.timeout)
+        self.watch = RankWatch(own, self.rank, self.world_size, timeout=parallel.timeout)
         self.agree(
             {"moezoo": __version__, "torch": torch.__version__, "device": device.type}
             | {f"Parallel.{f.name}": getattr(parallel, f.name) for f in fields(parallel)}

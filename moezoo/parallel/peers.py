@@ -12,14 +12,14 @@ from moezoo.layers.decoder import Decoder
 from moezoo.layers.peers import Peers, Turn
 from moezoo.parallel.dispatch import BEGINNING, AllGather, AllToAll, beyond_capacity
 from moezoo.parallel.mesh import Mesh
-from moezoo.parallel.sharding import moe_layers, step_without_tokens
+from moezoo.parallel.sharding import step_without_tokens
 
 _AGREEING, _CHOOSING = "comparing the settings of generation", "agreeing on tokens"
 
 
 def peers_of(decoder: Decoder, mesh: Mesh) -> Peers | None:
     """Return the `Peers` of a decoder that `shard_` divided, or None where one rank has all."""
-    dispatcher = next(iter(moe_layers(decoder).values())).dispatcher
+    dispatcher = next(iter(decoder.moe_layers.values())).dispatcher
     if dispatcher is None:
         return None
     if isinstance(dispatcher, AllToAll):
@@ -53,7 +53,7 @@ class _Ranks:
 class _SameTokens(_Ranks):
     """All ranks make the same passes over the same tokens, which the first rank chooses."""
 
-    alike = True
+    same_tokens = True
     limit: int | None = None
 
     def __init__(self, mesh: Mesh, dispatcher: AllGather) -> None:
@@ -75,7 +75,7 @@ class _SameTokens(_Ranks):
         number = rows + sum(map(len, prompts))
         return Turn(number > 0, rows or None, [number] * self._mesh.ep_size)
 
-    def passing(self, turn: Turn) -> AbstractContextManager[None]:
+    def forward_pass(self, turn: Turn) -> AbstractContextManager[None]:
         return self._dispatcher.agreed()
 
     def chosen(self, tensor: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class _OwnTokens(_Ranks):
     others their capacity is the largest number of rows.
     """
 
-    alike = False
+    same_tokens = False
 
     def __init__(self, mesh: Mesh, dispatcher: AllToAll) -> None:
         super().__init__(mesh)
@@ -106,7 +106,7 @@ class _OwnTokens(_Ranks):
         has_prompts = any(prompted for prompted, _ in given)
         return Turn(most > 0, None if has_prompts else most, tokens)
 
-    def passing(self, turn: Turn) -> AbstractContextManager[None]:
+    def forward_pass(self, turn: Turn) -> AbstractContextManager[None]:
         if turn.capacity is None:
             return self._dispatcher.agreed(turn.tokens)
         return self._dispatcher.fixed(turn.capacity)

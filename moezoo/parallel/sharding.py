@@ -11,7 +11,7 @@ from torch import nn
 
 from moezoo.errors import ExpertMapError
 from moezoo.layers.decoder import Decoder
-from moezoo.layers.moe import Dispatcher, FusedMoE
+from moezoo.layers.moe import Dispatcher
 from moezoo.layers.quant import BlockFp8, Format
 from moezoo.parallel.dispatch import AllGather, AllToAll
 from moezoo.parallel.eplb.balancer import Balancer
@@ -20,17 +20,12 @@ from moezoo.parallel.mesh import Mesh
 from moezoo.parallel.slots import Slots
 
 
-def moe_layers(decoder: Decoder) -> dict[int, FusedMoE]:
-    """The MoE layers, each with its place among the decoder's layers."""
-    return {i: x.mlp for i, x in enumerate(decoder.layers) if isinstance(x.mlp, FusedMoE)}
-
-
 def slots_of(decoder: Decoder, mesh: Mesh, options: EPLB | None) -> Slots:
     """Return the initial slots of a model's experts, by `eplb` and `Parallel.placement`.
 
     Raises ExpertMapError for a placement that does not fit it, and a model without experts.
     """
-    layers = moe_layers(decoder)
+    layers = decoder.moe_layers
     sizes = {moe.num_experts for moe in layers.values()}
     if len(sizes) != 1:
         raise ExpertMapError(
@@ -53,7 +48,7 @@ def shard_(decoder: Decoder, mesh: Mesh, slots: Slots) -> None:
     mesh.agree({"the map of experts": slots.fingerprint})
     dispatcher = dispatcher_of(mesh, slots)
     held = slots.of_rank(mesh.ep_rank)
-    for layer, moe in moe_layers(decoder).items():
+    for layer, moe in decoder.moe_layers.items():
         for name in ("w13", "w2", "bias13", "bias2"):
             whole = getattr(moe, name)
             if whole is None:
@@ -76,7 +71,7 @@ def balance_(
     trivial = torch.arange(slots.num_experts).repeat(len(slots.layers), 1)
     if mesh.ep_size == 1 and torch.equal(slots.physical_to_logical_map, trivial):
         return
-    layers = moe_layers(decoder).values()
+    layers = decoder.moe_layers.values()
     balancer = Balancer(
         slots,
         [moe.expert_tensors() for moe in layers],
@@ -124,8 +119,8 @@ def step_without_tokens(decoder: Decoder) -> None:
     """Take part in a forward pass of the other ranks, as a rank without tokens."""
     if decoder.balancer is not None:
         decoder.balancer.begin(None)
-    with decoder.passing(0):
-        for moe in moe_layers(decoder).values():
+    with decoder.forward_pass(0):
+        for moe in decoder.moe_layers.values():
             if moe.dispatcher is None:
                 continue
             nothing = moe.gate.new_empty(0, moe.gate.shape[1])

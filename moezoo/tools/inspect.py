@@ -36,7 +36,6 @@ from moezoo.loaders.quantization import Quantization
 from moezoo.loaders.tied import tied_rules
 from moezoo.loaders.weights import Planned, own_encoding, plan_weights
 from moezoo.parallel.placement import Strategy
-from moezoo.parallel.sharding import moe_layers
 from moezoo.parallel.slots import Slots
 from moezoo.tools.report import AS_STORED, Experts, Report
 from moezoo.tools.shares import held_bytes, rank_shares
@@ -112,7 +111,7 @@ def inspect(
     if expert_parallel_size is not None:
         if found["experts"] is None:
             raise ExpertMapError(f"{checkpoint.name} has no MoE layers to divide")
-        num_experts, layers = found["experts"].num_experts, list(moe_layers(decoder))
+        num_experts, layers = found["experts"].num_experts, list(decoder.moe_layers)
         slots = Slots.of(placement, num_experts, layers, expert_parallel_size)
         found["ranks"] = rank_shares(decoder, checkpoint, planned, slots)
     return Report(**found, supported=True)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from moezoo.generation.texts import Completion, Prompt
+from moezoo.parallel.mailbox import Mailbox
 from moezoo.parallel.mesh import Mesh
-from moezoo.parallel.post import Post
 
 _SECONDS = 0.2
 """Seconds between two checks for messages of other ranks."""
@@ -25,7 +25,7 @@ class Job:
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
-        self._post = Post(mesh)
+        self._mailbox = Mailbox(mesh)
         alike = mesh.ep_size if mesh.parallel.dispatch == "all_gather" else 1
         self._parts = [rank // alike for rank in range(mesh.world_size)]
         self._speaks = mesh.rank % alike == 0
@@ -36,7 +36,7 @@ class Job:
 
     def failing_together(self) -> AbstractContextManager[None]:
         """Report an error in the block to the ranks that wait for this one."""
-        return self.mesh.watch.telling()
+        return self.mesh.watch.reporting_errors()
 
     def deal(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Return this rank's share of the prompts; rank 0 deals them to all ranks."""
@@ -46,12 +46,12 @@ class Job:
             json.dumps([dataclasses.astuple(prompts[i]) for i in dealt[part]])
             for part in self._parts
         ]
-        self._post.deal(texts)
+        self._mailbox.scatter(texts)
         self.begin(None)
         return self.dealt()
 
     def dealt(self) -> list[Prompt]:
-        return [Prompt(*record) for record in json.loads(self._post.dealt())]
+        return [Prompt(*record) for record in json.loads(self._mailbox.scattered())]
 
     def begin(self, code: int | None) -> int | None:
         """Wait until all ranks are there; return rank 0's exit code if they should end instead."""
@@ -72,12 +72,12 @@ class Job:
         for completion in completions:
             if self._speaks:
                 record = dataclasses.asdict(completion) | {"prompt": None}
-                self._post.send(json.dumps(record))
+                self._mailbox.send(json.dumps(record))
         self._num_sent()
 
     def _num_sent(self) -> int:
         """Wait until all ranks have sent all completions; return how many they are."""
-        own = str(self._post.num_sent)
+        own = str(self._mailbox.num_sent)
         told = self.mesh.watch.exchange("completing prompts", own, patient=True)
         return sum(map(int, told))
 
@@ -104,7 +104,7 @@ class Job:
                 over = False
 
         def take_sent() -> None:
-            for text in self._post.received():
+            for text in self._mailbox.received():
                 record = json.loads(text)
                 record |= {
                     "prompt": texts[record["id"]],
@@ -116,7 +116,7 @@ class Job:
             try:
                 take_sent()
             except Exception as error:
-                self._post.stop(f"rank 0 failed while taking completions: {error}")
+                self._mailbox.stop(f"rank 0 failed while taking completions: {error}")
                 raise
 
         with _repeated(look) as check:
@@ -124,7 +124,7 @@ class Job:
                 check()
                 take_one(completion)
             total = self._num_sent()
-        while self._post.num_received < total:
+        while self._mailbox.num_received < total:
             take_sent()
 
 

@@ -14,7 +14,6 @@ from moezoo.loaders.encodings import Encoding
 from moezoo.loaders.experts import experts_of
 from moezoo.loaders.mapping import Copy, ParameterInfo
 from moezoo.loaders.weights import Planned
-from moezoo.parallel.sharding import moe_layers
 from moezoo.parallel.slots import Slots
 
 
@@ -97,7 +96,7 @@ def held_bytes(
 
 def _owners(decoder: Decoder) -> dict[str, int]:
     """Return the layer of each parameter of experts, by the parameter's name."""
-    layer_of = {moe: layer for layer, moe in moe_layers(decoder).items()}
+    layer_of = {moe: layer for layer, moe in decoder.moe_layers.items()}
     return {name: layer_of[moe] for name, moe in experts_of(decoder).items()}
 
 

@@ -24,7 +24,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from moezoo.device import device_of
-from moezoo.errors import MoEZooError, naming
+from moezoo.errors import MoEZooError, naming_file
 from moezoo.layers.kernels import tiles
 from moezoo.layers.kernels.overlap import capability
 from moezoo.layers.kernels.permute import permute
@@ -270,7 +270,7 @@ def save(entries: Iterable[dict[str, Any]], path: Path) -> Path:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".draft")
-    with naming(draft):
+    with naming_file(draft):
         draft.write_text(json.dumps(document, indent=1) + "\n")
     draft.replace(path)
     tiles.reload_tables()

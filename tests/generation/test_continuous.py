@@ -84,7 +84,7 @@ def run(engine, requests, **options):
     finished = list(batcher.run(iter(requests)))
     assert sorted(request.index for request in finished) == sorted(r.index for r in requests)
     assert not batcher._rows
-    assert not batcher._flying
+    assert not batcher._in_flight
     assert batcher._pages.num_available == batcher._pages.total
     return finished
 

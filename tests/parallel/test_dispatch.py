@@ -68,7 +68,7 @@ def work(rank: int, dtype: torch.dtype) -> dict[tuple[str, str], tuple[Tensor, b
                 given = tokens(3, bounds[-1], k, dtype)
             outs = []
             agreed = name.startswith("agreed")
-            with dispatcher.passing(len(given[0])) if agreed else nullcontext():
+            with dispatcher.forward_pass(len(given[0])) if agreed else nullcontext():
                 for _ in range(2):
                     flight = dispatcher.dispatch(*given)
                     assert isinstance(flight, _Fixed) == (agreed or name == "fixed")
@@ -198,11 +198,11 @@ def other_tokens(rank: int) -> str:
     mesh = join(Parallel(3), "cpu")
     x, weights, slots = tokens(3, 6, 2, torch.float32)
     dispatcher = AllGather(mesh, (0, 2, 4, 6))
-    with dispatcher.passing(len(x)):
+    with dispatcher.forward_pass(len(x)):
         dispatcher.dispatch(x, weights, slots)
     if rank == 1:  # in the next pass the same ones in another order
         x = x.roll(1, 0)
-    with pytest.raises(ValueError, match="all_gather") as caught, dispatcher.passing(len(x)):
+    with pytest.raises(ValueError, match="all_gather") as caught, dispatcher.forward_pass(len(x)):
         dispatcher.dispatch(x, weights, slots)
     with pytest.raises(ValueError, match="all_gather"):
         dispatcher.dispatch(x[: 12 - rank], weights, slots)
@@ -221,10 +221,10 @@ def agreeing(rank: int, cases: list[tuple[int, ...]]) -> list[int | None]:
     dispatcher = AllToAll(mesh, (0, 2, 4, 6))
     found = []
     for counts in cases:
-        with dispatcher.passing(counts[rank]):
+        with dispatcher.forward_pass(counts[rank]):
             found.append(dispatcher.capacity_for(2))
         assert dispatcher.capacity_for(2) is None
-        with dispatcher.fixed(7), dispatcher.passing(counts[rank]):
+        with dispatcher.fixed(7), dispatcher.forward_pass(counts[rank]):
             assert dispatcher.capacity_for(2) == 7
     return found
 

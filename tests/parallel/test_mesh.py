@@ -17,7 +17,7 @@ from small_models import load, plain
 
 from moezoo import Parallel
 from moezoo.errors import CheckpointError, ExpertMapError, RankError
-from moezoo.parallel.faults import Watch
+from moezoo.parallel.faults import RankWatch
 from moezoo.parallel.mesh import join
 
 TIMEOUT = 8.0
@@ -225,9 +225,9 @@ def test_faults_name_their_rank(kind: str, message: str, tmp_path: Path) -> None
 
 def test_a_failure_is_blamed_until_its_rank_goes_on() -> None:
     store = dist.HashStore()  # type: ignore[attr-defined]
-    first, second = (Watch(store, rank, 2, timeout=1) for rank in range(2))
+    first, second = (RankWatch(store, rank, 2, timeout=1) for rank in range(2))
     second.begins("adding")
-    with pytest.raises(OSError), second.telling():
+    with pytest.raises(OSError), second.reporting_errors():
         raise OSError("the disk is full")
     lost = RuntimeError("lost")
     told = "rank 1 failed, and this one was sending: OSError: the disk is full"

@@ -62,7 +62,7 @@ def work(rank: int) -> None:
 
         for chunks in (1, 3):
             dispatcher = AllToAll(mesh, bounds, chunks=chunks)
-            with dispatcher.passing(count):
+            with dispatcher.forward_pass(count):
                 assert dispatcher.capacity_for(K) == count
                 y = there_and_back(dispatcher, *dense, given)
             expected = fused_experts(given[0], *dense, given[1], given[2])

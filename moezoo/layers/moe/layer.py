@@ -61,7 +61,7 @@ class Flight(Protocol):
 class Dispatcher(Protocol):
     """Carries tokens to the ranks that hold their experts, and their outputs back."""
 
-    def passing(self, num_tokens: int) -> AbstractContextManager[None]:
+    def forward_pass(self, num_tokens: int) -> AbstractContextManager[None]:
         """Return the context of a forward pass over `num_tokens` tokens of this rank, perhaps 0.
         All ranks enter it together, and agree once on what each layer would ask."""
 

@@ -89,7 +89,7 @@ class RoutingRecorder(nn.Module):
             self.choices[layer].append((topk_ids[kept].clone(), topk_weights[kept].clone()))
 
     @contextmanager
-    def undone(self) -> Iterator[None]:
+    def uncounted(self) -> Iterator[None]:
         """Forget what is recorded within: passes whose results are not used."""
         before = [buffer.clone() for buffer in self.buffers()]
         lengths = [len(choices) for choices in self.choices]

@@ -145,7 +145,7 @@ class Balancer:
         return ranks
 
     @contextmanager
-    def undone(self) -> Iterator[None]:
+    def uncounted(self) -> Iterator[None]:
         """Return a context whose steps do not count towards the load, such as those of captures."""
         self._dummy = True
         try:
@@ -166,7 +166,7 @@ class Balancer:
         if self._plan is None and not self._waves and self.state.is_due:
             self.state.rebalance_begins_()
             loads = HostCopies(self.state.logical_load(), self.state.rank_load())
-            self._plan = self._start(partial(self._find, loads, self._steps, self._share()))
+            self._plan = self._start(partial(self._find, loads, self._steps, self._step_budget()))
         while self._plan is not None or self._waves:
             if self._plan is not None:
                 self._agree(self._plan)
@@ -175,7 +175,7 @@ class Balancer:
             if self._thread is not None:
                 return
 
-    def _share(self) -> float:
+    def _step_budget(self) -> float:
         """Return the number of bytes that may be sent at the end of a step."""
         if self._transfer is None or self._thread is None:
             return math.inf  # nothing is sent, or everything at once
@@ -203,11 +203,11 @@ class Balancer:
         if self._transfer is None:
             return Plan(step, found, 0, [])
         new = self._next_maps(load)
-        rest = self._rests()
+        rest = self._naps()
         planned = plan_waves(self._maps, new, self._num_ranks, between=rest)
         total = self._transfer.bytes_sent(planned)
         size = torch.tensor(self._pace.piece_bytes(in_a_share, total, self._options.step_interval))
-        self._as_first(size)
+        self._take_from_first_rank(size)
         waves = []
         for switches in planned:
             waves.append(self._transfer.wave(switches, int(size)))
@@ -219,7 +219,7 @@ class Balancer:
         """Start on the plan in the step in which ranks learn that all of them have it."""
         if self._voted():
             self._plan = None
-            self._say(plan.result())
+            self._report(plan.result())
             self._waves.extend(plan.result().waves)
             if self._waves:
                 self._move()
@@ -277,16 +277,16 @@ class Balancer:
             )
             loaded = load.sum(1) > 0
             new[loaded] = found[loaded]
-        self._as_first(new)
+        self._take_from_first_rank(new)
         return new
 
-    def _as_first(self, tensor: Tensor) -> None:
+    def _take_from_first_rank(self, tensor: Tensor) -> None:
         """Overwrite a tensor by the first rank's."""
         if self._channels is not None:
             with self._named("agreeing on the map of experts"):
                 dist.broadcast(tensor, group=self._channels.plans, group_src=0)
 
-    def _rests(self) -> Callable[[], None]:
+    def _naps(self) -> Callable[[], None]:
         """Return what the background thread calls between layers, to sleep now and then."""
         if self._thread is None:
             return lambda: None
@@ -301,7 +301,7 @@ class Balancer:
 
         return rest
 
-    def _say(self, plan: Plan) -> None:
+    def _report(self, plan: Plan) -> None:
         if self._rank:
             return
         _log.info(

@@ -13,7 +13,7 @@ import moezoo
 from moezoo import Parallel
 from moezoo.errors import ExpertMapError
 from moezoo.parallel.placement import Placement
-from moezoo.parallel.sharding import moe_layers, step_without_tokens
+from moezoo.parallel.sharding import step_without_tokens
 
 RANKS, STEPS = 3, 14
 EXACT = 1e-5
@@ -42,8 +42,8 @@ def outputs(model, number, *, layers_alone):
         return [model(prompt(number)).logits]
     model.decoder.balancer and model.decoder.balancer.begin(None)
     found = []
-    with model.decoder.passing(12):
-        for i, moe in enumerate(moe_layers(model.decoder).values()):
+    with model.decoder.forward_pass(12):
+        for i, moe in enumerate(model.decoder.moe_layers.values()):
             generator = torch.Generator().manual_seed(number % 7 + i)
             few = torch.randn(3, moe.gate.shape[1], generator=generator)
             x = few.repeat(4, 1) + 0.1 * torch.randn(12, moe.gate.shape[1], generator=generator)
@@ -80,9 +80,7 @@ def same_weights(model, whole, rank):
     """Whether this rank's weights are the whole model's, by the last map."""
     state = model.decoder.balancer.state
     maps = state.physical_to_logical_map.unflatten(1, (state.num_ranks, -1))[:, rank]
-    layers = zip(
-        moe_layers(model.decoder).values(), moe_layers(whole.decoder).values(), strict=True
-    )
+    layers = zip(model.decoder.moe_layers.values(), whole.decoder.moe_layers.values(), strict=True)
     return all(
         torch.equal(mine.view(torch.uint8), every[maps[i]].view(torch.uint8))
         for i, (moe, all_experts) in enumerate(layers)
@@ -160,7 +158,7 @@ def alone(rank):
         balancer = model.decoder.balancer
         found.append(balancer is None)
     window = balancer.state.expert_load_window.clone()
-    with torch.no_grad(), balancer.undone():
+    with torch.no_grad(), balancer.uncounted():
         model(prompt(3))
     assert torch.equal(balancer.state.expert_load_window, window)
     with torch.no_grad():

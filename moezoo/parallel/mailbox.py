@@ -9,7 +9,7 @@ _BYTES = 1 << 20
 """Size of the pieces in which a text is stored."""
 
 
-class Post:
+class Mailbox:
     """Sends texts from each rank to rank 0, and one text from rank 0 to each rank."""
 
     def __init__(self, mesh: Mesh) -> None:
@@ -47,8 +47,8 @@ class Post:
     def num_received(self) -> int:
         return sum(self._received)
 
-    def deal(self, texts: Sequence[str]) -> None:
-        """Send to each rank its own of `texts`, on rank 0; `dealt` receives it."""
+    def scatter(self, texts: Sequence[str]) -> None:
+        """Send to each rank its own of `texts`, on rank 0; `scattered` receives it."""
         for rank, text in enumerate(texts):
             octets = text.encode()
             pieces = [octets[i : i + _BYTES] for i in range(0, len(octets), _BYTES)]
@@ -56,8 +56,8 @@ class Post:
                 self._store.set(f"dealt/{rank}/{i}", piece)
             self._store.set(f"dealt/{rank}", str(len(pieces)))
 
-    def dealt(self) -> str:
-        """Wait for the text that `deal` sends to this rank, and return it."""
+    def scattered(self) -> str:
+        """Wait for the text that `scatter` sends to this rank, and return it."""
         number = int(self._store.get(f"dealt/{self._rank}"))
         pieces = (self._store.get(f"dealt/{self._rank}/{i}") for i in range(number))
         return b"".join(pieces).decode()
