@@ -1,10 +1,10 @@
-"""`moezoo`, and `python -m moezoo`: the command line, which Ctrl-C ends while it starts too."""
+"""Entry point of `moezoo` and `python -m moezoo`, which Ctrl-C ends cleanly during imports too."""
 
 import signal
 import sys
 from types import FrameType
 
-# As in `moezoo.cli.output`, which may not be imported before the signals are caught.
+# As in `moezoo.cli.output`, which is imported only after the signal handlers are set.
 INTERRUPTED = 130
 SOON = 0.02
 """Seconds."""
@@ -27,8 +27,8 @@ def main() -> int:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt; while something is imported, later, as torch and transformers lose
-    it there, or make another exception of it. What is raised later is raised until it is handled.
+    """Raise KeyboardInterrupt; during an import, after it, since torch and transformers lose the
+    exception there or turn it into another one. It is raised again until somebody handles it.
     """
     later = number == signal.SIGALRM
     importing = _imports(frame)
@@ -39,7 +39,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _unraisable(lost: "sys.UnraisableHookArgs") -> None:
-    """What a finalizer raises: KeyboardInterrupt that came in one is raised again soon."""
+    """Raise a KeyboardInterrupt that a finalizer lost again soon; print any other exception."""
     if isinstance(lost.exc_value, KeyboardInterrupt):
         signal.setitimer(signal.ITIMER_REAL, SOON)
     else:
@@ -55,7 +55,7 @@ def _imports(frame: FrameType | None) -> bool:
 
 
 def _interrupted(error: BaseException | None) -> bool:
-    """Whether what is being handled is KeyboardInterrupt, or came of it: somebody cleans up."""
+    """Whether the exception being handled is a KeyboardInterrupt or was raised while handling one."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True

@@ -208,7 +208,7 @@ class _Layers:
         self.layer: str | None = None
         self.tensors: dict[str, TensorToWrite] = {}
         self.parts: dict[str, Planned] = {}
-        """What is planned of each layer."""
+        """The plan of each layer, by its prefix."""
         copies: dict[str, list[Copy]] = {}
         wanted: dict[str, dict[str, ParameterInfo]] = {}
         for copy in planned.plan.copies:

@@ -76,7 +76,7 @@ class Filling:
         self.checks: list[_Check] = []
         self.computed: list[tuple[str, Recipe, Tensor]] = []
         self.squares: Squares | None = None
-        """Those of all that is quantised, if anybody wants them."""
+        """Sums of squares of all quantised weights and their errors, if the caller wants them."""
 
     def copy(self, copy: Copy, target: Tensor) -> None:
         """Plan to copy a tensor that is not quantised and stays so."""

@@ -124,7 +124,7 @@ class _Divided:
         self._decoder, self._mesh, self._writing = decoder, mesh, writing
         self._layer: str | None = None
         self._experts: dict[str, TensorToWrite] = {}
-        """Of this layer, on the first rank."""
+        """The experts' tensors of `_layer` by name; filled on the first rank alone."""
 
     def tensor_of(self, tensor: TensorToWrite) -> torch.Tensor:
         self.gather(tensor)
