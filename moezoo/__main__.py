@@ -55,7 +55,7 @@ def _imports(frame: FrameType | None) -> bool:
 
 
 def _interrupted(error: BaseException | None) -> bool:
-    """Whether the exception being handled is a KeyboardInterrupt or was raised while handling one."""
+    """Whether the exception being handled is a KeyboardInterrupt, or came while one was handled."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True
