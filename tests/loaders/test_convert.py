@@ -356,6 +356,7 @@ def removed(draft):
     remove(draft)
 
 convert.write_tensors, save.shutil.rmtree = ended, removed
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
 for number in (signal.SIGTERM, signal.SIGHUP):
     try:
         main(sys.argv[1:])
