@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moezoo.layers.decoder import Decoder
+from moezoo.layers.decoder import decoder_of
 from moezoo.layers.moe import FusedMoE, RoutingRecorder
 
 if TYPE_CHECKING:
@@ -275,11 +275,7 @@ def record_routing(
     """
     if history < 1:
         raise ValueError(f"history must be at least 1, got {history}")
-    decoder = getattr(model, "decoder", None)
-    if not isinstance(decoder, Decoder):
-        raise ValueError(
-            f"{type(model).__name__} is not a model of moezoo; load it with moezoo.from_pretrained"
-        )
+    decoder = decoder_of(model)
     if decoder.recorder is not None:
         raise ValueError("the model is being recorded already; one recording at a time")
     layers = decoder.moe_layers
