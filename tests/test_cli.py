@@ -262,6 +262,25 @@ def test_an_interrupted_run_says_so_and_resumes(capsys, tmp_path, monkeypatch):
     assert [record["id"] for record in records(output.read_text())] == [1, 2, 3]
 
 
+def test_a_run_that_a_signal_ends_says_so_too(capsys, tmp_path, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    generate = offline.generate
+
+    def ended(*args, **kwargs):
+        yield next(generate(*args, **kwargs))
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(offline, "generate", ended)
+    command = ("generate", "--prompt", "The dog", "--prompt", "A cat", *GREEDY)
+    code, _, err = run(capsys, *command, "--output", output)
+    assert code == 143
+    assert "moezoo: interrupted; the same command goes on where it stopped" in err
+    assert len(records(output.read_text())) == 1
+    code, _, err = run(capsys, *command)
+    assert code == 143
+    assert "interrupted" not in err
+
+
 def test_output_of_another_run_is_left_alone_unless_overwritten(capsys, tmp_path):
     lines = prompts_file(tmp_path / "in.jsonl", "The dog")
     output = tmp_path / "out.jsonl"
