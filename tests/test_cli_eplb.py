@@ -1,11 +1,14 @@
 """`moezoo routing` and `moezoo eplb`, from prompts to a placement and a simulation."""
 
 import json
+import os
+import stat
 
 import pytest
 import torch
 
 from moezoo import cli
+from moezoo.assets import tiny_model
 from moezoo.parallel.eplb import POLICIES
 from moezoo.parallel.placement import Placement
 from moezoo.tools.routing import RoutingTrace
@@ -77,6 +80,31 @@ def test_made_up_loads(capsys):
     code, out, _ = run(capsys, "eplb", "simulate", *loads, "--gpus", 4, "--redundant", 8)
     assert code == 0
     assert "least_movement" in out
+
+
+def test_files_follow_the_umask(capsys, tmp_path, prompts):
+    paths = {
+        f"--{name}": tmp_path / f"written.{ending}"
+        for name, ending in (("output", "safetensors"), ("html", "html"), ("plot", "png"))
+    }
+    placement, completions = tmp_path / "placement.json", tmp_path / "out.jsonl"
+    options = [word for pair in paths.items() for word in pair]
+    on_cpu = ("--input", prompts, "--device", "cpu")
+    before = os.umask(0o027)
+    try:
+        plan = ("eplb", "plan", "--trace", paths["--output"], "--gpus", 2, "--output", placement)
+        assert run(capsys, "routing", *on_cpu, *options)[0] == 0
+        assert run(capsys, *plan)[0] == 0
+        generate = ("generate", *on_cpu, "--output", completions, "--max-new-tokens", 2)
+        assert run(capsys, *generate)[0] == 0
+        convert = ("convert", tiny_model(), tmp_path / "a" / "to", "--device", "cpu")
+        assert run(capsys, *convert)[0] == 0
+    finally:
+        os.umask(before)
+    folder = tmp_path / "a" / "to"
+    written = [*paths.values(), placement, completions, *folder.iterdir()]
+    assert {oct(stat.S_IMODE(path.stat().st_mode)) for path in written} == {"0o640"}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o750
 
 
 def test_policies_are_those_that_there_are():

@@ -66,6 +66,9 @@ def test_commands_with_a_table_have_json():
     assert with_json == {f"moezoo {name}" for name in tables}
 
 
+ADVICE = "pip install 'moezoo[plots]'"
+
+
 @pytest.fixture
 def found(monkeypatch):
     monkeypatch.setattr(doctor, "_model", lambda: iter(()))  # slow, and tested below
@@ -84,6 +87,19 @@ def test_the_doctor_tells_what_is_there(capsys, found, monkeypatch):
     assert findings["Python"]["detail"] in table  # a path is whole, however long
     assert "hub cache" in table
     assert "\x1b" not in table  # colours are for terminals
+
+
+def test_tables_take_no_text_for_markup(capsys, found, monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "_extras", lambda: iter([doctor.Finding("a", "works", "", ADVICE)]))
+    assert cli.main(["doctor"]) == 0
+    assert ADVICE in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(tiny_model(), "[bold]x:dog:")
+    assert cli.main(["inspect", folder]) == 0
+    assert "[bold]x:dog:" in capsys.readouterr().out
+    (tmp_path / "in.jsonl").write_text('{"prompt": "The dog"}')
+    assert cli.main(["routing", folder, "--input", "in.jsonl", "--device", "cpu"]) == 0
+    assert "Routing of [bold]x:dog:" in capsys.readouterr().out
 
 
 def test_the_doctor_goes_on_where_something_is_broken(capsys, found, monkeypatch):
