@@ -384,8 +384,8 @@ def test_an_output_that_cannot_be_written_is_found_before_loading(capsys, tmp_pa
     (tmp_path / "sealed").mkdir(mode=0o500)
     output = tmp_path / "sealed" / "out.jsonl"
     code, _, err = run(capsys, "generate", "--prompt", "a", "--output", output)
-    assert code == 1
-    assert f"Permission denied: '{output}'" in err
+    assert code == 2
+    assert f"--output {output}: there is no permission to write it" in err
     assert "loaded" not in err
 
 
@@ -462,8 +462,15 @@ def test_seed_and_sampling_options_reach_generation(capsys):
         (("--prompt", "a", "--overwrite"), 2, "--overwrite needs --output"),
         (("--input", "nowhere.jsonl"), 2, "--input cannot be read: [Errno 2]"),
         (("--input", "a.jsonl", "--output", "./a.jsonl"), 2, "are the same file, a.jsonl"),
-        (("--prompt", "a", "--output", "nowhere/out.jsonl"), 1, "[Errno 2]"),
+        (("--prompt", "a", "--output", "none/a"), 2, "--output none/a: there is no folder none"),
         (("--prompt", "a", "--output", "."), 2, "--output must be a file"),
+        (("--prompt", "a", "--revision", "main"), 2, "--revision is of hub models, and the one in"),
+        (("--prompt", "a", ".", "--revision", "main"), 2, "--revision is of hub models, and . is"),
+        (
+            ("--prompt", "a", "--expert-parallel", "1", "--placement", "nowhere.json"),
+            2,
+            "--placement is 'nowhere.json', expected linear",
+        ),
         (("--prompt", "a", "--output", "/dev/full"), 2, "/dev/full is a device or a pipe"),
         (("--prompt", "a", "--repetition-penalty", "0"), 2, "repetition_penalty must be above 0"),
         (("--prompt", "a", "--repetition-penalty", "inf"), 2, "repetition_penalty must be above"),

@@ -115,7 +115,12 @@ def test_policies_are_those_that_there_are():
     ("arguments", "code", "message"),
     [
         (("plan", "--gpus", 2, "--output", "out.json"), 2, "--trace"),
-        (("plan", "--trace", "none", "--gpus", 2, "--output", "out.json"), 1, "none"),
+        (("plan", "--trace", "none", "--gpus", 2, "--output", "o"), 2, "--trace cannot be read: "),
+        (("plan", "--trace", ".", "--gpus", 2, "--output", "o"), 2, "--trace cannot be read: "),
+        (("plan", "--trace", "no", "--gpus", 2, "--output", "."), 2, "--output must be a file"),
+        (("simulate", "--trace", "none", "--gpus", 2), 2, "--trace cannot be read: "),
+        (("simulate", "--zipf", 1, "--gpus", 2, "--plot", "."), 2, "--plot must be a file, and ."),
+        (("simulate", "--zipf", 1, "--gpus", 2, "--plot", "a.txt"), 2, "expected .png, .svg or"),
         (("plan", "--trace", "no", "--gpus", 2, "--output", "out.json"), 2, "no safetensors"),
         (("plan", "--trace", "no", "--gpus", 2, "--output", "a/b.json"), 2, "there is no folder a"),
         (("simulate", "--gpus", 2), 2, "--trace --zipf"),
