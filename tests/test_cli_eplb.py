@@ -82,6 +82,18 @@ def test_made_up_loads(capsys):
     assert "least_movement" in out
 
 
+def test_without_a_rebalance_the_table_says_so(capsys):
+    command = ("eplb", "simulate", "--zipf", 1, "--steps", 40, "--layers", 1, "--gpus", 4)
+    code, out, err = run(capsys, *command, "--interval", 10000)
+    assert code == 0
+    assert "--interval 10000: no rebalance within the 40 steps" in err
+    assert "(mean rank load over highest), without a rebalance" in out
+    assert "from the first" not in out
+    code, out, err = run(capsys, *command, "--interval", 10000, 20)
+    assert "from the first rebalance on" in out and "none" in out
+    assert "--interval 20" not in err
+
+
 def test_files_follow_the_umask(capsys, tmp_path, prompts):
     paths = {
         f"--{name}": tmp_path / f"written.{ending}"

@@ -119,7 +119,7 @@ def _eplb_plan(arguments: argparse.Namespace) -> int:
 
 def _eplb_simulate(arguments: argparse.Namespace) -> int:
     from moezoo.tools.balance import compare, read_history
-    from moezoo.tools.simulate import zipf_loads
+    from moezoo.tools.simulate import rebalances, zipf_loads
 
     require_writable(arguments, "plot")
     if arguments.trace is not None:
@@ -152,6 +152,12 @@ def _eplb_simulate(arguments: argparse.Namespace) -> int:
     )
     for reason in comparison.skipped:
         say(f"left out: {reason}")
+    for interval in intervals:
+        if not arguments.quiet and not rebalances(len(loads), interval):
+            say(
+                f"--interval {interval}: no rebalance within the {len(loads)} steps; the first is "
+                "due after a quarter of the interval"
+            )
     show(replace(comparison, loads=source), as_json=arguments.json)
     save_plot(arguments.plot, comparison)
     return DONE
