@@ -203,7 +203,7 @@ def refuse_single(name: str, given: object) -> None:
 
 def check_vocabulary(model: PreTrainedModel, ids: Sequence[int]) -> None:
     """Raise ValueError for a token id that the model has no embedding for."""
-    size = len(model.get_input_embeddings().weight)
+    size = model.get_input_embeddings().num_embeddings
     if ids and (min(ids) < 0 or max(ids) >= size):
         place, wrong = next((i, id) for i, id in enumerate(ids) if not 0 <= id < size)
         raise ValueError(
