@@ -162,7 +162,8 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
             layers: indices of the decoder's layers that are changed; by default all MoE layers.
 
         Raises:
-            ValueError: there is no such expert or layer, too few are left, or a change is in force.
+            ValueError: an argument is of another type, there is no such expert or layer, too few
+                are left, or a change is in force.
         """
         moe_layers = self.decoder.moe_layers
         overrides = routing_overrides(moe_layers, layers, force=force, ban=ban, bias=bias, k=k)

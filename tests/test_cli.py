@@ -262,6 +262,25 @@ def test_an_interrupted_run_says_so_and_resumes(capsys, tmp_path, monkeypatch):
     assert [record["id"] for record in records(output.read_text())] == [1, 2, 3]
 
 
+def test_a_run_that_a_signal_ends_says_so_too(capsys, tmp_path, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    generate = offline.generate
+
+    def ended(*args, **kwargs):
+        yield next(generate(*args, **kwargs))
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(offline, "generate", ended)
+    command = ("generate", "--prompt", "The dog", "--prompt", "A cat", *GREEDY)
+    code, _, err = run(capsys, *command, "--output", output)
+    assert code == 143
+    assert "moezoo: interrupted; the same command goes on where it stopped" in err
+    assert len(records(output.read_text())) == 1
+    code, _, err = run(capsys, *command)
+    assert code == 143
+    assert "interrupted" not in err
+
+
 def test_output_of_another_run_is_left_alone_unless_overwritten(capsys, tmp_path):
     lines = prompts_file(tmp_path / "in.jsonl", "The dog")
     output = tmp_path / "out.jsonl"
@@ -365,8 +384,8 @@ def test_an_output_that_cannot_be_written_is_found_before_loading(capsys, tmp_pa
     (tmp_path / "sealed").mkdir(mode=0o500)
     output = tmp_path / "sealed" / "out.jsonl"
     code, _, err = run(capsys, "generate", "--prompt", "a", "--output", output)
-    assert code == 1
-    assert f"Permission denied: '{output}'" in err
+    assert code == 2
+    assert f"--output {output}: there is no permission to write it" in err
     assert "loaded" not in err
 
 
@@ -443,8 +462,15 @@ def test_seed_and_sampling_options_reach_generation(capsys):
         (("--prompt", "a", "--overwrite"), 2, "--overwrite needs --output"),
         (("--input", "nowhere.jsonl"), 2, "--input cannot be read: [Errno 2]"),
         (("--input", "a.jsonl", "--output", "./a.jsonl"), 2, "are the same file, a.jsonl"),
-        (("--prompt", "a", "--output", "nowhere/out.jsonl"), 1, "[Errno 2]"),
+        (("--prompt", "a", "--output", "none/a"), 2, "--output none/a: there is no folder none"),
         (("--prompt", "a", "--output", "."), 2, "--output must be a file"),
+        (("--prompt", "a", "--revision", "main"), 2, "--revision is of hub models, and the one in"),
+        (("--prompt", "a", ".", "--revision", "main"), 2, "--revision is of hub models, and . is"),
+        (
+            ("--prompt", "a", "--expert-parallel", "1", "--placement", "nowhere.json"),
+            2,
+            "--placement is 'nowhere.json', expected linear",
+        ),
         (("--prompt", "a", "--output", "/dev/full"), 2, "/dev/full is a device or a pipe"),
         (("--prompt", "a", "--repetition-penalty", "0"), 2, "repetition_penalty must be above 0"),
         (("--prompt", "a", "--repetition-penalty", "inf"), 2, "repetition_penalty must be above"),

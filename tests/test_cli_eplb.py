@@ -1,11 +1,14 @@
 """`moezoo routing` and `moezoo eplb`, from prompts to a placement and a simulation."""
 
 import json
+import os
+import stat
 
 import pytest
 import torch
 
 from moezoo import cli
+from moezoo.assets import tiny_model
 from moezoo.parallel.eplb import POLICIES
 from moezoo.parallel.placement import Placement
 from moezoo.tools.routing import RoutingTrace
@@ -79,6 +82,43 @@ def test_made_up_loads(capsys):
     assert "least_movement" in out
 
 
+def test_without_a_rebalance_the_table_says_so(capsys):
+    command = ("eplb", "simulate", "--zipf", 1, "--steps", 40, "--layers", 1, "--gpus", 4)
+    code, out, err = run(capsys, *command, "--interval", 10000)
+    assert code == 0
+    assert "--interval 10000: no rebalance within the 40 steps" in err
+    assert "(mean rank load over highest), without a rebalance" in out
+    assert "from the first" not in out
+    code, out, err = run(capsys, *command, "--interval", 10000, 20)
+    assert "from the first rebalance on" in out and "none" in out
+    assert "--interval 20" not in err
+
+
+def test_files_follow_the_umask(capsys, tmp_path, prompts):
+    paths = {
+        f"--{name}": tmp_path / f"written.{ending}"
+        for name, ending in (("output", "safetensors"), ("html", "html"), ("plot", "png"))
+    }
+    placement, completions = tmp_path / "placement.json", tmp_path / "out.jsonl"
+    options = [word for pair in paths.items() for word in pair]
+    on_cpu = ("--input", prompts, "--device", "cpu")
+    before = os.umask(0o027)
+    try:
+        plan = ("eplb", "plan", "--trace", paths["--output"], "--gpus", 2, "--output", placement)
+        assert run(capsys, "routing", *on_cpu, *options)[0] == 0
+        assert run(capsys, *plan)[0] == 0
+        generate = ("generate", *on_cpu, "--output", completions, "--max-new-tokens", 2)
+        assert run(capsys, *generate)[0] == 0
+        convert = ("convert", tiny_model(), tmp_path / "a" / "to", "--device", "cpu")
+        assert run(capsys, *convert)[0] == 0
+    finally:
+        os.umask(before)
+    folder = tmp_path / "a" / "to"
+    written = [*paths.values(), placement, completions, *folder.iterdir()]
+    assert {oct(stat.S_IMODE(path.stat().st_mode)) for path in written} == {"0o640"}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o750
+
+
 def test_policies_are_those_that_there_are():
     assert cli.eplb.POLICIES == POLICIES
 
@@ -87,7 +127,12 @@ def test_policies_are_those_that_there_are():
     ("arguments", "code", "message"),
     [
         (("plan", "--gpus", 2, "--output", "out.json"), 2, "--trace"),
-        (("plan", "--trace", "none", "--gpus", 2, "--output", "out.json"), 1, "none"),
+        (("plan", "--trace", "none", "--gpus", 2, "--output", "o"), 2, "--trace cannot be read: "),
+        (("plan", "--trace", ".", "--gpus", 2, "--output", "o"), 2, "--trace cannot be read: "),
+        (("plan", "--trace", "no", "--gpus", 2, "--output", "."), 2, "--output must be a file"),
+        (("simulate", "--trace", "none", "--gpus", 2), 2, "--trace cannot be read: "),
+        (("simulate", "--zipf", 1, "--gpus", 2, "--plot", "."), 2, "--plot must be a file, and ."),
+        (("simulate", "--zipf", 1, "--gpus", 2, "--plot", "a.txt"), 2, "expected .png, .svg or"),
         (("plan", "--trace", "no", "--gpus", 2, "--output", "out.json"), 2, "no safetensors"),
         (("plan", "--trace", "no", "--gpus", 2, "--output", "a/b.json"), 2, "there is no folder a"),
         (("simulate", "--gpus", 2), 2, "--trace --zipf"),

@@ -60,10 +60,32 @@ def test_a_wrong_option_is_two_lines(line, message, capsys):
     assert hint == f"see {error.partition(':')[0]} --help"
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("inspect {model} --expert-parallel 2 --placement .", "--placement is '.', expected"),
+        ("inspect {model} --revision main", "--revision is of hub models, and {model} is a folder"),
+        ("convert {model} to --revision main", "--revision is of hub models"),
+        ("convert {model} to --measure none", "--measure: none cannot be read as text: "),
+        ("tune 128,8,2048,768 --output .", "--output must be a file, and . is a folder"),
+        ("routing --input in.jsonl --html .", "--html must be a file, and . is a folder"),
+        ("routing --input in.jsonl --output a/b", "--output a/b: there is no folder a"),
+    ],
+)
+def test_a_wrong_file_names_its_option(line, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(line.format(model=tiny_model()).split()) == 2
+    assert message.format(model=tiny_model()) in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_commands_with_a_table_have_json():
     with_json = {name for name, its in COMMANDS.items() if "--json" in its._option_string_actions}
     tables = ("inspect", "routing", "eplb simulate", "bench layer", "doctor")
     assert with_json == {f"moezoo {name}" for name in tables}
+
+
+ADVICE = "pip install 'moezoo[plots]'"
 
 
 @pytest.fixture
@@ -84,6 +106,19 @@ def test_the_doctor_tells_what_is_there(capsys, found, monkeypatch):
     assert findings["Python"]["detail"] in table  # a path is whole, however long
     assert "hub cache" in table
     assert "\x1b" not in table  # colours are for terminals
+
+
+def test_tables_take_no_text_for_markup(capsys, found, monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "_extras", lambda: iter([doctor.Finding("a", "works", "", ADVICE)]))
+    assert cli.main(["doctor"]) == 0
+    assert ADVICE in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(tiny_model(), "[bold]x:dog:")
+    assert cli.main(["inspect", folder]) == 0
+    assert "[bold]x:dog:" in capsys.readouterr().out
+    (tmp_path / "in.jsonl").write_text('{"prompt": "The dog"}')
+    assert cli.main(["routing", folder, "--input", "in.jsonl", "--device", "cpu"]) == 0
+    assert "Routing of [bold]x:dog:" in capsys.readouterr().out
 
 
 def test_the_doctor_goes_on_where_something_is_broken(capsys, found, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from time import sleep
 
 from moezoo.cli import bench, completion, convert, doctor, eplb, generate, inspect, routing, tune
@@ -36,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank() == 0:
             say("interrupted" + _how_to_go_on(arguments))
         return INTERRUPTED
+    except SystemExit:  # of a signal
+        if rank() == 0 and (how := _how_to_go_on(arguments)):
+            with suppress(OSError):  # after SIGHUP the terminal may be gone
+                say("interrupted" + how)
+        raise
     except BrokenPipeError:
         # whoever read our output has gone; keep the interpreter from flushing into it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

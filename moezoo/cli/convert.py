@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moezoo.cli.models import quieten, tokenizer_of
+from moezoo.cli.models import check_revision, quieten, tokenizer_of
 from moezoo.cli.options import DTYPES, add_command, add_hub, add_quantization, folder
 from moezoo.cli.output import DONE, say
 
@@ -49,6 +49,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     from moezoo.loaders.checkpoint import open_checkpoint
     from moezoo.loaders.convert import convert
 
+    check_revision(arguments, arguments.model)
     quieten(arguments)
     checkpoint = open_checkpoint(
         arguments.model,
@@ -58,7 +59,10 @@ def _convert(arguments: argparse.Namespace) -> int:
     held_out = None
     if arguments.measure is not None:
         tokenizer = tokenizer_of(checkpoint, local_files_only=arguments.local_files_only)
-        held_out = HeldOut.read(arguments.measure, tokenizer)
+        try:
+            held_out = HeldOut.read(arguments.measure, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"--measure: {error}") from error
     started = time.perf_counter()
     done = convert(
         checkpoint,

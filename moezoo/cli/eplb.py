@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moezoo.cli.options import add_command, add_json, number
-from moezoo.cli.output import DONE, require_folder, save_plot, say, show
+from moezoo.cli.output import DONE, reading, require_writable, save_plot, say, show
 from moezoo.errors import naming_file
 
 POLICIES = ("default", "least_movement")
@@ -98,9 +98,11 @@ def _eplb_plan(arguments: argparse.Namespace) -> int:
     from moezoo.tools.balance import plan
     from moezoo.tools.routing import RoutingTrace
 
-    require_folder(arguments, "output")
+    require_writable(arguments, "output")
+    with reading("--trace"):
+        trace = RoutingTrace.load(arguments.trace)
     made = plan(
-        RoutingTrace.load(arguments.trace),
+        trace,
         arguments.gpus,
         arguments.redundant,
         policy=arguments.policy,
@@ -117,11 +119,12 @@ def _eplb_plan(arguments: argparse.Namespace) -> int:
 
 def _eplb_simulate(arguments: argparse.Namespace) -> int:
     from moezoo.tools.balance import compare, read_history
-    from moezoo.tools.simulate import zipf_loads
+    from moezoo.tools.simulate import rebalances, zipf_loads
 
-    require_folder(arguments, "plot")
+    require_writable(arguments, "plot")
     if arguments.trace is not None:
-        loads, trace = read_history(arguments.trace)
+        with reading("--trace"):
+            loads, trace = read_history(arguments.trace)
         expert_bytes = trace.about.get("expert_bytes")
         source = {"trace": str(arguments.trace), **trace.about}
     else:
@@ -149,6 +152,12 @@ def _eplb_simulate(arguments: argparse.Namespace) -> int:
     )
     for reason in comparison.skipped:
         say(f"left out: {reason}")
+    for interval in intervals:
+        if not arguments.quiet and not rebalances(len(loads), interval):
+            say(
+                f"--interval {interval}: no rebalance within the {len(loads)} steps; the first is "
+                "due after a quarter of the interval"
+            )
     show(replace(comparison, loads=source), as_json=arguments.json)
     save_plot(arguments.plot, comparison)
     return DONE

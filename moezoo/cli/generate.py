@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moezoo.cli.models import loaded, opened, read
+from moezoo.cli.models import check_placement, loaded, opened, read
 from moezoo.cli.options import (
     DTYPES,
     GENERATE_CODES,
@@ -21,7 +21,7 @@ from moezoo.cli.options import (
     add_quantization,
     number,
 )
-from moezoo.cli.output import DONE, INTERRUPTED, PARTLY, code_of, say
+from moezoo.cli.output import DONE, INTERRUPTED, PARTLY, code_of, require_writable, say
 from moezoo.errors import MoEZooError, naming_file
 
 if TYPE_CHECKING:
@@ -160,15 +160,11 @@ def _generate(arguments: argparse.Namespace) -> int:
     parallel = _parallel(arguments)
     if parallel is None:
         return _generate_alone(arguments, options, None)
+    if "WORLD_SIZE" not in os.environ:
+        check_placement(parallel.placement_file)
     if parallel.expert_parallel_size > 1 and "WORLD_SIZE" not in os.environ:
         from moezoo.parallel.launch import launch
 
-        file = parallel.placement_file
-        if file is not None and not os.path.exists(file):
-            raise ValueError(
-                f"--placement is {file!r}, expected linear, round_robin or a file of moezoo eplb "
-                "plan, and there is no such file"
-            )
         try:
             return launch(parallel.expert_parallel_size, "moezoo", arguments.argv)
         except KeyboardInterrupt:
@@ -219,6 +215,7 @@ def _generate_alone(arguments: argparse.Namespace, options: dict[str, Any], job:
     from moezoo.generation.prompt_files import OutputFile
 
     with _told(job):
+        require_writable(arguments, "output")
         prompts, problems = read(arguments)
         for problem in problems:
             say(problem if arguments.strict else f"skipped {problem}")

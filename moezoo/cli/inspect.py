@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from moezoo.cli.models import quieten
+from moezoo.cli.models import check_placement, check_revision, quieten
 from moezoo.cli.options import INSPECT_CODES, add_command, add_hub, add_json, number
 from moezoo.cli.output import DONE, PARTLY, show
 
@@ -46,6 +46,8 @@ inspect ./folder --json
 def _inspect(arguments: argparse.Namespace) -> int:
     from moezoo.tools.inspect import inspect
 
+    check_placement(arguments.placement)
+    check_revision(arguments, arguments.model)
     quieten(arguments)
     report = inspect(
         arguments.model,

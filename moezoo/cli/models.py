@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from moezoo.cli.output import say
+from moezoo.cli.output import reading, say
 
 if TYPE_CHECKING:
     from moezoo.generation.texts import Prompt
@@ -26,16 +27,37 @@ def read(arguments: argparse.Namespace) -> tuple[list[Prompt], list[str]]:
         return [Prompt(id, text) for id, text in enumerate(arguments.prompt, start=1)], []
     if arguments.input == "-":
         return read_prompts(sys.stdin.buffer, "stdin")
-    try:
-        with open(arguments.input, "rb") as lines:
-            return read_prompts(lines, arguments.input)
-    except OSError as error:
-        raise ValueError(f"--input cannot be read: {error}") from error
+    with reading("--input"), open(arguments.input, "rb") as lines:
+        return read_prompts(lines, arguments.input)
+
+
+def check_placement(placement: str | None) -> None:
+    """Raise ValueError if --placement is neither the name of a strategy nor a file."""
+    from moezoo.parallel.placement import STRATEGIES
+
+    if placement is None or placement in STRATEGIES:
+        return
+    if not os.path.exists(placement) or os.path.isdir(placement):
+        raise ValueError(
+            f"--placement is {placement!r}, expected linear, round_robin or a file of moezoo eplb "
+            "plan, and there is no such file"
+        )
+
+
+def check_revision(arguments: argparse.Namespace, model: str | None) -> None:
+    """Raise ValueError for a --revision of a model that is not on the hub."""
+    if arguments.revision is None:
+        return
+    if model is None:
+        raise ValueError("--revision is of hub models, and the one in the package has none")
+    if os.path.isdir(model):
+        raise ValueError(f"--revision is of hub models, and {model} is a folder")
 
 
 def opened(arguments: argparse.Namespace) -> Checkpoint:
     from moezoo.loaders.checkpoint import open_checkpoint
 
+    check_revision(arguments, arguments.model)
     quieten(arguments)
     return open_checkpoint(
         model_id(arguments),

@@ -90,18 +90,36 @@ def listen(arguments: argparse.Namespace) -> None:
         logging.getLogger("moezoo").setLevel(logging.INFO)
 
 
-def require_folder(arguments: argparse.Namespace, *options: str) -> None:
-    """Raise ValueError, before minutes are spent, if an output's folder or what a plot needs is
-    missing."""
+@contextmanager
+def reading(option: str) -> Iterator[None]:
+    """Raise ValueError, naming the option, if the file that it names cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{option} cannot be read: {error}") from error
+
+
+def require_writable(arguments: argparse.Namespace, *options: str) -> None:
+    """Raise ValueError, before minutes are spent, if the file that an option names cannot be
+    written, or what a plot needs is missing."""
     for option in options:
         path = getattr(arguments, option)
-        if path is not None and not path.parent.is_dir():
+        if path is None:
+            continue
+        if not path.parent.is_dir():
             raise ValueError(f"--{option} {path}: there is no folder {path.parent}")
+        if path.is_dir():
+            raise ValueError(f"--{option} must be a file, and {path} is a folder")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ValueError(f"--{option} {path}: there is no permission to write it")
     if getattr(arguments, "plot", None) is not None:
         try:
-            import matplotlib  # noqa: F401
+            from matplotlib.backend_bases import FigureCanvasBase
         except ImportError:
             raise ValueError("--plot needs matplotlib: pip install 'moezoo[plots]'") from None
+        kind = arguments.plot.suffix.removeprefix(".").lower()
+        if kind and kind not in FigureCanvasBase.get_supported_filetypes():
+            raise ValueError(f"--plot {arguments.plot}: expected .png, .svg or .pdf")
 
 
 def save_plot(path: Path | None, subject: Any) -> None:

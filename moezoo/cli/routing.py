@@ -6,7 +6,7 @@ from typing import Any
 
 from moezoo.cli.models import loaded, opened, read
 from moezoo.cli.options import DTYPES, add_command, add_hub, add_json, add_quantization, number
-from moezoo.cli.output import DONE, PARTLY, require_folder, save_plot, say, show
+from moezoo.cli.output import DONE, PARTLY, require_writable, save_plot, say, show
 from moezoo.errors import naming_file
 
 
@@ -76,7 +76,7 @@ def _routing(arguments: argparse.Namespace) -> int:
     from moezoo.generation.offline import generate
     from moezoo.tools.routing import record_routing
 
-    require_folder(arguments, "output", "plot", "html")
+    require_writable(arguments, "output", "plot", "html")
     prompts, problems = read(arguments)
     for problem in problems:
         say(f"skipped {problem}")

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from moezoo.cli.models import quieten
+from moezoo.cli.models import check_revision, quieten
 from moezoo.cli.options import add_command, add_hub, number
 from moezoo.cli.output import DONE, say
 from moezoo.formats import QUANTIZATIONS
@@ -53,6 +53,8 @@ tune 128,8,2048,768 --quantization fp8_w8a8 --tokens 16 64
 def _tune(arguments: argparse.Namespace) -> int:
     import torch
 
+    if arguments.output is not None and arguments.output.is_dir():
+        raise ValueError(f"--output must be a file, and {arguments.output} is a folder")
     if not torch.cuda.is_available():
         raise ValueError("tune needs a CUDA device, and torch finds none")
     from moezoo.layers.kernels.tiles import user_table
@@ -92,6 +94,7 @@ def _layer(arguments: argparse.Namespace) -> tuple[Any, str | None]:
         return Layer(*numbers), None
     from moezoo.tools.inspect import inspect
 
+    check_revision(arguments, arguments.layer)
     quieten(arguments)
     report = inspect(
         arguments.layer,

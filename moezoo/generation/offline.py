@@ -18,7 +18,7 @@ from moezoo.generation.in_batches import BatchGenerator
 from moezoo.generation.on_engine import ContinuousGenerator
 from moezoo.generation.sampling import Sampler
 from moezoo.generation.settings import is_integer, resolve
-from moezoo.generation.texts import Completion, Prompt, Texts, as_prompt
+from moezoo.generation.texts import Completion, Prompt, Texts, as_prompt, refuse_single
 from moezoo.generation.turns import limited
 from moezoo.layers.decoder import Decoder
 
@@ -45,8 +45,9 @@ def generate(
 
     Prompts are read as they are needed. A prompt that cannot be completed (longer than the model's
     context or the whole KV cache, empty without a token to begin with, refused by the chat
-    template) gives a completion with `finish_reason="error"`; the others go on. Prompts that begin
-    with the same tokens compute them once.
+    template, with a token outside the model's vocabulary) gives a completion with
+    `finish_reason="error"`; the others go on. Prompts that begin with the same tokens compute them
+    once.
 
     A model of moezoo runs with continuous batching: greedy or sampled, with `temperature`, `top_k`,
     `top_p`, `min_p`, `repetition_penalty` and `stop_strings`. Other settings, other models and
@@ -79,12 +80,14 @@ def generate(
             `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `stop_strings`.
 
     Raises:
-        ValueError: an option is unknown, out of range or contradicts another, a prompt is
-            malformed, or `chat` is asked of a tokenizer without a chat template.
+        ValueError: an option is unknown, out of range or contradicts another, `prompts` is a
+            single prompt rather than several, a prompt is malformed, or `chat` is asked of a
+            tokenizer without a chat template.
         ExpertMapError: ranks that have to have the same prompts have not.
         RankError: another rank died, hangs or failed.
         MoEOutOfMemoryError: one prompt alone does not fit the device; says what needs less.
     """
+    refuse_single("prompts", prompts)
     for name, value in (
         ("batch_size", batch_size),
         ("batch_tokens", batch_tokens),

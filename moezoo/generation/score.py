@@ -12,9 +12,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moezoo.generation.texts import Completion, Prompt, context_length, encode
+from moezoo.generation.texts import (
+    Completion,
+    Prompt,
+    check_vocabulary,
+    context_length,
+    encode,
+    refuse_single,
+)
 from moezoo.generation.turns import joint_pass, make_remaining_passes
 from moezoo.layers.context import DenseContext
+from moezoo.layers.decoder import Decoder, decoder_of
 from moezoo.layers.mask import CausalMask
 
 CHUNK_LOGITS = 2**26
@@ -70,12 +78,15 @@ def score(
         chat: the prompts of `Completion`s that are texts were the user's message of a chat.
 
     Raises:
-        ValueError: `batch_size` is below 1; a text is malformed, empty or longer than the model's
-            context.
+        ValueError: `model` is not a model of moezoo, `texts` is a single text, or `batch_size` is
+            below 1; a text is malformed, empty, longer than the model's context, or has a token
+            outside its vocabulary.
     """
+    decoder = decoder_of(model)
+    refuse_single("texts", texts)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    return _score(model, _tokenized(model, tokenizer, texts, chat), batch_size)
+    return _score(model, decoder, _tokenized(model, tokenizer, texts, chat), batch_size)
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,7 @@ def _tokenized(
     for index, text in enumerate(texts):
         try:
             tokens = _tokens(tokenizer, text, index, chat)
+            check_vocabulary(model, tokens.ids)
         except ValueError as error:
             raise ValueError(f"text {index}: {error}") from None
         context = context_length(model)
@@ -125,22 +137,23 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: Scored, index: int, chat: 
     raise ValueError(f"expected a text, a mapping, token ids or a Completion, got {type(text)}")
 
 
-def _score(model: PreTrainedModel, texts: Iterator[_Tokens], batch_size: int) -> Iterator[Score]:
+def _score(
+    model: PreTrainedModel, decoder: Decoder, texts: Iterator[_Tokens], batch_size: int
+) -> Iterator[Score]:
     while batch := list(islice(texts, batch_size)):
-        for tokens, logprobs in zip(batch, _logprobs(model, batch), strict=True):
+        for tokens, logprobs in zip(batch, _logprobs(model, decoder, batch), strict=True):
             yield Score(
                 tokens.id,
                 tuple(tokens.ids),
                 (math.nan, *logprobs[: len(tokens.ids) - 1]),
                 tokens.num_prompt_tokens,
             )
-    make_remaining_passes(model.decoder)
+    make_remaining_passes(decoder)
 
 
 @torch.inference_mode()
-def _logprobs(model: PreTrainedModel, batch: list[_Tokens]) -> list[list[float]]:
+def _logprobs(model: PreTrainedModel, decoder: Decoder, batch: list[_Tokens]) -> list[list[float]]:
     """Return log-probabilities from each text's second token on, those of padding included."""
-    decoder = model.decoder
     length = max(len(tokens.ids) for tokens in batch)
     # Padded on the right, where no token of a text attends to padding.
     ids = torch.tensor([tokens.ids + [0] * (length - len(tokens.ids)) for tokens in batch])

@@ -84,6 +84,7 @@ class Texts:
         """Return the prompt's tokens and how many may follow, or a failed completion."""
         try:
             ids = encode(self.tokenizer, prompt, chat=self.chat)
+            check_vocabulary(self.model, ids)
         except (ValueError, jinja2.TemplateError) as error:
             return self.failed(prompt, 0, str(error))
         limit: int = self.config.max_new_tokens
@@ -189,6 +190,26 @@ def _first_token(tokenizer: PreTrainedTokenizerBase) -> int:
         if token is not None:
             return int(token)
     raise ValueError("the prompt is empty and the tokenizer has no beginning- or end-of-text token")
+
+
+def refuse_single(name: str, given: object) -> None:
+    """Raise ValueError where one text was given for several: iterating would split it."""
+    if isinstance(given, str | bytes | Mapping | Prompt | Completion):
+        raise ValueError(
+            f"{name} must be a list, or another iterable, and this is a single "
+            f"{type(given).__name__}; put it into a list: [..]"
+        )
+
+
+def check_vocabulary(model: PreTrainedModel, ids: Sequence[int]) -> None:
+    """Raise ValueError for a token id that the model has no embedding for."""
+    size = model.get_input_embeddings().num_embeddings
+    if ids and (min(ids) < 0 or max(ids) >= size):
+        place, wrong = next((i, id) for i, id in enumerate(ids) if not 0 <= id < size)
+        raise ValueError(
+            f"token {place} has the id {wrong}, and the model's vocabulary has {size}, 0 to "
+            f"{size - 1}; is the tokenizer this model's?"
+        )
 
 
 def as_prompt(item: str | Mapping[str, Any] | Prompt, index: int) -> Prompt:

@@ -276,3 +276,13 @@ def pre_norm_decoder(
         rope=rope or rope_of_whole_heads(config),
         tied=config.tie_word_embeddings,
     )
+
+
+def decoder_of(model: object) -> Decoder:
+    """Return the decoder of a `MoECausalLM`; raise ValueError for another model."""
+    decoder = getattr(model, "decoder", None)
+    if not isinstance(decoder, Decoder):
+        raise ValueError(
+            f"{type(model).__name__} is not a model of moezoo; load it with moezoo.from_pretrained"
+        )
+    return decoder

@@ -17,8 +17,8 @@ def launch(num_processes: int, module: str, arguments: Sequence[str]) -> int:
     """Run `python -m module arguments` in `num_processes` processes, and return the exit code: 0,
     or that of the first one that failed. The others are then ended.
 
-    Raises RankError where a signal ended that one, KeyboardInterrupt where SIGINT ended this
-    process.
+    Raises RankError where a signal ended that one. Where a signal ended this process, raises
+    KeyboardInterrupt for SIGINT and SystemExit, with 128 and the signal's number, for others.
     """
     for name in ("agent.server.api", "multiprocessing.api"):
         # They log every signal, in addition to what the ranks say.
@@ -46,7 +46,7 @@ def launch(num_processes: int, module: str, arguments: Sequence[str]) -> int:
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from error
-        return 128 + error.sigval
+        raise SystemExit(128 + error.sigval) from error
     return 0
 
 

@@ -113,7 +113,9 @@ class Comparison:
         if self.expert_bytes is not None:
             caption += f"; an expert has {self.expert_bytes:,} bytes"
         table = Table(
-            title="Balancedness (mean rank load over highest) from the first rebalance on",
+            title="Balancedness (mean rank load over highest) from the first rebalance on"
+            if any(simulation.moved for simulation in self.simulations)
+            else "Balancedness (mean rank load over highest), without a rebalance",
             caption=caption,
             box=SIMPLE,
             padding=(0, 1, 0, 0),
@@ -134,7 +136,7 @@ class Comparison:
                 "" if never else setting.policy,
                 f"{settled.mean():.3f}",
                 f"{settled.min():.3f}",
-                f"{moved[0]:.0%}" if moved else "",
+                f"{moved[0]:.0%}" if moved else "" if never else "none",
                 f"{sum(moved[1:]) / len(moved[1:]):.1%}" if moved[1:] else "",
             )
         return table

@@ -13,6 +13,7 @@ import torch
 from packaging.version import Version
 from rich.box import SIMPLE
 from rich.table import Table
+from rich.text import Text
 
 import moezoo
 from moezoo.loaders.memory import free_memory
@@ -48,8 +49,9 @@ class Diagnosis:
         for name in ("", "", "found", "what to do"):
             table.add_column(name, overflow="fold")
         for x in self.findings:
-            color = colors[x.state]
-            table.add_row(x.subject, f"[{color}]{x.state}[/{color}]", x.detail, x.advice)
+            # As texts, or rich would take what is in brackets for markup.
+            state = Text(x.state, colors[x.state])
+            table.add_row(x.subject, state, Text(x.detail), Text(x.advice))
         return table
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from moezoo.device import device_of
@@ -137,10 +138,10 @@ class Report:
                     else ()
                 ),
                 *((us(cell.floor_us), f"{cell.floor_share('moezoo'):.0%}") if timing else ()),
-                *(() if timing else (cell.skipped["moezoo"],)),
+                *(() if timing else (Text(cell.skipped["moezoo"]),)),
             )
         for layer, why in self.skipped.items():
-            table.add_row(layer, "", "", why)
+            table.add_row(layer, "", "", Text(why))
         return table
 
 

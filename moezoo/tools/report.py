@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from moezoo.layers.moe.chunks import CHUNK_TOKENS
 from moezoo.tools.shares import RankShare
@@ -82,13 +83,13 @@ class Report:
 
 
 def _facts(report: Report) -> Table:
-    table = Table(title=report.model, show_header=False)
+    table = Table(title=Text(report.model, "table.title"), show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
 
     def row(name: str, value: object) -> None:
         if value is not None:
-            table.add_row(name, str(value))
+            table.add_row(name, Text(str(value)))
 
     row("architecture", f"{report.architecture} (model_type {report.model_type})")
     row("supported", "yes" if report.supported else f"no: {report.reason}")

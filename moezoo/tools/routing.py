@@ -10,16 +10,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moezoo.layers.decoder import Decoder
+from moezoo.layers.decoder import decoder_of
 from moezoo.layers.moe import FusedMoE, RoutingRecorder
 
 if TYPE_CHECKING:
@@ -171,7 +173,9 @@ class RoutingTrace:
         """Write the trace as safetensors, for `load`."""
         metadata = {"format": FORMAT, "version": VERSION}
         metadata |= {"layers": json.dumps(self.layers), "about": json.dumps(self.about)}
-        save_file({k: v.contiguous() for k, v in self._read().items()}, path, metadata)
+        # Not `save_file`, whose files only their owner can read.
+        tensors = {name: tensor.contiguous() for name, tensor in self._read().items()}
+        Path(path).write_bytes(save(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "RoutingTrace":
@@ -218,7 +222,7 @@ class RoutingTrace:
         return figure
 
     def __rich__(self) -> Table:
-        table = Table(title=f"Routing of {self.model_name}")
+        table = Table(title=Text(f"Routing of {self.model_name}", "table.title"))
         names = ("layer", "tokens", "busiest expert", "over mean", "entropy", "without a token")
         for name in names:
             table.add_column(name, justify="right")
@@ -275,11 +279,7 @@ def record_routing(
     """
     if history < 1:
         raise ValueError(f"history must be at least 1, got {history}")
-    decoder = getattr(model, "decoder", None)
-    if not isinstance(decoder, Decoder):
-        raise ValueError(
-            f"{type(model).__name__} is not a model of moezoo; load it with moezoo.from_pretrained"
-        )
+    decoder = decoder_of(model)
     if decoder.recorder is not None:
         raise ValueError("the model is being recorded already; one recording at a time")
     layers = decoder.moe_layers

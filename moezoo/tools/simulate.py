@@ -70,7 +70,7 @@ def simulate(loads: Tensor, setting: Setting) -> Simulation:
     num_steps, num_layers, num_experts = loads.shape
     slots = initial_map(num_experts, setting.num_redundant, setting.num_ranks)
     slots = slots.expand(num_layers, -1).clone()
-    due = [*_due(num_steps, setting.interval), num_steps]
+    due = [*rebalances(num_steps, setting.interval), num_steps]
     balance = [balancedness(rank_loads(loads[: due[0]], slots, setting.num_ranks))]
     moved = []
     for start, end in pairwise(due):
@@ -83,7 +83,8 @@ def simulate(loads: Tensor, setting: Setting) -> Simulation:
     return Simulation(setting, torch.cat(balance), tuple(due[:-1]), tuple(moved), slots.numel())
 
 
-def _due(num_steps: int, interval: int | None) -> list[int]:
+def rebalances(num_steps: int, interval: int | None) -> list[int]:
+    """Return the steps before which a rebalance is due."""
     if interval is None:
         return []
     return list(range(max(1, interval // 4), num_steps, interval))

@@ -325,6 +325,15 @@ def test_chat_goes_through_the_template(model, tokenizer):
     assert "no robots" in refused.error
 
 
+def test_tokens_outside_the_vocabulary_fail_alone(model, reference, tokenizer):
+    tokenizer.add_tokens(["<new>"])
+    new = len(tokenizer) - 1
+    for one in (model, reference):
+        failed, after = in_order(generate(one, tokenizer, ["<new>", "hello"], max_new_tokens=2))
+        assert f"token 0 has the id {new}, and the model's vocabulary has 4096" in failed.error
+        assert after.error is None
+
+
 def test_without_a_template_chat_is_refused_and_messages_fail_alone(model, tokenizer):
     with pytest.raises(ValueError, match="has no chat template"):
         generate(model, tokenizer, ["hello"], chat=True)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moezoo
 from moezoo.assets import tiny_model
 from moezoo.generation import score as scoring
+from moezoo.generation.texts import Prompt
 
 TEXTS = [
     "Once upon a time there was a little dog.",
@@ -100,8 +101,28 @@ def test_prompt_and_completion_are_one_text(model, reference, tokenizer):
         ([[]], {}, "text 0 has no tokens"),
         ([{"prompt": "a"}], {}, 'text 0: "prompt" and "completion" must be strings'),
         ([[1] * 100_000], {}, "text 0 has 100000 tokens and the model's context is"),
+        (["a", [5, 4096]], {}, "text 1: token 1 has the id 4096, and the model's vocabulary has"),
+        ([[-100, 5]], {}, "text 0: token 0 has the id -100, and the model's vocabulary has"),
     ],
 )
 def test_refuses(model, tokenizer, texts, options, message):
     with pytest.raises(ValueError, match=message):
         list(moezoo.score(model, tokenizer, texts, **options))
+
+
+@pytest.mark.parametrize(
+    "single",
+    ["Hello", b"Hello", {"prompt": "a", "completion": "b"}, Prompt(0, "Hello")],
+    ids=lambda single: type(single).__name__,
+)
+def test_a_single_text_is_refused_at_the_call(model, tokenizer, single):
+    message = f"this is a single {type(single).__name__}; put it into a list"
+    with pytest.raises(ValueError, match=message):
+        moezoo.score(model, tokenizer, single)
+    with pytest.raises(ValueError, match=message):
+        moezoo.generate(model, tokenizer, single)
+
+
+def test_models_of_transformers_are_refused_at_the_call(reference, tokenizer):
+    with pytest.raises(ValueError, match="Qwen3MoeForCausalLM is not a model of moezoo"):
+        moezoo.score(reference, tokenizer, ["a"])

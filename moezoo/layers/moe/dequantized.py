@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moezoo.layers.kernels.activations import Gating
-from moezoo.layers.moe.permute import permute
+from moezoo.layers.moe.permute import check_ids, permute
 from moezoo.layers.moe.ranges import profiler_range
 from moezoo.layers.quant import Format
 from moezoo.layers.quant.fp8 import quantize_rows
@@ -50,6 +50,8 @@ def dequantized_experts(
     token_ids = order // topk_ids.shape[1]
     weights = topk_weights.flatten().index_select(0, order).unsqueeze(1)
     bounds = offsets.tolist()
+    if bounds[-1] < len(order):
+        check_ids(topk_ids, num_experts)
     for e in range(num_experts):
         rows = slice(bounds[e], bounds[e + 1])
         if rows.start < rows.stop:

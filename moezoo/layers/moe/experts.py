@@ -79,7 +79,8 @@ def fused_experts(
     x [T, H]; w13 [E, 2I, H] (gate rows, then up rows) and w2 [E, H, I] in x's dtype, one of fp32,
     bf16, fp16; topk_weights [T, K] fp32; topk_ids [T, K] int32; bias13 [E, 2I] and bias2 [E, H] in
     x's dtype. With expert_map (int32 [E'] -> row of w13 and w2, or -1) topk_ids are positions in
-    the map. An id of -1, or one that the map sends to -1, contributes nothing.
+    the map. An id of -1, or one that the map sends to -1, contributes nothing. No other id may be
+    outside the weights or the map: a CPU looks, a GPU would have to be waited for.
 
     Weights may have any strides. w13 may also be [E, 2, I, H], its halves: rows that alternate in
     memory (gate, up, gate, ..) are a view of it. As [E, 1, I, H] it has no gate, and the activation
@@ -93,9 +94,10 @@ def fused_experts(
     graphs work through it: while compiling it is the operator `moezoo::fused_experts`, or that of
     the format, such as `moezoo::fused_experts_int4`.
 
-    Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit, for an
-    activation that is not in `ACTIVATIONS`, and where a gradient is asked for through quantised
-    weights; QuantizationError for fp8 on a GPU that does not multiply it.
+    Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit, on a CPU
+    for an id that is no expert's, for an activation that is not in `ACTIVATIONS`, and where a
+    gradient is asked for through quantised weights; QuantizationError for fp8 on a GPU that does
+    not multiply it.
     """
     gating = Gating.of(activation)
     if type(w13) is not type(w2) and (isinstance(w13, Format) or isinstance(w2, Format)):

@@ -16,7 +16,7 @@ from moezoo.layers.kernels.activations import Gating, in_parts
 from moezoo.layers.linear import linear
 from moezoo.layers.moe.batches import Batch, batches_of, padded_slots, rows_of
 from moezoo.layers.moe.chunks import in_chunks, local_ids, operator
-from moezoo.layers.moe.permute import permute
+from moezoo.layers.moe.permute import check_ids, permute
 from moezoo.layers.moe.ranges import profiler_range
 from moezoo.layers.onednn import FP32_ROWS, LARGE_MATRIX, ONEDNN_DTYPES, matvec, without_onednn
 
@@ -88,6 +88,8 @@ def dense_torch(
         tokens, weights = order // k, topk_weights.flatten().index_select(0, order).unsqueeze(1)
         out = x.new_zeros(x.shape, dtype=torch.float32)
         bounds = offsets.tolist()
+        if x.is_cpu and bounds[-1] < len(order):
+            check_ids(topk_ids, w13.shape[0])
         few_rows = bias13 is None and bias2 is None and bounds[-1] < FP32_ROWS * w13.shape[0]
         if few_rows and _torch_groups(x, w13, w2):
             chosen, ends = tokens[: bounds[-1]], offsets[1:]

@@ -27,7 +27,8 @@ SHARED_TOKENS = 1
 ones: with more, their weights would be read from L2 once for each token."""
 
 Route = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""A function from logits [T, E] to topk_weights [T, K] fp32 and topk_ids [T, K] int32."""
+"""A function from logits [T, E] to topk_weights [T, K] fp32 and topk_ids [T, K] int32, from 0 to
+E-1, or -1 for no expert."""
 
 Record = Callable[[Tensor, Tensor], None]
 """A function that is called with topk_weights and topk_ids [T, K]."""

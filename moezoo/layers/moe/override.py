@@ -3,6 +3,8 @@
 Legend: T tokens, E experts, K experts per token.
 """
 
+import math
+import operator
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
@@ -32,8 +34,8 @@ class RoutingOverride:
         k: number of experts a token chooses, by default the route's.
 
     Raises:
-        ValueError: there is no such expert, too few are left to choose from, or the forced ones
-            are of more groups than the route chooses.
+        ValueError: an argument is of another type, there is no such expert, too few are left to
+            choose from, or the forced ones are of more groups than the route chooses.
     """
 
     def __init__(
@@ -45,9 +47,9 @@ class RoutingOverride:
         bias: Mapping[int, float] | None = None,
         k: int | None = None,
     ) -> None:
-        bias = bias or {}
+        force, ban, bias = _indices("force", force), _indices("ban", ban), _biases(bias or {})
         keywords = layer.router.keywords
-        self.k = keywords["k"] if k is None else k
+        self.k = keywords["k"] if k is None else _integer("k", k)
         self._fn = partial(layer.router, k=self.k)
         num_groups, topk_groups = keywords.get("num_groups", 1), keywords.get("topk_groups", 1)
         num_choices = len(layer.gate)
@@ -91,9 +93,10 @@ def routing_overrides(
 
     `options` are those of `RoutingOverride`.
 
-    Raises ValueError where a layer has no experts, or where routing is overridden already.
+    Raises ValueError for arguments that do not fit, where a layer has no experts, or where routing
+    is overridden already.
     """
-    chosen = with_experts.keys() if layers is None else layers
+    chosen = with_experts.keys() if layers is None else _indices("layers", layers)
     if missing := sorted(set(chosen) - with_experts.keys()):
         raise ValueError(
             f"layers: layer {missing[0]} has no experts; those with experts are "
@@ -133,6 +136,34 @@ class OverriddenRouting:
 
     def __exit__(self, *_: object) -> None:
         self.undo()
+
+
+def _integer(name: str, given: Any) -> int:
+    try:
+        return operator.index(given)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {given!r}") from None
+
+
+def _indices(name: str, given: Collection[int]) -> list[int]:
+    if isinstance(given, str | bytes) or not isinstance(given, Collection):
+        raise ValueError(f"{name} must be a list of indices, such as [3], got {given!r}")
+    return [_integer(f"each index in {name}", index) for index in given]
+
+
+def _biases(given: Mapping[int, float]) -> dict[int, float]:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"bias must map experts to numbers, such as {{3: 1.5}}, got {given!r}")
+    bias = {}
+    for expert, value in given.items():
+        try:
+            number = math.nan if isinstance(value, str) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isnan(number):
+            raise ValueError(f"bias of expert {expert!r} must be a number, got {value!r}")
+        bias[_integer("each expert in bias", expert)] = number
+    return bias
 
 
 def _validate(

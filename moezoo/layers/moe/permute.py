@@ -8,13 +8,23 @@ def permute(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Sort topk_ids [T, K] by expert; return order [T*K] int32 and offsets [E+1] int32.
 
     order[offsets[e]:offsets[e+1]] are the flat positions t*K + k at which expert e was chosen, in
-    ascending order. Positions with a negative id come last, from offsets[E] on: experts skip them.
+    ascending order. Positions with an id outside 0 to E-1 come last, from offsets[E] on: experts
+    skip them.
     """
     ids = topk_ids.flatten()
     ids = ids.where(ids >= 0, num_experts)
     sorted_ids, order = ids.sort(stable=True)
     experts = torch.arange(num_experts + 1, device=ids.device, dtype=ids.dtype)
     return order.int(), torch.searchsorted(sorted_ids, experts, out_int32=True)
+
+
+def check_ids(topk_ids: Tensor, num_experts: int) -> None:
+    """Raise ValueError for an id outside 0 to E-1 that is not -1; waits for a GPU."""
+    for id_ in (int(bound) for bound in topk_ids.aminmax()):
+        if not -1 <= id_ < num_experts:
+            raise ValueError(
+                f"topk_ids has {id_}, expected 0 to {num_experts - 1}, or -1 for no expert"
+            )
 
 
 def combine(y: Tensor, topk_weights: Tensor) -> Tensor:

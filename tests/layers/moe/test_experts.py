@@ -224,6 +224,15 @@ def test_a_bad_token_touches_no_other(device: torch.device) -> None:
     assert torch.equal(run(args)[others], expected[others])
 
 
+@pytest.mark.parametrize("num_tokens", [1, 5])
+@pytest.mark.parametrize("id_", [4, -2])
+def test_ids_of_no_expert_are_refused(num_tokens: int, id_: int) -> None:
+    args = make(num_tokens, 2, (4, 24, 16), torch.float32, torch.device("cpu"))
+    args["topk_ids"][-1, 1] = id_
+    with pytest.raises(ValueError, match=f"topk_ids has {id_}, expected 0 to 3, or -1"):
+        run(args)
+
+
 def test_works_in_chunks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     args = make(45, 2, (4, 24, 16), torch.float32, device)
     expected = naive(args)

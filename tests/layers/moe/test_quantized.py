@@ -191,6 +191,14 @@ def test_bad_rows_stay_alone(kind: str, device: torch.device) -> None:
     assert torch.equal(run(args)[others], expected[others])
 
 
+@pytest.mark.parametrize("id_", [6, -2])
+def test_ids_of_no_expert_are_refused(id_: int) -> None:
+    args = make("int8", 5, torch.device("cpu"))
+    args["topk_ids"][-1, 1] = id_
+    with pytest.raises(ValueError, match=f"topk_ids has {id_}, expected 0 to "):
+        run(args)
+
+
 def ordered(cls: type[Int4] | type[Int8], w: Tensor, *, shared: bool) -> Int4 | Int8:
     """w [.., N, K] in groups of an order of its columns; gate and up may share theirs."""
     *leading, _, k = w.shape
