@@ -30,7 +30,7 @@ from moezoo.generation.paged import counts_padding, row_state_bytes, windows
 from moezoo.generation.turns import largest, make_remaining_passes
 from moezoo.layers.context import DenseContext
 from moezoo.layers.decoder import Decoder
-from moezoo.layers.mask import CausalMask, visible_tokens
+from moezoo.layers.mask import CausalMask, packed_positions, visible_tokens
 from moezoo.layers.moe import OverriddenRouting, routing_overrides
 from moezoo.loaders.save import save_pretrained
 from moezoo.parallel.gather import SAVING
@@ -313,7 +313,8 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         """Return logits [B, T, V] for input_ids int [B, T] or inputs_embeds [B, T, H].
 
         attention_mask is [B, past + T], 0 at padding on either side, or a 4-D mask. position_ids
-        [B, T] default to counting on from the cache. `logits_to_keep` keeps the last n positions
+        [B, T] default to counting on from the cache; with neither mask nor cache, texts packed into
+        a row are kept apart where positions start anew. `logits_to_keep` keeps the last n positions
         (0: all), those of a 1-D index tensor, those of each row [B, n] int, or, flattened to
         [n, V], where [B, T] bool is true. Raises `ValueError` for no row or no token,
         and for what the layers do not return: attentions and router logits.
@@ -344,12 +345,15 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        packed = None
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
+        elif attention_mask is None and past_key_values is None:
+            packed = packed_positions(position_ids)
         states: list[torch.Tensor] | None = [] if output_hidden_states else None
         context = DenseContext(
             self.decoder.rotation(position_ids),
-            CausalMask(past, x.shape[1], x.device, visible_tokens(attention_mask)),
+            CausalMask(past, x.shape[1], x.device, visible_tokens(attention_mask), packed),
             past_key_values,
         )
         joint: AbstractContextManager[None] = nullcontext()

@@ -13,6 +13,7 @@ import transformers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DataCollatorWithFlattening,
     DynamicCache,
     GenerationMixin,
     PreTrainedModel,
@@ -24,6 +25,7 @@ from transformers import (
 
 import moezoo
 from moezoo.assets import tiny_model
+from moezoo.layers.mask import packed_positions
 
 STORY = (
     "The old fisherman had promised his daughter a kite. He folded the paper twice, tied it to a"
@@ -164,6 +166,26 @@ def test_four_dimensional_mask(pair: Pair, kind: str) -> None:
     packed = pair.ours(ids, attention_mask=mask, position_ids=positions).logits
     assert difference(packed[:, :4], pair.ours(ids[:, :4]).logits) < 2e-5
     assert difference(packed[:, 4:], pair.ours(ids[:, 4:]).logits) < 2e-5
+
+
+def test_loss_of_flattened_texts(pair: Pair) -> None:
+    """As transformers' collator packs them for training."""
+    texts = [{"input_ids": pair.tokenizer(text)["input_ids"]} for text in (STORY, *PROMPTS)]
+    batch = DataCollatorWithFlattening(return_tensors="pt")(texts)
+    ours, theirs = (model(**batch, use_cache=False) for model in (pair.ours, pair.theirs))
+    assert difference(ours.logits, theirs.logits) < 2e-5
+    assert abs(ours.loss - theirs.loss) < 1e-5
+    lengths = [len(text["input_ids"]) for text in texts]
+    for text, logits in zip(texts, ours.logits.split(lengths, 1), strict=True):
+        assert difference(logits, pair.ours(torch.tensor([text["input_ids"]])).logits) < 2e-5
+
+
+def test_positions_that_count_on_need_no_mask(pair: Pair) -> None:
+    assert packed_positions(torch.arange(7, 12)[None]) is None
+    assert packed_positions(torch.tensor([[3]])) is None
+    ids = torch.arange(30, 42)[None]
+    counted = pair.ours(ids, position_ids=torch.arange(12)[None], use_cache=False).logits
+    assert counted.equal(pair.ours(ids, use_cache=False).logits)
 
 
 def test_mask_with_holes(pair: Pair) -> None:
