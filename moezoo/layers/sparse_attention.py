@@ -22,7 +22,8 @@ class SparseLatentAttention(MultiHeadLatentAttention):
 
     The cache holds the indexer's keys beside the latents, C + R + I numbers a token. `rotate_index`
     rotates the first R numbers of the indexer's queries and keys. `layer_type` is the layer's type
-    in `config.layer_types`. It has no kernels, and steps are not captured.
+    in `config.layer_types`. It has no kernels, and steps are not captured. Keys and values are
+    never expanded, so `kv_b` may neither be hooked nor be a module of others: `ValueError`.
     """
 
     prevents_capture = True
@@ -57,6 +58,11 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         return ((1, self.kv_norm.dim + self.rope_dim + self.index_dim),)
 
     def forward(self, x: Tensor | NormOfSum, context: Context, layer_idx: int) -> Tensor:
+        if not self.absorbs:
+            raise ValueError(
+                "kv_b of attention with an indexer is never called, only its weight is used: leave "
+                "out its adapter, hook or replacement"
+            )
         x = normed(x)
         assert isinstance(self.q, LowRankLinear)
         low = self.q.norm(self.q.a(x))
