@@ -128,8 +128,9 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.decoder.lm_head or self.decoder.embed
 
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.decoder.lm_head = new_embeddings
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        # transformers resizes a tied head as well, which is the embedding.
+        self.decoder.lm_head = None if new_embeddings is self.decoder.embed else new_embeddings
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(
@@ -316,8 +317,8 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         [B, T] default to counting on from the cache; with neither mask nor cache, texts packed into
         a row are kept apart where positions start anew. `logits_to_keep` keeps the last n positions
         (0: all), those of a 1-D index tensor, those of each row [B, n] int, or, flattened to
-        [n, V], where [B, T] bool is true. Raises `ValueError` for no row or no token,
-        and for what the layers do not return: attentions and router logits.
+        [n, V], where [B, T] bool is true. Raises `ValueError` for no row or no token, for a mask of
+        another shape, and for what the layers do not return: attentions and router logits.
         """
         for option in ("output_attentions", "output_router_logits"):
             if kwargs.pop(option, False):
@@ -351,11 +352,10 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         elif attention_mask is None and past_key_values is None:
             packed = packed_positions(position_ids)
         states: list[torch.Tensor] | None = [] if output_hidden_states else None
-        context = DenseContext(
-            self.decoder.rotation(position_ids),
-            CausalMask(past, x.shape[1], x.device, visible_tokens(attention_mask), packed),
-            past_key_values,
-        )
+        batch, length, _ = x.shape
+        visible = visible_tokens(attention_mask, batch, past + length)
+        mask = CausalMask(past, length, x.device, visible, packed)
+        context = DenseContext(self.decoder.rotation(position_ids), mask, past_key_values)
         joint: AbstractContextManager[None] = nullcontext()
         if peers is not None:
             turn = peers.begin(0, [] if input_ids is None else input_ids.tolist())
@@ -396,8 +396,15 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         for option in IGNORED_KWARGS:
             model_kwargs.pop(option, None)
         cache = model_kwargs.get("past_key_values")
+        attention_mask = model_kwargs.get("attention_mask")
+        length = input_ids.shape[1]
+        if attention_mask is None:  # `generate` drops a mask that hides nothing
+            mask_length = getattr(generation_config, "_mask_length", length)
+        else:
+            mask_length = attention_mask.shape[1]
         needs_other_loop = (
             synced_gpus
+            or mask_length != length  # the caller leaves out the tokens in the cache
             or set(model_kwargs) - ENGINE_KWARGS
             or not isinstance(cache, DynamicCache)
             or generation_config.cache_implementation not in (None, "dynamic")
@@ -420,7 +427,6 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         _check_ids(input_ids)
         # Private, and the only sign by which `generate` tells the caller's cache from its own.
         own_cache = cache.get_seq_length() == 0 and not getattr(cache, "_is_user_defined", False)
-        attention_mask = model_kwargs.get("attention_mask")
         position_ids = model_kwargs.get("position_ids")
         prompts = None
         returns_cache = generation_config.return_dict_in_generate

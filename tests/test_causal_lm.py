@@ -278,6 +278,19 @@ def test_no_tokens_are_refused_by_their_shape(pair: Pair, shape: tuple[int, ...]
         pair.ours(inputs_embeds=torch.zeros(*shape, 8))
 
 
+@pytest.mark.parametrize("shape", [(1, 3), (2, 11), (1, 12), (11,), (1, 1, 11)])
+def test_masks_of_another_shape_are_refused(pair: Pair, shape: tuple[int, ...]) -> None:
+    ids = torch.arange(5, 16)[None]
+    cache = pair.ours(ids[:, :4], use_cache=True).past_key_values
+    message = re.escape(f"mask is {list(shape)}, expected [B, past + T], which is [1, 11]")
+    for number in (0, 1):
+        mask = torch.full(shape, number)
+        with pytest.raises(ValueError, match=message):
+            pair.ours(ids, attention_mask=mask)
+        with pytest.raises(ValueError, match=message):
+            pair.ours(ids[:, 4:], attention_mask=mask, past_key_values=cache)
+
+
 def test_what_the_config_says_of_outputs_is_a_default(pair: Pair) -> None:
     ids = torch.tensor([[1, 2, 3]])
     pair.ours.config.output_hidden_states = True
@@ -297,6 +310,7 @@ def test_token_type_ids_are_ignored_as_in_transformers(pair: Pair) -> None:
 def test_embeddings_can_be_resized(tmp_path: Path) -> None:
     model = load(torch.float32).ours
     model.resize_token_embeddings(4100, mean_resizing=False)
+    assert model.decoder.lm_head is None
     assert model(torch.tensor([[4099]])).logits.shape == (1, 1, 4100)
     model.save_pretrained(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).vocab_size == 4100

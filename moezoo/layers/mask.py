@@ -86,11 +86,21 @@ class CausalMask:
         return (mask & visible[:, None, None]) | (keys == queries)
 
 
-def visible_tokens(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+def visible_tokens(
+    attention_mask: torch.Tensor | None, batch: int, total: int
+) -> torch.Tensor | None:
     """Convert a mask to what `CausalMask` takes: a 2-D one to bool, or to None if it hides nothing;
-    a 4-D one stays as it is."""
+    a 4-D one stays as it is.
+
+    Raises `ValueError` for another shape than [batch, total], the rows and all tokens so far.
+    """
     if attention_mask is None or attention_mask.dim() == 4:
         return attention_mask
+    if attention_mask.shape != (batch, total):
+        raise ValueError(
+            f"attention_mask is {list(attention_mask.shape)}, expected [B, past + T], which is "
+            f"{[batch, total]}, or a 4-D mask"
+        )
     visible = attention_mask.bool()
     # A graph that torch.compile traces has to work for any mask.
     return visible if torch.compiler.is_compiling() or not visible.all() else None

@@ -34,7 +34,6 @@ from moezoo.generation.decode import decode, decode_paged, unpadded
 from moezoo.generation.engine import Engine
 from moezoo.generation.graphs import capturable
 from moezoo.generation.keeper import EngineKeeper
-from moezoo.layers.mask import visible_tokens
 
 PROMPTS = ["Once upon a time there was a little fox", "The boat", "In the morning, the king said"]
 PAD = 0
@@ -103,7 +102,7 @@ def both(model, inputs, processors=(), criteria=(), *, engine=None, **settings):
                 input_ids,
                 growing_cache(model.config),
                 attention_mask=mask,
-                position_ids=None if visible_tokens(mask) is None else positions,
+                position_ids=None if mask.all() else positions,
                 **arguments,
             )
         assert stream.ended
