@@ -89,6 +89,8 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.loss_type = "ForCausalLM"
         self._engines = EngineKeeper()
+        # HY 3's config says so. Elsewhere, and where it is set later, it is refused.
+        self._released_for_router_logits = getattr(config, "output_router_logits", False)
         # transformers reads this before it removes tokens from a cache, as assisted decoding does.
         self._is_stateful = row_state_bytes(decoder) > 0
         self.mesh: Mesh | None = None
@@ -320,8 +322,12 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         [n, V], where [B, T] bool is true. Raises `ValueError` for no row or no token, for a mask of
         another shape, and for what the layers do not return: attentions and router logits.
         """
-        for option in ("output_attentions", "output_router_logits"):
-            if kwargs.pop(option, False):
+        wants_router_logits = not self._released_for_router_logits and getattr(
+            self.config, "output_router_logits", False
+        )
+        defaults = {"output_attentions": False, "output_router_logits": wants_router_logits}
+        for option, default in defaults.items():
+            if kwargs.pop(option, default):
                 raise ValueError(f"{option}=True: moezoo's layers do not return them")
         for option in IGNORED_KWARGS:
             kwargs.pop(option, None)
@@ -369,8 +375,9 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.vocab_size, **kwargs)
-        elif kwargs:
-            raise TypeError(f"forward() got unexpected arguments: {', '.join(sorted(kwargs))}")
+        elif unexpected := kwargs.keys() - {"num_items_in_batch"}:
+            # Trainer gives the number to functions of its own as well, which compute the loss.
+            raise TypeError(f"forward() got unexpected arguments: {', '.join(sorted(unexpected))}")
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

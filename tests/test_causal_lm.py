@@ -257,6 +257,26 @@ def test_what_the_layers_do_not_return(pair: Pair, option: str) -> None:
         pair.ours(torch.tensor([[1]]), **{option: True})
 
 
+def test_router_logits_that_the_config_asks_for(pair: Pair) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    pair.ours.config.output_router_logits = True
+    try:
+        with pytest.raises(ValueError, match="output_router_logits=True"):
+            pair.ours(ids)
+        without = pair.ours(ids, output_router_logits=False).logits
+    finally:
+        pair.ours.config.output_router_logits = False
+    assert without.equal(pair.ours(ids).logits)
+
+
+def test_a_number_of_items_without_labels_is_for_a_loss_elsewhere(pair: Pair) -> None:
+    """As Trainer passes it with label smoothing or a loss function."""
+    ids = torch.tensor([[1, 2, 3]])
+    output = pair.ours(ids, num_items_in_batch=torch.tensor(2))
+    assert output.loss is None
+    assert output.logits.equal(pair.ours(ids).logits)
+
+
 def test_wrong_calls(pair: Pair) -> None:
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         pair.ours()
