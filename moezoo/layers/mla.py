@@ -175,6 +175,12 @@ class MultiHeadLatentAttention(SequenceMixer):
         )
         return key, value
 
+    def _heads(self, latent: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Expand latents [B, S, C] into all heads' keys, [B, N, S, nope_dim], and values,
+        [B, N, S, v_dim]."""
+        kv = self.kv_b(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return kv.split_with_sizes((self.nope_dim, self.v_dim), -1)
+
     def _attend_to_latents(self, q: torch.Tensor, keys: Keys, context: Context) -> torch.Tensor:
         """Attend with q [B, T, N, ..] to the latents; return [B, T, N, v_dim]."""
         key, value = self._projections()
@@ -187,6 +193,5 @@ class MultiHeadLatentAttention(SequenceMixer):
         [B, T, N, v_dim]."""
         latents = context.latents(keys)
         latent, k_rope = latents.split_with_sizes((self.latent_dim, self.rope_dim), -1)
-        kv = self.kv_b(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k, v = kv.split_with_sizes((self.nope_dim, self.v_dim), -1)
+        k, v = self._heads(latent)
         return context.attend_to(q, k, v, shared_keys=k_rope, scale=self.scale)

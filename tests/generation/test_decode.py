@@ -265,9 +265,12 @@ def test_adapters_around_layers_work_and_their_switches_count(model, inputs):
 
 
 @pytest.mark.parametrize("how", ["replaced", "hooked"])
-def test_keys_and_values_of_adapters_and_their_logits(how):
+@pytest.mark.parametrize(
+    "model_type, name", [("deepseek_v3", "groups"), ("deepseek_v32", "five-keys")]
+)
+def test_keys_and_values_of_adapters_and_their_logits(model_type, name, how):
     """Latents are expanded in every step where the projections are not plain."""
-    config = AutoConfig.for_model("deepseek_v3", **CONFIGURATIONS["deepseek_v3"]["groups"])
+    config = AutoConfig.for_model(model_type, **CONFIGURATIONS[model_type][name])
     torch.manual_seed(0)
     model = moezoo.from_config(config, dtype="float32", device="cpu")
     mask = torch.ones(3, 9, dtype=torch.long)
@@ -276,6 +279,12 @@ def test_keys_and_values_of_adapters_and_their_logits(how):
     settings = {"output_logits": True}
     before = both(model, inputs, **settings)
     decoder = model.decoder
+    handles = [x.attn.kv_b.register_forward_hook(lambda *_: None) for x in decoder.layers]
+    torch.testing.assert_close(
+        both(model, inputs, **settings)[0][0].logits, before[0][0].logits, atol=1e-4, rtol=1e-4
+    )
+    for handle in handles:
+        handle.remove()
     for owner, name in ((decoder, "lm_head"), *((layer.attn, "kv_b") for layer in decoder.layers)):
         if how == "replaced":
             setattr(owner, name, Adapter(getattr(owner, name)))
