@@ -30,7 +30,7 @@ from moezoo.generation.paged import counts_padding, row_state_bytes, windows
 from moezoo.generation.turns import largest, make_remaining_passes
 from moezoo.layers.context import DenseContext
 from moezoo.layers.decoder import Decoder
-from moezoo.layers.mask import CausalMask, visible_tokens
+from moezoo.layers.mask import CausalMask, packed_positions, visible_tokens
 from moezoo.layers.moe import OverriddenRouting, routing_overrides
 from moezoo.loaders.save import save_pretrained
 from moezoo.parallel.gather import SAVING
@@ -89,6 +89,8 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.loss_type = "ForCausalLM"
         self._engines = EngineKeeper()
+        # HY 3's config says so. Elsewhere, and where it is set later, it is refused.
+        self._released_for_router_logits = getattr(config, "output_router_logits", False)
         # transformers reads this before it removes tokens from a cache, as assisted decoding does.
         self._is_stateful = row_state_bytes(decoder) > 0
         self.mesh: Mesh | None = None
@@ -128,8 +130,9 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.decoder.lm_head or self.decoder.embed
 
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.decoder.lm_head = new_embeddings
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        # transformers resizes a tied head as well, which is the embedding.
+        self.decoder.lm_head = None if new_embeddings is self.decoder.embed else new_embeddings
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(
@@ -314,13 +317,18 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         """Return logits [B, T, V] for input_ids int [B, T] or inputs_embeds [B, T, H].
 
         attention_mask is [B, past + T], 0 at padding on either side, or a 4-D mask. position_ids
-        [B, T] default to counting on from the cache. `logits_to_keep` keeps the last n positions
+        [B, T] default to counting on from the cache; with neither mask nor cache, texts packed into
+        a row are kept apart where positions start anew. `logits_to_keep` keeps the last n positions
         (0: all), those of a 1-D index tensor, those of each row [B, n] int, or, flattened to
-        [n, V], where [B, T] bool is true. Raises `ValueError` for no row or no token,
-        and for what the layers do not return: attentions and router logits.
+        [n, V], where [B, T] bool is true. Raises `ValueError` for no row or no token, for a mask of
+        another shape, and for what the layers do not return: attentions and router logits.
         """
-        for option in ("output_attentions", "output_router_logits"):
-            if kwargs.pop(option, False):
+        wants_router_logits = not self._released_for_router_logits and getattr(
+            self.config, "output_router_logits", False
+        )
+        defaults = {"output_attentions": False, "output_router_logits": wants_router_logits}
+        for option, default in defaults.items():
+            if kwargs.pop(option, default):
                 raise ValueError(f"{option}=True: moezoo's layers do not return them")
         for option in IGNORED_KWARGS:
             kwargs.pop(option, None)
@@ -345,14 +353,16 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        packed = None
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
+        elif attention_mask is None and past_key_values is None:
+            packed = packed_positions(position_ids)
         states: list[torch.Tensor] | None = [] if output_hidden_states else None
-        context = DenseContext(
-            self.decoder.rotation(position_ids),
-            CausalMask(past, x.shape[1], x.device, visible_tokens(attention_mask)),
-            past_key_values,
-        )
+        batch, length, _ = x.shape
+        visible = visible_tokens(attention_mask, batch, past + length)
+        mask = CausalMask(past, length, x.device, visible, packed)
+        context = DenseContext(self.decoder.rotation(position_ids), mask, past_key_values)
         joint: AbstractContextManager[None] = nullcontext()
         if peers is not None:
             turn = peers.begin(0, [] if input_ids is None else input_ids.tolist())
@@ -366,8 +376,9 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.vocab_size, **kwargs)
-        elif kwargs:
-            raise TypeError(f"forward() got unexpected arguments: {', '.join(sorted(kwargs))}")
+        elif unexpected := kwargs.keys() - {"num_items_in_batch"}:
+            # Trainer gives the number to functions of its own as well, which compute the loss.
+            raise TypeError(f"forward() got unexpected arguments: {', '.join(sorted(unexpected))}")
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -393,8 +404,15 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         for option in IGNORED_KWARGS:
             model_kwargs.pop(option, None)
         cache = model_kwargs.get("past_key_values")
+        attention_mask = model_kwargs.get("attention_mask")
+        length = input_ids.shape[1]
+        if attention_mask is None:  # `generate` drops a mask that hides nothing
+            mask_length = getattr(generation_config, "_mask_length", length)
+        else:
+            mask_length = attention_mask.shape[1]
         needs_other_loop = (
             synced_gpus
+            or mask_length != length  # the caller leaves out the tokens in the cache
             or set(model_kwargs) - ENGINE_KWARGS
             or not isinstance(cache, DynamicCache)
             or generation_config.cache_implementation not in (None, "dynamic")
@@ -417,7 +435,6 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         _check_ids(input_ids)
         # Private, and the only sign by which `generate` tells the caller's cache from its own.
         own_cache = cache.get_seq_length() == 0 and not getattr(cache, "_is_user_defined", False)
-        attention_mask = model_kwargs.get("attention_mask")
         position_ids = model_kwargs.get("position_ids")
         prompts = None
         returns_cache = generation_config.return_dict_in_generate

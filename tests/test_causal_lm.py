@@ -13,6 +13,7 @@ import transformers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DataCollatorWithFlattening,
     DynamicCache,
     GenerationMixin,
     PreTrainedModel,
@@ -24,6 +25,7 @@ from transformers import (
 
 import moezoo
 from moezoo.assets import tiny_model
+from moezoo.layers.mask import packed_positions
 
 STORY = (
     "The old fisherman had promised his daughter a kite. He folded the paper twice, tied it to a"
@@ -166,6 +168,26 @@ def test_four_dimensional_mask(pair: Pair, kind: str) -> None:
     assert difference(packed[:, 4:], pair.ours(ids[:, 4:]).logits) < 2e-5
 
 
+def test_loss_of_flattened_texts(pair: Pair) -> None:
+    """As transformers' collator packs them for training."""
+    texts = [{"input_ids": pair.tokenizer(text)["input_ids"]} for text in (STORY, *PROMPTS)]
+    batch = DataCollatorWithFlattening(return_tensors="pt")(texts)
+    ours, theirs = (model(**batch, use_cache=False) for model in (pair.ours, pair.theirs))
+    assert difference(ours.logits, theirs.logits) < 2e-5
+    assert abs(ours.loss - theirs.loss) < 1e-5
+    lengths = [len(text["input_ids"]) for text in texts]
+    for text, logits in zip(texts, ours.logits.split(lengths, 1), strict=True):
+        assert difference(logits, pair.ours(torch.tensor([text["input_ids"]])).logits) < 2e-5
+
+
+def test_positions_that_count_on_need_no_mask(pair: Pair) -> None:
+    assert packed_positions(torch.arange(7, 12)[None]) is None
+    assert packed_positions(torch.tensor([[3]])) is None
+    ids = torch.arange(30, 42)[None]
+    counted = pair.ours(ids, position_ids=torch.arange(12)[None], use_cache=False).logits
+    assert counted.equal(pair.ours(ids, use_cache=False).logits)
+
+
 def test_mask_with_holes(pair: Pair) -> None:
     ids = torch.arange(30, 42).view(1, 12)
     mask = torch.tensor([[1, 1, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1]])
@@ -235,6 +257,26 @@ def test_what_the_layers_do_not_return(pair: Pair, option: str) -> None:
         pair.ours(torch.tensor([[1]]), **{option: True})
 
 
+def test_router_logits_that_the_config_asks_for(pair: Pair) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    pair.ours.config.output_router_logits = True
+    try:
+        with pytest.raises(ValueError, match="output_router_logits=True"):
+            pair.ours(ids)
+        without = pair.ours(ids, output_router_logits=False).logits
+    finally:
+        pair.ours.config.output_router_logits = False
+    assert without.equal(pair.ours(ids).logits)
+
+
+def test_a_number_of_items_without_labels_is_for_a_loss_elsewhere(pair: Pair) -> None:
+    """As Trainer passes it with label smoothing or a loss function."""
+    ids = torch.tensor([[1, 2, 3]])
+    output = pair.ours(ids, num_items_in_batch=torch.tensor(2))
+    assert output.loss is None
+    assert output.logits.equal(pair.ours(ids).logits)
+
+
 def test_wrong_calls(pair: Pair) -> None:
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         pair.ours()
@@ -256,6 +298,19 @@ def test_no_tokens_are_refused_by_their_shape(pair: Pair, shape: tuple[int, ...]
         pair.ours(inputs_embeds=torch.zeros(*shape, 8))
 
 
+@pytest.mark.parametrize("shape", [(1, 3), (2, 11), (1, 12), (11,), (1, 1, 11)])
+def test_masks_of_another_shape_are_refused(pair: Pair, shape: tuple[int, ...]) -> None:
+    ids = torch.arange(5, 16)[None]
+    cache = pair.ours(ids[:, :4], use_cache=True).past_key_values
+    message = re.escape(f"mask is {list(shape)}, expected [B, past + T], which is [1, 11]")
+    for number in (0, 1):
+        mask = torch.full(shape, number)
+        with pytest.raises(ValueError, match=message):
+            pair.ours(ids, attention_mask=mask)
+        with pytest.raises(ValueError, match=message):
+            pair.ours(ids[:, 4:], attention_mask=mask, past_key_values=cache)
+
+
 def test_what_the_config_says_of_outputs_is_a_default(pair: Pair) -> None:
     ids = torch.tensor([[1, 2, 3]])
     pair.ours.config.output_hidden_states = True
@@ -275,6 +330,7 @@ def test_token_type_ids_are_ignored_as_in_transformers(pair: Pair) -> None:
 def test_embeddings_can_be_resized(tmp_path: Path) -> None:
     model = load(torch.float32).ours
     model.resize_token_embeddings(4100, mean_resizing=False)
+    assert model.decoder.lm_head is None
     assert model(torch.tensor([[4099]])).logits.shape == (1, 1, 4100)
     model.save_pretrained(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).vocab_size == 4100

@@ -1,9 +1,11 @@
 """What people use beside moezoo: streamers, peft, accelerate's device maps, torch's profiler."""
 
+from copy import deepcopy
 from threading import Thread
 
 import pytest
 import torch
+from configurations import CONFIGURATIONS, reference
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
 
 import moezoo
@@ -98,6 +100,57 @@ def test_a_lora_step_has_the_gradient_of_transformers(model, ids):
         gradients.append(found)
     for ours, their in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, their, atol=1e-5, rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def latent_pair(tmp_path_factory):
+    """Latent attention and a head of its own, ours and transformers'."""
+    theirs = reference("deepseek_v3", CONFIGURATIONS["deepseek_v3"]["groups"])
+    folder = tmp_path_factory.mktemp("latent")
+    theirs.save_pretrained(folder)
+    ours = moezoo.from_pretrained(folder, dtype="float32", device="cpu", progress=False)
+    return ours, theirs
+
+
+def test_lora_on_latent_attention_and_the_head(latent_pair):
+    """Gradients and then logits are transformers', of modules whose weights are read elsewhere."""
+    peft = pytest.importorskip("peft")
+    ids = torch.arange(1, 12)[None]
+    sides, found = (["o", "kv_b", "lm_head"], ["o_proj", "kv_b_proj", "lm_head"]), []
+    for model, targets in zip(latent_pair, sides, strict=True):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(target_modules=targets, r=2, task_type="CAUSAL_LM")
+        adapted = peft.get_peft_model(deepcopy(model), config)
+        adapted(input_ids=ids, labels=ids).loss.backward()
+        learnt = [p for name, p in adapted.named_parameters() if "lora_B" in name]
+        assert all(p.grad.any() for p in learnt)
+        gradients = [p.grad.clone() for p in learnt]
+        with torch.no_grad():
+            for p in learnt:
+                p.add_(p.grad.sign(), alpha=0.1)
+        found.append((*gradients, logits(adapted, ids)))
+        assert not torch.allclose(found[-1][-1], logits(model, ids), atol=0.1)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+def test_replaced_and_hooked_heads_are_called(latent_pair):
+    model = deepcopy(latent_pair[0])
+    decoder, ids = model.decoder, torch.arange(1, 12)[None]
+    before, seen = logits(model, ids), []
+    modules = [decoder.lm_head, *(layer.attn.kv_b for layer in decoder.layers)]
+    handles = [m.register_forward_hook(lambda *_: seen.append(1)) for m in modules]
+    torch.testing.assert_close(logits(model, ids), before, atol=1e-4, rtol=1e-4)
+    assert len(seen) == len(modules)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(logits(model, ids), before)
+    head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False)
+    head.weight = decoder.lm_head.weight
+    decoder.lm_head = head
+    assert torch.equal(logits(model, ids), before)
+    decoder.lm_head = torch.nn.Sequential(head, torch.nn.Tanh())
+    assert torch.equal(logits(model, ids), before.tanh())
 
 
 def test_layers_on_several_devices(model, ids, tmp_path):

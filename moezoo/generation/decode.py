@@ -55,7 +55,7 @@ def decode(
     device = decoder.embed.weight.device
     sequences = input_ids.to(device)
     past = int(cache.get_seq_length())
-    visible = visible_tokens(attention_mask)
+    visible = visible_tokens(attention_mask, *sequences.shape)
     if visible is not None:
         visible = visible.to(device)
     if position_ids is None:

@@ -11,6 +11,7 @@ from torch import nn
 from moezoo.generation.turns import smallest
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.mixer import SequenceMixer
+from moezoo.layers.mla import MultiHeadLatentAttention
 from moezoo.layers.moe import RoutingRecorder
 from moezoo.layers.norm import is_hooked
 
@@ -31,6 +32,8 @@ def capturable(decoder: nn.Module) -> bool:
     return not any(
         is_hooked(module)
         or (isinstance(module, SequenceMixer | RoutingRecorder) and module.prevents_capture)
+        # A step that expands latents asks the GPU for the longest sequence.
+        or (isinstance(module, MultiHeadLatentAttention) and not module.absorbs)
         for module in decoder.modules()
     )
 

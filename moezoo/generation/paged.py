@@ -23,7 +23,7 @@ from moezoo.generation.cache import growing_cache
 from moezoo.generation.pages import PAGE_SIZE, num_pages
 from moezoo.layers.attention import GroupedQueryAttention
 from moezoo.layers.chosen_keys import Chooser, attend_to_chosen
-from moezoo.layers.context import Keys
+from moezoo.layers.context import Keys, whole_keys
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.kernels.windows import first_key
 from moezoo.layers.mask import CausalMask
@@ -237,12 +237,17 @@ class DecodeContext(PagedContext):
         return self.lengths[None] - 1
 
     def latents(self, keys: Keys) -> Tensor:
-        raise AssertionError("one query a sequence attends to the latents themselves")
+        """Return the latents of each row's tokens, [T, S, C + R], padded on the left."""
+        index, _ = self._padded[None]
+        return keys.keys[index].squeeze(2)
 
     def attend_to(
         self, q: Tensor, k: Tensor, v: Tensor, *, shared_keys: Tensor, scale: float
     ) -> Tensor:
-        raise AssertionError("keys and values of decoding are in pages")
+        _, mask = self._padded[None]
+        k = whole_keys(k, shared_keys)
+        out = attend(q.squeeze(0).unsqueeze(2), k, v, mask, scale=scale)
+        return out.squeeze(2).unsqueeze(0)
 
     def attend(
         self,

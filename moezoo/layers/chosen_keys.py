@@ -4,6 +4,7 @@ Legend: B batch, T new tokens, S keys (cached and new), N heads, D key width, M 
 indexer, I width of its keys.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,19 +19,22 @@ class Chooser(NamedTuple):
     """An indexer's queries [B, T, M, I] and the weights of its heads, fp32 [B, T, M].
 
     A token sees the `topk` keys with the largest weighted sum of the heads' positive scores.
+    `expand`, if given, computes all heads' keys [B, N, S, D] and values from those that are stored.
     """
 
     queries: Tensor
     weights: Tensor
     topk: int
+    expand: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
     def of(self, tokens: slice) -> "Chooser":
         """Return the chooser of some of the T tokens."""
-        return Chooser(self.queries[:, tokens], self.weights[:, tokens], self.topk)
+        return self._replace(queries=self.queries[:, tokens], weights=self.weights[:, tokens])
 
     def transposed(self) -> "Chooser":
         """Return the chooser with the dimensions B and T exchanged."""
-        return Chooser(self.queries.transpose(0, 1), self.weights.transpose(0, 1), self.topk)
+        queries, weights = self.queries.transpose(0, 1), self.weights.transpose(0, 1)
+        return self._replace(queries=queries, weights=weights)
 
     def chosen(self, keys: Tensor, allowed: Tensor | None) -> Tensor:
         """Return which of the keys [B, S, I] are chosen, bool [B, 1, T, S], among those that are
@@ -50,11 +54,17 @@ def attend_to_chosen(
     """Attend with q [B, T, N, D] to the chosen keys; return [B, T, N, dim].
 
     stored [B, S, D + I] has each token's key for attention, whose first `dim` numbers are its
-    value, and then its key for the indexer. `allowed` is broadcastable to [B, 1, T, S], bool or a
-    float to be added to scores.
+    value, and then its key for the indexer. If the chooser has `expand`, it makes keys and values
+    of the first part. `allowed` is broadcastable to [B, 1, T, S], bool or a float to be added to
+    scores.
     """
     batch, length = q.shape[:2]
-    keys, index_keys = stored.split_with_sizes((q.shape[-1], stored.shape[-1] - q.shape[-1]), -1)
+    index_dim = chooser.queries.shape[-1]
+    keys, index_keys = stored.split_with_sizes((stored.shape[-1] - index_dim, index_dim), -1)
+    if chooser.expand is None:
+        k = v = keys[:, None].expand(-1, q.shape[2], -1, -1)
+    else:
+        k, v = chooser.expand(keys)
     if allowed is not None and allowed.dtype != torch.bool:
         allowed = allowed > torch.finfo(allowed.dtype).min / 2
     if allowed is not None:
@@ -66,7 +76,6 @@ def attend_to_chosen(
         seen = None if allowed is None else allowed[:, :, tokens]
         mask = chooser.of(tokens).chosen(index_keys, seen)
         own = q[:, tokens].transpose(1, 2)
-        k = keys[:, None].expand(-1, own.shape[1], -1, -1)
-        attended = F.scaled_dot_product_attention(own, k, k, attn_mask=mask, scale=scale)
+        attended = F.scaled_dot_product_attention(own, k, v, attn_mask=mask, scale=scale)
         out.append(attended[..., :dim].transpose(1, 2))
     return torch.cat(out, 1)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from moezoo.layers.chosen_keys import Chooser, attend_to_chosen
-from moezoo.layers.mask import CausalMask
+from moezoo.layers.mask import CausalMask, text_numbers
 from moezoo.layers.rope import Rotation
 from moezoo.layers.softmax_attention import attend
 from moezoo.layers.states import StateLayer, cache_states, cached_states, no_states
@@ -51,7 +51,7 @@ class Context(Protocol):
 
     @property
     def positions(self) -> torch.Tensor:
-        """Positions of the new tokens in their sequences, int [1, T], counting padding before
+        """Positions of the new tokens in their sequences, int [B or 1, T], counting padding before
         them."""
         ...
 
@@ -164,6 +164,8 @@ class DenseContext:
 
     @property
     def positions(self) -> torch.Tensor:
+        if self.mask.packed is not None:
+            return self.mask.packed
         past = self.mask.past
         return torch.arange(past, past + self.mask.length, device=self.mask.device)[None]
 
@@ -233,6 +235,8 @@ class DenseContext:
     def recur(
         self, layer: StateLayer, inputs: tuple[torch.Tensor, ...], layer_idx: int
     ) -> torch.Tensor:
+        if self.mask.packed is not None:
+            return self._recur_in_texts(layer, inputs, self.mask.packed)
         states = None if self.cache is None else cached_states(self.cache, layer_idx)
         if states is None:
             states = no_states(layer, len(inputs[0]), inputs[0])
@@ -240,6 +244,19 @@ class DenseContext:
         if self.cache is not None:
             cache_states(self.cache, layer_idx, states)
         return out
+
+    def _recur_in_texts(
+        self, layer: StateLayer, inputs: tuple[torch.Tensor, ...], packed: torch.Tensor
+    ) -> torch.Tensor:
+        """Run `layer.mix` on each text of packed rows, from no states."""
+        batch = len(inputs[0])
+        rows = []
+        for row, texts in enumerate(text_numbers(packed).expand(batch, -1)):
+            lengths = texts.bincount().tolist()
+            pieces = zip(*(x[row, None].split(lengths, 1) for x in inputs), strict=True)
+            mixed = (layer.mix(x, no_states(layer, 1, inputs[0]), None)[0] for x in pieces)
+            rows.append(torch.cat(list(mixed), 1))
+        return torch.cat(rows)
 
     @cached_property
     def _real(self) -> torch.Tensor | None:

@@ -17,10 +17,8 @@ from moezoo.layers.context import Context, DenseContext
 from moezoo.layers.linear import Linear, linear
 from moezoo.layers.mixer import SequenceMixer
 from moezoo.layers.moe import Dispatcher, FusedMoE, RoutingRecorder
-from moezoo.layers.norm import RMSNorm, input_for
+from moezoo.layers.norm import RMSNorm, input_for, is_hooked
 from moezoo.layers.peers import Balancer, Peers
-from moezoo.layers.quant import QuantizedWeights
-from moezoo.layers.quantized_linear import quantized_linear
 from moezoo.layers.rope import (
     NoRotation,
     RotaryEmbedding,
@@ -106,7 +104,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.rope = rope
-        self.lm_head: nn.Linear | None = None
+        self.lm_head: nn.Module | None = None
         if not tied:
             self.lm_head = Linear(hidden_size, vocab_size, bias=head_bias)
         self.recorder: RoutingRecorder | None = None
@@ -190,12 +188,14 @@ class Decoder(nn.Module):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits [.., V] of hidden states [.., H] in the model's dtype."""
-        head = self.embed if self.lm_head is None else self.lm_head
-        bias = getattr(head, "bias", None)  # an embedding has none
+        head = self.lm_head
         with device_made_current(x):
-            if isinstance(head.weight, QuantizedWeights):
-                return quantized_linear(x, head.weight(), bias)
-            return linear(x, head.weight, bias)
+            if head is None:
+                return linear(x, self.embed.weight)
+            if type(head) is nn.Linear and not is_hooked(head):
+                return linear(x, head.weight, head.bias)  # as a head of our own does
+            logits: torch.Tensor = head(x)
+            return logits
 
 
 def _to_device(

@@ -13,7 +13,7 @@ from moezoo.device import runs_kernels
 from moezoo.layers.context import Context, Keys
 from moezoo.layers.linear import FusedLinear, Linear
 from moezoo.layers.mixer import SequenceMixer
-from moezoo.layers.norm import NormOfSum, RMSNorm, input_for
+from moezoo.layers.norm import NormOfSum, RMSNorm, input_for, is_hooked
 from moezoo.layers.onednn import ONEDNN_DTYPES
 from moezoo.layers.rope import Rotate, Rotation
 
@@ -84,7 +84,8 @@ class MultiHeadLatentAttention(SequenceMixer):
     few new tokens the heads' key and value projections are absorbed into the query and the output,
     so that attention runs over the latents themselves; with many, keys and values are expanded. `q`
     projects [B, T, H] to [B, T, N * (nope_dim + rope_dim)]. The weight of `kv_b` is used as one
-    matrix for each head, so it is not held quantised.
+    matrix for each head, so it is not held quantised. Where `kv_b` is hooked, or a module of others
+    such as an adapter, keys and values are always expanded, as only then it is called.
     """
 
     keep_dense: ClassVar[tuple[str, ...]] = ("kv_b",)
@@ -129,7 +130,7 @@ class MultiHeadLatentAttention(SequenceMixer):
         project, compress = self.q, self.kv_a
         q = project(input_for(project, x)).unflatten(-1, (self.num_heads, -1))
         q, keys = context.append_latents(self, q, compress(input_for(compress, x)), layer_idx)
-        if context.num_queries < self.absorb_below:
+        if context.num_queries < self.absorb_below and self.absorbs:
             out = self._attend_to_latents(q, keys, context)
         else:
             out = self._attend_to_heads(q, keys, context)
@@ -158,6 +159,12 @@ class MultiHeadLatentAttention(SequenceMixer):
         q_nope, q_rope = q.split_with_sizes((self.nope_dim, self.rope_dim), -1)
         return torch.cat((q_nope, self.rotate(q_rope, rotation)), -1)
 
+    @property
+    def absorbs(self) -> bool:
+        """Whether `kv_b` does no more than multiply by its weight, so that it can be absorbed."""
+        kv_b = self.kv_b
+        return type(kv_b) in (Linear, nn.Linear) and not is_hooked(kv_b)
+
     def _projections(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rows of `kv_b` as key and value projections, [N, nope_dim, C] and
         [N, v_dim, C]."""
@@ -167,6 +174,12 @@ class MultiHeadLatentAttention(SequenceMixer):
             (self.nope_dim, self.v_dim), 1
         )
         return key, value
+
+    def _heads(self, latent: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Expand latents [B, S, C] into all heads' keys, [B, N, S, nope_dim], and values,
+        [B, N, S, v_dim]."""
+        kv = self.kv_b(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return kv.split_with_sizes((self.nope_dim, self.v_dim), -1)
 
     def _attend_to_latents(self, q: torch.Tensor, keys: Keys, context: Context) -> torch.Tensor:
         """Attend with q [B, T, N, ..] to the latents; return [B, T, N, v_dim]."""
@@ -180,6 +193,5 @@ class MultiHeadLatentAttention(SequenceMixer):
         [B, T, N, v_dim]."""
         latents = context.latents(keys)
         latent, k_rope = latents.split_with_sizes((self.latent_dim, self.rope_dim), -1)
-        kv = self.kv_b(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k, v = kv.split_with_sizes((self.nope_dim, self.v_dim), -1)
+        k, v = self._heads(latent)
         return context.attend_to(q, k, v, shared_keys=k_rope, scale=self.scale)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moezoo.layers.chosen_keys import Chooser
-from moezoo.layers.context import Context
+from moezoo.layers.context import Context, whole_keys
 from moezoo.layers.linear import Linear
 from moezoo.layers.mla import LowRankLinear, MultiHeadLatentAttention, absorbed, expanded
 from moezoo.layers.norm import LayerNorm, NormOfSum, normed
@@ -67,11 +67,22 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         weights = self.index_weights(x).float() * (self.index_heads * self.index_dim) ** -0.5
         queries = self.rotate_index(queries, context.rotation)
         chooser = Chooser(queries, weights, self.topk)
+        if not self.absorbs:
+            chooser = chooser._replace(expand=self._keys_and_values)
+            out = context.attend_to_chosen(q, keys, chooser, scale=self.scale, value_dim=self.v_dim)
+            return self.o(out.flatten(2))
         key, value = self._projections()
         out = context.attend_to_chosen(
             absorbed(q, key), keys, chooser, scale=self.scale, value_dim=self.kv_norm.dim
         )
         return self.o(expanded(out, value).flatten(2))
+
+    def _keys_and_values(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Expand latents [B, S, C + R] into keys [B, N, S, nope_dim + R] and values
+        [B, N, S, v_dim]."""
+        latent, k_rope = latents.split_with_sizes((self.latent_dim, self.rope_dim), -1)
+        k, v = self._heads(latent)
+        return whole_keys(k, k_rope), v
 
     def stored(self, latents: Tensor, rotation: Rotation) -> Tensor:
         """Norm and rotate latents [B, T, C + R + I] for the cache; the last I are normalised

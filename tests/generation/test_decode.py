@@ -6,8 +6,10 @@ from threading import Barrier, Thread
 
 import pytest
 import torch
+from configurations import CONFIGURATIONS
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     EosTokenCriteria,
     GenerationConfig,
@@ -30,8 +32,8 @@ from moezoo.generation.cache import growing_cache
 from moezoo.generation.continuous import Batcher, Request
 from moezoo.generation.decode import decode, decode_paged, unpadded
 from moezoo.generation.engine import Engine
+from moezoo.generation.graphs import capturable
 from moezoo.generation.keeper import EngineKeeper
-from moezoo.layers.mask import visible_tokens
 
 PROMPTS = ["Once upon a time there was a little fox", "The boat", "In the morning, the king said"]
 PAD = 0
@@ -100,7 +102,7 @@ def both(model, inputs, processors=(), criteria=(), *, engine=None, **settings):
                 input_ids,
                 growing_cache(model.config),
                 attention_mask=mask,
-                position_ids=None if visible_tokens(mask) is None else positions,
+                position_ids=None if mask.all() else positions,
                 **arguments,
             )
         assert stream.ended
@@ -260,6 +262,42 @@ def test_adapters_around_layers_work_and_their_switches_count(model, inputs):
     with keeper.engine(adapted.decoder, 1, 100) as engine:
         assert engine.decoder is adapted.decoder
         assert keeper._engine is None, "its graphs hold what the switches were"
+
+
+@pytest.mark.parametrize("how", ["replaced", "hooked"])
+@pytest.mark.parametrize(
+    "model_type, name", [("deepseek_v3", "groups"), ("deepseek_v32", "five-keys")]
+)
+def test_keys_and_values_of_adapters_and_their_logits(model_type, name, how):
+    """Latents are expanded in every step where the projections are not plain."""
+    config = AutoConfig.for_model(model_type, **CONFIGURATIONS[model_type][name])
+    torch.manual_seed(0)
+    model = moezoo.from_config(config, dtype="float32", device="cpu")
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[1, :7], mask[2, :4] = 0, 0
+    inputs = {"input_ids": torch.arange(1, 28).view(3, 9) * mask, "attention_mask": mask}
+    settings = {"output_logits": True}
+    before = both(model, inputs, **settings)
+    decoder = model.decoder
+    handles = [x.attn.kv_b.register_forward_hook(lambda *_: None) for x in decoder.layers]
+    torch.testing.assert_close(
+        both(model, inputs, **settings)[0][0].logits, before[0][0].logits, atol=1e-4, rtol=1e-4
+    )
+    for handle in handles:
+        handle.remove()
+    for owner, name in ((decoder, "lm_head"), *((layer.attn, "kv_b") for layer in decoder.layers)):
+        if how == "replaced":
+            setattr(owner, name, Adapter(getattr(owner, name)))
+        else:
+            getattr(owner, name).register_forward_hook(lambda _, given, y: y + 0.1 * y.flip(-1))
+    assert not capturable(decoder)
+    results = both(model, inputs, **settings)
+    assert_same(results)
+    assert not torch.allclose(results[0][0].logits[0], before[0][0].logits[0], atol=1e-3)
+    with torch.inference_mode():
+        whole = model(results[0][0].sequences[:1, :-1]).logits[0, -NEW:]
+    ours = torch.cat([step[:1] for step in results[0][0].logits])
+    torch.testing.assert_close(ours, whole, atol=1e-4, rtol=1e-4)
 
 
 def test_an_engine_made_in_inference_mode_serves_outside_it(model, inputs):

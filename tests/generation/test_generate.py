@@ -331,6 +331,20 @@ def test_cache_over_turns(pair: Pair) -> None:
     )
 
 
+@pytest.mark.parametrize("padding", [0, 2])
+def test_new_tokens_alone_after_a_cache(pair: Pair, padding: int) -> None:
+    """With a mask of all tokens, as transformers allows it."""
+    ids = torch.arange(5, 16)[None]
+    mask = torch.ones_like(ids)
+    mask[:, :padding] = 0
+    written = []
+    for model in (pair.ours, pair.theirs):
+        cache = model(ids[:, :8], attention_mask=mask[:, :8], use_cache=True).past_key_values
+        new = {"attention_mask": mask, "past_key_values": cache}
+        written.append(model.generate(ids[:, 8:], **new, max_new_tokens=4, do_sample=False))
+    assert written[0].tolist() == written[1].tolist()
+
+
 def test_cache_of_a_padded_batch_over_turns(pair: Pair) -> None:
     inputs = pair.encode(*PROMPTS)
     options = {"do_sample": False, "return_dict_in_generate": True, "eos_token_id": None}

@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_chunked_causal_mask
 
 import moezoo
+from moezoo.generation.paged import row_state_bytes
 from moezoo.registry import list_architectures
 
 CHUNKED_MASK = signature(create_chunked_causal_mask).parameters
@@ -46,6 +47,13 @@ class Pair:
     def counts_padding(self) -> bool:
         """Whether what is before a sequence changes it, in transformers and so here."""
         return getattr(self.model.config, "floor_scale", LENGTH) < LENGTH
+
+    @property
+    def keeps_texts_apart(self) -> bool:
+        """Whether transformers does, for texts packed into a row: some models do not give their
+        masks the positions, and states need kernels of other packages."""
+        mixes = self.model_type in ("afmoe", "gpt_oss") or row_state_bytes(self.model.decoder)
+        return not (mixes or self.counts_padding)
 
     def logits(self, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         self.forget()
@@ -158,6 +166,23 @@ def test_padding(pair: Pair, side: str) -> None:
     if pair.forgets_length and not pair.counts_padding:
         alone = pair.model(inputs["input_ids"][1:2][kept[1:2]][None]).logits
         assert_close(ours[1][kept[1]], alone[0])
+
+
+def test_packed_texts(pair: Pair) -> None:
+    """Texts in one row whose positions start anew, as `DataCollatorWithFlattening` packs them."""
+    ids, lengths = token_ids(2, LENGTH), [4, 1, 8]
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    rows = torch.stack((positions, torch.arange(LENGTH)))
+    for given in (positions[None], rows):
+        ours, theirs = pair.logits(input_ids=ids, position_ids=given, use_cache=False)
+        if pair.keeps_texts_apart:
+            assert_close(ours, theirs)
+        if pair.forgets_length:
+            texts = ids[:1].split(lengths, 1)
+            apart = torch.cat([pair.model(text, use_cache=False).logits for text in texts], 1)
+            assert_close(ours[:1], apart)
+            if given is rows:
+                assert_close(ours[1:], pair.model(ids[1:], use_cache=False).logits)
 
 
 @pytest.mark.first_configuration
