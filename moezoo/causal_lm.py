@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from moezoo import registry
 from moezoo.generation.cache import growing_cache
 from moezoo.generation.decode import decode, decode_paged, unpadded
 from moezoo.generation.engine import supports
@@ -32,6 +34,8 @@ from moezoo.layers.context import DenseContext
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.mask import CausalMask, packed_positions, visible_tokens
 from moezoo.layers.moe import OverriddenRouting, routing_overrides
+from moezoo.layers.quant import QuantizedWeights
+from moezoo.loaders.hub_state import load_hub_state
 from moezoo.loaders.save import save_pretrained
 from moezoo.parallel.gather import SAVING
 from moezoo.parallel.mesh import Mesh
@@ -78,10 +82,14 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
 
     def __new__(cls, config: PreTrainedConfig | None = None, *args: Any) -> "MoECausalLM":
         if cls is MoECausalLM and config is not None:
-            name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
-            cls = type(name, (cls,), {"__module__": __name__, "config_class": type(config)})
+            config_class: Any = type(config)
+            cls = _class_of(config.model_type, config_class)
         model: MoECausalLM = super().__new__(cls)
         return model
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class has no name in a module, by which pickle would find it.
+        return _without_state, (self.config.model_type, type(self.config)), self.__dict__
 
     def __init__(self, config: PreTrainedConfig, decoder: Decoder) -> None:
         super().__init__(config)
@@ -102,6 +110,32 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("load models with moezoo.from_pretrained(...)")
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load a state dict with this model's names, or one in the layout of the hub.
+
+        That is what `save_pretrained` writes and Trainer resumes from, and what a model of
+        transformers has; it is loaded only whole, whatever `strict` says. Raises `CheckpointError`
+        that names its tensors which are missing, unknown or of another shape, and `ValueError`
+        where weights are quantised.
+        """
+        names = self.state_dict(keep_vars=True).keys()
+        if not state_dict or not names.isdisjoint(state_dict):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        rules = registry.architecture(self.config.model_type).CHECKPOINT
+        load_hub_state(self.decoder, rules, state_dict)
+        return super().load_state_dict({}, strict=False)._replace(missing_keys=[])
+
+    def requires_grad_(self, requires_grad: bool = True) -> "MoECausalLM":
+        """Set whether parameters get gradients; quantised weights never do."""
+        quantized = (m for m in self.modules() if isinstance(m, QuantizedWeights))
+        without = {id(parameter) for module in quantized for parameter in module.parameters()}
+        for parameter in self.parameters():
+            if id(parameter) not in without:
+                parameter.requires_grad_(requires_grad)
+        return self
+
     def find_devices(self) -> None:
         """Update the decoder's stages, and `hf_device_map` where they are on several devices."""
         decoder = self.decoder
@@ -120,6 +154,10 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         if self.decoder.stages:
             self.find_devices()
         return self
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        # The config of a model of transformers has theirs, which do not run here.
+        return "eager"
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.decoder.embed
@@ -509,3 +547,16 @@ def _kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Ten
     if logits_to_keep.dtype == torch.bool:
         return hidden[logits_to_keep]
     return hidden.take_along_dim(logits_to_keep[..., None], 1)
+
+
+@cache
+def _class_of(model_type: str, config_class: type[PreTrainedConfig]) -> type[MoECausalLM]:
+    """Return the class with the name of transformers' for models of this type."""
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    return type(name, (MoECausalLM,), {"__module__": __name__, "config_class": config_class})
+
+
+def _without_state(model_type: str, config_class: Any) -> MoECausalLM:
+    """Return a model that pickle or copy fills."""
+    cls = _class_of(model_type, config_class)
+    return cls.__new__(cls)

@@ -114,7 +114,7 @@ def fused_experts(
         if torch.is_grad_enabled() and _requires_grad(x, topk_weights, bias13, bias2):
             raise ValueError(
                 f"there is no gradient through {type(w13).__name__} weights; use torch.no_grad() "
-                "or torch.inference_mode(), or dequantize() them"
+                "or torch.inference_mode(), or weights that you dequantize()"
             )
         if torch.compiler.is_compiling():
             y: Tensor = OPERATORS[type(w13)](

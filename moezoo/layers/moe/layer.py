@@ -235,6 +235,12 @@ class FusedMoE(nn.Module):
         """The format of the experts' weights; None where they are parameters of 16 or 32 bits."""
         return self.w13.kind.format if isinstance(self.w13, QuantizedWeights) else None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A function takes the place of a router that is a module, which torch's modules refuse.
+        if name == "route" and not isinstance(value, nn.Module):
+            self._modules.pop(name, None)
+        super().__setattr__(name, value)
+
     def forward(self, x: Tensor | NormOfSum) -> Tensor:
         """x [..., H] -> [..., H] of the same dtype."""
         with profiler_range("route"):

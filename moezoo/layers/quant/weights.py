@@ -30,6 +30,11 @@ class QuantizedWeights(nn.Module):
     def forward(self) -> Any:
         return self.kind.format(**{name: getattr(self, name) for name in self.keep_dtype})
 
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight in 16 or 32 bits, [.., N, K]."""
+        weight: Tensor = self().dequantize(dtype)
+        return weight
+
     @property
     def shape(self) -> torch.Size:
         shape: torch.Size = self().shape
