@@ -135,3 +135,16 @@ def test_quantized_weights_get_no_gradient(tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in w13.parameters())
     assert model.decoder.embed.weight.requires_grad
     assert torch.equal(w13.dequantize(torch.float16), w13().dequantize(torch.float16))
+
+
+def test_a_model_that_does_not_fit_its_config_is_not_saved(tmp_path: Path) -> None:
+    model = moezoo.from_config(plain("qwen3_moe").config, dtype="float32", device="cpu")
+    model.decoder.layers = model.decoder.layers[:-1]
+    last = len(model.decoder.layers)
+    message = rf"layers\.{last}\..* is absent in the model and of shape .* change model\.config"
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+    model.config.num_hidden_layers = last
+    model.save_pretrained(tmp_path / "to")
+    assert torch.equal(logits(moezoo.from_pretrained(tmp_path / "to", device="cpu")), logits(model))

@@ -108,7 +108,7 @@ def hub_config(module: nn.Module, rules: Sequence[Rule | Skip]) -> dict[str, Any
     weights = dict(quantized_weights(module))
     if not weights:
         return None
-    infos = _infos(module)
+    infos = plain_infos(module)
     copies = _layout(module, rules)
     plain = sorted(
         {
@@ -151,7 +151,7 @@ def warn_of_schemes(
     """Warn where transformers does not load what this quantization_config describes."""
     if described is None:
         return
-    usual = {copy.source for copy in layout(rules, _infos(module))}
+    usual = {copy.source for copy in layout(rules, plain_infos(module))}
     if not usual.issuperset(copy.source for copy in _layout(module, rules)):
         _log.warning(
             "experts are written one by one, since in one tensor there is no layout for their "
@@ -197,7 +197,7 @@ def warn_of_schemes(
 def _cut_blocks(module: nn.Module, rules: Sequence[Rule | Skip]) -> set[int]:
     """Return the row and column counts of matrices, as written, whose last of several blocks is cut
     off."""
-    weights, infos = dict(quantized_weights(module)), _infos(module)
+    weights, infos = dict(quantized_weights(module)), plain_infos(module)
     sizes = set()
     for copy in _layout(module, rules):
         if copy.target in weights:
@@ -243,7 +243,7 @@ def experts_and_linears(
     return found
 
 
-def _infos(module: nn.Module) -> dict[str, ParameterInfo]:
+def plain_infos(module: nn.Module) -> dict[str, ParameterInfo]:
     """Return the parameters as if none was quantised."""
     weights = dict(quantized_weights(module))
     infos = {}
@@ -262,7 +262,7 @@ def _infos(module: nn.Module) -> dict[str, ParameterInfo]:
 def _layout(module: nn.Module, rules: Sequence[Rule | Skip]) -> list[Copy]:
     """Return the tensors to write, one per quantised expert where the hub has no layout for all in
     one."""
-    infos = _infos(module)
+    infos = plain_infos(module)
     if _method(module, rules) == "mxfp4":
         return layout(rules, infos)
     owners = {
@@ -291,7 +291,9 @@ def _method(module: nn.Module, rules: Sequence[Rule | Skip]) -> str:
     if formats <= {BlockFp8}:
         return "fp8"
     if formats == {Mxfp4} and all(
-        "transpose" in copy.view for copy in layout(rules, _infos(module)) if copy.target in weights
+        "transpose" in copy.view
+        for copy in layout(rules, plain_infos(module))
+        if copy.target in weights
     ):
         return "mxfp4"
     return "compressed-tensors"

@@ -28,6 +28,7 @@ from moezoo.loaders.headers import DTYPES
 from moezoo.loaders.hub_layout import (
     TensorToWrite,
     WritePlan,
+    plain_infos,
     set_quantization_config,
     warn_of_schemes,
 )
@@ -71,7 +72,8 @@ def save_pretrained(
     files are written leaves the folder as it was; one that stops in the moment when they are moved
     keeps the new ones and says where. Where experts are divided over the ranks of a mesh, each
     calls this, and the first writes what one process would. Raises `ValueError` for a malformed
-    `max_shard_size`, `QuantizationError` for weights that no layout of the hub has, and `OSError`
+    `max_shard_size`, for a model that does not fit its config,
+    `QuantizationError` for weights that no layout of the hub has, and `OSError`
     that names the file where the disk is full; `RankError` where another rank fails, and
     `ValueError` where experts are quantised and a rank has none in a layer.
     """
@@ -81,6 +83,7 @@ def save_pretrained(
         check_formats(model.decoder, mesh)
     with nullcontext() if mesh is None else whole_on_meta(model.decoder):
         writing = WritePlan(model.decoder, rules)
+        _require_fit(model)
         written = writing.tensors(model.decoder.state_dict())
         config = deepcopy(model.config)
         set_quantization_config(config, model.decoder, rules)
@@ -114,6 +117,23 @@ def save_pretrained(
         if model.generation_config is not None:
             with naming_file(draft / GENERATION_CONFIG):
                 model.generation_config.to_json_file(draft / GENERATION_CONFIG)
+
+
+def _require_fit(model: _Model) -> None:
+    """Raise ValueError for the first parameter that differs from what the config builds."""
+    with torch.device("meta"):
+        built = plain_infos(registry.build(model.config))
+    held = plain_infos(model.decoder)
+    for name in [*held, *built]:
+        has, wants = (
+            f"of shape {list(infos[name].shape)}" if name in infos else "absent"
+            for infos in (held, built)
+        )
+        if has != wants:
+            raise ValueError(
+                f"{name} is {has} in the model and {wants} in what its config builds, so that what "
+                "is saved would not load: change model.config to fit the model"
+            )
 
 
 class _Divided:
