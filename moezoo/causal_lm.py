@@ -552,7 +552,8 @@ def _kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Ten
 @cache
 def _class_of(model_type: str, config_class: type[PreTrainedConfig]) -> type[MoECausalLM]:
     """Return the class with the name of transformers' for models of this type."""
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    usual = f"{config_class.__name__.removesuffix('Config')}ForCausalLM"
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, usual)
     return type(name, (MoECausalLM,), {"__module__": __name__, "config_class": config_class})
 
 
