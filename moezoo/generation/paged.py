@@ -283,8 +283,8 @@ class DecodeContext(PagedContext):
     def attend_to_chosen(
         self, q: Tensor, keys: Keys, chooser: Chooser, *, scale: float, value_dim: int
     ) -> Tensor:
-        index, mask = self._padded[None]
-        stored = keys.keys[index].squeeze(2)
+        _, mask = self._padded[None]
+        stored = self.latents(keys)
         chooser = chooser.transposed()
         allowed = mask(stored.shape[1], None)
         q = q.transpose(0, 1)

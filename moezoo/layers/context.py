@@ -228,7 +228,7 @@ class DenseContext:
     def attend_to_chosen(
         self, q: torch.Tensor, keys: Keys, chooser: Chooser, *, scale: float, value_dim: int
     ) -> torch.Tensor:
-        stored = keys.keys.squeeze(1)
+        stored = self.latents(keys)
         allowed = self.mask(stored.shape[1], None)
         return attend_to_chosen(q, stored, allowed, chooser, scale=scale, dim=value_dim)
 
@@ -236,7 +236,7 @@ class DenseContext:
         self, layer: StateLayer, inputs: tuple[torch.Tensor, ...], layer_idx: int
     ) -> torch.Tensor:
         if self.mask.packed is not None:
-            return self._recur_in_texts(layer, inputs, self.mask.packed)
+            return self._recur_in_texts(layer, inputs)
         states = None if self.cache is None else cached_states(self.cache, layer_idx)
         if states is None:
             states = no_states(layer, len(inputs[0]), inputs[0])
@@ -245,18 +245,21 @@ class DenseContext:
             cache_states(self.cache, layer_idx, states)
         return out
 
-    def _recur_in_texts(
-        self, layer: StateLayer, inputs: tuple[torch.Tensor, ...], packed: torch.Tensor
-    ) -> torch.Tensor:
+    def _recur_in_texts(self, layer: StateLayer, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Run `layer.mix` on each text of packed rows, from no states."""
-        batch = len(inputs[0])
         rows = []
-        for row, texts in enumerate(text_numbers(packed).expand(batch, -1)):
-            lengths = texts.bincount().tolist()
+        for row in range(len(inputs[0])):
+            lengths = self._text_lengths[row % len(self._text_lengths)]
             pieces = zip(*(x[row, None].split(lengths, 1) for x in inputs), strict=True)
             mixed = (layer.mix(x, no_states(layer, 1, inputs[0]), None)[0] for x in pieces)
             rows.append(torch.cat(list(mixed), 1))
         return torch.cat(rows)
+
+    @cached_property
+    def _text_lengths(self) -> list[list[int]]:
+        """Numbers of tokens of the texts in each packed row, or of those in every row alike."""
+        assert self.mask.packed is not None
+        return [texts.bincount().tolist() for texts in text_numbers(self.mask.packed)]
 
     @cached_property
     def _real(self) -> torch.Tensor | None:

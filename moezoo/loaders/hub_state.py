@@ -6,7 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from moezoo.layers.quant import QuantizedWeights
-from moezoo.loaders.mapping import Rule, Skip, TensorInfo, parameter_infos, stored_order
+from moezoo.loaders.mapping import (
+    Rule,
+    Skip,
+    TensorInfo,
+    parameter_infos,
+    stored_name,
+    stored_order,
+)
 from moezoo.loaders.plan import plan
 
 
@@ -25,10 +32,9 @@ def load_hub_state(
         )
     parameters = decoder.state_dict(keep_vars=True)
     tensors = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in state.items()}
-    if "lm_head.weight" not in parameters:
-        of_head = (r for r in rules if isinstance(r, Rule) and r.target == "lm_head.weight")
-        for head in {rule.sources[0] for rule in of_head} & tensors.keys():
-            rules = (*rules, Skip(head, "tied to the embedding"))
+    head = stored_name(rules, "lm_head.weight", tensors)
+    if "lm_head.weight" not in parameters and head in tensors:
+        rules = (*rules, Skip(head, "tied to the embedding"))
     planned = plan(rules, tensors, parameter_infos(decoder), name="the state dict")
     with torch.no_grad():
         for copy in planned.copies:

@@ -218,6 +218,15 @@ def stored_order(part: torch.Tensor, view: Sequence[View]) -> torch.Tensor:
     return part
 
 
+def stored_name(rules: Sequence[Rule | Skip], target: str, names: Collection[str]) -> str:
+    """Return the name of the tensor that makes a parameter with one source: the one among `names`,
+    or else the first."""
+    sources = [
+        rule.sources[0] for rule in rules if isinstance(rule, Rule) and rule.target == target
+    ]
+    return next((name for name in sources if name in names), sources[0])
+
+
 def stored_shape(shape: Sequence[int], view: Sequence[View]) -> tuple[int, ...]:
     """Return the shape in which a parameter's piece of this shape is stored."""
     stored = tuple(shape)

@@ -1,14 +1,13 @@
 """The mapping rules for a checkpoint whose head may be tied to its embedding."""
 
 import logging
-from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedConfig
 
 from moezoo import registry
 from moezoo.loaders.checkpoint import Checkpoint
 from moezoo.loaders.encodings import Encoding
-from moezoo.loaders.mapping import Rule, Skip, TensorInfo
+from moezoo.loaders.mapping import Rule, Skip, stored_name
 
 _log = logging.getLogger(__name__)
 _CHUNK = 16 << 20
@@ -26,7 +25,9 @@ def tied_rules(
     """
     rules = rules_of(checkpoint)
     tensors = encoding.tensors
-    head, embedding = (_stored(rules, name, tensors) for name in ("lm_head.weight", "embed.weight"))
+    head, embedding = (
+        stored_name(rules, name, tensors) for name in ("lm_head.weight", "embed.weight")
+    )
     if not config.tie_word_embeddings or head not in tensors:
         return rules, None
     if embedding not in tensors:
@@ -44,15 +45,6 @@ def rules_of(checkpoint: Checkpoint) -> tuple[Rule | Skip, ...]:
     module = registry.architecture(str(checkpoint.config["model_type"]))
     rules: tuple[Rule | Skip, ...] = module.CHECKPOINT
     return rules
-
-
-def _stored(rules: Sequence[Rule | Skip], target: str, tensors: Mapping[str, TensorInfo]) -> str:
-    """Return the tensor that makes a parameter with one source: the one that is there, or else the
-    first."""
-    sources = [
-        rule.sources[0] for rule in rules if isinstance(rule, Rule) and rule.target == target
-    ]
-    return next((name for name in sources if name in tensors), sources[0])
 
 
 def same_bytes(checkpoint: Checkpoint, first: str, second: str, *, progress: bool) -> bool:
