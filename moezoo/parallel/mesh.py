@@ -135,7 +135,9 @@ class Mesh:
             {"moezoo": __version__, "torch": torch.__version__, "device": device.type}
             | {f"Parallel.{f.name}": getattr(parallel, f.name) for f in fields(parallel)}
         )
-        with self.watch.named("making the process groups"):
+        # A rank that went on and failed before all had connected to it would fail them here.
+        doing = "making the process groups"
+        with self.together(doing), self.watch.named(doing):
             self.group = self.hosts = self._own_group("gloo")
             if device.type == "cuda":
                 self.group = self._own_group("nccl")
