@@ -3,7 +3,7 @@
     python benchmarks/layer_tables.py README.md docs/performance.md
 
 In each page what lies between `<!-- benchmarks/layer_tables.py NAME -->` and `<!-- end -->` becomes
-the table of that name anew, from the results of an H100.
+the table of that name anew, from the results of an H100, or of an H200 where the name says so.
 """
 
 import json
@@ -16,15 +16,15 @@ from marked_tables import renew_pages, table
 from moezoo.tools.layer import us
 
 RESULTS = Path(__file__).parent / "results"
-DEVICE = "nvidia_h100_80gb_hbm3"
+H100, H200 = "nvidia_h100_80gb_hbm3", "nvidia_h200"
 
 SHORT = {"int4_w4a16": "int4", "int8_w8a16": "int8", "mxfp4": "mxfp4", "fp8_w8a8": "block fp8"}
 
 Cell = dict[str, Any]
 
 
-def result(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}_{DEVICE}.json").read_text())
+def result(name: str, device: str = H100) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}_{device}.json").read_text())
     return found
 
 
@@ -77,6 +77,25 @@ def bf16() -> list[str]:
     return table(head(found), rows)
 
 
+def h200() -> list[str]:
+    """Return times of each layer and, in brackets, the best peer's over them."""
+    document = result("layer", H200)
+    layers = (
+        *(("qwen3-30b-a3b", "Qwen3-30B-A3B"), ("mixtral-8x7b", "Mixtral-8x7B")),
+        *(("deepseek-v3", "DeepSeek-V3"), ("olmoe-1b-7b", "OLMoE-1B-7B")),
+        *(("deepseek-v2-lite", "DeepSeek-V2-Lite"), ("gpt-oss-20b", "gpt-oss-20b")),
+    )
+    rows = []
+    for layer, title in layers:
+        line = [title]
+        for cell in cells(document, layer):
+            ours = cell["timings"]["moezoo"]["median_us"]
+            peers = [t["median_us"] for name, t in cell["timings"].items() if name != "moezoo"]
+            line.append(f"{us(ours)} ({min(peers) / ours:.2f})")
+        rows.append(line)
+    return table(head(cells(document)), rows)
+
+
 def block_fp8() -> list[str]:
     found = cells(result("layer_fp8_w8a8"))
     rows = times(
@@ -114,7 +133,7 @@ def quantized() -> list[str]:
     return table(head(first), rows)
 
 
-TABLES = {"bf16": bf16, "block_fp8": block_fp8, "quantized": quantized}
+TABLES = {"bf16": bf16, "h200": h200, "block_fp8": block_fp8, "quantized": quantized}
 
 
 def main() -> None:

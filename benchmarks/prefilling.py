@@ -1,9 +1,9 @@
 """Section prefill: milliseconds from a prompt's tokens to the logits after it.
 
 On a GPU moezoo's figure is that of its engine, in chunks of 8,192 tokens as `generate` has them; on
-a CPU that of a forward pass. transformers' is a forward pass with a cache, and once more with
-grouped_mm experts where it does not choose these itself. The share of the matmul peak counts 2 FLOP
-for each active parameter and token, and causal attention.
+a CPU that of a forward pass, in turns with transformers'. transformers' is a forward pass with a
+cache, and on a GPU once more with grouped_mm experts where it does not choose these itself. The
+share of the matmul peak counts 2 FLOP for each active parameter and token, and causal attention.
 """
 
 import argparse
@@ -12,11 +12,12 @@ from functools import partial
 
 import torch
 from roofline import prefill_flop
-from subject import Row, Run, Subject, forward, spread, timed
+from subject import Row, Run, Subject, alternate, forward, spread, timed
 
 from moezoo.generation.engine import Engine
 
 GROUPED = "grouped_mm"
+CPU_ROUNDS = 20
 PEER_TOKENS = 8192
 """Most tokens of a prompt for transformers; moezoo runs longer ones too."""
 
@@ -26,33 +27,44 @@ def section(subject: Subject, args: argparse.Namespace) -> Iterator[Row]:
         row = subject.row("prefill", batch=1, prompt_tokens=num_tokens)
         row |= {"seconds": {}, "tokens_per_second": {}, "of_peak": {}}
         prompt = subject.draw(1, num_tokens)
-        contenders = {"moezoo": ours, "transformers": theirs}
         default = subject.twin.get_experts_implementation()
         row["transformers_experts"] = default[""]
-        if subject.device.type == "cuda" and default[""] != GROUPED:
-            contenders[f"transformers_{GROUPED}"] = theirs
-        flop = prefill_flop(subject.model.decoder, experts_per_token(subject), num_tokens)
-        row["flop"] = flop
-        for name, prepare in contenders.items():
-            if name != "moezoo" and num_tokens > PEER_TOKENS:
-                continue
-            if name.endswith(GROUPED):
-                subject.twin.set_experts_implementation(GROUPED)
-            run = subject.attempt(row, name, partial(prepare, subject, prompt))
-            if run is not None:
-                seconds = subject.attempt(row, name, partial(repeated, subject, run))
-                if seconds is not None:
-                    row["seconds"][name] = seconds
-                    row["tokens_per_second"][name] = num_tokens / seconds["median"]
-                    # What a CPU reaches in a 16-bit product says little of what it could.
-                    if subject.device.type == "cuda":
-                        peak = subject.ceilings.flop_per_second
-                        row["of_peak"][name] = flop / seconds["median"] / peak
-            subject.twin.set_experts_implementation(default)
+        row["flop"] = prefill_flop(subject.model.decoder, experts_per_token(subject), num_tokens)
+        if subject.device.type == "cpu":
+            runs = {"moezoo": ours(subject, prompt), "transformers": theirs(subject, prompt)}
+            in_turns = partial(alternate, runs, CPU_ROUNDS, subject.device)
+            row["seconds"] = subject.attempt(row, "both", in_turns) or {}
+        else:
+            one_after_the_other(subject, row, prompt)
+        for name, seconds in row["seconds"].items():
+            row["tokens_per_second"][name] = num_tokens / seconds["median"]
+            # What a CPU reaches in a 16-bit product says little of what it could.
+            if subject.device.type == "cuda":
+                peak = subject.ceilings.flop_per_second
+                row["of_peak"][name] = row["flop"] / seconds["median"] / peak
         peers = [s["median"] for name, s in row["seconds"].items() if name != "moezoo"]
         if peers and "moezoo" in row["seconds"]:
             row["times_transformers"] = min(peers) / row["seconds"]["moezoo"]["median"]
         yield row
+
+
+def one_after_the_other(subject: Subject, row: Row, prompt: torch.Tensor) -> None:
+    """Fill in the seconds of each contender, which holds its memory only while it runs."""
+    contenders = {"moezoo": ours, "transformers": theirs}
+    default = subject.twin.get_experts_implementation()
+    if default[""] != GROUPED:
+        contenders[f"transformers_{GROUPED}"] = theirs
+    for name, prepare in contenders.items():
+        if name != "moezoo" and row["prompt_tokens"] > PEER_TOKENS:
+            continue
+        if name.endswith(GROUPED):
+            subject.twin.set_experts_implementation(GROUPED)
+        run = subject.attempt(row, name, partial(prepare, subject, prompt))
+        if run is not None:
+            seconds = subject.attempt(row, name, partial(repeated, subject, run))
+            if seconds is not None:
+                row["seconds"][name] = seconds
+        subject.twin.set_experts_implementation(default)
 
 
 def experts_per_token(subject: Subject) -> int:

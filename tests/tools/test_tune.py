@@ -257,6 +257,7 @@ def no_plans():
 def test_what_was_saved_is_used_at_once(no_plans, tmp_path, monkeypatch):
     path = tmp_path / "tiles.json"
     monkeypatch.setattr(tiles, "user_table", lambda device: path)
+    monkeypatch.setattr(tiles, "table_name", lambda device: "GPU.json")
     monkeypatch.setattr(tiles, "capability", lambda device: (9, 0))
     monkeypatch.setattr(tiles, "shared_memory", lambda device: 227 * 1024)
     device = torch.device("cuda", 0)

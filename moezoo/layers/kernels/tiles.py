@@ -1,8 +1,9 @@
 """Tile sizes of the grouped matrix products, and the choice of them for a layer.
 
-`plan` looks a layer up in the tables that `moezoo tune` makes: the user's for this GPU, then the
-package's for its architecture (`tables/sm_90.json` was measured on one H100). A layer in neither
-gets tiles by the number of rows per expert, with as many stages as shared memory holds.
+`plan` looks a layer up in the tables that `moezoo tune` makes: the user's for this GPU, the
+package's for this GPU (`tables/NVIDIA_H200.json`), then the package's for its architecture
+(`tables/sm_90.json`, measured on one H100). A layer in none of them gets tiles by the number of
+rows per expert, with as many stages as shared memory holds.
 
 Tiles decide the order in which a product is summed, so the last bit of a 16-bit result may differ
 between token counts; for one token count it never does.
@@ -253,17 +254,23 @@ def read_table(path: Path) -> Table:
 
 @cache
 def _table(device: torch.device) -> Table:
-    """Return the package's plans for an architecture, overridden by the user's for the device."""
+    """Return the package's plans for an architecture, overridden by its own for the device, and
+    those by the user's."""
     major, minor = capability(device)
-    package = TABLES / f"sm_{major}{minor}.json"
-    table = read_table(package) if package.exists() else {}
+    table: Table = {}
+    for path in (TABLES / f"sm_{major}{minor}.json", TABLES / table_name(device)):
+        if path.exists():
+            table = _overridden(table, read_table(path))
     try:
         path = user_table(device)
-        own = read_table(path) if path.exists() else {}
+        return _overridden(table, read_table(path)) if path.exists() else table
     except (OSError, RuntimeError, ValueError) as error:
         warnings.warn(f"tiles of `moezoo tune` are not used: {error}", stacklevel=2)
-        own = {}
-    return {shape: table.get(shape, {}) | own.get(shape, {}) for shape in table.keys() | own.keys()}
+        return table
+
+
+def _overridden(table: Table, by: Table) -> Table:
+    return {sizes: table.get(sizes, {}) | by.get(sizes, {}) for sizes in table.keys() | by.keys()}
 
 
 def tuned(
@@ -290,8 +297,12 @@ def reload_tables() -> None:
 
 def user_table(device: torch.device) -> Path:
     """Return the path where `moezoo tune` keeps the plans of a GPU."""
-    name = torch.cuda.get_device_name(device).replace(" ", "_").replace("/", "_")
-    return Path.home() / ".cache" / "moezoo" / "tiles" / f"{name}.json"
+    return Path.home() / ".cache" / "moezoo" / "tiles" / table_name(device)
+
+
+def table_name(device: torch.device) -> str:
+    """Return the file name of a GPU's table, such as NVIDIA_H200.json."""
+    return torch.cuda.get_device_name(device).replace(" ", "_").replace("/", "_") + ".json"
 
 
 def can_describe(w: Tensor) -> bool:

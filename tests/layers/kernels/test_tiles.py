@@ -91,6 +91,7 @@ def own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     """The user's table of a pretended Hopper GPU."""
     path = tmp_path / "mine.json"
     monkeypatch.setattr(tiles, "user_table", lambda device: path)
+    monkeypatch.setattr(tiles, "table_name", lambda device: "GPU.json")
     monkeypatch.setattr(tiles, "capability", lambda device: (9, 0))
     tiles.reload_tables()
     yield path
@@ -99,6 +100,7 @@ def own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 CUDA = torch.device("cuda", 0)
 QWEN3 = (128, 2048, 768)
+DEEPSEEK_V3 = (256, 7168, 2048)
 
 
 def test_the_users_plans_lie_over_the_packages(own_table: Path) -> None:
@@ -109,6 +111,24 @@ def test_the_users_plans_lie_over_the_packages(own_table: Path) -> None:
     assert tiles.tuned(CUDA, QWEN3, 70.0) == MINE
     assert tiles.tuned(CUDA, QWEN3, 1.0) not in (MINE, None)
     assert tiles.tuned(CUDA, (9, 64, 32), 64.0) is None
+
+
+def test_a_gpus_plans_lie_over_those_of_its_architecture(
+    own_table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architecture = tiles.read_table(tiles.TABLES / "sm_90.json")
+    own = tiles.read_table(tiles.TABLES / "NVIDIA_H200.json")
+    at_1024 = 1024 * 8 / 128
+    assert own[QWEN3][at_1024] != architecture[QWEN3][at_1024]
+    assert DEEPSEEK_V3 not in own
+    monkeypatch.setattr(tiles, "table_name", lambda device: "NVIDIA_H200.json")
+    tiles.reload_tables()
+    assert tiles.tuned(CUDA, QWEN3, at_1024) == own[QWEN3][at_1024]
+    few = min(architecture[DEEPSEEK_V3])
+    assert tiles.tuned(CUDA, DEEPSEEK_V3, few) == architecture[DEEPSEEK_V3][few]
+    write_table(own_table, QWEN3, at_1024)
+    tiles.reload_tables()
+    assert tiles.tuned(CUDA, QWEN3, at_1024) == MINE
 
 
 def test_fp8_does_not_take_the_plans_of_16_bit(own_table: Path) -> None:

@@ -40,6 +40,7 @@ def weights(name: str, *shape: int, padding: int = 0) -> WeightOnly:
 def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Nothing planned yet, and every CUDA device a Hopper GPU without tables of its own."""
     monkeypatch.setattr(tiles, "user_table", lambda device: tmp_path / "none.json")
+    monkeypatch.setattr(tiles, "table_name", lambda device: "GPU.json")
     monkeypatch.setattr(tiles, "capability", lambda device: (9, 0))
     tiles.reload_tables()
     yield
