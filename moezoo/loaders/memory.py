@@ -1,7 +1,5 @@
 """Memory for weights: check that a device has it, and allocate tensors to be filled."""
 
-import mmap
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from math import prod
@@ -16,8 +14,6 @@ from moezoo.loaders.experts import experts_of
 from moezoo.loaders.mapping import ParameterInfo
 from moezoo.loaders.quantization import Quantization
 from moezoo.loaders.quantized_parameters import quantized_infos
-
-_HUGE_PAGE = 2 << 20
 
 
 def check_memory(
@@ -90,22 +86,11 @@ def free_memory(device: torch.device) -> int | None:
 def allocate(wanted: Mapping[str, ParameterInfo], device: torch.device) -> dict[str, torch.Tensor]:
     try:
         return {name: _empty(info, device) for name, info in wanted.items()}
-    except (torch.OutOfMemoryError, OSError) as error:
+    except RuntimeError as error:
         raise MoEOutOfMemoryError(
             f"the weights take {_gib(_nbytes(wanted))} on {device}: {error}"
         ) from error
 
 
 def _empty(info: ParameterInfo, device: torch.device) -> torch.Tensor:
-    """Return an uninitialised tensor; large ones on the CPU lie in huge pages.
-
-    Most of the time to fill fresh memory goes into page faults, and huge pages need 512 times
-    fewer.
-    """
-    nbytes = prod(info.shape) * info.dtype.itemsize
-    if device.type != "cpu" or nbytes < _HUGE_PAGE or sys.platform != "linux":
-        return torch.empty(info.shape, dtype=info.dtype, device=device)
-    memory = mmap.mmap(-1, nbytes)
-    with suppress(OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=info.dtype).view(info.shape)
+    return torch.empty(info.shape, dtype=info.dtype, device=device)

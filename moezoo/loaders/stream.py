@@ -5,8 +5,11 @@ no cast goes straight from the file into its place; everything else passes throu
 buffers of fixed size, pinned ones on the way to a GPU, where casts happen.
 """
 
+import ctypes
+import mmap
 import os
 import queue
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -38,6 +41,9 @@ _PUT_BATCH = 512 << 10
 _PUT_BATCH_GPU = 4 << 20
 # Host memory of all staging buffers, where pieces are large.
 _STAGES = 256 << 20
+
+_MADV_POPULATE_WRITE = 23
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 Put = Callable[[torch.Tensor], object]
 """Function that takes the stored bytes of a piece on the load's device, where they are not just
@@ -159,7 +165,10 @@ def stream(pieces: Iterable[Piece], device: torch.device, *, progress: bool) -> 
         def transfer(batch: Sequence[Piece]) -> int:
             targets = [piece.target for piece in batch if piece.direct]
             if len(targets) == len(batch):
-                _read(batch, [_memory(target) for target in targets if target is not None], files)
+                buffers = [_memory(target) for target in targets if target is not None]
+                for buffer in buffers:
+                    _populate(buffer)
+                _read(batch, buffers, files)
             else:
                 stage = stages.get()
                 try:
@@ -235,6 +244,20 @@ def _read_staged(
 def _memory(tensor: torch.Tensor) -> Any:
     """Return the bytes of a contiguous CPU tensor, for a system call to write into."""
     return tensor.view(-1).view(torch.uint8).numpy()
+
+
+def _populate(buffer: Any) -> None:
+    """Have the system provide the pages of a fresh buffer, before they are written to.
+
+    A page fault for each 4 kB would be a good part of the time: 4.7 GiB took 2.3 s to read, 2.7 s
+    without this, and 4.2 s in huge pages (on a virtual machine of two cores). Where the system does
+    not know this call, as Linux before 5.14, pages come by faults.
+    """
+    if _libc is not None:
+        address = buffer.ctypes.data
+        start = address // mmap.PAGESIZE * mmap.PAGESIZE
+        length = address + buffer.nbytes - start
+        _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
 
 
 def _read(batch: Sequence[Piece], buffers: Sequence[Any], files: Mapping[Path, int]) -> None:

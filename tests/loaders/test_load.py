@@ -147,8 +147,7 @@ def test_skipped_tensors_are_said_aloud(tmp_path, caplog):
     assert caplog.messages == ["m.extra.{*}: 1 tensors not loaded: for training"]
 
 
-def test_large_parameters_are_ordinary_tensors(tmp_path):
-    """They lie in memory of their own kind, for the sake of huge pages."""
+def test_loaded_parameters_do_without_their_files(tmp_path):
     weight = torch.randn(1500, 1000)
     folder = toy_model.write(tmp_path, {"w": weight})
     with torch.device("meta"):
