@@ -11,14 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from marked_tables import renew_pages, table
+from marked_tables import MODEL_NAMES, renew_pages, table
 
 RESULT = Path(__file__).parent / "results" / "generate_nvidia_h100_80gb_hbm3.json"
-TITLES = {
-    "qwen3-30b-a3b": "Qwen3-30B-A3B",
-    "olmoe-1b-7b": "OLMoE-1B-7B",
-    "deepseek-v2-lite": "DeepSeek-V2-Lite",
-}
+TITLES = {case: MODEL_NAMES[case] for case in ("qwen3-30b-a3b", "olmoe-1b-7b", "deepseek-v2-lite")}
 CONTEXTS = (512, 8192)
 
 Row = dict[str, Any]

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from marked_tables import renew_pages, table
+from marked_tables import MODEL_NAMES, renew_pages, table
 
 from moezoo.tools.layer import us
 
@@ -80,20 +80,13 @@ def bf16() -> list[str]:
 def h200() -> list[str]:
     """Return times of each layer and, in brackets, the best peer's over them."""
     document = result("layer", H200)
-    layers = (
-        *(("qwen3-30b-a3b", "Qwen3-30B-A3B"), ("mixtral-8x7b", "Mixtral-8x7B")),
-        *(("deepseek-v3", "DeepSeek-V3"), ("olmoe-1b-7b", "OLMoE-1B-7B")),
-        *(("deepseek-v2-lite", "DeepSeek-V2-Lite"), ("gpt-oss-20b", "gpt-oss-20b")),
-    )
     rows = []
-    for layer, title in layers:
-        line = [title]
-        for cell in cells(document, layer):
-            ours = cell["timings"]["moezoo"]["median_us"]
-            peers = [t["median_us"] for name, t in cell["timings"].items() if name != "moezoo"]
-            line.append(f"{us(ours)} ({min(peers) / ours:.2f})")
-        rows.append(line)
-    return table(head(cells(document)), rows)
+    for layer, title in MODEL_NAMES.items():
+        found = cells(document, layer)
+        ratios = [cell["best_peer"]["times_moezoo"] for cell in found]
+        ours = [cell["timings"]["moezoo"]["median_us"] for cell in found]
+        rows.append([title, *(f"{us(t)} ({r:.2f})" for t, r in zip(ours, ratios, strict=True))])
+    return table(head(found), rows)
 
 
 def block_fp8() -> list[str]:
@@ -113,17 +106,17 @@ def block_fp8() -> list[str]:
 def quantized() -> list[str]:
     """Return speeds relative to bf16 and, up to 256 tokens, shares of the floor."""
     rows, first = [], cells(result("layer_int4_w4a16_partial"))
-    for layer, title, formats in (
-        ("qwen3-30b-a3b", "Qwen3-30B-A3B", ("int4_w4a16", "mxfp4", "int8_w8a16")),
-        ("mixtral-8x7b", "Mixtral-8x7B", ("int4_w4a16", "mxfp4", "int8_w8a16", "fp8_w8a8")),
-        ("gpt-oss-20b", "gpt-oss-20b", ("mxfp4",)),
+    for layer, formats in (
+        ("qwen3-30b-a3b", ("int4_w4a16", "mxfp4", "int8_w8a16")),
+        ("mixtral-8x7b", ("int4_w4a16", "mxfp4", "int8_w8a16", "fp8_w8a8")),
+        ("gpt-oss-20b", ("mxfp4",)),
     ):
         for quantization in formats:
             by_tokens = {
                 cell["num_tokens"]: cell
                 for cell in cells(result(f"layer_{quantization}_partial"), layer)
             }
-            line = [f"{title}, {SHORT[quantization]}"]
+            line = [f"{MODEL_NAMES[layer]}, {SHORT[quantization]}"]
             for tokens in (cell["num_tokens"] for cell in first):
                 cell = by_tokens[tokens]
                 time = {n: timing["median_us"] for n, timing in cell["timings"].items()}

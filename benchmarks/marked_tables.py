@@ -5,6 +5,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+MODEL_NAMES = {
+    "qwen3-30b-a3b": "Qwen3-30B-A3B",
+    "mixtral-8x7b": "Mixtral-8x7B",
+    "deepseek-v3": "DeepSeek-V3",
+    "olmoe-1b-7b": "OLMoE-1B-7B",
+    "deepseek-v2-lite": "DeepSeek-V2-Lite",
+    "gpt-oss-20b": "gpt-oss-20b",
+}
+
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     head = list(head)

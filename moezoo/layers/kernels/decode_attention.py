@@ -468,9 +468,10 @@ def decode_attention(
         **options,
     )
     if split:
-        # Programs of one warp with some 1,024 numbers: many warps, which wait beside the programs
-        # above, are slow. DeepSeek-V2-Lite, B 8 at 8192 took 41.3 us with four warps instead, 37.3
-        # with four for 2,048 numbers and 34.6 with one; B 32 at 2048 39.6 with four, 35.1 with one.
+        # Programs of one warp with some 1,024 numbers: many warps are slow, perhaps as they wait
+        # beside the programs above. DeepSeek-V2-Lite, B 8 at 8192 took 41.3 us with four warps
+        # instead, 37.3 with four for 2,048 numbers, 34.6 with one; B 32 at 2048 39.6 with four,
+        # 35.1 with one.
         block_splits = next_power_of_2(p.num_splits)
         block_v = min(max(32, 1024 // block_splits), 256, block_v)
         _merge_kernel[(cdiv(value_width, block_v), num_heads, batch)](

@@ -254,8 +254,8 @@ def read_table(path: Path) -> Table:
 
 @cache
 def _table(device: torch.device) -> Table:
-    """Return the package's plans for an architecture, overridden by its own for the device, and
-    those by the user's."""
+    """Return the package's plans for an architecture, overridden by those for the device, the
+    package's and then the user's."""
     major, minor = capability(device)
     table: Table = {}
     for path in (TABLES / f"sm_{major}{minor}.json", TABLES / table_name(device)):
