@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moezoo.errors import QuantizationError
-from moezoo.layers.quant.fp8 import BLOCK_FP8
+from moezoo.formats import FP8
 from moezoo.tools.layer import (
     DEFAULT_TOKENS,
     Cell,
@@ -63,7 +63,7 @@ def references(report: Report) -> dict[str, dict[str, dict[int, float]]]:
     kept = json.loads(REFERENCES.read_text())
     if (report.device, report.dtype, report.routing) != (kept["gpu"], kept["dtype"], "uniform"):
         return {}
-    if report.quantization not in (None, BLOCK_FP8):
+    if report.quantization not in (None, FP8):
         return {}
     layers = kept["fp8_layers" if report.quantization else "layers"]
     return {

@@ -32,9 +32,11 @@ from moezoo.generation.paged import counts_padding, row_state_bytes, windows
 from moezoo.generation.turns import largest, make_remaining_passes
 from moezoo.layers.context import DenseContext
 from moezoo.layers.decoder import Decoder
+from moezoo.layers.linear import Linear
 from moezoo.layers.mask import CausalMask, packed_positions, visible_tokens
-from moezoo.layers.moe import OverriddenRouting, routing_overrides
+from moezoo.layers.moe import FusedMoE, OverriddenRouting, routing_overrides
 from moezoo.layers.quant import QuantizedWeights
+from moezoo.loaders.hub_layout import set_quantization_config
 from moezoo.loaders.hub_state import load_hub_state
 from moezoo.loaders.save import save_pretrained
 from moezoo.parallel.gather import SAVING
@@ -210,6 +212,20 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         overrides = routing_overrides(moe_layers, layers, force=force, ban=ban, bias=bias, k=k)
         # CUDA graphs captured before route as they did when they were captured.
         return OverriddenRouting(overrides, changed=self.release_engine)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> "MoECausalLM":
+        """Make all quantised weights plain ones of `dtype`, by default the model's, and return the
+        model. One layer is in memory twice at a time.
+
+        They get no gradient until `requires_grad_(True)`.
+        """
+        self.release_engine()
+        for module in self.decoder.modules():
+            if isinstance(module, FusedMoE | Linear):
+                module.dequantize_(dtype or self.dtype)
+        rules = registry.architecture(self.config.model_type).CHECKPOINT
+        set_quantization_config(self.config, self.decoder, rules)
+        return self
 
     def release_engine(self) -> None:
         """Free what `generate` keeps on a GPU for its next call: a KV cache and CUDA graphs.

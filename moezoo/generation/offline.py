@@ -81,8 +81,8 @@ def generate(
 
     Raises:
         ValueError: an option is unknown, out of range or contradicts another, `prompts` is a
-            single prompt rather than several, a prompt is malformed, or `chat` is asked of a
-            tokenizer without a chat template.
+            single prompt rather than several, a prompt is malformed or has the id of another, or
+            `chat` is asked of a tokenizer without a chat template.
         ExpertMapError: ranks that have to have the same prompts have not.
         RankError: another rank died, hangs or failed.
         MoEOutOfMemoryError: one prompt alone does not fit the device; says what needs less.
@@ -108,7 +108,7 @@ def generate(
     if seed is not None and config.do_sample and config.num_beams > 1:
         raise ValueError(f"seed needs num_beams=1, got num_beams={config.num_beams}")
     texts = Texts(model, tokenizer, config, chat)
-    given = (as_prompt(item, index) for index, item in enumerate(prompts))
+    given = _with_own_ids(as_prompt(item, index) for index, item in enumerate(prompts))
     if streamer is None and _in_engine(model, config):
         rows = batch_size or (256 if model.device.type == "cuda" else DEFAULT_BATCH_SIZE)
         if isinstance(prompts, Sized):
@@ -126,6 +126,19 @@ def generate(
         )
     batches = BatchGenerator(texts, seed, streamer)
     return batches.run(given, batch_size or DEFAULT_BATCH_SIZE)
+
+
+def _with_own_ids(prompts: Iterable[Prompt]) -> Iterator[Prompt]:
+    """Raise ValueError for an id that a prompt before has, as completions are told apart by it."""
+    places: dict[int | str, int] = {}
+    for place, prompt in enumerate(prompts):
+        if prompt.id in places:
+            raise ValueError(
+                f"prompts {places[prompt.id]} and {place} have the same id, {prompt.id!r}; give "
+                "each one of its own (a prompt without one has its position)"
+            )
+        places[prompt.id] = place
+        yield prompt
 
 
 def _in_engine(model: PreTrainedModel, config: GenerationConfig) -> bool:

@@ -85,7 +85,7 @@ def resume(path: Path, prompts: Sequence[Prompt], run: str) -> dict[int | str, b
         end = 0
         for number, line in enumerate(file, start=1):
             where = f"{path}:{number}: "
-            if not line.endswith(b"\n") and line.startswith(_START[: len(line)]):
+            if _is_half_written(line):
                 file.truncate(end)
                 break
             end += len(line)
@@ -110,6 +110,17 @@ def resume(path: Path, prompts: Sequence[Prompt], run: str) -> dict[int | str, b
             first_line[prompt.id] = number
             finished[prompt.id] = failed
     return finished
+
+
+def _is_half_written(line: bytes) -> bool:
+    """Whether a line without its end is the beginning of one of ours, and not the whole line of
+    something else."""
+    if line.endswith(b"\n") or not line.startswith(_START[: len(line)]):
+        return False
+    try:
+        return "run" in _json_object(line)
+    except ValueError:
+        return True
 
 
 class OutputFile:

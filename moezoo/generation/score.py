@@ -129,6 +129,8 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: Scored, index: int, chat: 
             )
         before = encode(tokenizer, prompt)
         whole = encode(tokenizer, Prompt(prompt.id, prompt.prompt + completion))
+        if not prompt.prompt and whole[: len(before)] != before:
+            whole = [*before, *whole]
         return _Tokens(prompt.id, whole, min(len(before), len(whole)))
     if isinstance(text, Sequence):
         ids = [token for token in text if isinstance(token, int)]

@@ -79,6 +79,14 @@ class Linear(nn.Linear):
         del self.weight
         self.weight = QuantizedWeights(weight)
 
+    def dequantize_(self, dtype: torch.dtype) -> None:
+        """Make a quantised weight a parameter of `dtype` again, which gets no gradient until it is
+        asked to."""
+        held = self.weight
+        if isinstance(held, QuantizedWeights):
+            del self.weight
+            self.weight = nn.Parameter(held.dequantize(dtype), requires_grad=False)
+
     def forward(self, x: torch.Tensor | NormOfSum) -> torch.Tensor:
         weight, bias = self.weight, self.bias  # a module looks them up anew each time
         if isinstance(weight, QuantizedWeights):

@@ -23,20 +23,23 @@ def quantized_linear(x: Tensor, weight: Format, bias: Tensor | None = None) -> T
     K], bias [N].
 
     `torch.compile` and CUDA graphs work through it: while compiling it is the operator of the
-    format, such as `moezoo::linear_int4`. Raises ValueError where a gradient is asked for, and
-    QuantizationError for fp8 on a GPU that does not multiply it.
+    format, such as `moezoo::linear_int4`. Raises ValueError where a gradient is asked for or x is
+    not as wide as the weight, and QuantizationError for fp8 on a GPU that does not multiply it.
     """
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError(
             f"there is no gradient through {type(weight).__name__} weights; use torch.no_grad() or "
             "torch.inference_mode(), or load the model with quantization={'dense': 'dequantize'}"
         )
-    rows = x.reshape(-1, x.shape[-1])
+    n, k = weight.shape
+    if x.shape[-1] != k:
+        raise ValueError(f"x must be [.., {k}] for weights {[n, k]}, got {list(x.shape)}")
+    rows = x.reshape(-1, k)
     if torch.compiler.is_compiling():
         y: Tensor = OPERATORS[type(weight)](rows, list(weight.tensors().values()), bias)
     else:
         y = _product(rows, weight, bias)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return y.view(*x.shape[:-1], n)
 
 
 def _product(x: Tensor, weight: Format, bias: Tensor | None) -> Tensor:

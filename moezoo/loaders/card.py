@@ -101,7 +101,8 @@ def write_card(folder: Path, before: Path | None, section: Section | None) -> No
     the card would be empty."""
     path = folder / CARD
     with naming_file(path):
-        card = "" if before is None else before.read_text("utf-8", "surrogateescape")
-        card = with_section(card, section)
+        card = "" if before is None else before.read_bytes().decode("utf-8", "surrogateescape")
+        lines = "\r\n" if 0 < card.count("\r\n") == card.count("\n") else "\n"
+        card = with_section(card.replace(lines, "\n"), section).replace("\n", lines)
         if card:
-            path.write_text(card, "utf-8", "surrogateescape")
+            path.write_bytes(card.encode("utf-8", "surrogateescape"))

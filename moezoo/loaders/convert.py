@@ -43,7 +43,7 @@ from moezoo.loaders.weights import (
     report,
     require_device,
     sources_of,
-    without_mixed_orders,
+    with_orders,
 )
 
 _KEPT = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*")
@@ -128,7 +128,7 @@ def _convert(
     )
     require_device(decoder, planned.quantized, device)
     locations = checkpoint.fetch(sources_of(planned), progress=progress)
-    planned = without_mixed_orders(decoder, checkpoint, planned, locations, dtype=config.dtype)
+    planned = with_orders(decoder, checkpoint, planned, locations, dtype=config.dtype)
     report(decoder, planned)
     quantize_on_meta(decoder, planned.quantized)
     rules = registry.architecture(config.model_type).CHECKPOINT

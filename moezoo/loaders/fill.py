@@ -8,7 +8,7 @@ where they belong, so that no more of them is there in another form.
 Legend: N rows, K columns, G groups, R rows of a stored tensor.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -392,31 +392,3 @@ class _Dequantize:
             self.dense[:, first : first + columns].copy_(w)
         else:
             _assign(self.dense, slice(rows.start // self.pairs, rows.stop // self.pairs), w)
-
-
-def drop_trivial_orders(
-    tensors: dict[str, Tensor],
-    quantized: Mapping[str, Kind],
-    union_over_ranks: Callable[[set[str]], set[str]] | None = None,
-) -> dict[str, Kind]:
-    """Drop the orders that leave every column where it is from `tensors`, and return the kinds
-    without them.
-
-    `union_over_ranks` returns the union of the names that each rank gives: an expert that moves to
-    a rank needs the tensors of the experts there, so all ranks keep an order that one needs.
-    """
-    ordered = [name for name, kind in quantized.items() if kind.ordered]
-    needed = {name for name in ordered if _moves(tensors[f"{name}.order"])}
-    if union_over_ranks is not None:
-        needed = union_over_ranks(needed)
-    kinds = dict(quantized)
-    for name in ordered:
-        if name not in needed:
-            kinds[name] = quantized[name].unordered()
-            del tensors[f"{name}.order"]
-    return kinds
-
-
-def _moves(order: Tensor) -> bool:
-    places = torch.arange(order.shape[-1], dtype=order.dtype, device=order.device)
-    return not bool((order == places).all())

@@ -56,7 +56,7 @@ def from_config(
     config = deepcopy(config)
     scheme = hub_scheme(getattr(config, "quantization_config", None), "the config")
     config.dtype = requested_dtype(dtype) or config_dtype(config, torch.float32)
-    seed = int(torch.randint(2**62, ()))
+    seed = int(torch.randint(2**62, (), device="cpu"))
     with nullcontext() if mesh is None else mesh.together("making the model"):
         with torch.device("meta"):
             decoder = registry.build(config)

@@ -19,7 +19,7 @@ from moezoo.layers.quant.groups import (
     SCALE_DTYPES,
     default_group_size,
 )
-from moezoo.layers.quant.kind import Kind
+from moezoo.layers.quant.kind import A_MATRIX, Kind
 from moezoo.layers.quant.mxfp4 import GROUP
 
 _FIELDS = {
@@ -166,10 +166,13 @@ class Quantization:
         group = options.get("group_size", PER_CHANNEL)
         group = columns if group == PER_CHANNEL else group
         blocks = kind.format is BlockFp8
-        if self.granularity is not None and (self.granularity == "block") != blocks:
+        granularity = (
+            "block" if blocks else "tensor" if kind.scale_layout == A_MATRIX else "channel"
+        )
+        if self.granularity not in (None, granularity):
             return "granularity"
         if self.block_size is not None and (
-            not blocks if self.type == FP8 else self.block_size[1] != group
+            not blocks if self.type == FP8 else self.block_size != (1, group)
         ):
             return "block_size"
         if self.group_size not in (None, group):
@@ -192,7 +195,7 @@ class Quantization:
             if self.granularity == "channel":
                 return _recipe(Kind.of(ChannelFp8))
             quantize = partial(ChannelFp8.quantize_unchecked, granularity="tensor")
-            kind = replace(Kind.of(ChannelFp8), scale_layout="with a scale a matrix")
+            kind = replace(Kind.of(ChannelFp8), scale_layout=A_MATRIX)
             return Recipe(kind, quantize, None)
         if self.type == MXFP4:
             self._require(name, columns, GROUP)

@@ -57,7 +57,7 @@ def initialise(
 
 
 def _draw(seeds: torch.Generator, count: int) -> list[int]:
-    drawn: list[int] = torch.randint(2**62, (count,), generator=seeds).tolist()
+    drawn: list[int] = torch.randint(2**62, (count,), generator=seeds, device="cpu").tolist()
     return drawn
 
 

@@ -307,8 +307,10 @@ def shard_bytes(size: int | str) -> int:
     """
     if isinstance(size, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]I?B)\s*", size.upper())
-        if match:
-            return int(float(match[1]) * _UNITS[match[2]])
+        if match and (count := int(float(match[1]) * _UNITS[match[2]])) > 0:
+            return count
     elif isinstance(size, int) and size > 0:
         return size
-    raise ValueError(f"max_shard_size is {size!r}, expected bytes or a string such as '5GB'")
+    raise ValueError(
+        f"max_shard_size is {size!r}, expected a positive number of bytes or a string such as '5GB'"
+    )

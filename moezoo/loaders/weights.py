@@ -3,20 +3,23 @@
 import logging
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from moezoo.layers.quant.fp8 import BLOCK_FP8, FOR_EXPERTS, FOR_LINEARS, require_fp8
+from moezoo.formats import FP8
+from moezoo.layers.quant.fp8 import FOR_EXPERTS, FOR_LINEARS, require_fp8
 from moezoo.layers.quant.kind import Kind
 from moezoo.loaders.checkpoint import Checkpoint, Location
 from moezoo.loaders.devices import Places
 from moezoo.loaders.encodings import Encoding, encoding_of
 from moezoo.loaders.experts import experts_of, quantized_experts, source_dtype
-from moezoo.loaders.fill import Filling, Squares, drop_trivial_orders
+from moezoo.loaders.fill import Filling, Squares
 from moezoo.loaders.linears import by_outcome, held_kinds, quantized_linears
 from moezoo.loaders.mapping import (
+    Copy,
     ParameterInfo,
     Rule,
     Skip,
@@ -57,7 +60,7 @@ def load_weights(
     so do those that are stored quantised, and linear layers that are, unless it says otherwise.
     Other quantised weights are dequantised. A module with quantised weights needs no gradient.
     `check` may refuse the plan before anything is read; `union_over_ranks` is for
-    `drop_trivial_orders`, where experts are divided.
+    `with_orders`, where experts are divided.
 
     Raises `CheckpointError` for what does not fit or cannot be read, `QuantizationError` for what
     is wrong with quantised weights, and `MoEOutOfMemoryError` before any allocation; the module is
@@ -75,20 +78,20 @@ def load_weights(
         check(planned)
     places = _require_places(module, planned, device, checkpoint.name)
     locations = checkpoint.fetch(sources_of(planned), progress=progress)
-    ordered = without_mixed_orders(module, checkpoint, planned, locations, dtype=dtype)
+    ordered = with_orders(
+        module, checkpoint, planned, locations, dtype=dtype, union_over_ranks=union_over_ranks
+    )
     if ordered.wanted != planned.wanted:  # more, for layers that do not stay quantised
         places = _require_places(module, ordered, device, checkpoint.name)
     planned = ordered
     report(module, planned)
     try:
-        tensors, quantized = _read_to(
-            places, checkpoint, planned, locations, union_over_ranks, progress=progress
-        )
+        tensors = _read_to(places, checkpoint, planned, locations, progress=progress)
     except BaseException as error:
         # The frames of the traceback hold the tensors for as long as anybody keeps the error.
         _clear_frames(error)
         raise
-    quantize_on_meta(module, quantized)
+    quantize_on_meta(module, planned.quantized)
     place(module, tensors)
 
 
@@ -114,18 +117,16 @@ def _read_to(
     checkpoint: Checkpoint,
     planned: "Planned",
     locations: Mapping[str, Location],
-    union_over_ranks: Callable[[set[str]], set[str]] | None,
     *,
     progress: bool,
-) -> tuple[dict[str, torch.Tensor], dict[str, Kind]]:
-    """Run `read_copies` device by device; return the tensors, and the kinds without orders that
-    proved trivial."""
+) -> dict[str, torch.Tensor]:
+    """Run `read_copies` device by device."""
     tensors: dict[str, torch.Tensor] = {}
     for device, wanted in places.parts(planned.wanted):
         copies = (copy for copy in planned.plan.copies if places.of(copy.target) == device)
         part = planned._replace(wanted=wanted, plan=Plan(tuple(copies), {}))
         tensors |= read_copies(checkpoint, part, locations, device=device, progress=progress)
-    return tensors, drop_trivial_orders(tensors, planned.quantized, union_over_ranks)
+    return tensors
 
 
 class Planned(NamedTuple):
@@ -191,42 +192,70 @@ def unpadded(encoding: Encoding, chosen: Plan, parameters: Mapping[str, Paramete
     )
 
 
-def without_mixed_orders(
+def with_orders(
     module: nn.Module,
     checkpoint: Checkpoint,
     planned: Planned,
     locations: Mapping[str, Location],
     *,
     dtype: torch.dtype,
+    union_over_ranks: Callable[[set[str]], set[str]] | None = None,
 ) -> Planned:
-    """Return the plan with those linear layers dequantised whose parts have their columns in
-    different orders; only the files tell. Quantisers give parts of one input the same order."""
-    dense = dict(planned.dense)
+    """Return the plan with what only the files tell of columns in an order of their own: an order
+    that moves none is left out, and linear layers whose parts have different ones are dequantised
+    (quantisers give parts of one input the same).
+
+    `union_over_ranks` returns the union of the names that each rank gives: an expert that moves to
+    a rank needs the tensors of the experts there, so all ranks keep an order that one needs.
+    """
+    dense, ordered, needed = dict(planned.dense), set(), set()
     for name, copies in copies_by_target(planned.plan.copies).items():
-        kind = dense.get(name)
-        if not isinstance(kind, Kind) or not kind.ordered or len(copies) == 1:
+        kind = planned.quantized.get(name)
+        if kind is None or not kind.ordered:
             continue
-        first, *rest = (
-            extra.read(read(Piece(extra.tensor, *locations[extra.tensor], info.dtype, info.shape)))
-            for copy in copies
-            for extra in planned.encoding.weights[copy.source].extras
-            if extra.field == "order"
-            for info in (checkpoint.tensors[extra.tensor],)
-        )
-        if not all(order.equal(first) for order in rest):
+        first, *others = (_order(checkpoint, planned, locations, copy) for copy in copies)
+        ordered.add(name)
+        if name in dense and not all(order.equal(first) for order in others):
             dense[name] = "parts of one layer with columns in different orders"
-    if dense == planned.dense:
+        elif any(map(_moves, (first, *others))):
+            needed.add(name)
+    if union_over_ranks is not None:
+        needed = union_over_ranks(needed)
+    trivial = ordered - needed
+    if not trivial:
         return planned
-    quantized = {n: kind for n, kind in planned.quantized.items() if n not in dense} | held_kinds(
-        dense
+    held = {
+        name: k for name, k in planned.quantized.items() if isinstance(dense.get(name, k), Kind)
+    }
+    quantized = {name: k.unordered() if name in trivial else k for name, k in held.items()}
+    weights = dict(planned.encoding.weights)
+    for copy in planned.plan.copies:
+        if copy.target in trivial & quantized.keys():
+            weights[copy.source] = weights[copy.source].unordered()
+    return planned._replace(
+        wanted=quantized_infos(module, parameter_infos(module, dtype), quantized),
+        encoding=replace(planned.encoding, weights=weights),
+        quantized=quantized,
+        dense={name: quantized.get(name, outcome) for name, outcome in dense.items()},
     )
-    wanted = quantized_infos(module, parameter_infos(module, dtype), quantized)
-    return planned._replace(wanted=wanted, quantized=quantized, dense=dense)
+
+
+def _order(
+    checkpoint: Checkpoint, planned: Planned, locations: Mapping[str, Location], copy: Copy
+) -> torch.Tensor:
+    """Read the order of a weight's columns."""
+    (extra,) = (e for e in planned.encoding.weights[copy.source].extras if e.field == "order")
+    info = checkpoint.tensors[extra.tensor]
+    return extra.read(read(Piece(extra.tensor, *locations[extra.tensor], info.dtype, info.shape)))
+
+
+def _moves(order: torch.Tensor) -> bool:
+    return not order.equal(torch.arange(len(order), dtype=order.dtype))
 
 
 def require_device(module: nn.Module, quantized: Mapping[str, Kind], device: torch.device) -> None:
     """Raise `QuantizationError` for formats that the device has no kernel for."""
-    in_fp8 = {name for name, kind in quantized.items() if kind.format.name == BLOCK_FP8}
+    in_fp8 = {name for name, kind in quantized.items() if kind.format.name == FP8}
     if in_fp8:
         require_fp8(device, FOR_EXPERTS if in_fp8 & experts_of(module).keys() else FOR_LINEARS)
 

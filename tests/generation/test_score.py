@@ -93,6 +93,15 @@ def test_prompt_and_completion_are_one_text(model, reference, tokenizer):
     assert score.perplexity == pytest.approx(wanted.mean().neg().exp().item(), rel=1e-4)
 
 
+def test_a_completion_of_nothing(model, tokenizer):
+    """All its tokens are scored, after the token that an empty prompt becomes."""
+    (completion,) = moezoo.generate(model, tokenizer, [""], max_new_tokens=4, do_sample=False)
+    record = {"prompt": "", "completion": completion.text}
+    from_text, expected = moezoo.score(model, tokenizer, [record, completion])
+    assert from_text.token_ids == expected.token_ids and from_text.num_prompt_tokens == 1
+    assert from_text.logprobs[1:] == pytest.approx(expected.logprobs[1:], abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("texts", "options", "message"),
     [

@@ -198,6 +198,18 @@ def test_refuses() -> None:
         layer(x.requires_grad_())
 
 
+@kinds
+@pytest.mark.parametrize("width", [90, 256])
+def test_refuses_activations_of_another_width(kind: str, width: int, device: torch.device) -> None:
+    if kind == "block-fp8" and device.type == "cuda" and not multiplies_fp8(device):
+        pytest.skip("needs a GPU that multiplies fp8")
+    weight = quantized(kind, normal(8, 128).to(device))
+    with pytest.raises(
+        ValueError, match=re.escape("x must be [.., 128] for weights [8, 128], got")
+    ):
+        quantized_linear(normal(2, width).to(device), weight)
+
+
 @pytest.mark.gpu
 def test_refuses_fp8_on_an_old_gpu(monkeypatch):
     monkeypatch.setattr("moezoo.layers.quant.fp8.multiplies_fp8", lambda device: False)

@@ -67,13 +67,10 @@ def gptq(
     if desc_act:
         groups = groups[torch.randperm(k, generator=torch.Generator().manual_seed(k + seed))]
     codes, scales, zeros = grouped_codes(w, groups, bits=bits, symmetric=sym, dtype=torch.float16)
-    if not v2:
-        zeros = zeros.clamp(min=1)  # one less is stored, in as many bits
-        scaled = (w.float() / scales.float()[:, groups]).round() + zeros[:, groups]
-        codes = scaled.clamp(0, 2**bits - 1).long()
+    ones = 0x11111111 if bits == 4 else 0x01010101
     return {
         "qweight": words(codes, bits).T.contiguous(),
-        "qzeros": words((zeros.T - (0 if v2 else 1)).contiguous(), bits),
+        "qzeros": words(zeros.T.contiguous(), bits) - (0 if v2 else ones),
         "scales": scales.T.contiguous(),
         "g_idx": groups.to(torch.int32),
     }, decoded(codes, scales, zeros, groups)

@@ -196,6 +196,17 @@ def test_the_card_of_a_model_that_has_none(tmp_path):
     assert json.loads((to / "config.json").read_text())["architectures"] == ["MixtralForCausalLM"]
 
 
+def test_a_card_keeps_its_line_ends(tmp_path):
+    plain("mixtral").save_pretrained(tmp_path / "from")
+    for before in (b"# A\r\n\r\nB\r\n", b"# A\r\n\nB\n"):
+        (tmp_path / "from" / "README.md").write_bytes(before)
+        to = tmp_path / str(len(before))
+        convert(open_checkpoint(tmp_path / "from"), to, quantization="int8_w8a16", device="cpu")
+        card = (to / "README.md").read_bytes()
+        lines = b"\r\n" if before.endswith(b"\r\n") else b"\n"
+        assert card.startswith(before + lines + START.strip().encode() + lines)
+
+
 def test_a_card_has_one_section(tmp_path):
     plain("mixtral").save_pretrained(tmp_path / "from")
     before = b"# Mixtral \xe9\n"

@@ -282,6 +282,12 @@ def test_gptq_orders_of_none(tmp_path):
     model = check(hub, dense, Int4)
     assert moe_layers(model)[0].w13().order is None
     assert model.decoder.layers[0].attn.o.weight().order is None
+    model = load(hub)
+    model.save_pretrained(tmp_path / "saved")
+    convert(open_checkpoint(hub), tmp_path / "converted", device="cpu")
+    for file in ("config.json", "model.safetensors"):
+        saved, converted = (tmp_path / name / file for name in ("saved", "converted"))
+        assert saved.read_bytes() == converted.read_bytes(), file
 
 
 def test_parts_with_orders_of_their_own(tmp_path, caplog, monkeypatch):
@@ -588,12 +594,12 @@ def test_schemes_that_differ_by_module(tmp_path, caplog):
     assert report.supported and report.stored_as is not None
     assert report.stored_as == (
         "int4_w4a16 in groups of 64: the experts of 1 of 2 MoE layers stay so, 8 weights of linear "
-        "layers in fp8_w8a8 with a scale a row, 6 weights of linear layers in int4_w4a16 in groups "
-        "of 64"
+        "layers in fp8_w8a8 with a scale a matrix, 6 weights of linear layers in int4_w4a16 in "
+        "groups of 64"
     )
     caplog.set_level(logging.INFO)
     load(hub)
-    assert "8 weights of linear layers stay in fp8_w8a8 with a scale a row" in caplog.text
+    assert "8 weights of linear layers stay in fp8_w8a8 with a scale a matrix" in caplog.text
     assert "6 weights of linear layers stay in int4_w4a16 in groups of 64" in caplog.text
     model.save_pretrained(tmp_path / "again")
     assert_same(load(tmp_path / "again", dtype="float32"), model)
@@ -766,7 +772,7 @@ def test_packed_weights_that_are_wrong(tmp_path):
     "activations", [{"num_bits": 8, "type": "float", "dynamic": True}, {"num_bits": 8}], ids=str
 )
 @pytest.mark.parametrize("case", ["int8", "fp8-tensor"])
-def test_activations_of_8_bits(tmp_path, case, activations):
+def test_activations_of_8_bits(tmp_path, case, activations, caplog):
     """Static ones have a scale for every module, which is not loaded but must be there."""
     stored, weights, kind = COMPRESSED[case]
     group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
@@ -780,6 +786,10 @@ def test_activations_of_8_bits(tmp_path, case, activations):
 
     hub, _ = write(tmp_path / "a", with_scale if static else encode, config)
     assert moe_layers(load(hub))[0].quantized is kind
+    told = (
+        "activations beside integer or mxfp4 weights; here these are multiplied by" in caplog.text
+    )
+    assert told == (case == "int8")
     if static:
         none, _ = write(tmp_path / "b", encode, config)
         change(hub, lambda stored: stored.pop(f"{GATE}.input_scale"))
@@ -791,6 +801,40 @@ def test_activations_of_8_bits(tmp_path, case, activations):
             with pytest.raises(QuantizationError, match=message):
                 load(folder)
             assert ".input_scale" in moezoo.inspect(folder).reason
+
+
+def test_a_weight_that_is_there_unquantised_too(tmp_path):
+    for name, encode, config, end in (
+        (
+            "ct",
+            compressed_tensors("pack-quantized", num_bits=4, group_size=32, strategy="group"),
+            None,
+            "weight_packed",
+        ),
+        ("gptq", gptq, gptq_config(), "qweight"),
+        ("awq", awq, AWQ, "qweight"),
+    ):
+        if config is None:
+            weights = {"num_bits": 4, "group_size": 32, "strategy": "group"}
+            scheme = {"targets": ["Linear"], "weights": weights}
+            config = compressed_config("pack-quantized", ["lm_head", "re:.*gate$"], g=scheme)
+        hub, _ = write(tmp_path / name, encode, config)
+        change(hub, lambda stored: stored.update({f"{GATE}.weight": torch.zeros(128, 128)}))
+        message = rf"{GATE}\.{end} in {FILE} holds {GATE}\.weight, which is also in the checkpoint"
+        with pytest.raises(QuantizationError, match=message):
+            load(hub)
+
+
+def test_zero_points_that_4_bits_do_not_have(tmp_path):
+    weights = {"num_bits": 4, "strategy": "tensor", "symmetric": False}
+    scheme = {"targets": ["Linear"], "weights": weights}
+    config = compressed_config("pack-quantized", ["lm_head", "re:.*gate$"], g=scheme)
+    hub, _ = write(tmp_path, compressed_tensors("pack-quantized", **weights), config)
+    name = f"{GATE}.weight_zero_point"
+    change(hub, lambda stored: stored[name].fill_(100))
+    message = rf"{name} in {FILE}: the zero point at \[0\] is 100, it must be one of -8 to 7; get"
+    with pytest.raises(QuantizationError, match=message):
+        load(hub)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu], ids=str)

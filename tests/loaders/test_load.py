@@ -668,6 +668,15 @@ def test_random_weights_repeat_with_the_seed_and_follow_the_config():
     assert not first.training and first(torch.arange(5)[None]).logits.isfinite().all()
 
 
+def test_from_config_where_tensors_are_made_on_meta():
+    torch.manual_seed(1)
+    expected = from_config(small_config(), device="cpu")
+    torch.manual_seed(1)
+    with torch.device("meta"):
+        found = from_config(small_config(), device="cpu")
+    assert_same(found, expected)
+
+
 def test_from_config_leaves_the_config_alone():
     config = MixtralConfig(
         vocab_size=50,

@@ -403,7 +403,12 @@ def test_an_odd_number_of_columns():
         ("int4_w4a16", {"per_channel": True}, "per_channel=True .*w13.* in int4_w4a16 in groups"),
         ("int4_w4a16", {"symmetric": False}, "symmetric=False is asked for, but the checkpoint"),
         ({"type": "int4_w4a16", "symmetric": False}, {"symmetric": True}, "with zero points"),
-        ("int4_w4a16", {"block_size": [8, 64]}, r"block_size=\(8, 64\)"),
+        ("int4_w4a16", {"block_size": [8, 128]}, r"block_size=\(8, 128\)"),
+        (
+            {"type": "fp8_w8a8", "granularity": "channel"},
+            {"granularity": "tensor"},
+            "granularity='tensor' .* with a scale a row already",
+        ),
     ],
     ids=str,
 )

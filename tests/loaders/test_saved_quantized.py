@@ -121,6 +121,24 @@ def test_saved_and_read_again(folder, tmp_path, name, caplog):
         assert theirs[f"{module}.down_proj"].equal(moe.w2().dequantize())
 
 
+@pytest.mark.parametrize("name", ASKED)
+def test_dequantized(folder, tmp_path, name):
+    """The model is that of the dequantised weights, in transformers too, and can be trained."""
+    model = load(folder, quantization=ASKED[name])
+    weights = [(moe.w13().dequantize(), moe.w2().dequantize()) for moe in moe_layers(model)]
+    assert model.dequantize() is model
+    assert not hasattr(model.config, "quantization_config")
+    for moe, (w13, w2) in zip(moe_layers(model), weights, strict=True):
+        assert moe.quantized is None and moe.w13.equal(w13.flatten(1, 2)) and moe.w2.equal(w2)
+    model.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        assert distance(model(ids(2, 9)).logits, theirs(ids(2, 9)).logits) < EXACT
+    model.requires_grad_(True)
+    model(ids(2, 9), labels=ids(2, 9)).loss.backward()
+    assert all(moe.w13.grad.any() and moe.w2.grad.any() for moe in moe_layers(model))
+
+
 @pytest.mark.parametrize(
     ("name", "data"),
     [("int8", "weight_packed"), ("int4-row", "weight_packed"), ("fp8-channel", "weight")],

@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moezoo.formats import FP8
 from moezoo.layers.kernels.overlap import capability
 from moezoo.layers.kernels.sizes import cdiv
-from moezoo.layers.quant.fp8 import BLOCK_FP8
 
 P = ParamSpec("P")
 
@@ -165,7 +165,7 @@ def _plan(
     if dtype == torch.float32:
         chosen = _fp32_plan(rows_per_expert)
     elif dtype == torch.float8_e4m3fn:
-        known = tuned(device, (*sizes, BLOCK_FP8), rows_per_expert) if described else None
+        known = tuned(device, (*sizes, FP8), rows_per_expert) if described else None
         chosen = known or _fp8_plan(rows_per_expert, described)
     elif not described:
         chosen = _pointer_plan(rows_per_expert)

@@ -209,6 +209,17 @@ class FusedMoE(nn.Module):
         del self.w13, self.w2
         self.w13, self.w2 = QuantizedWeights(w13), QuantizedWeights(w2)
 
+    def dequantize_(self, dtype: torch.dtype) -> None:
+        """Make quantised experts parameters of `dtype` again, which get no gradient until they are
+        asked to."""
+        for name in ("w13", "w2"):
+            held = getattr(self, name)
+            if isinstance(held, QuantizedWeights):
+                w = held.dequantize(dtype)
+                w = w.flatten(1, 2) if w.ndim == 4 else w
+                delattr(self, name)
+                setattr(self, name, nn.Parameter(w, requires_grad=False))
+
     @property
     def num_experts(self) -> int:
         """Number of routed experts that a token can choose from, those of other ranks included."""

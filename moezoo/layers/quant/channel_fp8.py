@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from moezoo.formats import FP8
 from moezoo.layers.quant.format import (
     Format,
     by_rows,
@@ -20,14 +21,14 @@ from moezoo.layers.quant.format import (
     require_data,
     require_weights,
 )
-from moezoo.layers.quant.fp8 import BLOCK_FP8, BlockFp8, scaled, widened
+from moezoo.layers.quant.fp8 import BlockFp8, scaled, widened
 
 
 @dataclass(frozen=True, eq=False)
 class ChannelFp8(Format):
     """Weights in fp8 with a scale per row: data [.., N, K] float8_e4m3fn, scales [.., N] fp32."""
 
-    name: ClassVar[str] = BLOCK_FP8
+    name: ClassVar[str] = FP8
     unit: ClassVar[str] = "row"
     quantizes_activations: ClassVar[bool] = True
 

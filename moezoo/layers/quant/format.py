@@ -3,7 +3,7 @@
 Legend: N rows, K columns, G groups of columns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
@@ -89,7 +89,8 @@ class Format:
         raise NotImplementedError
 
     def check_values(self, name: str = "weights") -> None:
-        """Raises QuantizationError for a scale that is NaN, Inf, zero or negative.
+        """Raises QuantizationError for a scale that is NaN, Inf, zero or negative, which finite
+        weights do not lead to. (AutoRound writes negative ones, which loading takes.)
 
         It looks at the values, so on a GPU it waits for them.
         """
@@ -98,7 +99,7 @@ class Format:
             place = wrong.nonzero()[0].tolist()
             raise QuantizationError(
                 f"{name}: the scale of {self.unit} {place} is {self.scales[tuple(place)].item()}, "
-                "it must be finite and positive; get these weights again"
+                "it must be finite and positive; quantise finite weights"
             )
 
     @staticmethod
@@ -203,17 +204,26 @@ def by_rows(fn: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Te
     first = tensors[0]
     *leading, n, k = first.shape
     matrices = [t.reshape(-1, *t.shape[-2:]) for t in tensors]
-    rows = max(1, _CHUNK.get(first.device.type, 2**18) // k)
-    some = max(1, rows // n)
     outputs: tuple[Tensor, ...] = ()
     done = 0
-    for group in zip(*(m.split(some) for m in matrices), strict=True):
-        for part in zip(*(m.split(rows, 1) for m in group), strict=True):
-            results = fn(*(t.flatten(0, 1) for t in part))
-            if not outputs:
-                total = first.numel() // k
-                outputs = tuple(r.new_empty(total, *r.shape[1:]) for r in results)
-            for output, result in zip(outputs, results, strict=True):
-                output[done : done + len(result)] = result
-            done += len(results[0])
+    for some, rows in pieces(matrices[0]):
+        results = fn(*(m[some, rows].flatten(0, 1) for m in matrices))
+        if not outputs:
+            total = first.numel() // k
+            outputs = tuple(r.new_empty(total, *r.shape[1:]) for r in results)
+        for output, result in zip(outputs, results, strict=True):
+            output[done : done + len(result)] = result
+        done += len(results[0])
     return tuple(output.view(*leading, n, *output.shape[1:]) for output in outputs)
+
+
+def pieces(matrices: Tensor, multiple: int = 1) -> Iterator[tuple[slice, slice]]:
+    """Yield which of the matrices [M, N, K], and which of their rows, are quantised at a time:
+    `multiple` rows or several times as many, in the order of the rows."""
+    count, n, k = matrices.shape
+    fit = _CHUNK.get(matrices.device.type, 2**18) // k
+    rows = max(1, fit // multiple) * multiple
+    some = max(1, rows // n)
+    for first in range(0, max(1, count), some):
+        for start in range(0, n, rows):
+            yield slice(first, first + some), slice(start, start + rows)

@@ -19,10 +19,7 @@ from torch import Tensor
 from moezoo.device import multiplies_fp8
 from moezoo.errors import QuantizationError
 from moezoo.formats import FP8
-from moezoo.layers.quant.format import TINY, Format, require_data, require_weights
-
-BLOCK_FP8 = FP8
-"""Name of the format in options and tables."""
+from moezoo.layers.quant.format import TINY, Format, pieces, require_data, require_weights
 
 BLOCK = 128
 """Rows and columns of a block of weights, and activations per group."""
@@ -45,7 +42,7 @@ class BlockFp8(Format):
     """Weights in fp8 with a scale per block: data [.., N, K] float8_e4m3fn and scales fp32 [..,
     ceil(N/128), ceil(K/128)]."""
 
-    name: ClassVar[str] = BLOCK_FP8
+    name: ClassVar[str] = FP8
     unit: ClassVar[str] = "block"
     scale_layout: ClassVar[str] = f"in blocks of {BLOCK} x {BLOCK}"
     quantizes_activations: ClassVar[bool] = True
@@ -58,12 +55,13 @@ class BlockFp8(Format):
     @classmethod
     def quantize_unchecked(cls, w: Tensor) -> "BlockFp8":
         require_weights(w)
-        n, k = w.shape[-2:]
-        padded = F.pad(w.float(), (0, -k % BLOCK, 0, -n % BLOCK))
-        tiles = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
-        data, scales = scaled(tiles, tiles.abs().amax((-3, -1), keepdim=True))
-        data = data.flatten(-4, -3).flatten(-2)[..., :n, :k].contiguous()
-        return cls(data, scales.squeeze(-1).squeeze(-2))
+        matrices = w.reshape(-1, *w.shape[-2:])
+        data = matrices.new_empty(matrices.shape, dtype=torch.float8_e4m3fn)
+        scales = matrices.new_empty(scales_shape(matrices.shape), dtype=torch.float32)
+        for some, rows in pieces(matrices, multiple=BLOCK):
+            of_blocks = slice(rows.start // BLOCK, blocks(rows.stop))
+            data[some, rows], scales[some, of_blocks] = _in_blocks(matrices[some, rows].float())
+        return cls(data.view(w.shape), scales.view(scales_shape(w.shape)))
 
     @classmethod
     def on_meta(cls, *shape: int) -> "BlockFp8":
@@ -91,6 +89,15 @@ class BlockFp8(Format):
                 f"{[*self.shape[:-2], parts, rows // parts, k]}, with scales of each part's own"
             )
         return super().in_parts(parts)
+
+
+def _in_blocks(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Return data and scales of w [M, N, K] fp32."""
+    _, n, k = w.shape
+    padded = F.pad(w, (0, -k % BLOCK, 0, -n % BLOCK))
+    tiles = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
+    data, scales = scaled(tiles, tiles.abs().amax((-3, -1), keepdim=True))
+    return data.flatten(-4, -3).flatten(-2)[..., :n, :k], scales.squeeze(-1).squeeze(-2)
 
 
 class Fp8Rows(NamedTuple):
@@ -149,6 +156,6 @@ def require_fp8(device: torch.device, instead: str) -> None:
     if not multiplies_fp8(device):
         major, minor = torch.cuda.get_device_capability(device)
         raise QuantizationError(
-            f"{BLOCK_FP8} needs a GPU of compute capability 8.9 or later, "
+            f"{FP8} needs a GPU of compute capability 8.9 or later, "
             f"{torch.cuda.get_device_name(device)} has {major}.{minor}; {instead}"
         )

@@ -65,14 +65,3 @@ class Int4(Integers):
 
     def codes(self) -> Tensor:
         return unpack(self.data)
-
-    def check_values(self, name: str = "weights") -> None:
-        """Raises QuantizationError for a scale that is NaN, Inf, zero or negative, or a zero point
-        above 16: GPTQ's checkpoints store one less."""
-        super().check_values(name)
-        if self.zeros is not None and (self.zeros > 16).any():
-            place = (self.zeros > 16).nonzero()[0].tolist()
-            raise QuantizationError(
-                f"{name}: the zero point of group {place} is {self.zeros[tuple(place)].item()}, "
-                "it must be one of 0 to 16"
-            )

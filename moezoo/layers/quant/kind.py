@@ -9,6 +9,9 @@ from moezoo.layers.quant.format import Format
 from moezoo.layers.quant.groups import PER_CHANNEL
 from moezoo.layers.quant.integers import Integers
 
+A_MATRIX = "with a scale a matrix"
+"""The `scale_layout` of a kind whose rows have one scale, repeated for each of them."""
+
 
 @dataclass(frozen=True)
 class Kind:

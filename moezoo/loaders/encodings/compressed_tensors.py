@@ -183,13 +183,18 @@ class CompressedTensors(Scheme):
 
     @property
     def notes(self) -> tuple[str, ...]:
+        found = list(super().notes)
         if any(group.weights == "fp8" and group.weight_only for group in self.groups):
-            return (
-                *super().notes,
+            found.append(
                 "fp8 weights beside which the config quantises no activations run as fp8_w8a8: "
-                "activations are rounded to fp8 too",
+                "activations are rounded to fp8 too"
             )
-        return super().notes
+        if any(group.weights != "fp8" and not group.weight_only for group in self.groups):
+            found.append(
+                "the config quantises activations beside integer or mxfp4 weights; here these are "
+                "multiplied by activations as they are, which is more exact"
+            )
+        return tuple(found)
 
     def ignores(self, module: str) -> str | None:
         return next((entry for entry in self.ignored if _names(entry, module)), None)
@@ -325,10 +330,11 @@ def _of_columns(
             words = -(-n * group.bits // 32)
             headers.beside(zeros, data, [(words, k // size)], (torch.int32,))
             read = partial(_packed_zeros, bits=group.bits, n=n, groups=held_groups(kind, k))
+            extras.append(Extra(zeros, "zeros", read))
         else:
             headers.beside(zeros, data, shapes, (torch.int8,))
             read = partial(_zeros, bits=group.bits, groups=held_groups(kind, k))
-        extras.append(Extra(zeros, "zeros", read))
+            extras.append(Extra(zeros, "zeros", read, _in_range(group.bits)))
     g_idx = f"{module}.weight_g_idx"
     if g_idx in headers.plain and size == k:
         headers.drop(g_idx)  # all columns are in one group
@@ -344,7 +350,18 @@ def _shape_extra(tensor: str, n: int, k: int) -> Extra:
         return torch.stack((shape[0] != n, shape[1] != k))
 
     problem = f"dimension {{place}} is {{value}}, though the data and scales are of [{n}, {k}]"
-    return Extra(tensor, None, as_it_is, Check(wrong, problem))
+    return Extra(tensor, check=Check(wrong, problem))
+
+
+def _in_range(bits: int) -> Check:
+    """Return the check of zero points int8 of codes with so many bits."""
+    least, largest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+    def wrong(zeros: Tensor) -> Tensor:
+        return (zeros < least) | (zeros > largest)
+
+    problem = f"the zero point at {{place}} is {{value}}, it must be one of {least} to {largest}"
+    return Check(wrong, problem)
 
 
 def _data(words: Tensor, order: Tensor | None, *, bits: int, columns: int) -> Tensor:

@@ -9,12 +9,13 @@ blocks; transformers also writes stacked experts so, in the same names.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 
 from moezoo.layers.quant import BlockFp8, ChannelFp8
 from moezoo.layers.quant.fp8 import BLOCK, scales_shape
-from moezoo.layers.quant.kind import Kind
+from moezoo.layers.quant.kind import A_MATRIX, Kind
 from moezoo.loaders.encodings.stored import (
     BLOCK_SCALE,
     FLOAT_SCALE,
@@ -109,4 +110,6 @@ def fp8_weight(headers: Headers, weight: str, scales: str, *, blocks: bool) -> S
     else:  # one number or one a row
         extra = Extra(scales, "scales", torch.flatten, FLOAT_SCALE, dtype)
     kind = Kind.of(BlockFp8 if blocks else ChannelFp8)
+    if not blocks and prod(found.shape) == prod(lead):
+        kind = replace(kind, scale_layout=A_MATRIX)
     return StoredWeight(info.shape, kind, weight, as_it_is, (extra,), unit=BLOCK if blocks else 1)

@@ -1,7 +1,8 @@
 """quant_method "gptq": integers of 4 or 8 bits, packed along the columns.
 
     `M.qweight`  int32 [K * bits / 32, N], the lowest bits first
-    `M.qzeros`   int32 [K / g, N * bits / 32]: zero points less one, or as they are in "gptq_v2"
+    `M.qzeros`   int32 [K / g, N * bits / 32]: zero points, in words from which a word of ones was
+                 subtracted, unless in "gptq_v2"
     `M.scales`   [K / g, N]
     `M.g_idx`    int32 [K], the group of each column: not in order with `desc_act`
 
@@ -45,8 +46,14 @@ from moezoo.loaders.encodings.stored import (
 from moezoo.loaders.encodings.tables import Table, entry_within
 from moezoo.loaders.mapping import TensorInfo
 
-_WORDS = {(4, 1): 0x77777777, (4, 0): -0x77777778, (8, 1): 0x7F7F7F7F, (8, 0): -0x7F7F7F80}
-"""Words of zero points that are all the middle code, by bits and by what is subtracted."""
+_MIDDLES = {
+    **{(4, True): 0x77777777, (4, False): -0x77777778},
+    **{(8, True): 0x7F7F7F7F, (8, False): -0x7F7F7F80},
+}
+"""Words of zero points that are all the middle code, by bits and whether they are less one."""
+
+_ONES = {4: 0x11111111, 8: 0x01010101}
+"""Words of zero points that are all 1, by bits."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +64,8 @@ class Gptq(Scheme):
     ordered: bool
     """Whether groups may consist of any columns (act-order)."""
     symmetric: bool
-    subtracted: int
-    """Number subtracted from zero points before they are stored: 1, or 0 in "gptq_v2"."""
+    less_one: bool
+    """Whether one was subtracted from zero points before they were stored: not in "gptq_v2"."""
     converted: tuple[str, ...]
     """Modules that are quantised, all but `not_converted` if empty. Where weights are known, they
     decide."""
@@ -83,7 +90,7 @@ class Gptq(Scheme):
             group_size=table.size("group_size"),
             ordered=table.one_of("desc_act", True, False, default=False),
             symmetric=symmetric,
-            subtracted=0 if stored == "gptq_v2" else 1,
+            less_one=stored == "gptq",
             converted=tuple(table.names("modules_in_block_to_quantize")),
             not_converted=tuple(table.names("modules_to_not_convert")),
         )
@@ -165,12 +172,13 @@ class Gptq(Scheme):
         extras = [Extra(scales, "scales", partial(_scales, groups=groups), INTEGER_SCALE)]
         if self.symmetric:
             check = all_equal(
-                _WORDS[self.bits, self.subtracted],
+                _MIDDLES[self.bits, self.less_one],
                 "the zero points at {place} are {value:#x}, though the config says sym",
             )
-            extras.append(Extra(zeros, None, _scales, check))
+            extras.append(Extra(zeros, check=check))
         else:
-            read = partial(_zeros, bits=self.bits, added=self.subtracted, groups=groups)
+            added = _ONES[self.bits] if self.less_one else 0
+            read = partial(_zeros, bits=self.bits, added=added, groups=groups)
             extras.append(Extra(zeros, "zeros", read))
         if kind.ordered:
             extras.append(order_extra(g_idx, k, group))
@@ -194,5 +202,5 @@ def _scales(stored: Tensor, groups: int = 1) -> Tensor:
 
 
 def _zeros(stored: Tensor, *, bits: int, added: int, groups: int) -> Tensor:
-    # What is stored for zero less one wraps around.
-    return repeated(((unpacked(stored, bits) + added) & (2**bits - 1)).T, groups)
+    # It was subtracted from the whole word, where a zero point of 0 borrows from the next one.
+    return repeated(unpacked(stored + added, bits).T, groups)

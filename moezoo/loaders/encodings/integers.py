@@ -24,7 +24,7 @@ OF_THE_RUN = (
     *("module_name_preceding_first_block", "model_name_or_path", "model_file_base_name"),
     *("meta", "provider", "autoround_version", "packing_format", "backend", "use_exllama"),
     *("disable_exllama", "exllama_config", "use_cuda_fp16", "max_input_length", "do_fuse"),
-    *("modules_to_fuse", "fuse_max_seq_len"),
+    *("modules_to_fuse", "fuse_max_seq_len", "method"),
 )
 """Config fields on how a quantiser ran, on how others run its result, or on what the tensors show
 anyway."""
@@ -118,7 +118,7 @@ def in_order_extra(tensor: str, group_size: int) -> Extra:
         return groups != columns // group_size
 
     problem = "column {place} is in group {value}, though the config says that columns are in order"
-    return Extra(tensor, None, _sorting, Check(wrong, problem))
+    return Extra(tensor, check=Check(wrong, problem))
 
 
 def all_equal(word: int, problem: str) -> Check:

@@ -29,6 +29,10 @@ class Check(NamedTuple):
     problem: str
 
 
+def as_it_is(stored: Tensor, *_: object) -> Tensor:
+    return stored
+
+
 @dataclass(frozen=True)
 class Extra:
     """A tensor beside the data of a weight: `read` converts one matrix of it to `field` of the
@@ -39,14 +43,10 @@ class Extra:
     """
 
     tensor: str
-    field: str | None
-    read: Callable[[Tensor], Tensor]
+    field: str | None = None
+    read: Callable[[Tensor], Tensor] = as_it_is
     check: Check | None = None
     dtype: torch.dtype | None = None
-
-
-def as_it_is(stored: Tensor, *_: object) -> Tensor:
-    return stored
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,13 @@ class StoredWeight:
     transposed: bool = False
     padding: int = 0
     of_columns: "Callable[[int], StoredWeight] | None" = None
+
+    def unordered(self) -> "StoredWeight":
+        """Return the weight without its order, which moves no column."""
+        extras = (
+            replace(extra, field=None) if extra.field == "order" else extra for extra in self.extras
+        )
+        return replace(self, kind=self.kind.unordered(), extras=tuple(extras))
 
 
 @dataclass(frozen=True)
@@ -136,8 +143,14 @@ class Headers:
         self.left_out: list[str] = []
 
     def add(self, weight: str, stored: StoredWeight) -> None:
-        """Add the weight in place of the tensors that it is stored in."""
+        """Add the weight in place of the tensors that it is stored in; raises `QuantizationError`
+        if it is there a second time, unquantised."""
         info = self.tensors[stored.data]
+        if weight != stored.data and weight in self.plain:
+            raise self.error(
+                f"{stored.data}{info.where} holds {weight}, which is also in the checkpoint as it "
+                f"is{self.tensors[weight].where}; {AGAIN}"
+            )
         for extra in stored.extras:
             del self.plain[extra.tensor]
         del self.plain[stored.data]

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from moezoo.formats import FP8
 from moezoo.layers.kernels import tiles
 from moezoo.layers.kernels.activations import ACTIVATIONS
 from moezoo.layers.kernels.tiles import Plan, Tile, can_describe, plan
-from moezoo.layers.quant.fp8 import BLOCK_FP8
 
 CPU = torch.device("cpu")
 
@@ -133,11 +133,11 @@ def test_a_gpus_plans_lie_over_those_of_its_architecture(
 
 def test_fp8_does_not_take_the_plans_of_16_bit(own_table: Path) -> None:
     assert tiles.tuned(CUDA, QWEN3, 64.0) is not None
-    found = tiles.tuned(CUDA, (*QWEN3, BLOCK_FP8), 64.0)
+    found = tiles.tuned(CUDA, (*QWEN3, FP8), 64.0)
     assert found is not None
     write_table(own_table, QWEN3, 64.0)
     tiles.reload_tables()
-    assert tiles.tuned(CUDA, (*QWEN3, BLOCK_FP8), 64.0) == found
+    assert tiles.tuned(CUDA, (*QWEN3, FP8), 64.0) == found
 
 
 def test_a_plan_for_far_fewer_rows_is_not_used(own_table: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moezoo.errors import QuantizationError
-from moezoo.layers.quant import BlockFp8
+from moezoo.layers.quant import BlockFp8, format
 from moezoo.layers.quant.fp8 import quantize_rows
 
 SHAPES = [(128, 128), (3, 256, 384), (2, 2, 144, 72), (1, 1), (5, 300, 20)]
@@ -39,6 +39,7 @@ def test_round_trip(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 def test_zeros_and_parts() -> None:
     w = normal(3, 256, 128)
+    assert BlockFp8.quantize(w[:0]).shape == (0, 256, 128)
     w[1, :128] = 0.0
     quantized = BlockFp8.quantize(w)
     assert not quantized.dequantize()[1, :128].any()
@@ -107,6 +108,19 @@ def test_values_that_cannot_be_scales(value: float) -> None:
     quantized.scales[1, 1, 0] = value
     with pytest.raises(QuantizationError, match=re.escape("experts.w2: the scale of block [1, 1,")):
         quantized.check_values("experts.w2")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_works_on_some_rows_at_a_time(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = normal(*shape)
+    expected = BlockFp8.quantize(w)
+    for values in (1, 128 * shape[-1], 700 * shape[-1]):
+        monkeypatch.setattr(format, "_CHUNK", {"cpu": values})
+        found = BlockFp8.quantize(w)
+        assert found.data.view(torch.uint8).equal(expected.data.view(torch.uint8))
+        assert found.scales.equal(expected.scales)
 
 
 def test_refuses_to_quantize() -> None:
