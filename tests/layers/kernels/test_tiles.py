@@ -100,7 +100,6 @@ def own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 CUDA = torch.device("cuda", 0)
 QWEN3 = (128, 2048, 768)
-DEEPSEEK_V3 = (256, 7168, 2048)
 
 
 def test_the_users_plans_lie_over_the_packages(own_table: Path) -> None:
@@ -120,12 +119,13 @@ def test_a_gpus_plans_lie_over_those_of_its_architecture(
     own = tiles.read_table(tiles.TABLES / "NVIDIA_H200.json")
     at_1024 = 1024 * 8 / 128
     assert own[QWEN3][at_1024] != architecture[QWEN3][at_1024]
-    assert DEEPSEEK_V3 not in own
+    in_fp8 = (*QWEN3, FP8)
+    assert in_fp8 not in own
     monkeypatch.setattr(tiles, "table_name", lambda device: "NVIDIA_H200.json")
     tiles.reload_tables()
     assert tiles.tuned(CUDA, QWEN3, at_1024) == own[QWEN3][at_1024]
-    few = min(architecture[DEEPSEEK_V3])
-    assert tiles.tuned(CUDA, DEEPSEEK_V3, few) == architecture[DEEPSEEK_V3][few]
+    few = min(architecture[in_fp8])
+    assert tiles.tuned(CUDA, in_fp8, few) == architecture[in_fp8][few]
     write_table(own_table, QWEN3, at_1024)
     tiles.reload_tables()
     assert tiles.tuned(CUDA, QWEN3, at_1024) == MINE
