@@ -34,7 +34,7 @@ from moezoo.layers.context import DenseContext
 from moezoo.layers.decoder import Decoder
 from moezoo.layers.linear import Linear
 from moezoo.layers.mask import CausalMask, packed_positions, visible_tokens
-from moezoo.layers.moe import FusedMoE, OverriddenRouting, routing_overrides
+from moezoo.layers.moe import OverriddenRouting, routing_overrides
 from moezoo.layers.quant import QuantizedWeights
 from moezoo.loaders.hub_layout import set_quantization_config
 from moezoo.loaders.hub_state import load_hub_state
@@ -213,16 +213,18 @@ class MoECausalLM(PreTrainedModel, GenerationMixin):
         # CUDA graphs captured before route as they did when they were captured.
         return OverriddenRouting(overrides, changed=self.release_engine)
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> "MoECausalLM":
-        """Make all quantised weights plain ones of `dtype`, by default the model's, and return the
-        model. One layer is in memory twice at a time.
+    def dequantize(self) -> "MoECausalLM":
+        """Make all quantised weights plain ones of the model's dtype, and return the model.
 
-        They get no gradient until `requires_grad_(True)`.
+        A layer at a time is in memory twice. Weights get no gradient until `requires_grad_(True)`.
+        Raises `ValueError` where experts are divided over ranks.
         """
         self.release_engine()
-        for module in self.decoder.modules():
-            if isinstance(module, FusedMoE | Linear):
-                module.dequantize_(dtype or self.dtype)
+        linears = [module for module in self.decoder.modules() if isinstance(module, Linear)]
+        for moe in self.decoder.moe_layers.values():
+            moe.dequantize_(self.dtype)
+        for linear in linears:
+            linear.dequantize_(self.dtype)
         rules = registry.architecture(self.config.model_type).CHECKPOINT
         set_quantization_config(self.config, self.decoder, rules)
         return self

@@ -109,6 +109,8 @@ def generate(
         raise ValueError(f"seed needs num_beams=1, got num_beams={config.num_beams}")
     texts = Texts(model, tokenizer, config, chat)
     given = _with_own_ids(as_prompt(item, index) for index, item in enumerate(prompts))
+    if isinstance(prompts, list | tuple):
+        given = iter(list(given))  # what is wrong with one is an error now, not when it is read
     if streamer is None and _in_engine(model, config):
         rows = batch_size or (256 if model.device.type == "cuda" else DEFAULT_BATCH_SIZE)
         if isinstance(prompts, Sized):

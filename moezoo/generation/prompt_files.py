@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -18,8 +18,6 @@ if sys.platform != "win32":
     import fcntl
 
 _log = logging.getLogger(__name__)
-_START = b'{"id": '
-"""How every line of `completion_line` begins."""
 
 
 def read_prompts(lines: Iterable[bytes], name: str) -> tuple[list[Prompt], list[str]]:
@@ -51,10 +49,9 @@ def read_prompts(lines: Iterable[bytes], name: str) -> tuple[list[Prompt], list[
 
 def completion_line(completion: Completion, run: str) -> bytes:
     """The completion as one line; `run` is the fingerprint of the model and the settings."""
-    source = "prompt" if isinstance(completion.prompt, str) else "messages"
     record = {
         "id": completion.id,
-        source: completion.prompt,
+        _source(completion): completion.prompt,
         "text": completion.text,
         "finish_reason": completion.finish_reason,
         "num_prompt_tokens": completion.num_prompt_tokens,
@@ -63,14 +60,23 @@ def completion_line(completion: Completion, run: str) -> bytes:
     }
     if completion.error is not None:
         record["error"] = completion.error
+    return _written(record) + b"\n"
+
+
+def _written(record: Mapping[str, Any]) -> bytes:
     # a lone surrogate has no UTF-8; backslashreplace writes it as JSON's own escape
-    return json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+    return json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace")
+
+
+def _source(of: Prompt | Completion) -> str:
+    return "prompt" if isinstance(of.prompt, str) else "messages"
 
 
 def resume(path: Path, prompts: Sequence[Prompt], run: str) -> dict[int | str, bool]:
     """Which prompts a file of completions has finished, and whether each of them failed.
 
-    Cuts off a half-written last line. A file that does not exist has finished none.
+    Cuts off a half-written last line, and ends one that lacks only its end. A file that does not
+    exist has finished none.
 
     Raises:
         ValueError: the file holds something else than completions of these prompts in this run.
@@ -85,7 +91,8 @@ def resume(path: Path, prompts: Sequence[Prompt], run: str) -> dict[int | str, b
         end = 0
         for number, line in enumerate(file, start=1):
             where = f"{path}:{number}: "
-            if _is_half_written(line):
+            has_end = line.endswith(b"\n")
+            if not has_end and _is_half_written(line, prompts):
                 file.truncate(end)
                 break
             end += len(line)
@@ -109,18 +116,21 @@ def resume(path: Path, prompts: Sequence[Prompt], run: str) -> dict[int | str, b
                 )
             first_line[prompt.id] = number
             finished[prompt.id] = failed
+            if not has_end:
+                file.write(b"\n")
     return finished
 
 
-def _is_half_written(line: bytes) -> bool:
-    """Whether a line without its end is the beginning of one of ours, and not the whole line of
-    something else."""
-    if line.endswith(b"\n") or not line.startswith(_START[: len(line)]):
-        return False
+def _is_half_written(line: bytes, prompts: Iterable[Prompt]) -> bool:
+    """Whether a line without its end is the beginning of a completion of one of the prompts."""
     try:
-        return "run" in _json_object(line)
+        json.loads(line)
+        return False
     except ValueError:
-        return True
+        pass
+    records = ({"id": prompt.id, _source(prompt): prompt.prompt} for prompt in prompts)
+    starts = (_written(record)[:-1] for record in records)
+    return any(line.startswith(start) or start.startswith(line) for start in starts)
 
 
 class OutputFile:

@@ -19,6 +19,7 @@ from moezoo.generation.texts import (
     context_length,
     encode,
     refuse_single,
+    token_ids,
 )
 from moezoo.generation.turns import joint_pass, make_remaining_passes
 from moezoo.layers.context import DenseContext
@@ -129,7 +130,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: Scored, index: int, chat: 
             )
         before = encode(tokenizer, prompt)
         whole = encode(tokenizer, Prompt(prompt.id, prompt.prompt + completion))
-        if not prompt.prompt and whole[: len(before)] != before:
+        if not prompt.prompt and not token_ids(tokenizer, ""):
             whole = [*before, *whole]
         return _Tokens(prompt.id, whole, min(len(before), len(whole)))
     if isinstance(text, Sequence):

@@ -167,7 +167,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat: bool = F
     messages: Messages
     if isinstance(prompt.prompt, str):
         if not chat:
-            return _ids(tokenizer, prompt.prompt) or [_first_token(tokenizer)]
+            return token_ids(tokenizer, prompt.prompt) or [_first_token(tokenizer)]
         messages = [{"role": "user", "content": prompt.prompt}]
     elif tokenizer.chat_template is None:
         raise ValueError("the prompt holds messages but the tokenizer has no chat template")
@@ -175,10 +175,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat: bool = F
         messages = prompt.prompt
     text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
     # the template writes the special tokens itself
-    return _ids(tokenizer, text, add_special_tokens=False)
+    return token_ids(tokenizer, text, add_special_tokens=False)
 
 
-def _ids(
+def token_ids(
     tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = True
 ) -> list[int]:
     text.encode()  # a lone surrogate raises here, and names itself

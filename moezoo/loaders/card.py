@@ -17,7 +17,7 @@ from moezoo.version import __version__
 
 CARD = "README.md"
 _START, _END = "<!-- moezoo: quantisation -->", "<!-- moezoo: end -->"
-_SECTION = re.compile(rf"\n*{_START}\n.*?{_END}\n?", re.DOTALL)
+_SECTION = re.compile(rf"(?:\r?\n)*{_START}\r?\n.*?{_END}(?:\r?\n)?", re.DOTALL)
 
 
 @dataclass(frozen=True)

@@ -131,12 +131,14 @@ def cut_rows(
 
 
 def read(piece: Piece) -> torch.Tensor:
-    """Return the bytes of a piece, on the CPU."""
-    with open(piece.path, "rb") as file:
-        file.seek(piece.offset)
-        return torch.frombuffer(bytearray(file.read(piece.nbytes)), dtype=piece.dtype).view(
-            piece.shape
-        )
+    """Return the bytes of a piece, on the CPU.
+
+    Raises `CheckpointError` naming the file and the tensor if they cannot be read.
+    """
+    data = bytearray(piece.nbytes)
+    with ExitStack() as stack:
+        _read_run([piece], [memoryview(data)], _open(piece.path, stack))
+    return torch.frombuffer(data, dtype=piece.dtype).view(piece.shape)
 
 
 def stream(pieces: Iterable[Piece], device: torch.device, *, progress: bool) -> None:

@@ -78,12 +78,12 @@ def load_weights(
         check(planned)
     places = _require_places(module, planned, device, checkpoint.name)
     locations = checkpoint.fetch(sources_of(planned), progress=progress)
-    ordered = with_orders(
+    settled = with_orders(
         module, checkpoint, planned, locations, dtype=dtype, union_over_ranks=union_over_ranks
     )
-    if ordered.wanted != planned.wanted:  # more, for layers that do not stay quantised
-        places = _require_places(module, ordered, device, checkpoint.name)
-    planned = ordered
+    if settled.wanted != planned.wanted:  # fewer orders, or layers that do not stay quantised
+        places = _require_places(module, settled, device, checkpoint.name)
+    planned = settled
     report(module, planned)
     try:
         tensors = _read_to(places, checkpoint, planned, locations, progress=progress)
@@ -208,29 +208,30 @@ def with_orders(
     `union_over_ranks` returns the union of the names that each rank gives: an expert that moves to
     a rank needs the tensors of the experts there, so all ranks keep an order that one needs.
     """
-    dense, ordered, needed = dict(planned.dense), set(), set()
+    dense = dict(planned.dense)
+    trivial: set[str] = set()
+    needed: set[str] = set()
     for name, copies in copies_by_target(planned.plan.copies).items():
         kind = planned.quantized.get(name)
         if kind is None or not kind.ordered:
             continue
         first, *others = (_order(checkpoint, planned, locations, copy) for copy in copies)
-        ordered.add(name)
         if name in dense and not all(order.equal(first) for order in others):
             dense[name] = "parts of one layer with columns in different orders"
-        elif any(map(_moves, (first, *others))):
-            needed.add(name)
+        else:
+            (needed if any(map(_moves, (first, *others))) else trivial).add(name)
     if union_over_ranks is not None:
-        needed = union_over_ranks(needed)
-    trivial = ordered - needed
-    if not trivial:
+        trivial -= union_over_ranks(needed)
+    if not trivial and dense == planned.dense:
         return planned
-    held = {
-        name: k for name, k in planned.quantized.items() if isinstance(dense.get(name, k), Kind)
+    quantized = {
+        name: kind.unordered() if name in trivial else kind
+        for name, kind in planned.quantized.items()
+        if isinstance(dense.get(name, kind), Kind)
     }
-    quantized = {name: k.unordered() if name in trivial else k for name, k in held.items()}
     weights = dict(planned.encoding.weights)
     for copy in planned.plan.copies:
-        if copy.target in trivial & quantized.keys():
+        if copy.target in trivial:
             weights[copy.source] = weights[copy.source].unordered()
     return planned._replace(
         wanted=quantized_infos(module, parameter_infos(module, dtype), quantized),

@@ -347,8 +347,11 @@ def test_without_a_template_chat_is_refused_and_messages_fail_alone(model, token
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
 def test_prompts_with_one_id_are_refused(model, tokenizer, options):
     message = "prompts 0 and 1 have the same id, 1; give each one of its own"
+    prompts = [{"id": 1, "prompt": "a"}, "b"]
     with pytest.raises(ValueError, match=message):
-        list(generate(model, tokenizer, [{"id": 1, "prompt": "a"}, "b"], **options))
+        generate(model, tokenizer, prompts, **options)
+    with pytest.raises(ValueError, match=message):
+        list(generate(model, tokenizer, iter(prompts), **options))
 
 
 def test_prompts_are_read_as_they_are_needed(model, tokenizer):

@@ -60,10 +60,13 @@ def test_resume_tells_finished_from_failed_and_drops_half_a_line(tmp_path):
     failed = completion_line(completion(PROMPTS[1], finish_reason="error", error="no"), "r")
     path.write_bytes(first + failed)
     assert resume(path, PROMPTS, "r") == {"a": False, 2: True}
-    for size in range(1, len(failed)):  # the last size is all but the line's end
+    for size in range(1, len(failed) - 1):
         path.write_bytes(first + failed[:size])
         assert resume(path, PROMPTS, "r") == {"a": False}
         assert path.read_bytes() == first
+    path.write_bytes(first + failed[:-1])
+    assert resume(path, PROMPTS, "r") == {"a": False, 2: True}
+    assert path.read_bytes() == first + failed
 
 
 @pytest.mark.parametrize(
@@ -72,6 +75,9 @@ def test_resume_tells_finished_from_failed_and_drops_half_a_line(tmp_path):
         (b"\n", "out.jsonl:2: not a completion of moezoo"),
         (b'{"id": 2, "prompt": "hello"}\n', "out.jsonl:2: not a completion of moezoo"),
         (b'{"id": 2, "prompt": "hello"}', "out.jsonl:2: not a completion of moezoo"),
+        (b'{"id": 2, "run": "abc", "loss": 0.1}', "out.jsonl:2: not a completion of moezoo"),
+        (b'{"id": 2, "note": "x"} trailing', "out.jsonl:2: not a completion of moezoo"),
+        (completion_line(completion(PROMPTS[1]), "s")[:-1], "out.jsonl:2: written by a run with"),
         (
             completion_line(completion(PROMPTS[1]), "s"),
             "out.jsonl:2: written by a run with another",

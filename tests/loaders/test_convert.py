@@ -196,15 +196,18 @@ def test_the_card_of_a_model_that_has_none(tmp_path):
     assert json.loads((to / "config.json").read_text())["architectures"] == ["MixtralForCausalLM"]
 
 
-def test_a_card_keeps_its_line_ends(tmp_path):
+@pytest.mark.parametrize("before", [b"# A\r\n\r\nB\r\n", b"# A\r\n\nB\n"])
+def test_a_card_keeps_its_line_ends(tmp_path, before):
     plain("mixtral").save_pretrained(tmp_path / "from")
-    for before in (b"# A\r\n\r\nB\r\n", b"# A\r\n\nB\n"):
-        (tmp_path / "from" / "README.md").write_bytes(before)
-        to = tmp_path / str(len(before))
-        convert(open_checkpoint(tmp_path / "from"), to, quantization="int8_w8a16", device="cpu")
-        card = (to / "README.md").read_bytes()
-        lines = b"\r\n" if before.endswith(b"\r\n") else b"\n"
-        assert card.startswith(before + lines + START.strip().encode() + lines)
+    (tmp_path / "from" / "README.md").write_bytes(before)
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    convert(open_checkpoint(tmp_path / "from"), once, quantization="int8_w8a16", device="cpu")
+    lines = b"\r\n" if before.endswith(b"\r\n") else b"\n"
+    card = (once / "README.md").read_bytes()
+    assert card.startswith(before + lines + START.strip().encode() + lines)
+    (once / "README.md").write_bytes(card.replace(b"\n", b"\r\n", 1).replace(b"\r\r", b"\r"))
+    convert(open_checkpoint(once), twice, device="cpu")
+    assert (twice / "README.md").read_bytes().count(START.strip().encode()) == 1
 
 
 def test_a_card_has_one_section(tmp_path):

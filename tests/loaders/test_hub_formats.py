@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ from moezoo.loaders.encodings import encoding_of, hub_scheme
 from moezoo.loaders.headers import StoredTensor
 from moezoo.loaders.linears import linears_of
 from moezoo.loaders.mapping import Rule
-from moezoo.loaders.weights import load_weights
+from moezoo.loaders.weights import load_weights, with_orders
 
 FILE = "model.safetensors"
 ACTIVATIONS = 0.15
@@ -56,6 +57,7 @@ ACTIVATIONS = 0.15
 ROUNDED = 1e-2
 """A number on the other side of a step of fp8 now and then."""
 LAYERS = {"attn.qkv", "attn.o", "shared.gate_up", "shared.down"}
+GROUPS_OF_32 = {"num_bits": 4, "group_size": 32, "strategy": "group"}
 KEPT = ("embed_tokens", "lm_head", "norm", ".gate", "_gate", "layernorm")
 Encode = Callable[[Tensor], Encoded]
 
@@ -803,26 +805,52 @@ def test_activations_of_8_bits(tmp_path, case, activations, caplog):
             assert ".input_scale" in moezoo.inspect(folder).reason
 
 
-def test_a_weight_that_is_there_unquantised_too(tmp_path):
-    for name, encode, config, end in (
-        (
-            "ct",
-            compressed_tensors("pack-quantized", num_bits=4, group_size=32, strategy="group"),
-            None,
-            "weight_packed",
-        ),
-        ("gptq", gptq, gptq_config(), "qweight"),
-        ("awq", awq, AWQ, "qweight"),
-    ):
-        if config is None:
-            weights = {"num_bits": 4, "group_size": 32, "strategy": "group"}
-            scheme = {"targets": ["Linear"], "weights": weights}
-            config = compressed_config("pack-quantized", ["lm_head", "re:.*gate$"], g=scheme)
-        hub, _ = write(tmp_path / name, encode, config)
-        change(hub, lambda stored: stored.update({f"{GATE}.weight": torch.zeros(128, 128)}))
-        message = rf"{GATE}\.{end} in {FILE} holds {GATE}\.weight, which is also in the checkpoint"
-        with pytest.raises(QuantizationError, match=message):
-            load(hub)
+@pytest.mark.parametrize(
+    ("encode", "config", "end"),
+    [
+        (lambda w: compressed_tensors("pack-quantized", **GROUPS_OF_32)(w), None, "weight_packed"),
+        (gptq, gptq_config(), "qweight"),
+        (awq, AWQ, "qweight"),
+    ],
+    ids=["compressed-tensors", "gptq", "awq"],
+)
+def test_a_weight_that_is_there_unquantised_too(tmp_path, encode, config, end):
+    scheme = {"targets": ["Linear"], "weights": GROUPS_OF_32}
+    config = config or compressed_config("pack-quantized", ["lm_head", "re:.*gate$"], g=scheme)
+    hub, _ = write(tmp_path, encode, config)
+    change(hub, lambda stored: stored.update({f"{GATE}.weight": torch.zeros(128, 128)}))
+    message = rf"{GATE}\.{end} in {FILE} holds {GATE}\.weight, which is also in the checkpoint"
+    with pytest.raises(QuantizationError, match=message):
+        load(hub)
+
+
+@pytest.mark.parametrize(
+    "encode", [gptq, partial(gptq, desc_act=True, sym=False)], ids=["", "ordered"]
+)
+def test_dequantized(tmp_path, encode):
+    """Linear layers and shared experts too."""
+    how = encode.keywords if isinstance(encode, partial) else {}
+    hub, dense = write(tmp_path, encode, gptq_config(**how))
+    model, expected = (load(folder, dtype="float32") for folder in (hub, dense))
+    assert quantized_layers(model) == LAYERS
+    model.dequantize()
+    assert quantized_layers(model) == set()
+    assert_same(model, expected)
+    with torch.no_grad():
+        assert distance(model(ids(2, 9)).logits, expected(ids(2, 9)).logits) < EXACT
+
+
+def test_a_file_that_is_cut_before_its_orders_are_read(tmp_path, monkeypatch):
+    hub, _ = write(tmp_path, lambda w: gptq(w, desc_act=True), gptq_config(desc_act=True))
+    path = hub / "model.safetensors"
+
+    def cut(*args, **options):
+        path.write_bytes(path.read_bytes()[:9000])
+        return with_orders(*args, **options)
+
+    monkeypatch.setattr("moezoo.loaders.weights.with_orders", cut)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors ends within \S+\.g_idx"):
+        load(hub)
 
 
 def test_zero_points_that_4_bits_do_not_have(tmp_path):

@@ -139,6 +139,15 @@ def test_dequantized(folder, tmp_path, name):
     assert all(moe.w13.grad.any() and moe.w2.grad.any() for moe in moe_layers(model))
 
 
+def test_experts_of_several_ranks_stay_quantised(folder):
+    model = load(folder, quantization="int8_w8a16")
+    first, *_ = moe_layers(model)
+    first.dispatcher = object()
+    with pytest.raises(ValueError, match="divided over ranks stay quantised; load the model with"):
+        model.dequantize()
+    assert all(moe.quantized is Int8 for moe in moe_layers(model))
+
+
 @pytest.mark.parametrize(
     ("name", "data"),
     [("int8", "weight_packed"), ("int4-row", "weight_packed"), ("fp8-channel", "weight")],

@@ -211,14 +211,19 @@ class FusedMoE(nn.Module):
 
     def dequantize_(self, dtype: torch.dtype) -> None:
         """Make quantised experts parameters of `dtype` again, which get no gradient until they are
-        asked to."""
-        for name in ("w13", "w2"):
-            held = getattr(self, name)
-            if isinstance(held, QuantizedWeights):
-                w = held.dequantize(dtype)
-                w = w.flatten(1, 2) if w.ndim == 4 else w
-                delattr(self, name)
-                setattr(self, name, nn.Parameter(w, requires_grad=False))
+        asked to. Raises ValueError where experts are divided over ranks, which may be moving them.
+        """
+        if not isinstance(self.w13, QuantizedWeights) or not isinstance(self.w2, QuantizedWeights):
+            return
+        if self.dispatcher is not None:
+            raise ValueError(
+                "experts that are divided over ranks stay quantised; load the model without "
+                "parallel, or from a checkpoint that is not quantised"
+            )
+        w13, w2 = self.w13.dequantize(dtype).flatten(1, 2), self.w2.dequantize(dtype)
+        del self.w13, self.w2
+        self.w13 = nn.Parameter(w13, requires_grad=False)
+        self.w2 = nn.Parameter(w2, requires_grad=False)
 
     @property
     def num_experts(self) -> int:

@@ -206,7 +206,7 @@ def by_rows(fn: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Te
     matrices = [t.reshape(-1, *t.shape[-2:]) for t in tensors]
     outputs: tuple[Tensor, ...] = ()
     done = 0
-    for some, rows in pieces(matrices[0]):
+    for some, rows in rows_at_a_time(matrices[0]):
         results = fn(*(m[some, rows].flatten(0, 1) for m in matrices))
         if not outputs:
             total = first.numel() // k
@@ -217,7 +217,7 @@ def by_rows(fn: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Te
     return tuple(output.view(*leading, n, *output.shape[1:]) for output in outputs)
 
 
-def pieces(matrices: Tensor, multiple: int = 1) -> Iterator[tuple[slice, slice]]:
+def rows_at_a_time(matrices: Tensor, multiple: int = 1) -> Iterator[tuple[slice, slice]]:
     """Yield which of the matrices [M, N, K], and which of their rows, are quantised at a time:
     `multiple` rows or several times as many, in the order of the rows."""
     count, n, k = matrices.shape

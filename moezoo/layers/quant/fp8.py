@@ -19,7 +19,7 @@ from torch import Tensor
 from moezoo.device import multiplies_fp8
 from moezoo.errors import QuantizationError
 from moezoo.formats import FP8
-from moezoo.layers.quant.format import TINY, Format, pieces, require_data, require_weights
+from moezoo.layers.quant.format import TINY, Format, require_data, require_weights, rows_at_a_time
 
 BLOCK = 128
 """Rows and columns of a block of weights, and activations per group."""
@@ -58,7 +58,7 @@ class BlockFp8(Format):
         matrices = w.reshape(-1, *w.shape[-2:])
         data = matrices.new_empty(matrices.shape, dtype=torch.float8_e4m3fn)
         scales = matrices.new_empty(scales_shape(matrices.shape), dtype=torch.float32)
-        for some, rows in pieces(matrices, multiple=BLOCK):
+        for some, rows in rows_at_a_time(matrices, multiple=BLOCK):
             of_blocks = slice(rows.start // BLOCK, blocks(rows.stop))
             data[some, rows], scales[some, of_blocks] = _in_blocks(matrices[some, rows].float())
         return cls(data.view(w.shape), scales.view(scales_shape(w.shape)))

@@ -7,7 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from moezoo.layers.quant.format import Format
+from moezoo.layers.quant.fp8 import BLOCK
 from moezoo.layers.quant.kind import Kind
+
+ROWS_OF_VALUES = 2**24
+"""Values of a matrix that are dequantised at a time."""
 
 
 class QuantizedWeights(nn.Module):
@@ -31,9 +35,20 @@ class QuantizedWeights(nn.Module):
         return self.kind.format(**{name: getattr(self, name) for name in self.keep_dtype})
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weight in 16 or 32 bits, [.., N, K]."""
-        weight: Tensor = self().dequantize(dtype)
-        return weight
+        """Return the weight in 16 or 32 bits, [.., N, K]. Of its fp32 no more is there at a time
+        than an expert, or some rows of a matrix."""
+        weights: Format = self()
+        out = torch.empty(weights.shape, dtype=dtype, device=weights.device)
+        if out.ndim > 2:
+            for i, part in enumerate(out):
+                part.copy_(weights[i].dequantize(dtype))
+            return out
+        n, k = out.shape
+        step = max(1, ROWS_OF_VALUES // k // BLOCK) * BLOCK
+        for start in range(0, n, step):
+            rows = weights.rows(start, min(n, start + step))
+            out[start : start + step] = rows.dequantize(dtype)
+        return out
 
     @property
     def shape(self) -> torch.Size:

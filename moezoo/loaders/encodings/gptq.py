@@ -47,8 +47,10 @@ from moezoo.loaders.encodings.tables import Table, entry_within
 from moezoo.loaders.mapping import TensorInfo
 
 _MIDDLES = {
-    **{(4, True): 0x77777777, (4, False): -0x77777778},
-    **{(8, True): 0x7F7F7F7F, (8, False): -0x7F7F7F80},
+    (4, True): 0x77777777,
+    (4, False): -0x77777778,
+    (8, True): 0x7F7F7F7F,
+    (8, False): -0x7F7F7F80,
 }
 """Words of zero points that are all the middle code, by bits and whether they are less one."""
 
