@@ -25,10 +25,10 @@ def _enter(registry: ModuleType) -> None:
     registry.ALL_EXPERTS_FUNCTIONS.register("moezoo", _experts_forward)
 
 
-def _experts_forward(*args: Any) -> Any:
+def _experts_forward(*args: Any, **kwargs: Any) -> Any:
     from moezoo.layers.moe.in_transformers import experts_forward
 
-    return experts_forward(*args)
+    return experts_forward(*args, **kwargs)
 
 
 class _OnImport:

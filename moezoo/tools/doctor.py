@@ -87,7 +87,7 @@ def _extras() -> Iterator[Finding]:
         try:
             yield Finding(package, WORKS, metadata.version(package))
         except metadata.PackageNotFoundError:
-            yield Finding(package, MISSING, f"only {use} need it", install)
+            yield Finding(package, MISSING, f"needed for {use} only", install)
 
 
 def _gpus() -> Iterator[Finding]:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from moezoo.device import device_of
 from moezoo.errors import QuantizationError
+from moezoo.generation.memory import is_out_of_memory
 from moezoo.layers.moe import fused_experts, softmax_topk
 from moezoo.layers.quant.fp8 import FOR_EXPERTS, require_fp8
 from moezoo.tools.layer_inputs import Inputs, Oracle, WrongResultError
@@ -282,8 +283,8 @@ def bench(
         layer = LAYERS[name]
         try:
             weights = random_weights(layer, getattr(torch, dtype), kind, quantization)
-        except (torch.OutOfMemoryError, QuantizationError) as error:
-            report.skipped[name] = _first_line(error)
+        except (RuntimeError, QuantizationError) as error:
+            report.skipped[name] = _why_skipped(error)
             continue
         run = moezoo_layer(weights, layer.k)
         for num_tokens in tokens or DEFAULT_TOKENS[kind.type]:
@@ -296,8 +297,8 @@ def bench(
                 )
                 if failures:
                     raise failures["moezoo"]
-            except (WrongResultError, torch.OutOfMemoryError) as error:
-                cell.skipped["moezoo"] = _first_line(error)
+            except (WrongResultError, RuntimeError) as error:
+                cell.skipped["moezoo"] = _why_skipped(error)
             report.cells.append(cell)
             progress(cell)
         del weights, run
@@ -306,7 +307,11 @@ def bench(
     return report
 
 
-def _first_line(error: Exception) -> str:
+def _why_skipped(error: Exception) -> str:
+    """Return the first line of the error, or raise it: of RuntimeErrors only those for want of
+    memory are a reason."""
+    if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+        raise error
     return str(error).split("\n")[0]
 
 

@@ -23,6 +23,9 @@ from moezoo.layers.kernels.activations import ACTIVATIONS, Gating
 from moezoo.layers.moe.experts import fused_experts
 from moezoo.layers.moe.permute import combine
 
+LARGE = 1e18
+"""Numbers from here on are no limits of gates; products of two of them have no place in fp32."""
+
 INSTEAD = "grouped_mm"
 """The implementation of experts that moezoo has no kernel for: transformers' own default."""
 
@@ -38,7 +41,10 @@ def experts_forward(
     """
     # Once known it is read, not asked for: torch 2.11 cannot pass a module to a constant function,
     # so there a module has to run once before it is compiled.
-    gating = experts._moezoo_gating if hasattr(experts, "_moezoo_gating") else _gating(experts)
+    known = hasattr(experts, "_moezoo_gating")
+    if known and not torch.compiler.is_compiling():
+        known = experts._moezoo_recognised == _recognised(experts)
+    gating = experts._moezoo_gating if known else _gating(experts)
     if gating is None:
         forward = ALL_EXPERTS_FUNCTIONS[INSTEAD]
         return forward(experts, hidden_states, top_k_index, top_k_weights)
@@ -78,7 +84,13 @@ def _parts(experts: Any, rows: Tensor) -> Tensor:
 @torch.compiler.assume_constant_result
 def _gating(experts: Any) -> Gating | None:
     """Return how these experts combine gate and up, None where moezoo has no kernel for it."""
-    experts._moezoo_gating = gating = _recognise(experts)
+    try:
+        gating = _recognise(experts)
+    except Exception:  # of the module's own code, which may not take points in fp32
+        gating = None
+    experts._moezoo_gating = gating
+    # Past Module's own way, by which the function would be a submodule a second time.
+    vars(experts)["_moezoo_recognised"] = _recognised(experts)
     if gating is None:
         act = getattr(experts, "act_fn", experts._apply_gate)
         act_name = getattr(act, "__name__", type(act).__name__)
@@ -90,10 +102,17 @@ def _gating(experts: Any) -> Gating | None:
     return gating
 
 
+def _recognised(experts: Any) -> tuple[Any, ...]:
+    """Return what decides how gate and up are combined, and may be replaced."""
+    numbers = (value for value in vars(experts).values() if type(value) in (int, float))
+    return getattr(experts, "act_fn", None), *numbers
+
+
 @torch.no_grad()
 def _recognise(experts: Any) -> Gating | None:
     """Find the `Gating` whose values are those of the module's own functions."""
-    numbers = {float(v) for v in vars(experts).values() if type(v) in (int, float) and v > 0}
+    _, *own = _recognised(experts)
+    numbers = {float(number) for number in own if 0 < number < LARGE}
     # Ordinary values, large ones, and what a limit by any of the module's numbers would cut.
     values = [*range(13), 0.1, 0.25, 0.5, 0.75, 1.25, 1.5, 2.5, 3.5, 30, 1e3]
     points = torch.tensor([*values, *(1.5 * n for n in numbers)], dtype=torch.float32)

@@ -1,6 +1,7 @@
 """experts_implementation="moezoo" against "eager": every decorated class, and whole models."""
 
 import importlib
+import math
 import re
 import warnings
 from pathlib import Path
@@ -273,6 +274,42 @@ def test_warns_once_of_what_it_leaves_to_transformers(device: torch.device) -> N
     assert relative_difference(result, run(module, "eager", *args)) < TOLERANCE
     with warnings.catch_warnings(action="error"):
         run(module, "moezoo", *args)
+
+
+@pytest.mark.parametrize(("field", "value"), [("act_fn", nn.GELU()), ("limit", 0.25)])
+def test_a_gate_that_is_replaced(field: str, value: Any, device: torch.device) -> None:
+    module, args = make("GptOssExperts", device), inputs(9, device)
+    if field == "act_fn":
+        module = make("Qwen3MoeExperts", device)
+    before = run(module, "moezoo", *args)
+    setattr(module, field, value)
+    result = run(module, "moezoo", *args)
+    assert relative_difference(result, before) > 1e-2
+    assert relative_difference(result, run(module, "eager", *args)) < TOLERANCE
+    assert len(module.state_dict()) == len(make(type(module).__name__, device).state_dict())
+
+
+def test_code_that_does_not_take_fp32_is_left_to_transformers(device: torch.device) -> None:
+    sizes = {"moe_intermediate_size": 32, "intermediate_size": 32}
+    module = make("Qwen3MoeExperts", device, hidden_act="prelu", **sizes).bfloat16()
+    x, ids, weights = inputs(9, device)
+    with pytest.warns(UserWarning, match="no kernel for .* 'grouped_mm'"):
+        result = run(module, "moezoo", x.bfloat16(), ids, weights)
+    assert result.equal(run(module, "grouped_mm", x.bfloat16(), ids, weights))
+
+
+@pytest.mark.parametrize("number", [math.inf, math.nan, 10**400])
+def test_numbers_that_are_no_limits(number: float) -> None:
+    module = make("Qwen3MoeExperts", torch.device("cpu"))
+    module.limit = number
+    assert _recognise(module) == Gating("silu")
+
+
+def test_arguments_by_name(device: torch.device) -> None:
+    module, (x, ids, weights) = make("Qwen3MoeExperts", device), inputs(9, device)
+    module.config._experts_implementation = "moezoo"
+    expected = module(x, ids, weights)
+    assert module(x, ids, top_k_weights=weights).equal(expected)
 
 
 def test_weights_of_another_kind_are_refused(device: torch.device) -> None:
