@@ -28,13 +28,14 @@ def main() -> int:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Raise KeyboardInterrupt; during an import, after it, since torch and transformers lose the
-    exception there or turn it into another one. It is raised again until somebody handles it.
+    exception there or turn it into another one, and not while a lock is taken or given back. It is
+    raised again until somebody handles it.
     """
     later = number == signal.SIGALRM
-    importing = _imports(frame)
-    if later or importing:
+    not_now = _imports(frame) or _enters_or_leaves(frame)
+    if later or not_now:
         signal.setitimer(signal.ITIMER_REAL, SOON)
-    if not importing and not (later and _interrupted(sys.exception())):
+    if not not_now and not (later and _interrupted(sys.exception())):
         raise KeyboardInterrupt
 
 
@@ -52,6 +53,12 @@ def _imports(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _enters_or_leaves(frame: FrameType | None) -> bool:
+    """Whether a `with` statement begins or ends: an exception in the __enter__ of a condition of
+    threading's leaves its lock taken for ever, and pools then wait for their threads for ever."""
+    return frame is not None and frame.f_code.co_name in ("__enter__", "__exit__")
 
 
 def _interrupted(error: BaseException | None) -> bool:

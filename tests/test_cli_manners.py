@@ -215,11 +215,14 @@ def test_ctrl_c_ends_a_command_while_it_starts(when):
     command += ["--prompt", "The dog"] if isinstance(when, str) else ["--input", "-"]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(command, text=True, **pipes) as process:
-        assert process.stdout.readline() == "begins\n"
-        if not isinstance(when, str):
-            time.sleep(when)
-            process.send_signal(signal.SIGINT)
-        code = process.wait(60)
+        try:
+            assert process.stdout.readline() == "begins\n"
+            if not isinstance(when, str):
+                time.sleep(when)
+                process.send_signal(signal.SIGINT)
+            code = process.wait(60)
+        finally:
+            process.kill()  # one that hangs, which the end of the block would wait for
         assert (code, process.stdout.read()) == (130, "")
         assert process.stderr.read() in ("", "moezoo: interrupted\n")
 
@@ -257,6 +260,45 @@ def test_ctrl_c_in_a_finalizer_is_not_lost():
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr.startswith("Exception ignored in")
     assert done.stderr.endswith("ValueError: of a finalizer\n")
+
+
+WITH_A_LOCK = """
+import signal, threading, time
+
+import moezoo.cli
+from moezoo.__main__ import main
+
+class Interrupting:
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.acquire, self.release = self.lock.acquire, self.lock.release
+
+    def __enter__(self):
+        self.lock.__enter__()
+        signal.raise_signal(signal.SIGINT)
+
+    def __exit__(self, *error):
+        signal.raise_signal(signal.SIGINT)
+        self.lock.__exit__(*error)
+
+def run():
+    lock = Interrupting()
+    with threading.Condition(lock):
+        pass
+    print("free", not lock.lock.locked(), flush=True)
+    time.sleep(60)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+moezoo.cli.main = run
+raise SystemExit(main())
+"""
+
+
+def test_ctrl_c_leaves_no_lock_taken():
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_A_LOCK], capture_output=True, text=True, timeout=50
+    )
+    assert (done.returncode, done.stdout) == (130, "free True\n")
 
 
 def test_ctrl_c_at_a_late_import_leaves_nothing(tmp_path):
