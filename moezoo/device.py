@@ -94,3 +94,10 @@ def device_made_current(x: torch.Tensor) -> AbstractContextManager[object]:
     if not x.is_cuda or torch.compiler.is_compiling():
         return nullcontext()
     return torch.cuda.device_of(x)
+
+
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Return whether a device has no room; torch's CPU allocator has no class of its own for
+    that."""
+    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return out_of_memory or "can't allocate memory" in str(error)

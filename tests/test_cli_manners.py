@@ -227,12 +227,24 @@ def test_ctrl_c_ends_a_command_while_it_starts(when):
         assert process.stderr.read() in ("", "moezoo: interrupted\n")
 
 
-IN_A_FINALIZER = """
-import signal, time
+def run_by_main(definitions: str) -> subprocess.CompletedProcess[str]:
+    """What becomes of `run`, which the definitions have, as what the command line runs."""
+    script = f"""
+import signal, threading, time
 
 import moezoo.cli
 from moezoo.__main__ import main
+{definitions}
+signal.signal(signal.SIGINT, signal.default_int_handler)
+moezoo.cli.main = run
+raise SystemExit(main())
+"""
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=50
+    )
 
+
+IN_A_FINALIZER = """
 class Late:
     def __del__(self):
         for _ in range(2):
@@ -246,28 +258,17 @@ def run():
     Broken()
     Late()
     time.sleep(60)
-
-signal.signal(signal.SIGINT, signal.default_int_handler)
-moezoo.cli.main = run
-raise SystemExit(main())
 """
 
 
 def test_ctrl_c_in_a_finalizer_is_not_lost():
-    done = subprocess.run(
-        [sys.executable, "-c", IN_A_FINALIZER], capture_output=True, text=True, timeout=50
-    )
+    done = run_by_main(IN_A_FINALIZER)
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr.startswith("Exception ignored in")
     assert done.stderr.endswith("ValueError: of a finalizer\n")
 
 
 WITH_A_LOCK = """
-import signal, threading, time
-
-import moezoo.cli
-from moezoo.__main__ import main
-
 class Interrupting:
     def __init__(self):
         self.lock = threading.Lock()
@@ -287,17 +288,11 @@ def run():
         pass
     print("free", not lock.lock.locked(), flush=True)
     time.sleep(60)
-
-signal.signal(signal.SIGINT, signal.default_int_handler)
-moezoo.cli.main = run
-raise SystemExit(main())
 """
 
 
 def test_ctrl_c_leaves_no_lock_taken():
-    done = subprocess.run(
-        [sys.executable, "-c", WITH_A_LOCK], capture_output=True, text=True, timeout=50
-    )
+    done = run_by_main(WITH_A_LOCK)
     assert (done.returncode, done.stdout) == (130, "free True\n")
 
 

@@ -14,10 +14,9 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from moezoo.device import HostCopies, to_device
+from moezoo.device import HostCopies, is_out_of_memory, to_device
 from moezoo.generation.engine import Engine
 from moezoo.generation.graphs import batch_size
-from moezoo.generation.memory import is_out_of_memory
 from moezoo.generation.pages import PAGE_SIZE, Allocation, PageAllocator
 from moezoo.generation.prompts import Chunk, in_chunks, passes
 from moezoo.generation.sampling import Sampler

@@ -10,8 +10,8 @@ import torch
 from transformers import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
+from moezoo.device import is_out_of_memory
 from moezoo.errors import MoEOutOfMemoryError
-from moezoo.generation.memory import is_out_of_memory
 from moezoo.generation.sampling import SeededDraw, uniforms
 from moezoo.generation.texts import Completion, Prompt, Texts
 

@@ -76,9 +76,3 @@ def _activation_bytes(decoder: Decoder, num_tokens: int) -> int:
     with unrecorded(decoder):
         decoder(decoder.embed(ids % decoder.embed.num_embeddings), context)
     return torch.cuda.max_memory_allocated(device) - before
-
-
-def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Whether a device has no room; torch's CPU allocator has no class of its own for that."""
-    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return out_of_memory or "can't allocate memory" in str(error)

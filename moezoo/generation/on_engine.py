@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moezoo.device import is_out_of_memory
 from moezoo.errors import MoEOutOfMemoryError
 from moezoo.generation.continuous import Batcher, Request
 from moezoo.generation.engine import Engine
-from moezoo.generation.memory import is_out_of_memory, rows_and_pages_that_fit
+from moezoo.generation.memory import rows_and_pages_that_fit
 from moezoo.generation.sampling import Sampler, uniforms
 from moezoo.generation.texts import MAX_CONTEXT, Completion, Prompt, Texts, context_length
 from moezoo.generation.turns import largest

@@ -125,12 +125,11 @@ def _is_half_written(line: bytes, prompts: Iterable[Prompt]) -> bool:
     """Whether a line without its end is the beginning of a completion of one of the prompts."""
     try:
         json.loads(line)
-        return False
     except ValueError:
-        pass
-    records = ({"id": prompt.id, _source(prompt): prompt.prompt} for prompt in prompts)
-    starts = (_written(record)[:-1] for record in records)
-    return any(line.startswith(start) or start.startswith(line) for start in starts)
+        records = ({"id": prompt.id, _source(prompt): prompt.prompt} for prompt in prompts)
+        starts = (_written(record)[:-1] for record in records)
+        return any(line.startswith(start) or start.startswith(line) for start in starts)
+    return False
 
 
 class OutputFile:

@@ -215,11 +215,16 @@ def with_orders(
         kind = planned.quantized.get(name)
         if kind is None or not kind.ordered:
             continue
-        first, *others = (_order(checkpoint, planned, locations, copy) for copy in copies)
-        if name in dense and not all(order.equal(first) for order in others):
-            dense[name] = "parts of one layer with columns in different orders"
+        orders = (_order(checkpoint, planned, locations, copy) for copy in copies)
+        if name not in dense:
+            moves = any(map(_moves, orders))  # mostly the first does, and no other is read
         else:
-            (needed if any(map(_moves, (first, *others))) else trivial).add(name)
+            first, *others = orders
+            if not all(order.equal(first) for order in others):
+                dense[name] = "parts of one layer with columns in different orders"
+                continue
+            moves = _moves(first)
+        (needed if moves else trivial).add(name)
     if union_over_ranks is not None:
         trivial -= union_over_ranks(needed)
     if not trivial and dense == planned.dense:

@@ -24,9 +24,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from moezoo.device import device_of
+from moezoo.device import device_of, is_out_of_memory
 from moezoo.errors import QuantizationError
-from moezoo.generation.memory import is_out_of_memory
 from moezoo.layers.moe import fused_experts, softmax_topk
 from moezoo.layers.quant.fp8 import FOR_EXPERTS, require_fp8
 from moezoo.tools.layer_inputs import Inputs, Oracle, WrongResultError

@@ -824,13 +824,10 @@ def test_a_weight_that_is_there_unquantised_too(tmp_path, encode, config, end):
         load(hub)
 
 
-@pytest.mark.parametrize(
-    "encode", [gptq, partial(gptq, desc_act=True, sym=False)], ids=["", "ordered"]
-)
-def test_dequantized(tmp_path, encode):
+@pytest.mark.parametrize("how", [{}, {"desc_act": True, "sym": False}], ids=str)
+def test_dequantized(tmp_path, how):
     """Linear layers and shared experts too."""
-    how = encode.keywords if isinstance(encode, partial) else {}
-    hub, dense = write(tmp_path, encode, gptq_config(**how))
+    hub, dense = write(tmp_path, partial(gptq, **how), gptq_config(**how))
     model, expected = (load(folder, dtype="float32") for folder in (hub, dense))
     assert quantized_layers(model) == LAYERS
     model.dequantize()

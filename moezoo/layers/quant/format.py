@@ -17,7 +17,7 @@ TINY = 1e-30
 its least number instead."""
 
 _CHUNK = {"cpu": 2**18, "cuda": 2**24}
-"""Values quantised at a time by device: as many as caches hold, or as fill a GPU."""
+"""Values converted at a time by device: as many as caches hold, or as fill a GPU."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,7 +218,7 @@ def by_rows(fn: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Te
 
 
 def rows_at_a_time(matrices: Tensor, multiple: int = 1) -> Iterator[tuple[slice, slice]]:
-    """Yield which of the matrices [M, N, K], and which of their rows, are quantised at a time:
+    """Yield which of the matrices [M, N, K], and which of their rows, are converted at a time:
     `multiple` rows or several times as many, in the order of the rows."""
     count, n, k = matrices.shape
     fit = _CHUNK.get(matrices.device.type, 2**18) // k

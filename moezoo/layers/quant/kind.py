@@ -17,7 +17,8 @@ A_MATRIX = "with a scale a matrix"
 class Kind:
     """A format and the options of its `on_meta`; weights of one kind can be stacked.
 
-    `group_size` and `scale_layout` are for reports and configs only, and are not compared.
+    `group_size` and `scale_layout` say what the tensors do not show, to reports, to configs and to
+    requests that a checkpoint must meet. Kinds are compared without them.
     """
 
     format: type[Format]

@@ -6,12 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moezoo.layers.quant.format import Format
-from moezoo.layers.quant.fp8 import BLOCK
+from moezoo.layers.quant.format import Format, rows_at_a_time
 from moezoo.layers.quant.kind import Kind
-
-ROWS_OF_VALUES = 2**24
-"""Values of a matrix that are dequantised at a time."""
 
 
 class QuantizedWeights(nn.Module):
@@ -43,11 +39,8 @@ class QuantizedWeights(nn.Module):
             for i, part in enumerate(out):
                 part.copy_(weights[i].dequantize(dtype))
             return out
-        n, k = out.shape
-        step = max(1, ROWS_OF_VALUES // k // BLOCK) * BLOCK
-        for start in range(0, n, step):
-            rows = weights.rows(start, min(n, start + step))
-            out[start : start + step] = rows.dequantize(dtype)
+        for _, rows in rows_at_a_time(out[None], weights.rows_per_scale):
+            out[rows] = weights.rows(rows.start, rows.stop).dequantize(dtype)
         return out
 
     @property
