@@ -85,13 +85,14 @@ def free_memory(device: torch.device) -> int | None:
 
 def allocate(wanted: Mapping[str, ParameterInfo], device: torch.device) -> dict[str, torch.Tensor]:
     try:
-        return {
-            name: torch.empty(info.shape, dtype=info.dtype, device=device)
-            for name, info in wanted.items()
-        }
+        return {name: _empty(info, device) for name, info in wanted.items()}
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise MoEOutOfMemoryError(
             f"the weights take {_gib(_nbytes(wanted))} on {device}: {error}"
         ) from error
+
+
+def _empty(info: ParameterInfo, device: torch.device) -> torch.Tensor:
+    return torch.empty(info.shape, dtype=info.dtype, device=device)
